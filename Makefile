@@ -1,0 +1,93 @@
+# Everything starts here: `make help`. A fresh machine needs git, make and Python 3.11 or newer, and root or sudo.
+
+PYTHON ?= python3
+UV ?= uv
+PY := .venv/bin/python
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/luks-csi
+CSI_SANITY := $(CACHE)/bin/csi-sanity-v5.6.0
+STUBS := csi_driver/rpc/csi_pb2.py
+
+# Suites that draw at random take these.
+export SEED COUNT
+
+# On the host if that has device-mapper, else in the guest.
+GUEST := $(PY) -m tests.machine.guest --
+CONTRACT := $(wildcard tests/contract)
+MACHINE := $(wildcard tests/machine)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check sanity faults crashes danger canary bench format clean venv system lock
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+demo: venv system ## an encrypted volume from creation to clean-up, on real dm-crypt
+	@$(GUEST) $(PY) -m tests.machine.demo
+
+test: check system $(CSI_SANITY) ## every test, seeded handfuls of the long ones
+	$(if $(CONTRACT),$(PY) -m pytest tests/contract)
+	$(if $(MACHINE),$(GUEST) $(PY) -m pytest tests/machine)
+
+check: venv ## linters, types, layers, unit tests
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	$(PY) -m pytest tests/unit
+
+sanity: venv system $(CSI_SANITY) ## csi-sanity against the server, mount and block
+	@$(GUEST) $(PY) -m tests.machine.sanity
+
+faults: venv system ## every command and record write fails or is killed
+	@$(GUEST) $(PY) -m tests.machine.faults
+
+crashes: venv system ## kernel crashes at random moments
+	@$(PY) -m tests.machine.crashes
+
+danger: venv system ## what lost data in the field
+	@$(GUEST) $(PY) -m tests.machine.danger
+
+canary: venv system ## no key byte leaves its place
+	@$(GUEST) $(PY) -m tests.machine.canary
+
+bench: venv system ## times beside their bounds
+	@$(GUEST) $(PY) -m tests.machine.bench
+
+format: venv ## mend form and what ruff can mend by itself
+	.venv/bin/ruff format
+	.venv/bin/ruff check --fix
+
+clean: ## remove what was made, except the cache of built test tools
+	rm -rf .venv build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache csi_driver/rpc/csi_pb2*
+	find csi_driver tests -name __pycache__ -prune -exec rm -rf {} +
+
+venv: $(STUBS) ## the virtual environment, .venv
+
+system: ## the system packages, those that are missing
+	@tools/system.sh
+
+lock: ## requirements/*.txt from pyproject.toml; needs uv
+	$(LOCK) --group dev -o requirements/dev.txt pyproject.toml
+	$(LOCK) -c requirements/dev.txt -o requirements/runtime.txt pyproject.toml
+	$(LOCK) -c requirements/dev.txt -o requirements/build.txt --group build
+
+LOCK = $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url
+
+.venv/installed: requirements/dev.txt pyproject.toml
+	@tools/system.sh python $(PYTHON)
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --require-hashes -r requirements/dev.txt
+	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(STUBS): protos/csi.proto hatch_build.py .venv/installed
+	$(PY) hatch_build.py
+
+# Built once for every clone, by the Go of the virtual environment: the rename comes last.
+$(CSI_SANITY): | .venv/installed
+	mkdir -p $(@D) $(CACHE)/go
+	env CGO_ENABLED=0 GOBIN=$(CACHE)/go/bin GOCACHE=$(CACHE)/go/build GOMODCACHE=$(CACHE)/go/mod GOPATH=$(CACHE)/go \
+	    GOFLAGS='-mod=mod -modcacherw' GOTOOLCHAIN=local \
+	    .venv/bin/go install github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity@$(lastword $(subst -, ,$(@F)))
+	mv $(CACHE)/go/bin/csi-sanity $@

@@ -1,0 +1,97 @@
+"""What a backend must offer: it keeps ciphertext and tags, and shows a volume as a block device of this node."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from csi_driver.model.volume import VolumeRecord
+
+
+@dataclass(frozen=True)
+class Space:
+    """Room for volumes, in bytes: in all, and free above the floor that is kept for what is there."""
+
+    total: int
+    available: int
+
+
+class AttachedDevice(Protocol):
+    """A volume's block device on this node, held open; closing lets it go once nothing else uses it."""
+
+    @property
+    def path(self) -> str:
+        """Its node below /dev."""
+
+    @property
+    def major(self) -> int:
+        """Its major number."""
+
+    @property
+    def minor(self) -> int:
+        """Its minor number."""
+
+    def close(self) -> None:
+        """Let go of it; repeating is fine."""
+
+
+class Backend(Protocol):
+    """Storage behind a narrow seam; docs/architecture.md, "Backends", tells what each promise is for.
+
+    Callers hold the volume's lock for every call that changes it. Sizes are bytes of the device: capacity plus the
+    data offset of the LUKS2 header.
+    """
+
+    @property
+    def name(self) -> str:
+        """The value of the StorageClass parameter `backend` that chooses it."""
+
+    def create(self, record: VolumeRecord, size: int) -> VolumeRecord:
+        """Make a blank device of `size` bytes with its record, wholly or not at all.
+
+        Raises ResourceExhausted when there is no room for it.
+        """
+
+    def get(self, volume_id: str) -> VolumeRecord:
+        """Return the record. Raises NotFound."""
+
+    def update(self, record: VolumeRecord) -> VolumeRecord:
+        """Write `record`, made from the revision it carries, durably; return it with its new revision.
+
+        Raises Aborted when another writer was faster.
+        """
+
+    def delete(self, volume_id: str) -> None:
+        """Remove device and record; absent is fine. Raises DeviceInUse while the device is attached."""
+
+    def ids(self) -> Sequence[str]:
+        """The ids of all volumes, sorted."""
+
+    def grow(self, volume_id: str, size: int) -> None:
+        """Make the device at least `size` bytes long. Raises ResourceExhausted, NotFound."""
+
+    def attach(self, volume_id: str, *, lasting: bool) -> AttachedDevice:
+        """Show the volume as a block device of this node, checked to be this volume's.
+
+        Unless `lasting`, it goes away with its last user. Raises DeviceAbsent, DeviceInUse.
+        """
+
+    def refresh(self, device_path: str) -> None:
+        """Let an attached device show the size that `grow` gave it."""
+
+    def device_of(self, volume_id: str) -> AttachedDevice | None:
+        """The attached device of the volume, if there is one."""
+
+    def is_device_of(self, volume_id: str, major: int, minor: int) -> bool:
+        """Whether that block device is the volume's: by identity of what is below, not by name."""
+
+    def detach(self, volume_id: str) -> None:
+        """Let go of a lasting device; absent is fine, also when the volume is gone."""
+
+    def space(self) -> Space:
+        """Room for new volumes."""
+
+    def orphans(self) -> Sequence[str]:
+        """Leftovers of killed calls, each as a path; nothing removes them but `remove_orphans`."""
+
+    def remove_orphans(self) -> Sequence[str]:
+        """Remove the leftovers and return what was removed."""

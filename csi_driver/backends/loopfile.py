@@ -1,0 +1,209 @@
+"""The embedded backend: each volume a sparse file of this node, shown through a loop device.
+
+<folder>/volumes/<id>/disk.img      the ciphertext
+<folder>/volumes/<id>/record.json   the tags
+<folder>/new/<id>/                  a volume being made; renamed into volumes/ when it is whole
+<folder>/trash/<id>/                a volume being deleted; renamed out of volumes/ first
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+
+from csi_driver.backends.base import Space
+from csi_driver.backends.records import RecordCodec
+from csi_driver.host.files import Files
+from csi_driver.host.loop import AttachedLoop, LoopDevices
+from csi_driver.model.errors import Aborted, DeviceInUse, FailedPrecondition, NotFound, ResourceExhausted
+from csi_driver.model.volume import VolumeRecord
+
+_DISK = "disk.img"
+_RECORD = "record.json"
+
+
+class LoopfileBackend:
+    """Sparse files below `folder`; `floor` bytes of its file system stay free for the volumes that are there."""
+
+    name = "loopfile"
+
+    def __init__(self, folder: Path, floor: int, files: Files, loops: LoopDevices, codec: RecordCodec) -> None:
+        self._folder = folder
+        self._floor = floor
+        self._files = files
+        self._loops = loops
+        self._codec = codec
+
+    def prepare(self) -> None:
+        """Make the folders. Raises OSError when the state directory cannot be written."""
+        for name in ("volumes", "new", "trash"):
+            (self._folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def create(self, record: VolumeRecord, size: int) -> VolumeRecord:
+        """Make the sparse file and its record aside and rename both in, so that a crash leaves all or nothing."""
+        self._check_room(record.id, size)
+        fresh = self._folder / "new" / record.id
+        self._files.remove_folder(fresh)
+        self._files.remove_folder(self._folder / "trash" / record.id)
+        with self._space_errors(record.id):
+            fresh.mkdir(mode=0o700)
+            self._set_size(fresh / _DISK, size, os.O_CREAT | os.O_EXCL)
+            self._files.write(fresh / _RECORD, self._codec.encode(record))
+            self._files.rename(fresh, self._volume(record.id))
+        return record
+
+    def get(self, volume_id: str) -> VolumeRecord:
+        """Read the record."""
+        path = self._volume(volume_id) / _RECORD
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            raise NotFound(f"volume {volume_id} does not exist on this node") from None
+        return self._codec.decode(content, str(path))
+
+    def update(self, record: VolumeRecord) -> VolumeRecord:
+        """Write the record if it was made from the one that is there."""
+        if self.get(record.id).revision != record.revision:
+            raise Aborted(f"the record of volume {record.id} was changed by another writer; call again")
+        updated = msgspec.structs.replace(record, revision=record.revision + 1)
+        with self._space_errors(record.id):
+            self._files.write(self._volume(record.id) / _RECORD, self._codec.encode(updated))
+        return updated
+
+    def delete(self, volume_id: str) -> None:
+        """Take the volume out of sight in one step, then remove it piece by piece."""
+        volume, trash = self._volume(volume_id), self._folder / "trash" / volume_id
+        if volume.exists():
+            self._check_unused(volume_id)
+            self._files.remove_folder(trash)
+            self._files.rename(volume, trash)
+        self._files.remove_folder(trash)
+        self._files.remove_folder(self._folder / "new" / volume_id)
+
+    def ids(self) -> Sequence[str]:
+        """Folder names are the ids."""
+        return sorted(os.listdir(self._folder / "volumes"))
+
+    def grow(self, volume_id: str, size: int) -> None:
+        """Lengthen the sparse file; a file that is long enough stays as it is."""
+        disk = self._volume(volume_id) / _DISK
+        try:
+            present = disk.stat().st_size
+        except FileNotFoundError:
+            raise NotFound(f"volume {volume_id} has no backing file {disk}") from None
+        if size > present:
+            self._check_room(volume_id, size - present)
+            with self._space_errors(volume_id):
+                self._set_size(disk, size)
+
+    def attach(self, volume_id: str, *, lasting: bool) -> AttachedLoop:
+        """One loop device per file, autoclear unless `lasting`."""
+        return self._loops.attach(str(self._volume(volume_id) / _DISK), autoclear=not lasting)
+
+    def refresh(self, device_path: str) -> None:
+        """LOOP_SET_CAPACITY."""
+        self._loops.set_capacity(device_path)
+
+    def device_of(self, volume_id: str) -> AttachedLoop | None:
+        """The loop device on the volume's file, found by the file's device and inode."""
+        found = self._find(volume_id)
+        return self._loops.open(found[0]) if found else None
+
+    def is_device_of(self, volume_id: str, major: int, minor: int) -> bool:
+        """Whether that device is a loop device on this volume's very file (device and inode)."""
+        info = self._loops.info(f"/dev/loop{_loop_number(major, minor)}") if major == _LOOP_MAJOR else None
+        try:
+            disk = (self._volume(volume_id) / _DISK).stat()
+        except FileNotFoundError:
+            return False
+        return info is not None and (info.backing_device, info.backing_inode) == (disk.st_dev, disk.st_ino)
+
+    def detach(self, volume_id: str) -> None:
+        """Detach every loop device on the volume's file."""
+        for path in self._find(volume_id):
+            self._loops.detach(path)
+
+    def space(self) -> Space:
+        """What statvfs says, less the floor. Files are sparse: this is room now, not room promised."""
+        usage = os.statvfs(self._folder)
+        return Space(usage.f_blocks * usage.f_frsize, max(0, usage.f_bavail * usage.f_frsize - self._floor))
+
+    def orphans(self) -> Sequence[str]:
+        """Half-made and half-deleted volumes, and volume folders without a record."""
+        leftovers = [path for name in ("new", "trash") for path in (self._folder / name).iterdir()]
+        nameless = [path for path in (self._folder / "volumes").iterdir() if not (path / _RECORD).exists()]
+        return sorted(map(str, (*leftovers, *nameless)))
+
+    def remove_orphans(self) -> Sequence[str]:
+        """Remove half-made and half-deleted volumes; a folder that lost its record still holds data and stays."""
+        removed = []
+        for name in ("new", "trash"):
+            for path in sorted((self._folder / name).iterdir()):
+                self._files.remove_folder(path)
+                removed.append(str(path))
+        return removed
+
+    def _volume(self, volume_id: str) -> Path:
+        return self._folder / "volumes" / volume_id
+
+    def _find(self, volume_id: str) -> list[str]:
+        disk = self._volume(volume_id) / _DISK
+        # A free lock proves without a scan that no loop device has the file: an attached one holds the lock.
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(disk, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return [info.path for info in self._loops.find(str(disk))]
+            finally:
+                os.close(descriptor)
+        return []
+
+    def _check_unused(self, volume_id: str) -> None:
+        if found := self._find(volume_id):
+            raise DeviceInUse(
+                f"volume {volume_id} cannot be deleted: its file is still attached as {', '.join(found)}; "
+                f"unpublish and unstage it first"
+            )
+
+    def _check_room(self, volume_id: str, size: int) -> None:
+        available = self.space().available
+        if size > available:
+            raise ResourceExhausted(
+                f"no room for volume {volume_id} in {self._folder}: {size} bytes are wanted and {available} are free "
+                f"above the floor of {self._floor}; free space or choose another node"
+            )
+
+    def _set_size(self, disk: Path, size: int, flags: int = 0) -> None:
+        descriptor = os.open(disk, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
+        try:
+            os.ftruncate(descriptor, size)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def _space_errors(self, volume_id: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise ResourceExhausted(
+                    f"no space for volume {volume_id} in {self._folder}: {error.strerror}; free space there"
+                ) from None
+            raise FailedPrecondition(
+                f"volume {volume_id} cannot be written in {self._folder}: {error.strerror}; check that file system"
+            ) from None
+
+
+_LOOP_MAJOR = 7
+
+
+def _loop_number(major: int, minor: int) -> int:
+    # With max_part=0, the default, the minor number is the loop's number; else sysfs knows.
+    target = os.readlink(f"/sys/dev/block/{major}:{minor}")
+    return int(target.rpartition("/loop")[2])

@@ -1,0 +1,52 @@
+"""Volume records as JSON, versioned."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import msgspec
+
+from csi_driver.model.errors import FailedPrecondition
+from csi_driver.model.volume import VolumeRecord
+
+VERSION = 1
+
+Migration = Callable[[dict[str, Any]], dict[str, Any]]
+MIGRATIONS: Mapping[int, Migration] = MappingProxyType({})
+"""From each older version to the next one. A released version never changes its meaning."""
+
+
+class RecordCodec:
+    """Turns records into bytes and back; older versions are carried forward on reading."""
+
+    def __init__(self, version: int = VERSION, migrations: Mapping[int, Migration] = MIGRATIONS) -> None:
+        self._version = version
+        self._migrations = migrations
+
+    def encode(self, record: VolumeRecord) -> bytes:
+        """Return the record as JSON of the present version."""
+        return msgspec.json.encode({"version": self._version, "volume": record})
+
+    def decode(self, content: bytes, where: str) -> VolumeRecord:
+        """Read a record; `where` names the file in errors.
+
+        Raises FailedPrecondition when it is damaged or of a newer version: the volume is then left alone.
+        """
+        try:
+            document = msgspec.json.decode(content, type=dict[str, Any])
+            version = msgspec.convert(document["version"], int)
+            volume = msgspec.convert(document["volume"], dict[str, Any])
+            if version > self._version:
+                raise FailedPrecondition(
+                    f"the volume record {where} has version {version}, written by a newer driver than this one, which "
+                    f"knows version {self._version}; run the newer driver on this node"
+                )
+            while version < self._version:
+                volume = self._migrations[version](volume)
+                version += 1
+            return msgspec.convert(volume, VolumeRecord)
+        except (msgspec.MsgspecError, KeyError) as error:
+            raise FailedPrecondition(
+                f"the volume record {where} cannot be read ({error}); restore it from a backup, the device was not "
+                f"touched"
+            ) from None

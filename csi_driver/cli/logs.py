@@ -1,0 +1,74 @@
+"""Log lines on standard error: text for people on a terminal, one JSON object a line for everything else."""
+
+import logging
+import os
+import threading
+
+import msgspec
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+from csi_driver.model.settings import LogFormat
+
+LEVELS = ("debug", "info", "warning", "error")
+
+
+def configure_logs(log_format: LogFormat, level: str, descriptor: int = 2) -> None:
+    """Set up structlog, and lead what libraries log by `logging` to it; `level` is one of LEVELS."""
+    terminal = os.isatty(descriptor)
+    text = log_format is LogFormat.TEXT or (log_format is LogFormat.AUTO and terminal)
+    render: Processor = structlog.dev.ConsoleRenderer(colors=terminal) if text else _json
+    number = logging.getLevelNamesMapping()[level.upper()]
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            render,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=_Lines(descriptor),
+        cache_logger_on_first_use=True,
+    )
+    logging.basicConfig(handlers=[_FromLibraries()], level=max(number, logging.WARNING), force=True)
+
+
+class _Lines:
+    """Makes and is the logger of structlog: writes each line whole. A reader that is gone must fail no call."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._guard = threading.Lock()
+
+    def __call__(self, *_args: object) -> "_Lines":
+        return self
+
+    def msg(self, line: str | bytes) -> None:
+        rest = memoryview((line if isinstance(line, bytes) else line.encode(errors="backslashreplace")) + b"\n")
+        with self._guard:
+            while rest:
+                try:
+                    rest = rest[os.write(self._descriptor, rest) :]
+                except OSError:
+                    return
+
+    debug = info = warning = error = critical = msg
+
+
+class _FromLibraries(logging.Handler):
+    """Tells what a library logged. Of an exception only class and place: its text may quote a request."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log = structlog.get_logger(record.name)
+        if record.exc_info and record.exc_info[0] is not None:
+            kind, where = record.exc_info[0].__name__, f"{record.pathname}:{record.lineno}"
+            log.log(record.levelno, "library error", library=record.name, kind=kind, where=where)
+        else:
+            log.log(record.levelno, record.getMessage(), library=record.name)
+
+
+_encode_json = msgspec.json.Encoder(enc_hook=repr).encode
+
+
+def _json(_logger: WrappedLogger, _method: str, event: EventDict) -> bytes:
+    return _encode_json(event)

@@ -1,0 +1,214 @@
+"""`luks-csi serve`: every setting by option or environment, checked before anything starts."""
+
+import dataclasses
+import math
+import os
+import re
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from csi_driver.cli.logs import LEVELS, configure_logs
+from csi_driver.host.hardening import harden_process
+from csi_driver.model.errors import DriverError
+from csi_driver.model.settings import Limits, LogFormat, Service, Settings
+from csi_driver.rpc.endpoint import endpoint_path, host_and_port
+
+T = TypeVar("T")
+Decorator = Callable[[T], T]
+
+BACKENDS = ("loopfile",)
+
+_UNITS = {"": 1, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
+_LONGEST_SECONDS = 86400.0
+# CSI bounds the prefix of a topology key, which `Settings.topology_key` makes of the driver's name.
+_LONGEST_TOPOLOGY_PREFIX = 63
+_DOMAIN_NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
+_LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
+
+
+def read_size(text: str) -> int:
+    """Bytes of a size such as 1073741824, 512Mi or 1Gi. Raises ValueError."""
+    found = re.fullmatch(r"([0-9]{1,15})(|[KMGT]i)", text)
+    if found is None:
+        raise ValueError(f"{text!r} is no size; write bytes, or a whole number with Ki, Mi, Gi or Ti")
+    return int(found[1]) * _UNITS[found[2]]
+
+
+def read_node_id(text: str) -> str:
+    """The node's id, which is the value of a topology label too; empty means the host's name. Raises ValueError."""
+    chosen = text or socket.gethostname()
+    if not _LABEL_VALUE.fullmatch(chosen):
+        said = f"{chosen!r}" if text else f"the host name {chosen!r}"
+        raise ValueError(
+            f"{said} cannot be a node id; it must be 1 to 63 letters, digits, '-', '_' or '.', with a letter or digit "
+            f"at both ends (a Kubernetes label value)"
+        )
+    return chosen
+
+
+def read_driver_name(text: str) -> str:
+    """The driver's name (CSI spec, GetPluginInfo; Kubernetes wants small letters). Raises ValueError."""
+    most = _LONGEST_TOPOLOGY_PREFIX - len(Settings(driver_name="").topology_key.removesuffix("/node"))
+    if len(text) > most or not _DOMAIN_NAME.fullmatch(text):
+        raise ValueError(
+            f"{text!r} cannot be a driver name; it must be a domain name of at most {most} small letters, digits, '-' "
+            f"and '.', with a letter or digit at both ends, such as {Settings.driver_name}"
+        )
+    return text
+
+
+def _read_services(text: str) -> frozenset[Service]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in set(Service):
+            raise ValueError(f"{name!r} is no service; choose among {', '.join(Service)}, with commas between")
+    return frozenset({Service.IDENTITY, *map(Service, names)})
+
+
+def _read_folder(text: str) -> Path:
+    path = Path(text)
+    if not path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{text!r} is no absolute path")
+    return path
+
+
+def _read_seconds(text: str) -> float:
+    seconds = float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text) else math.nan
+    if not 0 <= seconds <= _LONGEST_SECONDS:
+        raise ValueError(f"{text!r} must be a number of seconds from 0 to {_LONGEST_SECONDS:.0f}")
+    return seconds
+
+
+def _read_limit(text: str) -> float:
+    if (seconds := _read_seconds(text)) < 1:
+        raise ValueError(f"{text!r} is too short for a time limit; allow at least 1 second")
+    return seconds
+
+
+def _read_memory(text: str) -> int:
+    kib, rest = divmod(read_size(text), 1 << 10)
+    if rest or not 32 <= kib <= 4 << 20:
+        raise ValueError(f"{text!r} must be whole KiB, from 32Ki to 4Gi (what Argon2 takes in LUKS2)")
+    return kib
+
+
+def _read_address(text: str) -> str | None:
+    if text:
+        host_and_port(text)
+    return text or None
+
+
+def _option(name: str, field: str, kind: _Kind, default: object, meaning: str) -> Decorator[Any]:
+    """One setting: an option, and an environment variable of its name."""
+    variable = f"LUKS_CSI_{name.removeprefix('--').replace('-', '_').upper()}"
+    more: dict[str, Any] = (
+        {"type": kind.choices} if kind.read is None else {"metavar": kind.metavar, "callback": _checked(kind.read)}
+    )
+    return click.option(
+        name, field, default=default, show_default=True, envvar=variable, show_envvar=True, help=meaning, **more
+    )
+
+
+def _checked(read: Callable[[str], object]) -> Callable[[click.Context, click.Parameter, str], object]:
+    def check(_context: click.Context, _parameter: click.Parameter, text: str) -> object:
+        try:
+            return read(text)
+        except (DriverError, ValueError) as error:
+            raise click.BadParameter(str(error)) from None
+
+    return check
+
+
+@click.command(short_help="Serve CSI on a unix socket.")
+@_option("--endpoint", "endpoint", _Checked("socket", endpoint_path), str(Settings.endpoint), "Where to listen.")
+@_option("--node-id", "node_id", _Checked("name", read_node_id), Settings.node_id, "This node; empty: the host's name.")
+@_option(
+    "--driver-name",
+    "driver_name",
+    _Checked("name", read_driver_name),
+    Settings.driver_name,
+    "What StorageClasses call provisioner.",
+)
+@_option(
+    "--services",
+    "services",
+    _Checked("list", _read_services),
+    ",".join(Service),
+    "What to serve; identity always is.",
+)
+@_option("--state-dir", "state_dir", _folder, str(Settings.state_dir), "Where volumes and their records live.")
+@_option("--kubelet-dir", "kubelet_dir", _folder, str(Settings.kubelet_dir), "Kubelet's folder on this node.")
+@_option("--backend", "backend", click.Choice(BACKENDS), Settings.backend, "What keeps the ciphertext.")
+@_option("--free-space-floor", "free_space_floor", _size, "1Gi", "Space that new volumes leave free.")
+@_option("--threads", "threads", click.IntRange(1, 256), Settings.threads, "Calls at work at once.")
+@_option(
+    "--grace-seconds",
+    "grace_seconds",
+    _Checked("seconds", _read_seconds),
+    f"{Settings.grace_seconds:g}",
+    "Time for calls in flight when the server is told to stop.",
+)
+@_option(
+    "--log-format",
+    "log_format",
+    click.Choice(list(LogFormat)),
+    Settings.log_format,
+    "auto is text on a terminal and json else.",
+)
+@_option("--log-level", "log_level", click.Choice(LEVELS), Settings.log_level, "What to tell.")
+@_option("--metrics-address", "metrics_address", _Checked("host:port", _read_address), "", "Serve Prometheus metrics.")
+@_option("--format-seconds", "format_seconds", _limit, f"{Limits.format_seconds:g}", "Limit of luksFormat and mkfs.")
+@_option("--unlock-seconds", "unlock_seconds", _limit, f"{Limits.unlock_seconds:g}", "Limit of one key derivation.")
+@_option("--mount-seconds", "mount_seconds", _limit, f"{Limits.mount_seconds:g}", "Limit of mount and umount.")
+@_option(
+    "--pbkdf-memory-limit",
+    "pbkdf_memory_kib",
+    _Checked("size", _read_memory),
+    f"{Limits.pbkdf_memory_kib}Ki",
+    "The most memory a key derivation may ask for.",
+)
+@_option(
+    "--unlocks-at-once",
+    "unlocks_at_once",
+    click.IntRange(1, 64),
+    Limits.unlocks_at_once,
+    "Key derivations at work at once.",
+)
+def serve(**options: Any) -> None:
+    """Serve the CSI services on a unix socket until SIGTERM; every option can come from the environment too."""
+    harden_process()
+    settings = settings_of(options)
+    configure_logs(settings.log_format, settings.log_level)
+    # First our own, which starts the worker launcher: it loads while grpcio does.
+    import structlog
+
+    from csi_driver.volumes.driver import build_driver
+
+    driver = build_driver(settings)
+    try:
+        driver.start()
+        try:
+            driver.recover()
+        except DriverError as error:
+            # Probe tells what is missing; a server that runs can still say so.
+            structlog.get_logger(__name__).warning("recovery left out", error=str(error))
+        from csi_driver.rpc.server import serve as serve_until_told
+
+        all_ended = serve_until_told(driver)
+    finally:
+        driver.stop()
+    if not all_ended:
+        # Threads of calls that outlived the grace time would keep the interpreter; their workers hold the locks.
+        os._exit(0)
+
+
+def settings_of(options: dict[str, Any]) -> Settings:
+    """The settings of the command line; its option names are the fields of Settings and Limits."""
+    names = {field.name for field in dataclasses.fields(Limits)}
+    limits = Limits(**{name: options[name] for name in names})
+    chosen = {name: value for name, value in options.items() if name not in names}
+    return Settings(**{**chosen, "log_format": LogFormat(chosen["log_format"]), "limits": limits})

@@ -1,0 +1,109 @@
+"""Facts about block devices: size, numbers, block size, and writing them back."""
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from csi_driver.host.syscalls import error_name
+from csi_driver.model.errors import CommandFailed, DeviceAbsent, DeviceMismatch, DeviceUnreadable
+
+_BLKGETSIZE64: Final = 0x80081272
+_BLKSSZGET: Final = 0x1268
+
+
+def is_block_device(path: str) -> bool:
+    """Whether `path`, links followed, is a block device node; False when absent."""
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def device_number(path: str) -> tuple[int, int]:
+    """(major, minor) of the block device at `path`, links followed.
+
+    Raises DeviceAbsent when there is nothing, DeviceMismatch when it is no block device.
+    """
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DeviceAbsent(f"the device {path} is not there; check that its storage is attached to this node") from None
+    if not stat.S_ISBLK(status.st_mode):
+        raise DeviceMismatch(f"{path} is expected to be a block device and is a {kind(status.st_mode)}")
+    return os.major(status.st_rdev), os.minor(status.st_rdev)
+
+
+def size_bytes(device: str | int) -> int:
+    """Size in bytes of a block device, by path or open descriptor (BLKGETSIZE64, blkdev).
+
+    Raises DeviceAbsent, DeviceMismatch (no block device), DeviceUnreadable.
+    """
+    with _opened(device) as descriptor:
+        answer = fcntl.ioctl(descriptor, _BLKGETSIZE64, bytes(8))
+    return int(struct.unpack("=Q", answer)[0])
+
+
+def logical_block_size(device: str | int) -> int:
+    """Smallest unit in bytes that the device can address (BLKSSZGET). Raises like `size_bytes`."""
+    with _opened(device) as descriptor:
+        answer = fcntl.ioctl(descriptor, _BLKSSZGET, bytes(4))
+    return int(struct.unpack("=i", answer)[0])
+
+
+def fsync_device(path: str) -> None:
+    """Write back the page cache of the device and flush its write cache; may take as long as the device does.
+
+    Raises DeviceAbsent, DeviceMismatch, DeviceUnreadable when the device rejects the writes.
+    """
+    device_number(path)
+    with _opened(path) as descriptor:
+        os.fsync(descriptor)
+
+
+def kind(mode: int) -> str:
+    """What a file mode stands for, in words for a message."""
+    names = {
+        stat.S_IFREG: "regular file",
+        stat.S_IFDIR: "directory",
+        stat.S_IFLNK: "symbolic link",
+        stat.S_IFBLK: "block device",
+        stat.S_IFCHR: "character device",
+        stat.S_IFIFO: "FIFO",
+        stat.S_IFSOCK: "socket",
+    }
+    return names.get(stat.S_IFMT(mode), "file of unknown type")
+
+
+@contextmanager
+def _opened(device: str | int) -> Iterator[int]:
+    if isinstance(device, int):
+        descriptor = device
+    else:
+        device_number(device)
+        try:
+            descriptor = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _failed(device, error) from None
+    try:
+        yield descriptor
+    except OSError as error:
+        raise _failed(device, error) from None
+    finally:
+        if not isinstance(device, int):
+            os.close(descriptor)
+
+
+def _failed(device: str | int, error: OSError) -> DeviceMismatch | CommandFailed:
+    name = device if isinstance(device, str) else f"descriptor {device}"
+    if error.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV, errno.ENOMEDIUM):
+        return DeviceAbsent(f"the device {name} is not there any more ({error_name(error)}); check its storage")
+    if error.errno == errno.ENOTTY:
+        return DeviceMismatch(f"{name} is expected to be a block device and is something else")
+    if error.errno in (errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ENOLINK, errno.EBADE):
+        return DeviceUnreadable(f"the device {name} answers with an error ({error_name(error)}); check its storage")
+    return CommandFailed(f"the device {name} could not be examined: {error_name(error)}")

@@ -1,0 +1,272 @@
+"""Mapped devices: looked at, created, reloaded, suspended, removed by ioctl, without dmsetup.
+
+No udev cookie is passed: nothing here waits for udev (a cookie in a container that does not share the host's IPC
+namespace hangs for ever, bootc#2089), and udev's rules then take the event for one without flags: they link
+/dev/mapper/<name> and leave the content alone. Where no udev runs, this module makes and removes the node itself.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import stat
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from csi_driver.host.dmcontrol import Command, Flag, call, format_table, parse_names, parse_table
+from csi_driver.host.syscalls import error_name, udev_is_running
+from csi_driver.model.errors import CommandFailed, DeviceInUse, DriverError, FailedPrecondition, MappingMismatch
+
+_SECTOR: Final = 512
+_NODE_WAIT: Final = 2.0
+_REMOVE_TRIES: Final = 20
+_PAUSE: Final = 0.05
+_DEVICE_NUMBER: Final = re.compile(r"\d+:\d+")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One line of a table: `length` sectors of 512 bytes from `start` on, served by target `type` with `params`.
+
+    The repr hides the key of a crypt target unless it is a reference into a keyring (":64:logon:name").
+    """
+
+    start: int
+    length: int
+    type: str
+    params: str
+
+    def __repr__(self) -> str:
+        fields = self.params.split(" ")
+        if self.type == "crypt" and len(fields) > 1 and not fields[1].startswith(":"):
+            fields[1] = "<key>"
+        return f"Target({self.start} {self.length} {self.type} {' '.join(fields)})"
+
+    @property
+    def devices(self) -> tuple[tuple[int, int], ...]:
+        """(major, minor) of the devices that the params name; of a crypt target only its data device."""
+        fields = self.params.split()
+        if self.type == "crypt":
+            fields = fields[3:4]
+        numbers = (field.split(":") for field in fields if _DEVICE_NUMBER.fullmatch(field))
+        return tuple((int(major), int(minor)) for major, minor in numbers)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A mapped device as the kernel has it; `targets` is the live table, empty when none was resumed."""
+
+    name: str
+    uuid: str
+    major: int
+    minor: int
+    open_count: int
+    suspended: bool
+    read_only: bool
+    targets: tuple[Target, ...]
+
+    @property
+    def path(self) -> str:
+        """Its node in /dev/mapper."""
+        return f"/dev/mapper/{self.name}"
+
+    @property
+    def size_bytes(self) -> int:
+        """What the live table maps."""
+        return max((target.start + target.length for target in self.targets), default=0) * _SECTOR
+
+    @property
+    def backing(self) -> tuple[tuple[int, int], ...]:
+        """(major, minor) of the devices below, without repetition; empty for error and zero targets."""
+        return tuple(dict.fromkeys(number for target in self.targets for number in target.devices))
+
+
+class DeviceMapper:
+    """The kernel's mapped devices, by name. Errors name the mapping; none holds table params.
+
+    Every method raises FailedPrecondition where device-mapper or the right to use it is missing, InvalidArgument for a
+    name that cannot be one, CommandFailed for what nobody foresaw.
+    """
+
+    def version(self) -> str:
+        """Version of the kernel's interface, such as "4.47.0"."""
+        return ".".join(map(str, call(Command.VERSION).version))
+
+    def names(self) -> list[str]:
+        """Names of all mapped devices, sorted."""
+        return sorted(parse_names(call(Command.LIST_DEVICES).data))
+
+    def get(self, name: str) -> Device | None:
+        """The device of that name with its live table, or None."""
+        try:
+            reply = call(Command.TABLE_STATUS, name, flags=Flag.STATUS_TABLE | Flag.SECURE_DATA | Flag.NOFLUSH)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return None
+            raise _failed("read the table of", name, error) from None
+        return Device(
+            name=reply.name,
+            uuid=reply.uuid,
+            major=os.major(reply.device),
+            minor=os.minor(reply.device),
+            open_count=reply.open_count,
+            suspended=bool(reply.flags & Flag.SUSPEND),
+            read_only=bool(reply.flags & Flag.READONLY),
+            targets=tuple(Target(*fields) for fields in parse_table(reply.data, reply.target_count)),
+        )
+
+    def create(self, name: str, uuid: str, targets: Sequence[Target], *, read_only: bool = False) -> Device:
+        """Make a mapped device with this table, live when the call returns; after a failure nothing remains.
+
+        Raises MappingMismatch when the name or the UUID is taken, FailedPrecondition when the table is refused.
+        """
+        try:
+            call(Command.DEV_CREATE, name, uuid=uuid)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise MappingMismatch(
+                    f"the mapping name {name} or its UUID {uuid} is taken by another mapping; find it with "
+                    f"'dmsetup info -c'"
+                ) from None
+            raise _failed("create", name, error) from None
+        try:
+            _load(name, targets, read_only=read_only)
+            self.resume(name)
+            device = self.get(name)
+            if device is None:
+                raise CommandFailed(f"the mapping {name} was removed by somebody while it was being created")
+            return device
+        except BaseException:
+            with contextlib.suppress(DriverError):
+                self.remove(name)
+            raise
+
+    def reload(self, name: str, targets: Sequence[Target]) -> None:
+        """Replace the live table; I/O waits meanwhile, and the device is not suspended when the call returns.
+
+        The kernel suspends, swaps and resumes in one ioctl, so that a killed process leaves nothing frozen. After
+        a failure the old table is live and no other is loaded. Raises FailedPrecondition when the table is refused.
+        """
+        device = self.get(name)
+        if device is None:
+            raise FailedPrecondition(f"the mapping {name} is not there, so its table cannot be replaced")
+        _load(name, targets, read_only=device.read_only)
+        try:
+            self.resume(name)
+        except BaseException:
+            with contextlib.suppress(DriverError):
+                _clear(name)
+                # A swap that fails leaves the device suspended on its old table.
+                self.resume(name)
+            raise
+
+    def suspend(self, name: str, *, noflush: bool = False) -> None:
+        """Stop I/O: a file system on it is frozen and writes are flushed first; with `noflush` they stay queued."""
+        try:
+            call(Command.DEV_SUSPEND, name, flags=Flag.SUSPEND | (Flag.NOFLUSH if noflush else 0))
+        except OSError as error:
+            raise _failed("suspend", name, error) from None
+
+    def resume(self, name: str) -> None:
+        """Make a loaded table live, let I/O go on, and see that /dev/mapper/<name> exists."""
+        try:
+            reply = call(Command.DEV_SUSPEND, name)
+        except OSError as error:
+            raise _failed("resume", name, error) from None
+        _ensure_node(name, reply.device)
+
+    def remove(self, name: str) -> None:
+        """Remove the device and its node; absent is fine.
+
+        Raises DeviceInUse when something has it open; the caller knows how to name what.
+        """
+        # udev opens a device for a moment after each change; only then is waiting worth anything.
+        tries = _REMOVE_TRIES if udev_is_running() else 1
+        for left in reversed(range(tries)):
+            try:
+                call(Command.DEV_REMOVE, name)
+                break
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    break
+                if error.errno != errno.EBUSY:
+                    raise _failed("remove", name, error) from None
+                if not left:
+                    raise DeviceInUse(
+                        f"the mapping {name} cannot be removed because it is open; end what uses it and call again"
+                    ) from None
+                time.sleep(_PAUSE)
+        self._remove_stale_node(name)
+
+    def _remove_stale_node(self, name: str) -> None:
+        path = f"/dev/mapper/{name}"
+        if self.get(name) is not None:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            mode = os.lstat(path).st_mode
+            if stat.S_ISBLK(mode) or stat.S_ISLNK(mode):
+                os.unlink(path)
+
+
+def _load(name: str, targets: Sequence[Target], *, read_only: bool) -> None:
+    """Load a table beside the live one; a refused table leaves nothing behind."""
+    data = format_table([(target.start, target.length, target.type, target.params) for target in targets])
+    flags = Flag.SECURE_DATA | (Flag.READONLY if read_only else 0)
+    try:
+        call(Command.TABLE_LOAD, name, flags=flags, data=data, target_count=len(targets))
+    except OSError as error:
+        types = ", ".join(sorted({target.type for target in targets}))
+        reason = {
+            errno.EINVAL: f"the kernel refused the table: its log says why; check that it knows {types}",
+            errno.ENOKEY: "the volume key is not in this thread's keyring",
+            errno.EBUSY: "a device below is held by somebody else",
+            errno.ENXIO: "the mapping or a device below is absent",
+            errno.ENODEV: "a device below is absent",
+            errno.ENOENT: "a device below or a cipher that the kernel does not know",
+        }.get(error.errno or 0)
+        if reason is None:
+            raise _failed("load a table into", name, error) from None
+        raise FailedPrecondition(
+            f"device-mapper could not load a table into {name} ({error_name(error)}): {reason}"
+        ) from (None)
+
+
+def _clear(name: str) -> None:
+    """Drop a table that is loaded and not live."""
+    try:
+        call(Command.TABLE_CLEAR, name)
+    except OSError as error:
+        raise _failed("drop the loaded table of", name, error) from None
+
+
+def _failed(action: str, name: str, error: OSError) -> DriverError:
+    text = f"device-mapper could not {action} {name}: {error_name(error)}"
+    if error.errno == errno.ENXIO:
+        return FailedPrecondition(f"{text}; the mapping is not there")
+    if error.errno == errno.EINVAL:
+        # A table that reaches past the end of a device below is refused here, not when it is loaded.
+        return FailedPrecondition(f"{text}; the kernel refused the table: its log says why")
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return FailedPrecondition(f"{text}; run as root with CAP_SYS_ADMIN")
+    return CommandFailed(text)
+
+
+def _ensure_node(name: str, device: int) -> None:
+    path = f"/dev/mapper/{name}"
+    # A node made here while udev is on its way to make its link would stay in udev's way for good.
+    deadline = time.monotonic() + (_NODE_WAIT if udev_is_running() else 0)
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(path).st_rdev == device:
+                return
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(_PAUSE / 10)
+    try:
+        if os.path.lexists(path):
+            os.unlink(path)
+        os.mknod(path, stat.S_IFBLK | 0o600, device)
+    except OSError as error:
+        raise CommandFailed(f"the device node {path} could not be made: {error_name(error)}") from None

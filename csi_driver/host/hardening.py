@@ -1,0 +1,30 @@
+"""Keep this process's memory out of core dumps and swap; the key workers hold volume keys in it."""
+
+import resource
+from typing import Final
+
+from csi_driver.host.syscalls import check, libc
+
+_PR_SET_DUMPABLE: Final = 4
+_MCL_CURRENT: Final = 1
+_MCL_FUTURE: Final = 2
+
+
+def harden_process() -> None:
+    """No core dump, no ptrace by others, /proc/<pid> owned by root; children inherit the limit.
+
+    RLIMIT_CORE is 0 for good (soft and hard), PR_SET_DUMPABLE is 0 until an exec (prctl(2)). Raises OSError.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    check(libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl(PR_SET_DUMPABLE)")
+
+
+def lock_memory() -> bool:
+    """Keep all pages of this process, now and later, in memory (mlockall(2)); False where limits forbid it."""
+    return bool(libc.mlockall(_MCL_CURRENT | _MCL_FUTURE) == 0)
+
+
+def swap_active() -> bool:
+    """Whether the host has any swap in use as a target; unlocked memory could then reach a disk."""
+    with open("/proc/swaps", "rb") as swaps:
+        return len(swaps.readlines()) > 1

@@ -1,0 +1,85 @@
+"""One flock per volume, held across processes and inherited by every child that can touch the device."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
+
+from csi_driver.host.holders import Holders, describe
+from csi_driver.model.errors import VolumeBusy
+
+_held: ContextVar[tuple[int, ...]] = ContextVar("held_lock_descriptors", default=())
+
+
+def held_descriptors() -> tuple[int, ...]:
+    """Descriptors of the locks that the running call holds; every child of the call inherits them.
+
+    They travel in a context variable so that no caller can forget them: a child that outlives a killed server keeps
+    the volume locked until it ends.
+    """
+    return _held.get()
+
+
+class VolumeLocks:
+    """Lock files under `folder`, one per volume id; never waits."""
+
+    def __init__(self, folder: Path, holders: Holders) -> None:
+        self._folder = folder
+        self._holders = holders
+
+    @contextlib.contextmanager
+    def hold(self, volume_id: str) -> Iterator[None]:
+        """Hold the lock of `volume_id` for the length of the block.
+
+        Raises VolumeBusy, naming the process, when another call or an earlier child holds it.
+        """
+        path = self._folder / volume_id
+        descriptor = self._acquire(path, volume_id)
+        token = _held.set((*_held.get(), descriptor))
+        try:
+            yield
+        finally:
+            _held.reset(token)
+            # Closing is the release: an explicit LOCK_UN would also free the lock under a child that still runs.
+            os.close(descriptor)
+
+    def forget(self, volume_id: str) -> None:
+        """Remove the lock file of a deleted volume; call it while holding the lock."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._folder / volume_id)
+
+    def _acquire(self, path: Path, volume_id: str) -> int:
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The file may have been removed with its volume between open and flock: then this lock guards nothing.
+                if self._is_current(path, descriptor):
+                    return descriptor
+            except BlockingIOError:
+                os.close(descriptor)
+                raise self._busy(path, volume_id) from None
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+
+    @staticmethod
+    def _is_current(path: Path, descriptor: int) -> bool:
+        try:
+            named = os.stat(path, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        opened = os.fstat(descriptor)
+        return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)
+
+    def _busy(self, path: Path, volume_id: str) -> VolumeBusy:
+        others = [holder for holder in self._holders.of_file(path) if holder.pid != os.getpid()]
+        if others:
+            return VolumeBusy(
+                f"an earlier operation on volume {volume_id} is still at work in {describe(others)}; "
+                f"call again when it has ended"
+            )
+        return VolumeBusy(f"another call on volume {volume_id} is still at work; call again when it has ended")

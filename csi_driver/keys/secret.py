@@ -1,0 +1,76 @@
+"""Keys from a Kubernetes secret, in the entries that Longhorn and Ceph-CSI gave their names."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from csi_driver.model.errors import InvalidArgument
+from csi_driver.model.secret import Passphrase
+
+LONGHORN_VALUE = "CRYPTO_KEY_VALUE"
+CEPH_PASSPHRASE = "encryptionPassphrase"  # the name of a secret's entry, not a secret
+PROVIDER = "CRYPTO_KEY_PROVIDER"
+CIPHER = "CRYPTO_KEY_CIPHER"
+HASH = "CRYPTO_KEY_HASH"
+KEY_SIZE = "CRYPTO_KEY_SIZE"
+PBKDF = "CRYPTO_PBKDF"
+
+_LARGEST_PASSPHRASE_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class SecretKey:
+    """What a secret holds: the passphrase and, in a Longhorn secret, wishes for luksFormat as they stand there."""
+
+    passphrase: Passphrase | None
+    cipher: str | None = None
+    hash: str | None = None
+    key_size: str | None = None
+    pbkdf: str | None = None
+
+
+def read_secret(entries: Mapping[str, str]) -> SecretKey:
+    """Read the entries of a secret; entries of other names (a Ceph user, say) are not ours and are left alone.
+
+    Raises InvalidArgument for an unknown provider, an empty value, or two passphrases that disagree.
+    """
+    provider = entries.get(PROVIDER)
+    if provider not in (None, "", "secret"):
+        raise InvalidArgument(
+            f"the secret's entry {PROVIDER} names a key provider that does not exist; leave it out or set it to secret"
+        )
+    return SecretKey(
+        passphrase=_passphrase(entries),
+        cipher=entries.get(CIPHER) or None,
+        hash=entries.get(HASH) or None,
+        key_size=entries.get(KEY_SIZE) or None,
+        pbkdf=entries.get(PBKDF) or None,
+    )
+
+
+def require_passphrase(key: SecretKey, volume_id: str) -> Passphrase:
+    """The passphrase of a secret that must hold one.
+
+    Raises InvalidArgument naming the entries that were looked for and the StorageClass parameters that bring them.
+    """
+    if key.passphrase is None:
+        raise InvalidArgument(
+            f"volume {volume_id} is encrypted but the secret holds neither {LONGHORN_VALUE} nor {CEPH_PASSPHRASE}; add "
+            f"one of them to the secret that csi.storage.k8s.io/node-stage-secret-name of its StorageClass names"
+        )
+    return key.passphrase
+
+
+def _passphrase(entries: Mapping[str, str]) -> Passphrase | None:
+    found: dict[str, str] = {name: entries[name] for name in (LONGHORN_VALUE, CEPH_PASSPHRASE) if name in entries}
+    for name, value in found.items():
+        if not value:
+            raise InvalidArgument(f"the secret's entry {name} is empty; put the passphrase there")
+        if len(value.encode()) > _LARGEST_PASSPHRASE_BYTES:
+            raise InvalidArgument(f"the secret's entry {name} is longer than {_LARGEST_PASSPHRASE_BYTES} bytes")
+    if not found:
+        return None
+    if len(set(found.values())) > 1:
+        raise InvalidArgument(
+            f"the secret's entries {LONGHORN_VALUE} and {CEPH_PASSPHRASE} disagree; keep the one that opens the volume"
+        )
+    return Passphrase(next(iter(found.values())).encode())

@@ -1,0 +1,190 @@
+"""Work on a volume's LUKS2 device. Each function is one operation of a worker process (csi_driver.host.workers).
+
+`where` names volume and device in errors, such as "volume pvc-1 on /dev/loop3".
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from csi_driver.host import blockdev, keyring
+from csi_driver.host.devicemapper import DeviceMapper, Target
+from csi_driver.luks import libcryptsetup
+from csi_driver.luks.blank import prove_unwritten
+from csi_driver.luks.formats import LuksFormat
+from csi_driver.luks.header import HEADER_PROBE, Header, parse, repaired
+from csi_driver.luks.header_rules import Limits, validate
+from csi_driver.luks.libcryptsetup import crypt_device
+from csi_driver.model.errors import DeviceShort, DeviceUnreadable, FailedPrecondition, InvalidHeader
+from csi_driver.model.secret import Passphrase
+from csi_driver.model.volume import LuksIdentity
+
+_SECTOR = 512
+_USUAL_HEADER = 64 * 1024
+_FORMATTED_SLOTS = (0,)
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a mapping is opened: its name and the StorageClass's flags."""
+
+    name: str
+    discard: bool = False
+    no_read_workqueue: bool = False
+    no_write_workqueue: bool = False
+
+    @property
+    def flags(self) -> int:
+        """Activation flags of libcryptsetup."""
+        return (
+            (libcryptsetup.ALLOW_DISCARDS if self.discard else 0)
+            | (libcryptsetup.NO_READ_WORKQUEUE if self.no_read_workqueue else 0)
+            | (libcryptsetup.NO_WRITE_WORKQUEUE if self.no_write_workqueue else 0)
+        )
+
+
+def volume_key_name(uuid: str) -> str:
+    """Description under which libcryptsetup keeps the key of a device's data segment in keyrings."""
+    return f"cryptsetup:{uuid}-d0"
+
+
+def format_device(
+    where: str, path: str, size: int, chosen: LuksFormat, identity: LuksIdentity, limits: Limits, passphrase: Passphrase
+) -> str:
+    """luksFormat, and proof that it is whole: header valid, one key slot, our passphrase opens it, all of it fsynced.
+
+    Asks once more that the device holds nothing but, perhaps, an earlier try at this very header. Returns the
+    hexadecimal digest of the volume key, to be pinned. Errors as `prove_unwritten` and `open_device`.
+    """
+    prove_unwritten(where, path, size, identity.uuid)
+    with crypt_device(where, path) as device:
+        device.format(chosen, identity.uuid, passphrase)
+    blockdev.fsync_device(path)
+    with _header_copy(where, path, identity, size, limits, _FORMATTED_SLOTS) as (copy, header):
+        with crypt_device(where, path, copy) as device:
+            device.load()
+            device.unlock(passphrase)
+        return header.key_digest
+
+
+def open_device(
+    where: str,
+    path: str,
+    size: int,
+    identity: LuksIdentity,
+    limits: Limits,
+    passphrase: Passphrase,
+    opening: Opening,
+) -> None:
+    """Validate the header, unlock it and open the mapping; the volume key stays in root's user keyring for resizing.
+
+    Only a sealed copy of the header is ever shown to libcryptsetup, so that it cannot change after it was checked.
+    Raises DeviceBlank, ForeignSignature, InvalidHeader, DeviceShort, DeviceUnreadable, Unauthenticated.
+    """
+    with _header_copy(where, path, identity, size, limits) as (copy, _), crypt_device(where, path, copy) as device:
+        device.load()
+        device.unlock(passphrase, opening.name, opening.flags)
+    keyring.link_to_user(keyring.KeyType.LOGON, volume_key_name(identity.uuid))
+
+
+def check_passphrase(
+    where: str, path: str, size: int, identity: LuksIdentity, limits: Limits, passphrase: Passphrase
+) -> None:
+    """Validate the header and try the passphrase, opening nothing. Errors as `open_device`."""
+    with _header_copy(where, path, identity, size, limits) as (copy, _), crypt_device(where, path, copy) as device:
+        device.load()
+        device.unlock(passphrase)
+
+
+def resize_mapping(
+    where: str, path: str, name: str, size: int, identity: LuksIdentity, limits: Limits, passphrase: Passphrase | None
+) -> None:
+    """Let the open mapping `name` show `size` bytes (its device at `path` is longer by the data offset).
+
+    The table is loaded again with the key by reference; dm-crypt finds the key in this thread's keyring, where it
+    comes from the passphrase or, without one, from root's user keyring. Raises FailedPrecondition when it is in
+    neither.
+    """
+    needed = size + identity.data_offset
+    found = blockdev.size_bytes(path)
+    if found < needed:
+        raise DeviceShort(f"{where} is {found} bytes long and {needed} are needed for its new size; check the storage")
+    mapper = DeviceMapper()
+    mapping = mapper.get(name)
+    if mapping is None:
+        raise FailedPrecondition(f"the mapping {name} of {where} is not open; stage the volume first")
+    (target,) = mapping.targets
+    if target.length * _SECTOR == size:
+        return
+    description = volume_key_name(identity.uuid)
+    if passphrase is not None:
+        with _header_copy(where, path, identity, found, limits) as (copy, _), crypt_device(where, path, copy) as device:
+            device.load()
+            device.unlock(passphrase, None, libcryptsetup.KEYRING_KEY)
+    elif keyring.link_into_thread(keyring.KeyType.LOGON, description) is None:
+        raise FailedPrecondition(
+            f"{where} cannot be enlarged while it is open: its volume key is not in the kernel's keyring and the "
+            f"request brought no secret; unstage and stage the volume, or name a node-expand secret in its StorageClass"
+        )
+    mapper.reload(name, [Target(target.start, size // _SECTOR, target.type, target.params)])
+
+
+def read_header(where: str, path: str) -> tuple[bytes, Header]:
+    """Read and parse the header at `path`: its bytes as far as they matter, and what they say.
+
+    Raises DeviceUnreadable, DeviceBlank, ForeignSignature, InvalidHeader.
+    """
+    area = _read_area(where, path, 0, _USUAL_HEADER)
+    try:
+        return area, parse(area, where)
+    except InvalidHeader:
+        # A damaged primary copy: the secondary one may lie anywhere up to 4 MiB.
+        area = _read_area(where, path, 0, HEADER_PROBE)
+        return area, parse(area, where)
+
+
+@contextmanager
+def _header_copy(
+    where: str,
+    path: str,
+    identity: LuksIdentity,
+    size: int,
+    limits: Limits,
+    keyslots: tuple[int, ...] | None = None,
+) -> Iterator[tuple[str, Header]]:
+    """A sealed copy of the header in memory, validated: its path below /proc/self/fd and what it says."""
+    area, header = read_header(where, path)
+    found = blockdev.size_bytes(path)
+    if found < size:
+        raise DeviceShort(f"{where} is {found} bytes long and {size} are recorded; check the storage below it")
+    validate(header, identity, found, where, limits=limits, keyslots=keyslots)
+    copy = os.memfd_create("luks-header", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(copy, identity.data_offset)
+        _write(copy, repaired(area, header)[: 2 * header.hdr_size], 0)
+        for slot in header.keyslots.values():
+            _write(copy, _read_area(where, path, slot.area.offset, slot.area.size), slot.area.offset)
+        fcntl.fcntl(copy, fcntl.F_ADD_SEALS, _SEALS)
+        yield f"/proc/self/fd/{copy}", header
+    finally:
+        os.close(copy)
+
+
+def _read_area(where: str, path: str, offset: int, size: int) -> bytes:
+    try:
+        with open(path, "rb", buffering=0) as device:
+            return os.pread(device.fileno(), size, offset)
+    except OSError as error:
+        raise DeviceUnreadable(
+            f"the LUKS2 header of {where} cannot be read ({error.strerror}); look at the kernel log and the storage"
+        ) from None
+
+
+def _write(descriptor: int, content: bytes, offset: int) -> None:
+    view = memoryview(content)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written

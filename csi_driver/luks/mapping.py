@@ -1,0 +1,107 @@
+"""Open LUKS mappings: whose they are, whether one may be used again, and how they are closed."""
+
+import time
+from enum import StrEnum
+from pathlib import Path
+
+from csi_driver.host import keyring
+from csi_driver.host.devicemapper import Device, DeviceMapper
+from csi_driver.host.holders import Holders, describe
+from csi_driver.luks.device import volume_key_name
+from csi_driver.model.errors import DeviceInUse, MappingMismatch
+
+_UUID_PREFIX = "CRYPT-LUKS2-"
+_CLOSE_SECONDS = 3.0
+
+
+class Fit(StrEnum):
+    """What an open mapping of a volume's name is to the volume."""
+
+    ABSENT = "absent"
+    FITS = "fits"
+    STALE = "stale"
+
+
+class Mappings:
+    """Looks at and closes mappings of this node; opening is `csi_driver.luks.device.open_device`."""
+
+    def __init__(self, mapper: DeviceMapper, holders: Holders) -> None:
+        self._mapper = mapper
+        self._holders = holders
+
+    def get(self, name: str) -> Device | None:
+        """The open mapping of that name."""
+        return self._mapper.get(name)
+
+    def names(self) -> list[str]:
+        """The names of all device-mapper devices of this node."""
+        return self._mapper.names()
+
+    def fit(self, mapping: Device | None, name: str, uuid: str) -> Fit:
+        """Judge a mapping by its UUID and table; whether its device is the volume's is the backend's to say.
+
+        STALE is a mapping made for this name that cannot be used: of another LUKS UUID, without a table, with another
+        target, or with its device gone. Raises MappingMismatch when somebody else's device has taken the name.
+        """
+        if mapping is None:
+            return Fit.ABSENT
+        if not (mapping.uuid.startswith(_UUID_PREFIX) and mapping.uuid.endswith(f"-{name}")):
+            raise MappingMismatch(
+                f"the device /dev/mapper/{name} has the UUID {mapping.uuid or '(none)'} and was not opened by this "
+                f"driver; remove it with `dmsetup remove {name}` if nothing needs it"
+            )
+        if mapping.uuid != dm_uuid(name, uuid) or self.backing(mapping) is None:
+            return Fit.STALE
+        return Fit.FITS
+
+    def backing(self, mapping: Device) -> tuple[int, int] | None:
+        """Major and minor number of the live device below a crypt mapping; None when there is none."""
+        if len(mapping.targets) != 1 or mapping.targets[0].type != "crypt" or len(mapping.backing) != 1:
+            return None
+        major, minor = mapping.backing[0]
+        return (major, minor) if Path(f"/sys/dev/block/{major}:{minor}").exists() else None
+
+    def close(self, name: str, uuid: str | None = None) -> None:
+        """Close the mapping and forget its volume key, also that of `uuid`; absent is fine, no key is needed.
+
+        Something that merely glances at the device (udev) is waited for, up to 3 s. Raises DeviceInUse naming who
+        keeps it busy.
+        """
+        mapping = self._mapper.get(name)
+        if mapping is not None:
+            self._remove(mapping)
+        for known in {uuid, luks_uuid(mapping.uuid, name) if mapping else None} - {None}:
+            keyring.unlink_from_user(volume_key_name(str(known)))
+
+    def _remove(self, mapping: Device) -> None:
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        pause = 0.01
+        while True:
+            try:
+                return self._mapper.remove(mapping.name)
+            except DeviceInUse:
+                if time.monotonic() > deadline:
+                    raise self._in_use(mapping) from None
+                time.sleep(pause)
+                pause *= 2
+
+    def _in_use(self, mapping: Device) -> DeviceInUse:
+        found = [
+            *self._holders.of_device(mapping.major, mapping.minor),
+            *self._holders.of_mount((mapping.major, mapping.minor)),
+        ]
+        who = describe(found) if found else "something that this process cannot see (another mount namespace)"
+        return DeviceInUse(f"the mapping {mapping.path} cannot be closed: it is kept busy by {who}; end that first")
+
+
+def dm_uuid(name: str, uuid: str) -> str:
+    """The device-mapper UUID that libcryptsetup gives a LUKS2 mapping."""
+    return f"{_UUID_PREFIX}{uuid.replace('-', '')}-{name}"
+
+
+def luks_uuid(dm_uuid: str, name: str) -> str | None:
+    """The LUKS UUID inside a mapping's device-mapper UUID; None when it is not one of libcryptsetup's."""
+    bare = dm_uuid.removeprefix(_UUID_PREFIX).removesuffix(f"-{name}")
+    if not dm_uuid.startswith(_UUID_PREFIX) or len(bare) != 32:
+        return None
+    return "-".join((bare[:8], bare[8:12], bare[12:16], bare[16:20], bare[20:]))

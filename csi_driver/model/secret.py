@@ -1,0 +1,22 @@
+"""Key material on its way from a request to the one worker that uses it."""
+
+
+class Passphrase:
+    """The exact bytes that open a LUKS2 key slot; shows nothing of them in repr, str or an exception."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: bytes) -> None:
+        self._value = value
+
+    def reveal(self) -> bytes:
+        """Return the bytes; only the worker that hands them to libcryptsetup calls this."""
+        return self._value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Passphrase) and self._value == other._value
+
+    __hash__ = None  # type: ignore[assignment]  # a secret is no key of a mapping
+
+    def __repr__(self) -> str:
+        return "Passphrase(…)"

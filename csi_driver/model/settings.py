@@ -1,0 +1,59 @@
+"""What an administrator can set; `csi_driver.cli.serve` gives each a flag and an environment variable."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+MIB = 1 << 20
+
+
+class Service(StrEnum):
+    """A CSI service of the server."""
+
+    IDENTITY = "identity"
+    CONTROLLER = "controller"
+    NODE = "node"
+
+
+class LogFormat(StrEnum):
+    """How log lines look."""
+
+    AUTO = "auto"
+    TEXT = "text"
+    JSON = "json"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Time limits in seconds and costs. `format` covers luksFormat and mkfs, `unlock` one key derivation."""
+
+    format_seconds: float = 300.0
+    unlock_seconds: float = 120.0
+    mount_seconds: float = 120.0
+    pbkdf_memory_kib: int = 64 * 1024
+    unlocks_at_once: int = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of `luks-csi serve`; sizes in bytes, times in seconds."""
+
+    endpoint: Path = Path("/run/luks-csi/csi.sock")
+    node_id: str = ""
+    driver_name: str = "luks.csi.internal"
+    services: frozenset[Service] = frozenset(Service)
+    state_dir: Path = Path("/var/lib/luks-csi")
+    kubelet_dir: Path = Path("/var/lib/kubelet")
+    backend: str = "loopfile"
+    free_space_floor: int = 1024 * MIB
+    threads: int = 16
+    grace_seconds: float = 20.0
+    log_format: LogFormat = LogFormat.AUTO
+    log_level: str = "info"
+    metrics_address: str | None = None
+    limits: Limits = Limits()
+
+    @property
+    def topology_key(self) -> str:
+        """The topology key under which a volume names its node."""
+        return f"topology.{self.driver_name}/node"

@@ -1,0 +1,110 @@
+"""A volume and what is recorded of it."""
+
+import hashlib
+import re
+from enum import StrEnum
+
+import msgspec
+
+_SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
+_HASHED_PREFIX = "x-"
+_MOST_ID_BYTES = 66
+
+
+class EncryptionState(StrEnum):
+    """Tag `encryption` of an encrypted volume (docs/architecture.md, "A volume's life")."""
+
+    PREPARED = "prepared"
+    FORMATTING = "formatting"
+    ENCRYPTED = "encrypted"
+
+
+class FileSystemState(StrEnum):
+    """Tag `filesystem`: what is known of the inside of a volume."""
+
+    NONE = "none"
+    MAKING = "making"
+    MADE = "made"
+    RAW = "raw"
+
+
+class LuksIdentity(msgspec.Struct, frozen=True, kw_only=True):
+    """What the device's LUKS2 header must say. Sizes in bytes, the key in bits.
+
+    `digest` is the hexadecimal digest of the volume key, pinned once our own key has opened the fresh header.
+    """
+
+    uuid: str
+    cipher: str
+    key_bits: int
+    sector_size: int
+    data_offset: int
+    digest: str | None = None
+
+
+class VolumeParameters(msgspec.Struct, frozen=True, kw_only=True):
+    """The StorageClass parameters of a volume, typed; None where the class says nothing.
+
+    docs/parameters.md tells each one's meaning; `csi_driver.volumes.parameters` reads them.
+    """
+
+    encrypted: bool = False
+    cipher: str | None = None
+    key_bits: int | None = None
+    hash: str | None = None
+    pbkdf: str | None = None
+    pbkdf_memory_kib: int | None = None
+    pbkdf_iterations: int | None = None
+    sector_size: int | None = None
+    discard: bool = False
+    no_read_workqueue: bool = False
+    no_write_workqueue: bool = False
+    mkfs_options: tuple[str, ...] = ()
+    fs_type: str | None = None
+    backend: str | None = None
+    replicas: int = 1
+    claim: str | None = None
+
+
+class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """All that is recorded of a volume, outside its device. `capacity_bytes` is what a pod sees.
+
+    `revision` counts the writes: an update names the revision it was made from (compare-and-swap).
+    """
+
+    id: str
+    name: str
+    capacity_bytes: int
+    parameters: VolumeParameters
+    encryption: EncryptionState | None = None
+    luks: LuksIdentity | None = None
+    file_system: FileSystemState = FileSystemState.NONE
+    made_fs_type: str | None = None
+    created: str
+    revision: int = 0
+
+    @property
+    def mapping_name(self) -> str:
+        """Name of the volume's open LUKS device below /dev/mapper."""
+        return mapping_name(self.id)
+
+
+def mapping_name(volume_id: str) -> str:
+    """Name of the mapping of `volume_id` below /dev/mapper."""
+    return f"luks-{volume_id}"
+
+
+def volume_id_for(name: str) -> str:
+    """The id of the volume that CreateVolume calls `name`: the name where it is short and safe, else a hash of it.
+
+    Derived, so that CreateVolume is idempotent without a scan; at most 66 bytes, so that mapping name and
+    device-mapper UUID (128 bytes, <linux/dm-ioctl.h>) hold it.
+    """
+    if _SAFE_NAME.fullmatch(name) and not name.startswith(_HASHED_PREFIX):
+        return name
+    return _HASHED_PREFIX + hashlib.sha256(name.encode()).hexdigest()
+
+
+def is_volume_id(text: str) -> bool:
+    """Whether `text` can be an id of ours; anything else never reaches a path."""
+    return len(text) <= _MOST_ID_BYTES and re.fullmatch(r"[a-z0-9][a-z0-9.-]*", text) is not None

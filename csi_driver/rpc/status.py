@@ -1,0 +1,62 @@
+"""Errors as gRPC status: the one table, and the words for what nobody foresaw."""
+
+import errno
+import os
+from collections.abc import Mapping
+
+import grpc
+
+from csi_driver.model import errors
+
+CODES: Mapping[type[Exception], grpc.StatusCode] = {
+    errors.DriverError: grpc.StatusCode.INTERNAL,
+    errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.OutOfRange: grpc.StatusCode.OUT_OF_RANGE,
+    errors.NotFound: grpc.StatusCode.NOT_FOUND,
+    errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.FailedPrecondition: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.Aborted: grpc.StatusCode.ABORTED,
+    errors.InvalidToken: grpc.StatusCode.ABORTED,
+    errors.ResourceExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.CommandFailed: grpc.StatusCode.INTERNAL,
+    # What the generated servicers raise for a call that this driver leaves out.
+    NotImplementedError: grpc.StatusCode.UNIMPLEMENTED,
+}
+"""Of an error's class and its bases the most derived one that is here decides."""
+
+# grpc-message travels in a header, and peers bound those (8 KiB in all is common).
+_LONGEST_TEXT = 2000
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def code_of(error: Exception) -> grpc.StatusCode:
+    """The code of any error; INTERNAL for what is neither in the table nor a full disk."""
+    for base in type(error).__mro__:
+        if (code := CODES.get(base)) is not None:
+            return code
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        return grpc.StatusCode.RESOURCE_EXHAUSTED
+    return grpc.StatusCode.INTERNAL
+
+
+def text_of(error: Exception, method: str, request_id: str) -> str:
+    """One sentence for the caller.
+
+    An error that was not raised on purpose may quote what it was given, secrets among it: of those only the kind is
+    told, and where to find the place in the log.
+    """
+    if isinstance(error, errors.DriverError):
+        text = str(error)
+        return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}…"
+    if isinstance(error, NotImplementedError):
+        return f"this driver does not offer {method}"
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        return f"{method} failed: {os.strerror(error.errno)} in the driver's state directory; free space there"
+    if isinstance(error, OSError) and error.errno is not None:
+        kind = f"a system call ended with {errno.errorcode.get(error.errno, error.errno)}, {os.strerror(error.errno)}"
+    else:
+        kind = f"{type(error).__name__}, which nobody foresaw"
+    return f"{method} failed: {kind}; the driver's log tells where, look for request {request_id}"

@@ -1,0 +1,120 @@
+"""The driver as a whole: every collaborator made once and handed to those who need it."""
+
+from dataclasses import dataclass, field
+
+from csi_driver.backends.base import Backend
+from csi_driver.backends.loopfile import LoopfileBackend
+from csi_driver.backends.records import RecordCodec
+from csi_driver.host.commands import Commands
+from csi_driver.host.devicemapper import DeviceMapper
+from csi_driver.host.files import Files
+from csi_driver.host.holders import Holders
+from csi_driver.host.locks import VolumeLocks
+from csi_driver.host.loop import LoopDevices
+from csi_driver.host.mounts import Mounts
+from csi_driver.host.workers import Workers
+from csi_driver.luks.mapping import Mappings
+from csi_driver.model.errors import FailedPrecondition
+from csi_driver.model.settings import Settings
+from csi_driver.model.volume import mapping_name
+from csi_driver.volumes.encryption import Encryption
+from csi_driver.volumes.expand import Expansion
+from csi_driver.volumes.filesystem import FileSystems
+from csi_driver.volumes.health import Health
+from csi_driver.volumes.provision import Provisioning
+from csi_driver.volumes.publish import Publishing
+from csi_driver.volumes.stage import Staging
+from csi_driver.volumes.stages import Stages
+from csi_driver.volumes.usage import Usages
+
+WARM = (
+    "csi_driver.luks.device",
+    "csi_driver.host.mounts",
+    "csi_driver.host.signatures",
+    "csi_driver.luks.libcryptsetup:load_library_if_present",
+)
+"""What workers need, loaded ahead in their launcher."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """The operating system's seams; tests that inject faults put theirs here."""
+
+    files: Files = field(default_factory=Files)
+    commands: Commands = field(default_factory=Commands)
+    workers: Workers = field(default_factory=lambda: Workers(WARM))
+    loops: LoopDevices = field(default_factory=LoopDevices)
+    mapper: DeviceMapper = field(default_factory=DeviceMapper)
+    mounts: Mounts = field(default_factory=Mounts)
+    holders: Holders = field(default_factory=Holders)
+
+
+@dataclass(frozen=True)
+class Driver:
+    """The use cases, ready to be called."""
+
+    settings: Settings
+    workers: Workers
+    locks: VolumeLocks
+    backend: LoopfileBackend
+    mappings: Mappings
+    encryption: Encryption
+    provisioning: Provisioning
+    staging: Staging
+    publishing: Publishing
+    expansion: Expansion
+    usage: Usages
+    health: Health
+
+    def start(self) -> None:
+        """Make the folders, start the worker launcher, and resume what a killed resize left suspended.
+
+        Raises FailedPrecondition when the state directory cannot be made.
+        """
+        try:
+            for folder in ("locks", "stages"):
+                (self.settings.state_dir / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.backend.prepare()
+        except OSError as error:
+            raise FailedPrecondition(
+                f"the state directory {self.settings.state_dir} cannot be made ({error.strerror}); make it a writable "
+                f"folder"
+            ) from None
+        self.workers.start()
+
+    def recover(self) -> None:
+        """Resume what a killed resize left suspended. Raises FailedPrecondition without device-mapper."""
+        for name in self.mappings.names():
+            if name.startswith(mapping_name("")):
+                self.encryption.resume(name)
+
+    def stop(self) -> None:
+        """End the worker launcher; what is staged stays staged."""
+        self.workers.stop()
+
+
+def build_driver(settings: Settings, host: Host | None = None) -> Driver:
+    """Put the driver together; nothing is started or touched yet."""
+    host = host or Host()
+    state = settings.state_dir
+    backend = LoopfileBackend(state / "loopfile", settings.free_space_floor, host.files, host.loops, RecordCodec())
+    seam: Backend = backend
+    mappings = Mappings(host.mapper, host.holders)
+    stages = Stages(state / "stages", host.files)
+    locks = VolumeLocks(state / "locks", host.holders)
+    encryption = Encryption(host.workers, mappings, settings.limits)
+    file_systems = FileSystems(host.workers, host.commands, host.mounts, settings.limits)
+    return Driver(
+        settings=settings,
+        workers=host.workers,
+        locks=locks,
+        backend=backend,
+        mappings=mappings,
+        encryption=encryption,
+        provisioning=Provisioning(settings, seam, locks),
+        staging=Staging(seam, stages, host.workers, encryption, file_systems, mappings, host.mounts, host.holders),
+        publishing=Publishing(seam, stages, host.mounts),
+        expansion=Expansion(seam, stages, host.workers, encryption, file_systems, host.mounts),
+        usage=Usages(seam, stages, host.mounts),
+        health=Health(settings, seam, host.workers, host.commands, host.mapper, mappings, host.mounts),
+    )

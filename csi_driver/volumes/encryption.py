@@ -1,0 +1,263 @@
+"""Encrypted staging: from `prepared` through `formatting` to `encrypted`, and the open mapping.
+
+docs/architecture.md, "A volume's life", is the table this module carries out. Every state is durable before the step
+that it announces, and the device is formatted in `prepared` and `formatting` only.
+"""
+
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import msgspec
+import structlog
+
+from csi_driver.backends.base import AttachedDevice, Backend
+from csi_driver.host.devicemapper import DeviceMapper
+from csi_driver.host.workers import Workers
+from csi_driver.luks import device as luks
+from csi_driver.luks.blank import prove_blank
+from csi_driver.luks.formats import LuksFormat
+from csi_driver.luks.header_rules import Limits as HeaderLimits
+from csi_driver.luks.mapping import Fit, Mappings
+from csi_driver.model.errors import DeadlineExceeded, DeviceInUse, FailedPrecondition
+from csi_driver.model.secret import Passphrase
+from csi_driver.model.settings import Limits
+from csi_driver.model.volume import EncryptionState, FileSystemState, LuksIdentity, VolumeRecord
+
+_log = structlog.get_logger(__name__)
+
+
+class Encryption:
+    """Formats, opens, resizes and closes the LUKS2 device of a volume; callers hold the volume's lock."""
+
+    def __init__(self, workers: Workers, mappings: Mappings, limits: Limits) -> None:
+        self._workers = workers
+        self._mappings = mappings
+        self._limits = limits
+        self._header_limits = HeaderLimits(memory_kib=limits.pbkdf_memory_kib)
+        self._unlocks = threading.BoundedSemaphore(limits.unlocks_at_once)
+
+    def open(
+        self,
+        backend: Backend,
+        record: VolumeRecord,
+        device: AttachedDevice,
+        chosen: LuksFormat,
+        passphrase: Passphrase,
+        undo: ExitStack,
+    ) -> VolumeRecord:
+        """Bring the volume to `encrypted` if it never was, and open its mapping; `undo` gets what closes it again.
+
+        A mapping that is open and in use is used again if device, UUID and key fit; one that nobody uses is opened
+        anew, whatever left it there.
+        """
+        if record.encryption in (EncryptionState.PREPARED, EncryptionState.FORMATTING):
+            self._refuse_open_mapping(record)
+            record = self._format(backend, record, device, chosen, passphrase)
+        identity = _identity(record)
+        if self._reuse(backend, record, device, passphrase):
+            return record
+        undo.callback(self._mappings.close, record.mapping_name, identity.uuid)
+        parameters = record.parameters
+        opening = luks.Opening(
+            record.mapping_name, parameters.discard, parameters.no_read_workqueue, parameters.no_write_workqueue
+        )
+        with self._unlocking(record.id):
+            self._workers.call(
+                f"luks-open of {_where(record, device)}",
+                self._limits.unlock_seconds,
+                luks.open_device,
+                _where(record, device),
+                device.path,
+                device_size(record),
+                identity,
+                self._header_limits,
+                passphrase,
+                opening,
+            )
+        mapping = self._mappings.get(record.mapping_name)
+        if self._mappings.fit(mapping, record.mapping_name, identity.uuid) is not Fit.FITS:
+            raise FailedPrecondition(
+                f"the mapping {record.mapping_name} of {_where(record, device)} was opened and is gone; is another "
+                f"program closing it?"
+            )
+        return record
+
+    def fits(self, backend: Backend, record: VolumeRecord) -> bool:
+        """Whether the volume's mapping is open, of the recorded UUID and on the volume's own live device."""
+        if record.luks is None:
+            return False
+        mapping = self._mappings.get(record.mapping_name)
+        if self._mappings.fit(mapping, record.mapping_name, record.luks.uuid) is not Fit.FITS or mapping is None:
+            return False
+        backing = self._mappings.backing(mapping)
+        return backing is not None and backend.is_device_of(record.id, *backing)
+
+    def resume(self, mapping_name: str) -> None:
+        """Let I/O flow again through a mapping that a killed resize left suspended."""
+        mapping = self._mappings.get(mapping_name)
+        if mapping is not None and mapping.suspended:
+            self._workers.call(
+                f"luks-resume of the mapping {mapping_name}",
+                self._limits.mount_seconds,
+                DeviceMapper().resume,
+                mapping_name,
+            )
+            _log.warning("a mapping that was left suspended was resumed", mapping=mapping_name)
+
+    def resize(self, record: VolumeRecord, device: AttachedDevice, passphrase: Passphrase | None) -> None:
+        """Let the open mapping show the recorded capacity; without a passphrase the kernel's key serves."""
+        self._workers.call(
+            f"luks-resize of {_where(record, device)}",
+            self._limits.unlock_seconds,
+            luks.resize_mapping,
+            _where(record, device),
+            device.path,
+            record.mapping_name,
+            record.capacity_bytes,
+            _identity(record),
+            self._header_limits,
+            passphrase,
+        )
+
+    def _format(
+        self,
+        backend: Backend,
+        record: VolumeRecord,
+        device: AttachedDevice,
+        chosen: LuksFormat,
+        passphrase: Passphrase,
+    ) -> VolumeRecord:
+        where = _where(record, device)
+        if record.encryption is EncryptionState.PREPARED:
+            self._workers.call(
+                f"luks-blank proof of {where}",
+                self._limits.format_seconds,
+                prove_blank,
+                where,
+                device.path,
+                record.capacity_bytes + chosen.data_offset,
+            )
+            identity = LuksIdentity(
+                uuid=str(uuid.uuid4()),
+                cipher=chosen.cipher,
+                key_bits=chosen.key_bits,
+                sector_size=chosen.sector_size,
+                data_offset=chosen.data_offset,
+            )
+            record = backend.update(
+                msgspec.structs.replace(record, encryption=EncryptionState.FORMATTING, luks=identity)
+            )
+        identity = _identity(record)
+        chosen = LuksFormat(
+            cipher=identity.cipher,
+            key_bits=identity.key_bits,
+            hash=chosen.hash,
+            pbkdf=chosen.pbkdf,
+            memory_kib=chosen.memory_kib,
+            iterations=chosen.iterations,
+            sector_size=identity.sector_size,
+            data_offset=identity.data_offset,
+        )
+        with self._unlocking(record.id):
+            digest = self._workers.call(
+                f"luks-format of {where}",
+                self._limits.format_seconds,
+                luks.format_device,
+                where,
+                device.path,
+                device_size(record),
+                chosen,
+                identity,
+                self._header_limits,
+                passphrase,
+            )
+        record = backend.update(
+            msgspec.structs.replace(
+                record,
+                encryption=EncryptionState.ENCRYPTED,
+                luks=msgspec.structs.replace(identity, digest=digest),
+            )
+        )
+        _log.info("volume formatted", volume_id=record.id, device=device.path, luks_uuid=identity.uuid)
+        return record
+
+    def _reuse(self, backend: Backend, record: VolumeRecord, device: AttachedDevice, passphrase: Passphrase) -> bool:
+        """Whether an open mapping serves; one that does not is closed."""
+        identity = _identity(record)
+        mapping = self._mappings.get(record.mapping_name)
+        fit = self._mappings.fit(mapping, record.mapping_name, identity.uuid)
+        if mapping is None:
+            return False
+        usable = fit is Fit.FITS and self.fits(backend, record)
+        if usable:
+            self.resume(record.mapping_name)
+        if not usable or mapping.open_count == 0:
+            try:
+                self._mappings.close(record.mapping_name, identity.uuid)
+            except DeviceInUse as busy:
+                if usable:
+                    raise
+                raise DeviceInUse(
+                    f"an old mapping of volume {record.id} cannot be used, as its device or LUKS UUID is not the "
+                    f"volume's, and it is in use: {busy}"
+                ) from None
+            return False
+        with self._unlocking(record.id):
+            self._workers.call(
+                f"luks-unlock of {_where(record, device)}",
+                self._limits.unlock_seconds,
+                luks.check_passphrase,
+                _where(record, device),
+                device.path,
+                device_size(record),
+                identity,
+                self._header_limits,
+                passphrase,
+            )
+        return True
+
+    def _refuse_open_mapping(self, record: VolumeRecord) -> None:
+        """A mapping of a volume that was never formatted is a leftover of an earlier volume of the same name."""
+        mapping = self._mappings.get(record.mapping_name)
+        self._mappings.fit(mapping, record.mapping_name, "")
+        self._mappings.close(record.mapping_name, record.luks.uuid if record.luks else None)
+
+    @contextmanager
+    def _unlocking(self, volume_id: str) -> Iterator[None]:
+        """Bounds how many key derivations run at once: each takes the memory its key slot says."""
+        if not self._unlocks.acquire(timeout=self._limits.unlock_seconds):
+            raise DeadlineExceeded(
+                f"volume {volume_id} waited {self._limits.unlock_seconds:g} s for other volumes to be unlocked; the "
+                f"call may be repeated"
+            )
+        try:
+            yield
+        finally:
+            self._unlocks.release()
+
+
+def device_size(record: VolumeRecord) -> int:
+    """Bytes that the volume's device must have: its capacity and, encrypted, the room before the payload."""
+    return record.capacity_bytes + (record.luks.data_offset if record.luks else 0)
+
+
+def raw_if_unseen(record: VolumeRecord) -> VolumeRecord:
+    """The record of a volume that is about to be shown as a block device."""
+    if record.file_system in (FileSystemState.NONE, FileSystemState.MAKING):
+        return msgspec.structs.replace(record, file_system=FileSystemState.RAW)
+    return record
+
+
+def _where(record: VolumeRecord, device: AttachedDevice) -> str:
+    return f"volume {record.id} on {device.path}"
+
+
+def _identity(record: VolumeRecord) -> LuksIdentity:
+    if record.luks is None:
+        raise FailedPrecondition(
+            f"the record of volume {record.id} says it is {record.encryption} and names no LUKS UUID; restore the "
+            f"record from a backup"
+        )
+    return record.luks

@@ -1,0 +1,130 @@
+"""File systems inside volumes: made once, never again, grown when the volume grows."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+import structlog
+
+from csi_driver.backends.base import Backend
+from csi_driver.host import blockdev
+from csi_driver.host.commands import Commands
+from csi_driver.host.mounts import Mounts
+from csi_driver.host.signatures import read_signature
+from csi_driver.host.workers import Workers
+from csi_driver.luks.blank import prove_blank
+from csi_driver.model.errors import FailedPrecondition, OutOfRange
+from csi_driver.model.settings import Limits
+from csi_driver.model.volume import FileSystemState, VolumeRecord
+from csi_driver.volumes.parameters import DEFAULT_FILE_SYSTEM, FILE_SYSTEMS, check_mkfs_options
+
+_log = structlog.get_logger(__name__)
+_MIB = 1 << 20
+
+LEAST_BYTES: Mapping[str, int] = {"ext4": 1 * _MIB, "xfs": 300 * _MIB, "btrfs": 109 * _MIB}
+"""The smallest volume that mkfs of each file system takes."""
+
+_MKFS: Mapping[str, Sequence[str]] = {
+    # What a fresh mapping has never written reads as noise: so no assume_storage_prezeroed and no lazy_journal_init.
+    "ext4": ("mkfs.ext4", "-q", "-F", "-m0", "-E", "nodiscard,lazy_itable_init=1"),
+    "xfs": ("mkfs.xfs", "-q", "-f", "-K"),
+    "btrfs": ("mkfs.btrfs", "-q", "-f", "-K"),
+}
+_GROW: Mapping[str, Callable[[str, str], Sequence[str]]] = {
+    "ext4": lambda device, _: ("resize2fs", device),
+    "xfs": lambda _, mounted_at: ("xfs_growfs", "-d", mounted_at),
+    "btrfs": lambda _, mounted_at: ("btrfs", "filesystem", "resize", "max", mounted_at),
+}
+
+
+class FileSystems:
+    """Makes, finds, mounts and grows the file system of a volume; callers hold the volume's lock."""
+
+    def __init__(self, workers: Workers, commands: Commands, mounts: Mounts, limits: Limits) -> None:
+        self._workers = workers
+        self._commands = commands
+        self._mounts = mounts
+        self._limits = limits
+
+    def ensure(
+        self, backend: Backend, record: VolumeRecord, device: str, fs_type: str | None
+    ) -> tuple[VolumeRecord, str]:
+        """The volume's file system, made if nobody has seen the inside yet; returns record and type.
+
+        `fs_type` is what the pod asks for; None takes what is there or the default. Raises FailedPrecondition when
+        there is another one, or none on a volume that was shown as a block device.
+        """
+        if record.file_system is FileSystemState.MADE:
+            found = record.made_fs_type
+        elif record.file_system is FileSystemState.RAW:
+            found = self._find(record, device)
+        else:
+            wanted = fs_type or record.parameters.fs_type or DEFAULT_FILE_SYSTEM
+            return self._make(backend, record, device, wanted), wanted
+        if found is None or fs_type not in (None, found):
+            raise FailedPrecondition(
+                f"volume {record.id} holds the file system {found or '(unknown)'} and {fs_type} was asked for; it is "
+                f"never made anew, ask for {found or 'the one that is there'}"
+            )
+        return record, found
+
+    def mount(self, record: VolumeRecord, device: str, path: str, fs_type: str, flags: int, data: str) -> None:
+        """Mount the volume's file system, in a worker: a journal is replayed from the device."""
+        self._workers.call(
+            f"luks-mount of volume {record.id} at {path}",
+            self._limits.mount_seconds,
+            self._mounts.mount,
+            device,
+            path,
+            fs_type,
+            flags,
+            data,
+        )
+
+    def unmount(self, volume_id: str, path: str) -> None:
+        """Unmount, in a worker: the file system writes back what it holds."""
+        self._workers.call(
+            f"luks-umount of volume {volume_id} at {path}", self._limits.mount_seconds, self._mounts.unmount, path
+        )
+
+    def grow(self, volume_id: str, fs_type: str, device: str, mounted_at: str) -> None:
+        """Let the mounted file system fill its device; one that fills it already stays as it is."""
+        self._commands.run(_GROW[fs_type](device, mounted_at), timeout=self._limits.format_seconds)
+        _log.info("file system grown", volume_id=volume_id, fs_type=fs_type)
+
+    def _make(self, backend: Backend, record: VolumeRecord, device: str, fs_type: str) -> VolumeRecord:
+        check_mkfs_options(fs_type, record.parameters.mkfs_options)
+        if record.capacity_bytes < LEAST_BYTES[fs_type]:
+            raise OutOfRange(
+                f"volume {record.id} has {record.capacity_bytes} bytes and {fs_type} wants at least "
+                f"{LEAST_BYTES[fs_type]}; ask for a larger volume or another file system"
+            )
+        if record.file_system is FileSystemState.NONE:
+            if record.encryption is None:
+                self._workers.call(
+                    f"luks-blank proof of volume {record.id} on {device}",
+                    self._limits.format_seconds,
+                    prove_blank,
+                    f"volume {record.id} on {device}",
+                    device,
+                    record.capacity_bytes,
+                )
+            record = backend.update(msgspec.structs.replace(record, file_system=FileSystemState.MAKING))
+        argv = [*_MKFS[fs_type], *record.parameters.mkfs_options, device]
+        self._commands.run(argv, timeout=self._limits.format_seconds)
+        self._workers.call(
+            f"luks-sync of volume {record.id}", self._limits.format_seconds, blockdev.fsync_device, device
+        )
+        record = backend.update(msgspec.structs.replace(record, file_system=FileSystemState.MADE, made_fs_type=fs_type))
+        _log.info("file system made", volume_id=record.id, fs_type=fs_type)
+        return record
+
+    def _find(self, record: VolumeRecord, device: str) -> str:
+        found = self._workers.call(
+            f"luks-read of volume {record.id}", self._limits.mount_seconds, read_signature, device
+        )
+        if found not in FILE_SYSTEMS:
+            raise FailedPrecondition(
+                f"volume {record.id} was used as a block device and never gets a file system made on it; it holds "
+                f"{found or 'no file system that is known here'}, so use it as a block device again"
+            )
+        return found

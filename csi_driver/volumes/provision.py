@@ -1,0 +1,307 @@
+"""The controller's use cases: create, delete, find, list, enlarge volumes, and tell the room there is."""
+
+import bisect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import msgspec
+import structlog
+
+from csi_driver.backends.base import Backend
+from csi_driver.host.locks import VolumeLocks
+from csi_driver.keys.secret import SecretKey
+from csi_driver.luks import formats
+from csi_driver.model.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    InvalidToken,
+    NotFound,
+    OutOfRange,
+    ResourceExhausted,
+)
+from csi_driver.model.settings import Settings
+from csi_driver.model.volume import EncryptionState, VolumeParameters, VolumeRecord, is_volume_id, volume_id_for
+from csi_driver.volumes import capability as capabilities
+from csi_driver.volumes.capability import Capability
+from csi_driver.volumes.context import check_context, volume_context
+from csi_driver.volumes.encryption import device_size
+from csi_driver.volumes.filesystem import LEAST_BYTES
+from csi_driver.volumes.parameters import DEFAULT_FILE_SYSTEM, check_mkfs_options, luks_format, read_parameters
+
+_log = structlog.get_logger(__name__)
+
+DEFAULT_BYTES = 1 << 30
+_LEAST_BYTES = 1 << 20
+_LARGEST_BYTES = (1 << 63) - (1 << 30)
+_LONGEST_NAME = 128
+_TOKEN_PREFIX = "after:"
+
+
+@dataclass(frozen=True)
+class CreateRequest:
+    """What CreateVolume brings; sizes in bytes, 0 means not said. `topologies` are the segments to choose from."""
+
+    name: str
+    required_bytes: int
+    limit_bytes: int
+    capabilities: tuple[Capability, ...]
+    parameters: Mapping[str, str]
+    key: SecretKey
+    topologies: tuple[Mapping[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class VolumeView:
+    """A volume as the controller shows it."""
+
+    record: VolumeRecord
+    context: dict[str, str]
+    topology: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Bytes that new volumes may take in all, and the largest that one of them may have."""
+
+    available: int
+    maximum: int
+
+
+class Provisioning:
+    """Makes and removes volumes on this node's backend; callers hold the volume's lock where it changes."""
+
+    def __init__(self, settings: Settings, backend: Backend, locks: VolumeLocks) -> None:
+        self._settings = settings
+        self._backend = backend
+        self._locks = locks
+
+    def create(self, request: CreateRequest) -> VolumeView:
+        """Make the volume of that name, or find it. Nothing is formatted yet: the volume is only tagged.
+
+        Raises InvalidArgument, OutOfRange, AlreadyExists (same name, other properties), ResourceExhausted (no room,
+        or none of the wished topologies is this node).
+        """
+        if not request.name or len(request.name.encode()) > _LONGEST_NAME:
+            raise InvalidArgument(f"a volume's name must have 1 to {_LONGEST_NAME} bytes")
+        capabilities.check(request.capabilities)
+        parameters = self._parameters(request)
+        capacity = _choose_capacity(request, parameters)
+        self._check_topology(request.topologies)
+        volume_id = volume_id_for(request.name)
+        try:
+            found = self._backend.get(volume_id)
+        except NotFound:
+            return self._view(self._make(request, volume_id, parameters, capacity))
+        _check_same(found, request, parameters)
+        return self._view(found)
+
+    def delete(self, volume_id: str) -> None:
+        """Remove the volume; an unknown one is fine, no key is needed. Raises DeviceInUse while it is staged."""
+        self._backend.delete(volume_id)
+        self._locks.forget(volume_id)
+        _log.info("volume deleted", volume_id=volume_id)
+
+    def get(self, volume_id: str) -> VolumeView:
+        """Find a volume. Raises NotFound."""
+        if not is_volume_id(volume_id):
+            raise NotFound(f"volume {volume_id!r} does not exist: it is no id of this driver")
+        return self._view(self._backend.get(volume_id))
+
+    def list(self, max_entries: int, starting_token: str) -> tuple[list[VolumeView], str]:
+        """A page of volumes in the order of their ids, and the token of the next page ("" after the last).
+
+        A token names the last id given out, so pages stay right while volumes come and go. Raises InvalidToken.
+        """
+        if max_entries < 0:
+            raise InvalidArgument(f"max_entries is {max_entries}; it must not be negative")
+        ids = self._backend.ids()
+        start = bisect.bisect_right(ids, _last_id(starting_token)) if starting_token else 0
+        end = len(ids) if max_entries == 0 else start + max_entries
+        views = []
+        for volume_id in ids[start:end]:
+            try:
+                views.append(self._view(self._backend.get(volume_id)))
+            except NotFound:
+                continue  # deleted since the listing
+            except FailedPrecondition as error:
+                _log.warning("volume left out of the list", volume_id=volume_id, error=str(error))
+        return views, f"{_TOKEN_PREFIX}{ids[end - 1]}" if end < len(ids) else ""
+
+    def capacity(
+        self, given: Mapping[str, str], topology: Mapping[str, str] | None, wanted: Sequence[Capability]
+    ) -> Capacity:
+        """Room for volumes of these parameters, as a pod would see it; 0 where such a volume cannot be."""
+        parameters = read_parameters(given)
+        if topology and topology.get(self._settings.topology_key) != self._settings.node_id:
+            return Capacity(0, 0)
+        if any(capabilities.refusal(capability) for capability in wanted):
+            return Capacity(0, 0)
+        overhead = formats.DATA_OFFSET if parameters.encrypted else 0
+        room = max(0, self._backend.space().available - overhead)
+        return Capacity(room, min(room, _LARGEST_BYTES))
+
+    def refusal(
+        self,
+        volume_id: str,
+        context: Mapping[str, str],
+        parameters: Mapping[str, str],
+        wanted: Sequence[Capability],
+    ) -> str | None:
+        """Why the volume does not have these capabilities and properties; None when it has. Raises NotFound."""
+        record = self.get(volume_id).record
+        check_context(record, context)
+        for capability in wanted:
+            if reason := capabilities.refusal(capability):
+                return reason
+        if parameters and _without_claim(read_parameters(parameters)) != _without_claim(record.parameters):
+            return f"volume {volume_id} was made with other parameters"
+        return None
+
+    def expand(self, volume_id: str, required_bytes: int, limit_bytes: int) -> int:
+        """Enlarge the device and the recorded capacity; returns the capacity in bytes. It never shrinks.
+
+        Raises NotFound, OutOfRange, ResourceExhausted. The node does the rest (NodeExpandVolume).
+        """
+        record = self.get(volume_id).record
+        return grow_device(self._backend, record, required_bytes, limit_bytes).capacity_bytes
+
+    def _parameters(self, request: CreateRequest) -> VolumeParameters:
+        parameters = read_parameters(request.parameters)
+        if parameters.backend not in (None, self._backend.name):
+            raise InvalidArgument(
+                f"the parameter backend is {parameters.backend!r} and this driver serves {self._backend.name!r}; "
+                f"correct it or leave it out"
+            )
+        chosen = luks_format(parameters, request.key)
+        limit = self._settings.limits.pbkdf_memory_kib
+        if parameters.encrypted and chosen.memory_kib > limit:
+            raise InvalidArgument(
+                f"the parameter pbkdfMemory is {chosen.memory_kib} KiB and this driver allows {limit} KiB, so that "
+                f"every node can open the volume again; choose less or raise --pbkdf-memory-limit on all nodes"
+            )
+        for fs_type in {capability.fs_type for capability in request.capabilities if not capability.block} - {None}:
+            if parameters.fs_type not in (None, fs_type):
+                raise InvalidArgument(
+                    f"the parameter fstype is {parameters.fs_type} and the volume's capability says {fs_type}; make "
+                    f"them equal or leave one out"
+                )
+            parameters = msgspec.structs.replace(parameters, fs_type=fs_type)
+        check_mkfs_options(parameters.fs_type or DEFAULT_FILE_SYSTEM, parameters.mkfs_options)
+        return parameters
+
+    def _check_topology(self, topologies: Sequence[Mapping[str, str]]) -> None:
+        here = {self._settings.topology_key: self._settings.node_id}
+        if topologies and not any(all(here.get(k) == v for k, v in segments.items()) for segments in topologies):
+            raise ResourceExhausted(
+                f"the volume cannot be made on node {self._settings.node_id}: none of the wished topologies is this "
+                f"node's {self._settings.topology_key}"
+            )
+
+    def _make(
+        self, request: CreateRequest, volume_id: str, parameters: VolumeParameters, capacity: int
+    ) -> VolumeRecord:
+        record = VolumeRecord(
+            id=volume_id,
+            name=request.name,
+            capacity_bytes=capacity,
+            parameters=parameters,
+            encryption=EncryptionState.PREPARED if parameters.encrypted else None,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        size = capacity + (formats.DATA_OFFSET if parameters.encrypted else 0)
+        record = self._backend.create(record, size)
+        _log.info("volume created", volume_id=volume_id, capacity_bytes=capacity, encrypted=parameters.encrypted)
+        return record
+
+    def _view(self, record: VolumeRecord) -> VolumeView:
+        return VolumeView(
+            record,
+            volume_context(record, self._backend.name),
+            {self._settings.topology_key: self._settings.node_id},
+        )
+
+
+def grow_device(backend: Backend, record: VolumeRecord, required_bytes: int, limit_bytes: int) -> VolumeRecord:
+    """Enlarge device and record to `required_bytes`, rounded up to the volume's sectors; returns the record.
+
+    The device grows before the record says so: a crash between leaves a device that is too long, never one too short.
+    """
+    capacity = _round_up(required_bytes, record.parameters)
+    if limit_bytes and max(capacity, record.capacity_bytes) > limit_bytes:
+        raise OutOfRange(
+            f"volume {record.id} cannot have at most {limit_bytes} bytes: it has {record.capacity_bytes} and "
+            f"{required_bytes} are required"
+        )
+    _check_possible(capacity, record.parameters)
+    if capacity <= record.capacity_bytes:
+        return record
+    grown = msgspec.structs.replace(record, capacity_bytes=capacity)
+    offset = formats.DATA_OFFSET if record.encryption else 0
+    backend.grow(record.id, max(device_size(grown), capacity + offset))
+    return backend.update(grown)
+
+
+def _choose_capacity(request: CreateRequest, parameters: VolumeParameters) -> int:
+    required, limit = request.required_bytes, request.limit_bytes
+    if required < 0 or limit < 0 or (limit and required > limit):
+        raise InvalidArgument(f"the capacity range from {required} to {limit} bytes is none")
+    fs_types = {c.fs_type or parameters.fs_type or DEFAULT_FILE_SYSTEM for c in request.capabilities if not c.block}
+    least = max([_LEAST_BYTES, *(LEAST_BYTES[fs_type] for fs_type in fs_types)])
+    capacity = _round_up(max(required or DEFAULT_BYTES, least), parameters)
+    if limit and not required:
+        capacity = min(capacity, limit - limit % _sector(parameters))
+    if limit and not least <= capacity <= limit:
+        raise OutOfRange(
+            f"no size from {required} to {limit} bytes can be made: such a volume has at least {least} bytes, in "
+            f"sectors of {_sector(parameters)}"
+        )
+    _check_possible(capacity, parameters)
+    return capacity
+
+
+def _check_possible(capacity: int, parameters: VolumeParameters) -> None:
+    if capacity > _LARGEST_BYTES:
+        raise OutOfRange(f"{capacity} bytes are more than a device can have ({_LARGEST_BYTES})")
+    if parameters.encrypted and (parameters.cipher or "").endswith("-plain") and capacity > formats.PLAIN_IV_LIMIT:
+        raise OutOfRange(
+            f"the cipher {parameters.cipher} repeats its IV past {formats.PLAIN_IV_LIMIT} bytes and {capacity} are "
+            f"wanted; choose aes-xts-plain64"
+        )
+
+
+def _check_same(found: VolumeRecord, request: CreateRequest, parameters: VolumeParameters) -> None:
+    differences = []
+    if found.name != request.name:
+        differences.append(f"the name {found.name!r}")
+    if found.capacity_bytes < request.required_bytes or (
+        request.limit_bytes and found.capacity_bytes > request.limit_bytes
+    ):
+        differences.append(f"{found.capacity_bytes} bytes")
+    if _without_claim(found.parameters) != _without_claim(parameters):
+        differences.append("other parameters or another file system")
+    if differences:
+        raise AlreadyExists(
+            f"volume {found.id} exists with {' and '.join(differences)}; delete it or choose another name"
+        )
+
+
+def _without_claim(parameters: VolumeParameters) -> VolumeParameters:
+    return msgspec.structs.replace(parameters, claim=None)
+
+
+def _sector(parameters: VolumeParameters) -> int:
+    return parameters.sector_size or formats.LuksFormat.sector_size
+
+
+def _round_up(size: int, parameters: VolumeParameters) -> int:
+    sector = _sector(parameters)
+    return -(-size // sector) * sector
+
+
+def _last_id(token: str) -> str:
+    last = token.removeprefix(_TOKEN_PREFIX)
+    if not token.startswith(_TOKEN_PREFIX) or not is_volume_id(last):
+        raise InvalidToken(f"the starting token {token!r} was not given out by this driver; start without one")
+    return last

@@ -1,0 +1,59 @@
+"""What is staged on this node since it booted: one small file per volume, gone in meaning with a reboot."""
+
+from pathlib import Path
+
+import msgspec
+
+from csi_driver.host.files import Files
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True):
+    """How a volume was staged. `device` is what a pod gets to see: the mapping, or the plain device.
+
+    `mount_options` is canonical; `luks_uuid` lets unstage forget the volume key when volume and mapping are gone.
+    """
+
+    staging_path: str
+    block: bool
+    device: str
+    fs_type: str | None = None
+    mount_options: tuple[str, ...] = ()
+    read_only: bool = False
+    luks_uuid: str | None = None
+
+
+class _StageFile(msgspec.Struct, frozen=True, kw_only=True):
+    boot_id: str
+    stage: Stage
+
+
+class Stages:
+    """Keeps one `Stage` per volume in `folder`.
+
+    A stage of another boot, or a file that a power cut left unreadable, counts as none: nothing is mounted then. So
+    these files need no fsync.
+    """
+
+    def __init__(self, folder: Path, files: Files) -> None:
+        self._folder = folder
+        self._files = files
+        self._boot_id = _BOOT_ID.read_text().strip()
+
+    def get(self, volume_id: str) -> Stage | None:
+        """The stage of this boot, complete or being made."""
+        try:
+            found = msgspec.json.decode((self._folder / volume_id).read_bytes(), type=_StageFile)
+        except (FileNotFoundError, msgspec.MsgspecError):
+            return None
+        return found.stage if found.boot_id == self._boot_id else None
+
+    def put(self, volume_id: str, stage: Stage) -> None:
+        """Write it; done before the mount that it announces."""
+        content = msgspec.json.encode(_StageFile(boot_id=self._boot_id, stage=stage))
+        self._files.write_volatile(self._folder / volume_id, content)
+
+    def remove(self, volume_id: str) -> None:
+        """Forget it; absent is fine."""
+        self._files.remove(self._folder / volume_id)

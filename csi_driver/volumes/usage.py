@@ -1,0 +1,44 @@
+"""NodeGetVolumeStats: how full a published volume is."""
+
+import os
+from dataclasses import dataclass
+
+from csi_driver.backends.base import Backend
+from csi_driver.host import blockdev
+from csi_driver.host.mounts import Mounts
+from csi_driver.model.errors import NotFound
+from csi_driver.volumes.stages import Stages
+
+
+@dataclass(frozen=True)
+class Usage:
+    """One count of a volume, in "bytes" or "inodes"; of a block device only the total is known."""
+
+    unit: str
+    total: int
+    used: int | None = None
+    available: int | None = None
+
+
+class Usages:
+    """Asks the kernel, never the device: statvfs of a mounted file system does no I/O."""
+
+    def __init__(self, backend: Backend, stages: Stages, mounts: Mounts) -> None:
+        self._backend = backend
+        self._stages = stages
+        self._mounts = mounts
+
+    def of(self, volume_id: str, volume_path: str) -> list[Usage]:
+        """The counts of the volume at `volume_path`. Raises NotFound when volume or path are not there."""
+        if self._stages.get(volume_id) is None:
+            self._backend.get(volume_id)
+        if blockdev.is_block_device(volume_path):
+            return [Usage("bytes", blockdev.size_bytes(volume_path))]
+        if self._mounts.at(volume_path) is None:
+            raise NotFound(f"volume {volume_id} is not mounted at {volume_path}")
+        found = os.statvfs(volume_path)
+        size = found.f_frsize
+        counts = [Usage("bytes", found.f_blocks * size, (found.f_blocks - found.f_bfree) * size, found.f_bavail * size)]
+        if found.f_files:  # btrfs makes inodes as it goes and counts none
+            counts.append(Usage("inodes", found.f_files, found.f_files - found.f_ffree, found.f_favail))
+        return counts

@@ -1,0 +1,237 @@
+"""Loop devices of the kernel: bound once, locked, gone when nobody uses them."""
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from csi_driver.host import blockdev
+from csi_driver.host.loop import AttachedLoop, LoopDevices
+from csi_driver.model.errors import DeviceAbsent, DeviceInUse, DriverError
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def loops() -> Iterator[LoopDevices]:
+    devices = LoopDevices()
+    before = devices.all()
+    yield devices
+    assert devices.all() == before, "a loop device is left over"
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    with path.open("wb") as file:
+        file.truncate(8 * MIB)
+    return path
+
+
+def locked(path: Path) -> bool:
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def test_a_bound_file_is_found_by_identity_and_gone_with_the_last_handle(loops: LoopDevices, image: Path) -> None:
+    with loops.attach(str(image), autoclear=True) as loop:
+        status = image.stat()
+        info = loop.info
+        assert (info.backing_device, info.backing_inode) == (status.st_dev, status.st_ino)
+        assert (info.backing_path, info.size_bytes) == (str(image), 8 * MIB)
+        assert (info.autoclear, info.read_only) == (True, False)
+        assert (loop.major, loop.minor) == blockdev.device_number(loop.path)
+        assert blockdev.logical_block_size(loop.path) == 512
+        link = image.with_name("link")
+        os.link(image, link)
+        assert loops.find(str(link)) == [info]
+        assert loops.info(loop.path) == info
+    assert loops.find(str(image)) == []
+    assert loops.info(loop.path) is None
+    loop.close()
+    assert not locked(image)
+
+
+def test_what_is_written_reaches_the_file(loops: LoopDevices, image: Path) -> None:
+    with loops.attach(str(image), autoclear=True) as loop:
+        os.pwrite(loop.fd, b"pattern" * 100, 4096)
+        blockdev.fsync_device(loop.path)
+        assert image.read_bytes()[4096 : 4096 + 700] == b"pattern" * 100
+
+
+def test_the_device_holds_the_lock_for_as_long_as_something_uses_it(loops: LoopDevices, image: Path) -> None:
+    loop = loops.attach(str(image), autoclear=True)
+    assert locked(image)
+    user = os.open(loop.path, os.O_RDONLY)
+    loop.close()
+    assert locked(image)
+    assert [info.path for info in loops.find(str(image))] == [loop.path]
+    os.close(user)
+    assert not locked(image)
+
+
+def test_a_second_attach_gives_the_same_device(loops: LoopDevices, image: Path) -> None:
+    with loops.attach(str(image), autoclear=True) as first:
+        with loops.attach(str(image), autoclear=True) as second:
+            assert second.info == first.info
+            assert second.fd != first.fd
+            os.pwrite(second.fd, b"x", 0)
+        assert loops.info(first.path) == first.info
+
+
+@pytest.mark.parametrize(("autoclear", "read_only"), [(True, True), (False, False)])
+def test_other_flags_on_a_bound_file_are_refused(
+    loops: LoopDevices, image: Path, *, autoclear: bool, read_only: bool
+) -> None:
+    with loops.attach(str(image), autoclear=True) as loop:
+        with pytest.raises(DeviceInUse, match=f"is bound to {loop.path} and was wanted"):
+            loops.attach(str(image), autoclear=autoclear, read_only=read_only)
+        assert loops.find(str(image)) == [loop.info]
+
+
+def test_a_read_only_device_cannot_be_written(loops: LoopDevices, image: Path) -> None:
+    with loops.attach(str(image), autoclear=True, read_only=True) as loop:
+        assert loop.info.read_only
+        with open(loop.path, "r+b", buffering=0) as device, pytest.raises(PermissionError):
+            device.write(bytes(512))
+
+
+def test_a_file_that_losetup_bound_is_refused_by_its_device(loops: LoopDevices, image: Path) -> None:
+    foreign = subprocess.run(["losetup", "-f", "--show", str(image)], check=True, capture_output=True, text=True)
+    device = foreign.stdout.strip()
+    try:
+        with pytest.raises(DeviceInUse, match=f"is bound to {device} by somebody else"):
+            loops.attach(str(image), autoclear=True)
+        assert [info.path for info in loops.find(str(image))] == [device]
+        assert not locked(image)
+    finally:
+        loops.detach(device)
+
+
+def test_a_file_that_a_process_locked_is_refused_by_its_number(loops: LoopDevices, image: Path) -> None:
+    code = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, 2); print(flush=True); sys.stdin.read()"
+    argv = [sys.executable, "-c", code, str(image)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        with pytest.raises(DeviceInUse, match=rf"is locked by process {child.pid} \(python"):
+            loops.attach(str(image), autoclear=True)
+        assert loops.find(str(image)) == []
+
+
+def test_without_autoclear_it_stays_until_it_is_detached(loops: LoopDevices, image: Path) -> None:
+    loop = loops.attach(str(image), autoclear=False)
+    loop.close()
+    assert loops.info(loop.path) == loop.info
+    assert locked(image)
+    loops.detach(loop.path)
+    assert loops.info(loop.path) is None
+    assert not locked(image)
+    loops.detach(loop.path)
+
+
+def test_detach_of_a_device_in_use_says_so_and_the_last_close_frees_it(loops: LoopDevices, image: Path) -> None:
+    loop = loops.attach(str(image), autoclear=False)
+    with loop, pytest.raises(DeviceInUse, match=f"{loop.path} of {image} is still open"):
+        loops.detach(loop.path)
+    assert loops.find(str(image)) == []
+
+
+def test_it_grows_with_the_file(loops: LoopDevices, image: Path) -> None:
+    with loops.attach(str(image), autoclear=True) as loop:
+        os.truncate(image, 12 * MIB + 512)
+        assert blockdev.size_bytes(loop.path) == 8 * MIB
+        loops.set_capacity(loop.path)
+        assert blockdev.size_bytes(loop.fd) == 12 * MIB + 512
+        info = loops.info(loop.path)
+        assert info is not None
+        assert info.size_bytes == 12 * MIB + 512
+
+
+def test_an_unbound_device_is_absent(loops: LoopDevices, image: Path) -> None:
+    loop = loops.attach(str(image), autoclear=True)
+    loop.close()
+    for call in (loops.open, loops.set_capacity):
+        with pytest.raises(DeviceAbsent, match="is not bound to a file"):
+            call(loop.path)
+
+
+def test_a_missing_node_is_made(loops: LoopDevices, image: Path) -> None:
+    with loops.attach(str(image), autoclear=True) as loop:
+        os.unlink(loop.path)
+        assert loops.info(loop.path) == loop.info
+        assert blockdev.device_number(loop.path) == (loop.major, loop.minor)
+
+
+def test_many_at_once_get_one_device_for_one_file(loops: LoopDevices, image: Path, tmp_path: Path) -> None:
+    others = [tmp_path / f"other-{number}" for number in range(8)]
+    for other in others:
+        other.write_bytes(bytes(4096))
+    handles: list[AttachedLoop] = []
+    errors: list[DriverError] = []
+    start = threading.Barrier(16)
+
+    def attach(path: Path) -> None:
+        start.wait(10)
+        try:
+            handles.append(loops.attach(str(path), autoclear=True))
+        except DriverError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=attach, args=(path,)) for path in [*others, *[image] * 8]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    try:
+        assert errors == []
+        assert len(handles) == 16
+        assert len({handle.path for handle in handles}) == 9
+        assert len(loops.find(str(image))) == 1
+    finally:
+        for handle in handles:
+            handle.close()
+
+
+def test_a_killed_process_leaves_no_device_and_no_lock(loops: LoopDevices, image: Path) -> None:
+    code = (
+        "import sys; from csi_driver.host.loop import LoopDevices\n"
+        "loop = LoopDevices().attach(sys.argv[1], autoclear=True); print(loop.path, flush=True); sys.stdin.read()"
+    )
+    argv = [sys.executable, "-c", code, str(image)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        path = child.stdout.readline().strip()
+        assert [info.path for info in loops.find(str(image))] == [path]
+        child.send_signal(signal.SIGKILL)
+        child.wait(30)
+    assert loops.find(str(image)) == []
+    assert not locked(image)
+
+
+def test_an_empty_file_gives_an_empty_device_and_nothing_is_left(loops: LoopDevices, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    with loops.attach(str(tmp_path / "empty"), autoclear=True) as loop:
+        assert loop.info.size_bytes == 0
+
+
+def test_on_a_full_read_only_file_system_the_error_has_errno(loops: LoopDevices, tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "none", str(tmp_path)], check=True)
+    try:
+        (tmp_path / "disk.img").write_bytes(bytes(4096))
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path)], check=True)
+        with pytest.raises(DriverError, match=errno.errorcode[errno.EROFS]):
+            loops.attach(str(tmp_path / "disk.img"), autoclear=True)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)

@@ -1,0 +1,47 @@
+#!/bin/sh
+# Installs the system packages that the work on luks-csi needs, those that are missing only.
+# `system.sh python PYTHON`: enough for a virtual environment; `system.sh`: everything.
+set -eu
+
+fail() {
+    echo "luks-csi: $1" >&2
+    exit 1
+}
+
+ID=unknown VERSION_ID= PRETTY_NAME=$(uname -s)
+[ ! -r /etc/os-release ] || . /etc/os-release
+case $ID in
+debian) oldest=12 VERSION_ID=${VERSION_ID:-99} ;; # testing and unstable have no number
+ubuntu) oldest=24.04 ;;
+*) oldest= ;;
+esac
+[ -n "$oldest" ] && dpkg --compare-versions "$VERSION_ID" ge "$oldest" ||
+    fail "this is $PRETTY_NAME, but only Debian 12 or newer and Ubuntu 24.04 or newer are supported; use one of them, in a container or virtual machine for example."
+
+install() {
+    sudo=
+    [ "$(id -u)" = 0 ] || sudo=sudo
+    [ -z "$sudo" ] || command -v sudo >/dev/null || fail "the packages $* are missing; install them as root or install sudo."
+    echo "installing $*" >&2
+    apt() { $sudo env DEBIAN_FRONTEND=noninteractive apt-get -qq "$@"; }
+    # Fresh machines have no package lists, or old ones.
+    apt install -y --no-install-recommends "$@" >/dev/null 2>&1 && return
+    apt update && apt install -y --no-install-recommends "$@" >/dev/null ||
+        fail "apt-get could not install $*; its message above says why."
+}
+
+if [ "${1-}" = python ]; then
+    "$2" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+        fail "$2 is not Python 3.11 or newer; name one with make PYTHON=…."
+    "$2" -c 'import ensurepip, venv' 2>/dev/null || install python3-venv
+    exit
+fi
+
+packages="btrfs-progs cryptsetup-bin e2fsprogs iproute2 kmod mount procps util-linux xfsprogs"
+# Without device-mapper the device tests run in a guest: tests/machine.
+grep -qs device-mapper /proc/misc || modprobe -q dm_mod 2>/dev/null || packages="$packages user-mode-linux"
+missing=
+for package in $packages; do
+    [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing="$missing $package"
+done
+[ -z "$missing" ] || install $missing
