@@ -102,7 +102,11 @@ class LoopfileBackend:
 
     def attach(self, volume_id: str, *, lasting: bool) -> AttachedLoop:
         """One loop device per file, autoclear unless `lasting`."""
-        return self._loops.attach(str(self._volume(volume_id) / _DISK), autoclear=not lasting)
+        disk = self._volume(volume_id) / _DISK
+        device = self._loops.attach(str(disk), autoclear=not lasting)
+        if device.info.size_bytes < disk.stat().st_size:
+            self.refresh(device.path)  # it was attached before the file grew
+        return device
 
     def refresh(self, device_path: str) -> None:
         """LOOP_SET_CAPACITY."""

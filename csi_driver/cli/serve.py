@@ -1,15 +1,15 @@
 """`luks-csi serve`: every setting by option or environment, checked before anything starts."""
 
 import dataclasses
-import math
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
+from click import Option
 
 from csi_driver.cli.logs import LEVELS, configure_logs
 from csi_driver.host.hardening import harden_process
@@ -17,13 +17,10 @@ from csi_driver.model.errors import DriverError
 from csi_driver.model.settings import Limits, LogFormat, Service, Settings
 from csi_driver.rpc.endpoint import endpoint_path, host_and_port
 
-T = TypeVar("T")
-Decorator = Callable[[T], T]
-
 BACKENDS = ("loopfile",)
 
 _UNITS = {"": 1, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
-_LONGEST_SECONDS = 86400.0
+_LONGEST_SECONDS = 86400
 # CSI bounds the prefix of a topology key, which `Settings.topology_key` makes of the driver's name.
 _LONGEST_TOPOLOGY_PREFIX = 63
 _DOMAIN_NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
@@ -62,11 +59,8 @@ def read_driver_name(text: str) -> str:
 
 
 def _read_services(text: str) -> frozenset[Service]:
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in set(Service):
-            raise ValueError(f"{name!r} is no service; choose among {', '.join(Service)}, with commas between")
-    return frozenset({Service.IDENTITY, *map(Service, names)})
+    read = _one_of(Service)
+    return frozenset({Service.IDENTITY, *(Service(read(name.strip())) for name in text.split(","))})
 
 
 def _read_folder(text: str) -> Path:
@@ -76,17 +70,34 @@ def _read_folder(text: str) -> Path:
     return path
 
 
-def _read_seconds(text: str) -> float:
-    seconds = float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text) else math.nan
-    if not 0 <= seconds <= _LONGEST_SECONDS:
-        raise ValueError(f"{text!r} must be a number of seconds from 0 to {_LONGEST_SECONDS:.0f}")
-    return seconds
+def _seconds(least: int) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        seconds = float(text) if re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,6})?", text) else -1.0
+        if not least <= seconds <= _LONGEST_SECONDS:
+            raise ValueError(f"{text!r} must be a number of seconds from {least} to {_LONGEST_SECONDS}")
+        return seconds
+
+    return read
 
 
-def _read_limit(text: str) -> float:
-    if (seconds := _read_seconds(text)) < 1:
-        raise ValueError(f"{text!r} is too short for a time limit; allow at least 1 second")
-    return seconds
+def _number(least: int, most: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not least <= int(text) <= most:
+            raise ValueError(f"{text!r} must be a whole number from {least} to {most}")
+        return int(text)
+
+    return read
+
+
+def _one_of(allowed: Iterable[str]) -> Callable[[str], str]:
+    names = tuple(map(str, allowed))
+
+    def read(text: str) -> str:
+        if text not in names:
+            raise ValueError(f"{text!r} must be one of {', '.join(names)}")
+        return text
+
+    return read
 
 
 def _read_memory(text: str) -> int:
@@ -102,88 +113,68 @@ def _read_address(text: str) -> str | None:
     return text or None
 
 
-def _option(name: str, field: str, kind: _Kind, default: object, meaning: str) -> Decorator[Any]:
-    """One setting: an option, and an environment variable of its name."""
-    variable = f"LUKS_CSI_{name.removeprefix('--').replace('-', '_').upper()}"
-    more: dict[str, Any] = (
-        {"type": kind.choices} if kind.read is None else {"metavar": kind.metavar, "callback": _checked(kind.read)}
-    )
-    return click.option(
-        name, field, default=default, show_default=True, envvar=variable, show_envvar=True, help=meaning, **more
-    )
+def _option(
+    name: str, field: str, read: Callable[[str], object], metavar: str, default: object, meaning: str
+) -> Option:
+    """One setting: an option, and an environment variable of the same name."""
 
-
-def _checked(read: Callable[[str], object]) -> Callable[[click.Context, click.Parameter, str], object]:
     def check(_context: click.Context, _parameter: click.Parameter, text: str) -> object:
         try:
             return read(text)
         except (DriverError, ValueError) as error:
             raise click.BadParameter(str(error)) from None
 
-    return check
+    return Option(
+        [name, field],
+        metavar=metavar,
+        default=str(default),
+        show_default=bool(default),
+        envvar=f"LUKS_CSI_{name.removeprefix('--').replace('-', '_').upper()}",
+        show_envvar=True,
+        callback=check,
+        help=meaning,
+    )
 
 
-@click.command(short_help="Serve CSI on a unix socket.")
-@_option("--endpoint", "endpoint", _Checked("socket", endpoint_path), str(Settings.endpoint), "Where to listen.")
-@_option("--node-id", "node_id", _Checked("name", read_node_id), Settings.node_id, "This node; empty: the host's name.")
-@_option(
-    "--driver-name",
-    "driver_name",
-    _Checked("name", read_driver_name),
-    Settings.driver_name,
-    "What StorageClasses call provisioner.",
-)
-@_option(
-    "--services",
-    "services",
-    _Checked("list", _read_services),
-    ",".join(Service),
-    "What to serve; identity always is.",
-)
-@_option("--state-dir", "state_dir", _folder, str(Settings.state_dir), "Where volumes and their records live.")
-@_option("--kubelet-dir", "kubelet_dir", _folder, str(Settings.kubelet_dir), "Kubelet's folder on this node.")
-@_option("--backend", "backend", click.Choice(BACKENDS), Settings.backend, "What keeps the ciphertext.")
-@_option("--free-space-floor", "free_space_floor", _size, "1Gi", "Space that new volumes leave free.")
-@_option("--threads", "threads", click.IntRange(1, 256), Settings.threads, "Calls at work at once.")
-@_option(
-    "--grace-seconds",
-    "grace_seconds",
-    _Checked("seconds", _read_seconds),
-    f"{Settings.grace_seconds:g}",
-    "Time for calls in flight when the server is told to stop.",
-)
-@_option(
-    "--log-format",
-    "log_format",
-    click.Choice(list(LogFormat)),
-    Settings.log_format,
-    "auto is text on a terminal and json else.",
-)
-@_option("--log-level", "log_level", click.Choice(LEVELS), Settings.log_level, "What to tell.")
-@_option("--metrics-address", "metrics_address", _Checked("host:port", _read_address), "", "Serve Prometheus metrics.")
-@_option("--format-seconds", "format_seconds", _limit, f"{Limits.format_seconds:g}", "Limit of luksFormat and mkfs.")
-@_option("--unlock-seconds", "unlock_seconds", _limit, f"{Limits.unlock_seconds:g}", "Limit of one key derivation.")
-@_option("--mount-seconds", "mount_seconds", _limit, f"{Limits.mount_seconds:g}", "Limit of mount and umount.")
-@_option(
-    "--pbkdf-memory-limit",
-    "pbkdf_memory_kib",
-    _Checked("size", _read_memory),
-    f"{Limits.pbkdf_memory_kib}Ki",
-    "The most memory a key derivation may ask for.",
-)
-@_option(
-    "--unlocks-at-once",
-    "unlocks_at_once",
-    click.IntRange(1, 64),
-    Limits.unlocks_at_once,
-    "Key derivations at work at once.",
-)
+_formats = _one_of(LogFormat)
+_levels = _one_of(LEVELS)
+_OPTIONS = (
+    _option("--endpoint", "endpoint", endpoint_path, "SOCKET", Settings.endpoint, "Where to listen."),
+    _option("--node-id", "node_id", read_node_id, "NAME", "", "This node; without it, the host's name."),
+    _option("--driver-name", "driver_name", read_driver_name, "NAME", Settings.driver_name, "Its name in Kubernetes."),
+    _option("--services", "services", _read_services, "LIST", ",".join(Service), "What to serve; identity always is."),
+    _option("--state-dir", "state_dir", _read_folder, "FOLDER", Settings.state_dir, "Where volumes and records live."),
+    _option("--kubelet-dir", "kubelet_dir", _read_folder, "FOLDER", Settings.kubelet_dir, "Kubelet's own folder."),
+    _option("--backend", "backend", _one_of(BACKENDS), "NAME", Settings.backend, "What keeps the ciphertext."),
+    _option("--free-space-floor", "free_space_floor", read_size, "SIZE", "1Gi", "Space that new volumes leave free."),
+    _option("--threads", "threads", _number(1, 256), "NUMBER", Settings.threads, "Calls at work at once."),
+    _option("--grace-seconds", "grace_seconds", _seconds(0), "SECONDS", Settings.grace_seconds, "Time for calls in "
+            "flight when the server is told to stop."),
+    _option("--log-format", "log_format", _formats, "|".join(LogFormat), Settings.log_format, "auto: text on a "
+            "terminal, json else."),
+    _option("--log-level", "log_level", _levels, "|".join(LEVELS), Settings.log_level, "The least to be told."),
+    _option("--metrics-address", "metrics_address", _read_address, "HOST:PORT", "", "Where to show metrics, if at "
+            "all."),
+    _option("--format-seconds", "format_seconds", _seconds(1), "SECONDS", Limits.format_seconds, "Limit of luksFormat "
+            "and mkfs."),
+    _option("--unlock-seconds", "unlock_seconds", _seconds(1), "SECONDS", Limits.unlock_seconds, "Limit of one key "
+            "derivation."),
+    _option("--mount-seconds", "mount_seconds", _seconds(1), "SECONDS", Limits.mount_seconds, "Limit of mount and "
+            "umount."),
+    _option("--pbkdf-memory-limit", "pbkdf_memory_kib", _read_memory, "SIZE", f"{Limits.pbkdf_memory_kib}Ki", "The "
+            "most memory that a key derivation may take."),
+    _option("--unlocks-at-once", "unlocks_at_once", _number(1, 64), "NUMBER", Limits.unlocks_at_once, "Key "
+            "derivations at work at once."),
+)  # fmt: skip
+
+
+@click.command(params=list(_OPTIONS))
 def serve(**options: Any) -> None:
     """Serve the CSI services on a unix socket until SIGTERM; every option can come from the environment too."""
     harden_process()
     settings = settings_of(options)
     configure_logs(settings.log_format, settings.log_level)
-    # First our own, which starts the worker launcher: it loads while grpcio does.
+    # Our own part first: it starts the worker launcher, which loads while grpcio does.
     import structlog
 
     from csi_driver.volumes.driver import build_driver

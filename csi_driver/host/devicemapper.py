@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import stat
+import struct
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,6 +94,17 @@ class DeviceMapper:
     def version(self) -> str:
         """Version of the kernel's interface, such as "4.47.0"."""
         return ".".join(map(str, call(Command.VERSION).version))
+
+    def target_version(self, target_type: str) -> str:
+        """Version of a target type; the kernel loads its module if it must.
+
+        Raises FailedPrecondition when the kernel has no such target.
+        """
+        try:
+            data = call(Command.GET_TARGET_VERSION, target_type).data
+        except OSError:
+            raise FailedPrecondition(f"the kernel has no device-mapper target {target_type}") from None
+        return ".".join(map(str, struct.unpack_from("=3I", data, 4)))
 
     def names(self) -> list[str]:
         """Names of all mapped devices, sorted."""

@@ -37,6 +37,7 @@ class Command(IntEnum):
     TABLE_LOAD = 9
     TABLE_CLEAR = 10
     TABLE_STATUS = 12
+    GET_TARGET_VERSION = 17
 
 
 class Flag(IntFlag):

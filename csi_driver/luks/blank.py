@@ -6,6 +6,7 @@ from typing import Final
 from csi_driver.host import blockdev
 from csi_driver.host.signatures import HEAD_BYTES, name_of
 from csi_driver.luks.formats import DATA_OFFSET, MIB
+from csi_driver.luks.header import HEADER_PROBE
 from csi_driver.luks.header_probe import is_blank_or_ours
 from csi_driver.model.errors import DeviceShort, DeviceUnreadable, ForeignSignature
 
@@ -35,10 +36,10 @@ def prove_unwritten(where: str, path: str, least_size: int, uuid: str) -> None:
     """
     with open(path, "rb", buffering=0) as device:
         size = _check_size(where, device.fileno(), least_size)
-        header = b"".join(_read(where, device.fileno(), at, _CHUNK) for at in range(0, 8 * MIB, _CHUNK))
-        if not is_blank_or_ours(header, uuid):
-            raise _foreign(where, header[:HEAD_BYTES], f"zeros or the unfinished LUKS2 header {uuid}")
-        _refuse_data_behind(where, device.fileno(), size, DATA_OFFSET, header[:HEAD_BYTES])
+        chunks = [_read(where, device.fileno(), at, _CHUNK) for at in range(0, HEADER_PROBE, _CHUNK)]
+        if any(chunk != _ZEROS for chunk in chunks) and not is_blank_or_ours(b"".join(chunks), uuid):
+            raise _foreign(where, chunks[0][:HEAD_BYTES], f"zeros or the unfinished LUKS2 header {uuid}")
+        _refuse_data_behind(where, device.fileno(), size, DATA_OFFSET, chunks[0][:HEAD_BYTES])
 
 
 def _check_size(where: str, descriptor: int, least_size: int) -> int:

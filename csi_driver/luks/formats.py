@@ -11,6 +11,12 @@ MIB: Final = 1 << 20
 DATA_OFFSET: Final = 16 * MIB
 """Bytes between the start of the device and the first payload byte; LUKS2's own default."""
 
+HEADER_SIZE: Final = 16 * 1024
+"""Bytes of one copy of the header, binary part and JSON area; LUKS2's own default."""
+
+KEYSLOTS_SIZE: Final = 4 * MIB
+"""Bytes of the key slot area: room for 16 slots. The default would fill the 16 MiB, all written with random bytes."""
+
 XTS_KEY_BITS: Final = (256, 384, 512)
 CBC_KEY_BITS: Final = (128, 192, 256)
 CIPHER_KEY_BITS: Final = MappingProxyType(

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 
+from csi_driver.luks import formats
 from csi_driver.luks.formats import LuksFormat
 from csi_driver.model.errors import CommandFailed, FailedPrecondition, ResourceExhausted, Unauthenticated
 from csi_driver.model.secret import Passphrase
@@ -69,6 +70,7 @@ def load_library() -> ctypes.CDLL:
     library.crypt_load.argtypes = [device, text, ctypes.c_void_p]
     library.crypt_set_log_callback.argtypes = [device, _LogCallback, ctypes.c_void_p]
     library.crypt_set_data_offset.argtypes = [device, ctypes.c_uint64]
+    library.crypt_set_metadata_size.argtypes = [device, ctypes.c_uint64, ctypes.c_uint64]
     library.crypt_format.argtypes = [device, text, text, text, text, text, ctypes.c_size_t, ctypes.c_void_p]
     library.crypt_keyslot_add_by_volume_key.argtypes = [
         device, number, text, ctypes.c_size_t, text, ctypes.c_size_t,
@@ -112,6 +114,10 @@ class CryptDevice:
         """luksFormat with one key slot, slot 0, for `passphrase`; no benchmark, explicit geometry."""
         self._check(
             self._library.crypt_set_data_offset(self._handle, chosen.data_offset // _SECTOR), "set the data offset"
+        )
+        self._check(
+            self._library.crypt_set_metadata_size(self._handle, formats.HEADER_SIZE, formats.KEYSLOTS_SIZE),
+            "set the header's size",
         )
         pbkdf = _Pbkdf(
             chosen.pbkdf.encode(), chosen.hash.encode(), 0, chosen.iterations, chosen.memory_kib,

@@ -209,7 +209,7 @@ class CsiClient:
         counts = self._call(self._node.NodeGetVolumeStats, request).usage
         return [Usage(_UNITS[count.unit], count.total, count.used, count.available) for count in counts]
 
-    def _call(self, method: grpc.UnaryUnaryMultiCallable[Request, Response], request: Request) -> Response:
+    def _call(self, method: "grpc.UnaryUnaryMultiCallable[Request, Response]", request: Request) -> Response:
         with _remote_errors():
             return method(request, timeout=self._timeout)
 

@@ -57,9 +57,9 @@ class Chain(grpc.ServerInterceptor):
 
     def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler[Request, Response] | None],
+        continuation: "Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler[Request, Response] | None]",
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Request, Response] | None:
+    ) -> "grpc.RpcMethodHandler[Request, Response] | None":
         """The handler of the method with all concerns around it; None for a method that nobody serves."""
         path = handler_call_details.method
         handler = self._handlers.get(path)

@@ -103,7 +103,7 @@ class Health:
 
     def _dm_crypt(self) -> Finding:
         def look() -> str:
-            return f"device-mapper {self._mapper.version()}"
+            return f"device-mapper {self._mapper.version()}, crypt target {self._mapper.target_version('crypt')}"
 
         return _finding("dm-crypt", look, "load the kernel module dm_crypt on this node (modprobe dm_crypt)")
 

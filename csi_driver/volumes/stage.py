@@ -76,7 +76,6 @@ class Staging:
             self._stage(record, request)
 
     def _stage(self, record: VolumeRecord, request: StageRequest) -> None:
-        chosen = luks_format(record.parameters, request.key)
         block = request.capability.block
         with ExitStack() as undo:
             undo.callback(self._stages.remove, record.id)
@@ -87,6 +86,7 @@ class Staging:
             undo.callback(device.close)
             with ExitStack() as opened:
                 if record.encryption is not None:
+                    chosen = luks_format(record.parameters, request.key)
                     passphrase = require_passphrase(request.key, record.id)
                     record = self._encryption.open(self._backend, record, device, chosen, passphrase, opened)
                     self._finish(record, f"/dev/mapper/{record.mapping_name}", request)
