@@ -9,9 +9,12 @@ STUBS := csi_driver/rpc/csi_pb2.py
 
 # Suites that draw at random take these.
 export SEED COUNT
+export CSI_SANITY
 
 # On the host if that has device-mapper, else in the guest.
-GUEST := $(PY) -m tests.machine.guest --
+GUEST := $(PY) -m tests.machine.guest --env SEED --env COUNT --env CSI_SANITY --
+# The guest's root is read-only: no cache folder there.
+MACHINE_PYTEST := $(PY) -m pytest -p no:cacheprovider
 CONTRACT := $(wildcard tests/contract)
 MACHINE := $(wildcard tests/machine)
 
@@ -27,7 +30,7 @@ demo: venv system ## an encrypted volume from creation to clean-up, on real dm-c
 
 test: check system $(CSI_SANITY) ## every test, seeded handfuls of the long ones
 	$(if $(CONTRACT),$(PY) -m pytest tests/contract)
-	$(if $(MACHINE),$(GUEST) $(PY) -m pytest tests/machine)
+	$(if $(MACHINE),$(GUEST) $(MACHINE_PYTEST) tests/machine)
 
 check: venv ## linters, types, layers, unit tests
 	.venv/bin/ruff check

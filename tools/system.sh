@@ -38,8 +38,8 @@ if [ "${1-}" = python ]; then
 fi
 
 packages="btrfs-progs cryptsetup-bin e2fsprogs iproute2 kmod mount procps util-linux xfsprogs"
-# Without device-mapper the device tests run in a guest: tests/machine.
-grep -qs device-mapper /proc/misc || modprobe -q dm_mod 2>/dev/null || packages="$packages user-mode-linux"
+# Without device-mapper the device tests run in a guest: tests/machine. Newer CPUs need a shim compiled for it.
+grep -qs device-mapper /proc/misc || modprobe -q dm_mod 2>/dev/null || packages="$packages user-mode-linux gcc libc6-dev"
 missing=
 for package in $packages; do
     [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing="$missing $package"

@@ -4,6 +4,7 @@ Reading a message checks what can be checked without looking anything up. Raises
 cannot be right, NotFound for a volume id that cannot be one of this driver's.
 """
 
+import re
 from collections.abc import Iterable
 
 from csi_driver.keys.secret import read_secret
@@ -18,6 +19,7 @@ from csi_driver.volumes.stage import StageRequest
 from csi_driver.volumes.usage import Usage
 
 _MODES = frozenset(map(int, AccessMode))
+_CLEAN_PATH = re.compile(r"(?:/[^/.\0][^/\0]*)+")
 _UNITS = {"bytes": csi.VolumeUsage.BYTES, "inodes": csi.VolumeUsage.INODES}
 
 
@@ -43,6 +45,8 @@ def any_volume_id(text: str) -> str:
 
 def path(field: str, text: str) -> str:
     """An absolute path as mountinfo would show it: no empty parts, no dots."""
+    if _CLEAN_PATH.fullmatch(text):
+        return text
     if not text:
         raise InvalidArgument(f"the request has no {field}")
     parts = [part for part in text.split("/") if part not in ("", ".")]

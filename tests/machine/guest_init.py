@@ -285,11 +285,11 @@ def run(job: Job) -> int:
         os.set_blocking(ours, False)
         sources[ours] = os.open(f"{_HOST}/{file}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         writers |= dict.fromkeys(descriptors, theirs)
+    command = status = 0
     try:
         command = _spawn(job, writers)
     except OSError as error:
         os.write(writers[2], f"{job.command[0]}: {error.strerror}\n".encode())
-        command = 0
         status = 127 if isinstance(error, FileNotFoundError) else 126  # as a shell has it
     for writer in set(writers.values()):
         os.close(writer)
