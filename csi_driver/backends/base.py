@@ -91,7 +91,10 @@ class Backend(Protocol):
         """Room for new volumes."""
 
     def orphans(self) -> Sequence[str]:
-        """Leftovers of killed calls, each as a path; nothing removes them but `remove_orphans`."""
+        """Leftovers of killed calls, each as a path that ends in its volume's id, sorted.
 
-    def remove_orphans(self) -> Sequence[str]:
-        """Remove the leftovers and return what was removed."""
+        Nothing removes them but `remove_orphans` and a later call for the same volume.
+        """
+
+    def remove_orphans(self, volume_id: str) -> Sequence[str]:
+        """Remove the leftovers of this volume and return their paths; what may still hold data stays."""

@@ -19,7 +19,7 @@ from csi_driver.backends.base import Space
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.files import Files
 from csi_driver.host.loop import AttachedLoop, LoopDevices
-from csi_driver.model.errors import Aborted, DeviceInUse, FailedPrecondition, NotFound, ResourceExhausted
+from csi_driver.model.errors import Aborted, DeviceInUse, DriverError, FailedPrecondition, NotFound, ResourceExhausted
 from csi_driver.model.volume import VolumeRecord
 
 _DISK = "disk.img"
@@ -47,13 +47,19 @@ class LoopfileBackend:
         """Make the sparse file and its record aside and rename both in, so that a crash leaves all or nothing."""
         self._check_room(record.id, size)
         fresh = self._folder / "new" / record.id
-        self._files.remove_folder(fresh)
-        self._files.remove_folder(self._folder / "trash" / record.id)
-        with self._space_errors(record.id):
-            fresh.mkdir(mode=0o700)
-            self._set_size(fresh / _DISK, size, os.O_CREAT | os.O_EXCL)
-            self._files.write(fresh / _RECORD, self._codec.encode(record))
-            self._files.rename(fresh, self._volume(record.id))
+        try:
+            with self._space_errors(record.id):
+                self._files.remove_folder(fresh)
+                self._files.remove_folder(self._folder / "trash" / record.id)
+                self._files.make_folder(fresh)
+                self._files.set_size(fresh / _DISK, size, new=True)
+                self._files.write(fresh / _RECORD, self._codec.encode(record))
+                self._files.rename(fresh, self._volume(record.id))
+        except DriverError:
+            # Nobody may ask again for a volume that could not be made. Renamed in, it was not yet durable.
+            with contextlib.suppress(DriverError, OSError):
+                self.delete(record.id)
+            raise
         return record
 
     def get(self, volume_id: str) -> VolumeRecord:
@@ -98,7 +104,7 @@ class LoopfileBackend:
         if size > present:
             self._check_room(volume_id, size - present)
             with self._space_errors(volume_id):
-                self._set_size(disk, size)
+                self._files.set_size(disk, size)
 
     def attach(self, volume_id: str, *, lasting: bool) -> AttachedLoop:
         """One loop device per file, autoclear unless `lasting`."""
@@ -119,7 +125,7 @@ class LoopfileBackend:
 
     def is_device_of(self, volume_id: str, major: int, minor: int) -> bool:
         """Whether that device is a loop device on this volume's very file (device and inode)."""
-        info = self._loops.info(f"/dev/loop{_loop_number(major, minor)}") if major == _LOOP_MAJOR else None
+        info = self._loops.numbered(major, minor)
         try:
             disk = (self._volume(volume_id) / _DISK).stat()
         except FileNotFoundError:
@@ -142,14 +148,12 @@ class LoopfileBackend:
         nameless = [path for path in (self._folder / "volumes").iterdir() if not (path / _RECORD).exists()]
         return sorted(map(str, (*leftovers, *nameless)))
 
-    def remove_orphans(self) -> Sequence[str]:
-        """Remove half-made and half-deleted volumes; a folder that lost its record still holds data and stays."""
-        removed = []
-        for name in ("new", "trash"):
-            for path in sorted((self._folder / name).iterdir()):
-                self._files.remove_folder(path)
-                removed.append(str(path))
-        return removed
+    def remove_orphans(self, volume_id: str) -> Sequence[str]:
+        """Remove the half-made and the half-deleted one; a folder that lost its record still holds data and stays."""
+        leftovers = [path for name in ("new", "trash") if (path := self._folder / name / volume_id).exists()]
+        for path in leftovers:
+            self._files.remove_folder(path)
+        return [str(path) for path in leftovers]
 
     def _volume(self, volume_id: str) -> Path:
         return self._folder / "volumes" / volume_id
@@ -168,7 +172,9 @@ class LoopfileBackend:
         return []
 
     def _check_unused(self, volume_id: str) -> None:
-        if found := self._find(volume_id):
+        # A scan, unlike `_find`: a loop device that somebody else bound holds no lock.
+        disk = self._volume(volume_id) / _DISK
+        if found := [info.path for info in self._loops.find(str(disk))] if disk.exists() else []:
             raise DeviceInUse(
                 f"volume {volume_id} cannot be deleted: its file is still attached as {', '.join(found)}; "
                 f"unpublish and unstage it first"
@@ -182,14 +188,6 @@ class LoopfileBackend:
                 f"above the floor of {self._floor}; free space or choose another node"
             )
 
-    def _set_size(self, disk: Path, size: int, flags: int = 0) -> None:
-        descriptor = os.open(disk, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
-        try:
-            os.ftruncate(descriptor, size)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
     @contextlib.contextmanager
     def _space_errors(self, volume_id: str) -> Iterator[None]:
         try:
@@ -202,12 +200,3 @@ class LoopfileBackend:
             raise FailedPrecondition(
                 f"volume {volume_id} cannot be written in {self._folder}: {error.strerror}; check that file system"
             ) from None
-
-
-_LOOP_MAJOR = 7
-
-
-def _loop_number(major: int, minor: int) -> int:
-    # With max_part=0, the default, the minor number is the loop's number; else sysfs knows.
-    target = os.readlink(f"/sys/dev/block/{major}:{minor}")
-    return int(target.rpartition("/loop")[2])

@@ -1,4 +1,8 @@
-"""Volume records as JSON, versioned."""
+"""Volume records as JSON, versioned.
+
+Fields that this version does not know are ignored on reading and gone with the next write. So a field whose loss would
+matter raises VERSION, and an older driver then leaves the volume alone.
+"""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -45,7 +49,7 @@ class RecordCodec:
                 volume = self._migrations[version](volume)
                 version += 1
             return msgspec.convert(volume, VolumeRecord)
-        except (msgspec.MsgspecError, KeyError) as error:
+        except (ValueError, KeyError, RecursionError) as error:  # msgspec's errors are ValueErrors
             raise FailedPrecondition(
                 f"the volume record {where} cannot be read ({error}); restore it from a backup, the device was not "
                 f"touched"

@@ -2,13 +2,35 @@
 
 import logging
 import os
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import msgspec
-import structlog
-from structlog.typing import EventDict, Processor, WrappedLogger
 
 from csi_driver.model.settings import LogFormat
+
+
+@contextmanager
+def _without_rich() -> Iterator[None]:
+    """Import structlog without rich, which it takes where it finds it, to print tracebacks that are never printed here.
+
+    Measured: half of structlog's import, an eighth of the time from the start of the server to its first answer.
+    """
+    if "rich" in sys.modules:
+        yield
+        return
+    sys.modules["rich"] = None  # type: ignore[assignment]  # "not to be had", says the import system's manual
+    try:
+        yield
+    finally:
+        del sys.modules["rich"]
+
+
+with _without_rich():
+    import structlog
+    from structlog.typing import EventDict, Processor, WrappedLogger
 
 LEVELS = ("debug", "info", "warning", "error")
 

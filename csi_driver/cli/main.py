@@ -10,7 +10,10 @@ from csi_driver import __version__
 from csi_driver.model.errors import DriverError
 
 COMMANDS: Mapping[str, str] = {
+    "doctor": "csi_driver.cli.doctor:doctor",
+    "orphans": "csi_driver.cli.orphans:orphans",
     "serve": "csi_driver.cli.serve:serve",
+    "volume": "csi_driver.cli.volume:volume",
 }
 """Name of each command, and where it is."""
 

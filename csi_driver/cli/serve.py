@@ -175,18 +175,11 @@ def serve(**options: Any) -> None:
     settings = settings_of(options)
     configure_logs(settings.log_format, settings.log_level)
     # Our own part first: it starts the worker launcher, which loads while grpcio does.
-    import structlog
-
     from csi_driver.volumes.driver import build_driver
 
     driver = build_driver(settings)
     try:
         driver.start()
-        try:
-            driver.recover()
-        except DriverError as error:
-            # Probe tells what is missing; a server that runs can still say so.
-            structlog.get_logger(__name__).warning("recovery left out", error=str(error))
         from csi_driver.rpc.server import serve as serve_until_told
 
         all_ended = serve_until_told(driver)

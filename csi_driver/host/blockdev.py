@@ -65,6 +65,18 @@ def fsync_device(path: str) -> None:
         os.fsync(descriptor)
 
 
+def read_at(descriptor: int, offset: int, length: int) -> bytes:
+    """`length` bytes from `offset` on, fewer only where the device ends.
+
+    One pread(2) may also stop short of a sector that cannot be read: the next one tells. Raises OSError.
+    """
+    pieces = []
+    while length and (piece := os.pread(descriptor, length, offset)):
+        pieces.append(piece)
+        offset, length = offset + len(piece), length - len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
 def kind(mode: int) -> str:
     """What a file mode stands for, in words for a message."""
     names = {

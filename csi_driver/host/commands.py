@@ -2,6 +2,7 @@
 
 import contextlib
 import shlex
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,10 @@ class ProgramFailed(CommandFailed):
 
 class Commands:
     """Runs programs: never a shell, always a time limit, a scrubbed environment."""
+
+    def has(self, program: str) -> bool:
+        """Whether `run` would find the program."""
+        return shutil.which(program, path=_ENVIRONMENT["PATH"]) is not None
 
     def run(self, argv: Sequence[str], *, timeout: float, ok_codes: Sequence[int] = (0,)) -> Completed:
         """Run `argv` for at most `timeout` seconds.

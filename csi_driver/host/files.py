@@ -14,10 +14,37 @@ class Files:
         A crash leaves the old file or the new one, never a mixture (rename(2)). Raises OSError.
         """
         self._replace(path, content, durable=True)
+        self.sync_folder(path.parent)
 
     def write_volatile(self, path: Path, content: bytes) -> None:
         """Like `write` without the fsyncs: survives the death of the process, not of the kernel."""
         self._replace(path, content, durable=False)
+
+    def fill(self, path: Path, content: bytes, *, durable: bool) -> None:
+        """Make `path` a file with `content`, fsynced if `durable`. Raises OSError."""
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            view = memoryview(content)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            if durable:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def set_size(self, path: Path, size: int, *, new: bool = False) -> None:
+        """Give a file `size` bytes, a `new` one or one that is there; what is added is a hole. Raises OSError."""
+        flags = os.O_CREAT | os.O_EXCL if new else 0
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
+        try:
+            os.ftruncate(descriptor, size)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def make_folder(self, folder: Path) -> None:
+        """Make a folder that only its owner may enter; whoever renames it into place makes it durable."""
+        folder.mkdir(mode=0o700)
 
     def rename(self, source: Path, target: Path) -> None:
         """Rename within one file system and make it durable in both folders."""
@@ -35,9 +62,10 @@ class Files:
             os.close(descriptor)
 
     def remove(self, path: Path) -> None:
-        """Remove one file; absent is fine."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+        """Remove one file and what a cut write of it left; absent is fine."""
+        for name in (path, _beside(path)):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
 
     def remove_folder(self, folder: Path) -> None:
         """Remove a folder of files, one level deep, and make that durable; absent is fine.
@@ -54,16 +82,16 @@ class Files:
         self.sync_folder(folder.parent)
 
     def _replace(self, path: Path, content: bytes, *, durable: bool) -> None:
-        fresh = path.with_name(f".{path.name}.new")
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fresh = _beside(path)
         try:
-            view = memoryview(content)
-            while view:
-                view = view[os.write(descriptor, view) :]
-            if durable:
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.rename(fresh, path)
-        if durable:
-            self.sync_folder(path.parent)
+            self.fill(fresh, content, durable=durable)
+            os.rename(fresh, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(fresh)
+            raise
+
+
+def _beside(path: Path) -> Path:
+    """Where the new content of `path` is written."""
+    return path.with_name(f".{path.name}.new")

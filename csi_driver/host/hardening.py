@@ -6,8 +6,6 @@ from typing import Final
 from csi_driver.host.syscalls import check, libc
 
 _PR_SET_DUMPABLE: Final = 4
-_MCL_CURRENT: Final = 1
-_MCL_FUTURE: Final = 2
 
 
 def harden_process() -> None:
@@ -17,11 +15,6 @@ def harden_process() -> None:
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     check(libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl(PR_SET_DUMPABLE)")
-
-
-def lock_memory() -> bool:
-    """Keep all pages of this process, now and later, in memory (mlockall(2)); False where limits forbid it."""
-    return bool(libc.mlockall(_MCL_CURRENT | _MCL_FUTURE) == 0)
 
 
 def swap_active() -> bool:

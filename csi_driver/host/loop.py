@@ -28,6 +28,7 @@ from csi_driver.model.errors import (
     ResourceExhausted,
 )
 
+_MAJOR: Final = 7
 _BIND_TRIES: Final = 50
 _LOCK_TRIES: Final = 20
 _PAUSE: Final = 0.02
@@ -145,6 +146,15 @@ class LoopDevices:
                 return handle.info
         except DeviceAbsent:
             return None
+
+    def numbered(self, major: int, minor: int) -> LoopInfo | None:
+        """What the block device of that number is bound to; None when it is no loop device, not bound or not there."""
+        try:
+            # The minor number is the loop's own only without partitions on loop devices (max_part=0).
+            name = os.path.basename(os.readlink(f"/sys/dev/block/{major}:{minor}"))
+        except FileNotFoundError:
+            return None
+        return self.info(f"/dev/{name}") if major == _MAJOR else None
 
     def open(self, device_path: str, *, read_only: bool = True) -> AttachedLoop:
         """A handle on a bound loop device. Raises DeviceAbsent when it is not bound or not there, CommandFailed."""
@@ -275,9 +285,15 @@ def _open_backing(path: str, *, read_only: bool) -> int:
     access = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         # Looked at before opening: opening a FIFO would wait, opening a device could act.
-        mode = os.lstat(path).st_mode
-        if not stat.S_ISREG(mode):
-            raise DeviceMismatch(f"{path} is expected to be a regular file and is a {blockdev.kind(mode)}")
+        found = os.lstat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise DeviceMismatch(f"{path} is expected to be a regular file and is a {blockdev.kind(found.st_mode)}")
+        if found.st_nlink != 1:
+            # The file's device is found by device and inode: two volumes would share it, each thinking it its own.
+            raise DeviceMismatch(
+                f"{path} has {found.st_nlink} hard links and a volume's file must have one; remove the others, "
+                f"'find -samefile {path}' finds them"
+            )
         return os.open(path, access)
     except (FileNotFoundError, NotADirectoryError):
         raise DeviceAbsent(f"the backing file {path} is not there; check that its file system is mounted") from None

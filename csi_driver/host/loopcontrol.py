@@ -47,15 +47,14 @@ class Status:
     name: str
 
 
+def check_control() -> None:
+    """Raise FailedPrecondition when no loop device can be asked for; the kernel loads its module if it must."""
+    os.close(_open_control())
+
+
 def free_node() -> str:
     """The node of a loop device that was free a moment ago. Raises FailedPrecondition, ResourceExhausted."""
-    try:
-        control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise FailedPrecondition(
-            f"{_CONTROL} cannot be opened ({error_name(error)}); load the kernel module loop, run as root and share "
-            f"the host's /dev"
-        ) from None
+    control = _open_control()
     try:
         return f"/dev/loop{fcntl.ioctl(control, _CTL_GET_FREE)}"
     except OSError as error:
@@ -128,3 +127,13 @@ def backing_file(path: str) -> str:
             return os.fsdecode(name.read().removesuffix(b"\n"))
     except OSError:
         return ""
+
+
+def _open_control() -> int:
+    try:
+        return os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise FailedPrecondition(
+            f"{_CONTROL} cannot be opened ({error_name(error)}); load the kernel module loop, run as root and share "
+            f"the host's /dev"
+        ) from None

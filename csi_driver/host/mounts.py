@@ -24,6 +24,7 @@ _OPEN_TREE_CLONE: Final = 1
 _AT_EMPTY_PATH: Final = 0x1000
 _MOVE_MOUNT_F_EMPTY_PATH: Final = 4
 _MOUNT_ATTR_RDONLY: Final = 1
+_FSOPEN_CLOEXEC: Final = 1
 _MOUNT_ATTR: Final = struct.Struct("=4Q")
 _OCTAL: Final = re.compile(rb"\\([0-7]{3})")
 _REPAIR: Final = {
@@ -140,6 +141,16 @@ class Mounts:
             if error.errno == errno.EPERM:
                 raise FailedPrecondition(f"{text}; run as root with CAP_SYS_ADMIN") from None
             raise CommandFailed(text) from None
+
+    def knows(self, fs_type: str) -> bool:
+        """Whether the kernel can mount this type; it loads the module if it must (Linux 5.2). Raises OSError."""
+        try:
+            os.close(syscall("fsopen", fs_type.encode(), _FSOPEN_CLOEXEC))
+        except OSError as error:
+            if error.errno == errno.ENODEV:
+                return False
+            raise
+        return True
 
     def propagation(self, path: str) -> str:
         """Propagation of the mount that `path` (absolute) lies in: see `Mount`."""

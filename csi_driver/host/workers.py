@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import ParamSpec, TypeVar, cast
+from typing import ParamSpec, Protocol, TypeVar, cast
 
 from csi_driver.host.locks import held_descriptors
 from csi_driver.model.errors import CommandFailed, DeadlineExceeded, DriverError
@@ -31,16 +31,37 @@ _KILL_GRACE_SECONDS = 2.0
 _START_SECONDS = 30.0
 
 
+class LauncherProcess(Protocol):
+    """The running launcher, as `subprocess.Popen` shows it."""
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def kill(self) -> None: ...
+
+
+def spawn_launcher(control: socket.socket, warm: Sequence[str]) -> LauncherProcess:
+    """Start a launcher that serves `control`; returns before it is ready."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "csi_driver.host.launcher", str(control.fileno()), *warm],
+        pass_fds=(control.fileno(),),
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
 class Workers:
     """Client of the launcher; safe for many threads.
 
     `warm` names what the launcher loads ahead: modules, or functions without arguments as "module:function".
     """
 
-    def __init__(self, warm: Sequence[str]) -> None:
+    def __init__(
+        self, warm: Sequence[str], spawn: Callable[[socket.socket, Sequence[str]], LauncherProcess] = spawn_launcher
+    ) -> None:
         self._warm = tuple(warm)
+        self._spawn = spawn
         self._guard = threading.Lock()
-        self._launcher: subprocess.Popen[bytes] | None = None
+        self._launcher: LauncherProcess | None = None
         self._control: socket.socket | None = None
         self._session: ContextVar[_Session | None] = ContextVar("worker_session", default=None)
 
@@ -53,12 +74,7 @@ class Workers:
                 self._control.close()
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
-                self._launcher = subprocess.Popen(
-                    [sys.executable, "-m", "csi_driver.host.launcher", str(theirs.fileno()), *self._warm],
-                    pass_fds=(theirs.fileno(),),
-                    stdin=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
+                self._launcher = self._spawn(theirs, self._warm)
             self._control = ours
 
     def stop(self) -> None:

@@ -1,6 +1,5 @@
 """The proof that a device is blank, without which nothing is ever formatted. Runs in a worker."""
 
-import os
 from typing import Final
 
 from csi_driver.host import blockdev
@@ -79,7 +78,7 @@ def _foreign(where: str, head: bytes, expected: str) -> ForeignSignature:
 
 def _read(where: str, descriptor: int, offset: int, length: int) -> bytes:
     try:
-        found = os.pread(descriptor, length, offset)
+        found = blockdev.read_at(descriptor, offset, length)
     except OSError as error:
         raise DeviceUnreadable(
             f"{where} cannot be read at byte {offset} ({error.strerror}); nothing was written, look at the kernel log "

@@ -176,7 +176,7 @@ def _header_copy(
 def _read_area(where: str, path: str, offset: int, size: int) -> bytes:
     try:
         with open(path, "rb", buffering=0) as device:
-            return os.pread(device.fileno(), size, offset)
+            return blockdev.read_at(device.fileno(), offset, size)
     except OSError as error:
         raise DeviceUnreadable(
             f"the LUKS2 header of {where} cannot be read ({error.strerror}); look at the kernel log and the storage"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
-from csi_driver.model.errors import InvalidArgument
+from csi_driver.model.errors import InvalidArgument, OutOfRange
 
 MIB: Final = 1 << 20
 
@@ -38,7 +38,9 @@ SECTOR_SIZES: Final = (512, 1024, 2048, 4096)
 PBKDFS: Final = ("argon2id", "argon2i", "pbkdf2")
 
 PBKDF2_LEAST_ITERATIONS: Final = 1000
+PBKDF2_MOST_ITERATIONS: Final = 10_000_000
 ARGON2_LEAST_TIME: Final = 4
+ARGON2_MOST_TIME: Final = 64
 ARGON2_LEAST_MEMORY_KIB: Final = 32
 ARGON2_DEFAULT_MEMORY_KIB: Final = 64 * 1024
 
@@ -71,6 +73,15 @@ def default_iterations(pbkdf: str, hash_name: str) -> int:
 def default_key_bits(cipher: str) -> int:
     """AES-256 in the cipher's mode."""
     return CIPHER_KEY_BITS[cipher][-1]
+
+
+def check_capacity(cipher: str, capacity: int) -> None:
+    """Raise OutOfRange when the cipher's IV would repeat within `capacity` bytes."""
+    if cipher.endswith("-plain") and capacity > PLAIN_IV_LIMIT:
+        raise OutOfRange(
+            f"the cipher {cipher} repeats its IV past {PLAIN_IV_LIMIT} bytes and {capacity} are wanted; choose "
+            f"aes-xts-plain64"
+        )
 
 
 def check_key_bits(cipher: str, key_bits: int) -> None:

@@ -14,9 +14,11 @@ from csi_driver.luks.formats import (
     ARGON2_DEFAULT_MEMORY_KIB,
     ARGON2_LEAST_MEMORY_KIB,
     ARGON2_LEAST_TIME,
+    ARGON2_MOST_TIME,
     CIPHER_KEY_BITS,
     HASHES,
     PBKDF2_LEAST_ITERATIONS,
+    PBKDF2_MOST_ITERATIONS,
     SECTOR_SIZES,
 )
 from csi_driver.luks.header import Header
@@ -37,9 +39,9 @@ class Limits:
     """
 
     memory_kib: int = ARGON2_DEFAULT_MEMORY_KIB
-    time: int = 64
+    time: int = ARGON2_MOST_TIME
     cpus: int = 4
-    iterations: int = 10_000_000
+    iterations: int = PBKDF2_MOST_ITERATIONS
     keyslots: int = 8
 
 

@@ -1,7 +1,7 @@
 """The functions of libcryptsetup.so.12 (>= 2.6) that staging needs, by ctypes.
 
-Only workers call them (`csi_driver.host.workers`): the volume key lives in the thread that opened the mapping, and what
-the library leaves in memory goes with the worker. Constants and structures are those of <libcryptsetup.h>.
+Only workers call them (`csi_driver.host.workers`): the volume key lives in the thread that opened the mapping, and a
+call that hangs or crashes takes no server with it. Constants and structures are those of <libcryptsetup.h>.
 """
 
 import ctypes

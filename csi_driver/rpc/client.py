@@ -9,6 +9,7 @@ from typing import Self, TypeVar
 
 import grpc
 
+from csi_driver.model.errors import DriverError
 from csi_driver.rpc import csi_pb2 as csi
 from csi_driver.rpc import csi_pb2_grpc
 from csi_driver.rpc.endpoint import address_of
@@ -23,7 +24,7 @@ _PAGE = 500
 _NOTHING: Mapping[str, str] = {}
 
 
-class RemoteError(Exception):
+class RemoteError(DriverError):
     """A call that failed: `code` is the name of the gRPC status, the text is the server's."""
 
     def __init__(self, code: str, text: str) -> None:

@@ -86,7 +86,7 @@ def capabilities(messages: Iterable[csi.VolumeCapability]) -> tuple[Capability, 
     """All of them, and at least one."""
     found = tuple(capability(message) for message in messages)
     if not found:
-        raise InvalidArgument("the request has no volume capability")
+        raise InvalidArgument("the request has no volume_capabilities")
     return found
 
 

@@ -56,6 +56,11 @@ def refusal(capability: Capability) -> str | None:
         return f"the access mode {name} needs a volume on several nodes, and a volume of this backend lives on one node"
     if not capability.block and capability.fs_type not in (None, *FILE_SYSTEMS):
         return f"the file system {capability.fs_type} is not offered; choose one of {', '.join(FILE_SYSTEMS)}"
+    if not capability.block:
+        try:
+            parse_options(capability.mount_flags, capability.fs_type)
+        except InvalidArgument as error:
+            return str(error)
     return None
 
 
@@ -64,5 +69,3 @@ def check(capabilities: Sequence[Capability]) -> None:
     for capability in capabilities:
         if reason := refusal(capability):
             raise InvalidArgument(reason)
-        if not capability.block:
-            parse_options(capability.mount_flags, capability.fs_type)

@@ -16,7 +16,6 @@ from csi_driver.host.workers import Workers
 from csi_driver.luks.mapping import Mappings
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.settings import Settings
-from csi_driver.model.volume import mapping_name
 from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.expand import Expansion
 from csi_driver.volumes.filesystem import FileSystems
@@ -67,13 +66,14 @@ class Driver:
     health: Health
 
     def start(self) -> None:
-        """Make the folders, start the worker launcher, and resume what a killed resize left suspended.
+        """Make the folders and start the worker launcher.
 
         Raises FailedPrecondition when the state directory cannot be made.
         """
         try:
+            self.settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             for folder in ("locks", "stages"):
-                (self.settings.state_dir / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+                (self.settings.state_dir / folder).mkdir(mode=0o700, exist_ok=True)
             self.backend.prepare()
         except OSError as error:
             raise FailedPrecondition(
@@ -81,12 +81,6 @@ class Driver:
                 f"folder"
             ) from None
         self.workers.start()
-
-    def recover(self) -> None:
-        """Resume what a killed resize left suspended. Raises FailedPrecondition without device-mapper."""
-        for name in self.mappings.names():
-            if name.startswith(mapping_name("")):
-                self.encryption.resume(name)
 
     def stop(self) -> None:
         """End the worker launcher; what is staged stays staged."""

@@ -15,15 +15,17 @@ import structlog
 from csi_driver.backends.base import AttachedDevice, Backend
 from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.workers import Workers
+from csi_driver.keys.secret import SecretKey, require_passphrase
 from csi_driver.luks import device as luks
 from csi_driver.luks.blank import prove_blank
-from csi_driver.luks.formats import LuksFormat
+from csi_driver.luks.formats import LuksFormat, check_capacity
 from csi_driver.luks.header_rules import Limits as HeaderLimits
 from csi_driver.luks.mapping import Fit, Mappings
 from csi_driver.model.errors import DeadlineExceeded, DeviceInUse, FailedPrecondition
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.settings import Limits
 from csi_driver.model.volume import EncryptionState, FileSystemState, LuksIdentity, VolumeRecord
+from csi_driver.volumes.parameters import luks_format
 
 _log = structlog.get_logger(__name__)
 
@@ -43,15 +45,17 @@ class Encryption:
         backend: Backend,
         record: VolumeRecord,
         device: AttachedDevice,
-        chosen: LuksFormat,
-        passphrase: Passphrase,
+        key: SecretKey,
         undo: ExitStack,
     ) -> VolumeRecord:
         """Bring the volume to `encrypted` if it never was, and open its mapping; `undo` gets what closes it again.
 
         A mapping that is open and in use is used again if device, UUID and key fit; one that nobody uses is opened
-        anew, whatever left it there.
+        anew, whatever left it there. Raises InvalidArgument when the secret lacks a passphrase or disagrees with the
+        volume's parameters.
         """
+        chosen = luks_format(record.parameters, key, self._limits.pbkdf_memory_kib)
+        passphrase = require_passphrase(key, record.id)
         if record.encryption in (EncryptionState.PREPARED, EncryptionState.FORMATTING):
             self._refuse_open_mapping(record)
             record = self._format(backend, record, device, chosen, passphrase)
@@ -131,6 +135,7 @@ class Encryption:
     ) -> VolumeRecord:
         where = _where(record, device)
         if record.encryption is EncryptionState.PREPARED:
+            check_capacity(chosen.cipher, record.capacity_bytes)
             self._workers.call(
                 f"luks-blank proof of {where}",
                 self._limits.format_seconds,

@@ -91,4 +91,5 @@ class Expansion:
             return blockdev.is_block_device(path) and blockdev.device_number(path) == blockdev.device_number(
                 staged.device
             )
-        return self._mounts.at(path) is not None
+        staging, shown = self._mounts.at(staged.staging_path), self._mounts.at(path)
+        return staging is not None and shown is not None and shown.device == staging.device

@@ -34,6 +34,8 @@ _GROW: Mapping[str, Callable[[str, str], Sequence[str]]] = {
     "xfs": lambda _, mounted_at: ("xfs_growfs", "-d", mounted_at),
     "btrfs": lambda _, mounted_at: ("btrfs", "filesystem", "resize", "max", mounted_at),
 }
+PROGRAMS: Mapping[str, Sequence[str]] = {fs: (_MKFS[fs][0], _GROW[fs]("", "")[0]) for fs in _MKFS}
+"""What makes and grows each file system."""
 
 
 class FileSystems:

@@ -1,5 +1,6 @@
 """What this node offers and lacks: for Probe, metrics and `luks-csi doctor`."""
 
+import errno
 import os
 import re
 import threading
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from csi_driver.backends.base import Backend
+from csi_driver.host import loopcontrol
 from csi_driver.host.commands import Commands
 from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.hardening import swap_active
@@ -18,10 +20,12 @@ from csi_driver.luks.mapping import Mappings
 from csi_driver.model.errors import DriverError, FailedPrecondition
 from csi_driver.model.settings import Settings
 from csi_driver.model.volume import mapping_name
+from csi_driver.volumes.filesystem import PROGRAMS
 
 _LEAST_CRYPTSETUP = (2, 6)
 _LEAST_KERNEL = (5, 12)
 _EPOCH_OF_SENSE = 1_767_225_600  # 2026-01-01: a clock before it was never set
+_CAP_SYS_ADMIN = 21
 _RECHECK_SECONDS = 10.0
 _COMMAND_SECONDS = 20.0
 
@@ -76,17 +80,17 @@ class Health:
         return self._obstacle
 
     def findings(self) -> list[Finding]:
-        """Everything that is looked at, the fatal ones first."""
+        """Everything that is looked at, the fatal ones first; what is kept in a state directory only where one is."""
         checks = (
             *self._fatal_checks(),
             self._cryptsetup,
             self._kernel,
+            self._file_systems,
+            self._programs,
             self._permissions,
-            self._space,
             self._clock,
             self._swap,
-            self._orphans,
-            self._unknown_mappings,
+            *kept,
         )
         return [check() for check in checks]
 
@@ -96,16 +100,23 @@ class Health:
 
     def open_mappings(self) -> int:
         """How many mappings of volumes are open on this node."""
-        return sum(name.startswith(mapping_name("")) for name in self._mappings.names())
+        return len({mapping_name(volume_id) for volume_id in self._backend.ids()} & set(self._mappings.names()))
 
     def _fatal_checks(self) -> tuple[Callable[[], Finding], ...]:
-        return (self._dm_crypt, self._library, self._state_dir, self._propagation)
+        return (self._dm_crypt, self._loop, self._library, self._state_dir, self._propagation)
 
     def _dm_crypt(self) -> Finding:
         def look() -> str:
             return f"device-mapper {self._mapper.version()}, crypt target {self._mapper.target_version('crypt')}"
 
         return _finding("dm-crypt", look, "load the kernel module dm_crypt on this node (modprobe dm_crypt)")
+
+    def _loop(self) -> Finding:
+        def look() -> str:
+            loopcontrol.check_control()
+            return "the kernel gives out loop devices"
+
+        return _finding("loop devices", look, "load the kernel module loop on this node (modprobe loop)")
 
     def _library(self) -> Finding:
         def look() -> str:
@@ -117,8 +128,10 @@ class Health:
         path = self._settings.state_dir
 
         def look() -> str:
-            if not os.access(path, os.W_OK | os.X_OK) or os.statvfs(path).f_flag & os.ST_RDONLY:
-                raise FailedPrecondition(f"{path} cannot be written")
+            if not path.exists():
+                raise FailedPrecondition(f"{path} is not there; start the driver, which makes it, or name another one")
+            if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK) or os.statvfs(path).f_flag & os.ST_RDONLY:
+                raise FailedPrecondition(f"{path} is no folder that can be written")
             return f"{path} can be written"
 
         return _finding("state directory", look, "make it a writable folder of this node that outlives the driver")
@@ -154,11 +167,30 @@ class Health:
 
         return _finding("kernel", look, "run Linux 5.12 or newer: read-only publishing needs it", fatal=False)
 
+    def _file_systems(self) -> Finding:
+        def look() -> str:
+            if unknown := [fs_type for fs_type in PROGRAMS if not self._mounts.knows(fs_type)]:
+                raise FailedPrecondition(f"the kernel cannot mount {', '.join(unknown)}")
+            return f"the kernel mounts {', '.join(PROGRAMS)}"
+
+        return _finding("file systems", look, "load these kernel modules if volumes are to have them", fatal=False)
+
+    def _programs(self) -> Finding:
+        def look() -> str:
+            wanted = [program for programs in PROGRAMS.values() for program in programs]
+            if absent := [program for program in wanted if not self._commands.has(program)]:
+                raise FailedPrecondition(f"not installed: {', '.join(absent)}")
+            return ", ".join(wanted)
+
+        return _finding("programs", look, "install the packages e2fsprogs, xfsprogs and btrfs-progs", fatal=False)
+
     def _permissions(self) -> Finding:
         def look() -> str:
             if os.geteuid() != 0:
-                raise FailedPrecondition(f"the driver runs as user {os.geteuid()}")
-            return "the driver runs as root"
+                raise FailedPrecondition(f"this runs as user {os.geteuid()}")
+            if not _effective_capabilities() >> _CAP_SYS_ADMIN & 1:
+                raise FailedPrecondition("this runs as root without CAP_SYS_ADMIN")
+            return "this runs as root with CAP_SYS_ADMIN"
 
         return _finding("permissions", look, "run the node service as root in a privileged container", fatal=False)
 
@@ -193,24 +225,29 @@ class Health:
                 raise FailedPrecondition(f"{len(orphans)} leftovers of killed calls: {', '.join(orphans[:5])}")
             return "none"
 
-        return _finding("orphans", look, "look at them, then run `luks-csi orphans remove`", fatal=False)
-
-    def _unknown_mappings(self) -> Finding:
-        def look() -> str:
-            known = {mapping_name(volume_id) for volume_id in self._backend.ids()}
-            names = [name for name in self._mappings.names() if name.startswith(mapping_name("")) and name not in known]
-            if names:
-                raise FailedPrecondition(f"open mappings without a volume: {', '.join(names[:5])}")
-            return "all mappings belong to volumes"
-
-        return _finding("mappings", look, "close each with `cryptsetup close` if nothing needs it", fatal=False)
+        return _finding("orphans", look, "look at them with `luks-csi orphans list`", fatal=False)
 
 
 def _finding(name: str, look: Callable[[], str], advice: str, *, fatal: bool = True) -> Finding:
     try:
         return Finding(name, ok=True, fatal=fatal, found=look())
-    except (DriverError, OSError) as error:
-        return Finding(name, ok=False, fatal=fatal, found=str(error), advice=advice)
+    except DriverError as error:
+        # An error that says itself what to do, behind its semicolon, knows better than the general advice.
+        found, _, better = str(error).partition("; ")
+        return Finding(name, ok=False, fatal=fatal, found=found, advice=better or advice)
+    except OSError as error:
+        found = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+        if error.errno in (errno.EPERM, errno.EACCES):
+            advice = "run this as root"
+        elif error.errno == errno.ENOENT:
+            advice = "start the driver, which makes it, or name another state directory"
+        return Finding(name, ok=False, fatal=fatal, found=found, advice=advice)
+
+
+def _effective_capabilities() -> int:
+    """The capability set of proc_pid_status(5) as a bit mask."""
+    with open("/proc/self/status", "rb") as status:
+        return next(int(line.split()[1], 16) for line in status if line.startswith(b"CapEff:"))
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -5,6 +5,8 @@ docs/parameters.md is the table for users.
 
 import difflib
 import functools
+import itertools
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -48,29 +50,32 @@ _MKFS_FLAGS: Mapping[str, Mapping[str, Sequence[str] | None]] = {
     "xfs": {"-b": None, "-m": None, "-n": None, "-i": None, "-s": None,
             "-d": ("agcount", "agsize", "su", "sw", "sunit", "swidth"),
             "-l": ("size", "version", "su", "sunit", "lazy-count")},
-    "btrfs": {"-n": None, "-s": None, "-m": None, "-d": None, "-O": None, "--csum": None, "--checksum": None,
-              "-M": None},
+    "btrfs": {"-n": None, "-s": None, "-m": None, "-d": None, "-O": None, "--csum": None, "--checksum": None},
 }  # fmt: skip
-"""Options of mkfs that shape the new file system and do nothing else; sub-options are listed where some name files."""
+"""Options of mkfs that shape the new file system and do nothing else; sub-options are listed where some name files.
+
+Each takes a value: what followed one that takes none (-M of btrfs) would be one more device to format.
+"""
+_MKFS_VALUE = re.compile(r"[A-Za-z0-9^=_,.:+-]+")  # nothing that could name a file
+_NO_FILE_SYSTEM = frozenset({"journal_dev", "list-all"})  # values of -O with which mkfs succeeds and makes none
 
 
 def read_parameters(given: Mapping[str, str]) -> VolumeParameters:
     """Read the parameters of CreateVolume.
 
-    Raises InvalidArgument for an unknown parameter (naming the nearest known one) or a value that cannot be. A
-    parameter that other drivers' classes carry and that promises nothing here is logged as ignored.
+    Raises InvalidArgument for an unknown parameter (naming the nearest known one) or a value that cannot be; what must
+    fit together is for `luks_format` and `check_mkfs_options` to say. A parameter that other drivers' classes carry and
+    that promises nothing here is logged as ignored.
     """
     values: dict[str, Any] = {}
-    mkfs_options = ""
     for name, text in given.items():
         if name in _READERS:
-            field, read = _READERS[name]
-            value = read(name, text)
+            field, value = _value(name, text)
             if values.get(field, value) != value:
                 raise InvalidArgument(f"the parameter {name} says {text!r} and another one says {values[field]!r}")
             values[field] = value
         elif name == "mkfsOptions":
-            mkfs_options = text
+            values["mkfs_options"] = _words(text)
         elif name in _IGNORED:
             _tell_ignored(name)
         elif name not in _CHECKED and name not in _SECRET_KEYS:
@@ -78,28 +83,50 @@ def read_parameters(given: Mapping[str, str]) -> VolumeParameters:
         if name in _CHECKED and (refusal := _CHECKED[name](text)):
             raise InvalidArgument(refusal)
     claim = "/".join(given[key] for key in (f"{_KUBERNETES}pvc/namespace", f"{_KUBERNETES}pvc/name") if given.get(key))
-    fs_type = values.get("fs_type")
-    parameters = VolumeParameters(
-        **values, claim=claim or None, mkfs_options=_mkfs_options(fs_type or DEFAULT_FILE_SYSTEM, mkfs_options)
-    )
-    luks_format(parameters, SecretKey(passphrase=None))
+    parameters = VolumeParameters(**values, claim=claim or None)
+    if parameters.fs_type is not None:  # else it comes with the volume's capability
+        check_mkfs_options(parameters.fs_type, parameters.mkfs_options)
     return parameters
 
 
+def _value(name: str, text: str) -> tuple[str, object]:
+    field, read = _READERS[name]
+    try:
+        return field, read(text)
+    except ValueError as error:
+        raise InvalidArgument(f"the parameter {name} is {text!r}; it must be {error}") from None
+
+
+def _words(text: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise InvalidArgument(f"the parameter mkfsOptions cannot be split into words: {error}") from None
+
+
 def check_mkfs_options(fs_type: str, options: Sequence[str]) -> None:
-    """Raise InvalidArgument when an option is not one that mkfs of `fs_type` may get."""
-    _mkfs_options(fs_type, shlex.join(options))
+    """Raise InvalidArgument when an option is not one that mkfs of `fs_type` may get, with a value of its own."""
+    allowed = _MKFS_FLAGS[fs_type]
+    for flag, value in itertools.zip_longest(options[::2], options[1::2], fillvalue=""):
+        if flag not in allowed or value.startswith("-") or not _MKFS_VALUE.fullmatch(value):
+            raise InvalidArgument(
+                f"the parameter mkfsOptions holds {f'{flag} {value}'.strip()!r}, which is not an option with a value "
+                f"that mkfs.{fs_type} may get; allowed are {', '.join(allowed)}, each followed by its value as a word "
+                f"of its own"
+            )
+        _check_suboptions(fs_type, flag, value, allowed[flag])
 
 
-def luks_format(parameters: VolumeParameters, key: SecretKey) -> LuksFormat:
+def luks_format(parameters: VolumeParameters, key: SecretKey, memory_limit_kib: int | None = None) -> LuksFormat:
     """The choice for luksFormat: the parameter, else the secret's wish, else the default.
 
-    Raises InvalidArgument when parameter and secret disagree or a wish is not on the allow-list.
+    The default memory stays below the limit. Raises InvalidArgument when parameter and secret disagree, a wish is not
+    on the allow-list, or the wished memory is above the limit.
     """
-    wished_cipher = key.cipher and _one_of(*formats.CIPHER_KEY_BITS)("CRYPTO_KEY_CIPHER", key.cipher)
-    wished_hash = key.hash and _one_of(*formats.HASHES)("CRYPTO_KEY_HASH", key.hash)
-    wished_pbkdf = key.pbkdf and _one_of(*formats.PBKDFS)("CRYPTO_PBKDF", key.pbkdf)
-    wished_bits = _number(128, 512)("CRYPTO_KEY_SIZE", key.key_size) if key.key_size else None
+    wished_cipher = _wish(_one_of(*formats.CIPHER_KEY_BITS), "CRYPTO_KEY_CIPHER", key.cipher)
+    wished_hash = _wish(_one_of(*formats.HASHES), "CRYPTO_KEY_HASH", key.hash)
+    wished_pbkdf = _wish(_one_of(*formats.PBKDFS), "CRYPTO_PBKDF", key.pbkdf)
+    wished_bits = _wish(_number(128, 512), "CRYPTO_KEY_SIZE", key.key_size)
     cipher = _agree("cipher", parameters.cipher, "CRYPTO_KEY_CIPHER", wished_cipher) or LuksFormat.cipher
     key_bits = _agree("keySize", parameters.key_bits, "CRYPTO_KEY_SIZE", wished_bits)
     key_bits = key_bits or formats.default_key_bits(cipher)
@@ -107,9 +134,15 @@ def luks_format(parameters: VolumeParameters, key: SecretKey) -> LuksFormat:
     hash_name = _agree("hash", parameters.hash, "CRYPTO_KEY_HASH", wished_hash) or LuksFormat.hash
     pbkdf = _agree("pbkdf", parameters.pbkdf, "CRYPTO_PBKDF", wished_pbkdf) or LuksFormat.pbkdf
     iterations = parameters.pbkdf_iterations or formats.default_iterations(pbkdf, hash_name)
-    least = formats.PBKDF2_LEAST_ITERATIONS if pbkdf == "pbkdf2" else formats.ARGON2_LEAST_TIME
-    if iterations < least:
-        raise InvalidArgument(f"the parameter pbkdfIterations is {iterations}, but {pbkdf} wants at least {least}")
+    least, most = (
+        (formats.PBKDF2_LEAST_ITERATIONS, formats.PBKDF2_MOST_ITERATIONS)
+        if pbkdf == "pbkdf2"
+        else (formats.ARGON2_LEAST_TIME, formats.ARGON2_MOST_TIME)
+    )
+    if not least <= iterations <= most:
+        raise InvalidArgument(
+            f"the parameter pbkdfIterations is {iterations}; with {pbkdf} it must be from {least} to {most}"
+        )
     if pbkdf == "pbkdf2" and parameters.pbkdf_memory_kib is not None:
         raise InvalidArgument("the parameter pbkdfMemory means nothing with pbkdf2; leave it out or choose argon2id")
     return LuksFormat(
@@ -117,7 +150,7 @@ def luks_format(parameters: VolumeParameters, key: SecretKey) -> LuksFormat:
         key_bits=key_bits,
         hash=hash_name,
         pbkdf=pbkdf,
-        memory_kib=0 if pbkdf == "pbkdf2" else parameters.pbkdf_memory_kib or formats.ARGON2_DEFAULT_MEMORY_KIB,
+        memory_kib=0 if pbkdf == "pbkdf2" else _memory(parameters.pbkdf_memory_kib, memory_limit_kib),
         iterations=iterations,
         sector_size=parameters.sector_size or LuksFormat.sector_size,
     )
@@ -132,6 +165,27 @@ def _agree(parameter: str, chosen: T | None, entry: str, wished: T | None) -> T 
     return chosen if chosen is not None else wished
 
 
+def _memory(chosen: int | None, limit: int | None) -> int:
+    if chosen is None:
+        return min(formats.ARGON2_DEFAULT_MEMORY_KIB, limit or formats.ARGON2_DEFAULT_MEMORY_KIB)
+    if limit is not None and chosen > limit:
+        raise InvalidArgument(
+            f"the parameter pbkdfMemory is {chosen} KiB and this driver allows {limit} KiB, so that every node can "
+            f"open the volume again; choose less or raise --pbkdf-memory-limit on all nodes"
+        )
+    return chosen
+
+
+def _wish(read: Callable[[str], T], entry: str, text: str | None) -> T | None:
+    """What an entry of the secret wishes; a wrong one is not quoted, as it may be the passphrase in a wrong place."""
+    if text is None:
+        return None
+    try:
+        return read(text)
+    except ValueError as error:
+        raise InvalidArgument(f"the secret's entry {entry} is wrong; it must be {error}") from None
+
+
 @functools.cache  # once in the life of the process is enough
 def _tell_ignored(name: str) -> None:
     _log.info("StorageClass parameter ignored", parameter=name, reason=_IGNORED[name])
@@ -141,55 +195,54 @@ def _unknown(name: str) -> InvalidArgument:
     known = [*_READERS, *_IGNORED, *_CHECKED, "mkfsOptions"]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]}" if near else f"; known are {', '.join(sorted(_READERS))} and mkfsOptions"
-    return InvalidArgument(f"the parameter {name} is unknown{hint}")
+    return InvalidArgument(f"the parameter {name!r} is unknown{hint}")
 
 
-def _boolean(name: str, text: str) -> bool:
+# Readers of a value; what they raise says what it must be.
+
+
+def _boolean(text: str) -> bool:
     if text not in ("true", "false"):
-        raise InvalidArgument(f'the parameter {name} is {text!r}; it must be "true" or "false"')
+        raise ValueError('"true" or "false"')
     return text == "true"
 
 
-def _one_of(*allowed: str) -> Callable[[str, str], str]:
-    def read(name: str, text: str) -> str:
+def _one_of(*allowed: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
         if text not in allowed:
-            raise InvalidArgument(f"{name} is {text!r}; it must be one of {', '.join(allowed)}")
+            raise ValueError(f"one of {', '.join(allowed)}")
         return text
 
     return read
 
 
-def _number(least: int, most: int) -> Callable[[str, str], int]:
-    def read(name: str, text: str) -> int:
-        if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
-            raise InvalidArgument(f"{name} is {text!r}; it must be a whole number from {least} to {most}")
+def _number(least: int, most: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not least <= int(text) <= most:
+            raise ValueError(f"a whole number from {least} to {most}")
         return int(text)
 
     return read
 
 
-def _sector_size(name: str, text: str) -> int:
-    return int(_one_of(*map(str, formats.SECTOR_SIZES))(name, text))
-
-
-def _any(_: str, text: str) -> str:
-    return text
+def _sector_size(text: str) -> int:
+    return int(_one_of(*map(str, formats.SECTOR_SIZES))(text))
 
 
 _file_system = _one_of(*FILE_SYSTEMS)
-_READERS: Mapping[str, tuple[str, Callable[[str, str], Any]]] = {
+_READERS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "encrypted": ("encrypted", _boolean),
     "cipher": ("cipher", _one_of(*formats.CIPHER_KEY_BITS)),
     "keySize": ("key_bits", _number(128, 512)),
     "hash": ("hash", _one_of(*formats.HASHES)),
     "pbkdf": ("pbkdf", _one_of(*formats.PBKDFS)),
     "pbkdfMemory": ("pbkdf_memory_kib", _number(formats.ARGON2_LEAST_MEMORY_KIB, 4 << 20)),
-    "pbkdfIterations": ("pbkdf_iterations", _number(formats.ARGON2_LEAST_TIME, (1 << 32) - 1)),
+    "pbkdfIterations": ("pbkdf_iterations", _number(formats.ARGON2_LEAST_TIME, formats.PBKDF2_MOST_ITERATIONS)),
     "sectorSize": ("sector_size", _sector_size),
     "discard": ("discard", _boolean),
     "noReadWorkqueue": ("no_read_workqueue", _boolean),
     "noWriteWorkqueue": ("no_write_workqueue", _boolean),
-    "backend": ("backend", _any),
+    "backend": ("backend", str),
     "numberOfReplicas": ("replicas", _number(1, 20)),
     "fstype": ("fs_type", _file_system),
     "fsType": ("fs_type", _file_system),
@@ -209,31 +262,11 @@ _CHECKED: Mapping[str, Callable[[str], str | None]] = {
 }
 
 
-def _mkfs_options(fs_type: str, text: str) -> tuple[str, ...]:
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise InvalidArgument(f"the parameter mkfsOptions cannot be split into words: {error}") from None
-    allowed = _MKFS_FLAGS[fs_type]
-    position = 0
-    while position < len(words):
-        flag = words[position]
-        value = words[position + 1] if position + 1 < len(words) else None
-        if flag not in allowed or value is None or value.startswith("-"):
-            raise InvalidArgument(
-                f"the parameter mkfsOptions holds {flag!r}, which is not an option with a value that mkfs.{fs_type} "
-                f"may get; allowed are {', '.join(allowed)}, each followed by its value as a word of its own"
-            )
-        _check_suboptions(fs_type, flag, value, allowed[flag])
-        position += 2
-    return tuple(words)
-
-
 def _check_suboptions(fs_type: str, flag: str, value: str, names: Sequence[str] | None) -> None:
-    if names is None:
-        return
     for part in value.split(","):
-        if part.partition("=")[0] not in names:
+        if flag == "-O" and part in _NO_FILE_SYSTEM:
+            raise InvalidArgument(f"the parameter mkfsOptions holds -O {part!r}, which makes no file system")
+        if names is not None and part.partition("=")[0] not in names:
             raise InvalidArgument(
                 f"the parameter mkfsOptions holds {flag} {part!r}; for mkfs.{fs_type} {flag} allowed are "
                 f"{', '.join(names)}"

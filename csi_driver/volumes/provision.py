@@ -1,6 +1,7 @@
 """The controller's use cases: create, delete, find, list, enlarge volumes, and tell the room there is."""
 
 import bisect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from csi_driver.keys.secret import SecretKey
 from csi_driver.luks import formats
 from csi_driver.model.errors import (
     AlreadyExists,
+    DriverError,
     FailedPrecondition,
     InvalidArgument,
     InvalidToken,
@@ -37,6 +39,8 @@ _LEAST_BYTES = 1 << 20
 _LARGEST_BYTES = (1 << 63) - (1 << 30)
 _LONGEST_NAME = 128
 _TOKEN_PREFIX = "after:"
+# CSI spec, CreateVolumeRequest.name; `convert.any_volume_id` relies on NUL being among them.
+_BANNED_IN_NAMES = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,14 @@ class Provisioning:
         Raises InvalidArgument, OutOfRange, AlreadyExists (same name, other properties), ResourceExhausted (no room,
         or none of the wished topologies is this node).
         """
-        if not request.name or len(request.name.encode()) > _LONGEST_NAME:
-            raise InvalidArgument(f"a volume's name must have 1 to {_LONGEST_NAME} bytes")
+        if not request.name or len(request.name.encode()) > _LONGEST_NAME or _BANNED_IN_NAMES.search(request.name):
+            raise InvalidArgument(f"a volume's name must have 1 to {_LONGEST_NAME} bytes and no control characters")
         capabilities.check(request.capabilities)
         parameters = self._parameters(request)
+        chosen = luks_format(parameters, request.key, self._settings.limits.pbkdf_memory_kib)
         capacity = _choose_capacity(request, parameters)
+        if parameters.encrypted:
+            formats.check_capacity(chosen.cipher, capacity)
         self._check_topology(request.topologies)
         volume_id = volume_id_for(request.name)
         try:
@@ -133,7 +140,7 @@ class Provisioning:
         self, given: Mapping[str, str], topology: Mapping[str, str] | None, wanted: Sequence[Capability]
     ) -> Capacity:
         """Room for volumes of these parameters, as a pod would see it; 0 where such a volume cannot be."""
-        parameters = read_parameters(given)
+        parameters = self._read(given)
         if topology and topology.get(self._settings.topology_key) != self._settings.node_id:
             return Capacity(0, 0)
         if any(capabilities.refusal(capability) for capability in wanted):
@@ -155,8 +162,15 @@ class Provisioning:
         for capability in wanted:
             if reason := capabilities.refusal(capability):
                 return reason
-        if parameters and _without_claim(read_parameters(parameters)) != _without_claim(record.parameters):
-            return f"volume {volume_id} was made with other parameters"
+            fs_type = record.made_fs_type or record.parameters.fs_type
+            if not capability.block and None not in (fs_type, capability.fs_type) and fs_type != capability.fs_type:
+                return f"volume {volume_id} has the file system {fs_type}, not {capability.fs_type}"
+        if parameters:
+            asked = read_parameters(parameters)
+            if asked.fs_type is None:  # the volume's may have come with its capability
+                asked = msgspec.structs.replace(asked, fs_type=record.parameters.fs_type)
+            if _without_claim(asked) != _without_claim(record.parameters):
+                return f"volume {volume_id} was made with other parameters"
         return None
 
     def expand(self, volume_id: str, required_bytes: int, limit_bytes: int) -> int:
@@ -167,20 +181,17 @@ class Provisioning:
         record = self.get(volume_id).record
         return grow_device(self._backend, record, required_bytes, limit_bytes).capacity_bytes
 
-    def _parameters(self, request: CreateRequest) -> VolumeParameters:
-        parameters = read_parameters(request.parameters)
+    def _read(self, given: Mapping[str, str]) -> VolumeParameters:
+        parameters = read_parameters(given)
         if parameters.backend not in (None, self._backend.name):
             raise InvalidArgument(
                 f"the parameter backend is {parameters.backend!r} and this driver serves {self._backend.name!r}; "
                 f"correct it or leave it out"
             )
-        chosen = luks_format(parameters, request.key)
-        limit = self._settings.limits.pbkdf_memory_kib
-        if parameters.encrypted and chosen.memory_kib > limit:
-            raise InvalidArgument(
-                f"the parameter pbkdfMemory is {chosen.memory_kib} KiB and this driver allows {limit} KiB, so that "
-                f"every node can open the volume again; choose less or raise --pbkdf-memory-limit on all nodes"
-            )
+        return parameters
+
+    def _parameters(self, request: CreateRequest) -> VolumeParameters:
+        parameters = self._read(request.parameters)
         for fs_type in {capability.fs_type for capability in request.capabilities if not capability.block} - {None}:
             if parameters.fs_type not in (None, fs_type):
                 raise InvalidArgument(
@@ -188,7 +199,8 @@ class Provisioning:
                     f"them equal or leave one out"
                 )
             parameters = msgspec.structs.replace(parameters, fs_type=fs_type)
-        check_mkfs_options(parameters.fs_type or DEFAULT_FILE_SYSTEM, parameters.mkfs_options)
+        if any(not capability.block for capability in request.capabilities):
+            check_mkfs_options(parameters.fs_type or DEFAULT_FILE_SYSTEM, parameters.mkfs_options)
         return parameters
 
     def _check_topology(self, topologies: Sequence[Mapping[str, str]]) -> None:
@@ -211,7 +223,11 @@ class Provisioning:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         size = capacity + (formats.DATA_OFFSET if parameters.encrypted else 0)
-        record = self._backend.create(record, size)
+        try:
+            record = self._backend.create(record, size)
+        except DriverError:
+            self._locks.forget(volume_id)
+            raise
         _log.info("volume created", volume_id=volume_id, capacity_bytes=capacity, encrypted=parameters.encrypted)
         return record
 
@@ -228,13 +244,16 @@ def grow_device(backend: Backend, record: VolumeRecord, required_bytes: int, lim
 
     The device grows before the record says so: a crash between leaves a device that is too long, never one too short.
     """
+    _check_range(required_bytes, limit_bytes)
     capacity = _round_up(required_bytes, record.parameters)
     if limit_bytes and max(capacity, record.capacity_bytes) > limit_bytes:
         raise OutOfRange(
             f"volume {record.id} cannot have at most {limit_bytes} bytes: it has {record.capacity_bytes} and "
             f"{required_bytes} are required"
         )
-    _check_possible(capacity, record.parameters)
+    _check_possible(capacity)
+    if record.encryption is not None:
+        formats.check_capacity(record.luks.cipher if record.luks else record.parameters.cipher or "", capacity)
     if capacity <= record.capacity_bytes:
         return record
     grown = msgspec.structs.replace(record, capacity_bytes=capacity)
@@ -245,8 +264,7 @@ def grow_device(backend: Backend, record: VolumeRecord, required_bytes: int, lim
 
 def _choose_capacity(request: CreateRequest, parameters: VolumeParameters) -> int:
     required, limit = request.required_bytes, request.limit_bytes
-    if required < 0 or limit < 0 or (limit and required > limit):
-        raise InvalidArgument(f"the capacity range from {required} to {limit} bytes is none")
+    _check_range(required, limit)
     fs_types = {c.fs_type or parameters.fs_type or DEFAULT_FILE_SYSTEM for c in request.capabilities if not c.block}
     least = max([_LEAST_BYTES, *(LEAST_BYTES[fs_type] for fs_type in fs_types)])
     capacity = _round_up(max(required or DEFAULT_BYTES, least), parameters)
@@ -257,18 +275,18 @@ def _choose_capacity(request: CreateRequest, parameters: VolumeParameters) -> in
             f"no size from {required} to {limit} bytes can be made: such a volume has at least {least} bytes, in "
             f"sectors of {_sector(parameters)}"
         )
-    _check_possible(capacity, parameters)
+    _check_possible(capacity)
     return capacity
 
 
-def _check_possible(capacity: int, parameters: VolumeParameters) -> None:
+def _check_range(required: int, limit: int) -> None:
+    if required < 0 or limit < 0 or (limit and required > limit):
+        raise InvalidArgument(f"the capacity range from {required} to {limit} bytes is none")
+
+
+def _check_possible(capacity: int) -> None:
     if capacity > _LARGEST_BYTES:
         raise OutOfRange(f"{capacity} bytes are more than a device can have ({_LARGEST_BYTES})")
-    if parameters.encrypted and (parameters.cipher or "").endswith("-plain") and capacity > formats.PLAIN_IV_LIMIT:
-        raise OutOfRange(
-            f"the cipher {parameters.cipher} repeats its IV past {formats.PLAIN_IV_LIMIT} bytes and {capacity} are "
-            f"wanted; choose aes-xts-plain64"
-        )
 
 
 def _check_same(found: VolumeRecord, request: CreateRequest, parameters: VolumeParameters) -> None:

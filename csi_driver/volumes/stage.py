@@ -10,7 +10,7 @@ from csi_driver.backends.base import Backend
 from csi_driver.host.holders import Holders, describe
 from csi_driver.host.mounts import Mount, Mounts
 from csi_driver.host.workers import Workers
-from csi_driver.keys.secret import SecretKey, require_passphrase
+from csi_driver.keys.secret import SecretKey
 from csi_driver.luks.mapping import Mappings
 from csi_driver.model.errors import AlreadyExists, DeviceInUse, FailedPrecondition, InvalidArgument, NotFound
 from csi_driver.model.volume import VolumeRecord, mapping_name
@@ -19,7 +19,6 @@ from csi_driver.volumes.capability import Capability
 from csi_driver.volumes.context import check_context
 from csi_driver.volumes.encryption import Encryption, raw_if_unseen
 from csi_driver.volumes.filesystem import FileSystems
-from csi_driver.volumes.parameters import luks_format
 from csi_driver.volumes.stages import Stage, Stages
 
 _log = structlog.get_logger(__name__)
@@ -86,12 +85,10 @@ class Staging:
             undo.callback(device.close)
             with ExitStack() as opened:
                 if record.encryption is not None:
-                    chosen = luks_format(record.parameters, request.key)
-                    passphrase = require_passphrase(request.key, record.id)
-                    record = self._encryption.open(self._backend, record, device, chosen, passphrase, opened)
-                    self._finish(record, f"/dev/mapper/{record.mapping_name}", request)
-                else:
-                    self._finish(record, device.path, request)
+                    record = self._encryption.open(self._backend, record, device, request.key, opened)
+                shown = device.path if record.encryption is None else f"/dev/mapper/{record.mapping_name}"
+                opened.callback(self._take_back, record, request.staging_path)
+                self._finish(record, shown, request)
                 opened.pop_all()
             undo.pop_all()
             device.close()
@@ -132,6 +129,10 @@ class Staging:
         )
         self._stages.put(record.id, stage)
         self._file_systems.mount(record, device, request.staging_path, fs_type, options.flags, options.data)
+
+    def _take_back(self, record: VolumeRecord, staging_path: str) -> None:
+        """Unmount after an error: a worker that was killed may have mounted before it could say so."""
+        self._clear(record, staging_path, self._stages.get(record.id))
 
     def _is_complete(self, record: VolumeRecord, staged: Stage) -> bool:
         """Whether all that a stage makes is there and is this volume's."""

@@ -45,7 +45,7 @@ class Stages:
         """The stage of this boot, complete or being made."""
         try:
             found = msgspec.json.decode((self._folder / volume_id).read_bytes(), type=_StageFile)
-        except (FileNotFoundError, msgspec.MsgspecError):
+        except (FileNotFoundError, ValueError, RecursionError):  # msgspec's errors are ValueErrors
             return None
         return found.stage if found.boot_id == self._boot_id else None
 

@@ -1,0 +1,49 @@
+"""`luks-csi doctor`: what this node offers and lacks, and what to do; needs no server."""
+
+from typing import Any
+
+import click
+
+from csi_driver.cli.output import OUTPUT_OPTION, Output, show_json, show_table
+from csi_driver.cli.serve import serve
+from csi_driver.model.settings import Settings
+from csi_driver.volumes.health import Finding
+
+_LOOKED_AT = ("state_dir", "kubelet_dir", "free_space_floor")
+
+
+def settings_params(*fields: str) -> list[click.Parameter]:
+    """Some of the options of `serve`: the same names, variables and defaults."""
+    return [parameter for parameter in serve.params if parameter.name in fields]
+
+
+@click.command(params=[*settings_params(*_LOOKED_AT), OUTPUT_OPTION])
+@click.pass_context
+def doctor(context: click.Context, /, output: str, **settings: Any) -> None:
+    """Look at this node: kernel, programs, folders, permissions, leftovers; and say what to do.
+
+    The exit code is 1 when something is missing without which no volume can be staged.
+    """
+    from csi_driver.volumes.driver import build_driver
+
+    driver = (context.obj or build_driver)(Settings(**settings))
+    try:
+        findings = driver.health.findings()
+    finally:
+        driver.stop()
+    if output == Output.JSON:
+        show_json(findings)
+    else:
+        show_table([(_mark(finding), finding.name, _text(finding)) for finding in findings])
+    if any(finding.fatal and not finding.ok for finding in findings):
+        context.exit(1)
+
+
+def _mark(finding: Finding) -> str:
+    if finding.ok:
+        return click.style("ok", fg="green")
+    return click.style("FAIL", fg="red", bold=True) if finding.fatal else click.style("warn", fg="yellow")
+
+
+def _text(finding: Finding) -> str:
+    return finding.found if finding.ok else f"{finding.found}\n-> {finding.advice}"

@@ -1,0 +1,84 @@
+"""What the commands print: a table for people or JSON for programs; and the question before something is lost."""
+
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from enum import StrEnum
+
+import click
+import msgspec
+
+_GAP = "  "
+_LEAST_WIDTH, _MOST_WIDTH = 60, 120
+_LEAST_COLUMN = 20
+_UNITS = ("", "Ki", "Mi", "Gi", "Ti", "Pi")
+
+
+class Output(StrEnum):
+    """For whom a command prints."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+OUTPUT_OPTION = click.Option(
+    ["--output", "-o"],
+    type=click.Choice([each.value for each in Output]),
+    default=Output.TABLE.value,
+    show_default=True,
+    help="table for people, json for programs.",
+)
+"""An option for a command's `params`; it gets the text as `output`."""
+
+
+def show_json(value: object) -> None:
+    """Print a value of plain types, dataclasses or msgspec structs as JSON."""
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2))
+
+
+def show_table(rows: Sequence[Sequence[str]], headers: Sequence[str] = ()) -> None:
+    """Print aligned columns; the last one is broken into lines where the terminal ends. Cells may be styled."""
+    lines = [list(headers), *map(list, rows)] if headers else list(map(list, rows))
+    if not lines:
+        return
+    widths = [max(len(click.unstyle(line[column])) for line in lines) for column in range(len(lines[0]) - 1)]
+    indent = sum(widths) + len(_GAP) * len(widths)
+    room = max(_LEAST_COLUMN, _width() - indent)
+    for line in lines:
+        cells = [cell + " " * (width - len(click.unstyle(cell))) for cell, width in zip(line, widths, strict=False)]
+        paragraphs = [piece for part in line[-1].splitlines() for piece in textwrap.wrap(part, room)] or [""]
+        click.echo((_GAP.join([*cells, paragraphs[0]])).rstrip())
+        for piece in paragraphs[1:]:
+            click.echo(" " * indent + piece)
+
+
+def size_text(size: int) -> str:
+    """A size as Kubernetes writes it: the largest unit that divides it, so that nothing is rounded."""
+    power = 0
+    while size and size % 1024 == 0 and power < len(_UNITS) - 1:
+        size //= 1024
+        power += 1
+    return f"{size}{_UNITS[power]}"
+
+
+def about(size: int) -> str:
+    """A size for the eye, with at most one decimal."""
+    power, value = 0, float(size)
+    while value >= 1024 and power < len(_UNITS) - 1:
+        value /= 1024
+        power += 1
+    return f"{value:.1f}".removesuffix(".0") + _UNITS[power]
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask on a terminal; elsewhere `--yes` must have answered. Raises Abort on a no, UsageError without an answer."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise click.UsageError(f"{question} There is no terminal to ask on; answer with --yes.")
+    click.confirm(question, abort=True, err=True)
+
+
+def _width() -> int:
+    return min(max(shutil.get_terminal_size((100, 24)).columns, _LEAST_WIDTH), _MOST_WIDTH)

@@ -1,0 +1,86 @@
+"""Secrets for requests: read from files or standard input, never from the command line or the environment."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import click
+
+from csi_driver.host.hardening import harden_process
+from csi_driver.keys.secret import LONGHORN_VALUE
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+_LARGEST = 64 * 1024
+
+
+def secret_options(function: Function) -> Function:
+    """`--secret-dir` and `--passphrase-file` for a command; `read_secrets` takes both."""
+    folder = click.option(
+        "--secret-dir",
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        help="Folder like a mounted Kubernetes secret: one file per entry, taken byte for byte.",
+    )
+    file = click.option(
+        "--passphrase-file",
+        type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
+        help="File with the passphrase, - for standard input; the newline at its end is left out.",
+    )
+    return folder(file(function))
+
+
+def read_secrets(secret_dir: Path | None, passphrase_file: Path | None) -> Mapping[str, str]:
+    """The entries of a secret. Raises ClickException; what was read is in no message.
+
+    The process that holds them from here on leaves no core dump.
+    """
+    if secret_dir is None and passphrase_file is None:
+        return {}
+    if secret_dir is not None and passphrase_file is not None:
+        raise click.UsageError("--secret-dir and --passphrase-file exclude each other; give one of them.")
+    harden_process()
+    try:
+        if secret_dir is not None:
+            # Kubernetes mounts entries as links into a hidden folder; what is hidden is its own.
+            names = sorted(path.name for path in secret_dir.iterdir() if path.name[0] != "." and path.is_file())
+            return {name: _text(_read(secret_dir / name), f"the entry {name} in {secret_dir}") for name in names}
+        return {LONGHORN_VALUE: _passphrase(passphrase_file or Path("-"))}
+    except OSError as error:
+        raise click.ClickException(f"the secret cannot be read from {error.filename}: {error.strerror}") from None
+
+
+def _passphrase(file: Path) -> str:
+    if str(file) != "-":
+        content, where = _read(file), f"the passphrase in {file}"
+    elif os.isatty(0):
+        return str(click.prompt("Passphrase", hide_input=True, err=True))
+    else:
+        content, where = _up_to_limit(0, "standard input"), "the passphrase on standard input"
+    return _text(content.removesuffix(b"\n"), where)
+
+
+def _read(path: Path) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return _up_to_limit(descriptor, str(path))
+    finally:
+        os.close(descriptor)
+
+
+def _up_to_limit(descriptor: int, where: str) -> bytes:
+    content = b""
+    while piece := os.read(descriptor, _LARGEST + 1 - len(content)):
+        content += piece
+    if len(content) > _LARGEST:
+        raise click.ClickException(f"{where} holds more than {_LARGEST} bytes, too much for a secret's entry")
+    return content
+
+
+def _text(content: bytes, where: str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise click.ClickException(
+            f"{where} is not UTF-8 text, which is all that CSI can carry; encode the key, in base64 for example"
+        ) from None

@@ -1,0 +1,413 @@
+"""StorageClass parameters and what a secret wishes: read, checked, in agreement."""
+
+import shlex
+
+import msgspec
+import pytest
+import structlog
+from hypothesis import given
+from hypothesis import strategies as st
+
+from csi_driver.keys.secret import SecretKey, read_secret
+from csi_driver.luks import formats
+from csi_driver.luks.formats import LuksFormat
+from csi_driver.luks.header_rules import DEFAULT_LIMITS
+from csi_driver.model.errors import DriverError, InvalidArgument
+from csi_driver.model.volume import VolumeParameters
+from csi_driver.volumes.parameters import (
+    _IGNORED,
+    _READERS,
+    _tell_ignored,
+    check_mkfs_options,
+    luks_format,
+    read_parameters,
+)
+
+NO_KEY = SecretKey(passphrase=None)
+KEY = {"CRYPTO_KEY_VALUE": "Simple passphrase"}
+
+# The parameters of the classes that Longhorn, Harvester and Ceph-CSI document, as the provisioner sends them.
+LONGHORN = {"numberOfReplicas": "3", "staleReplicaTimeout": "2880", "fromBackup": "", "encrypted": "true"}
+HARVESTER = {
+    "numberOfReplicas": "2",
+    "staleReplicaTimeout": "2880",
+    "fromBackup": "",
+    "migratable": "true",
+    "encrypted": "true",
+}
+CEPH = {"clusterID": "rook", "pool": "rbd", "imageFeatures": "layering", "encrypted": "true", "encryptionKMSID": ""}
+
+
+VALID = [
+    ("encrypted", "true", "encrypted", True),
+    ("encrypted", "false", "encrypted", False),
+    *(("cipher", cipher, "cipher", cipher) for cipher in formats.CIPHER_KEY_BITS),
+    ("keySize", "256", "key_bits", 256),
+    *(("hash", name, "hash", name) for name in formats.HASHES),
+    *(("pbkdf", name, "pbkdf", name) for name in formats.PBKDFS),
+    ("pbkdfMemory", "32", "pbkdf_memory_kib", 32),
+    ("pbkdfMemory", "4194304", "pbkdf_memory_kib", 4194304),
+    ("pbkdfIterations", "4", "pbkdf_iterations", 4),
+    ("pbkdfIterations", "10000000", "pbkdf_iterations", 10_000_000),
+    *(("sectorSize", str(size), "sector_size", size) for size in formats.SECTOR_SIZES),
+    ("discard", "true", "discard", True),
+    ("noReadWorkqueue", "true", "no_read_workqueue", True),
+    ("noWriteWorkqueue", "true", "no_write_workqueue", True),
+    ("backend", "loopfile", "backend", "loopfile"),
+    ("numberOfReplicas", "3", "replicas", 3),
+    ("fstype", "xfs", "fs_type", "xfs"),
+    ("fsType", "btrfs", "fs_type", "btrfs"),
+    ("csi.storage.k8s.io/fstype", "ext4", "fs_type", "ext4"),
+    (
+        "mkfsOptions",
+        "-b 4096 -E 'stride=4,stripe_width=8'",
+        "mkfs_options",
+        ("-b", "4096", "-E", "stride=4,stripe_width=8"),
+    ),
+    ("mkfsOptions", "", "mkfs_options", ()),
+]
+
+
+@pytest.mark.parametrize(("parameter", "text", "field", "value"), VALID)
+def test_a_valid_parameter_is_typed(parameter: str, text: str, field: str, value: object) -> None:
+    assert read_parameters({parameter: text}) == msgspec.structs.replace(VolumeParameters(), **{field: value})
+
+
+INVALID = [
+    *(("encrypted", text) for text in ("", "True", "yes", "1", "on", " true", "true\n")),
+    *(("cipher", text) for text in ("", "null", "cipher_null", "cipher_null-ecb", "AES-XTS-PLAIN64", "aes-ecb")),
+    *(("keySize", text) for text in ("", "0", "64", "-256", "256.0", "0x100", "٢٥٦", "1024", "9" * 5000)),
+    *(("hash", text) for text in ("", "md5", "sha1", "SHA256")),
+    *(("pbkdf", text) for text in ("", "argon2", "scrypt", "PBKDF2")),
+    *(("pbkdfMemory", text) for text in ("", "31", "4194305", "64Mi", "9" * 5000)),
+    *(("pbkdfIterations", text) for text in ("", "3", "10000001", "-1", "1e3", "9" * 5000)),
+    *(("sectorSize", text) for text in ("", "0", "256", "0512", "8192")),
+    *((name, "TRUE") for name in ("discard", "noReadWorkqueue", "noWriteWorkqueue")),
+    *(("numberOfReplicas", text) for text in ("", "0", "-1", "21", "three")),
+    *((name, "ntfs") for name in ("fstype", "fsType", "csi.storage.k8s.io/fstype")),
+    ("mkfsOptions", "-b '4096"),
+    ("fromBackup", "s3://backups/one"),
+    ("encryptionKMSID", "vault"),
+]
+
+
+@pytest.mark.parametrize(("parameter", "text"), INVALID)
+def test_an_invalid_value_is_refused_and_its_parameter_named(parameter: str, text: str) -> None:
+    with pytest.raises(InvalidArgument, match=parameter):
+        read_parameters({parameter: text})
+
+
+def test_every_parameter_has_a_valid_and_an_invalid_case_here() -> None:
+    tested = {case[0] for case in VALID} & {case[0] for case in INVALID}
+    assert set(_READERS) - tested == {"backend"}  # which value is right, the backend knows
+
+
+def test_without_parameters_nothing_is_chosen() -> None:
+    assert read_parameters({}) == VolumeParameters()
+    assert luks_format(VolumeParameters(), NO_KEY) == LuksFormat(
+        cipher="aes-xts-plain64",
+        key_bits=512,
+        hash="sha256",
+        pbkdf="argon2id",
+        memory_kib=64 * 1024,
+        iterations=4,
+        sector_size=512,
+        data_offset=16 << 20,
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("Encrypted", "encrypted"),
+        ("encrypt", "encrypted"),
+        ("keysize", "keySize"),
+        ("pbkdfmemory", "pbkdfMemory"),
+        ("numReplicas", "numberOfReplicas"),
+        ("mkfsOption", "mkfsOptions"),
+        ("fs-type", "fstype"),
+        ("staleReplicaTimout", "staleReplicaTimeout"),
+        ("fromBackups", "fromBackup"),
+    ],
+)
+def test_an_unknown_parameter_is_refused_and_the_nearest_named(wrong: str, meant: str) -> None:
+    with pytest.raises(InvalidArgument, match=rf"parameter '{wrong}' is unknown; did you mean {meant}$"):
+        read_parameters({wrong: "x"})
+
+
+def test_an_unknown_parameter_like_no_other_is_refused_with_those_that_are() -> None:
+    with pytest.raises(InvalidArgument, match=r"parameter '42' is unknown; known are backend, .* and mkfsOptions"):
+        read_parameters({"42": ""})
+
+
+@pytest.mark.parametrize("name", sorted(_IGNORED))
+def test_parameters_of_other_drivers_are_accepted_and_told_once(name: str) -> None:
+    before = read_parameters({})
+    with structlog.testing.capture_logs() as told:
+        assert read_parameters({name: "whatever"}) == before
+        again = len(told)
+        assert read_parameters({name: "something else"}) == before
+    assert len(told) == again  # the first line may have been told by an earlier test: once is once per process
+    assert all(line["parameter"] == name and line["event"] == "StorageClass parameter ignored" for line in told)
+
+
+def test_an_ignored_parameter_is_told() -> None:
+    _tell_ignored.cache_clear()
+    with structlog.testing.capture_logs() as told:
+        read_parameters(LONGHORN)
+        read_parameters(HARVESTER)
+    assert [line["parameter"] for line in told] == ["staleReplicaTimeout", "migratable"]
+
+
+@pytest.mark.parametrize(("given", "replicas"), [(LONGHORN, 3), (HARVESTER, 2), (CEPH, 1)])
+def test_the_classes_of_longhorn_and_ceph_apply(given: dict[str, str], replicas: int) -> None:
+    fs = {"csi.storage.k8s.io/fstype": "ext4"}
+    assert read_parameters(given) == VolumeParameters(encrypted=True, replicas=replicas)
+    assert read_parameters(given | fs) == VolumeParameters(encrypted=True, replicas=replicas, fs_type="ext4")
+    assert luks_format(read_parameters(given), read_secret(KEY)) == LuksFormat()
+
+
+def test_what_the_provisioner_adds_is_no_unknown_parameter() -> None:
+    found = read_parameters(
+        {
+            "csi.storage.k8s.io/pvc/name": "data",
+            "csi.storage.k8s.io/pvc/namespace": "shop",
+            "csi.storage.k8s.io/pv/name": "pvc-1",
+            "csi.storage.k8s.io/node-stage-secret-name": "keys",
+            "csi.storage.k8s.io/node-expand-secret-namespace": "shop",
+        }
+    )
+    assert found == VolumeParameters(claim="shop/data")
+
+
+def test_two_spellings_must_agree() -> None:
+    assert read_parameters({"fstype": "xfs", "fsType": "xfs"}).fs_type == "xfs"
+    with pytest.raises(InvalidArgument, match=r"fsType says 'ext4' and another one says 'xfs'"):
+        read_parameters({"fstype": "xfs", "fsType": "ext4"})
+
+
+# --- the choice for luksFormat -----------------------------------------------------------------------------------
+
+
+AGREEMENTS = [
+    ("cipher", "aes-xts-plain", "CRYPTO_KEY_CIPHER", "aes-cbc-plain", "cipher"),
+    ("hash", "sha256", "CRYPTO_KEY_HASH", "sha512", "hash"),
+    ("keySize", "512", "CRYPTO_KEY_SIZE", "256", "key_bits"),
+    ("pbkdf", "pbkdf2", "CRYPTO_PBKDF", "argon2i", "pbkdf"),
+]
+
+
+@pytest.mark.parametrize(("parameter", "chosen", "entry", "wished", "field"), AGREEMENTS)
+def test_parameter_and_secret_must_agree(parameter: str, chosen: str, entry: str, wished: str, field: str) -> None:
+    def choose(parameters: dict[str, str], entries: dict[str, str]) -> str:
+        return str(getattr(luks_format(read_parameters(parameters), read_secret(entries)), field))
+
+    assert choose({parameter: chosen}, {}) == chosen
+    assert choose({}, {entry: wished}) == wished
+    assert choose({parameter: chosen}, {entry: chosen}) == chosen
+    assert choose({}, {entry: ""}) == str(getattr(LuksFormat(), field))
+    with pytest.raises(InvalidArgument, match=rf"parameter {parameter} is {chosen} .*{entry} is {wished}"):
+        choose({parameter: chosen}, {entry: wished})
+
+
+@pytest.mark.parametrize("entry", [entry for _, _, entry, _, _ in AGREEMENTS])
+def test_a_wrong_entry_of_the_secret_is_named_and_never_quoted(entry: str) -> None:
+    with pytest.raises(InvalidArgument, match=entry) as caught:
+        luks_format(VolumeParameters(), read_secret({entry: "hunter2-in-the-wrong-place"}))
+    assert "hunter2" not in str(caught.value)
+
+
+def test_parameter_and_secret_complete_each_other() -> None:
+    found = luks_format(
+        read_parameters({"keySize": "128", "pbkdfIterations": "1000"}),
+        read_secret({"CRYPTO_KEY_CIPHER": "aes-cbc-essiv:sha256", "CRYPTO_PBKDF": "pbkdf2"}),
+    )
+    assert (found.cipher, found.key_bits, found.pbkdf, found.iterations, found.memory_kib) == (
+        "aes-cbc-essiv:sha256",
+        128,
+        "pbkdf2",
+        1000,
+        0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"cipher": "aes-cbc-plain64", "keySize": "512"}, "no 512-bit key; choose one of 128, 192, 256"),
+        ({"keySize": "128"}, "no 128-bit key"),
+        ({"keySize": "300"}, "no 300-bit key"),
+        ({"pbkdf": "pbkdf2", "pbkdfIterations": "999"}, "from 1000 to 10000000"),
+        ({"pbkdfIterations": "65"}, "with argon2id it must be from 4 to 64"),
+        ({"pbkdf": "pbkdf2", "pbkdfMemory": "1024"}, "pbkdfMemory means nothing with pbkdf2"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(given: dict[str, str], said: str) -> None:
+    with pytest.raises(InvalidArgument, match=said):
+        luks_format(read_parameters(given), NO_KEY)
+
+
+def test_what_may_be_asked_for_can_be_opened_again() -> None:
+    """A header that costs more than the header rules allow would be written and never opened."""
+    for pbkdf, iterations in (("pbkdf2", formats.PBKDF2_MOST_ITERATIONS), ("argon2id", formats.ARGON2_MOST_TIME)):
+        given = {"pbkdf": pbkdf, "pbkdfIterations": str(iterations)}
+        assert luks_format(read_parameters(given), NO_KEY).iterations == iterations
+        with pytest.raises(InvalidArgument):
+            luks_format(read_parameters(given | {"pbkdfIterations": str(iterations + 1)}), NO_KEY)
+    assert DEFAULT_LIMITS.iterations >= formats.PBKDF2_MOST_ITERATIONS
+    assert DEFAULT_LIMITS.time >= formats.ARGON2_MOST_TIME
+
+
+def test_pbkdf_memory_stays_within_the_limit_of_the_smallest_node() -> None:
+    limit = 32 * 1024
+    assert luks_format(VolumeParameters(), NO_KEY, limit).memory_kib == limit
+    assert luks_format(VolumeParameters(), NO_KEY, 1 << 20).memory_kib == formats.ARGON2_DEFAULT_MEMORY_KIB
+    assert luks_format(VolumeParameters(pbkdf_memory_kib=limit), NO_KEY, limit).memory_kib == limit
+    with pytest.raises(InvalidArgument, match=r"pbkdfMemory is 32769 KiB and this driver allows 32768 KiB"):
+        luks_format(VolumeParameters(pbkdf_memory_kib=limit + 1), NO_KEY, limit)
+
+
+def test_pbkdf2_costs_what_its_hash_needs() -> None:
+    assert luks_format(read_parameters({"pbkdf": "pbkdf2"}), NO_KEY).iterations == 600_000
+    assert luks_format(read_parameters({"pbkdf": "pbkdf2", "hash": "sha512"}), NO_KEY).iterations == 210_000
+
+
+@pytest.mark.parametrize("cipher", [cipher for cipher in formats.CIPHER_KEY_BITS if cipher.endswith("-plain")])
+def test_a_plain_iv_is_not_repeated(cipher: str) -> None:
+    formats.check_capacity(cipher, 2 << 40)
+    with pytest.raises(DriverError, match=r"repeats its IV"):
+        formats.check_capacity(cipher, (2 << 40) + 512)
+    formats.check_capacity(f"{cipher}64", 1 << 60)
+
+
+# --- mkfsOptions ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fs_type", "options"),
+    [
+        ("ext4", "-b 4096 -i 16384 -I 256 -N 1000 -m 1 -O ^has_journal,metadata_csum -T largefile4 -J size=64"),
+        ("ext4", "-E stride=16,stripe_width=32,hash_seed=6f1c2b1e-0a55-4c3e-9d3c-5a3c8b0f7d21 -g 8192 -G 16"),
+        ("xfs", "-b size=4096 -m reflink=1,rmapbt=0 -n size=8192 -i maxpct=5 -s size=512 -d su=64k,sw=4 -l size=64m"),
+        ("btrfs", "-n 16384 -s 4096 -m dup -d single -O ^no-holes --csum xxhash --checksum sha256"),
+    ],
+)
+def test_options_that_shape_the_file_system_are_taken(fs_type: str, options: str) -> None:
+    found = read_parameters({"fstype": fs_type, "mkfsOptions": options})
+    assert found.mkfs_options == tuple(options.split())
+    check_mkfs_options(fs_type, found.mkfs_options)
+
+
+@pytest.mark.parametrize(
+    ("fs_type", "options"),
+    [
+        # another device, file or folder
+        ("ext4", "-d /etc"),
+        ("ext4", "-J device=/dev/sda"),
+        ("ext4", "-J size=64,device=UUID=x"),
+        ("ext4", "-E stride=4,offset=512"),
+        ("ext4", "-E root_owner=0:0"),
+        ("ext4", "-z /tmp/undo"),
+        ("ext4", "-l /tmp/bad-blocks"),
+        ("ext4", "-O /dev/sda"),
+        ("xfs", "-l logdev=/dev/sda"),
+        ("xfs", "-l size=64m,logdev=/dev/sda"),
+        ("xfs", "-l name=/dev/sda"),
+        ("xfs", "-l file=1"),
+        ("xfs", "-d name=/dev/sda"),
+        ("xfs", "-d file=1,size=1g"),
+        ("xfs", "-r rtdev=/dev/sda"),
+        ("xfs", "-p /etc/protofile"),
+        ("xfs", "-c options=/etc/config"),
+        ("xfs", "-m uuid=/dev/sda"),
+        ("btrfs", "-r /etc"),
+        ("btrfs", "--rootdir /etc"),
+        ("btrfs", "-M /dev/sda"),
+        ("btrfs", "-n 16384 /dev/sda"),
+        ("btrfs", "-M loop0"),
+        ("ext4", "/dev/sda"),
+        ("ext4", "-b /dev/sda"),
+        ("ext4", "-b 4096 1024"),
+        ("xfs", "-- /dev/sda"),
+        # success without a file system
+        ("ext4", "-n"),
+        ("ext4", "-n 1"),
+        ("xfs", "-N"),
+        ("ext4", "-V"),
+        ("btrfs", "-V"),
+        ("btrfs", "--help"),
+        ("btrfs", "-O list-all"),
+        ("ext4", "-O journal_dev"),
+        ("ext4", "-O ^has_journal,journal_dev"),
+        # spellings of the same
+        ("ext4", "-b4096"),
+        ("ext4", "-Jdevice=/dev/sda"),
+        ("btrfs", "--csum=xxhash"),
+        ("ext4", "-b"),
+        ("ext4", "-b ''"),
+        ("ext4", "-b -n"),
+        ("ext4", "'-b 4096'"),
+        ("ext4", "-b '40 96'"),
+        ("ext4", "-b 40\x0096"),
+        ("ext4", "-E ''"),
+        ("ext4", "-E stride=4,"),
+        ("xfs", "-d ,agcount=4"),
+    ],
+)
+def test_options_that_do_anything_else_are_refused(fs_type: str, options: str) -> None:
+    with pytest.raises(InvalidArgument, match=r"mkfsOptions"):
+        read_parameters({"fstype": fs_type, "mkfsOptions": options})
+    with pytest.raises(InvalidArgument, match=r"mkfsOptions"):
+        check_mkfs_options(fs_type, shlex.split(options))
+
+
+def test_options_are_held_against_the_file_system_that_the_capability_brings() -> None:
+    """A provisioner takes csi.storage.k8s.io/fstype out of the parameters: which one it is shows later."""
+    found = read_parameters({"mkfsOptions": "-d agcount=4"})
+    check_mkfs_options("xfs", found.mkfs_options)
+    with pytest.raises(InvalidArgument, match=r"mkfs.ext4"):
+        check_mkfs_options("ext4", found.mkfs_options)
+
+
+# --- nothing but our own errors --------------------------------------------------------------------------------------
+
+
+NAMES = st.sampled_from([*_READERS, *_IGNORED, "mkfsOptions", "fromBackup", "encryptionKMSID"]) | st.text(max_size=20)
+ENTRIES = st.sampled_from(
+    ["CRYPTO_KEY_VALUE", "encryptionPassphrase", "CRYPTO_KEY_PROVIDER", *(entry for _, _, entry, _, _ in AGREEMENTS)]
+)
+FLAGS = st.sampled_from(
+    ["-b", "-E", "-J", "-d", "-l", "-O", "-M", "-n", "--csum", "-o", "4096", "size=1", "''", "'", "\\"]
+)
+TEXTS = (
+    st.text(max_size=30)
+    | st.sampled_from(["true", "false", "", "4096", "xfs", "ext4", "btrfs", "pbkdf2", *formats.CIPHER_KEY_BITS])
+    | st.integers().map(str)
+    | st.lists(FLAGS, max_size=6).map(" ".join)
+)  # fmt: skip
+
+
+@given(
+    st.dictionaries(NAMES, TEXTS, max_size=6),
+    st.dictionaries(ENTRIES, TEXTS, max_size=4),
+    st.none() | st.integers(32, 1 << 22),
+)  # fmt: skip
+def test_no_input_raises_anything_but_our_own_errors(
+    parameters: dict[str, str], entries: dict[str, str], limit: int | None
+) -> None:
+    try:
+        read = read_parameters(parameters)
+        chosen = luks_format(read, read_secret(entries), limit)
+        check_mkfs_options(read.fs_type or "ext4", read.mkfs_options)
+    except DriverError as error:
+        said = str(error)
+    else:
+        said = ""
+        _check_chosen(read, chosen, limit)
+    assert "\n" not in said
+
+
+def _check_chosen(read: VolumeParameters, chosen: LuksFormat, limit: int | None) -> None:
+    assert chosen.key_bits in formats.CIPHER_KEY_BITS[chosen.cipher]
+    assert chosen.memory_kib <= (limit or 1 << 22)
+    assert not any("/" in word for word in read.mkfs_options)

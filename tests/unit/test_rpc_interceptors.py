@@ -1,0 +1,315 @@
+"""What happens around a call, without a server."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import copy_context
+from pathlib import Path
+from typing import Any, Never, cast
+
+import grpc
+import pytest
+import structlog
+from structlog.contextvars import merge_contextvars
+from structlog.testing import CapturingLogger
+from structlog.typing import FilteringBoundLogger
+
+from csi_driver.host.holders import Holders
+from csi_driver.host.locks import VolumeLocks
+from csi_driver.model.errors import Aborted, DriverError, NotFound, VolumeBusy
+from csi_driver.model.volume import volume_id_for
+from csi_driver.rpc import csi_pb2 as csi
+from csi_driver.rpc.interceptors import Behaviour, CallLog, Chain, Concern, Method, Statuses, Timing, VolumeLocking
+
+SECRET = "correct horse battery staple"
+Mode = csi.VolumeCapability.AccessMode
+BLOCK = csi.VolumeCapability(block=csi.VolumeCapability.BlockVolume(), access_mode=Mode(mode=Mode.SINGLE_NODE_WRITER))
+CREATE = csi.CreateVolumeRequest(name="A volume", volume_capabilities=[BLOCK])
+STAGE = csi.NodeStageVolumeRequest(
+    volume_id="v", staging_target_path="/s", volume_capability=BLOCK, secrets={"CRYPTO_KEY_VALUE": SECRET}
+)
+REQUESTS: dict[str, tuple[Any, str]] = {
+    "Controller/CreateVolume": (CREATE, volume_id_for("A volume")),
+    "Controller/DeleteVolume": (csi.DeleteVolumeRequest(volume_id="v"), "v"),
+    "Controller/ControllerExpandVolume": (
+        csi.ControllerExpandVolumeRequest(volume_id="v", capacity_range=csi.CapacityRange(required_bytes=1)),
+        "v",
+    ),
+    "Node/NodeStageVolume": (STAGE, "v"),
+    "Node/NodeUnstageVolume": (csi.NodeUnstageVolumeRequest(volume_id="v", staging_target_path="/s"), "v"),
+    "Node/NodePublishVolume": (
+        csi.NodePublishVolumeRequest(
+            volume_id="v", staging_target_path="/s", target_path="/t", volume_capability=BLOCK
+        ),
+        "v",
+    ),
+    "Node/NodeUnpublishVolume": (csi.NodeUnpublishVolumeRequest(volume_id="v", target_path="/t"), "v"),
+    "Node/NodeExpandVolume": (csi.NodeExpandVolumeRequest(volume_id="v", volume_path="/t"), "v"),
+}
+READING = ("Identity/Probe", "Controller/ListVolumes", "Controller/ControllerGetVolume", "Node/NodeGetVolumeStats")
+
+
+class AbortedCall(Exception):
+    """What the context's abort raises here."""
+
+
+class Context:
+    """As much of a ServicerContext as the concerns use."""
+
+    def abort(self, code: grpc.StatusCode, details: str) -> Never:
+        raise AbortedCall(code, details)
+
+
+CONTEXT = cast("grpc.ServicerContext", Context())
+
+
+class Details:
+    """Which method is called."""
+
+    def __init__(self, method: str) -> None:
+        self.method = method
+        self.invocation_metadata: tuple[tuple[str, str | bytes], ...] = ()
+
+
+class RecordingLocks(VolumeLocks):
+    """Notes what is held; `busy` cannot be."""
+
+    def __init__(self, busy: str = "") -> None:
+        self.held: list[str] = []
+        self.busy = busy
+
+    @contextmanager
+    def hold(self, volume_id: str) -> Iterator[None]:
+        if volume_id == self.busy:
+            raise VolumeBusy(f"volume {volume_id} is busy")
+        self.held.append(volume_id)
+        yield
+        self.held.append(f"end of {volume_id}")
+
+
+def chain(behaviour: Behaviour, method: str, *concerns: Concern) -> Behaviour:
+    """`behaviour` as the server would call it, with its own context variables for each call."""
+    plain: grpc.RpcMethodHandler[Any, Any] = grpc.unary_unary_rpc_method_handler(behaviour)
+    handler = Chain(*concerns).intercept_service(lambda _: plain, Details(f"/csi.v1.{method}"))
+    assert handler is not None
+    wrapped = handler.unary_unary
+    assert wrapped is not None
+    return lambda request, context: copy_context().run(wrapped, request, context)
+
+
+def log_to(output: CapturingLogger, level: str) -> FilteringBoundLogger:
+    bound: FilteringBoundLogger = structlog.wrap_logger(
+        output, processors=[merge_contextvars], wrapper_class=structlog.make_filtering_bound_logger(level)
+    ).bind()
+    return bound
+
+
+def raising(error: Exception) -> Behaviour:
+    def behaviour(_request: object, _context: object) -> Never:
+        raise error
+
+    return behaviour
+
+
+def served(_request: object, _context: object) -> str:
+    return "answer"
+
+
+class Naming:
+    """Notes its name around a call."""
+
+    def __init__(self, name: str, seen: list[str]) -> None:
+        self._name = name
+        self._seen = seen
+
+    def around(self, method: Method, behaviour: Behaviour) -> Behaviour:
+        self._seen.append(f"{self._name} around {method.service}.{method.name}")
+
+        def named(request: object, context: grpc.ServicerContext) -> object:
+            self._seen.append(self._name)
+            return behaviour(request, context)
+
+        return named
+
+
+def test_concerns_stand_in_order_and_are_put_there_once() -> None:
+    seen: list[str] = []
+    one = Chain(Naming("outer", seen), Naming("inner", seen))
+    plain = grpc.unary_unary_rpc_method_handler(served, str, str.encode)
+    found = {one.intercept_service(lambda _: plain, Details("/csi.v1.Identity/Probe")) for _ in range(3)}
+    handler = found.pop()
+    assert not found
+    assert handler is not None
+    assert handler.unary_unary is not None
+    assert handler.unary_unary("", CONTEXT) == "answer"
+    assert seen == ["inner around Identity.Probe", "outer around Identity.Probe", "outer", "inner"]
+    assert (handler.request_deserializer, handler.response_serializer) == (str, str.encode)
+
+
+def test_a_method_that_is_not_served_is_left_to_grpc() -> None:
+    assert Chain(Statuses()).intercept_service(lambda _: None, Details("/x/Y")) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (NotFound("volume v does not exist"), grpc.StatusCode.NOT_FOUND, "volume v does not exist"),
+        (ValueError(SECRET), grpc.StatusCode.INTERNAL, r"NodeStageVolume failed: ValueError.*look for request \S+-1$"),
+    ],
+)
+def test_errors_become_statuses(error: Exception, code: grpc.StatusCode, text: str) -> None:
+    call = chain(raising(error), "Node/NodeStageVolume", Statuses(), CallLog(log_to(CapturingLogger(), "error")))
+    with pytest.raises(AbortedCall) as raised:
+        call(STAGE, CONTEXT)
+    found_code, found_text = raised.value.args
+    assert found_code is code
+    assert re.search(text, found_text)
+    assert SECRET not in found_text
+
+
+def test_a_call_is_one_line_and_its_id_is_on_every_line_of_it() -> None:
+    output = CapturingLogger()
+    log = log_to(output, "info")
+
+    def behaviour(_request: object, _context: object) -> None:
+        log.info("inside")
+
+    call = chain(behaviour, "Node/NodeStageVolume", CallLog(log))
+    call(STAGE, CONTEXT)
+    call(STAGE, CONTEXT)
+    lines = [(one.method_name, one.kwargs) for one in output.calls]
+    assert [line["event"] for _, line in lines] == ["inside", "call", "inside", "call"]
+    ids = [line["request_id"] for _, line in lines]
+    assert ids[0] == ids[1] != ids[2] == ids[3]
+    level, line = lines[1]
+    assert level == "info"
+    assert (line["method"], line["volume_id"], line["code"]) == ("NodeStageVolume", "v", "OK")
+    assert 0 <= line["seconds"] < 5
+
+
+def test_a_created_volume_is_told_by_its_id() -> None:
+    output = CapturingLogger()
+    chain(served, "Controller/CreateVolume", CallLog(log_to(output, "info")))(CREATE, CONTEXT)
+    assert output.calls[0].kwargs["volume_id"] == volume_id_for("A volume")
+
+
+@pytest.mark.parametrize(
+    ("method", "request_"),
+    [
+        ("Identity/Probe", csi.ProbeRequest()),
+        ("Identity/GetPluginInfo", csi.GetPluginInfoRequest()),
+        ("Node/NodeGetCapabilities", csi.NodeGetCapabilitiesRequest()),
+        ("Node/NodeGetInfo", csi.NodeGetInfoRequest()),
+    ],
+)
+def test_what_is_asked_all_day_is_told_at_level_debug(method: str, request_: object) -> None:
+    output = CapturingLogger()
+    chain(served, method, CallLog(log_to(output, "info")))(request_, CONTEXT)
+    assert output.calls == []
+    chain(served, method, CallLog(log_to(output, "debug")))(request_, CONTEXT)
+    assert [one.method_name for one in output.calls] == ["debug", "debug"]
+
+
+@pytest.mark.parametrize(
+    ("error", "level", "code"),
+    [
+        (NotFound("gone"), "warning", "NOT_FOUND"),
+        (VolumeBusy("busy"), "info", "ABORTED"),
+        (Aborted("w"), "info", "ABORTED"),
+    ],
+)
+def test_failures_are_warnings_unless_they_pass_by_themselves(error: DriverError, level: str, code: str) -> None:
+    output = CapturingLogger()
+    with pytest.raises(DriverError):
+        chain(raising(error), "Identity/Probe", CallLog(log_to(output, "info")))(csi.ProbeRequest(), CONTEXT)
+    (line,) = output.calls
+    assert line.method_name == level
+    assert (line.kwargs["code"], line.kwargs["error"]) == (code, str(error))
+    assert "where" not in line.kwargs
+
+
+def test_of_an_unforeseen_error_kind_and_place_are_told_and_not_its_text() -> None:
+    output = CapturingLogger()
+    with pytest.raises(KeyError):
+        chain(raising(KeyError(SECRET)), "Node/NodeStageVolume", CallLog(log_to(output, "debug")))(STAGE, CONTEXT)
+    line = output.calls[-1].kwargs
+    assert (line["code"], line["kind"]) == ("INTERNAL", "KeyError")
+    assert any("test_rpc_interceptors" in place for place in line["where"])
+    assert SECRET not in repr(output.calls)
+
+
+def test_requests_are_told_at_level_debug_without_secrets() -> None:
+    output = CapturingLogger()
+    chain(served, "Node/NodeStageVolume", CallLog(log_to(output, "debug")))(STAGE, CONTEXT)
+    assert output.calls[0].kwargs["fields"]["staging_target_path"] == "/s"
+    assert SECRET not in repr(output.calls)
+    output.calls.clear()
+    chain(served, "Node/NodeStageVolume", CallLog(log_to(output, "info")))(STAGE, CONTEXT)
+    assert [one.kwargs["event"] for one in output.calls] == ["call"]
+
+
+def test_each_call_is_timed_with_its_code() -> None:
+    seen: list[tuple[str, str, float]] = []
+
+    def observe(method: str, code: str, seconds: float) -> None:
+        seen.append((method, code, seconds))
+
+    chain(served, "Identity/Probe", Timing(observe))(csi.ProbeRequest(), CONTEXT)
+    with pytest.raises(ZeroDivisionError):
+        chain(raising(ZeroDivisionError()), "Identity/Probe", Timing(observe))(csi.ProbeRequest(), CONTEXT)
+    assert [line[:2] for line in seen] == [("Probe", "OK"), ("Probe", "INTERNAL")]
+    assert all(0 <= line[2] < 5 for line in seen)
+
+
+@pytest.mark.parametrize("method", REQUESTS)
+def test_a_call_that_changes_a_volume_holds_its_lock(method: str) -> None:
+    request, volume_id = REQUESTS[method]
+    locks = RecordingLocks()
+
+    def behaviour(_request: object, _context: object) -> str:
+        assert locks.held == [volume_id]
+        return "answer"
+
+    assert chain(behaviour, method, VolumeLocking(locks))(request, CONTEXT) == "answer"
+    assert locks.held == [volume_id, f"end of {volume_id}"]
+
+
+@pytest.mark.parametrize("method", REQUESTS)
+def test_a_volume_that_is_busy_is_not_touched(method: str) -> None:
+    request, volume_id = REQUESTS[method]
+    call = chain(raising(AssertionError()), method, VolumeLocking(RecordingLocks(busy=volume_id)))
+    with pytest.raises(VolumeBusy):
+        call(request, CONTEXT)
+
+
+@pytest.mark.parametrize("method", REQUESTS)
+def test_nothing_is_locked_for_a_request_that_cannot_be_right(method: str) -> None:
+    request, _ = REQUESTS[method]
+    locks = RecordingLocks()
+    call = chain(raising(AssertionError()), method, VolumeLocking(locks))
+    with pytest.raises(DriverError):
+        call(type(request)(), CONTEXT)
+    assert locks.held == []
+
+
+@pytest.mark.parametrize("method", READING)
+def test_calls_that_read_take_no_lock(method: str) -> None:
+    locks = RecordingLocks()
+    assert chain(served, method, VolumeLocking(locks))(None, CONTEXT) == "answer"
+    assert locks.held == []
+
+
+def test_foreign_ids_never_name_a_lock_file() -> None:
+    locks = RecordingLocks()
+    call = chain(served, "Controller/DeleteVolume", VolumeLocking(locks))
+    call(csi.DeleteVolumeRequest(volume_id="../../etc/passwd"), CONTEXT)
+    assert "/" not in "".join(locks.held)
+
+
+def test_the_real_lock_answers_who_comes_second(tmp_path: Path) -> None:
+    locks = VolumeLocks(tmp_path, Holders())
+    call = chain(served, "Controller/DeleteVolume", Statuses(), VolumeLocking(locks))
+    with locks.hold("v"), pytest.raises(AbortedCall) as raised:
+        call(csi.DeleteVolumeRequest(volume_id="v"), CONTEXT)
+    assert raised.value.args[0] is grpc.StatusCode.ABORTED
+    assert call(csi.DeleteVolumeRequest(volume_id="v"), CONTEXT) == "answer"
