@@ -55,7 +55,7 @@ canary: venv system ## no key byte leaves its place
 	@$(GUEST) $(PY) -m tests.machine.canary
 
 bench: venv system ## times beside their bounds
-	@$(GUEST) $(PY) -m tests.machine.bench
+	@$(GUEST) $(PY) -m benchmarks
 
 format: venv ## mend form and what ruff can mend by itself
 	.venv/bin/ruff format

@@ -8,7 +8,6 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,8 @@ import msgspec
 
 from csi_driver.backends.base import Space
 from csi_driver.backends.records import RecordCodec
-from csi_driver.host.files import Files
+from csi_driver.host import ofdlock
+from csi_driver.host.files import Files, read_file
 from csi_driver.host.loop import AttachedLoop, LoopDevices
 from csi_driver.model.errors import Aborted, DeviceInUse, DriverError, FailedPrecondition, NotFound, ResourceExhausted
 from csi_driver.model.volume import VolumeRecord
@@ -45,6 +45,11 @@ class LoopfileBackend:
 
     def create(self, record: VolumeRecord, size: int) -> VolumeRecord:
         """Make the sparse file and its record aside and rename both in, so that a crash leaves all or nothing."""
+        if self._volume(record.id).exists():
+            raise FailedPrecondition(
+                f"volume {record.id} cannot be made: {self._volume(record.id)} is there without a readable record and "
+                f"may hold data; restore its record from a backup or delete the volume"
+            )
         self._check_room(record.id, size)
         fresh = self._folder / "new" / record.id
         try:
@@ -66,7 +71,7 @@ class LoopfileBackend:
         """Read the record."""
         path = self._volume(volume_id) / _RECORD
         try:
-            content = path.read_bytes()
+            content = read_file(path)
         except FileNotFoundError:
             raise NotFound(f"volume {volume_id} does not exist on this node") from None
         return self._codec.decode(content, str(path))
@@ -164,9 +169,8 @@ class LoopfileBackend:
         with contextlib.suppress(FileNotFoundError):
             descriptor = os.open(disk, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return [info.path for info in self._loops.find(str(disk))]
+                if ofdlock.is_locked(descriptor):
+                    return [info.path for info in self._loops.find(str(disk))]
             finally:
                 os.close(descriptor)
         return []

@@ -36,7 +36,7 @@ def remove(output: str, *, yes: bool, **settings: Any) -> None:
     driver = build_driver(Settings(**settings))
     found = _found(driver)
     if found:
-        confirm(f"Remove {len(found)} leftovers in {driver.settings.state_dir}?", yes=yes)
+        confirm(f"Remove what killed calls left in {driver.settings.state_dir} ({len(found)})?", yes=yes)
     removed: list[str] = []
     try:
         for volume_id in sorted({Path(path).name for path in found}):

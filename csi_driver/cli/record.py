@@ -46,8 +46,6 @@ def record_rows(record: VolumeRecord) -> list[tuple[str, str]]:
         ]
     made = record.made_fs_type if record.file_system is FileSystemState.MADE else None
     rows.append(("file system", made or _FILE_SYSTEM[record.file_system]))
-    if record.parameters.replicas > 1:
-        rows.append(("copies", f"one is kept; numberOfReplicas: {record.parameters.replicas} was asked for"))
     if record.parameters.claim:
         rows.append(("claim", record.parameters.claim))
     return [*rows, ("created", record.created)]

@@ -1,9 +1,9 @@
 """Secrets for requests: read from files or standard input, never from the command line or the environment."""
 
-import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import click
 
@@ -53,25 +53,20 @@ def read_secrets(secret_dir: Path | None, passphrase_file: Path | None) -> Mappi
 def _passphrase(file: Path) -> str:
     if str(file) != "-":
         content, where = _read(file), f"the passphrase in {file}"
-    elif os.isatty(0):
+    elif sys.stdin.isatty():
         return str(click.prompt("Passphrase", hide_input=True, err=True))
     else:
-        content, where = _up_to_limit(0, "standard input"), "the passphrase on standard input"
+        content, where = _up_to_limit(sys.stdin.buffer, "standard input"), "the passphrase on stdin"
     return _text(content.removesuffix(b"\n"), where)
 
 
 def _read(path: Path) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return _up_to_limit(descriptor, str(path))
-    finally:
-        os.close(descriptor)
+    with path.open("rb") as file:
+        return _up_to_limit(file, str(path))
 
 
-def _up_to_limit(descriptor: int, where: str) -> bytes:
-    content = b""
-    while piece := os.read(descriptor, _LARGEST + 1 - len(content)):
-        content += piece
+def _up_to_limit(stream: BinaryIO, where: str) -> bytes:
+    content = stream.read(_LARGEST + 1)
     if len(content) > _LARGEST:
         raise click.ClickException(f"{where} holds more than {_LARGEST} bytes, too much for a secret's entry")
     return content

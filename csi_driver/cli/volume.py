@@ -181,7 +181,7 @@ def show(client: "CsiClient", volume_id: str, state_dir: Path, output: str) -> N
     rows = [
         ("volume", found.id),
         ("capacity", f"{size_text(found.capacity_bytes)} ({found.capacity_bytes} bytes)"),
-        *found.context.items(),
+        *sorted(found.context.items()),
         ("place", _place(found)),
         ("record", source),
         *(record_rows(record) if record else ()),

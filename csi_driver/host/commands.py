@@ -1,11 +1,14 @@
 """The one way to run an external program."""
 
 import contextlib
+import os
 import shlex
 import shutil
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from csi_driver.host.locks import held_descriptors
 from csi_driver.model.errors import CommandFailed, DeadlineExceeded, FailedPrecondition
@@ -37,6 +40,9 @@ class ProgramFailed(CommandFailed):
         said = self.stderr.splitlines()[-1] if self.stderr else "nothing on stderr"
         super().__init__(f"{shlex.join(argv)} {ended}: {said}")
 
+    def __reduce__(self) -> tuple[type[Self], tuple[Sequence[str], int, str]]:
+        return type(self), (self.argv, self.code, self.stderr)  # so that it can come out of a worker
+
 
 class Commands:
     """Runs programs: never a shell, always a time limit, a scrubbed environment."""
@@ -65,6 +71,8 @@ class Commands:
             raise FailedPrecondition(
                 f"the program {argv[0]} is not installed on this node; install the package that holds it"
             ) from None
+        except OSError as error:
+            raise CommandFailed(f"the program {argv[0]} cannot be started: {error.strerror}") from None
         with contextlib.ExitStack() as pipes:
             for pipe in (process.stdout, process.stderr):
                 if pipe is not None:
@@ -79,7 +87,8 @@ class Commands:
 
 
 def _killed(process: "subprocess.Popen[bytes]", argv: Sequence[str], timeout: float) -> DeadlineExceeded:
-    process.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # a script's children too: they hold the volume's lock
     try:
         process.wait(_KILL_GRACE_SECONDS)
     except subprocess.TimeoutExpired:

@@ -5,6 +5,18 @@ import os
 from pathlib import Path
 
 
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """All of a file, with as few system calls as it takes: every call reads some. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        pieces = []
+        while piece := os.read(descriptor, 1 << 16):
+            pieces.append(piece)
+        return b"".join(pieces)
+    finally:
+        os.close(descriptor)
+
+
 class Files:
     """Durable writes, renames and removals; one method per step that a crash may cut."""
 

@@ -52,6 +52,13 @@ class _Worker:
     pidfd: int
     door: socket.socket
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process is gone, killed for its memory perhaps (pidfd_open(2))."""
+        poller = select.poll()
+        poller.register(self.pidfd, select.POLLIN)
+        return bool(poller.poll(0))
+
     def dismiss(self) -> None:
         """Let go of it; an idle one ends."""
         os.close(self.pidfd)
@@ -82,9 +89,10 @@ class _Launcher:
 
     def _hear(self, worker: _Worker) -> None:
         """A worker says that its session has ended, or has ended itself."""
-        if worker.door.recv(MESSAGE_BYTES) and len(self._idle) < _MOST_IDLE:
-            self._idle.append(worker)
-            return
+        with contextlib.suppress(ConnectionResetError):  # it was killed with a session unread
+            if worker.door.recv(MESSAGE_BYTES) and len(self._idle) < _MOST_IDLE:
+                self._idle.append(worker)
+                return
         if worker in self._idle:
             self._idle.remove(worker)
         self._poller.unregister(worker.door)
@@ -97,6 +105,8 @@ class _Launcher:
         The order matters: the server sends its first request, and may end the session, only when no copy of a lock is
         left here that would outlive the session.
         """
+        while self._idle and self._idle[-1].has_ended:
+            self._idle.pop()  # its door tells so too, later
         worker = self._idle.pop() if self._idle else self._fork(descriptors)
         with contextlib.suppress(OSError):  # a worker that was killed tells by the end of its session
             socket.send_fds(worker.door, [b"session"], list(descriptors))

@@ -1,13 +1,12 @@
-"""Loop devices: one per backing file, locked by the file's own flock, identified by device and inode.
+"""Loop devices: one per backing file, kept so by a lock on the file, identified by device and inode.
 
-The descriptor that is given to LOOP_CONFIGURE carries the flock, so the loop device itself holds the lock for as long
-as it is bound, whatever happens to this process. Loop does not stop the same file from being bound twice; the lock
-does. It is never released by LOCK_UN, which would take it from the loop device as well: only closing releases it.
+The descriptor that is given to LOOP_CONFIGURE carries the lock (`csi_driver.host.ofdlock`), so the loop device itself
+holds it for as long as it is bound, whatever happens to this process. Loop does not stop the same file from being bound
+twice; the lock does. It is never unlocked, which would take it from the loop device as well: only closing releases it.
 """
 
 import contextlib
 import errno
-import fcntl
 import os
 import stat
 import time
@@ -15,7 +14,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
-from csi_driver.host import blockdev, loopcontrol
+from csi_driver.host import blockdev, loopcontrol, ofdlock
+from csi_driver.host.holders import Holders, describe
 from csi_driver.host.loopcontrol import Flag
 from csi_driver.host.syscalls import error_name
 from csi_driver.model.errors import (
@@ -107,7 +107,7 @@ class LoopDevices:
         nothing remains bound. Raises DeviceAbsent, DeviceMismatch (not a regular file), DeviceInUse (bound or locked
         by somebody, who is named), ResourceExhausted (no loop device), FailedPrecondition, CommandFailed.
         """
-        backing = _open_backing(path, read_only=read_only)
+        backing = _open_backing(path)
         try:
             file = os.fstat(backing)
             for _ in range(_LOCK_TRIES):
@@ -123,7 +123,9 @@ class LoopDevices:
                     return existing
                 # Between lock and bind of another call, or while an autoclear device goes away.
                 time.sleep(_PAUSE)
-            raise DeviceInUse(f"{path} is locked by {_lock_owner(file)}; end it or wait for its end, then call again")
+            owners = [holder for holder in Holders().of_file(path) if holder.pid != os.getpid()]
+            who = describe(owners) if owners else "a process that this one cannot see"
+            raise DeviceInUse(f"{path} is locked by {who}; end it or wait for its end, then call again")
         finally:
             os.close(backing)
 
@@ -281,8 +283,7 @@ class LoopDevices:
         )
 
 
-def _open_backing(path: str, *, read_only: bool) -> int:
-    access = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NOFOLLOW
+def _open_backing(path: str) -> int:
     try:
         # Looked at before opening: opening a FIFO would wait, opening a device could act.
         found = os.lstat(path)
@@ -294,7 +295,7 @@ def _open_backing(path: str, *, read_only: bool) -> int:
                 f"{path} has {found.st_nlink} hard links and a volume's file must have one; remove the others, "
                 f"'find -samefile {path}' finds them"
             )
-        return os.open(path, access)
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)  # a lock wants it writable
     except (FileNotFoundError, NotADirectoryError):
         raise DeviceAbsent(f"the backing file {path} is not there; check that its file system is mounted") from None
     except OSError as error:
@@ -303,14 +304,11 @@ def _open_backing(path: str, *, read_only: bool) -> int:
 
 def _lock(path: str, backing: int) -> bool:
     try:
-        fcntl.flock(backing, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return ofdlock.try_lock(backing)
     except OSError as error:
         raise FailedPrecondition(
-            f"{path} cannot be locked ({error_name(error)}); keep it on a file system with flock(2)"
+            f"{path} cannot be locked ({error_name(error)}); keep it on a file system of this node"
         ) from None
-    return True
 
 
 def _info(path: str, descriptor: int) -> LoopInfo | None:
@@ -337,21 +335,6 @@ def _info(path: str, descriptor: int) -> LoopInfo | None:
 
 def _listed(infos: list[LoopInfo]) -> str:
     return ", ".join(info.path for info in infos)
-
-
-def _lock_owner(file: os.stat_result) -> str:
-    """Who took the lock on the file, in words, from /proc/locks (proc(5))."""
-    identity = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}"
-    with open("/proc/locks", encoding="ascii") as locks:
-        fields = next((line.split() for line in locks if identity in line.split() and "->" not in line), None)
-    if fields is None:
-        return "another process"
-    pid = fields[fields.index(identity) - 1]
-    try:
-        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
-            return f"process {pid} ({comm.read().strip()})"
-    except OSError:
-        return f"process {pid}, which has ended and left the lock to a child or a device"
 
 
 def _failed(action: str, path: str, error: OSError) -> DriverError:

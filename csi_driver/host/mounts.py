@@ -7,6 +7,7 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
+from csi_driver.host.files import read_file
 from csi_driver.host.syscalls import AT_FDCWD, check, error_name, libc, syscall
 from csi_driver.model.errors import (
     CommandFailed,
@@ -64,7 +65,7 @@ class Mounts:
 
     def table(self) -> list[Mount]:
         """All mounts that this process sees, in the kernel's order."""
-        return parse_mountinfo(_read(self._mountinfo))
+        return parse_mountinfo(read_file(self._mountinfo))
 
     def at(self, path: str) -> Mount | None:
         """The topmost mount whose mount point is exactly `path` (absolute), or None.
@@ -72,7 +73,7 @@ class Mounts:
         Links in the folders above are followed as the kernel does; a link at the end is not, like in `unmount`.
         Only lines that hold the path are parsed: this runs in every publish.
         """
-        content = _read(self._mountinfo)
+        content = read_file(self._mountinfo)
         found = _topmost(content, path)
         if found is None:
             resolved = _resolved(path)
@@ -154,7 +155,7 @@ class Mounts:
 
     def propagation(self, path: str) -> str:
         """Propagation of the mount that `path` (absolute) lies in: see `Mount`."""
-        content = _read(self._mountinfo)
+        content = read_file(self._mountinfo)
         folder = os.path.realpath(path)
         while True:
             found = _topmost(content, folder)
@@ -226,17 +227,6 @@ def _topmost(content: bytes, path: str) -> Mount | None:
         position = content.find(wanted, end)
     parents = {mount.parent_id for mount in found if mount.parent_id != mount.mount_id}
     return next((mount for mount in reversed(found) if mount.mount_id not in parents), None)
-
-
-def _read(path: str) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        pieces = []
-        while piece := os.read(descriptor, 1 << 16):
-            pieces.append(piece)
-        return b"".join(pieces)
-    finally:
-        os.close(descriptor)
 
 
 def _resolved(path: str) -> str:

@@ -2,6 +2,9 @@
 
 from typing import Final
 
+from csi_driver.host.blockdev import read_at
+from csi_driver.model.errors import DeviceUnreadable
+
 HEAD_BYTES: Final = 128 * 1024
 """How much of the start of a device `name_of` wants to see."""
 
@@ -33,7 +36,15 @@ def name_of(head: bytes) -> str | None:
     return None
 
 
-def read_signature(path: str) -> str | None:
-    """Read the start of `path` and name what is there. Raises OSError when it cannot be read."""
-    with open(path, "rb", buffering=0) as device:
-        return name_of(device.read(HEAD_BYTES))
+def read_signature(where: str, path: str) -> str | None:
+    """Read the start of `path` and name what is there; `where` names volume and device in errors.
+
+    Raises DeviceUnreadable.
+    """
+    try:
+        with open(path, "rb", buffering=0) as device:
+            return name_of(read_at(device.fileno(), 0, HEAD_BYTES))
+    except OSError as error:
+        raise DeviceUnreadable(
+            f"{where} cannot be read ({error.strerror}); check the kernel log and the storage below it"
+        ) from None

@@ -147,11 +147,14 @@ class _Session:
         """Send one request and wait for its answer."""
         if self._socket is None:
             self._start(what)
-        with contextlib.suppress(BrokenPipeError):  # a worker that died tells by the end of its socket
+        with contextlib.suppress(ConnectionError):  # a worker that died tells by the end of its socket
             self._connected.send(request)
         if not self._readable(self._connected.fileno(), timeout):
             raise self._killed(what)
-        message = self._connected.recv(MESSAGE_BYTES)
+        try:
+            message = self._connected.recv(MESSAGE_BYTES)
+        except ConnectionResetError:  # it died before it had read the request
+            message = b""
         if not message:
             self._abandon()
             raise CommandFailed(f"{what} failed: its worker process was killed before it could answer; call again")

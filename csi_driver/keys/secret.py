@@ -55,7 +55,8 @@ def require_passphrase(key: SecretKey, volume_id: str) -> Passphrase:
     if key.passphrase is None:
         raise InvalidArgument(
             f"volume {volume_id} is encrypted but the secret holds neither {LONGHORN_VALUE} nor {CEPH_PASSPHRASE}; add "
-            f"one of them to the secret that csi.storage.k8s.io/node-stage-secret-name of its StorageClass names"
+            f"one of them to the secret that csi.storage.k8s.io/node-stage-secret-name and -namespace of its "
+            f"StorageClass name"
         )
     return key.passphrase
 

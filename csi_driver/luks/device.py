@@ -102,11 +102,11 @@ def check_passphrase(
 def resize_mapping(
     where: str, path: str, name: str, size: int, identity: LuksIdentity, limits: Limits, passphrase: Passphrase | None
 ) -> None:
-    """Let the open mapping `name` show `size` bytes (its device at `path` is longer by the data offset).
+    """Let the open mapping `name` show at least `size` bytes (its device at `path` is longer by the data offset).
 
     The table is loaded again with the key by reference; dm-crypt finds the key in this thread's keyring, where it
-    comes from the passphrase or, without one, from root's user keyring. Raises FailedPrecondition when it is in
-    neither.
+    comes from root's user keyring or, where that has lost it, from the passphrase. Raises FailedPrecondition without
+    either.
     """
     needed = size + identity.data_offset
     found = blockdev.size_bytes(path)
@@ -117,18 +117,19 @@ def resize_mapping(
     if mapping is None:
         raise FailedPrecondition(f"the mapping {name} of {where} is not open; stage the volume first")
     (target,) = mapping.targets
-    if target.length * _SECTOR == size:
-        return
+    if target.length * _SECTOR >= size:
+        return  # a growth that was cut may have left the device longer than recorded: what was shown is never taken
     description = volume_key_name(identity.uuid)
-    if passphrase is not None:
+    if keyring.link_into_thread(keyring.KeyType.LOGON, description) is None:
+        if passphrase is None:
+            raise FailedPrecondition(
+                f"{where} cannot be enlarged while it is open: its volume key is not in the kernel's keyring and the "
+                f"request brought no secret; unstage and stage the volume, or name a node-expand secret in its "
+                f"StorageClass"
+            )
         with _header_copy(where, path, identity, found, limits) as (copy, _), crypt_device(where, path, copy) as device:
             device.load()
             device.unlock(passphrase, None, libcryptsetup.KEYRING_KEY)
-    elif keyring.link_into_thread(keyring.KeyType.LOGON, description) is None:
-        raise FailedPrecondition(
-            f"{where} cannot be enlarged while it is open: its volume key is not in the kernel's keyring and the "
-            f"request brought no secret; unstage and stage the volume, or name a node-expand secret in its StorageClass"
-        )
     mapper.reload(name, [Target(target.start, size // _SECTOR, target.type, target.params)])
 
 

@@ -59,6 +59,9 @@ class _Luks2Parameters(ctypes.Structure):
 @cache
 def load_library() -> ctypes.CDLL:
     """Load the library once. Raises FailedPrecondition when it is not installed."""
+    # libdevmapper below it waits for udev to answer, in a semaphore that a container does not share, for good
+    # (bootc#2089). It looks at this when it first makes a device.
+    os.environ["DM_DISABLE_UDEV"] = "1"
     try:
         library = ctypes.CDLL(LIBRARY)
     except OSError as error:

@@ -45,7 +45,7 @@ class Mappings:
         """
         if mapping is None:
             return Fit.ABSENT
-        if not (mapping.uuid.startswith(_UUID_PREFIX) and mapping.uuid.endswith(f"-{name}")):
+        if not _is_made_for(mapping, name):
             raise MappingMismatch(
                 f"the device /dev/mapper/{name} has the UUID {mapping.uuid or '(none)'} and was not opened by this "
                 f"driver; remove it with `dmsetup remove {name}` if nothing needs it"
@@ -64,11 +64,11 @@ class Mappings:
     def close(self, name: str, uuid: str | None = None) -> None:
         """Close the mapping and forget its volume key, also that of `uuid`; absent is fine, no key is needed.
 
-        Something that merely glances at the device (udev) is waited for, up to 3 s. Raises DeviceInUse naming who
-        keeps it busy.
+        Somebody else's device that has taken the name stays. Something that merely glances at the device (udev) is
+        waited for, up to 3 s. Raises DeviceInUse naming who keeps it busy.
         """
         mapping = self._mapper.get(name)
-        if mapping is not None:
+        if mapping is not None and _is_made_for(mapping, name):
             self._remove(mapping)
         for known in {uuid, luks_uuid(mapping.uuid, name) if mapping else None} - {None}:
             keyring.unlink_from_user(volume_key_name(str(known)))
@@ -92,6 +92,11 @@ class Mappings:
         ]
         who = describe(found) if found else "something that this process cannot see (another mount namespace)"
         return DeviceInUse(f"the mapping {mapping.path} cannot be closed: it is kept busy by {who}; end that first")
+
+
+def _is_made_for(mapping: Device, name: str) -> bool:
+    """Whether libcryptsetup opened it for a LUKS2 mapping of that name."""
+    return mapping.uuid.startswith(_UUID_PREFIX) and mapping.uuid.endswith(f"-{name}")
 
 
 def dm_uuid(name: str, uuid: str) -> str:

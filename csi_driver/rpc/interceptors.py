@@ -129,7 +129,7 @@ class CallLog:
         name, volume_id, numbers, prefix, log = method.name, method.volume_id, self._numbers, self._prefix, self._log
         tells_requests = log.is_enabled_for(logging.DEBUG)
         level = logging.DEBUG if name in self._ROUTINE else logging.INFO
-        tells_success = log.is_enabled_for(level)
+        tells_success, tell = log.is_enabled_for(level), log.debug if level == logging.DEBUG else log.info
         clock = time.perf_counter
 
         def logged(request: Any, context: grpc.ServicerContext) -> object:
@@ -144,7 +144,7 @@ class CallLog:
                 raise
             if tells_success:
                 seconds = round(clock() - started, 6)
-                log.log(level, "call", method=name, volume_id=volume_id(request), code="OK", seconds=seconds)
+                tell("call", method=name, volume_id=volume_id(request), code="OK", seconds=seconds)
             return response
 
         return logged

@@ -75,6 +75,7 @@ class Driver:
             for folder in ("locks", "stages"):
                 (self.settings.state_dir / folder).mkdir(mode=0o700, exist_ok=True)
             self.backend.prepare()
+            self.staging.forget_earlier_boots()
         except OSError as error:
             raise FailedPrecondition(
                 f"the state directory {self.settings.state_dir} cannot be made ({error.strerror}); make it a writable "

@@ -6,8 +6,9 @@ that it announces, and the device is formatted in `prepared` and `formatting` on
 
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import ParamSpec
 
 import msgspec
 import structlog
@@ -21,13 +22,14 @@ from csi_driver.luks.blank import prove_blank
 from csi_driver.luks.formats import LuksFormat, check_capacity
 from csi_driver.luks.header_rules import Limits as HeaderLimits
 from csi_driver.luks.mapping import Fit, Mappings
-from csi_driver.model.errors import DeadlineExceeded, DeviceInUse, FailedPrecondition
+from csi_driver.model.errors import DeadlineExceeded, DeviceInUse, DriverError, FailedPrecondition
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.settings import Limits
 from csi_driver.model.volume import EncryptionState, FileSystemState, LuksIdentity, VolumeRecord
 from csi_driver.volumes.parameters import luks_format
 
 _log = structlog.get_logger(__name__)
+P = ParamSpec("P")
 
 
 class Encryption:
@@ -62,7 +64,7 @@ class Encryption:
         identity = _identity(record)
         if self._reuse(backend, record, device, passphrase):
             return record
-        undo.callback(self._mappings.close, record.mapping_name, identity.uuid)
+        undo.callback(attempt, self._mappings.close, record.mapping_name, identity.uuid)
         parameters = record.parameters
         opening = luks.Opening(
             record.mapping_name, parameters.discard, parameters.no_read_workqueue, parameters.no_write_workqueue
@@ -110,8 +112,23 @@ class Encryption:
             )
             _log.warning("a mapping that was left suspended was resumed", mapping=mapping_name)
 
+    def verify(self, record: VolumeRecord, device: AttachedDevice, passphrase: Passphrase) -> None:
+        """Try the passphrase, changing nothing. Raises Unauthenticated and what `luks.open_device` does."""
+        with self._unlocking(record.id):
+            self._workers.call(
+                f"luks-unlock of {_where(record, device)}",
+                self._limits.unlock_seconds,
+                luks.check_passphrase,
+                _where(record, device),
+                device.path,
+                device_size(record),
+                _identity(record),
+                self._header_limits,
+                passphrase,
+            )
+
     def resize(self, record: VolumeRecord, device: AttachedDevice, passphrase: Passphrase | None) -> None:
-        """Let the open mapping show the recorded capacity; without a passphrase the kernel's key serves."""
+        """Let the open mapping show the recorded capacity; the passphrase serves where the kernel has no key."""
         self._workers.call(
             f"luks-resize of {_where(record, device)}",
             self._limits.unlock_seconds,
@@ -209,18 +226,7 @@ class Encryption:
                     f"volume's, and it is in use: {busy}"
                 ) from None
             return False
-        with self._unlocking(record.id):
-            self._workers.call(
-                f"luks-unlock of {_where(record, device)}",
-                self._limits.unlock_seconds,
-                luks.check_passphrase,
-                _where(record, device),
-                device.path,
-                device_size(record),
-                identity,
-                self._header_limits,
-                passphrase,
-            )
+        self.verify(record, device, passphrase)
         return True
 
     def _refuse_open_mapping(self, record: VolumeRecord) -> None:
@@ -241,6 +247,14 @@ class Encryption:
             yield
         finally:
             self._unlocks.release()
+
+
+def attempt(undo: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+    """Undo a step after an error as far as it goes: the caller must hear of that error and not of this one."""
+    try:
+        undo(*args, **kwargs)
+    except DriverError as error:
+        _log.warning("something was left behind after an error", error=str(error))
 
 
 def device_size(record: VolumeRecord) -> int:

@@ -3,7 +3,7 @@
 from contextlib import closing
 from dataclasses import dataclass
 
-from csi_driver.backends.base import Backend
+from csi_driver.backends.base import AttachedDevice, Backend
 from csi_driver.host import blockdev
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.workers import Workers
@@ -61,28 +61,33 @@ class Expansion:
         staged = self._stages.get(record.id)
         if staged is None or not self._is_shown(staged, request.volume_path):
             raise NotFound(f"volume {record.id} is not staged or published at {request.volume_path}; stage it first")
-        record = grow_device(self._backend, record, request.required_bytes, request.limit_bytes)
-        self._grow_stack(record, staged, request.key)
-        return record.capacity_bytes
-
-    def _grow_stack(self, record: VolumeRecord, staged: Stage, key: SecretKey) -> None:
         device = self._backend.device_of(record.id)
         if device is None:
             raise FailedPrecondition(
                 f"volume {record.id} is recorded as staged and its device is not attached; unstage and stage it"
             )
         with closing(device), self._workers.session():
+            self._backend.refresh(device.path)  # the controller may have grown it before
+            if record.encryption is not None:
+                self._check_mapping(record, device, request)
+            record = grow_device(self._backend, record, request.required_bytes, request.limit_bytes)
             self._backend.refresh(device.path)
             if record.encryption is not None:
-                self._encryption.resume(record.mapping_name)
-                if not self._encryption.fits(self._backend, record):
-                    raise FailedPrecondition(
-                        f"the mapping {record.mapping_name} of volume {record.id} is not the volume's own; unstage and "
-                        f"stage the volume"
-                    )
-                self._encryption.resize(record, device, key.passphrase)
+                self._encryption.resize(record, device, request.key.passphrase)
         if not staged.block and staged.fs_type is not None and not staged.read_only:
             self._file_systems.grow(record.id, staged.fs_type, staged.device, staged.staging_path)
+        return record.capacity_bytes
+
+    def _check_mapping(self, record: VolumeRecord, device: AttachedDevice, request: ExpandRequest) -> None:
+        """Refuse before anything grows: a mapping that is not the volume's, a secret that does not open it."""
+        self._encryption.resume(record.mapping_name)
+        if not self._encryption.fits(self._backend, record):
+            raise FailedPrecondition(
+                f"the mapping {record.mapping_name} of volume {record.id} is not the volume's own; unstage and stage "
+                f"the volume"
+            )
+        if request.key.passphrase is not None:
+            self._encryption.verify(record, device, request.key.passphrase)
 
     def _is_shown(self, staged: Stage, path: str) -> bool:
         if path in (staged.staging_path, staged.device):

@@ -1,6 +1,7 @@
 """File systems inside volumes: made once, never again, grown when the volume grows."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import msgspec
 import structlog
@@ -20,8 +21,8 @@ from csi_driver.volumes.parameters import DEFAULT_FILE_SYSTEM, FILE_SYSTEMS, che
 _log = structlog.get_logger(__name__)
 _MIB = 1 << 20
 
-LEAST_BYTES: Mapping[str, int] = {"ext4": 1 * _MIB, "xfs": 300 * _MIB, "btrfs": 109 * _MIB}
-"""The smallest volume that mkfs of each file system takes."""
+LEAST_BYTES: Mapping[str, int] = {"ext4": 1 * _MIB, "xfs": 300 * _MIB, "btrfs": 256 * _MIB}
+"""The smallest volume for each file system: what mkfs takes; for btrfs, what the kernel lets grow again."""
 
 _MKFS: Mapping[str, Sequence[str]] = {
     # What a fresh mapping has never written reads as noise: so no assume_storage_prezeroed and no lazy_journal_init.
@@ -111,7 +112,7 @@ class FileSystems:
                     record.capacity_bytes,
                 )
             record = backend.update(msgspec.structs.replace(record, file_system=FileSystemState.MAKING))
-        argv = [*_MKFS[fs_type], *record.parameters.mkfs_options, device]
+        argv = mkfs_command(fs_type, record.parameters.mkfs_options, device)
         self._commands.run(argv, timeout=self._limits.format_seconds)
         self._workers.call(
             f"luks-sync of volume {record.id}", self._limits.format_seconds, blockdev.fsync_device, device
@@ -122,7 +123,11 @@ class FileSystems:
 
     def _find(self, record: VolumeRecord, device: str) -> str:
         found = self._workers.call(
-            f"luks-read of volume {record.id}", self._limits.mount_seconds, read_signature, device
+            f"luks-read of volume {record.id}",
+            self._limits.mount_seconds,
+            read_signature,
+            f"volume {record.id} on {device}",
+            device,
         )
         if found not in FILE_SYSTEMS:
             raise FailedPrecondition(
@@ -130,3 +135,16 @@ class FileSystems:
                 f"{found or 'no file system that is known here'}, so use it as a block device again"
             )
         return found
+
+
+def mkfs_command(fs_type: str, options: Sequence[str], device: str) -> list[str]:
+    """How a file system is made: the driver's options, then those of the class.
+
+    Of several -E mke2fs heeds the last one only, so they become one.
+    """
+    argv = [*_MKFS[fs_type], *options]
+    extended = [value for flag, value in pairwise(argv) if flag == "-E"]
+    if extended:
+        others = [word for at, word in enumerate(argv) if word != "-E" and argv[at - 1] != "-E"]
+        argv = [*others, "-E", ",".join(extended)]
+    return [*argv, device]

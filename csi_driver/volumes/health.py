@@ -26,6 +26,7 @@ _LEAST_CRYPTSETUP = (2, 6)
 _LEAST_KERNEL = (5, 12)
 _EPOCH_OF_SENSE = 1_767_225_600  # 2026-01-01: a clock before it was never set
 _CAP_SYS_ADMIN = 21
+_GIB = 1 << 30
 _RECHECK_SECONDS = 10.0
 _COMMAND_SECONDS = 20.0
 
@@ -81,6 +82,7 @@ class Health:
 
     def findings(self) -> list[Finding]:
         """Everything that is looked at, the fatal ones first; what is kept in a state directory only where one is."""
+        kept = (self._space, self._orphans) if self._settings.state_dir.exists() else ()
         checks = (
             *self._fatal_checks(),
             self._cryptsetup,
@@ -131,7 +133,7 @@ class Health:
             if not path.exists():
                 raise FailedPrecondition(f"{path} is not there; start the driver, which makes it, or name another one")
             if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK) or os.statvfs(path).f_flag & os.ST_RDONLY:
-                raise FailedPrecondition(f"{path} is no folder that can be written")
+                raise FailedPrecondition(f"{path} is no folder that user {os.geteuid()} can write")
             return f"{path} can be written"
 
         return _finding("state directory", look, "make it a writable folder of this node that outlives the driver")
@@ -198,8 +200,10 @@ class Health:
         def look() -> str:
             space = self._backend.space()
             if space.available == 0:
-                raise FailedPrecondition(f"nothing is free above the floor of {self._settings.free_space_floor} bytes")
-            return f"{space.available} of {space.total} bytes are free above the floor"
+                raise FailedPrecondition(
+                    f"nothing is free above the floor of {self._settings.free_space_floor / _GIB:g} GiB"
+                )
+            return f"{space.available / _GIB:.1f} of {space.total / _GIB:.1f} GiB are free above the floor"
 
         return _finding("free space", look, "free space there; no volume can be made or enlarged", fatal=False)
 
@@ -222,7 +226,9 @@ class Health:
     def _orphans(self) -> Finding:
         def look() -> str:
             if orphans := self._backend.orphans():
-                raise FailedPrecondition(f"{len(orphans)} leftovers of killed calls: {', '.join(orphans[:5])}")
+                raise FailedPrecondition(
+                    f"left by killed calls: {', '.join(orphans[:5])}{' and others' * (len(orphans) > 5)}"
+                )
             return "none"
 
         return _finding("orphans", look, "look at them with `luks-csi orphans list`", fatal=False)

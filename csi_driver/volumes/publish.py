@@ -65,15 +65,18 @@ class Publishing:
 
         Raises FailedPrecondition when something is in it: what is not ours to remove stays.
         """
-        while self._mounts.at(target_path) is not None:
+        while True:
             self._mounts.unmount(target_path)
-        try:
-            _remove_target(target_path)
-        except OSError as error:
-            raise FailedPrecondition(
-                f"the target path {target_path} of volume {volume_id} cannot be removed ({error.strerror}); look at "
-                f"what is in it, it was left alone"
-            ) from None
+            try:
+                return _remove_target(target_path)
+            except OSError as error:
+                # Nobody can remove what something is still mounted on (rmdir(2), unlink(2)).
+                if error.errno == errno.EBUSY and self._mounts.at(target_path) is not None:
+                    continue
+                raise FailedPrecondition(
+                    f"the target path {target_path} of volume {volume_id} cannot be removed ({error.strerror}); look "
+                    f"at what is in it, it was left alone"
+                ) from None
 
     def targets(self, staged: Stage) -> list[str]:
         """The paths at which the volume is mounted besides its staging path."""

@@ -1,12 +1,13 @@
 """NodeStageVolume and NodeUnstageVolume: from ciphertext on a backend to a file system at the staging path."""
 
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 import structlog
 
-from csi_driver.backends.base import Backend
+from csi_driver.backends.base import AttachedDevice, Backend
 from csi_driver.host.holders import Holders, describe
 from csi_driver.host.mounts import Mount, Mounts
 from csi_driver.host.workers import Workers
@@ -17,11 +18,12 @@ from csi_driver.model.volume import VolumeRecord, mapping_name
 from csi_driver.volumes import capability as capabilities
 from csi_driver.volumes.capability import Capability
 from csi_driver.volumes.context import check_context
-from csi_driver.volumes.encryption import Encryption, raw_if_unseen
+from csi_driver.volumes.encryption import Encryption, attempt, raw_if_unseen
 from csi_driver.volumes.filesystem import FileSystems
 from csi_driver.volumes.stages import Stage, Stages
 
 _log = structlog.get_logger(__name__)
+_CLOSE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Staging:
         staged = self._stages.get(record.id)
         if staged is not None and self._is_complete(record, staged):
             self._check_same(record, staged, request)
+            if record.encryption is not None:
+                self._encryption.resume(record.mapping_name)
             return
         with self._workers.session():
             self._clear(record, request.staging_path, staged)
@@ -81,17 +85,21 @@ class Staging:
             lasting = block and record.encryption is None
             device = self._backend.attach(record.id, lasting=lasting)
             if lasting:
-                undo.callback(self._backend.detach, record.id)
-            undo.callback(device.close)
+                undo.callback(attempt, self._backend.detach, record.id)
+            undo.callback(_let_go, device)
             with ExitStack() as opened:
                 if record.encryption is not None:
                     record = self._encryption.open(self._backend, record, device, request.key, opened)
                 shown = device.path if record.encryption is None else f"/dev/mapper/{record.mapping_name}"
-                opened.callback(self._take_back, record, request.staging_path)
+                opened.callback(attempt, self._take_back, record, request.staging_path)
                 self._finish(record, shown, request)
                 opened.pop_all()
             undo.pop_all()
             device.close()
+
+    def forget_earlier_boots(self) -> None:
+        """Forget what was staged before this boot."""
+        self._stages.forget_earlier_boots()
 
     def unstage(self, volume_id: str, staging_path: str) -> None:
         """Unmount, close the mapping, let go of the device; needs no key, no record, and nothing to be there.
@@ -100,6 +108,7 @@ class Staging:
         """
         staged = self._stages.get(volume_id)
         with self._workers.session():
+            self._encryption.resume(mapping_name(volume_id))
             for path in _staging_paths(staging_path, staged):
                 if (found := self._mounts.at(path)) is not None and self._is_ours(volume_id, found, staged):
                     self._unmount(volume_id, path, found)
@@ -219,6 +228,15 @@ class Staging:
         except (NotFound, FailedPrecondition):
             return None  # unstage works without a record
         return record.luks.uuid if record.luks else None
+
+
+def _let_go(device: AttachedDevice) -> None:
+    """Close a device after an error. The last close waits for I/O under way, which need not end: not our time limit."""
+    closing_thread = threading.Thread(target=device.close, name="close", daemon=True)
+    closing_thread.start()
+    closing_thread.join(_CLOSE_SECONDS)
+    if closing_thread.is_alive():
+        _log.warning("a device does not answer and stays open until it does", device=device.path)
 
 
 def _staging_paths(asked: str, staged: Stage | None) -> list[str]:

@@ -1,10 +1,11 @@
 """What is staged on this node since it booted: one small file per volume, gone in meaning with a reboot."""
 
+import os
 from pathlib import Path
 
 import msgspec
 
-from csi_driver.host.files import Files
+from csi_driver.host.files import Files, read_file
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -44,7 +45,7 @@ class Stages:
     def get(self, volume_id: str) -> Stage | None:
         """The stage of this boot, complete or being made."""
         try:
-            found = msgspec.json.decode((self._folder / volume_id).read_bytes(), type=_StageFile)
+            found = msgspec.json.decode(read_file(self._folder / volume_id), type=_StageFile)
         except (FileNotFoundError, ValueError, RecursionError):  # msgspec's errors are ValueErrors
             return None
         return found.stage if found.boot_id == self._boot_id else None
@@ -53,6 +54,12 @@ class Stages:
         """Write it; done before the mount that it announces."""
         content = msgspec.json.encode(_StageFile(boot_id=self._boot_id, stage=stage))
         self._files.write_volatile(self._folder / volume_id, content)
+
+    def forget_earlier_boots(self) -> None:
+        """Remove the stages that a reboot ended: nobody unstages a volume that was deleted since."""
+        for name in os.listdir(self._folder):
+            if not name.startswith(".") and self.get(name) is None:
+                self.remove(name)
 
     def remove(self, volume_id: str) -> None:
         """Forget it; absent is fine."""

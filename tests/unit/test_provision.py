@@ -199,7 +199,7 @@ def test_required_equal_to_limit_is_met_to_the_byte(parameters: dict[str, str], 
         (GIB + 1, 0, {"sectorSize": "4096"}, GIB + 4096),
         (GIB + 1, GIB + 512, {}, GIB + 512),
         (1, GIB, {"fstype": "xfs"}, 300 * MIB),
-        (1, GIB, {"fstype": "btrfs"}, 109 * MIB),
+        (1, GIB, {"fstype": "btrfs"}, 256 * MIB),
         ((1 << 63) - (1 << 30), 0, {}, (1 << 63) - (1 << 30)),
     ],
 )

@@ -121,6 +121,7 @@ def test_a_record_that_was_cut_short_is_refused(length: int) -> None:
         b"null",
         bytes(4096),
     ],
+    ids=lambda content: content[:28].hex(),
 )
 def test_strange_files_are_refused(content: bytes) -> None:
     with pytest.raises(FailedPrecondition, match=r"cannot be read"):

@@ -1,0 +1,407 @@
+"""A kernel in memory over real sparse files: LUKS2, mappings, mounts and file systems as the use cases see them.
+
+A device's content is a small document at the start of its file, so that it lives and dies with the file; everything
+else lives in `Kernel`, which outlives the driver. `step` is told before, within and after everything that a fault may
+cut: it raises what fails a step, or `Killed`, after which nothing the dead driver still does has an effect.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec, TypeVar, cast
+
+import msgspec
+
+from csi_driver.host.commands import Commands, Completed
+from csi_driver.host.devicemapper import Device, DeviceMapper, Target
+from csi_driver.host.mounts import Mount, Mounts
+from csi_driver.host.workers import Workers
+from csi_driver.luks.device import Opening
+from csi_driver.luks.formats import DATA_OFFSET, LuksFormat
+from csi_driver.luks.mapping import Mappings, dm_uuid
+from csi_driver.model.errors import (
+    CommandFailed,
+    DeviceAbsent,
+    DeviceBlank,
+    DeviceInUse,
+    DeviceShort,
+    FailedPrecondition,
+    ForeignSignature,
+    InvalidHeader,
+    Unauthenticated,
+)
+from csi_driver.model.secret import Passphrase
+from csi_driver.model.volume import LuksIdentity
+from tests.fake_host import FakeLoops, NoHolders
+
+P = ParamSpec("P")
+R = TypeVar("R")
+DM_MAJOR = 253
+_ROOM = 4096
+
+
+class Killed(BaseException):
+    """The driver's process ends here; what it would still do to clean up it cannot do either."""
+
+
+class Luks(msgspec.Struct):
+    """A header: `key` None is one without key slots, as a killed luksFormat leaves it."""
+
+    uuid: str
+    key: bytes | None = None
+    digest: str = ""
+
+
+class Inside(msgspec.Struct):
+    """What a device holds: a file system with files, or what was written to it as a block device."""
+
+    fs_type: str | None = None
+    fs_bytes: int = 0
+    files: dict[str, str] = {}
+    raw: str = ""
+
+
+class Content(msgspec.Struct):
+    """All that is on a backing file."""
+
+    luks: Luks | None = None
+    inside: Inside = msgspec.field(default_factory=Inside)
+
+
+def content_of(start: bytes) -> Content:
+    """What the start of a backing file says; zeros are a blank device."""
+    document = start.rstrip(b"\0")
+    return msgspec.json.decode(document, type=Content) if document else Content()
+
+
+@dataclass
+class FakeMapping:
+    """An open mapping on a loop device."""
+
+    name: str
+    uuid: str
+    minor: int
+    loop: str
+    size: int
+    open_count: int = 0
+    suspended: bool = False
+
+
+@dataclass
+class Kernel:
+    """What outlives the driver. `formatting` and `making` see the loop device before luksFormat and mkfs."""
+
+    loops: FakeLoops = field(default_factory=FakeLoops)
+    mappings: dict[str, FakeMapping] = field(default_factory=dict)
+    mounted: list[Mount] = field(default_factory=list)
+    keyring: set[str] = field(default_factory=set)
+    formats: int = 0
+    dead: bool = False
+    plan: Callable[[str], None] = lambda _: None
+    formatting: Callable[[str], None] = lambda _: None
+    making: Callable[[str], None] = lambda _: None
+
+    def __post_init__(self) -> None:
+        self.loops.step = self.step
+
+    def step(self, name: str) -> None:
+        if self.dead:
+            raise Killed
+        try:
+            self.plan(name)
+        except Killed:
+            self.dead = True
+            raise
+
+    def end_of_process(self) -> None:
+        """The driver's process is gone, and with it what it had open."""
+        self.loops.end_of_process()
+        self.dead = False
+
+    def reboot(self) -> None:
+        """Nothing but the files is left."""
+        self.mounted.clear()
+        self.mappings.clear()
+        self.keyring.clear()
+        self.loops.end_of_process()
+        for path in list(self.loops.bound):
+            os.close(self.loops.bound.pop(path).backing)
+        self.dead = False
+
+    # Devices
+
+    def loop_below(self, device: str) -> str:
+        if device.startswith("/dev/mapper/"):
+            mapping = self.mappings.get(device.removeprefix("/dev/mapper/"))
+            if mapping is None:
+                raise DeviceAbsent(f"the device {device} is not there")
+            assert not mapping.suspended, f"{device} is suspended: this would hang"
+            return mapping.loop
+        if device not in self.loops.bound:
+            raise DeviceAbsent(f"the device {device} is not there")
+        return device
+
+    def read(self, device: str) -> Content:
+        return content_of(os.pread(self.loops.bound[self.loop_below(device)].backing, _ROOM, 0))
+
+    def write(self, device: str, content: Content) -> None:
+        encoded = msgspec.json.encode(content)
+        assert len(encoded) < _ROOM
+        os.pwrite(self.loops.bound[self.loop_below(device)].backing, encoded.ljust(_ROOM, b"\0"), 0)
+
+    def size(self, device: str) -> int:
+        if device.startswith("/dev/mapper/"):
+            return self.mappings[device.removeprefix("/dev/mapper/")].size
+        return self.loops.bound[device].info.size_bytes
+
+    def number(self, device: str) -> tuple[int, int]:
+        if device.startswith("/dev/mapper/"):
+            return DM_MAJOR, self.mappings[device.removeprefix("/dev/mapper/")].minor
+        info = self.loops.bound[device].info
+        return info.major, info.minor
+
+    def use(self, device: str, change: int) -> None:
+        """A file system begins (1) or ceases (-1) to use the device."""
+        if device.startswith("/dev/mapper/"):
+            self.mappings[device.removeprefix("/dev/mapper/")].open_count += change
+        elif change > 0:
+            self.loops.use(device)
+        else:
+            self.loops.release(device)
+
+    def traces(self, volume_id: str) -> list[str]:
+        """What is open, mounted or attached of a volume."""
+        loops = [info.path for info in self.loops.all() if f"/{volume_id}/" in info.backing_path]
+        shown = (*loops, f"/dev/mapper/luks-{volume_id}")
+        mounts = [mount.mount_point for mount in self.mounted if mount.source in shown]
+        return [*loops, *(name for name in self.mappings if name == f"luks-{volume_id}"), *mounts]
+
+
+class KernelMappings(Mappings):
+    """Judges like the real one; what it looks at and closes is the fake kernel's."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__(DeviceMapper(), NoHolders())
+        self._kernel = kernel
+
+    def get(self, name: str) -> Device | None:
+        found = self._kernel.mappings.get(name)
+        if found is None:
+            return None
+        loop = self._kernel.loops.bound[found.loop].info
+        table = f"aes-xts-plain64 :64:logon:key 0 {loop.major}:{loop.minor} {DATA_OFFSET // 512}"
+        return Device(
+            name, found.uuid, DM_MAJOR, found.minor, found.open_count, found.suspended,
+            read_only=False, targets=(Target(0, found.size // 512, "crypt", table),),
+        )  # fmt: skip
+
+    def names(self) -> list[str]:
+        return sorted(self._kernel.mappings)
+
+    def backing(self, mapping: Device) -> tuple[int, int] | None:
+        return mapping.backing[0]
+
+    def close(self, name: str, uuid: str | None = None) -> None:
+        self._kernel.step("before close")
+        found = self._kernel.mappings.get(name)
+        if found is not None:
+            if found.open_count:
+                raise DeviceInUse(f"the mapping {name} is in use")
+            assert not found.suspended, f"{name} is suspended: this would hang"
+            del self._kernel.mappings[name]
+            self._kernel.loops.release(found.loop)
+        self._kernel.step("in close")
+        self._kernel.keyring.discard(str(uuid))
+        self._kernel.step("after close")
+
+
+class KernelMounts(Mounts):
+    """Mounts of the fake kernel; a file system is in use as long as any mount of it is there."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__()
+        self._kernel = kernel
+
+    def table(self) -> list[Mount]:
+        return list(self._kernel.mounted)
+
+    def at(self, path: str) -> Mount | None:
+        return next((mount for mount in reversed(self._kernel.mounted) if mount.mount_point == path), None)
+
+    def mount(self, source: str, target: str, fs_type: str, flags: int, data: str) -> None:
+        found = self._kernel.read(source).inside
+        if found.fs_type != fs_type or found.fs_bytes > self._kernel.size(source):
+            raise FailedPrecondition(f"{source} could not be mounted: it holds {found.fs_type}")
+        self._add(target, source, fs_type, self._kernel.number(source), read_only=bool(flags & 1))
+
+    def bind(self, source: str, target: str, *, read_only: bool) -> None:
+        self._kernel.step("before bind")
+        below = self.at(source)
+        assert below is not None
+        assert os.path.isdir(target)
+        self._add(target, below.source, below.fs_type, below.device, read_only=read_only)
+        self._kernel.step("after bind")
+
+    def unmount(self, path: str) -> None:
+        self._kernel.step("before unmount")
+        found = self.at(path)
+        if found is not None:
+            self._kernel.loop_below(found.source)
+            self._kernel.mounted.remove(found)
+            if not any(mount.device == found.device for mount in self._kernel.mounted):
+                self._kernel.use(found.source, -1)
+        self._kernel.step("after unmount")
+
+    def _add(self, target: str, source: str, fs_type: str, device: tuple[int, int], *, read_only: bool) -> None:
+        if not any(mount.device == device for mount in self._kernel.mounted):
+            self._kernel.use(source, 1)
+        options = frozenset({"ro" if read_only else "rw"})
+        number = max((mount.mount_id for mount in self._kernel.mounted), default=100) + 1
+        self._kernel.mounted.append(Mount(number, 1, device, "/", target, options, fs_type, source, options))
+
+
+class KernelCommands(Commands):
+    """mkfs and the programs that let file systems grow."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+
+    def run(self, argv: Sequence[str], *, timeout: float, ok_codes: Sequence[int] = (0,)) -> Completed:
+        self._kernel.step(f"before {argv[0]}")
+        if argv[0].startswith("mkfs."):
+            self._mkfs(argv[0].removeprefix("mkfs."), argv[-1])
+        else:
+            mounted = KernelMounts(self._kernel).at(argv[-1])
+            device = mounted.source if mounted else argv[-1]
+            content = self._kernel.read(device)
+            content.inside.fs_bytes = self._kernel.size(device)
+            self._kernel.write(device, content)
+        self._kernel.step(f"after {argv[0]}")
+        return Completed(0, "", "")
+
+    def _mkfs(self, fs_type: str, device: str) -> None:
+        self._kernel.making(self._kernel.loop_below(device))
+        assert not any(mount.source == device for mount in self._kernel.mounted), "mkfs under a mounted file system"
+        content = self._kernel.read(device)
+        content.inside = Inside()
+        self._kernel.write(device, content)
+        self._kernel.step("in mkfs")
+        content.inside = Inside(fs_type=fs_type, fs_bytes=self._kernel.size(device))
+        self._kernel.write(device, content)
+
+
+class KernelWorkers(Workers):
+    """Carries out the functions of workers on the fake kernel's devices, at once."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__(())
+        self._kernel = kernel
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        yield
+
+    def call(self, what: str, timeout: float, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        name = function.__name__
+        self._kernel.step(f"before {name}")
+        ours: Callable[..., Any] = getattr(self, f"_{name}", function)
+        result = cast("R", ours(*args, **kwargs))
+        self._kernel.step(f"after {name}")
+        return result
+
+    def _prove_blank(self, where: str, path: str, least: int) -> None:
+        if self._kernel.size(path) < least:
+            raise DeviceShort(f"{where} is too short")
+        if self._kernel.read(path) != Content():
+            raise ForeignSignature(f"{where} holds something")
+
+    def _format_device(
+        self,
+        where: str,
+        path: str,
+        size: int,
+        chosen: LuksFormat,
+        identity: LuksIdentity,
+        limits: object,
+        key: Passphrase,
+    ) -> str:
+        if self._kernel.size(path) < size:
+            raise DeviceShort(f"{where} is too short")
+        self._kernel.formatting(path)
+        content = self._kernel.read(path)
+        if content.inside != Inside() or (content.luks is not None and content.luks.uuid != identity.uuid):
+            raise ForeignSignature(f"{where} holds something")
+        self._kernel.formats += 1
+        self._kernel.write(path, Content(Luks(identity.uuid)))
+        self._kernel.step("in format")
+        digest = f"digest {self._kernel.formats}"
+        self._kernel.write(path, Content(Luks(identity.uuid, key.reveal(), digest)))
+        return digest
+
+    def _check_passphrase(
+        self, where: str, path: str, size: int, identity: LuksIdentity, limits: object, key: Passphrase
+    ) -> None:
+        found = self._kernel.read(path).luks
+        if self._kernel.size(path) < size:
+            raise DeviceShort(f"{where} is too short")
+        if found is None:
+            raise DeviceBlank(f"{where} is blank")
+        if found.key is None or (found.uuid, found.digest) != (identity.uuid, identity.digest):
+            raise InvalidHeader(f"{where} has another header")
+        if found.key != key.reveal():
+            raise Unauthenticated(f"the secret does not open {where}")
+
+    def _open_device(
+        self,
+        where: str,
+        path: str,
+        size: int,
+        identity: LuksIdentity,
+        limits: object,
+        key: Passphrase,
+        opening: Opening,
+    ) -> None:
+        self._check_passphrase(where, path, size, identity, limits, key)
+        if opening.name in self._kernel.mappings:
+            raise CommandFailed(f"the name {opening.name} is taken")
+        minor = next(n for n in range(100) if n not in {one.minor for one in self._kernel.mappings.values()})
+        self._kernel.mappings[opening.name] = FakeMapping(
+            opening.name, dm_uuid(opening.name, identity.uuid), minor, path, self._kernel.size(path) - DATA_OFFSET
+        )
+        self._kernel.loops.use(path)
+        self._kernel.step("in open")
+        self._kernel.keyring.add(identity.uuid)
+
+    def _resize_mapping(
+        self,
+        where: str,
+        path: str,
+        name: str,
+        size: int,
+        identity: LuksIdentity,
+        limits: object,
+        key: Passphrase | None,
+    ) -> None:
+        mapping = self._kernel.mappings[name]
+        if self._kernel.size(path) < size + DATA_OFFSET:
+            raise DeviceShort(f"{where} is too short")
+        if key is not None:
+            self._check_passphrase(where, path, size, identity, limits, key)
+        elif identity.uuid not in self._kernel.keyring:
+            raise FailedPrecondition(f"the volume key of {where} is not there")
+        if mapping.size >= size:
+            return
+        mapping.suspended = True
+        self._kernel.step("in resize")
+        mapping.size = size
+        mapping.suspended = False
+
+    def _resume(self, name: str) -> None:
+        self._kernel.mappings[name].suspended = False
+
+    def _fsync_device(self, path: str) -> None:
+        self._kernel.loop_below(path)
+
+    def _read_signature(self, where: str, path: str) -> str | None:
+        return self._kernel.read(path).inside.fs_type

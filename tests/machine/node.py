@@ -1,0 +1,246 @@
+"""The driver's use cases on one node, called as its gRPC server calls them, with seams at which tests plant bugs."""
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from csi_driver.backends.base import Backend
+from csi_driver.backends.loopfile import LoopfileBackend
+from csi_driver.backends.records import RecordCodec
+from csi_driver.host.commands import Commands
+from csi_driver.host.devicemapper import Device, DeviceMapper
+from csi_driver.host.files import Files
+from csi_driver.host.holders import Holders
+from csi_driver.host.locks import VolumeLocks
+from csi_driver.host.loop import LoopDevices, LoopInfo
+from csi_driver.host.mounts import Mounts
+from csi_driver.host.workers import Workers
+from csi_driver.keys.secret import read_secret
+from csi_driver.luks.header import Header, parse
+from csi_driver.luks.mapping import Mappings
+from csi_driver.model.settings import Limits, Settings
+from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeRecord, mapping_name
+from csi_driver.volumes.capability import AccessMode, Capability
+from csi_driver.volumes.encryption import Encryption
+from csi_driver.volumes.expand import ExpandRequest, Expansion
+from csi_driver.volumes.filesystem import FileSystems
+from csi_driver.volumes.provision import CreateRequest, Provisioning, VolumeView
+from csi_driver.volumes.publish import Publishing, PublishRequest
+from csi_driver.volumes.stage import StageRequest, Staging
+from csi_driver.volumes.stages import Stages
+from tests.headers import head_of
+
+MIB = 1 << 20
+SIZE = 16 * MIB
+DATA_OFFSET = 16 * MIB
+VOLUME = "pvc-1"
+PASSPHRASE = "plain oak table, seven chairs"
+SECRET: Mapping[str, str] = {"CRYPTO_KEY_VALUE": PASSPHRASE}
+CHEAP: Mapping[str, str] = {"encrypted": "true", "pbkdf": "pbkdf2", "pbkdfIterations": "1000"}
+NONE: Mapping[str, str] = {}
+MOUNT = Capability(AccessMode.SINGLE_NODE_WRITER, block=False)
+EXT4 = Capability(AccessMode.SINGLE_NODE_WRITER, block=False, fs_type="ext4")
+BLOCK = Capability(AccessMode.SINGLE_NODE_WRITER, block=True)
+LIMITS = Limits(format_seconds=20, unlock_seconds=20, mount_seconds=20)
+
+
+def fingerprint(path: Path) -> str:
+    """A digest of all that is not zero in a sparse file, without reading its holes; BLANK when there is nothing."""
+    digest, at = hashlib.sha256(), 0
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        while (piece := _next_data(descriptor, at)) is not None:
+            at, content = piece
+            if content.strip(b"\0"):
+                digest.update(b"%d:" % at + content)
+            at += len(content)
+    finally:
+        os.close(descriptor)
+    return digest.hexdigest()
+
+
+def _next_data(descriptor: int, at: int) -> tuple[int, bytes] | None:
+    try:
+        start = os.lseek(descriptor, at, os.SEEK_DATA)
+    except OSError:  # ENXIO: only a hole is left
+        return None
+    # Whole blocks, so that where one piece ends does not depend on what is a hole.
+    return start, os.pread(descriptor, 4096, start)
+
+
+BLANK = hashlib.sha256().hexdigest()
+
+
+@dataclass
+class Node:
+    """A driver on the state directory below `folder`; a second one on the same folder is the driver after a restart.
+
+    Staging paths are <folder>/stage/<volume>, pods' paths <folder>/pods/<volume>.
+    """
+
+    folder: Path
+    workers: Workers
+    limits: Limits = LIMITS
+    backend: Backend | None = None
+    commands: Commands = field(default_factory=Commands)
+    loops: LoopDevices = field(default_factory=LoopDevices)
+    make_mappings: Callable[[DeviceMapper, Holders], Mappings] = Mappings
+    make_encryption: Callable[[Workers, Mappings, Limits], Encryption] = Encryption
+
+    def __post_init__(self) -> None:
+        self.state = self.folder / "state"
+        for name in ("locks", "stages"):
+            (self.state / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        settings = Settings(node_id="node-1", state_dir=self.state, free_space_floor=64 * MIB, limits=self.limits)
+        loopfile = LoopfileBackend(
+            self.state / "loopfile", settings.free_space_floor, Files(), self.loops, RecordCodec()
+        )
+        loopfile.prepare()
+        self.store: Backend = self.backend or loopfile
+        self.mapper, self.mounts, holders = DeviceMapper(), Mounts(), Holders()
+        self.locks = VolumeLocks(self.state / "locks", holders)
+        self.stages = Stages(self.state / "stages", Files())
+        self.mappings = self.make_mappings(self.mapper, holders)
+        self.encryption = self.make_encryption(self.workers, self.mappings, self.limits)
+        file_systems = FileSystems(self.workers, self.commands, self.mounts, self.limits)
+        self.provisioning = Provisioning(settings, self.store, self.locks)
+        self.staging = Staging(
+            self.store, self.stages, self.workers, self.encryption, file_systems, self.mappings, self.mounts, holders
+        )
+        self.publishing = Publishing(self.store, self.stages, self.mounts)
+        self.expansion = Expansion(self.store, self.stages, self.workers, self.encryption, file_systems, self.mounts)
+        self.workers.start()
+
+    def create(
+        self,
+        volume: str = VOLUME,
+        *,
+        size: int = SIZE,
+        parameters: Mapping[str, str] = CHEAP,
+        capability: Capability = MOUNT,
+        secret: Mapping[str, str] = SECRET,
+    ) -> VolumeView:
+        request = CreateRequest(volume, size, 0, (capability,), parameters, read_secret(secret))
+        with self.locks.hold(volume):
+            return self.provisioning.create(request)
+
+    def stage(
+        self,
+        volume: str = VOLUME,
+        capability: Capability = MOUNT,
+        *,
+        secret: Mapping[str, str] = SECRET,
+        context: Mapping[str, str] = NONE,
+    ) -> None:
+        path = self.staging_path(volume)
+        path.mkdir(parents=True, exist_ok=True)
+        with self.locks.hold(volume):
+            self.staging.stage(StageRequest(volume, str(path), capability, read_secret(secret), context))
+
+    def unstage(self, volume: str = VOLUME) -> None:
+        with self.locks.hold(volume):
+            self.staging.unstage(volume, str(self.staging_path(volume)))
+
+    def publish(
+        self,
+        volume: str = VOLUME,
+        capability: Capability = MOUNT,
+        *,
+        target: Path | None = None,
+        read_only: bool = False,
+    ) -> Path:
+        target = target or self.target_path(volume)
+        staging_path = str(self.staging_path(volume))
+        with self.locks.hold(volume):
+            self.publishing.publish(PublishRequest(volume, staging_path, str(target), capability, read_only, NONE))
+        return target
+
+    def unpublish(self, volume: str = VOLUME, *, target: Path | None = None) -> None:
+        with self.locks.hold(volume):
+            self.publishing.unpublish(volume, str(target or self.target_path(volume)))
+
+    def grow(self, size: int, volume: str = VOLUME) -> int:
+        """ControllerExpandVolume."""
+        with self.locks.hold(volume):
+            return self.provisioning.expand(volume, size, 0)
+
+    def expand(
+        self, size: int, volume: str = VOLUME, *, path: Path | None = None, secret: Mapping[str, str] = NONE
+    ) -> int:
+        """NodeExpandVolume, by default without a secret, as Longhorn's and Ceph-CSI's classes have it."""
+        shown = str(path or self.staging_path(volume))
+        with self.locks.hold(volume):
+            return self.expansion.expand(ExpandRequest(volume, shown, size, 0, read_secret(secret)))
+
+    def delete(self, volume: str = VOLUME) -> None:
+        with self.locks.hold(volume):
+            self.provisioning.delete(volume)
+
+    def staging_path(self, volume: str = VOLUME) -> Path:
+        return self.folder / "stage" / volume
+
+    def target_path(self, volume: str = VOLUME) -> Path:
+        return self.folder / "pods" / volume / "mount"
+
+    def disk(self, volume: str = VOLUME) -> Path:
+        """The backing file of a volume on loopfile."""
+        return self.state / "loopfile" / "volumes" / volume / "disk.img"
+
+    def record_file(self, volume: str = VOLUME) -> Path:
+        return self.disk(volume).with_name("record.json")
+
+    def record(self, volume: str = VOLUME) -> VolumeRecord:
+        return self.store.get(volume)
+
+    def encryption_state(self, volume: str = VOLUME) -> EncryptionState | None:
+        return self.record(volume).encryption
+
+    def file_system_state(self, volume: str = VOLUME) -> FileSystemState:
+        return self.record(volume).file_system
+
+    def header(self, volume: str = VOLUME) -> Header:
+        """The LUKS2 header on the backing file."""
+        return parse(head_of(self.disk(volume)), f"the test's volume {volume}")
+
+    def mapping(self, volume: str = VOLUME) -> Device | None:
+        return self.mapper.get(mapping_name(volume))
+
+    def open_mapping(self, volume: str = VOLUME) -> Device:
+        """The mapping of a staged volume."""
+        found = self.mapping(volume)
+        assert found is not None, f"volume {volume} has no mapping"
+        return found
+
+    def loops_of(self, volume: str = VOLUME) -> Sequence[LoopInfo]:
+        return self.loops.find(str(self.disk(volume)))
+
+    def write(self, text: str = "precious", volume: str = VOLUME) -> None:
+        """Write a file into the staged file system, durably."""
+        with (self.staging_path(volume) / "file").open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self, volume: str = VOLUME) -> str:
+        return (self.staging_path(volume) / "file").read_text()
+
+    def is_mounted(self, volume: str = VOLUME) -> bool:
+        return self.mounts.at(str(self.staging_path(volume))) is not None
+
+    def closed(self, volume: str = VOLUME) -> bool:
+        """Whether nothing of the volume is open, mounted or attached, nor recorded as staged."""
+        return not (
+            self.mapping(volume)
+            or self.is_mounted(volume)
+            or self.stages.get(volume)
+            or (self.backend is None and self.loops_of(volume))
+        )
+
+    def staged_once(self, volume: str = VOLUME, text: str = "precious") -> None:
+        """Create the volume, put a file into it and unstage it."""
+        self.create(volume)
+        self.stage(volume)
+        self.write(text, volume)
+        self.unstage(volume)

@@ -1,0 +1,67 @@
+"""`luks-csi doctor` and `luks-csi volume show` on a machine that has what it takes."""
+
+import json
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from csi_driver.cli.doctor import doctor
+from csi_driver.cli.record import read_record, record_rows
+from csi_driver.host.mounts import Mounts
+from csi_driver.model.volume import volume_id_for
+from tests.machine.node import Node
+
+
+def findings(state_dir: Path, code: int = 0) -> dict[str, dict[str, object]]:
+    done = CliRunner().invoke(doctor, ["--state-dir", str(state_dir), "--kubelet-dir", "/", "-o", "json"])
+    assert done.exit_code == code, done.output
+    return {finding["name"]: finding for finding in json.loads(done.stdout)}
+
+
+def test_nothing_fatal_is_missing_here(node: Node) -> None:
+    found = findings(node.state)
+    assert [name for name, finding in found.items() if finding["fatal"]] == [
+        "dm-crypt", "loop devices", "libcryptsetup", "state directory", "mount propagation",
+    ]  # fmt: skip
+    assert all(finding["ok"] for finding in found.values() if finding["fatal"])
+    assert found["mount propagation"]["found"] == "/ is shared"
+    assert found["file systems"]["found"] == "the kernel mounts ext4, xfs, btrfs"
+    assert found["orphans"]["ok"]
+
+
+def test_private_mounts_are_fatal(node: Node, folder: Path) -> None:
+    kubelet = folder / "kubelet"
+    kubelet.mkdir()
+    mounts = Mounts()
+    mounts.mount("none", str(kubelet), "tmpfs", 0, "")
+    try:
+        assert "shared" in mounts.propagation(str(kubelet))
+        done = CliRunner().invoke(doctor, ["--state-dir", str(node.state), "--kubelet-dir", str(kubelet)])
+        assert done.exit_code == 0
+        mounts.mount("none", str(kubelet), "", _MS_PRIVATE, "")
+        done = CliRunner().invoke(doctor, ["--state-dir", str(node.state), "--kubelet-dir", str(kubelet)])
+        assert done.exit_code == 1
+        assert "FAIL  mount propagation" in done.stdout
+        assert "-> mount it with mountPropagation: Bidirectional" in done.stdout
+    finally:
+        mounts.unmount(str(kubelet))
+
+
+def test_a_file_system_that_the_kernel_does_not_know_is_not_known() -> None:
+    assert Mounts().knows("ext4")
+    assert not Mounts().knows("nosuchfs")
+
+
+def test_the_record_of_a_formatted_volume_is_shown(node: Node) -> None:
+    node.staged_once()
+    record, source = read_record(volume_id_for("pvc-1"), node.state)
+    assert record is not None
+    assert source == f"read from {node.state}"
+    rows = dict(record_rows(record))
+    assert rows["encryption"] == "encrypted"
+    assert rows["LUKS UUID"] == node.header().uuid
+    assert rows["file system"] == "ext4"
+    node.delete()
+
+
+_MS_PRIVATE = 1 << 18

@@ -1,0 +1,155 @@
+"""`luks-csi doctor` and `luks-csi orphans`."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from csi_driver.cli.doctor import doctor
+from csi_driver.cli.orphans import orphans
+from csi_driver.host.holders import Holders
+from csi_driver.host.locks import VolumeLocks
+from csi_driver.model.settings import Settings
+from csi_driver.volumes.driver import Driver, build_driver
+from csi_driver.volumes.health import Finding
+from tests.fakes import FakeHealth
+
+FINE = Finding("clock", ok=True, fatal=False, found="2026-11-20T00:00:00Z")
+WARNING = Finding("swap", ok=False, fatal=False, found="swap is on", advice="turn swap off or encrypt it")
+FATAL = Finding("dm-crypt", ok=False, fatal=True, found="no device-mapper", advice="load the kernel module dm_mod")
+
+
+class FoundHealth(FakeHealth):
+    def __init__(self, *findings: Finding) -> None:
+        super().__init__()
+        self._findings = list(findings)
+
+    def findings(self) -> list[Finding]:
+        return self._findings
+
+
+def run(*findings: Finding, arguments: tuple[str, ...] = ()) -> Result:
+    def build(settings: Settings) -> Driver:
+        return dataclasses.replace(build_driver(settings), health=FoundHealth(*findings))
+
+    return CliRunner().invoke(doctor, arguments, obj=build)
+
+
+def test_each_finding_has_a_mark_and_what_is_amiss_has_advice() -> None:
+    done = run(FATAL, WARNING, FINE)
+    assert done.stdout.splitlines() == [
+        "FAIL  dm-crypt  no device-mapper",
+        "                -> load the kernel module dm_mod",
+        "warn  swap      swap is on",
+        "                -> turn swap off or encrypt it",
+        "ok    clock     2026-11-20T00:00:00Z",
+    ]
+
+
+@pytest.mark.parametrize(("findings", "code"), [((FINE, WARNING), 0), ((FINE, FATAL), 1)])
+def test_only_what_stops_staging_fails(findings: tuple[Finding, ...], code: int) -> None:
+    assert run(*findings).exit_code == code
+    assert run(*findings, arguments=("--output", "json")).exit_code == code
+
+
+def test_json_has_the_findings_as_they_are() -> None:
+    found = json.loads(run(WARNING, arguments=("-o", "json")).stdout)
+    assert found == [dataclasses.asdict(WARNING)]
+
+
+def test_long_findings_are_broken_where_the_terminal_ends() -> None:
+    long = Finding("programs", ok=False, fatal=False, found="not installed: " + "mkfs.xfs " * 20, advice="install")
+    for line in run(long).stdout.splitlines():
+        assert len(line) <= 100
+
+
+def test_a_state_directory_that_is_not_there_is_a_finding(tmp_path: Path) -> None:
+    done = CliRunner().invoke(doctor, ["--state-dir", str(tmp_path / "none"), "-o", "json"])
+    assert done.exit_code == 1
+    found = {finding["name"]: finding for finding in json.loads(done.stdout)}
+    assert not found["state directory"]["ok"]
+    assert found["state directory"]["found"] == f"{tmp_path}/none is not there"
+    assert "start the driver" in found["state directory"]["advice"]
+    assert found["libcryptsetup"]["ok"], found["libcryptsetup"]
+    assert found["programs"]["ok"], found["programs"]
+    assert "orphans" not in found
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_was_never_served_from_is_told_without_a_traceback(tmp_path: Path) -> None:
+    done = CliRunner().invoke(doctor, ["--state-dir", str(tmp_path), "-o", "json"])
+    found = {finding["name"]: finding for finding in json.loads(done.stdout)}
+    assert found["state directory"]["ok"]
+    assert "No such file or directory" in found["orphans"]["found"]
+    assert "start the driver" in found["orphans"]["advice"]
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    """A state directory with a half-made and a half-deleted volume, and a folder that lost its record."""
+    for folder in ("locks", "stages"):
+        (tmp_path / folder).mkdir()
+    for folder in ("new/half-made", "trash/half-deleted", "volumes/nameless"):
+        (tmp_path / "loopfile" / folder).mkdir(parents=True)
+        (tmp_path / "loopfile" / folder / "disk.img").write_bytes(b"data")
+    return tmp_path
+
+
+def run_orphans(state: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(orphans, [*arguments, "--state-dir", str(state)])
+
+
+def test_doctor_counts_orphans(state: Path) -> None:
+    done = CliRunner().invoke(doctor, ["--state-dir", str(state), "-o", "json"])
+    found = {finding["name"]: finding for finding in json.loads(done.stdout)}
+    assert found["orphans"]["found"].startswith(f"left by killed calls: {state}/loopfile/new/half-made, ")
+    assert found["free space"]["name"] == "free space"
+
+
+def test_orphans_are_listed(state: Path) -> None:
+    expected = [f"{state}/loopfile/{name}" for name in ("new/half-made", "trash/half-deleted", "volumes/nameless")]
+    assert run_orphans(state, "list").stdout.splitlines() == expected
+    assert json.loads(run_orphans(state, "list", "-o", "json").stdout) == expected
+
+
+def test_orphans_are_removed_when_told_so_and_what_may_hold_data_stays(state: Path) -> None:
+    done = run_orphans(state, "remove", "--yes")
+    assert done.exit_code == 0
+    assert [line.split() for line in done.stdout.splitlines()] == [
+        ["removed", f"{state}/loopfile/trash/half-deleted"],
+        ["removed", f"{state}/loopfile/new/half-made"],
+        ["kept", f"{state}/loopfile/volumes/nameless"],
+    ]
+    assert [path.name for path in (state / "loopfile").glob("*/*")] == ["nameless"]
+    assert list((state / "locks").iterdir()) == []
+
+
+def test_without_a_terminal_orphans_are_removed_only_with_yes(state: Path) -> None:
+    done = run_orphans(state, "remove")
+    assert done.exit_code == 2
+    assert "--yes" in done.stderr
+    assert len(list((state / "loopfile").glob("*/*"))) == 3
+
+
+def test_a_volume_that_a_call_is_at_work_on_is_left_alone(state: Path) -> None:
+    with VolumeLocks(state / "locks", Holders()).hold("half-made"):
+        done = run_orphans(state, "remove", "--yes")
+    assert "half-made" in str(done.exception)
+    assert (state / "loopfile/new/half-made/disk.img").exists()
+
+
+def test_no_state_directory_is_one_sentence(tmp_path: Path) -> None:
+    done = run_orphans(tmp_path / "none", "list")
+    assert done.exit_code == 1
+    assert f"the leftovers in {tmp_path}/none cannot be looked at (No such file or directory" in done.stderr
+    assert run_orphans(tmp_path / "none", "remove", "--yes").exit_code == 1
+
+
+def test_no_leftovers_is_said(tmp_path: Path) -> None:
+    for folder in ("new", "trash", "volumes"):
+        (tmp_path / "loopfile" / folder).mkdir(parents=True)
+    assert run_orphans(tmp_path, "list").stdout == "no leftovers\n"
+    assert run_orphans(tmp_path, "remove").stdout == "no leftovers\n"
+    assert json.loads(run_orphans(tmp_path, "remove", "-o", "json").stdout) == {"removed": [], "kept": []}

@@ -1,0 +1,353 @@
+"""The loopfile backend on a real folder, with loop devices that are fake."""
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from csi_driver.backends.loopfile import LoopfileBackend
+from csi_driver.backends.records import RecordCodec
+from csi_driver.model.errors import (
+    Aborted,
+    DeviceAbsent,
+    DeviceInUse,
+    DriverError,
+    FailedPrecondition,
+    NotFound,
+    ResourceExhausted,
+)
+from csi_driver.model.volume import VolumeParameters, VolumeRecord
+from tests.fake_host import FakeLoops, Step, SteppedFiles, undisturbed
+
+MIB = 1 << 20
+RECORD = VolumeRecord(id="pvc-1", name="pvc-1", capacity_bytes=MIB, parameters=VolumeParameters(), created="now")
+
+
+class Killed(BaseException):
+    """The process ends at this very step."""
+
+
+class Place:
+    """A backend on a folder, and what is in that folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.loops = FakeLoops()
+        self.backend().prepare()
+
+    def backend(self, step: Step = undisturbed, floor: int = 0) -> LoopfileBackend:
+        return LoopfileBackend(self.folder, floor, SteppedFiles(step), self.loops, RecordCodec())
+
+    def files(self, name: str) -> set[str]:
+        found = (self.folder / name).rglob("*")
+        return {str(path.relative_to(self.folder / name)) for path in found if path.is_file()}
+
+    def disk(self, volume_id: str = "pvc-1") -> Path:
+        return self.folder / "volumes" / volume_id / "disk.img"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    made = Place(tmp_path / "loopfile")
+    yield made
+    made.loops.end_of_process()
+
+
+def steps_of(place: Place, action: str) -> list[str]:
+    """The steps of an action, from a recorded run; they are numbered where a name comes twice."""
+    seen: list[str] = []
+    act(place.backend(seen.append), action)
+    return seen
+
+
+def act(backend: LoopfileBackend, action: str) -> None:
+    if action == "create":
+        backend.create(RECORD, MIB)
+    elif action == "update":
+        backend.update(msgspec.structs.replace(RECORD, capacity_bytes=2 * MIB))
+    elif action == "grow":
+        backend.grow("pvc-1", 2 * MIB)
+    else:
+        backend.delete("pvc-1")
+
+
+def fail_at(number: int, error: BaseException) -> Step:
+    left = [number]
+
+    def step(_: str) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise error
+
+    return step
+
+
+ERRORS = [Killed(), OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EIO, "Input/output error")]
+
+
+def look(backend: LoopfileBackend) -> VolumeRecord | None:
+    try:
+        return backend.get("pvc-1")
+    except NotFound:
+        return None
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["killed", "full", "broken"])
+def test_create_is_whole_or_nothing_at_every_step(tmp_path: Path, error: BaseException) -> None:
+    steps = steps_of(Place(tmp_path / "recorded"), "create")
+    assert steps.index("after fill .record.json.new") < steps.index("before rename to volumes")
+    assert steps.index("after set_size disk.img") < steps.index("before rename to volumes")
+    assert len(steps) > 10
+    for number in range(len(steps)):
+        place = Place(tmp_path / str(number))
+        with pytest.raises((Killed, OSError, DriverError)):
+            act(place.backend(fail_at(number, error)), "create")
+        found = look(place.backend())
+        assert found in (None, RECORD), steps[number]
+        assert place.files("volumes") in (set(), {"pvc-1/disk.img", "pvc-1/record.json"}), steps[number]
+        if found is None:
+            place.backend().create(RECORD, MIB)
+        assert place.backend().get("pvc-1") == RECORD
+        assert place.disk().stat().st_size == MIB
+        assert place.files("new") == place.files("trash") == set()
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["killed", "full", "broken"])
+def test_delete_is_whole_or_nothing_at_every_step_and_a_repeat_ends_it(tmp_path: Path, error: BaseException) -> None:
+    recorded = Place(tmp_path / "recorded")
+    recorded.backend().create(RECORD, MIB)
+    steps = steps_of(recorded, "delete")
+    assert any(step == "before remove disk.img" for step in steps)
+    for number in range(len(steps)):
+        place = Place(tmp_path / str(number))
+        place.backend().create(RECORD, MIB)
+        with pytest.raises((Killed, OSError, DriverError)):
+            act(place.backend(fail_at(number, error)), "delete")
+        assert place.files("volumes") in (set(), {"pvc-1/disk.img", "pvc-1/record.json"}), steps[number]
+        assert bool(place.files("trash")) <= bool(place.backend().orphans())
+        place.backend().delete("pvc-1")
+        assert not [path for path in place.folder.rglob("*") if path.parent != place.folder], steps[number]
+        place.backend().create(RECORD, MIB)
+        assert place.backend().get("pvc-1") == RECORD
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["killed", "full", "broken"])
+@pytest.mark.parametrize("action", ["update", "grow"])
+def test_a_change_is_the_old_or_the_new_at_every_step(tmp_path: Path, error: BaseException, action: str) -> None:
+    recorded = Place(tmp_path / "recorded")
+    recorded.backend().create(RECORD, MIB)
+    old = (RECORD, MIB)
+    steps = steps_of(recorded, action)
+    new = (recorded.backend().get("pvc-1"), recorded.disk().stat().st_size)
+    assert old != new
+    for number in range(len(steps)):
+        place = Place(tmp_path / str(number))
+        place.backend().create(RECORD, MIB)
+        with pytest.raises((Killed, OSError, DriverError)):
+            act(place.backend(fail_at(number, error)), action)
+        found = (place.backend().get("pvc-1"), place.disk().stat().st_size)
+        assert found in (old, new), steps[number]
+        if found == old:
+            act(place.backend(), action)
+        assert (place.backend().get("pvc-1"), place.disk().stat().st_size) == new
+        assert place.files("volumes") == {"pvc-1/disk.img", "pvc-1/record.json"}
+
+
+def test_a_volume_is_a_sparse_file_and_a_record_for_root_only(place: Place) -> None:
+    place.backend().create(RECORD, 64 * MIB)
+    assert (place.disk().stat().st_size, place.disk().stat().st_blocks) == (64 * MIB, 0)
+    for path in (place.disk(), place.disk().with_name("record.json")):
+        assert path.stat().st_mode & 0o077 == 0
+    assert place.disk().parent.stat().st_mode & 0o077 == 0
+
+
+def test_create_never_takes_the_place_of_data_without_a_record(place: Place) -> None:
+    place.backend().create(RECORD, MIB)
+    place.disk().write_bytes(b"precious")
+    place.disk().with_name("record.json").unlink()
+    for step in (undisturbed, fail_at(0, OSError(errno.EIO, "Input/output error"))):
+        with pytest.raises(FailedPrecondition, match=r"may hold data"):
+            place.backend(step).create(RECORD, MIB)
+        assert place.disk().read_bytes() == b"precious"
+
+
+def test_ids_are_sorted(place: Place) -> None:
+    for name in ("b", "a", "c"):
+        place.backend().create(msgspec.structs.replace(RECORD, id=name), MIB)
+    assert place.backend().ids() == ["a", "b", "c"]
+
+
+def test_an_unknown_volume_is_not_found(place: Place) -> None:
+    backend = place.backend()
+    for call in (lambda: backend.get("nix"), lambda: backend.grow("nix", MIB)):
+        with pytest.raises(NotFound, match=r"volume nix"):
+            call()
+    with pytest.raises(NotFound):
+        backend.update(msgspec.structs.replace(RECORD, id="nix"))
+    with pytest.raises(DeviceAbsent):
+        backend.attach("nix", lasting=False)
+    assert backend.device_of("nix") is None
+    assert not backend.is_device_of("nix", 7, 1000)
+    backend.detach("nix")
+    backend.delete("nix")
+
+
+def test_of_two_writers_the_slower_one_is_told(place: Place) -> None:
+    backend = place.backend()
+    first = backend.create(RECORD, MIB)
+    second = backend.update(msgspec.structs.replace(first, capacity_bytes=2 * MIB))
+    assert (second.revision, backend.get("pvc-1")) == (1, second)
+    with pytest.raises(Aborted, match=r"volume pvc-1 was changed by another writer"):
+        backend.update(msgspec.structs.replace(first, capacity_bytes=3 * MIB))
+    assert backend.get("pvc-1") == second
+    assert backend.update(second).revision == 2
+
+
+# --- space -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_floor_stays_free(place: Place) -> None:
+    free = place.backend().space().available
+    backend = place.backend(floor=free // 2)
+    assert 0 < backend.space().available <= free // 2 + (64 << 20)  # other work shares the disk
+    with pytest.raises(ResourceExhausted, match=rf"no room for volume pvc-1 .* above the floor of {free // 2}"):
+        backend.create(RECORD, free)
+    assert backend.ids() == []
+    backend.create(RECORD, MIB)
+    with pytest.raises(ResourceExhausted, match=r"no room for volume pvc-1"):
+        backend.grow("pvc-1", free)
+    assert place.disk().stat().st_size == MIB
+    assert place.backend(floor=1 << 62).space().available == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize("action", ["create", "update", "grow"])
+def test_a_full_disk_is_told_as_such(place: Place, number: int, action: str) -> None:
+    if action != "create":
+        place.backend().create(RECORD, MIB)
+
+    def step(name: str) -> None:
+        if name.startswith(("in fill", "before set_size")):
+            raise OSError(number, os.strerror(number))
+
+    with pytest.raises(ResourceExhausted, match=r"no space for volume pvc-1 .*free space there"):
+        act(place.backend(step), action)
+
+
+def test_a_broken_disk_is_told_as_such(place: Place) -> None:
+    def step(name: str) -> None:
+        if name.startswith("in fill"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with pytest.raises(FailedPrecondition, match=r"volume pvc-1 cannot be written in .*Read-only file system"):
+        act(place.backend(step), "create")
+
+
+def test_grow_never_shrinks_and_keeps_the_content(place: Place) -> None:
+    backend = place.backend()
+    backend.create(RECORD, MIB)
+    with place.disk().open("r+b") as file:
+        file.write(b"ciphertext")
+    for size, expected in ((MIB, MIB), (1, MIB), (3 * MIB, 3 * MIB), (2 * MIB, 3 * MIB)):
+        backend.grow("pvc-1", size)
+        assert place.disk().stat().st_size == expected
+    assert place.disk().read_bytes()[:10] == b"ciphertext"
+
+
+# --- leftovers -------------------------------------------------------------------------------------------------------
+
+
+def test_leftovers_are_reported_and_removed_only_when_told(place: Place) -> None:
+    backend = place.backend()
+    for name in ("kept", "nameless"):
+        backend.create(msgspec.structs.replace(RECORD, id=name), MIB)
+    (place.folder / "volumes" / "nameless" / "record.json").unlink()
+    for path in ("new/half-made", "trash/half-deleted", "trash/half-made"):
+        (place.folder / path).mkdir()
+        (place.folder / path / "disk.img").write_bytes(b"x")
+    expected = ["new/half-made", "trash/half-deleted", "trash/half-made", "volumes/nameless"]
+    assert backend.orphans() == [str(place.folder / path) for path in expected]
+    assert backend.remove_orphans("kept") == backend.remove_orphans("nameless") == []
+    assert backend.orphans() == [str(place.folder / path) for path in expected]
+    removed = backend.remove_orphans("half-made")
+    assert removed == [str(place.folder / path) for path in ("new/half-made", "trash/half-made")]
+    assert backend.orphans() == [str(place.folder / path) for path in ("trash/half-deleted", "volumes/nameless")]
+    assert place.files("volumes") == {"kept/disk.img", "kept/record.json", "nameless/disk.img"}
+
+
+# --- loop devices ----------------------------------------------------------------------------------------------------
+
+
+def test_a_device_goes_away_with_its_last_user_unless_it_lasts(place: Place) -> None:
+    backend = place.backend()
+    backend.create(RECORD, MIB)
+    with place.backend().attach("pvc-1", lasting=False):
+        assert len(place.loops.all()) == 1
+    assert not place.loops.all()
+    backend.attach("pvc-1", lasting=True).close()
+    (left,) = place.loops.all()
+    assert left.backing_path == str(place.disk())
+    backend.detach("pvc-1")
+    backend.detach("pvc-1")
+    assert not place.loops.all()
+
+
+def test_the_device_of_a_volume_is_known_by_its_file_and_not_by_its_name(place: Place) -> None:
+    backend = place.backend()
+    for name in ("pvc-1", "pvc-2"):
+        backend.create(msgspec.structs.replace(RECORD, id=name), MIB)
+    with backend.attach("pvc-1", lasting=False) as one, backend.attach("pvc-2", lasting=False) as other:
+        assert backend.is_device_of("pvc-1", one.major, one.minor)
+        assert not backend.is_device_of("pvc-1", other.major, other.minor)
+        assert not backend.is_device_of("pvc-1", one.major + 1, one.minor)
+        assert not backend.is_device_of("pvc-1", one.major, 1999)
+        found = backend.device_of("pvc-2")
+        assert found is not None
+        assert found.path == other.path
+        found.close()
+        # Another file takes the place of the volume's: the device is no longer the volume's.
+        place.disk().rename(place.disk().with_name("aside"))
+        place.disk().write_bytes(bytes(MIB))
+        assert not backend.is_device_of("pvc-1", one.major, one.minor)
+        assert backend.device_of("pvc-1") is None
+        place.disk().unlink()
+        assert not backend.is_device_of("pvc-1", one.major, one.minor)
+        place.disk().with_name("aside").rename(place.disk())
+
+
+def test_an_attached_volume_is_not_deleted(place: Place) -> None:
+    backend = place.backend()
+    backend.create(RECORD, MIB)
+    with backend.attach("pvc-1", lasting=False) as device:
+        with pytest.raises(DeviceInUse, match=rf"still attached as {device.path}; unpublish and unstage it first"):
+            backend.delete("pvc-1")
+        assert backend.get("pvc-1") == RECORD
+    backend.delete("pvc-1")
+    assert backend.ids() == []
+
+
+def test_looking_whether_a_file_is_attached_leaves_no_lock_behind(place: Place) -> None:
+    backend = place.backend()
+    backend.create(RECORD, MIB)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        assert backend.device_of("pvc-1") is None
+        backend.detach("pvc-1")
+    assert len(os.listdir("/proc/self/fd")) == before
+    with backend.attach("pvc-1", lasting=False) as device:
+        found = backend.device_of("pvc-1")
+        assert found is not None
+        assert found.path == device.path
+        found.close()
+
+
+def test_a_grown_file_shows_when_the_device_is_refreshed(place: Place) -> None:
+    backend = place.backend()
+    backend.create(RECORD, MIB)
+    with backend.attach("pvc-1", lasting=False) as device:
+        backend.grow("pvc-1", 2 * MIB)
+        backend.refresh(device.path)
+        assert [info.size_bytes for info in place.loops.all()] == [2 * MIB]

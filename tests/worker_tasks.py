@@ -1,0 +1,82 @@
+"""What the tests of workers let workers do; small, as every launcher loads it."""
+
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+from csi_driver.host.syscalls import libc, syscall
+from csi_driver.model.secret import Passphrase
+
+_THREAD_KEYRING = -1
+_SEARCH = 10
+_PR_GET_DUMPABLE = 3
+
+
+def identity(*args: object, **kwargs: object) -> tuple[int, int, tuple[object, ...], dict[str, object]]:
+    """Process, parent, and what came."""
+    return os.getpid(), os.getppid(), args, kwargs
+
+
+def fail(error: BaseException) -> None:
+    raise error
+
+
+def fail_unforeseen(text: str) -> None:
+    raise ValueError(text)
+
+
+def unpicklable() -> object:
+    return lambda: None
+
+
+def nap(seconds: float, note: str = "", key: Passphrase | None = None) -> int:
+    """Tell in a file who naps, then nap."""
+    if note:
+        aside = Path(f"{note}.new")
+        aside.write_text(str(os.getpid()))
+        aside.rename(note)
+    time.sleep(seconds)
+    return len(key.reveal()) if key else 0
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave() -> None:
+    raise SystemExit(0)
+
+
+def open_files() -> list[str]:
+    """What this worker's descriptors are."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found.append(os.readlink(f"/proc/self/fd/{name}"))
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def comm() -> str:
+    return Path("/proc/self/comm").read_text().strip()
+
+
+def hardening() -> tuple[tuple[int, int], int]:
+    """The core limit, and whether the process may be dumped."""
+    return resource.getrlimit(resource.RLIMIT_CORE), int(libc.prctl(_PR_GET_DUMPABLE, 0, 0, 0, 0))
+
+
+def add_thread_key(name: str) -> int:
+    syscall("add_key", b"user", name.encode(), b"payload", 7, _THREAD_KEYRING)
+    return os.getpid()
+
+
+def has_thread_key(name: str) -> tuple[int, bool]:
+    try:
+        syscall("keyctl", _SEARCH, _THREAD_KEYRING, b"user", name.encode(), 0)
+    except OSError:
+        return os.getpid(), False
+    return os.getpid(), True
