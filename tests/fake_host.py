@@ -212,6 +212,9 @@ class MemoryBackend:
         self.records[record.id], self.sizes[record.id] = record, size
         return record
 
+    def has(self, volume_id: str) -> bool:
+        return volume_id in self.records
+
     def get(self, volume_id: str) -> VolumeRecord:
         if volume_id not in self.records:
             raise NotFound(f"volume {volume_id} does not exist")

@@ -51,6 +51,9 @@ class Backend(Protocol):
         Raises ResourceExhausted when there is no room for it.
         """
 
+    def has(self, volume_id: str) -> bool:
+        """Whether anything of the volume is there, readable or not."""
+
     def get(self, volume_id: str) -> VolumeRecord:
         """Return the record. Raises NotFound."""
 

@@ -45,7 +45,7 @@ class LoopfileBackend:
 
     def create(self, record: VolumeRecord, size: int) -> VolumeRecord:
         """Make the sparse file and its record aside and rename both in, so that a crash leaves all or nothing."""
-        if self._volume(record.id).exists():
+        if self.has(record.id):
             raise FailedPrecondition(
                 f"volume {record.id} cannot be made: {self._volume(record.id)} is there without a readable record and "
                 f"may hold data; restore its record from a backup or delete the volume"
@@ -67,6 +67,10 @@ class LoopfileBackend:
             raise
         return record
 
+    def has(self, volume_id: str) -> bool:
+        """Whether its folder is there."""
+        return self._volume(volume_id).exists()
+
     def get(self, volume_id: str) -> VolumeRecord:
         """Read the record."""
         path = self._volume(volume_id) / _RECORD
@@ -74,7 +78,12 @@ class LoopfileBackend:
             content = read_file(path)
         except FileNotFoundError:
             raise NotFound(f"volume {volume_id} does not exist on this node") from None
-        return self._codec.decode(content, str(path))
+        record = self._codec.decode(content, str(path))
+        if record.id != volume_id:
+            raise FailedPrecondition(
+                f"the volume record {path} is that of volume {record.id}; put each volume's own record back"
+            )
+        return record
 
     def update(self, record: VolumeRecord) -> VolumeRecord:
         """Write the record if it was made from the one that is there."""

@@ -42,7 +42,6 @@ def remove(output: str, *, yes: bool, **settings: Any) -> None:
         for volume_id in sorted({Path(path).name for path in found}):
             with driver.locks.hold(volume_id):
                 removed += driver.backend.remove_orphans(volume_id)
-                driver.locks.forget(volume_id)
     except OSError as error:
         raise _unreadable(driver, error) from None
     kept = [path for path in found if path not in removed]

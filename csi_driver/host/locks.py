@@ -3,7 +3,7 @@
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -22,12 +22,20 @@ def held_descriptors() -> tuple[int, ...]:
     return _held.get()
 
 
-class VolumeLocks:
-    """Lock files under `folder`, one per volume id; never waits."""
+def _always(_: str) -> bool:
+    return True
 
-    def __init__(self, folder: Path, holders: Holders) -> None:
+
+class VolumeLocks:
+    """Lock files under `folder`, one per volume id; never waits.
+
+    `is_known` says whether a volume exists: the file of one that does not goes when its lock is released.
+    """
+
+    def __init__(self, folder: Path, holders: Holders, is_known: Callable[[str], bool] = _always) -> None:
         self._folder = folder
         self._holders = holders
+        self._is_known = is_known
 
     @contextlib.contextmanager
     def hold(self, volume_id: str) -> Iterator[None]:
@@ -42,6 +50,8 @@ class VolumeLocks:
             yield
         finally:
             _held.reset(token)
+            if not self._is_known(volume_id):
+                self.forget(volume_id)
             # Closing is the release: an explicit LOCK_UN would also free the lock under a child that still runs.
             os.close(descriptor)
 

@@ -96,7 +96,7 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
     seam: Backend = backend
     mappings = Mappings(host.mapper, host.holders)
     stages = Stages(state / "stages", host.files)
-    locks = VolumeLocks(state / "locks", host.holders)
+    locks = VolumeLocks(state / "locks", host.holders, backend.has)
     encryption = Encryption(host.workers, mappings, settings.limits)
     file_systems = FileSystems(host.workers, host.commands, host.mounts, settings.limits)
     return Driver(
@@ -106,7 +106,7 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         backend=backend,
         mappings=mappings,
         encryption=encryption,
-        provisioning=Provisioning(settings, seam, locks),
+        provisioning=Provisioning(settings, seam),
         staging=Staging(seam, stages, host.workers, encryption, file_systems, mappings, host.mounts, host.holders),
         publishing=Publishing(seam, stages, host.mounts),
         expansion=Expansion(seam, stages, host.workers, encryption, file_systems, host.mounts),

@@ -10,12 +10,10 @@ import msgspec
 import structlog
 
 from csi_driver.backends.base import Backend
-from csi_driver.host.locks import VolumeLocks
 from csi_driver.keys.secret import SecretKey
 from csi_driver.luks import formats
 from csi_driver.model.errors import (
     AlreadyExists,
-    DriverError,
     FailedPrecondition,
     InvalidArgument,
     InvalidToken,
@@ -76,10 +74,9 @@ class Capacity:
 class Provisioning:
     """Makes and removes volumes on this node's backend; callers hold the volume's lock where it changes."""
 
-    def __init__(self, settings: Settings, backend: Backend, locks: VolumeLocks) -> None:
+    def __init__(self, settings: Settings, backend: Backend) -> None:
         self._settings = settings
         self._backend = backend
-        self._locks = locks
 
     def create(self, request: CreateRequest) -> VolumeView:
         """Make the volume of that name, or find it. Nothing is formatted yet: the volume is only tagged.
@@ -107,7 +104,6 @@ class Provisioning:
     def delete(self, volume_id: str) -> None:
         """Remove the volume; an unknown one is fine, no key is needed. Raises DeviceInUse while it is staged."""
         self._backend.delete(volume_id)
-        self._locks.forget(volume_id)
         _log.info("volume deleted", volume_id=volume_id)
 
     def get(self, volume_id: str) -> VolumeView:
@@ -223,11 +219,7 @@ class Provisioning:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         size = capacity + (formats.DATA_OFFSET if parameters.encrypted else 0)
-        try:
-            record = self._backend.create(record, size)
-        except DriverError:
-            self._locks.forget(volume_id)
-            raise
+        record = self._backend.create(record, size)
         _log.info("volume created", volume_id=volume_id, capacity_bytes=capacity, encrypted=parameters.encrypted)
         return record
 

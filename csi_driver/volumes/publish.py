@@ -183,7 +183,10 @@ def _make_target(path: str, *, block: bool) -> None:
 
 def _remove_target(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
-        if stat.S_ISDIR(os.lstat(path).st_mode):
+        found = os.lstat(path)
+        if stat.S_ISDIR(found.st_mode):
             os.rmdir(path)
+        elif found.st_size:
+            raise OSError(errno.ENOTEMPTY, "the file is not empty")
         else:
             os.unlink(path)

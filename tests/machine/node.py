@@ -100,12 +100,12 @@ class Node:
         loopfile.prepare()
         self.store: Backend = self.backend or loopfile
         self.mapper, self.mounts, holders = DeviceMapper(), Mounts(), Holders()
-        self.locks = VolumeLocks(self.state / "locks", holders)
+        self.locks = VolumeLocks(self.state / "locks", holders, self.store.has)
         self.stages = Stages(self.state / "stages", Files())
         self.mappings = self.make_mappings(self.mapper, holders)
         self.encryption = self.make_encryption(self.workers, self.mappings, self.limits)
         file_systems = FileSystems(self.workers, self.commands, self.mounts, self.limits)
-        self.provisioning = Provisioning(settings, self.store, self.locks)
+        self.provisioning = Provisioning(settings, self.store)
         self.staging = Staging(
             self.store, self.stages, self.workers, self.encryption, file_systems, self.mappings, self.mounts, holders
         )

@@ -39,9 +39,9 @@ def create(folder: Path, step: Callable[[str], None]) -> None:
     (folder / "locks").mkdir(parents=True, exist_ok=True)
     backend = LoopfileBackend(folder / "loopfile", 0, SteppedFiles(step), FakeLoops(), RecordCodec())
     backend.prepare()
-    locks = VolumeLocks(folder / "locks", NoHolders())
+    locks = VolumeLocks(folder / "locks", NoHolders(), backend.has)
     with locks.hold("pvc-1"):
-        Provisioning(Settings(node_id="node-1"), backend, locks).create(REQUEST)
+        Provisioning(Settings(node_id="node-1"), backend).create(REQUEST)
 
 
 def test_a_create_that_fails_leaves_neither_volume_nor_lock(tmp_path: Path) -> None:

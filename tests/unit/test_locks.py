@@ -119,6 +119,14 @@ def test_a_child_that_outlives_its_call_keeps_the_volume(locks: VolumeLocks) -> 
             process.wait(10)
 
 
+def test_a_lock_file_stays_for_a_volume_that_is_there_and_goes_with_one_that_is_not(tmp_path: Path) -> None:
+    locks = VolumeLocks(tmp_path, NoHolders(), {"pvc-1"}.__contains__)
+    for volume_id in ("pvc-1", "unknown"):
+        with locks.hold(volume_id):
+            assert (tmp_path / volume_id).exists()
+    assert os.listdir(tmp_path) == ["pvc-1"]
+
+
 def test_a_lock_file_goes_with_its_volume(locks: VolumeLocks, tmp_path: Path) -> None:
     with locks.hold("pvc-1"):
         locks.forget("pvc-1")

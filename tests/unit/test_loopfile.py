@@ -351,3 +351,11 @@ def test_a_grown_file_shows_when_the_device_is_refreshed(place: Place) -> None:
         backend.grow("pvc-1", 2 * MIB)
         backend.refresh(device.path)
         assert [info.size_bytes for info in place.loops.all()] == [2 * MIB]
+
+
+def test_a_record_of_another_volume_is_refused(place: Place) -> None:
+    backend = place.backend()
+    backend.create(RECORD, MIB)
+    (place.folder / "volumes" / "pvc-1").rename(place.folder / "volumes" / "pvc-2")
+    with pytest.raises(FailedPrecondition, match=r"is that of volume pvc-1"):
+        backend.get("pvc-2")

@@ -21,7 +21,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from csi_driver.backends.loopfile import LoopfileBackend
 from csi_driver.backends.records import RecordCodec
-from csi_driver.host.locks import VolumeLocks
 from csi_driver.keys.secret import SecretKey, read_secret
 from csi_driver.luks.formats import DATA_OFFSET
 from csi_driver.model.errors import CommandFailed, DriverError, FailedPrecondition, NotFound, Unauthenticated
@@ -61,7 +60,7 @@ class Rig:
         self.kernel.formatting = self._before_format
         self.kernel.making = self._before_mkfs
         self.shown_as_block: set[str] = set()
-        for name in ("locks", "stages", "pods"):
+        for name in ("stages", "pods"):
             (folder / name).mkdir(parents=True)
         self._build()
         self.backend.prepare()
@@ -94,9 +93,7 @@ class Rig:
         stages = Stages(self.folder / "stages", files)
         self.encryption = Encryption(workers, self.mappings, limits)
         made = FileSystems(workers, commands, mounts, limits)
-        self.provisioning = Provisioning(
-            Settings(node_id="node-1"), self.backend, VolumeLocks(self.folder / "locks", NoHolders())
-        )
+        self.provisioning = Provisioning(Settings(node_id="node-1"), self.backend)
         self.staging = Staging(self.backend, stages, workers, self.encryption, made, self.mappings, mounts, NoHolders())
         self.publishing = Publishing(self.backend, stages, mounts)
         self.expansion = Expansion(self.backend, stages, workers, self.encryption, made, mounts)
@@ -287,7 +284,7 @@ def test_every_step_of_every_call_may_fail_once(folder: Path, lead: Life, name: 
         for what, act in lead(rig, name):
             stumble(rig, name, what, act, one_fault(kind, step), after)
             act()
-        assert os.listdir(rig.folder / "stages") == os.listdir(rig.folder / "locks") == []
+        assert os.listdir(rig.folder / "stages") == []
 
 
 def stumble(rig: Rig, name: str, what: str, act: Callable[[], None], plan: Callable[[str], None], after: str) -> None:
