@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,11 +18,18 @@ _STOP_SECONDS = 30
 class ServerProcess:
     """`luks-csi serve` on a socket below `folder`, ready when the block begins and gone when it ends."""
 
-    def __init__(self, folder: Path, *options: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *options: str,
+        environment: Mapping[str, str] | None = None,
+        program: Sequence[str] = (str(Path(sys.executable).with_name("luks-csi")), "serve"),
+    ) -> None:
         self.folder = folder
         self.state_dir = folder / "state"
         self.endpoint = folder / "csi.sock"
         self._options = options
+        self._program = program
         self._environment = environment or {}
         self._log = folder / "server.log"
         self._process: subprocess.Popen[bytes] | None = None
@@ -47,9 +54,8 @@ class ServerProcess:
         """Start it and wait until it answers Probe."""
         self.folder.mkdir(parents=True, exist_ok=True)
         argv = [
-            str(Path(sys.executable).with_name("luks-csi")), "serve", "--endpoint", str(self.endpoint),
-            "--state-dir", str(self.state_dir), "--node-id", "node-1", "--free-space-floor", "64Mi",
-            "--log-format", "json", *self._options,
+            *self._program, "--endpoint", str(self.endpoint), "--state-dir", str(self.state_dir),
+            "--node-id", "node-1", "--free-space-floor", "64Mi", "--log-format", "json", *self._options,
         ]  # fmt: skip
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(

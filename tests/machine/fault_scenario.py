@@ -1,0 +1,263 @@
+"""The life of one volume, call by call as an orchestrator makes them, and what must hold after each call."""
+
+import contextlib
+import errno
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from csi_driver.backends.records import RecordCodec
+from csi_driver.host import blockdev
+from csi_driver.host.devicemapper import DeviceMapper, Target
+from csi_driver.keys.secret import read_secret
+from csi_driver.luks.device import read_header
+from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeRecord, mapping_name
+from csi_driver.volumes.capability import AccessMode, Capability
+from csi_driver.volumes.expand import ExpandRequest
+from csi_driver.volumes.provision import CreateRequest
+from csi_driver.volumes.publish import PublishRequest
+from csi_driver.volumes.stage import StageRequest
+from tests.machine.fault_points import Begun
+from tests.machine.fault_server import DeleteRequest, GrowRequest, Request, UnpublishRequest, UnstageRequest
+
+_MIB = 1 << 20
+_SIZE, _GROWN = 16 * _MIB, 24 * _MIB
+_LEAST_PART = 0.75  # of a volume, that its file system gives to files: more than one that was not grown can have
+_DATA = random.Random("what the pod wrote").randbytes(256 * 1024)
+_FOREIGN = random.Random("what somebody else wrote").randbytes(4096)
+_FOREIGN_AT = (0, 12 * _MIB)
+_KEY = read_secret({"CRYPTO_KEY_VALUE": "a passphrase for the faults", "CRYPTO_PBKDF": "pbkdf2"})
+_NO_KEY = read_secret({})
+
+FAULTED = ("create", "stage", "publish", "grow", "expand", "unpublish", "unstage", "restage", "delete")
+"""The calls that faults are injected into."""
+_AGAIN = ("restage", "publish again", "unpublish again", "unstage again", "delete")
+_USED = ("stage", "publish", "unpublish", "unstage", *_AGAIN)
+_ENLARGED = ("stage", "publish", "grow", "expand", "unpublish", "unstage", *_AGAIN)
+CALLS = ("create", *_ENLARGED)
+"""All calls, in their order."""
+LIVES = {
+    "create": ("create", "stage", "unstage", "delete"),
+    "stage": ("create", *_USED),
+    "publish": ("stage", "publish", "unpublish", "unstage", "delete"),
+    "grow": _ENLARGED,
+    "expand": _ENLARGED,
+    "unpublish": _USED,
+    "unstage": _USED,
+    "restage": _USED,
+    "delete": ("delete",),
+}
+"""The calls around each faulted one that show what the fault did. A life without a `create` begins with a copy of a
+volume that was created, staged and unstaged: making a file system takes half of a whole life.
+"""
+
+
+class Lost(Exception):
+    """A promise was broken: data is gone, a call does not succeed, something was formatted twice."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A kind of volume."""
+
+    name: str
+    encrypted: bool
+    block: bool
+
+    @property
+    def capability(self) -> Capability:
+        return Capability(AccessMode.SINGLE_NODE_WRITER, self.block, None if self.block else "ext4")
+
+
+SCENARIOS = (
+    Scenario("mount", encrypted=True, block=False),
+    Scenario("block", encrypted=True, block=True),
+    Scenario("plain mount", encrypted=False, block=False),
+    Scenario("plain block", encrypted=False, block=True),
+)
+
+
+class Life:
+    """One volume of a scenario; `folder` holds the state directory and the paths that kubelet would make."""
+
+    def __init__(self, scenario: Scenario, folder: Path) -> None:
+        self._scenario = scenario
+        self._id = scenario.name.replace(" ", "-")
+        self._volume = folder / "state/loopfile/volumes" / self._id
+        self._template = folder / "templates" / self._id
+        self._pod = folder / "pods" / self._id
+        self._stage = self._pod / "stage"
+        self._target = self._pod / "target"
+        self._written: list[tuple[int, str]] = []
+        self._pinned: VolumeRecord | None = None
+        self._made = False
+        self._size = _SIZE
+        self._stage.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def has_template(self) -> bool:
+        """Whether a volume was kept."""
+        return self._template.exists()
+
+    def keep(self) -> None:
+        """Take the volume, unstaged, out of the driver's sight and keep it as template."""
+        self._template.parent.mkdir(exist_ok=True)
+        self._volume.rename(self._template)
+
+    def inherit(self) -> None:
+        """Begin with a copy of the template."""
+        self._volume.mkdir(mode=0o700)
+        for name in ("record.json", "disk.img"):
+            _copy(self._template / name, self._volume / name)
+        self.watch(())
+
+    def request(self, call: str) -> Request:
+        """The request of a call."""
+        name, scenario = call.removesuffix(" again"), self._scenario
+        context = {"encrypted": "true" if scenario.encrypted else "false"}
+        match name:
+            case "create":
+                parameters = {"encrypted": "true", "pbkdfIterations": "1000"} if scenario.encrypted else {}
+                return CreateRequest(self._id, _SIZE, 0, (scenario.capability,), parameters, _KEY)
+            case "stage" | "restage":
+                return StageRequest(self._id, str(self._stage), scenario.capability, _KEY, context)
+            case "publish":
+                return PublishRequest(
+                    self._id, str(self._stage), str(self._target), scenario.capability, read_only=False, context=context
+                )
+            case "grow":
+                return GrowRequest(self._id, _GROWN)
+            case "expand":
+                return ExpandRequest(self._id, str(self._target), _GROWN, 0, _NO_KEY)
+            case "unpublish":
+                return UnpublishRequest(self._id, str(self._target))
+            case "unstage":
+                return UnstageRequest(self._id, str(self._stage))
+        return DeleteRequest(self._id)
+
+    def watch(self, steps: Sequence[Begun]) -> None:
+        """Look at record, header and steps after a call, whatever became of it. Raises Lost."""
+        for step in steps:
+            if self._made and step.seam.startswith("command mkfs"):
+                raise Lost(f"{step.title!r} ran though the file system was recorded as made")
+            if self._pinned and step.seam == "worker luks-format":
+                raise Lost("luksFormat ran though the volume was recorded as encrypted")
+        record = self._record()
+        if self._pinned and record and record.luks != self._pinned.luks:
+            raise Lost(f"the recorded LUKS identity was {self._pinned.luks} and is {record.luks}")
+        if record and record.encryption is EncryptionState.ENCRYPTED and record.luks:
+            self._pinned = record
+            _, header = read_header(self._id, str(self._volume / "disk.img"))
+            if (header.uuid, header.key_digest) != (record.luks.uuid, record.luks.digest):
+                raise Lost(f"the header has UUID and digest {header.uuid} {header.key_digest}, recorded {record.luks}")
+        self._made = self._made or (record is not None and record.file_system is FileSystemState.MADE)
+
+    def after(self, call: str) -> None:
+        """Use the volume as a pod would after a call that succeeded. Raises Lost."""
+        match call:
+            case "publish":
+                self._write(0, "first")
+            case "grow":
+                self._verify()
+            case "expand":
+                self._size = _GROWN
+                self._check_size()
+                self._verify()
+                self._write(_GROWN - len(_DATA), "second")
+            case "publish again":
+                self._check_size()
+                self._verify()
+            case "unpublish" | "unpublish again":
+                if self._target.exists():
+                    raise Lost(f"{self._target} is still there")
+            case "delete":
+                if self._volume.exists():
+                    raise Lost(f"{self._volume} is still there")
+
+    def end(self) -> None:
+        """Remove the folders that kubelet would remove; what is left in them stays."""
+        for folder in (self._target, self._stage, self._pod):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    def spoil(self) -> None:
+        """Somebody else's data gets onto the device."""
+        self._scribble(_FOREIGN)
+
+    def unspoil(self) -> None:
+        """Check that somebody else's data is still there and take it away. Raises Lost."""
+        with (self._volume / "disk.img").open("rb") as disk:
+            if any(os.pread(disk.fileno(), len(_FOREIGN), at) != _FOREIGN for at in _FOREIGN_AT):
+                raise Lost("somebody else's data was overwritten")
+        self._scribble(bytes(len(_FOREIGN)))
+
+    def bereave(self) -> None:
+        """Take the device away from under the open mapping."""
+        name = mapping_name(self._id)
+        mapping = DeviceMapper().get(name)
+        if mapping is None:
+            raise Lost(f"the mapping {name} is not open")
+        DeviceMapper().reload(name, [Target(0, mapping.size_bytes // 512, "error", "")])
+
+    def _record(self) -> VolumeRecord | None:
+        path = self._volume / "record.json"
+        return RecordCodec().decode(path.read_bytes(), str(path)) if path.exists() else None
+
+    def _scribble(self, content: bytes) -> None:
+        with (self._volume / "disk.img").open("r+b") as disk:
+            for at in _FOREIGN_AT:
+                os.pwrite(disk.fileno(), content, at)
+            os.fsync(disk.fileno())
+
+    def _write(self, offset: int, name: str) -> None:
+        if self._scenario.block:
+            descriptor = os.open(self._target, os.O_WRONLY | os.O_CLOEXEC)
+        else:
+            offset = 0
+            descriptor = os.open(self._target / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.pwrite(descriptor, _DATA, offset)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        self._written.append((offset, name))
+
+    def _verify(self) -> None:
+        for offset, name in self._written:
+            path = self._target if self._scenario.block else self._target / name
+            try:
+                with path.open("rb", buffering=0) as file:
+                    found = os.pread(file.fileno(), len(_DATA), offset)
+            except OSError as error:
+                raise Lost(f"the {name} data cannot be read: {error}") from None
+            if found != _DATA:
+                raise Lost(f"the {name} data is not what was written")
+
+    def _check_size(self) -> None:
+        size = self._size
+        if self._scenario.block:
+            found = blockdev.size_bytes(str(self._target))
+            if found != size:
+                raise Lost(f"the block device has {found} bytes and should have {size}")
+            return
+        usage = os.statvfs(self._target)
+        if not _LEAST_PART * size < usage.f_blocks * usage.f_frsize <= size:
+            raise Lost(f"the file system has {usage.f_blocks * usage.f_frsize} bytes on a volume of {size}")
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file with its holes."""
+    with source.open("rb") as old, target.open("xb") as new:
+        size, at = os.fstat(old.fileno()).st_size, 0
+        os.ftruncate(new.fileno(), size)
+        while at < size:
+            try:
+                start = os.lseek(old.fileno(), at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                break  # nothing but a hole is left
+            at = os.lseek(old.fileno(), start, os.SEEK_HOLE)
+            os.pwrite(new.fileno(), os.pread(old.fileno(), at - start, start), start)

@@ -1,0 +1,276 @@
+"""`make faults`: every step of every call fails, or the server is killed before, during and after it.
+
+The steps are derived from a recorded run of each scenario. For each a fresh volume is brought to the call, the fault is
+injected, a fresh server repeats the call, and the volume goes on to its end. Lost is a case in which a call does not
+succeed when repeated, data is not what was written, or something was formatted again; leaked is one after which the
+kernel shows more than before.
+
+SEED and COUNT choose: COUNT of the points, drawn with SEED; all by default.
+"""
+
+import gc
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from csi_driver.model.settings import Settings
+from tests.machine.fault_points import Fault, Kind, Point
+from tests.machine.fault_scenario import CALLS, FAULTED, LIVES, SCENARIOS, Life, Lost, Scenario
+from tests.machine.fault_server import Build, FaultServer, Outcome, faulty_driver
+from tests.machine.leaks import Facts, adopting_orphans, children, clear, leaked_since, orphans, settled
+
+LEAST_POINTS = 100
+"""Fewer than these, and the recording has missed something."""
+
+_BUSY_SECONDS = 30.0
+_PAUSE = 0.02
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fault at one point."""
+
+    point: Point
+    kind: Kind
+
+    def __str__(self) -> str:
+        return f"{self.point}: {self.kind}"
+
+
+@dataclass
+class Result:
+    """What came of all cases; each entry of `lost` and `leaked` is a sentence.
+
+    `busy` counts the calls that were told to come again, because a child of the killed server was still at work.
+    """
+
+    cases: int = 0
+    kills: int = 0
+    busy: int = 0
+    lost: dict[str, str] = field(default_factory=dict)
+    leaked: dict[str, str] = field(default_factory=dict)
+
+
+class Lab:
+    """A folder with a state directory, the running server, and the cases tried on them."""
+
+    def __init__(self, folder: Path, build: Build = faulty_driver, seed: int = 0) -> None:
+        self._folder = folder
+        self._state = folder / "state"
+        self._settings = Settings(node_id="node-1", state_dir=self._state, free_space_floor=64 << 20)
+        self._build = build
+        self._seed = seed
+        self._log = folder / "server.log"
+        self._running: FaultServer | None = None
+        self._known = children()
+        self._busy = False
+
+    def record(self, scenarios: Sequence[Scenario] = SCENARIOS) -> list[Point]:
+        """The points of each scenario, from a run in which nothing fails. Raises Lost."""
+        points: list[Point] = []
+        seen: set[tuple[str, ...]] = set()
+        for scenario in scenarios:
+            life = Life(scenario, self._folder)
+            for call in CALLS:
+                outcome = self._succeed(life, call, self._server())
+                seams = tuple(step.seam for step in outcome.steps)
+                # What touches files only is the same work for each kind of volume.
+                if call not in FAULTED or ((call, *seams) in seen and all(seam.startswith("file") for seam in seams)):
+                    continue
+                seen.add((call, *seams))
+                seconds = {(end.seam, end.nth): end.seconds for end in outcome.ended}
+                points += [
+                    Point(scenario.name, call, step.seam, step.nth, step.depth, seconds.get((step.seam, step.nth), 0.0))
+                    for step in outcome.steps
+                ]
+            life.end()
+        return points
+
+    def try_all(self, cases: Sequence[Case]) -> Result:
+        """Try each case; troubles, and how far it is, are told on standard error as they come."""
+        result = Result()
+        for case in cases:
+            if result.cases % 50 == 0:
+                print(f"case {result.cases + 1} of {len(cases)}: {case}", file=sys.stderr, flush=True)
+            result.cases += 1
+            result.kills += case.kind.kills_server or case.kind is Kind.WORKER
+            self._busy = False
+            lost, leaked = self._try(case)
+            result.busy += self._busy
+            for kind, told, found in (("lost", result.lost, lost), ("leaked", result.leaked, leaked)):
+                if found:
+                    told[str(case)] = found
+                    print(f"{kind}: {case}: {found}", file=sys.stderr, flush=True)
+        return result
+
+    def close(self) -> None:
+        """End the server, and wait for what it leaves to end."""
+        self._renew()
+        settled(lambda: orphans(self._known))
+
+    def _try(self, case: Case) -> tuple[str, str]:
+        scenario = next(scenario for scenario in SCENARIOS if scenario.name == case.point.scenario)
+        life = Life(scenario, self._folder)
+        inherits = "create" not in LIVES[case.point.call]
+        if inherits and not life.has_template:
+            for call in ("create", "stage", "unstage"):
+                self._succeed(life, call, self._server())
+            life.keep()
+            life = Life(scenario, self._folder)
+        self._server()
+        before = Facts.now(self._state)
+        if inherits:
+            life.inherit()
+        lost, leaked = "", []
+        try:
+            leaked = self._drive(life, case)
+        except Lost as broken:
+            lost = str(broken)
+        else:
+            leaked += leaked_since(before, self._state)
+            leaked += settled(lambda: orphans(self._known | {self._server().pid}))
+        if lost or leaked:
+            self.close()
+            clear(before, self._state)
+        life.end()
+        return lost, "; ".join(leaked)
+
+    def _drive(self, life: Life, case: Case) -> list[str]:
+        """Take the volume through its life with the fault in it; returns what a failed call left at once."""
+        leaked: list[str] = []
+        for call in LIVES[case.point.call]:
+            if call != case.point.call:
+                self._succeed(life, call, self._server())
+                continue
+            before = Facts.now(self._state)
+            if case.kind is Kind.FOREIGN:
+                self._refuse_foreign(life, call)
+            else:
+                outcome = self._server().call(life.request(call), self._fault(case))
+                self._judge(case, outcome)
+                life.watch(outcome.steps)
+            if case.kind is Kind.ZOMBIE:
+                life.bereave()
+            if not case.kind.kills_server:
+                leaked = settled(partial(self._left_by_failure, before, call))
+            self._renew()
+            if case.kind is Kind.ABANDON:
+                for last in ("unpublish", "unstage", "delete"):
+                    self._succeed(life, last, self._server())
+                return leaked
+            self._succeed(life, call, self._server())
+        return leaked
+
+    def _left_by_failure(self, before: Facts, call: str) -> list[str]:
+        found = Facts.now(self._state).more_than(before)
+        # What a cut deletion or enlargement leaves is for its repetition; a call that builds up must leave nothing.
+        return (
+            found
+            if call in ("create", "stage", "restage", "publish")
+            else [one for one in found if not one.startswith("files")]
+        )
+
+    def _refuse_foreign(self, life: Life, call: str) -> None:
+        life.spoil()
+        outcome = self._server().call(life.request(call))
+        if outcome.failure is None or "FailedPrecondition" not in outcome.failure.classes:
+            raise Lost(f"a device with somebody else's data was not refused: {outcome.failure or 'staged'}")
+        life.unspoil()
+
+    def _judge(self, case: Case, outcome: Outcome) -> None:
+        """Whether the fault had the effect that it must have."""
+        if not outcome.fired:
+            raise Lost("the point was not reached")
+        if outcome.hung:
+            raise Lost("the call hung")
+        if outcome.died != case.kind.kills_server:
+            raise Lost("the server died" if outcome.died else "the server did not die")
+        if not outcome.died and outcome.failure is None:
+            raise Lost("the call succeeded though a step of it failed")
+        if outcome.failure is not None and not outcome.failure.on_purpose:
+            raise Lost(f"the call ended in an error that nobody foresaw: {outcome.failure}")
+
+    def _succeed(self, life: Life, call: str, server: FaultServer) -> Outcome:
+        """Make a call that must succeed, again while the volume is busy."""
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while True:
+            outcome = server.call(life.request(call))
+            life.watch(outcome.steps)
+            if not (outcome.failure and outcome.failure.passes_by_itself) or time.monotonic() > deadline:
+                break
+            self._busy = True
+            time.sleep(_PAUSE)
+        if not outcome.succeeded:
+            raise Lost(f"{call} did not succeed: {outcome.failure or ('hung' if outcome.hung else 'the server died')}")
+        life.after(call)
+        return outcome
+
+    def _fault(self, case: Case) -> Fault:
+        point = case.point
+        part = random.Random(f"{self._seed} {case}").uniform(0.05, 0.8)
+        return Fault(point.seam, point.nth, case.kind, part * point.seconds)
+
+    def _server(self) -> FaultServer:
+        if self._running is None:
+            self._running = FaultServer(self._settings, self._build, self._log)
+        return self._running
+
+    def _renew(self) -> None:
+        if self._running:
+            self._running.kill()
+        self._running = None
+
+
+@contextmanager
+def lab(build: Build = faulty_driver, seed: int = 0) -> Iterator[Lab]:
+    """A lab on the machine's state disk."""
+    parent = os.environ.get("MACHINE_STATE", "/var/tmp")
+    with adopting_orphans(), tempfile.TemporaryDirectory(prefix="faults-", dir=parent) as folder:
+        gc.freeze()  # keeps the collector from touching, and so copying, what every server shares
+        made = Lab(Path(folder), build, seed)
+        try:
+            yield made
+        finally:
+            made.close()
+            gc.unfreeze()
+
+
+def cases_of(points: Sequence[Point]) -> list[Case]:
+    """Every case of these points, and those of points at which more can go wrong."""
+    cases = [Case(point, kind) for point in points for kind in point.kinds]
+    for scenario in SCENARIOS:
+        here = [point for point in points if point.scenario == scenario.name and not point.depth]
+        # A plain block volume is never formatted: whatever it holds is shown.
+        if scenario.encrypted or not scenario.block:
+            cases += [
+                Case(point, Kind.FOREIGN) for point in here if (point.call, point.seam) == ("stage", "loop attach")
+            ]
+        if scenario.encrypted:
+            cases += [Case(point, Kind.ZOMBIE) for point in here if point.call == "restage"][-1:]
+    return cases
+
+
+def main() -> int:
+    seed = int(os.environ.get("SEED") or time.time_ns() % 100_000)
+    count = int(os.environ.get("COUNT") or 0)
+    started = time.monotonic()
+    with lab(seed=seed) as tried:
+        points = tried.record()
+        chosen = random.Random(seed).sample(points, min(count, len(points))) if count else points
+        result = tried.try_all(cases_of(chosen))
+    print(
+        f"points={len(chosen)} cases={result.cases} kills={result.kills} busy={result.busy} lost={len(result.lost)} "
+        f"leaked={len(result.leaked)} derived={len(points)} seconds={time.monotonic() - started:.0f} seed={seed}"
+    )
+    return 0 if not (result.lost or result.leaked) and len(points) >= LEAST_POINTS else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

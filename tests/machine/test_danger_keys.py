@@ -1,0 +1,161 @@
+"""Secrets and keys: missing, wrong, exact; and what needs none. Field problems 15, 17 and 23."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from csi_driver.host import keyring
+from csi_driver.luks.device import volume_key_name
+from csi_driver.model.errors import DeviceInUse, FailedPrecondition, InvalidArgument, NotFound, Unauthenticated
+from csi_driver.model.volume import EncryptionState
+from csi_driver.volumes.capability import Capability
+from tests.headers import run_cryptsetup
+from tests.machine.node import BLOCK, CHEAP, MOUNT, PASSPHRASE, SECRET, VOLUME, Node, fingerprint
+from tests.machine.processes import wait_for
+
+WRONG = {"CRYPTO_KEY_VALUE": PASSPHRASE[:-1]}
+
+
+def key_in_kernel(node: Node) -> bool:
+    identity = node.record().luks
+    assert identity is not None
+    return keyring.find_user(keyring.KeyType.LOGON, volume_key_name(identity.uuid)) is not None
+
+
+def test_a_wrong_key_opens_nothing_and_leaves_nothing_open(used: Node) -> None:
+    before = fingerprint(used.disk())
+    for capability in (MOUNT, BLOCK):
+        with pytest.raises(Unauthenticated, match=rf"opens no key slot of volume {VOLUME} on /dev/loop") as refused:
+            used.stage(capability=capability, secret=WRONG)
+        assert PASSPHRASE[:-1] not in str(refused.value)
+        assert used.closed()
+        assert not key_in_kernel(used)
+    assert fingerprint(used.disk()) == before
+    used.stage()
+    assert used.read() == "precious"
+    used.unstage()
+
+
+NEAR = {
+    "newline": PASSPHRASE + "\n",
+    "blank": PASSPHRASE + " ",
+    "nul": PASSPHRASE + "\0x",  # not a NUL alone: HMAC fills a short key with zeros, so PBKDF2 cannot tell it
+    "case": PASSPHRASE.upper(),
+    "no-break-space": PASSPHRASE.replace(" ", "\xa0"),
+}
+
+
+@pytest.mark.parametrize("near", NEAR.values(), ids=NEAR)
+def test_lh10584_the_exact_bytes_are_the_key(used: Node, near: str) -> None:
+    """A trailing newline is part of the key, and its absence too: nothing is stripped anywhere on the way."""
+    with pytest.raises(Unauthenticated):
+        used.stage(secret={"CRYPTO_KEY_VALUE": near})
+    used.create("pvc-2", secret={"CRYPTO_KEY_VALUE": near})
+    used.stage("pvc-2", secret={"CRYPTO_KEY_VALUE": near})
+    used.write("kept", "pvc-2")
+    used.unstage("pvc-2")
+    with pytest.raises(Unauthenticated):
+        used.stage("pvc-2", secret=SECRET)
+    used.stage("pvc-2", secret={"encryptionPassphrase": near})
+    assert used.read("pvc-2") == "kept"
+    used.unstage("pvc-2")
+
+
+def test_lh9002_the_real_cryptsetup_opens_what_was_formatted(used: Node) -> None:
+    arguments = ("open", "--test-passphrase", "--key-file", "-", str(used.disk()))
+    run_cryptsetup(*arguments, key=PASSPHRASE.encode())
+    with pytest.raises(AssertionError, match="exit 2"):
+        run_cryptsetup(*arguments, key=PASSPHRASE.encode() + b"\n")
+
+
+@pytest.mark.parametrize("secret", [{}, {"password": "x"}, {"CRYPTO_KEY_PROVIDER": "secret"}], ids=str)
+def test_lh9571_a_secret_without_the_entry_names_secret_and_entry(used: Node, secret: dict[str, str]) -> None:
+    used.create("pvc-new")
+    for volume in (VOLUME, "pvc-new"):
+        with pytest.raises(InvalidArgument) as refused:
+            used.stage(volume, secret=secret)
+        for words in (volume, "CRYPTO_KEY_VALUE", "encryptionPassphrase", "node-stage-secret-name", "-namespace"):
+            assert words in str(refused.value)
+        assert used.closed(volume)
+    assert used.encryption_state("pvc-new") is EncryptionState.PREPARED
+
+
+@pytest.mark.parametrize(
+    ("secret", "words"),
+    [
+        ({"CRYPTO_KEY_VALUE": ""}, "CRYPTO_KEY_VALUE is empty"),
+        ({"encryptionPassphrase": ""}, "encryptionPassphrase is empty"),
+        ({**SECRET, "CRYPTO_KEY_PROVIDER": "vault"}, "CRYPTO_KEY_PROVIDER names a key provider that does not exist"),
+        ({**SECRET, "encryptionPassphrase": "other"}, "CRYPTO_KEY_VALUE and encryptionPassphrase disagree"),
+        ({"CRYPTO_KEY_VALUE": "x" * (64 * 1024 + 1)}, "longer than 65536 bytes"),
+    ],
+)
+def test_lh3521_a_secret_that_cannot_be_right(used: Node, secret: dict[str, str], words: str) -> None:
+    with pytest.raises(InvalidArgument, match=words) as refused:
+        used.stage(secret=secret)
+    assert "other" not in str(refused.value)
+    assert "xxxx" not in str(refused.value)
+    assert used.closed()
+
+
+def test_lh9571_an_encrypted_volume_is_never_staged_as_a_plain_one(used: Node) -> None:
+    """No secret is no reason to mount the ciphertext, and a claim that says "plain" does not make it so."""
+    before = fingerprint(used.disk())
+    with pytest.raises(FailedPrecondition, match=r"says encrypted='false'.*says 'true'"):
+        used.stage(secret={}, context={"encrypted": "false"})
+    assert used.closed()
+    assert fingerprint(used.disk()) == before
+
+
+def test_cc5148_a_volume_is_deleted_when_its_secret_is_gone(used: Node) -> None:
+    folder = used.disk().parent
+    used.delete()
+    assert not folder.exists()
+    with pytest.raises(NotFound):
+        used.record()
+    used.delete()
+
+
+@pytest.mark.parametrize("capability", [MOUNT, BLOCK], ids=["mount", "block"])
+@pytest.mark.parametrize("parameters", [CHEAP, {}], ids=["encrypted", "plain"])
+def test_cc5148_a_staged_volume_is_not_deleted(node: Node, capability: Capability, parameters: dict[str, str]) -> None:
+    node.create(parameters=parameters)
+    node.stage(capability=capability)
+    if not capability.block:
+        node.write()
+    with pytest.raises(DeviceInUse, match=rf"volume {VOLUME} cannot be deleted: .* attached as /dev/loop\d+"):
+        node.delete()
+    assert node.disk().exists()
+    if not capability.block:
+        assert node.read() == "precious"
+    node.unstage()
+    node.delete()
+
+
+def test_unstage_needs_neither_key_nor_record_nor_volume(used: Node) -> None:
+    used.unstage("pvc-never-was")
+    used.stage()
+    used.record_file().unlink()
+    used.unstage()
+    assert used.closed()
+
+
+def test_the_volume_key_leaves_the_kernel_with_the_mapping(used: Node) -> None:
+    used.stage()
+    assert key_in_kernel(used)
+    used.unstage()
+    assert not key_in_kernel(used)
+    # The kernel destroys a key that nothing links any more by and by.
+    wait_for(lambda: "cryptsetup:" not in Path("/proc/keys").read_text(), "the end of the key", 10)
+
+
+def test_the_volume_key_is_in_no_table(used: Node) -> None:
+    """`dmsetup table --showkeys` of a mapping opened with --disable-keyring prints the key."""
+    used.stage()
+    shown = subprocess.run(
+        ["dmsetup", "table", "--showkeys", used.record().mapping_name],
+        check=True, capture_output=True, text=True, timeout=10,
+    ).stdout  # fmt: skip
+    assert shown.split()[4].startswith(":64:logon:cryptsetup:")
+    used.unstage()

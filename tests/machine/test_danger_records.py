@@ -1,0 +1,165 @@
+"""Records that are missing, damaged, newer, or older than their device: clear errors, and nothing is touched.
+
+Field problems 1, 22 and 23, and what a record must never be overruled by.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from csi_driver.model.errors import Aborted, DriverError, FailedPrecondition, NotFound
+from csi_driver.model.volume import EncryptionState, FileSystemState
+from tests.machine.node import BLANK, BLOCK, VOLUME, Node, fingerprint
+
+Change = Callable[[dict[str, Any]], object]
+
+
+def change_record(node: Node, change: Change) -> None:
+    document = json.loads(node.record_file().read_bytes())
+    change(document)
+    node.record_file().write_text(json.dumps(document))
+
+
+DAMAGE: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "cannot be read"),
+    "cut": (b'{"version":1,"volume":{"id":"pvc-1","na', "cannot be read"),
+    "zeros": (bytes(512), "cannot be read"),
+    "no record": (b'{"version":1}', "cannot be read"),
+    "newer": (b'{"version":99,"volume":{}}', "version 99, written by a newer driver"),
+    "other type": (b'{"version":1,"volume":{"id":5}}', "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_record_is_told_and_nothing_is_touched(used: Node, name: str) -> None:
+    content, words = DAMAGE[name]
+    kept = used.record_file().read_bytes()
+    before = fingerprint(used.disk())
+    used.record_file().write_bytes(content)
+    for call in (used.stage, used.create, lambda: used.grow(1 << 30), lambda: used.expand(1 << 30)):
+        with pytest.raises(FailedPrecondition, match=rf"record {used.record_file()} .*{words}|{words}"):
+            call()
+    used.unstage()
+    assert used.record_file().read_bytes() == content
+    assert fingerprint(used.disk()) == before
+    assert used.closed()
+    used.record_file().write_bytes(kept)
+    used.stage()
+    assert used.read() == "precious"
+    used.unstage()
+
+
+def test_a_missing_record_is_no_new_volume(used: Node) -> None:
+    """A volume's folder without its record still holds data: neither staged nor made anew over it."""
+    kept = used.record_file().read_bytes()
+    before = fingerprint(used.disk())
+    used.record_file().unlink()
+    with pytest.raises(NotFound, match=f"volume {VOLUME} does not exist"):
+        used.stage()
+    with pytest.raises(DriverError):
+        used.create()
+    assert fingerprint(used.disk()) == before
+    used.record_file().write_bytes(kept)
+    used.stage()
+    assert used.read() == "precious"
+    used.unstage()
+
+
+def test_an_unknown_volume_is_not_found_and_its_unstage_is_fine(node: Node) -> None:
+    with pytest.raises(NotFound):
+        node.stage("pvc-unknown")
+    with pytest.raises(NotFound):
+        node.expand(1 << 30, "pvc-unknown")
+    node.unstage("pvc-unknown")
+    node.delete("pvc-unknown")
+
+
+@pytest.mark.parametrize("state", ["prepared", "formatting"])
+def test_lh10416_a_record_that_was_set_back_does_not_format_data_away(used: Node, state: str) -> None:
+    """A record restored from an old backup says "never formatted"; the device says otherwise, and it is believed."""
+    before = fingerprint(used.disk())
+
+    def set_back(document: dict[str, Any]) -> None:
+        document["volume"].update(encryption=state, file_system="none", made_fs_type=None)
+        if state == "prepared":
+            document["volume"].update(luks=None)
+
+    change_record(used, set_back)
+    with pytest.raises(DriverError, match="nothing was written"):
+        used.stage()
+    assert fingerprint(used.disk()) == before
+    assert used.encryption_state() == state
+    assert used.closed()
+
+
+def test_lh10416_a_record_without_its_luks_identity_opens_nothing(used: Node) -> None:
+    change_record(used, lambda document: document["volume"].update(luks=None))
+    before = fingerprint(used.disk())
+    with pytest.raises(FailedPrecondition, match="names no LUKS UUID; restore the record"):
+        used.stage()
+    assert fingerprint(used.disk()) == before
+    assert used.closed()
+
+
+def test_lh14042_a_file_system_recorded_as_made_is_never_made_again(used: Node) -> None:
+    """Even where the record names none: what is there is mounted, or the call fails."""
+    change_record(used, lambda document: document["volume"].update(made_fs_type=None))
+    before = fingerprint(used.disk())
+    with pytest.raises(FailedPrecondition):
+        used.stage()
+    assert fingerprint(used.disk()) == before
+    assert used.closed()
+
+
+def test_hc_pr1364_mkfs_that_was_cut_runs_again_and_only_then(node: Node) -> None:
+    """`making` is the one state in which mkfs may run over something; `raw` and `made` never are."""
+    node.create()
+    node.stage(capability=BLOCK)
+    node.unstage()
+    change_record(node, lambda document: document["volume"].update(file_system="making"))
+    node.stage()
+    assert node.file_system_state() is FileSystemState.MADE
+    node.write()
+    node.unstage()
+    node.stage()
+    assert node.read() == "precious"
+    node.unstage()
+
+
+def test_two_writers_of_a_record_do_not_overwrite_each_other(used: Node) -> None:
+    """Compare-and-swap: the second of two that read the same revision is told to call again."""
+    seen = used.record()
+    used.store.update(seen)
+    with pytest.raises(Aborted, match="changed by another writer"):
+        used.store.update(msgspec.structs.replace(seen, encryption=EncryptionState.PREPARED))
+    assert used.encryption_state() is EncryptionState.ENCRYPTED
+
+
+def test_cc3402_create_writes_the_intent_before_anything_else_can_happen(node: Node) -> None:
+    """Field problem 22: from the first moment that a volume is to be seen, it is known to be encrypted."""
+    node.create()
+    document = json.loads(node.record_file().read_bytes())
+    assert document["volume"]["encryption"] == "prepared"
+    assert document["volume"]["parameters"]["encrypted"] is True
+    assert fingerprint(node.disk()) == BLANK
+    again = node.create()
+    assert again.record == node.record()
+    assert again.context["encrypted"] == "true"
+
+
+def test_a_stage_of_another_boot_counts_as_none(used: Node) -> None:
+    """After a reboot nothing is mounted, whatever the file says."""
+    used.stage()
+    file = used.state / "stages" / VOLUME
+    content = file.read_bytes()
+    used.unstage()
+    stale = json.loads(content)
+    stale["boot_id"] = "00000000-0000-0000-0000-000000000000"
+    file.write_text(json.dumps(stale))
+    assert used.stages.get(VOLUME) is None
+    used.stage()
+    assert used.read() == "precious"
+    used.unstage()

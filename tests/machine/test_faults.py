@@ -1,0 +1,157 @@
+"""A seeded handful of `make faults`, and the proof that it turns red: bugs planted through the seams of the host."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from csi_driver.backends.base import Backend
+from csi_driver.host.loop import AttachedLoop
+from csi_driver.luks.blank import prove_blank
+from csi_driver.model.settings import Settings
+from csi_driver.model.volume import VolumeRecord
+from csi_driver.volumes.driver import Driver, build_driver
+from csi_driver.volumes.encryption import Encryption
+from csi_driver.volumes.filesystem import FileSystems
+from csi_driver.volumes.stage import Staging
+from csi_driver.volumes.stages import Stages
+from tests.machine.fault_points import FaultyFiles, FaultyLoops, FaultyWorkers, Injector, Kind, P, Point, R, faulty_host
+from tests.machine.fault_server import Build, faulty_driver
+from tests.machine.faults import LEAST_POINTS, Case, Result, cases_of, lab
+
+_HANDFUL = 40
+_SEED = 7
+
+
+@pytest.fixture(scope="module")
+def points() -> list[Point]:
+    with lab() as recorded:
+        return recorded.record()
+
+
+def tried(build: Build, cases: Sequence[Case]) -> Result:
+    assert cases
+    with lab(build, _SEED) as laboratory:
+        return laboratory.try_all(cases)
+
+
+def cases_at(points: Sequence[Point], scenario: str, call: str, seam: str, kind: Kind) -> list[Case]:
+    """The cases of one kind at the first use of a seam."""
+    return [
+        case
+        for case in cases_of(points)
+        if (case.point.scenario, case.point.call, case.point.seam, case.point.nth, case.kind)
+        == (scenario, call, seam, 1, kind)
+    ]
+
+
+@pytest.mark.timeout(600)
+def test_a_seeded_handful_loses_and_leaks_nothing(points: list[Point]) -> None:
+    assert len(points) >= LEAST_POINTS
+    result = tried(faulty_driver, random.Random(_SEED).sample(cases_of(points), _HANDFUL))
+    assert (result.cases, result.lost, result.leaked) == (_HANDFUL, {}, {})
+    assert result.kills > _HANDFUL // 4
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("seam", ["worker luks-format", "command mkfs.ext4"])
+def test_a_child_of_a_killed_server_keeps_the_volume_busy_until_it_ends(points: list[Point], seam: str) -> None:
+    result = tried(faulty_driver, cases_at(points, "mount", "stage", seam, Kind.DURING))
+    assert (result.busy, result.lost, result.leaked) == (1, {}, {})
+
+
+class _LosingFiles(FaultyFiles):
+    """Records without fsync: what a killed server has written is gone."""
+
+    def __init__(self, injector: Injector) -> None:
+        super().__init__(injector)
+        self._before: dict[Path, bytes | None] = {}
+        injector.before_death.append(self._lose)
+
+    def write(self, path: Path, content: bytes) -> None:
+        self._before.setdefault(path, path.read_bytes() if path.exists() else None)
+        super().write(path, content)
+
+    def _lose(self) -> None:
+        for path, content in self._before.items():
+            if content is None:
+                path.unlink(missing_ok=True)
+            else:
+                path.write_bytes(content)
+
+
+class _LeakyLoops(FaultyLoops):
+    """Loop devices that stay when nobody uses them any more."""
+
+    def attach(self, path: str, *, autoclear: bool, read_only: bool = False) -> AttachedLoop:
+        return super().attach(path, autoclear=False, read_only=read_only)
+
+
+class _CarelessWorkers(FaultyWorkers):
+    """Takes every device for blank."""
+
+    def call(self, what: str, timeout: float, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if function is prove_blank:
+            return None  # type: ignore[return-value]
+        return super().call(what, timeout, function, *args, **kwargs)
+
+
+class _CarelessEncryption(Encryption):
+    """Takes any open mapping of the volume's name for the volume's."""
+
+    def fits(self, backend: Backend, record: VolumeRecord) -> bool:
+        return self._mappings.get(record.mapping_name) is not None
+
+
+def losing(settings: Settings, injector: Injector) -> Driver:
+    return build_driver(settings, replace(faulty_host(injector), files=_LosingFiles(injector)))
+
+
+def leaking(settings: Settings, injector: Injector) -> Driver:
+    return build_driver(settings, replace(faulty_host(injector), loops=_LeakyLoops(injector)))
+
+
+def unproven(settings: Settings, injector: Injector) -> Driver:
+    return build_driver(settings, replace(faulty_host(injector), workers=_CarelessWorkers(injector)))
+
+
+def reusing(settings: Settings, injector: Injector) -> Driver:
+    host = faulty_host(injector)
+    driver = build_driver(settings, host)
+    encryption = _CarelessEncryption(host.workers, driver.mappings, settings.limits)
+    staging = Staging(
+        driver.backend,
+        Stages(settings.state_dir / "stages", host.files),
+        host.workers,
+        encryption,
+        FileSystems(host.workers, host.commands, host.mounts, settings.limits),
+        driver.mappings,
+        host.mounts,
+        host.holders,
+    )
+    return replace(driver, encryption=encryption, staging=staging)
+
+
+_PLANTED = [
+    (losing, "mount", "stage", "worker luks-open", Kind.AFTER, "lost"),
+    (leaking, "mount", "stage", "worker luks-open", Kind.FAIL, "leaked"),
+    (unproven, "plain mount", "stage", "loop attach", Kind.FOREIGN, "lost"),
+    (reusing, "mount", "restage", "worker luks-mount", Kind.ZOMBIE, "lost"),
+]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("plant", "scenario", "call", "seam", "kind", "verdict"), _PLANTED)
+def test_a_planted_bug_turns_it_red(
+    points: list[Point], plant: Build, scenario: str, call: str, seam: str, kind: Kind, verdict: str
+) -> None:
+    result = tried(plant, cases_at(points, scenario, call, seam, kind))
+    assert getattr(result, verdict)
+
+
+@pytest.mark.timeout(120)
+def test_what_a_planted_bug_turns_red_is_green_without_it(points: list[Point]) -> None:
+    result = tried(faulty_driver, [case for planted in _PLANTED for case in cases_at(points, *planted[1:5])])
+    assert (result.cases, result.lost, result.leaked) == (len(_PLANTED), {}, {})
