@@ -47,17 +47,19 @@ class Publishing:
         staged = self._require_staged(request)
         read_only = request.read_only or request.capability.reader_only
         source = staged.device if staged.block else staged.staging_path
-        present = self._mounts.at(request.target_path)
-        if present is not None:
-            self._check_present(request, present, staged, read_only=read_only)
-            return
-        if request.capability.mode is AccessMode.SINGLE_NODE_SINGLE_WRITER:
-            self._refuse_second(request, staged)
-        _make_target(request.target_path, block=staged.block)
+        fresh = _make_target(request.target_path, block=staged.block)
         try:
+            if not fresh and (present := self._mounts.at(request.target_path)) is not None:
+                self._check_present(request, present, staged, read_only=read_only)
+                return
+            if request.capability.mode is AccessMode.SINGLE_NODE_SINGLE_WRITER:
+                self._refuse_second(request, staged)
+            if not fresh:
+                _check_target(request.target_path, block=staged.block)
             self._mounts.bind(source, request.target_path, read_only=read_only)
         except BaseException:
-            _remove_target(request.target_path)
+            if fresh:
+                _remove_target(request.target_path)
             raise
 
     def unpublish(self, volume_id: str, target_path: str) -> None:
@@ -162,23 +164,34 @@ def _is_node(mount: Mount, device: int) -> bool:
     return stat.S_ISBLK(found.st_mode) and found.st_rdev == device
 
 
-def _make_target(path: str, *, block: bool) -> None:
+def _make_target(path: str, *, block: bool) -> bool:
+    """Make the target path; whether it was not there before, so that nothing can be mounted on it."""
     try:
-        if not block:
+        if block:
+            os.makedirs(os.path.dirname(path), 0o750, exist_ok=True)
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        else:
             try:
                 os.mkdir(path, 0o750)
             except FileNotFoundError:
-                os.makedirs(path, 0o750, exist_ok=True)
-            return
-        os.makedirs(os.path.dirname(path), 0o750, exist_ok=True)
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+                os.makedirs(path, 0o750)
     except FileExistsError:
-        if block or not os.path.isdir(path) or os.path.islink(path):
-            raise FailedPrecondition(f"the target path {path} exists and is no folder; remove it") from None
+        return False
     except OSError as error:
-        if error.errno == errno.EISDIR:
-            raise FailedPrecondition(f"the target path {path} exists and is a folder; remove it") from None
         raise NotFound(f"the target path {path} cannot be made ({error.strerror})") from None
+    return True
+
+
+def _check_target(path: str, *, block: bool) -> None:
+    """Refuse what is at the target path if the volume cannot be mounted on it; a link is never followed."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError as error:
+        raise NotFound(f"the target path {path} cannot be made ({error.strerror})") from None
+    if block and not stat.S_ISREG(mode):
+        raise FailedPrecondition(f"the target path {path} exists and is no regular file; remove it")
+    if not block and not stat.S_ISDIR(mode):
+        raise FailedPrecondition(f"the target path {path} exists and is no folder; remove it")
 
 
 def _remove_target(path: str) -> None:

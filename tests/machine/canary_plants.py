@@ -37,11 +37,11 @@ def _log_bytes(secret: bytes) -> None:
 
 
 def _show_in_arguments(secret: bytes) -> None:
-    subprocess.run(["sh", "-c", "sleep 0.5; :", "sh", secret[_BYTES].decode()], check=True)
+    subprocess.run(["sh", "-c", "sleep 0.2; :", "sh", secret[_BYTES].decode()], check=True)
 
 
 def _show_in_environment(secret: bytes) -> None:
-    subprocess.run(["sh", "-c", "sleep 0.5; :"], check=True, env={**os.environ, "KEY": secret.decode()})
+    subprocess.run(["sh", "-c", "sleep 0.2; :"], check=True, env={**os.environ, "KEY": secret.decode()})
 
 
 def _leave_in_a_file(secret: bytes) -> None:

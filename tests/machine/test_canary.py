@@ -64,7 +64,7 @@ def test_a_piece_of_a_key_is_found_in_any_encoding(content: bytes) -> None:
     needles = Needles()
     needles.add_text("the key", SECRET)
     assert needles.find(bytes(range(256)) + content + bytes(99))
-    assert not needles.find(bytes(range(256)) + content[1::2] + bytes(99))
+    assert not needles.find(bytes(range(256)) + content[::-1] + bytes(99))
 
 
 def test_a_piece_of_a_volume_key_is_found_in_any_form() -> None:

@@ -7,10 +7,13 @@ right, as an attacker on the storage would.
 import os
 import resource
 import struct
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import msgspec
 import pytest
@@ -18,9 +21,13 @@ import pytest
 from csi_driver.host.workers import Workers
 from csi_driver.model.errors import ForeignSignature, InvalidArgument, InvalidHeader, Unauthenticated
 from csi_driver.model.volume import EncryptionState
+from csi_driver.volumes.driver import WARM
 from tests import headers
 from tests.headers import HDR_SIZE, Metadata, head_of, metadata_of
-from tests.machine.node import CHEAP, DATA_OFFSET, LIMITS, MIB, SECRET, VOLUME, Node, fingerprint
+from tests.machine.node import BLOCK, CHEAP, DATA_OFFSET, LIMITS, MIB, SECRET, VOLUME, Node, fingerprint
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def overwrite(node: Node, area: bytes, at: int = 0) -> None:
@@ -217,6 +224,46 @@ def test_cc3472_a_node_with_less_memory_says_so_and_tries_no_key(folder: Path, w
     large.stage()
     assert large.read() == "precious"
     large.unstage()
+
+
+class CountingWorkers(Workers):
+    """Counts the key derivations that are at work at once."""
+
+    def __init__(self) -> None:
+        super().__init__(WARM)
+        self._guard = threading.Lock()
+        self._now = 0
+        self.most = 0
+
+    def call(self, what: str, timeout: float, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not what.startswith(("luks-format", "luks-open", "luks-unlock")):
+            return super().call(what, timeout, function, *args, **kwargs)
+        with self._guard:
+            self._now += 1
+            self.most = max(self.most, self._now)
+        try:
+            return super().call(what, timeout, function, *args, **kwargs)
+        finally:
+            with self._guard:
+                self._now -= 1
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_cc3472_only_so_many_key_derivations_run_at_once(folder: Path, at_once: int) -> None:
+    """Each takes the memory that its key slot says: ten pods on one node must not take ten times that."""
+    workers = CountingWorkers()
+    try:
+        node = Node(folder, workers, replace(LIMITS, unlocks_at_once=at_once))
+        volumes = [f"pvc-{number}" for number in range(4)]
+        for volume in volumes:
+            node.create(volume, parameters={"encrypted": "true", "pbkdfMemory": "4096"}, capability=BLOCK)
+        with ThreadPoolExecutor(len(volumes)) as threads:
+            list(threads.map(lambda volume: node.stage(volume, BLOCK), volumes))
+        assert workers.most == at_once
+        for volume in volumes:
+            node.unstage(volume)
+    finally:
+        workers.stop()
 
 
 def test_a_changed_key_slot_opens_nothing(used: Node) -> None:

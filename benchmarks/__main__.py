@@ -1,0 +1,41 @@
+"""`make bench`: prints the table; exits 1 when a bound is missed.
+
+`python -m benchmarks [GROUP…]` measures some groups of rows only. Root and device-mapper are needed; $MACHINE_STATE, or
+the temporary directory, is where the volumes are.
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks import calls, many, scale, staging
+from benchmarks.table import Row, table
+
+_GROUPS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
+    "staging": staging.rows,
+    "calls": calls.rows,
+    "scale": scale.rows,
+    "many": many.rows,
+}
+
+
+def main(names: Sequence[str]) -> int:
+    """Measure the groups of these names, or all; returns the exit code."""
+    if unknown := set(names) - set(_GROUPS):
+        print(f"no such group: {', '.join(sorted(unknown))}; there are {', '.join(_GROUPS)}", file=sys.stderr)
+        return 2
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(dir=os.environ.get("MACHINE_STATE"), prefix="bench-") as folder:
+        for name in names or _GROUPS:
+            for row in _GROUPS[name](Path(folder)):
+                print(f"{name}: {row.what}: {row.cells()[3]}", file=sys.stderr, flush=True)
+                rows.append(row)
+    for line in table(rows):
+        print(line)
+    return 0 if all(row.met for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,143 @@
+"""What Ceph-CSI (internal/rbd and internal/util/cryptsetup, with Kubernetes' mount-utils) runs to stage an RBD volume.
+
+These are facts about another program, retold: the programs, their options and their order. The device below is a loop
+device that was attached beforehand; Ceph-CSI's own `rbd map` would come on top, while ours attaches its device within
+the measured call.
+"""
+
+import os
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from csi_driver.luks.formats import DATA_OFFSET
+
+_STEP_SECONDS = 300
+_NOT_FOUND = 2  # blkid
+_INACTIVE = 4  # cryptsetup status
+
+
+@dataclass(frozen=True)
+class Step:
+    """One program: with the key on standard input or not, and the exit code that the sequence goes on with."""
+
+    argv: Sequence[str]
+    key: bool = False
+    code: int = 0
+
+
+@dataclass(frozen=True)
+class CephVolume:
+    """A volume as Ceph-CSI would stage it. `cheap_kdf` is not its own: it formats with ours."""
+
+    folder: Path
+    capacity: int
+    key: str = field(repr=False)
+    cheap_kdf: bool
+    name: str = "luks-rbd-bench"
+
+    @property
+    def _mapper(self) -> str:
+        return f"/dev/mapper/{self.name}"
+
+    @property
+    def _stage_path(self) -> Path:
+        return self.folder / "ceph-stage"
+
+    @property
+    def _image(self) -> Path:
+        return self.folder / "ceph.img"
+
+    @contextmanager
+    def attached(self) -> Iterator[str]:
+        """A blank device for the length of the block, whose path this is; however it ends, nothing of it stays."""
+        self._stage_path.mkdir(exist_ok=True)
+        self._image.touch()
+        os.truncate(self._image, self.capacity + DATA_OFFSET)
+        losetup = Step(["losetup", "--find", "--show", str(self._image)])
+        device = self._call(losetup).stdout.decode().strip()
+        try:
+            yield device
+        finally:
+            # The first two do nothing unless the block failed.
+            for argv in (
+                ["umount", str(self._stage_path)],
+                ["cryptsetup", "luksClose", self.name],
+                ["losetup", "--detach", device],
+            ):
+                self._call(Step(argv))
+            self._image.unlink()
+
+    def first_stage(self, device: str) -> None:
+        """NodeStageVolume of a new volume."""
+        self._run(self._first_steps(device))
+
+    def stage(self, device: str) -> None:
+        """NodeStageVolume of a volume that was staged before."""
+        self._run(self._again_steps(device))
+
+    def unstage(self) -> None:
+        """NodeUnstageVolume."""
+        self._run(
+            [
+                Step(["umount", str(self._stage_path)]),
+                Step(["cryptsetup", "status", self.name]),
+                Step(["cryptsetup", "luksClose", self.name]),
+            ]
+        )
+
+    def _first_steps(self, device: str) -> Iterator[Step]:
+        kdf = (
+            ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"] if self.cheap_kdf else ["--pbkdf-memory", "32768"]
+        )
+        luks_format = ["cryptsetup", "-q", "luksFormat", "--type", "luks2", "--hash", "sha256", *kdf, device]
+        yield _blkid(device, _NOT_FOUND)
+        yield Step([*luks_format, "-d", "/dev/stdin"], key=True)
+        yield from self._open(device)
+        yield _blkid(self._mapper, _NOT_FOUND)
+        yield Step(["mkfs.ext4", "-m0", "-Enodiscard,lazy_itable_init=1,lazy_journal_init=1", self._mapper])
+        yield _blkid(self._mapper)
+        yield from self._mount(device)
+
+    def _again_steps(self, device: str) -> Iterator[Step]:
+        yield from self._open(device)
+        yield _blkid(self._mapper)
+        yield _blkid(self._mapper)
+        yield from self._mount(device)
+
+    def _open(self, device: str) -> Iterator[Step]:
+        yield Step(["cryptsetup", "status", self.name], code=_INACTIVE)
+        yield Step(["cryptsetup", "luksOpen", device, self.name, "--disable-keyring", "-d", "/dev/stdin"], key=True)
+
+    def _mount(self, device: str) -> Iterator[Step]:
+        """fsck and mount, then the question whether the file system fills its device."""
+        yield Step(["fsck", "-a", self._mapper])
+        yield Step(["mount", "-t", "ext4", "-o", "_netdev,defaults", self._mapper, str(self._stage_path)])
+        yield Step(["blockdev", "--getsize64", device])
+        yield Step(["blockdev", "--getsize64", self._mapper])
+        yield Step(["blockdev", "--getro", self._mapper])
+        yield _blkid(self._mapper)
+        yield _blkid(self._mapper)
+        yield Step(["resize2fs", self._mapper])
+
+    def _run(self, steps: Iterable[Step]) -> None:
+        for step in steps:
+            ended = self._call(step)
+            if ended.returncode != step.code:
+                raise RuntimeError(f"{step.argv} ended with {ended.returncode}: {ended.stdout[-300:]!r}")
+
+    def _call(self, step: Step) -> "subprocess.CompletedProcess[bytes]":
+        return subprocess.run(
+            step.argv,
+            check=False,
+            input=self.key.encode() if step.key else b"",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=_STEP_SECONDS,
+        )
+
+
+def _blkid(device: str, code: int = 0) -> Step:
+    return Step(["blkid", "-p", "-s", "TYPE", "-s", "PTTYPE", "-o", "export", device], code=code)
