@@ -19,7 +19,7 @@ _Parts = tuple[list[float], list[float]]
 
 
 def rows(folder: Path) -> Iterator[Row]:
-    """All are staged the first time by as many callers as the server has threads, then once more in turn, unmeasured."""
+    """All are staged the first time by as many callers as the server has threads, then once more, unmeasured."""
     with our_server(folder / "hundred") as server:
         volumes = [
             server.new_volume(f"pvc-{number:04}", folder / "mounts", _VOLUME_BYTES) for number in range(_VOLUMES)

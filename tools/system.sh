@@ -37,7 +37,7 @@ if [ "${1-}" = python ]; then
     exit
 fi
 
-packages="btrfs-progs cryptsetup-bin e2fsprogs iproute2 kmod mount procps util-linux xfsprogs"
+packages="btrfs-progs cryptsetup-bin e2fsprogs iproute2 kmod mount procps runc util-linux xfsprogs"
 # Without device-mapper the device tests run in a guest: tests/machine. Newer CPUs need a shim compiled for it.
 grep -qs device-mapper /proc/misc || modprobe -q dm_mod 2>/dev/null || packages="$packages user-mode-linux gcc libc6-dev"
 missing=
