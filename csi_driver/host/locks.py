@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -22,12 +23,17 @@ def held_descriptors() -> tuple[int, ...]:
     return _held.get()
 
 
+# A program that another call starts shares our descriptors from fork to exec, and with them a lock just released.
+_FORK_SECONDS = 0.5
+_PAUSE_SECONDS = 0.005
+
+
 def _always(_: str) -> bool:
     return True
 
 
 class VolumeLocks:
-    """Lock files under `folder`, one per volume id; never waits.
+    """Lock files under `folder`, one per volume id; never waits for a call or a child at work.
 
     `is_known` says whether a volume exists: the file of one that does not goes when its lock is released.
     """
@@ -36,6 +42,7 @@ class VolumeLocks:
         self._folder = folder
         self._holders = holders
         self._is_known = is_known
+        self._held_here: set[str] = set()
 
     @contextlib.contextmanager
     def hold(self, volume_id: str) -> Iterator[None]:
@@ -45,15 +52,19 @@ class VolumeLocks:
         """
         path = self._folder / volume_id
         descriptor = self._acquire(path, volume_id)
+        self._held_here.add(volume_id)
         token = _held.set((*_held.get(), descriptor))
         try:
             yield
         finally:
             _held.reset(token)
-            if not self._is_known(volume_id):
-                self.forget(volume_id)
-            # Closing is the release: an explicit LOCK_UN would also free the lock under a child that still runs.
-            os.close(descriptor)
+            try:
+                if not self._is_known(volume_id):
+                    self.forget(volume_id)
+            finally:
+                self._held_here.discard(volume_id)
+                # Closing is the release: an explicit LOCK_UN would also free the lock under a child that still runs.
+                os.close(descriptor)
 
     def forget(self, volume_id: str) -> None:
         """Remove the lock file of a deleted volume; call it while holding the lock."""
@@ -61,6 +72,7 @@ class VolumeLocks:
             os.unlink(self._folder / volume_id)
 
     def _acquire(self, path: Path, volume_id: str) -> int:
+        deadline = time.monotonic() + _FORK_SECONDS
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
@@ -70,7 +82,10 @@ class VolumeLocks:
                     return descriptor
             except BlockingIOError:
                 os.close(descriptor)
-                raise self._busy(path, volume_id) from None
+                if volume_id in self._held_here or time.monotonic() > deadline:
+                    raise self._busy(path, volume_id) from None
+                time.sleep(_PAUSE_SECONDS)
+                continue
             except BaseException:
                 os.close(descriptor)
                 raise
