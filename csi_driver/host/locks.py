@@ -43,6 +43,7 @@ class VolumeLocks:
         self._holders = holders
         self._is_known = is_known
         self._held_here: set[str] = set()
+        self._released: dict[str, float] = {}
 
     @contextlib.contextmanager
     def hold(self, volume_id: str) -> Iterator[None]:
@@ -63,6 +64,7 @@ class VolumeLocks:
                     self.forget(volume_id)
             finally:
                 self._held_here.discard(volume_id)
+                self._released[volume_id] = time.monotonic()
                 # Closing is the release: an explicit LOCK_UN would also free the lock under a child that still runs.
                 os.close(descriptor)
 
@@ -72,7 +74,7 @@ class VolumeLocks:
             os.unlink(self._folder / volume_id)
 
     def _acquire(self, path: Path, volume_id: str) -> int:
-        deadline = time.monotonic() + _FORK_SECONDS
+        deadline = self._released.pop(volume_id, 0.0) + _FORK_SECONDS
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
