@@ -5,7 +5,7 @@ UV ?= uv
 PY := .venv/bin/python
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/luks-csi
 CSI_SANITY := $(CACHE)/bin/csi-sanity-v5.6.0
-STUBS := csi_driver/rpc/csi_pb2.py
+STUBS := csi_driver/rpc/pluginregistration_pb2.py
 
 # Suites that draw at random take these.
 export SEED COUNT
@@ -62,7 +62,7 @@ format: venv ## mend form and what ruff can mend by itself
 	.venv/bin/ruff check --fix
 
 clean: ## remove what was made, except the cache of built test tools
-	rm -rf .venv build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache csi_driver/rpc/csi_pb2*
+	rm -rf .venv build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache csi_driver/rpc/*_pb2*
 	find csi_driver tests -name __pycache__ -prune -exec rm -rf {} +
 
 venv: $(STUBS) ## the virtual environment, .venv
@@ -84,7 +84,7 @@ LOCK = $(UV) pip compile --quiet --universal --python-version 3.11 --generate-ha
 	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(STUBS): protos/csi.proto hatch_build.py .venv/installed
+$(STUBS): $(wildcard protos/*.proto) hatch_build.py .venv/installed
 	$(PY) hatch_build.py
 
 # Built once for every clone, by the Go of the virtual environment: the rename comes last.

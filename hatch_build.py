@@ -1,4 +1,4 @@
-"""Build hook: makes the gRPC stubs and their types from `protos/csi.proto`.
+"""Build hook: makes the gRPC stubs and their types from `protos/`.
 
 The stubs land in `csi_driver/rpc/`, are not committed, and are made again by each build, editable or not.
 `python hatch_build.py` makes them alone.
@@ -15,11 +15,12 @@ from grpc_tools import protoc
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 PACKAGE = "csi_driver/rpc"
+PROTOS = ("csi.proto", "pluginregistration.proto")
 PLUGINS = ("protoc-gen-mypy", "protoc-gen-mypy_grpc")
 
 
 def generate(root: Path) -> None:
-    """Write `csi_pb2` and `csi_pb2_grpc`, each as .py and .pyi, under `root`; RuntimeError if that fails."""
+    """Write `NAME_pb2` and `NAME_pb2_grpc`, each as .py and .pyi, under `root`; RuntimeError if that fails."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
     arguments = [
         "protoc",
@@ -38,9 +39,9 @@ def generate(root: Path) -> None:
             sentence = f"the stubs cannot be made: {name} is not installed; run `make venv`"
             raise RuntimeError(sentence)
         arguments.append(f"--plugin={name}={program}")
-    status = protoc.main([*arguments, f"{PACKAGE}/csi.proto"])
+    status = protoc.main([*arguments, *(f"{PACKAGE}/{name}" for name in PROTOS)])
     if status != 0:
-        sentence = f"the stubs cannot be made: protoc ended with status {status} on protos/csi.proto"
+        sentence = f"the stubs cannot be made: protoc ended with status {status} on {', '.join(PROTOS)}"
         raise RuntimeError(sentence)
 
 

@@ -10,8 +10,10 @@ from csi_driver import __version__
 from csi_driver.model.errors import DriverError
 
 COMMANDS: Mapping[str, str] = {
+    "controller": "csi_driver.cli.controller:controller",
     "doctor": "csi_driver.cli.doctor:doctor",
     "orphans": "csi_driver.cli.orphans:orphans",
+    "register": "csi_driver.cli.register:register",
     "serve": "csi_driver.cli.serve:serve",
     "volume": "csi_driver.cli.volume:volume",
 }

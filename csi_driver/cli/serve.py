@@ -113,7 +113,7 @@ def _read_address(text: str) -> str | None:
     return text or None
 
 
-def _option(
+def setting(
     name: str, field: str, read: Callable[[str], object], metavar: str, default: object, meaning: str
 ) -> Option:
     """One setting: an option, and an environment variable of the same name."""
@@ -139,31 +139,31 @@ def _option(
 _formats = _one_of(LogFormat)
 _levels = _one_of(LEVELS)
 _OPTIONS = (
-    _option("--endpoint", "endpoint", endpoint_path, "SOCKET", Settings.endpoint, "Where to listen."),
-    _option("--node-id", "node_id", read_node_id, "NAME", "", "This node; without it, the host's name."),
-    _option("--driver-name", "driver_name", read_driver_name, "NAME", Settings.driver_name, "Its name in Kubernetes."),
-    _option("--services", "services", _read_services, "LIST", ",".join(Service), "What to serve; identity always is."),
-    _option("--state-dir", "state_dir", _read_folder, "FOLDER", Settings.state_dir, "Where volumes and records live."),
-    _option("--kubelet-dir", "kubelet_dir", _read_folder, "FOLDER", Settings.kubelet_dir, "Kubelet's own folder."),
-    _option("--backend", "backend", _one_of(BACKENDS), "NAME", Settings.backend, "What keeps the ciphertext."),
-    _option("--free-space-floor", "free_space_floor", read_size, "SIZE", "1Gi", "Space that new volumes leave free."),
-    _option("--threads", "threads", _number(1, 256), "NUMBER", Settings.threads, "Calls at work at once."),
-    _option("--grace-seconds", "grace_seconds", _seconds(0), "SECONDS", Settings.grace_seconds, "Time for calls in "
+    setting("--endpoint", "endpoint", endpoint_path, "SOCKET", Settings.endpoint, "Where to listen."),
+    setting("--node-id", "node_id", read_node_id, "NAME", "", "This node; without it, the host's name."),
+    setting("--driver-name", "driver_name", read_driver_name, "NAME", Settings.driver_name, "Its name in Kubernetes."),
+    setting("--services", "services", _read_services, "LIST", ",".join(Service), "What to serve; identity always is."),
+    setting("--state-dir", "state_dir", _read_folder, "FOLDER", Settings.state_dir, "Where volumes and records live."),
+    setting("--kubelet-dir", "kubelet_dir", _read_folder, "FOLDER", Settings.kubelet_dir, "Kubelet's own folder."),
+    setting("--backend", "backend", _one_of(BACKENDS), "NAME", Settings.backend, "What keeps the ciphertext."),
+    setting("--free-space-floor", "free_space_floor", read_size, "SIZE", "1Gi", "Space that new volumes leave free."),
+    setting("--threads", "threads", _number(1, 256), "NUMBER", Settings.threads, "Calls at work at once."),
+    setting("--grace-seconds", "grace_seconds", _seconds(0), "SECONDS", Settings.grace_seconds, "Time for calls in "
             "flight when the server is told to stop."),
-    _option("--log-format", "log_format", _formats, "|".join(LogFormat), Settings.log_format, "auto: text on a "
+    setting("--log-format", "log_format", _formats, "|".join(LogFormat), Settings.log_format, "auto: text on a "
             "terminal, json else."),
-    _option("--log-level", "log_level", _levels, "|".join(LEVELS), Settings.log_level, "The least to be told."),
-    _option("--metrics-address", "metrics_address", _read_address, "HOST:PORT", "", "Where to show metrics, if at "
-            "all."),
-    _option("--format-seconds", "format_seconds", _seconds(1), "SECONDS", Limits.format_seconds, "Limit of luksFormat "
+    setting("--log-level", "log_level", _levels, "|".join(LEVELS), Settings.log_level, "The least to be told."),
+    setting("--http-address", "http_address", _read_address, "HOST:PORT", "", "Where to show /healthz and /metrics, if "
+            "at all."),
+    setting("--format-seconds", "format_seconds", _seconds(1), "SECONDS", Limits.format_seconds, "Limit of luksFormat "
             "and mkfs."),
-    _option("--unlock-seconds", "unlock_seconds", _seconds(1), "SECONDS", Limits.unlock_seconds, "Limit of one key "
+    setting("--unlock-seconds", "unlock_seconds", _seconds(1), "SECONDS", Limits.unlock_seconds, "Limit of one key "
             "derivation."),
-    _option("--mount-seconds", "mount_seconds", _seconds(1), "SECONDS", Limits.mount_seconds, "Limit of mount and "
+    setting("--mount-seconds", "mount_seconds", _seconds(1), "SECONDS", Limits.mount_seconds, "Limit of mount and "
             "umount."),
-    _option("--pbkdf-memory-limit", "pbkdf_memory_kib", _read_memory, "SIZE", f"{Limits.pbkdf_memory_kib}Ki", "The "
+    setting("--pbkdf-memory-limit", "pbkdf_memory_kib", _read_memory, "SIZE", f"{Limits.pbkdf_memory_kib}Ki", "The "
             "most memory that a key derivation may take."),
-    _option("--unlocks-at-once", "unlocks_at_once", _number(1, 64), "NUMBER", Limits.unlocks_at_once, "Key "
+    setting("--unlocks-at-once", "unlocks_at_once", _number(1, 64), "NUMBER", Limits.unlocks_at_once, "Key "
             "derivations at work at once."),
 )  # fmt: skip
 
@@ -180,9 +180,9 @@ def serve(**options: Any) -> None:
     driver = build_driver(settings)
     try:
         driver.start()
-        from csi_driver.rpc.server import serve as serve_until_told
+        from csi_driver.rpc.server import driver_server, serve_until_told
 
-        all_ended = serve_until_told(driver)
+        all_ended = serve_until_told(driver_server(driver))
     finally:
         driver.stop()
     if not all_ended:
@@ -191,8 +191,8 @@ def serve(**options: Any) -> None:
 
 
 def settings_of(options: dict[str, Any]) -> Settings:
-    """The settings of the command line; its option names are the fields of Settings and Limits."""
+    """The settings of a command line; its option names are fields of Settings and Limits."""
     names = {field.name for field in dataclasses.fields(Limits)}
-    limits = Limits(**{name: options[name] for name in names})
+    limits = Limits(**{name: value for name, value in options.items() if name in names})
     chosen = {name: value for name, value in options.items() if name not in names}
     return Settings(**{**chosen, "log_format": LogFormat(chosen["log_format"]), "limits": limits})

@@ -50,7 +50,7 @@ class Settings:
     grace_seconds: float = 20.0
     log_format: LogFormat = LogFormat.AUTO
     log_level: str = "info"
-    metrics_address: str | None = None
+    http_address: str | None = None
     limits: Limits = Limits()
 
     @property

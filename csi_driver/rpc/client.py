@@ -90,6 +90,10 @@ class CsiClient:
         info = self._call(self._identity.GetPluginInfo, csi.GetPluginInfoRequest())
         return PluginInfo(info.name, info.vendor_version)
 
+    def probe(self) -> None:
+        """Ask whether the server works; the error tells why not."""
+        self._call(self._identity.Probe, csi.ProbeRequest())
+
     def node_id(self) -> str:
         """The node of the server."""
         return self._call(self._node.NodeGetInfo, csi.NodeGetInfoRequest()).node_id

@@ -8,6 +8,7 @@ import socket
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import quote
 
 from csi_driver.model.errors import DeviceInUse, FailedPrecondition, InvalidArgument
@@ -50,6 +51,20 @@ def address_of(path: Path) -> str:
     return _SCHEME + quote(str(path))
 
 
+class Listener(Protocol):
+    """What is needed of a gRPC server here; grpcio itself is slow to load."""
+
+    def add_insecure_port(self, address: str) -> int: ...
+
+    def start(self) -> None: ...
+
+
+def listen_on(server: Listener, path: Path) -> None:
+    """Let a server listen on the socket `path` and start it. Raises RuntimeError, as grpcio does, if that cannot be."""
+    server.add_insecure_port(address_of(path))
+    server.start()
+
+
 class Endpoint:
     """A listening socket at `path`, from `place` to `remove`."""
 
@@ -80,6 +95,11 @@ class Endpoint:
         except OSError as error:
             raise FailedPrecondition(
                 f"the endpoint {self._path} cannot be made ({error.strerror}); choose a path in a writable folder"
+            ) from None
+        except RuntimeError:
+            raise FailedPrecondition(
+                f"the endpoint {self._path} cannot be made: nothing can listen in its folder; choose a path on a file "
+                f"system that holds sockets"
             ) from None
         self._identity = (made.st_dev, made.st_ino)
 

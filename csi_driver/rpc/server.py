@@ -1,37 +1,49 @@
 """The gRPC server."""
 
-import contextlib
 import os
-import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from http import HTTPStatus
 
 import grpc
 import structlog
 
-from csi_driver.model.errors import DriverError, FailedPrecondition
-from csi_driver.model.settings import Service
+from csi_driver.model.errors import DriverError
+from csi_driver.model.settings import Service, Settings
 from csi_driver.rpc import csi_pb2_grpc
+from csi_driver.rpc.central import CentralControllerServicer
+from csi_driver.rpc.client import CsiClient, RemoteError
 from csi_driver.rpc.controller import ControllerServicer
-from csi_driver.rpc.endpoint import Endpoint, address_of
+from csi_driver.rpc.endpoint import Endpoint, listen_on
 from csi_driver.rpc.identity import IdentityServicer
 from csi_driver.rpc.interceptors import CallLog, Chain, Concern, OwnThreads, Statuses, Timing, VolumeLocking
 from csi_driver.rpc.node import NodeServicer
+from csi_driver.rpc.signals import told_to_stop
 from csi_driver.volumes.driver import Driver
 
 _IDENTITY_THREADS = 2
 # CSI bounds strings at 128 bytes and maps at 4 KiB; secrets are the largest thing in a request.
 _LARGEST_REQUEST = 1 << 20
 _AFTER_GRACE_SECONDS = 1.0
+_PROBE_SECONDS = 5.0
+
+Gauges = Mapping[str, tuple[str, Callable[[], int]]]
 
 
 class Server:
-    """Serves a started driver on the unix socket of its settings, from `start` to `stop`."""
+    """Serves on the unix socket of the settings, from `start` to `stop`.
 
-    def __init__(self, driver: Driver) -> None:
-        settings = driver.settings
+    `add` puts the servicers into a gRPC server, `inner` are concerns next to the methods, `gauges` are metrics.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        add: Sequence[Callable[[grpc.Server], None]],
+        inner: Sequence[Concern] = (),
+        gauges: Gauges | None = None,
+    ) -> None:
         self._settings = settings
         self._endpoint = Endpoint(settings.endpoint)
         self._log = structlog.get_logger(__name__).bind()
@@ -40,30 +52,35 @@ class Server:
             ThreadPoolExecutor(_IDENTITY_THREADS, "identity"),
         )
         concerns: list[Concern] = [OwnThreads("Identity", self._pools[1]), Statuses(), CallLog(self._log)]
-        self._metrics = None
-        if settings.metrics_address is not None:
-            from csi_driver.rpc.metrics import Metrics  # noqa: PLC0415 - half a start-up time, for those who want it
+        self._http = None
+        if settings.http_address is not None:
+            # Half a start-up time, for those who want it.
+            from csi_driver.rpc.http import HttpServer, Page  # noqa: PLC0415
+            from csi_driver.rpc.metrics import Metrics  # noqa: PLC0415
 
-            self._metrics = Metrics(settings.metrics_address, driver.health)
-            concerns.append(Timing(self._metrics.observe))
+            def healthz() -> Page:
+                obstacle = self._obstacle()
+                return Page(
+                    HTTPStatus.SERVICE_UNAVAILABLE if obstacle else HTTPStatus.OK, f"{obstacle or 'ok'}\n".encode()
+                )
+
+            metrics = Metrics(gauges or {})
+            self._http = HttpServer(settings.http_address, {"/healthz": healthz, "/metrics": metrics.page})
+            concerns.append(Timing(metrics.observe))
         self._server = grpc.server(
             self._pools[0],
-            interceptors=[Chain(*concerns, VolumeLocking(driver.locks))],
+            interceptors=[Chain(*concerns, *inner)],
             options=[("grpc.max_receive_message_length", _LARGEST_REQUEST), ("grpc.so_reuseport", 0)],
         )
-        csi_pb2_grpc.add_IdentityServicer_to_server(IdentityServicer(settings, driver.health), self._server)
-        if Service.CONTROLLER in settings.services:
-            csi_pb2_grpc.add_ControllerServicer_to_server(ControllerServicer(driver.provisioning), self._server)
-        if Service.NODE in settings.services:
-            node = NodeServicer(settings, driver.staging, driver.publishing, driver.expansion, driver.usage)
-            csi_pb2_grpc.add_NodeServicer_to_server(node, self._server)
+        for servicer in add:
+            servicer(self._server)
 
     def start(self) -> None:
         """Listen and answer. Raises DeviceInUse when another server does so there, FailedPrecondition."""
         try:
-            if self._metrics is not None:
-                self._metrics.start()
-            self._endpoint.place(self._listen)
+            self._endpoint.place(lambda path: listen_on(self._server, path))
+            if self._http is not None:
+                self._http.start()
         except DriverError:
             self.stop()
             raise
@@ -84,8 +101,8 @@ class Server:
         in_time = not ending.is_alive()
         if not in_time:
             self._log.warning("calls were cut off", grace_seconds=grace)
-        if self._metrics is not None:
-            self._metrics.stop()
+        if self._http is not None:
+            self._http.stop()
         self._log.info("stopped")
         return in_time
 
@@ -93,44 +110,50 @@ class Server:
         for pool in self._pools:
             pool.shutdown(cancel_futures=True)
 
-    def _listen(self, path: Path) -> None:
+    def _obstacle(self) -> str | None:
+        """Why the server does not work, asked as kubelet asks: through its socket."""
         try:
-            self._server.add_insecure_port(address_of(path))
-        except RuntimeError:
-            raise FailedPrecondition(
-                f"the endpoint {self._settings.endpoint} cannot be made: nothing can listen in its folder; choose a "
-                f"path on a file system that holds sockets"
-            ) from None
-        self._server.start()
+            with CsiClient(self._settings.endpoint, timeout=_PROBE_SECONDS) as client:
+                client.probe()
+        except RemoteError as error:
+            return str(error)
+        return None
 
 
-def serve(driver: Driver) -> bool:
+def driver_server(driver: Driver) -> Server:
+    """The server of a started driver, with the services of its settings."""
+    settings, health = driver.settings, driver.health
+    add: list[Callable[[grpc.Server], None]] = [
+        lambda server: csi_pb2_grpc.add_IdentityServicer_to_server(IdentityServicer(settings, health.obstacle), server)
+    ]
+    if Service.CONTROLLER in settings.services:
+        controller = ControllerServicer(driver.provisioning)
+        add.append(lambda server: csi_pb2_grpc.add_ControllerServicer_to_server(controller, server))
+    if Service.NODE in settings.services:
+        node = NodeServicer(settings, driver.staging, driver.publishing, driver.expansion, driver.usage)
+        add.append(lambda server: csi_pb2_grpc.add_NodeServicer_to_server(node, server))
+    gauges = {
+        "luks_csi_open_mappings": ("Open LUKS mappings of volumes on this node.", health.open_mappings),
+        "luks_csi_free_bytes": ("Bytes that new volumes may take on this node.", health.free_bytes),
+    }
+    return Server(settings, add, [VolumeLocking(driver.locks)], gauges)
+
+
+def central_server(settings: Settings) -> Server:
+    """The server of `luks-csi controller`: it has no volumes, so nothing can be in its way."""
+    identity, controller = IdentityServicer(settings, lambda: None), CentralControllerServicer()
+    return Server(
+        settings,
+        [
+            lambda server: csi_pb2_grpc.add_IdentityServicer_to_server(identity, server),
+            lambda server: csi_pb2_grpc.add_ControllerServicer_to_server(controller, server),
+        ],
+    )
+
+
+def serve_until_told(server: Server) -> bool:
     """Serve until SIGTERM or SIGINT; returns whether all calls ended within the grace time."""
-    with _signals(signal.SIGTERM, signal.SIGINT) as asked_to_stop:
-        server = Server(driver)
+    with told_to_stop() as (asked, _):
         server.start()
-        os.read(asked_to_stop, 1)
+        os.read(asked, 1)
         return server.stop()
-
-
-@contextlib.contextmanager
-def _signals(*numbers: signal.Signals) -> Iterator[int]:
-    """A descriptor that gives a byte for each of these signals.
-
-    A pipe and not an Event: a handler runs between any two instructions of the main thread, holding its locks.
-    """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-
-    def tell(_number: int, _frame: object) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.write(writer, b"\0")
-
-    before = {number: signal.signal(number, tell) for number in numbers}
-    try:
-        yield reader
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        os.close(reader)
-        os.close(writer)

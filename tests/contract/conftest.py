@@ -11,7 +11,7 @@ import pytest
 from csi_driver.model.settings import Settings
 from csi_driver.rpc.client import CsiClient
 from csi_driver.rpc.endpoint import address_of
-from csi_driver.rpc.server import Server
+from csi_driver.rpc.server import driver_server
 from tests.contract.serving import SECONDS, Gate, Run
 from tests.fakes import FakeUseCases, fake_use_cases
 
@@ -24,7 +24,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
         def start(**settings: object) -> FakeUseCases:
             usual = Settings(endpoint=tmp_path / "csi.sock", node_id="node-1", state_dir=tmp_path / "state")
             cases = fake_use_cases(tmp_path, replace(usual, **settings))  # type: ignore[arg-type]  # names as in Settings
-            server = Server(cases.driver)
+            server = driver_server(cases.driver)
             server.start()
             servers.callback(server.stop)
             return cases

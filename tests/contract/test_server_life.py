@@ -17,7 +17,7 @@ import pytest
 from csi_driver.model.errors import DeviceInUse, FailedPrecondition
 from csi_driver.model.settings import Settings
 from csi_driver.rpc.client import CsiClient, RemoteError
-from csi_driver.rpc.server import Server
+from csi_driver.rpc.server import driver_server
 from tests.contract.serving import BLOCK, SECONDS, Gate, Run, code_of, in_background
 from tests.fakes import FakeUseCases, fake_use_cases
 
@@ -27,7 +27,7 @@ from tests.fakes import FakeUseCases, fake_use_cases
 def test_the_socket_is_private_and_goes_with_the_server(tmp_path: Path) -> None:
     endpoint = tmp_path / "a b%#" / "csi.sock"
     cases = fake_use_cases(tmp_path, Settings(endpoint=endpoint, node_id="n", grace_seconds=1))
-    server = Server(cases.driver)
+    server = driver_server(cases.driver)
     server.start()
     assert stat.S_IMODE(endpoint.stat().st_mode) == 0o600
     assert os.listdir(endpoint.parent) == ["csi.sock"]
@@ -39,7 +39,7 @@ def test_the_socket_is_private_and_goes_with_the_server(tmp_path: Path) -> None:
 
 def test_a_second_server_is_refused_and_the_first_goes_on(cases: FakeUseCases, client: CsiClient) -> None:
     with pytest.raises(DeviceInUse, match="another server answers"):
-        Server(cases.driver).start()
+        driver_server(cases.driver).start()
     assert client.node_id() == "node-1"
     with CsiClient(cases.driver.settings.endpoint, timeout=SECONDS) as fresh:
         assert fresh.node_id() == "node-1"
@@ -48,7 +48,7 @@ def test_a_second_server_is_refused_and_the_first_goes_on(cases: FakeUseCases, c
 def test_calls_in_flight_end_in_their_grace_time_and_no_new_one_begins(tmp_path: Path, gate: Gate) -> None:
     cases = fake_use_cases(tmp_path)
     cases.calls.then = gate
-    server = Server(cases.driver)
+    server = driver_server(cases.driver)
     server.start()
     with CsiClient(tmp_path / "csi.sock", timeout=SECONDS) as client:
         call = in_background(lambda: client.unstage("v", Path("/s")))
@@ -68,7 +68,7 @@ def test_calls_in_flight_end_in_their_grace_time_and_no_new_one_begins(tmp_path:
 def test_a_call_that_outlives_the_grace_time_is_cut_off(tmp_path: Path, gate: Gate) -> None:
     cases = fake_use_cases(tmp_path, Settings(endpoint=tmp_path / "csi.sock", node_id="n", grace_seconds=0.2))
     cases.calls.then = gate
-    server = Server(cases.driver)
+    server = driver_server(cases.driver)
     server.start()
     with CsiClient(tmp_path / "csi.sock", timeout=SECONDS) as client:
         call = in_background(lambda: client.unstage("v", Path("/s")))
@@ -105,7 +105,7 @@ def scrape(address: str) -> str:
 
 def test_metrics(run: Run) -> None:
     address = f"127.0.0.1:{free_port()}"
-    cases = run(metrics_address=address)
+    cases = run(http_address=address)
     with CsiClient(cases.driver.settings.endpoint, timeout=SECONDS) as client:
         client.plugin_info()
         client.plugin_info()
@@ -123,21 +123,21 @@ def test_a_gauge_that_cannot_be_read_is_left_out(run: Run) -> None:
         raise FailedPrecondition("no device-mapper")
 
     address = f"127.0.0.1:{free_port()}"
-    cases = run(metrics_address=address)
+    cases = run(http_address=address)
     cases.health.mappings = unknown
     text = scrape(address)
     assert "luks_csi_open_mappings 3" not in text
     assert "luks_csi_free_bytes 4096.0" in text
 
 
-def test_a_metrics_address_that_is_taken_is_told_in_a_sentence(tmp_path: Path) -> None:
+def test_a_http_address_that_is_taken_is_told_in_a_sentence(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        cases = fake_use_cases(tmp_path, Settings(endpoint=tmp_path / "csi.sock", node_id="n", metrics_address=address))
-        with pytest.raises(FailedPrecondition, match=f"metrics address {address} cannot be used"):
-            Server(cases.driver).start()
+        cases = fake_use_cases(tmp_path, Settings(endpoint=tmp_path / "csi.sock", node_id="n", http_address=address))
+        with pytest.raises(FailedPrecondition, match=f"HTTP address {address} cannot be used"):
+            driver_server(cases.driver).start()
     assert not (tmp_path / "csi.sock").exists()
 
 

@@ -20,7 +20,7 @@ from csi_driver.host.syscalls import NUMBERS, libc
 from csi_driver.host.workers import Workers
 from csi_driver.model.errors import CommandFailed
 from csi_driver.model.secret import Passphrase
-from csi_driver.rpc.server import serve
+from csi_driver.rpc.server import driver_server, serve_until_told
 from csi_driver.volumes.driver import WARM, Host, build_driver
 
 P = ParamSpec("P")
@@ -92,7 +92,7 @@ def main(plant: str, options: list[str]) -> None:
     driver = build_driver(settings, Host(workers=LeakingWorkers(PLANTS[plant])))
     driver.start()
     try:
-        serve(driver)
+        serve_until_told(driver_server(driver))
     finally:
         driver.stop()
 

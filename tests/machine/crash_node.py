@@ -16,7 +16,7 @@ from csi_driver.model.errors import DriverError, NotFound
 from csi_driver.model.settings import Settings
 from csi_driver.model.volume import VolumeRecord
 from csi_driver.rpc.client import CsiClient, RemoteVolume
-from csi_driver.rpc.server import Server
+from csi_driver.rpc.server import driver_server
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.driver import Driver, Host, build_driver
 from tests.machine.crash_log import Identity, Kind
@@ -50,7 +50,7 @@ class Node:
         with ExitStack() as stack:
             # The workers belong to the host, which may serve several nodes one after the other: they stay.
             self.driver.start()
-            server = Server(self.driver)
+            server = driver_server(self.driver)
             server.start()
             stack.callback(server.stop)
             self._client = stack.enter_context(CsiClient(self._settings.endpoint, _CALL_SECONDS))

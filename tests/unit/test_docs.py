@@ -1,6 +1,7 @@
 """The docs name what there is: no parameter, option, error or finding is missing in them, and none is invented."""
 
 import ast
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from csi_driver.host import mountoptions
 from csi_driver.keys import secret
 from csi_driver.luks import formats
 from csi_driver.model import errors
-from csi_driver.rpc import metrics
+from csi_driver.rpc import metrics, server
 from csi_driver.rpc.status import code_of
 from csi_driver.volumes import health, parameters
 from csi_driver.volumes.capability import AccessMode
@@ -173,7 +174,8 @@ def test_every_finding_of_the_doctor_is_told() -> None:
 
 
 def test_every_metric_is_told() -> None:
-    there = set(re.findall(r'"(luks_csi_\w+)"', Path(metrics.__file__).read_text()))
+    sources = [inspect.getsource(module) for module in (metrics, server)]
+    there = set(re.findall(r'"(luks_csi_\w+)"', "".join(sources)))
     same(first_names(section(page("configuration.md"), "Metrics")), there)
 
 
@@ -201,7 +203,7 @@ def test_every_variable_that_is_named_exists() -> None:
 def test_every_command_that_is_named_exists() -> None:
     named = dict(commands())
     for path in PAGES:
-        for words in re.findall(r"luks-csi((?: [a-z]+)+)", "\n".join(code_in(path.read_text()))):
+        for words in re.findall(r"(?<!-n )luks-csi((?: [a-z]+)+)", "\n".join(code_in(path.read_text()))):
             name = ""
             for word in words.split():
                 name = f"{name} {word}".strip()
@@ -211,9 +213,9 @@ def test_every_command_that_is_named_exists() -> None:
 
 
 def test_every_make_target_that_is_named_exists() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for path in PAGES:
-        for words in re.findall(r"\bmake((?: [a-z]+)+)", "\n".join(code_in(path.read_text()))):
+        for words in re.findall(r"\bmake((?: [a-z-]+)+)", "\n".join(code_in(path.read_text()))):
             assert set(words.split()) <= targets, f"{path.name}: make{words}"
 
 
@@ -243,8 +245,8 @@ def anchors(text: str) -> set[str]:
 
 def code_in(text: str) -> list[str]:
     """What stands in code blocks and between backticks."""
-    blocks = re.findall(r"^```.*?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return [*blocks, *code_names(re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))]
+    blocks = re.findall(r"^ *```.*?\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    return [*blocks, *code_names(re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL))]
 
 
 def commands(command: click.Command = cli.luks_csi, name: str = "") -> Iterator[tuple[str, click.Command]]:
