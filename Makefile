@@ -7,30 +7,33 @@ CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/luks-csi
 CSI_SANITY := $(CACHE)/bin/csi-sanity-v5.6.0
 STUBS := csi_driver/rpc/pluginregistration_pb2.py
 
+# The binaries of a cluster, named after what they are built from.
+KUBERNETES_BIN := $(CACHE)/kubernetes-$(shell cat tests/cluster/go/*/go.* | sha256sum | cut -c1-12)
+
 # Suites that draw at random take these.
 export SEED COUNT
-export CSI_SANITY
+export CSI_SANITY KUBERNETES_BIN
 
 # On the host if that has device-mapper, else in the guest.
 GUEST := $(PY) -m tests.machine.guest --env SEED --env COUNT --env CSI_SANITY --
 # The guest's root is read-only: no cache folder there.
 MACHINE_PYTEST := $(PY) -m pytest -p no:cacheprovider
-CONTRACT := $(wildcard tests/contract)
-MACHINE := $(wildcard tests/machine)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check sanity faults crashes danger canary bench format clean venv system lock
+.PHONY: help demo test check sanity faults crashes danger canary cluster-test bench format clean venv system lock
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: venv system ## an encrypted volume from creation to clean-up, on real dm-crypt
 	@$(GUEST) $(PY) -m tests.machine.demo
 
-test: check system $(CSI_SANITY) ## every test, seeded handfuls of the long ones
-	$(if $(CONTRACT),$(PY) -m pytest tests/contract)
-	$(if $(MACHINE),$(GUEST) $(MACHINE_PYTEST) tests/machine)
+test: check $(CSI_SANITY) $(KUBERNETES_BIN) ## every test, seeded handfuls of the long ones
+	@tools/system.sh cluster
+	$(PY) -m pytest tests/contract
+	$(GUEST) $(MACHINE_PYTEST) tests/machine
+	$(PY) -m tests.cluster tests/cluster/test_smoke.py
 
 check: venv ## linters, types, layers, unit tests
 	.venv/bin/ruff check
@@ -53,6 +56,10 @@ danger: venv system ## what lost data in the field
 
 canary: venv system ## no key byte leaves its place
 	@$(GUEST) $(PY) -m tests.machine.canary
+
+cluster-test: venv $(KUBERNETES_BIN) ## a real Kubernetes; ONLY="longhorn nodes" runs some
+	@tools/system.sh cluster
+	@$(PY) -m tests.cluster $(or $(ONLY:%=tests/cluster/test_%.py),tests/cluster)
 
 bench: venv system ## times beside their bounds
 	@$(GUEST) $(PY) -m benchmarks
@@ -88,9 +95,23 @@ $(STUBS): $(wildcard protos/*.proto) hatch_build.py .venv/installed
 	$(PY) hatch_build.py
 
 # Built once for every clone, by the Go of the virtual environment: the rename comes last.
+GO = env CGO_ENABLED=0 GOBIN=$(CACHE)/go/bin GOCACHE=$(CACHE)/go/build GOMODCACHE=$(CACHE)/go/mod GOPATH=$(CACHE)/go \
+    GOFLAGS='-modcacherw -buildvcs=false' GOTOOLCHAIN=local $(CURDIR)/.venv/bin/go
+
 $(CSI_SANITY): | .venv/installed
 	mkdir -p $(@D) $(CACHE)/go
-	env CGO_ENABLED=0 GOBIN=$(CACHE)/go/bin GOCACHE=$(CACHE)/go/build GOMODCACHE=$(CACHE)/go/mod GOPATH=$(CACHE)/go \
-	    GOFLAGS='-mod=mod -modcacherw' GOTOOLCHAIN=local \
-	    .venv/bin/go install github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity@$(lastword $(subst -, ,$(@F)))
+	$(GO) install github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity@$(lastword $(subst -, ,$(@F)))
 	mv $(CACHE)/go/bin/csi-sanity $@
+
+# Kubernetes compares versions: it gets its own from go.mod.
+VERSION_OF = $(shell sed -n 's|^.*$(1) \(v[0-9.]*\)$$|\1|p' tests/cluster/go/kubernetes/go.mod | head -n1)
+KUBERNETES_VERSION = $(call VERSION_OF,k8s.io/kubernetes)
+KUBERNETES_LDFLAGS = -s -w $(foreach pair,gitVersion=$(KUBERNETES_VERSION) gitMajor=1 \
+    gitMinor=$(word 2,$(subst ., ,$(KUBERNETES_VERSION))),-X k8s.io/component-base/version.$(pair))
+
+$(KUBERNETES_BIN): | .venv/installed
+	rm -rf $@.new
+	mkdir -p $@.new
+	cd tests/cluster/go/etcd && $(GO) build -trimpath -ldflags '-s -w' -o $@.new/etcd $$($(GO) list tool)
+	cd tests/cluster/go/kubernetes && $(GO) build -trimpath -ldflags '$(KUBERNETES_LDFLAGS)' -o $@.new/ tool
+	mv $@.new $@

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Installs the system packages that the work on luks-csi needs, those that are missing only.
-# `system.sh python PYTHON`: enough for a virtual environment; `system.sh`: everything.
+# `system.sh python PYTHON`: enough for a virtual environment; `system.sh`: the demo and the device tests; `system.sh
+# cluster`: the tests in a cluster too.
 set -eu
 
 fail() {
@@ -40,8 +41,15 @@ fi
 packages="btrfs-progs cryptsetup-bin e2fsprogs iproute2 kmod mount procps runc util-linux xfsprogs"
 # Without device-mapper the device tests run in a guest: tests/machine. Newer CPUs need a shim compiled for it.
 grep -qs device-mapper /proc/misc || modprobe -q dm_mod 2>/dev/null || packages="$packages user-mode-linux gcc libc6-dev"
+[ "${1-}" != cluster ] || packages="$packages buildah busybox-static containerd containernetworking-plugins
+    gcc libc6-dev mmdebstrap openssl user-mode-linux"
+installed() {
+    [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ] && return
+    # Docker's own packages bring these two, and apt-get would remove Docker for Debian's.
+    case $1 in containerd | runc) command -v "$1" >/dev/null ;; *) false ;; esac
+}
 missing=
 for package in $packages; do
-    [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing="$missing $package"
+    installed "$package" || missing="$missing $package"
 done
 [ -z "$missing" ] || install $missing

@@ -104,6 +104,17 @@ def test_what_was_synced_outlives_a_crash_and_a_command_that_is_not_there_is_tol
     assert guest.output("stderr") == b"no-such-command: No such file or directory\n"
 
 
+def test_a_folder_of_its_own_hides_the_hosts_but_for_what_it_must_see(tmp_path: Path) -> None:
+    log = tmp_path / "kernel.log"
+    config = GuestConfig(disk_size=256 << 20, own=["/var/lib"], shown=[Path("/var/lib/dpkg")], kernel_log=log)
+    with Guest(config) as guest:
+        for _ in range(2):
+            guest.start(["sh", "-c", "ls /var/lib && test -e /var/lib/dpkg/status && touch /var/lib/new"])
+            assert guest.wait(BOOT) == 0, guest.output("stderr")
+            assert guest.output() == b"dpkg\n"
+    assert log.read_text().count("Linux version") == 2
+
+
 def test_a_time_limit_ends_it_and_nothing_is_left(guest: Guest) -> None:
     scratch = guest.disk.parent
     guest.start(["sleep", "600"])

@@ -43,8 +43,9 @@ Stream = tuple[str, list[int], tuple[int, int] | None]
 
 
 class Job:
-    """What the host wants from this boot; `out` is a folder of the host that it may write, `shown` are those that it
-    must see though they lie under SHADOWED, `sync` asks that the disk is synced at the end.
+    """What the host wants from this boot; `out` is a folder of the host that it may write, `own` are the guest's own
+    besides SHADOWED, `shown` are those that it must see though they lie under such, `sync` asks that the disk is synced
+    at the end.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Job:
         env: dict[str, str],
         streams: list[Stream],
         out: str | None,
+        own: list[str],
         shown: list[str],
         sync: bool,
     ) -> None:
@@ -63,6 +65,7 @@ class Job:
         self.env = env
         self.streams = streams
         self.out = out
+        self.own = own
         self.shown = shown
         self.sync = sync
 
@@ -81,31 +84,33 @@ def _check(result: int, what: str) -> None:
         raise OSError(code, os.strerror(code), what)
 
 
-def _mount(source: str, target: str, fstype: str, flags: int = 0, data: str = "") -> None:
-    os.makedirs(target, exist_ok=True)
+def mount(source: str, target: str, fstype: str, flags: int = 0, data: str = "") -> None:
+    """The system call, on a folder that is made if it is absent; OSError."""
+    if not os.path.exists(target):
+        os.makedirs(target)
     call = _libc.mount(source.encode(), target.encode(), fstype.encode(), ctypes.c_ulong(flags), data.encode())
     _check(call, target)
 
 
 def _make_system(scratch: str, job: Job) -> None:
-    _mount("proc", "/proc", "proc")
-    _mount("sysfs", "/sys", "sysfs")
-    _mount("cgroup2", "/sys/fs/cgroup", "cgroup2")
+    mount("proc", "/proc", "proc")
+    mount("sysfs", "/sys", "sysfs")
+    mount("cgroup2", "/sys/fs/cgroup", "cgroup2")
     if not os.path.ismount("/dev"):  # the kernel may have done it
-        _mount("devtmpfs", "/dev", "devtmpfs")
-    _mount("devpts", "/dev/pts", "devpts", data="ptmxmode=666,mode=620")
-    for target, mode in {"/dev/shm": "1777", **SHADOWED}.items():
-        _mount("tmpfs", target, "tmpfs", _MS_NOSUID, f"mode={mode}")
+        mount("devtmpfs", "/dev", "devtmpfs")
+    mount("devpts", "/dev/pts", "devpts", data="ptmxmode=666,mode=620")
+    for target, mode in {"/dev/shm": "1777", **SHADOWED, **dict.fromkeys(job.own, "755")}.items():
+        mount("tmpfs", target, "tmpfs", _MS_NOSUID, f"mode={mode}")
     for link, to in (("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")):
         if not os.path.lexists(f"/dev/{link}"):
             os.symlink(to, f"/dev/{link}")
     for folder in ("/run/lock", "/run/cryptsetup", _BIN):
         os.makedirs(folder)
-    _mount("none", _HOST, "hostfs", data=scratch)
+    mount("none", _HOST, "hostfs", data=scratch)
     for folder in job.shown:
-        _mount("none", folder, "hostfs", _MS_RDONLY, folder)
+        mount("none", folder, "hostfs", _MS_RDONLY, folder)
     if job.out:
-        _mount("none", OUT, "hostfs", data=job.out)
+        mount("none", OUT, "hostfs", data=job.out)
     _check(_libc.mount(None, b"/", None, ctypes.c_ulong(_MS_REC | _MS_SHARED), None), "/")
     loopback = _libc.socket(2, 2, 0)  # AF_INET, SOCK_DGRAM
     fcntl.ioctl(loopback, 0x8914, b"lo".ljust(16, b"\0") + b"\1".ljust(16, b"\0"))  # SIOCSIFFLAGS, IFF_UP
@@ -307,7 +312,7 @@ def main(scratch: str) -> None:
     job = Job.load(f"{scratch}/{JOB}")
     _make_system(scratch, job)
     _load_modules()
-    _mount("/dev/ubda", STATE, "ext4", data="noinit_itable")
+    mount("/dev/ubda", STATE, "ext4", data="noinit_itable")
     code = run(job)
     if job.sync:
         _check(_libc.syncfs(os.open(STATE, os.O_RDONLY)), STATE)

@@ -35,9 +35,8 @@ _TAIL_SECONDS = 0.02  # between two looks at what the guest has written
 _LOG_LINES = 40
 # The kernel leads a process group. The guard is told which, and ends it when whoever booted it is gone, kill -9
 # included: then its pipe closes.
-_START = 'echo $$; exec "$@" >kernel.log 2>&1'
+_START = 'log=$1; shift; echo $$; exec "$@" >>"$log" 2>&1'
 _GUARD = 'read -r group; cat; kill -9 "-$group"; sleep 1; rm -rf "$1"'
-_SHADOWED = tuple(map(Path, SHADOWED))
 
 
 class GuestError(Exception):
@@ -56,7 +55,10 @@ class GuestConfig:
 
     `disk` is the file that holds /mnt/state: made if it is absent, and kept. None: a disk that lives as long as the
     Guest, over all its boots. `sync`: a boot that ends by itself has written everything to it. `out` is a folder of the
-    host that appears as /mnt/out. `env` adds to the environment.
+    host that appears as /mnt/out. `env` adds to the environment. `tap` is a tap interface of the host that becomes
+    vec0, with the address `mac`. `own` are further folders in which the guest sees nothing of the host but has
+    something empty of its own, and `shown` what it must see in spite of that. `kernel_log` gets what the kernel says,
+    boot after boot.
     """
 
     memory: int = 2 << 30
@@ -66,6 +68,11 @@ class GuestConfig:
     out: Path | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     cwd: Path = field(default_factory=Path.cwd)
+    tap: str | None = None
+    mac: str = "02:00:00:00:00:01"
+    own: Sequence[str] = ()
+    shown: Sequence[Path] = ()
+    kernel_log: Path | None = None
 
 
 def missing() -> str | None:
@@ -96,10 +103,11 @@ def _prepare(*command: str) -> None:
         raise GuestError(f"The guest cannot be prepared, {command[0]} failed: {error.stderr.strip()}") from error
 
 
-def _shown(cwd: Path) -> list[str]:
+def _shown(config: GuestConfig) -> list[str]:
     """The folders that must be seen though the guest puts something of its own in their place."""
-    wanted = {cwd, _HERE.parent.parent, Path(sys.prefix), Path(sys.base_prefix)}
-    return sorted(str(path) for path in wanted if any(path.is_relative_to(hidden) for hidden in _SHADOWED))
+    wanted = {config.cwd, _HERE.parent.parent, Path(sys.prefix), Path(sys.base_prefix), *config.shown}
+    hidden = [*SHADOWED, *config.own]
+    return sorted(str(path) for path in wanted if any(path.is_relative_to(folder) for folder in hidden))
 
 
 def _environment(extra: Mapping[str, str], *, out: bool) -> dict[str, str]:
@@ -166,6 +174,7 @@ class Guest:
             self.disk = self._config.disk or self._scratch / "disk"
             if not self.disk.exists():
                 self._make_disk()
+            self._kernel_log = self._config.kernel_log or self._scratch / "kernel.log"
             (self._scratch / "ubd").symlink_to(self.disk.absolute())
             stack.callback(self.kill)
             self._stack = stack.pop_all()
@@ -188,6 +197,7 @@ class Guest:
         self.kill()
         config = self._config
         self._seen = {}
+        self._log_start = self._kernel_log.stat().st_size if self._kernel_log.exists() else 0
         self._streams = _streams() if self._forward else [(name, [n], None) for n, name in _FILES.items()]
         for name in (*_FILES.values(), STATUS):
             (self._scratch / name).unlink(missing_ok=True)
@@ -197,7 +207,8 @@ class Guest:
             env=_environment(config.env, out=config.out is not None),
             streams=self._streams,
             out=str(config.out.absolute()) if config.out else None,
-            shown=_shown(config.cwd),
+            own=list(config.own),
+            shown=_shown(config),
             sync=config.sync,
         )
         (self._scratch / JOB).write_bytes(job.dump())
@@ -210,11 +221,15 @@ class Guest:
             with open(source, "rb") as stdin:
                 guard = self._spawn([_GUARD, "guard", str(self._scratch)], stdin, subprocess.DEVNULL)
             boot.callback(self._end_group, guard)
-            self._process = self._spawn([_START, "start", *self._kernel(init)], subprocess.DEVNULL, tether)
+            self._process = self._spawn(
+                [_START, "start", str(self._kernel_log), *self._kernel(init)], subprocess.DEVNULL, tether
+            )
             boot.callback(self._end_group, self._process)
             self._boot = boot.pop_all()
 
     def _kernel(self, init: Path) -> list[str]:
+        tap, mac = self._config.tap, self._config.mac
+        network = [f"vec0:transport=tap,ifname={tap},depth=128,gro=1,mac={mac}"] if tap else []
         return [
             shutil.which(_KERNEL, path=system_path()) or _KERNEL,
             f"mem={self._config.memory >> 20}M",
@@ -230,6 +245,7 @@ class Guest:
             "con0=null,fd:1",
             "oops=panic",
             "noreboot",
+            *network,
         ]
 
     def _kernel_environment(self) -> dict[str, str]:
@@ -322,19 +338,22 @@ class Guest:
                     while data:
                         data = data[os.write(descriptors[0], data) :]
 
+    def _whole_log(self) -> str:
+        """What the kernel has said since it booted."""
+        return self._kernel_log.read_bytes()[self._log_start :].decode(errors="replace")
+
     def _log(self) -> str:
-        lines = (self._scratch / "kernel.log").read_text(errors="replace").splitlines()
-        return "\n".join(lines[-_LOG_LINES:])
+        return "\n".join(self._whole_log().splitlines()[-_LOG_LINES:])
 
     def _judged(self, code: int) -> int:
-        log = (self._scratch / "kernel.log").read_text(errors="replace")
+        log = self._whole_log()
         if killed := re.search(r"^.*Out of memory: Killed process \d+ \((.*?)\)", log, re.MULTILINE):
             memory = self._config.memory >> 20
             raise GuestError(f"The guest's {memory} MiB of memory ran out and {killed[1]} was killed: give it more.")
         return code
 
     def _crashed(self, code: int) -> GuestError:
-        log = (self._scratch / "kernel.log").read_text(errors="replace")
+        log = self._whole_log()
         if "ptrace set fp regs failed" in log:
             return GuestError("This processor has more registers than user-mode Linux knows: install gcc.", self._log())
         if panic := re.search(r"Kernel panic - not syncing: (.*)", log):
