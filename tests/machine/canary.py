@@ -35,6 +35,7 @@ from tests.machine.server import ServerProcess
 
 LEAST_SAMPLES = 200
 LEAST_PLACES = 35
+_MOST_ROUNDS = 10  # a busy machine takes fewer samples of each
 _WINDOW = 6
 _TEMPORARY = ("/tmp", "/run", "/var/tmp", "/dev/shm")
 _LARGEST_FILE = 16 << 20  # behind that a volume's file holds ciphertext only
@@ -165,7 +166,10 @@ class Canary:
         watch.start()
         try:
             with CsiClient(self._server.endpoint) as client:
-                self._work(client)
+                for _ in range(_MOST_ROUNDS):
+                    self._work(client)
+                    if watch.samples >= LEAST_SAMPLES:
+                        break
         finally:
             watch.end()
         self.report.samples = watch.samples
@@ -182,7 +186,7 @@ class Canary:
     def _work(self, client: CsiClient) -> None:
         right = {"CRYPTO_KEY_VALUE": self._right}
         stage, target = self._folder / "stage", self._folder / "pods" / "mount"
-        stage.mkdir()
+        stage.mkdir(exist_ok=True)
         volume = client.create_volume("pvc-1", [_MOUNT], 128 * _MIB, parameters=_CLASS, secrets=right)
         for secret in (
             {"CRYPTO_KEY_VALUE": self._odd, "encryptionPassphrase": self._right},
