@@ -112,9 +112,11 @@ class FakeLoops(LoopDevices):
         self.step = step
         self.bound: dict[str, FakeLoop] = {}
         self.handles: list[FakeHandle] = []
+        self.guarded: set[str] = set()
 
     def attach(self, path: str, *, autoclear: bool, read_only: bool = False) -> AttachedLoop:
         self.step("before attach")
+        self.guarded.discard(path)
         try:
             backing = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -140,6 +142,17 @@ class FakeLoops(LoopDevices):
                 self._unbind(info.path)
             raise
         return handle
+
+    def guard(self, path: str) -> None:
+        self.step("before guard")
+        if os.path.exists(path) and self.find(path):
+            self.guarded.add(path)
+        self.step("after guard")
+
+    def unguard(self, path: str) -> None:
+        self.step("before unguard")
+        self.guarded.discard(path)
+        self.step("after unguard")
 
     def find(self, path: str) -> list[LoopInfo]:
         status = os.stat(path)
@@ -240,6 +253,9 @@ class MemoryBackend:
 
     def attach(self, volume_id: str, *, lasting: bool) -> AttachedDevice:
         raise DeviceAbsent(f"volume {volume_id} is only in memory")
+
+    def guard(self, volume_id: str) -> None:
+        """Nothing is attached."""
 
     def refresh(self, device_path: str) -> None:
         """Nothing is attached."""

@@ -78,6 +78,12 @@ class Backend(Protocol):
         Unless `lasting`, it goes away with its last user. Raises DeviceAbsent, DeviceInUse.
         """
 
+    def guard(self, volume_id: str) -> None:
+        """Keep others from opening the storage below the volume's attached device, until `detach` or `attach`.
+
+        Without effect while nothing is attached. Raises FailedPrecondition.
+        """
+
     def refresh(self, device_path: str) -> None:
         """Let an attached device show the size that `grow` gave it."""
 
@@ -88,7 +94,7 @@ class Backend(Protocol):
         """Whether that block device is the volume's: by identity of what is below, not by name."""
 
     def detach(self, volume_id: str) -> None:
-        """Let go of a lasting device; absent is fine, also when the volume is gone."""
+        """Let go of a lasting device, and of the guard; absent is fine, also when the volume is gone."""
 
     def space(self) -> Space:
         """Room for new volumes."""

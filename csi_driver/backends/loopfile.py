@@ -54,8 +54,8 @@ class LoopfileBackend:
         fresh = self._folder / "new" / record.id
         try:
             with self._space_errors(record.id):
-                self._files.remove_folder(fresh)
-                self._files.remove_folder(self._folder / "trash" / record.id)
+                self._remove(fresh)
+                self._remove(self._folder / "trash" / record.id)
                 self._files.make_folder(fresh)
                 self._files.set_size(fresh / _DISK, size, new=True)
                 self._files.write(fresh / _RECORD, self._codec.encode(record))
@@ -99,10 +99,10 @@ class LoopfileBackend:
         volume, trash = self._volume(volume_id), self._folder / "trash" / volume_id
         if volume.exists():
             self._check_unused(volume_id)
-            self._files.remove_folder(trash)
+            self._remove(trash)
             self._files.rename(volume, trash)
-        self._files.remove_folder(trash)
-        self._files.remove_folder(self._folder / "new" / volume_id)
+        self._remove(trash)
+        self._remove(self._folder / "new" / volume_id)
 
     def ids(self) -> Sequence[str]:
         """Folder names are the ids."""
@@ -115,10 +115,14 @@ class LoopfileBackend:
             present = disk.stat().st_size
         except FileNotFoundError:
             raise NotFound(f"volume {volume_id} has no backing file {disk}") from None
-        if size > present:
-            self._check_room(volume_id, size - present)
-            with self._space_errors(volume_id):
-                self._files.set_size(disk, size)
+        try:
+            if size > present:
+                self._check_room(volume_id, size - present)
+                self._loops.unguard(str(disk))
+                with self._space_errors(volume_id):
+                    self._files.set_size(disk, size)
+        finally:
+            self._loops.guard(str(disk))  # also where an earlier call was cut before it
 
     def attach(self, volume_id: str, *, lasting: bool) -> AttachedLoop:
         """One loop device per file, autoclear unless `lasting`."""
@@ -127,6 +131,10 @@ class LoopfileBackend:
         if device.info.size_bytes < disk.stat().st_size:
             self.refresh(device.path)  # it was attached before the file grew
         return device
+
+    def guard(self, volume_id: str) -> None:
+        """Loop lets a file be bound twice, and then two mappings tear it: the file system must refuse."""
+        self._loops.guard(str(self._volume(volume_id) / _DISK))
 
     def refresh(self, device_path: str) -> None:
         """LOOP_SET_CAPACITY."""
@@ -150,6 +158,9 @@ class LoopfileBackend:
         """Detach every loop device on the volume's file."""
         for path in self._find(volume_id):
             self._loops.detach(path)
+        # A volume is unstaged whatever its file system has come to; the guard also goes when it is attached or deleted.
+        with contextlib.suppress(FailedPrecondition):
+            self._loops.unguard(str(self._volume(volume_id) / _DISK))
 
     def space(self) -> Space:
         """What statvfs says, less the floor. Files are sparse: this is room now, not room promised."""
@@ -166,8 +177,12 @@ class LoopfileBackend:
         """Remove the half-made and the half-deleted one; a folder that lost its record still holds data and stays."""
         leftovers = [path for name in ("new", "trash") if (path := self._folder / name / volume_id).exists()]
         for path in leftovers:
-            self._files.remove_folder(path)
+            self._remove(path)
         return [str(path) for path in leftovers]
+
+    def _remove(self, folder: Path) -> None:
+        self._loops.unguard(str(folder / _DISK))  # a power cut leaves the guard on
+        self._files.remove_folder(folder)
 
     def _volume(self, volume_id: str) -> Path:
         return self._folder / "volumes" / volume_id

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
-from csi_driver.host import blockdev, loopcontrol, ofdlock
+from csi_driver.host import appendonly, blockdev, loopcontrol, ofdlock
 from csi_driver.host.holders import Holders, describe
 from csi_driver.host.loopcontrol import Flag
 from csi_driver.host.syscalls import error_name
@@ -104,8 +104,9 @@ class LoopDevices:
         """Bind the regular file `path` to a loop device with 512-byte blocks, with direct I/O where possible.
 
         A file that this driver already bound with the same flags gives a handle on that device. After a failure
-        nothing remains bound. Raises DeviceAbsent, DeviceMismatch (not a regular file), DeviceInUse (bound or locked
-        by somebody, who is named), ResourceExhausted (no loop device), FailedPrecondition, CommandFailed.
+        nothing remains bound. The file is not guarded afterwards. Raises DeviceAbsent, DeviceMismatch (not a regular
+        file), DeviceInUse (bound or locked by somebody, who is named), ResourceExhausted (no loop device),
+        FailedPrecondition, CommandFailed.
         """
         backing = _open_backing(path)
         try:
@@ -128,6 +129,17 @@ class LoopDevices:
             raise DeviceInUse(f"{path} is locked by {who}; end it or wait for its end, then call again")
         finally:
             os.close(backing)
+
+    def guard(self, path: str) -> None:
+        """Let nobody else open the file for writing, as `losetup` and `cryptsetup` do, or rename or remove it.
+
+        Only while its lock is held, as a bound one's is. Undone by `unguard` and `attach`. Raises FailedPrecondition.
+        """
+        _set_guard(path, on=True)
+
+    def unguard(self, path: str) -> None:
+        """Take the guard off; not guarded or absent is fine. Raises FailedPrecondition."""
+        _set_guard(path, on=False)
 
     def find(self, path: str) -> list[LoopInfo]:
         """All loop devices bound to the file at `path`, whoever bound them; empty when it is absent."""
@@ -295,11 +307,29 @@ def _open_backing(path: str) -> int:
                 f"{path} has {found.st_nlink} hard links and a volume's file must have one; remove the others, "
                 f"'find -samefile {path}' finds them"
             )
+        _set_guard(path, on=False)
         return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)  # a lock wants it writable
     except (FileNotFoundError, NotADirectoryError):
         raise DeviceAbsent(f"the backing file {path} is not there; check that its file system is mounted") from None
     except OSError as error:
         raise CommandFailed(f"the backing file {path} could not be opened: {error_name(error)}") from None
+
+
+def _set_guard(path: str, *, on: bool) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return  # absent, or nothing that could be bound
+    try:
+        if not on or ofdlock.is_locked(descriptor):
+            appendonly.set_append_only(descriptor, on=on)
+    except OSError as error:
+        raise FailedPrecondition(
+            f"{path} cannot be {'guarded against' if on else 'opened to'} writers ({error_name(error)}); check "
+            f"its file system, and run as root with CAP_LINUX_IMMUTABLE"
+        ) from None
+    finally:
+        os.close(descriptor)
 
 
 def _lock(path: str, backing: int) -> bool:

@@ -40,12 +40,20 @@ def check(result: int, what: str) -> int:
     return result
 
 
-def syscall(name: str, *arguments: int | bytes | None) -> int:
-    """Make the system call `name` of NUMBERS; raises OSError. Text arguments are NUL-terminated bytes."""
-    converted = [
-        ctypes.c_long(argument) if isinstance(argument, int) else ctypes.c_char_p(argument) for argument in arguments
-    ]
-    return check(int(libc.syscall(ctypes.c_long(NUMBERS[name]), *converted)), name)
+def syscall(name: str, *arguments: int | bytes | bytearray | None) -> int:
+    """Make the system call `name` of NUMBERS; raises OSError.
+
+    Text arguments are NUL-terminated bytes; a bytearray is memory that the kernel may write.
+    """
+
+    def converted(argument: int | bytes | bytearray | None) -> object:
+        if isinstance(argument, int):
+            return ctypes.c_long(argument)
+        if isinstance(argument, bytearray):
+            return (ctypes.c_char * len(argument)).from_buffer(argument)
+        return ctypes.c_char_p(argument)
+
+    return check(int(libc.syscall(ctypes.c_long(NUMBERS[name]), *map(converted, arguments))), name)
 
 
 def error_name(error: OSError) -> str:

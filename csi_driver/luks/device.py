@@ -87,7 +87,7 @@ def open_device(
     with _header_copy(where, path, identity, size, limits) as (copy, _), crypt_device(where, path, copy) as device:
         device.load()
         device.unlock(passphrase, opening.name, opening.flags)
-    keyring.link_to_user(keyring.KeyType.LOGON, volume_key_name(identity.uuid))
+    keyring.link_to_user(volume_key_name(identity.uuid))
 
 
 def check_passphrase(
@@ -120,7 +120,7 @@ def resize_mapping(
     if target.length * _SECTOR >= size:
         return  # a growth that was cut may have left the device longer than recorded: what was shown is never taken
     description = volume_key_name(identity.uuid)
-    if keyring.link_into_thread(keyring.KeyType.LOGON, description) is None:
+    if keyring.link_into_thread(description) is None:
         if passphrase is None:
             raise FailedPrecondition(
                 f"{where} cannot be enlarged while it is open: its volume key is not in the kernel's keyring and the "

@@ -155,12 +155,15 @@ def _refuse_other_content(area: bytes, where: str) -> None:
     if not area.strip(b"\0"):
         raise DeviceBlank(
             f"expected the volume's LUKS2 header on {where}, found only zeros in its first {len(area)} bytes; "
-            "the storage may be degraded or the wrong device, nothing was written"
+            "nothing was written, check the storage and that this is the volume's device"
         )
     # A zeroed primary copy can be made good from the secondary one; anything else there is somebody's data, which
     # libcryptsetup does not repair over either.
     if area[:BINARY_SIZE].strip(b"\0"):
-        raise ForeignSignature(f"expected the volume's LUKS2 header on {where}, found other data at its start")
+        raise ForeignSignature(
+            f"expected the volume's LUKS2 header on {where}, found other data at its start; nothing was written, check "
+            "that this is the volume's device, else restore its header from a backup"
+        )
 
 
 def _text(field: bytes) -> str:

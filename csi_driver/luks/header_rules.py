@@ -65,11 +65,17 @@ def validate(
     for everything else.
     """
     if header.uuid != expected.uuid:
-        raise ForeignSignature(f"expected LUKS2 with UUID {expected.uuid} on {where}, found UUID {header.uuid}")
+        raise ForeignSignature(
+            f"expected LUKS2 with UUID {expected.uuid} on {where}, found UUID {header.uuid}; nothing was written, "
+            "check that this is the volume's device"
+        )
     for reason in _violations(header, expected, limits, keyslots):
         raise refusal(where, reason)
     if device_size < expected.data_offset + expected.sector_size:
-        raise DeviceShort(f"expected more than {expected.data_offset} bytes on {where}, found {device_size}")
+        raise DeviceShort(
+            f"expected more than {expected.data_offset} bytes on {where}, found {device_size}; "
+            "check the storage below it"
+        )
 
 
 def _violations(

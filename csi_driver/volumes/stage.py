@@ -13,7 +13,15 @@ from csi_driver.host.mounts import Mount, Mounts
 from csi_driver.host.workers import Workers
 from csi_driver.keys.secret import SecretKey
 from csi_driver.luks.mapping import Mappings
-from csi_driver.model.errors import AlreadyExists, DeviceInUse, FailedPrecondition, InvalidArgument, NotFound
+from csi_driver.model.errors import (
+    AlreadyExists,
+    CommandFailed,
+    DeviceInUse,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+)
 from csi_driver.model.volume import VolumeRecord, mapping_name
 from csi_driver.volumes import capability as capabilities
 from csi_driver.volumes.capability import Capability
@@ -73,15 +81,26 @@ class Staging:
             self._check_same(record, staged, request)
             if record.encryption is not None:
                 self._encryption.resume(record.mapping_name)
+            self._backend.guard(record.id)
             return
         with self._workers.session():
             self._clear(record, request.staging_path, staged)
-            self._stage(record, request)
+            try:
+                self._stage(record, request)
+            except CommandFailed as error:
+                # A device on a full disk answers with I/O errors, and what works on it knows nothing of the disk.
+                if self._backend.space().available:
+                    raise
+                raise ResourceExhausted(
+                    f"{error}; the storage below volume {record.id} has no room above the floor that is kept free, "
+                    f"free space there"
+                ) from error
 
     def _stage(self, record: VolumeRecord, request: StageRequest) -> None:
         block = request.capability.block
         with ExitStack() as undo:
             undo.callback(self._stages.remove, record.id)
+            undo.callback(attempt, self._backend.guard, record.id)  # an earlier stage's device may still be in use
             lasting = block and record.encryption is None
             device = self._backend.attach(record.id, lasting=lasting)
             if lasting:
@@ -93,6 +112,7 @@ class Staging:
                 shown = device.path if record.encryption is None else f"/dev/mapper/{record.mapping_name}"
                 opened.callback(attempt, self._take_back, record, request.staging_path)
                 self._finish(record, shown, request)
+                self._backend.guard(record.id)
                 opened.pop_all()
             undo.pop_all()
             device.close()

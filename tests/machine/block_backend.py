@@ -89,6 +89,9 @@ class BlockBackend:
         path = self.devices.get(volume_id)
         return bool(path) and blockdev.device_number(str(path)) == (major, minor)
 
+    def guard(self, volume_id: str) -> None:
+        """The kernel lets a block device be opened exclusively once."""
+
     def detach(self, volume_id: str) -> None:
         """The device is the test's."""
 

@@ -27,7 +27,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _log = structlog.get_logger(__name__)
-KEY_NAME = "luks-csi:planted"
+KEY_NAME = "planted"
 _BYTES = slice(4, 12)
 """What of a key leaks: as few bytes as a truncated message may hold."""
 

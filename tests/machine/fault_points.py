@@ -25,7 +25,7 @@ from csi_driver.host.files import Files
 from csi_driver.host.loop import AttachedLoop, LoopDevices
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.workers import LauncherProcess, Workers
-from csi_driver.model.errors import CommandFailed, DeviceInUse, ResourceExhausted
+from csi_driver.model.errors import CommandFailed, DeviceInUse, FailedPrecondition, ResourceExhausted
 from csi_driver.volumes.driver import WARM, Host
 
 P = ParamSpec("P")
@@ -298,6 +298,22 @@ class FaultyLoops(LoopDevices):
             path,
             lambda: super(FaultyLoops, self).attach(path, autoclear=autoclear, read_only=read_only),
             lambda: ResourceExhausted(f"no loop device could be bound to {path}"),
+        )
+
+    def guard(self, path: str) -> None:
+        self._injector.step(
+            "loop guard",
+            path,
+            lambda: super(FaultyLoops, self).guard(path),
+            lambda: FailedPrecondition(f"{path} cannot be guarded against writers"),
+        )
+
+    def unguard(self, path: str) -> None:
+        self._injector.step(
+            "loop unguard",
+            path,
+            lambda: super(FaultyLoops, self).unguard(path),
+            lambda: FailedPrecondition(f"{path} cannot be opened to writers"),
         )
 
     def set_capacity(self, device_path: str) -> None:

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from csi_driver.host import loopcontrol
+from csi_driver.host import keyring, loopcontrol
 from csi_driver.host.devicemapper import DeviceMapper
-from csi_driver.host.syscalls import libc, syscall
+from csi_driver.host.loop import LoopDevices
+from csi_driver.host.syscalls import libc
+from csi_driver.model.errors import FailedPrecondition
 
 SETTLE_SECONDS = 5.0
 """How long the kernel may take to let go: autoclear and the destruction of keys happen by and by."""
@@ -23,14 +25,12 @@ SETTLE_SECONDS = 5.0
 _PAUSE = 0.02
 _PR_SET_CHILD_SUBREAPER = 36
 _MNT_DETACH = 2
-_KEYCTL_UNLINK = 9
-_USER_KEYRING = -4
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """All mapped devices, bound loop devices, mounts, keys of type logon, file locks and files below a folder.
+    """All mapped devices, bound loop devices, mounts, volume keys, file locks and files below a folder.
 
     Each is a line of text that says enough to find it. Loop devices without autoclear say so.
     """
@@ -140,10 +140,11 @@ def clear(before: Facts, folder: Path) -> None:
             loopcontrol.clear(descriptor)
             os.close(descriptor)
     for key in after.keys - before.keys:
-        with contextlib.suppress(OSError):
-            syscall("keyctl", _KEYCTL_UNLINK, int(key.split(" ")[0], 16), _USER_KEYRING)
+        with contextlib.suppress(Exception):
+            keyring.unlink_from_user(key.split(" ")[1].removeprefix("luks-csi:").removesuffix(":"))
     for path in sorted(after.files - before.files, reverse=True):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, FailedPrecondition):
+            LoopDevices().unguard(path)
             os.rmdir(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
 
 
@@ -178,7 +179,7 @@ def _keys() -> Iterator[str]:
     # Fields of /proc/keys (proc(5)): serial, flags, usage, timeout, permissions, uid, gid, type, description.
     for line in Path("/proc/keys").read_text(errors="replace").splitlines():
         fields = line.split()
-        if fields[7] == "logon":
+        if fields[7] == "logon" or fields[8].startswith("luks-csi:"):
             yield f"{fields[0]} {' '.join(fields[8:])}"
 
 

@@ -20,7 +20,7 @@ WRONG = {"CRYPTO_KEY_VALUE": PASSPHRASE[:-1]}
 def key_in_kernel(node: Node) -> bool:
     identity = node.record().luks
     assert identity is not None
-    return keyring.find_user(keyring.KeyType.LOGON, volume_key_name(identity.uuid)) is not None
+    return keyring.find_user(volume_key_name(identity.uuid)) is not None
 
 
 def test_a_wrong_key_opens_nothing_and_leaves_nothing_open(used: Node) -> None:

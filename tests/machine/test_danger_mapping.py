@@ -211,14 +211,19 @@ def test_a_complete_stage_is_repeated_without_the_key(used: Node) -> None:
 
 
 def test_two_mappings_of_one_file_cannot_be(used: Node) -> None:
-    """Loop does not stop a file from being bound twice; the lock that the loop device holds does."""
+    """Loop does not stop a file from being bound twice. While it is staged the file system does, and then the look at
+    what is bound already.
+    """
     used.stage()
     assert len(used.loops_of()) == 1
-    foreign = subprocess.run(
-        ["losetup", "--find", "--show", used.disk()], check=True, capture_output=True, text=True, timeout=10
-    ).stdout.strip()
+    bind = ["losetup", "--find", "--show", str(used.disk())]
+    for open_it in (bind, ["cryptsetup", "open", "--key-file", "-", str(used.disk()), "second"]):
+        refused = subprocess.run(open_it, check=False, input=PASSPHRASE.encode(), capture_output=True, timeout=20)
+        assert refused.returncode == 1, refused
+    assert len(used.loops_of()) == 1
+    used.unstage()
+    foreign = subprocess.run(bind, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
     try:
-        used.unstage()
         with pytest.raises(DeviceInUse, match=rf"bound to {foreign} by somebody else"):
             used.stage()
     finally:

@@ -138,7 +138,7 @@ _PLANTED = [
     (losing, "mount", "stage", "worker luks-open", Kind.AFTER, "lost"),
     (leaking, "mount", "stage", "worker luks-open", Kind.FAIL, "leaked"),
     (unproven, "plain mount", "stage", "loop attach", Kind.FOREIGN, "lost"),
-    (reusing, "mount", "restage", "worker luks-mount", Kind.ZOMBIE, "lost"),
+    (reusing, "mount", "restage", "loop guard", Kind.ZOMBIE, "lost"),
 ]
 
 

@@ -202,6 +202,49 @@ def test_many_at_once_get_one_device_for_one_file(loops: LoopDevices, image: Pat
             handle.close()
 
 
+def test_a_guarded_file_is_open_to_its_loop_device_alone(loops: LoopDevices, image: Path) -> None:
+    with loops.attach(str(image), autoclear=True) as loop:
+        loops.guard(str(image))
+        for refused in (["losetup", "-f", "--show"], ["truncate", "-s", "0"], ["rm", "-f"]):
+            done = subprocess.run([*refused, str(image)], check=False, capture_output=True, text=True, timeout=10)
+            assert "Operation not permitted" in done.stderr
+        assert loops.find(str(image)) == [loop.info]
+        os.pwrite(loop.fd, b"pattern" * 100, 4096)
+        blockdev.fsync_device(loop.path)
+        assert image.read_bytes()[4096 : 4096 + 700] == b"pattern" * 100
+        loops.unguard(str(image))
+        os.truncate(image, 12 * MIB)
+        loops.guard(str(image))
+        loops.set_capacity(loop.path)
+        assert blockdev.size_bytes(loop.path) == 12 * MIB
+
+
+def test_a_guard_that_a_power_cut_left_is_in_nobodys_way(loops: LoopDevices, image: Path) -> None:
+    loops.attach(str(image), autoclear=True).close()
+    loops.guard(str(image))  # bound to nothing: as it is
+    with image.open("r+b"):
+        pass
+    subprocess.run(["chattr", "+a", str(image)], check=True, timeout=10)
+    with loops.attach(str(image), autoclear=True) as loop:
+        assert not loop.info.read_only
+    with image.open("r+b"):
+        pass
+    for absent in (image.with_name("absent"), image.parent):
+        loops.unguard(str(absent))
+
+
+def test_where_the_file_system_knows_no_guard_a_loop_device_works_without(loops: LoopDevices, tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "ramfs", "none", str(tmp_path)], check=True, timeout=10)
+    try:
+        image = tmp_path / "disk.img"
+        image.write_bytes(bytes(MIB))
+        with loops.attach(str(image), autoclear=True):
+            loops.guard(str(image))
+        loops.unguard(str(image))
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True, timeout=10)
+
+
 def test_a_killed_process_leaves_no_device_and_no_lock(loops: LoopDevices, image: Path) -> None:
     code = (
         "import sys; from csi_driver.host.loop import LoopDevices\n"

@@ -138,6 +138,9 @@ class Rig:
         (loop,) = self.kernel.loops.find(str(self.folder / "loopfile" / "volumes" / name / "disk.img"))
         return loop.path
 
+    def guarded(self, name: str) -> bool:
+        return any(f"/{name}/" in path for path in self.kernel.loops.guarded)
+
     def write(self, name: str, file: str, text: str) -> None:
         content = self.kernel.read(self.device(name))
         assert content.inside.fs_type == "ext4"
@@ -217,14 +220,17 @@ def life(rig: Rig, name: str) -> Iterator[tuple[str, Callable[[], None]]]:
     path = rig.staging_path(name)
     yield "create", lambda: rig.create(name)
     yield "first stage", lambda: rig.stage(name)
+    assert rig.guarded(name)
     assert rig.kernel.size(rig.device(name)) == 64 * MIB
     rig.write(name, "a", "written")
     yield "publish", lambda: rig.publish(name)
     yield "expand", lambda: rig.expand(name, 96 * MIB)
+    assert rig.guarded(name)
     assert rig.kernel.size(rig.device(name)) == 96 * MIB
     assert rig.kernel.read(rig.device(name)).inside.fs_bytes == 96 * MIB
     yield "unpublish", lambda: rig.unpublish(name)
     yield "unstage", lambda: rig.unstage(name)
+    assert not rig.guarded(name)
     assert rig.kernel.traces(name) == []
     yield "stage again", lambda: rig.stage(name)
     assert rig.kernel.read(rig.device(name)).inside.files == {"a": "written"}
