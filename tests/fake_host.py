@@ -270,7 +270,8 @@ class MemoryBackend:
         """Nothing is attached."""
 
     def space(self) -> Space:
-        return Space(self.total, max(0, self.total - sum(self.sizes.values())))
+        free = max(0, self.total - sum(self.sizes.values()))
+        return Space(self.total, free, free)
 
     def orphans(self) -> Sequence[str]:
         return []

@@ -9,9 +9,10 @@ from csi_driver.model.volume import VolumeRecord
 
 @dataclass(frozen=True)
 class Space:
-    """Room for volumes, in bytes: in all, and free above the floor that is kept for what is there."""
+    """Room for volumes, in bytes: in all, free, and of that what is above the floor that is kept for what is there."""
 
     total: int
+    free: int
     available: int
 
 

@@ -50,7 +50,7 @@ class LoopfileBackend:
                 f"volume {record.id} cannot be made: {self._volume(record.id)} is there without a readable record and "
                 f"may hold data; restore its record from a backup or delete the volume"
             )
-        self._check_room(record.id, size)
+        self._check_room(record.id, size, "free space or choose another node")
         fresh = self._folder / "new" / record.id
         try:
             with self._space_errors(record.id):
@@ -117,7 +117,7 @@ class LoopfileBackend:
             raise NotFound(f"volume {volume_id} has no backing file {disk}") from None
         try:
             if size > present:
-                self._check_room(volume_id, size - present)
+                self._check_room(volume_id, size - present, "free space there")
                 self._loops.unguard(str(disk))
                 with self._space_errors(volume_id):
                     self._files.set_size(disk, size)
@@ -165,7 +165,8 @@ class LoopfileBackend:
     def space(self) -> Space:
         """What statvfs says, less the floor. Files are sparse: this is room now, not room promised."""
         usage = os.statvfs(self._folder)
-        return Space(usage.f_blocks * usage.f_frsize, max(0, usage.f_bavail * usage.f_frsize - self._floor))
+        free = usage.f_bavail * usage.f_frsize
+        return Space(usage.f_blocks * usage.f_frsize, free, max(0, free - self._floor))
 
     def orphans(self) -> Sequence[str]:
         """Half-made and half-deleted volumes, and volume folders without a record."""
@@ -208,12 +209,12 @@ class LoopfileBackend:
                 f"unpublish and unstage it first"
             )
 
-    def _check_room(self, volume_id: str, size: int) -> None:
+    def _check_room(self, volume_id: str, size: int, advice: str) -> None:
         available = self.space().available
         if size > available:
             raise ResourceExhausted(
                 f"no room for volume {volume_id} in {self._folder}: {size} bytes are wanted and {available} are free "
-                f"above the floor of {self._floor}; free space or choose another node"
+                f"above the floor of {self._floor}; {advice}"
             )
 
     @contextlib.contextmanager

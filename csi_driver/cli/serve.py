@@ -153,8 +153,8 @@ _OPTIONS = (
     setting("--log-format", "log_format", _formats, "|".join(LogFormat), Settings.log_format, "auto: text on a "
             "terminal, json else."),
     setting("--log-level", "log_level", _levels, "|".join(LEVELS), Settings.log_level, "The least to be told."),
-    setting("--http-address", "http_address", _read_address, "HOST:PORT", "", "Where to show /healthz and /metrics, if "
-            "at all."),
+    setting("--http-address", "http_address", _read_address, "HOST:PORT", "", "Where to show /healthz, /readyz and "
+            "/metrics, if at all."),
     setting("--format-seconds", "format_seconds", _seconds(1), "SECONDS", Limits.format_seconds, "Limit of luksFormat "
             "and mkfs."),
     setting("--unlock-seconds", "unlock_seconds", _seconds(1), "SECONDS", Limits.unlock_seconds, "Limit of one key "

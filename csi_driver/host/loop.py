@@ -318,8 +318,10 @@ def _open_backing(path: str) -> int:
 def _set_guard(path: str, *, on: bool) -> None:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return  # absent, or nothing that could be bound
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
+            return  # absent, or nothing that could be bound
+        raise FailedPrecondition(f"{path} cannot be opened ({error_name(error)}); check its file system") from None
     try:
         if not on or ofdlock.is_locked(descriptor):
             appendonly.set_append_only(descriptor, on=on)

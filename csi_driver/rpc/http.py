@@ -1,4 +1,4 @@
-"""The pages for who looks after the driver: /healthz for kubelet's probes, /metrics for Prometheus.
+"""The pages for who looks after the driver: /healthz and /readyz for kubelet's probes, /metrics for Prometheus.
 
 Imported only where an HTTP address is set.
 """
@@ -14,6 +14,7 @@ from csi_driver.model.errors import FailedPrecondition
 from csi_driver.rpc.endpoint import host_and_port
 
 _CLIENT_SECONDS = 10.0
+_MOST_CLIENTS = 16  # at once; anybody in the cluster may ask
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], pages: Mapping[str, Callable[[], Page]]) -> None:
         self.pages = pages
+        self._slots = threading.BoundedSemaphore(_MOST_CLIENTS)
         host, port = address
         super().__init__(address, _Handler, bind_and_activate=False)
         self.socket.close()
@@ -68,6 +70,22 @@ class _Server(ThreadingHTTPServer):
         family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
         self.socket = socket.create_server((host, port), family=family, dualstack_ipv6=both)
         self.server_name, self.server_port = host, port
+
+    def process_request(self, request: socket.socket | tuple[bytes, socket.socket], client_address: object) -> None:
+        """In a thread, or not at all when there are too many."""
+        if self._slots.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(
+        self, request: socket.socket | tuple[bytes, socket.socket], client_address: object
+    ) -> None:
+        """Make room again at the end."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._slots.release()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -78,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Show the page of the path."""
         make = self.server.pages.get(self.path.partition("?")[0])
-        page = make() if make else Page(HTTPStatus.NOT_FOUND, b"there are /healthz and /metrics\n")
+        page = make() if make else Page(HTTPStatus.NOT_FOUND, b"there are /healthz, /readyz and /metrics\n")
         self.send_response(page.status)
         self.send_header("Content-Type", page.content_type)
         self.send_header("Content-Length", str(len(page.body)))

@@ -58,14 +58,19 @@ class Server:
             from csi_driver.rpc.http import HttpServer, Page  # noqa: PLC0415
             from csi_driver.rpc.metrics import Metrics  # noqa: PLC0415
 
-            def healthz() -> Page:
-                obstacle = self._obstacle()
+            def answer(ask: Callable[[CsiClient], object]) -> Page:
+                obstacle = self._obstacle(ask)
                 return Page(
                     HTTPStatus.SERVICE_UNAVAILABLE if obstacle else HTTPStatus.OK, f"{obstacle or 'ok'}\n".encode()
                 )
 
             metrics = Metrics(gauges or {})
-            self._http = HttpServer(settings.http_address, {"/healthz": healthz, "/metrics": metrics.page})
+            pages = {
+                "/healthz": lambda: answer(CsiClient.plugin_info),
+                "/readyz": lambda: answer(CsiClient.probe),
+                "/metrics": metrics.page,
+            }
+            self._http = HttpServer(settings.http_address, pages)
             concerns.append(Timing(metrics.observe))
         self._server = grpc.server(
             self._pools[0],
@@ -110,11 +115,11 @@ class Server:
         for pool in self._pools:
             pool.shutdown(cancel_futures=True)
 
-    def _obstacle(self) -> str | None:
+    def _obstacle(self, ask: Callable[[CsiClient], object]) -> str | None:
         """Why the server does not work, asked as kubelet asks: through its socket."""
         try:
             with CsiClient(self._settings.endpoint, timeout=_PROBE_SECONDS) as client:
-                client.probe()
+                ask(client)
         except RemoteError as error:
             return str(error)
         return None

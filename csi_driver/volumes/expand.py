@@ -8,7 +8,7 @@ from csi_driver.host import blockdev
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.workers import Workers
 from csi_driver.keys.secret import SecretKey
-from csi_driver.model.errors import FailedPrecondition, NotFound
+from csi_driver.model.errors import FailedPrecondition, NotFound, ResourceExhausted
 from csi_driver.model.volume import VolumeRecord, is_volume_id
 from csi_driver.volumes.capability import Capability
 from csi_driver.volumes.encryption import Encryption
@@ -53,7 +53,7 @@ class Expansion:
         """Let pods see the volume's new size, to the byte; returns the capacity. Each step may be repeated.
 
         The device grows here too when the controller only passed the wish on. Raises NotFound, FailedPrecondition
-        (not staged; no key for the open mapping), OutOfRange, ResourceExhausted.
+        (no room; the device is gone; no key for the open mapping), OutOfRange.
         """
         if not is_volume_id(request.volume_id):
             raise NotFound(f"volume {request.volume_id!r} does not exist: it is no id of this driver")
@@ -70,7 +70,11 @@ class Expansion:
             self._backend.refresh(device.path)  # the controller may have grown it before
             if record.encryption is not None:
                 self._check_mapping(record, device, request)
-            record = grow_device(self._backend, record, request.required_bytes, request.limit_bytes)
+            try:
+                record = grow_device(self._backend, record, request.required_bytes, request.limit_bytes)
+            except ResourceExhausted as error:
+                # With any other code kubelet keeps the pod from starting until there is room, and there may never be.
+                raise FailedPrecondition(f"{error}, then start the pod anew: it has the old size until then") from None
             self._backend.refresh(device.path)
             if record.encryption is not None:
                 self._encryption.resize(record, device, request.key.passphrase)

@@ -25,7 +25,7 @@ from csi_driver.volumes.filesystem import PROGRAMS
 _LEAST_CRYPTSETUP = (2, 6)
 _LEAST_KERNEL = (5, 12)
 _EPOCH_OF_SENSE = 1_767_225_600  # 2026-01-01: a clock before it was never set
-_CAP_SYS_ADMIN = 21
+_CAPABILITIES = {"CAP_SYS_ADMIN": 21, "CAP_LINUX_IMMUTABLE": 9}
 _GIB = 1 << 30
 _RECHECK_SECONDS = 10.0
 _COMMAND_SECONDS = 20.0
@@ -190,9 +190,10 @@ class Health:
         def look() -> str:
             if os.geteuid() != 0:
                 raise FailedPrecondition(f"this runs as user {os.geteuid()}")
-            if not _effective_capabilities() >> _CAP_SYS_ADMIN & 1:
-                raise FailedPrecondition("this runs as root without CAP_SYS_ADMIN")
-            return "this runs as root with CAP_SYS_ADMIN"
+            held = _effective_capabilities()
+            if lacking := [name for name, bit in _CAPABILITIES.items() if not held >> bit & 1]:
+                raise FailedPrecondition(f"this runs as root without {' and '.join(lacking)}")
+            return f"this runs as root with {' and '.join(_CAPABILITIES)}"
 
         return _finding("permissions", look, "run the node service as root in a privileged container", fatal=False)
 

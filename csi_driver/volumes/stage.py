@@ -32,6 +32,7 @@ from csi_driver.volumes.stages import Stage, Stages
 
 _log = structlog.get_logger(__name__)
 _CLOSE_SECONDS = 2.0
+_FULL_BYTES = 16 << 20  # so little, and a device on it fails
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,11 @@ class Staging:
                 self._stage(record, request)
             except CommandFailed as error:
                 # A device on a full disk answers with I/O errors, and what works on it knows nothing of the disk.
-                if self._backend.space().available:
+                free = self._backend.space().free
+                if free > _FULL_BYTES:
                     raise
                 raise ResourceExhausted(
-                    f"{error}; the storage below volume {record.id} has no room above the floor that is kept free, "
-                    f"free space there"
+                    f"{error}; the storage below volume {record.id} is full ({free} bytes are free), free space there"
                 ) from error
 
     def _stage(self, record: VolumeRecord, request: StageRequest) -> None:

@@ -96,7 +96,7 @@ class BlockBackend:
         """The device is the test's."""
 
     def space(self) -> Space:
-        return Space(1 << 40, 1 << 40)
+        return Space(1 << 40, 1 << 40, 1 << 40)
 
     def orphans(self) -> Sequence[str]:
         return ()

@@ -1,22 +1,22 @@
-"""What stage says when the device fails because the storage below it is full."""
+"""What stage and expansion say when the storage below is full."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from csi_driver.backends.base import Space
 from csi_driver.backends.loopfile import LoopfileBackend
 from csi_driver.backends.records import RecordCodec
-from csi_driver.model.errors import CommandFailed, ResourceExhausted
+from csi_driver.model.errors import CommandFailed, FailedPrecondition, ResourceExhausted
 from csi_driver.model.settings import Limits
+from csi_driver.volumes.expand import ExpandRequest
 from csi_driver.volumes.filesystem import FileSystems
 from csi_driver.volumes.stage import StageRequest, Staging
 from csi_driver.volumes.stages import Stages
 from tests.fake_host import NoHolders, SteppedFiles
 from tests.fake_kernel import KernelCommands, KernelMounts, KernelWorkers
-from tests.unit.test_staging_model import KEY, MOUNT, Rig
-
-_NOTHING_IS_FREE = 1 << 62
+from tests.unit.test_staging_model import KEY, MOUNT, NO_KEY, Rig
 
 
 def failing(at: str) -> Callable[[str], None]:
@@ -27,11 +27,20 @@ def failing(at: str) -> Callable[[str], None]:
     return plan
 
 
-def staging(rig: Rig, floor: int) -> Staging:
+class SmallBackend(LoopfileBackend):
+    free = 0
+
+    def space(self) -> Space:
+        return Space(1 << 30, self.free, 0)  # below the floor, in any case
+
+
+def staging(rig: Rig, free: int) -> Staging:
     kernel = rig.kernel
     files, workers, mounts = SteppedFiles(kernel.step), KernelWorkers(kernel), KernelMounts(kernel)
+    backend = SmallBackend(rig.folder / "loopfile", 0, files, kernel.loops, RecordCodec())
+    backend.free = free
     return Staging(
-        LoopfileBackend(rig.folder / "loopfile", floor, files, kernel.loops, RecordCodec()),
+        backend,
         Stages(rig.folder / "stages", files),
         workers,
         rig.encryption,
@@ -49,7 +58,19 @@ def test_a_full_disk_is_told_where_the_device_says_input_output_error(tmp_path: 
     request = StageRequest("enc-1", rig.staging_path("enc-1"), MOUNT, KEY, {})
     rig.kernel.plan = failing(at)
     with pytest.raises(CommandFailed, match=r"Input/output error$"):
-        staging(rig, 0).stage(request)
-    with pytest.raises(ResourceExhausted, match=r"Input/output error; .* volume enc-1 .*, free space there$"):
-        staging(rig, _NOTHING_IS_FREE).stage(request)
+        staging(rig, 1 << 29).stage(request)
+    with pytest.raises(ResourceExhausted, match=r"Input/output error; .* volume enc-1 is full .*, free space there$"):
+        staging(rig, 1 << 20).stage(request)
     assert rig.kernel.traces("enc-1") == []
+
+
+def test_an_enlargement_without_room_has_the_code_that_lets_kubelet_go_on(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.create("enc-1")
+    rig.stage("enc-1")
+    before = rig.record("enc-1")
+    with pytest.raises(FailedPrecondition, match=r"no room for volume enc-1 .*, then start the pod anew"):
+        rig.expansion.expand(ExpandRequest("enc-1", rig.staging_path("enc-1"), 1 << 50, 0, NO_KEY))
+    assert rig.record("enc-1") == before
+    assert rig.guarded("enc-1")
+    rig.unstage("enc-1")
