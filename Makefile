@@ -33,7 +33,7 @@ test: check $(CSI_SANITY) $(KUBERNETES_BIN) ## every test, seeded handfuls of th
 	@tools/system.sh cluster
 	$(PY) -m pytest tests/contract
 	$(GUEST) $(MACHINE_PYTEST) tests/machine
-	$(PY) -m tests.cluster tests/cluster/test_smoke.py
+	$(PY) -m tests.cluster tests/cluster/test_smoke.py tests/cluster/test_examples.py
 
 check: venv ## linters, types, layers, unit tests
 	.venv/bin/ruff check

@@ -41,8 +41,8 @@ fi
 packages="btrfs-progs cryptsetup-bin e2fsprogs iproute2 kmod mount procps runc util-linux xfsprogs"
 # Without device-mapper the device tests run in a guest: tests/machine. Newer CPUs need a shim compiled for it.
 grep -qs device-mapper /proc/misc || modprobe -q dm_mod 2>/dev/null || packages="$packages user-mode-linux gcc libc6-dev"
-[ "${1-}" != cluster ] || packages="$packages buildah busybox-static containerd containernetworking-plugins
-    gcc libc6-dev mmdebstrap openssl user-mode-linux"
+[ "${1-}" != cluster ] || packages="$packages buildah busybox-static ca-certificates containerd
+    containernetworking-plugins debian-archive-keyring gcc gpg libc6-dev mmdebstrap openssl user-mode-linux"
 installed() {
     [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ] && return
     # Docker's own packages bring these two, and apt-get would remove Docker for Debian's.

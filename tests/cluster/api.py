@@ -31,25 +31,15 @@ class _Resource:
 
 
 class Api:
-    """The apiserver at `host`, seen as the user of the certificate in `context`, or as another whom that user may
-    impersonate.
+    """The apiserver at `host`, seen as the user of the certificate in `context`.
 
     Kinds go by any of their names: `PersistentVolumeClaim`, `persistentvolumeclaims`, `pvc`.
     """
 
-    def __init__(self, host: str, context: ssl.SSLContext, *, user: str = "", groups: tuple[str, ...] = ()) -> None:
+    def __init__(self, host: str, context: ssl.SSLContext) -> None:
         self._host = host
         self._context = context
-        self._headers = [("Impersonate-User", user)] if user else []
-        self._headers += [("Impersonate-Group", group) for group in groups]
         self._resources: dict[str, _Resource] = {}
-
-    def as_user(self, user: str, *groups: str) -> "Api":
-        """The same apiserver as another user sees it, such as `system:serviceaccount:NAMESPACE:NAME`."""
-        if user.startswith("system:serviceaccount:"):
-            namespace = user.split(":")[2]
-            groups = (*groups, "system:serviceaccounts", f"system:serviceaccounts:{namespace}", "system:authenticated")
-        return Api(self._host, self._context, user=user, groups=groups)
 
     def raw(
         self, method: str, path: str, body: Any = None, *, content: str = "application/json", accept: str = "*/*"
@@ -59,8 +49,7 @@ class Api:
         try:
             connection.putrequest(method, path)
             data = b"" if body is None else json.dumps(body).encode()
-            headers = [("Accept", accept), ("Content-Type", content), ("Content-Length", str(len(data)))]
-            for name, value in (*headers, *self._headers):
+            for name, value in (("Accept", accept), ("Content-Type", content), ("Content-Length", str(len(data)))):
                 connection.putheader(name, value)
             connection.endheaders(data)
             response = connection.getresponse()
@@ -123,9 +112,9 @@ class Api:
         common = {"apiVersion": answer["apiVersion"], "kind": answer["kind"].removesuffix("List")}
         return [{**common, **item} for item in answer["items"]]
 
-    def patch(self, kind: str, name: str, namespace: str, body: Json, *, subresource: str = "") -> Json:
+    def patch(self, kind: str, name: str, namespace: str, body: Json) -> Json:
         """Merge `body` into an object (RFC 7386)."""
-        path = self.path(kind, name, namespace) + (f"/{subresource}" if subresource else "")
+        path = self.path(kind, name, namespace)
         answer: Json = json.loads(self.raw("PATCH", path, body, content="application/merge-patch+json"))
         return answer
 

@@ -181,6 +181,15 @@ class Cluster:
         fields = f"involvedObject.kind={kind},involvedObject.name={name}"
         return [event.get("message", "") for event in self._events(namespace, fields)]
 
+    def wait_event(self, kind: str, name: str, namespace: str, *words: str, timeout: float = 90) -> str:
+        """Until an event of an object says all these, and that event's message."""
+
+        def said() -> str | None:
+            told = self.events(kind, name, namespace)
+            return next((text for text in told if all(word in text for word in words)), None)
+
+        return self.wait(f"event of {kind} {name} with {words}", said, timeout)
+
     # Pods.
 
     def pod_running(self, name: str, namespace: str, timeout: float = 90) -> Json:
@@ -212,9 +221,9 @@ class Cluster:
 
         return self.wait(f"finished pod {name}", finished, timeout)
 
-    def logs(self, pod: str, container: str, namespace: str, *, previous: bool = False) -> str:
+    def logs(self, pod: str, container: str, namespace: str) -> str:
         """What a container has written."""
-        path = f"{self.api.path('Pod', pod, namespace)}/log?container={container}&previous={str(previous).lower()}"
+        path = f"{self.api.path('Pod', pod, namespace)}/log?container={container}"
         return self.api.raw("GET", path).decode(errors="replace")
 
     def pod_exec(

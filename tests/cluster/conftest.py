@@ -3,18 +3,23 @@
 import os
 import re
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
 import pytest
 
 from tests.cluster.cluster import Cluster
+from tests.cluster.driver import driver
+from tests.cluster.pods import pods
 from tests.cluster.settings import DISK, LOGS
+
+__all__ = ["driver", "pods"]  # fixtures
 
 _TEST_SECONDS = 300
 _modules = pytest.StashKey["dict[str, _Module]"]()
 _started = pytest.StashKey[float]()
 _cluster = pytest.StashKey[Cluster]()
+_told = pytest.StashKey[list[str]]()
 
 
 @dataclass
@@ -40,6 +45,12 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 
 
 @pytest.fixture
+def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Puts a line into the summary, whether or not the test passes."""
+    return request.config.stash[_told].append
+
+
+@pytest.fixture
 def namespace(cluster: Cluster) -> Iterator[str]:
     """A namespace for one test. Nothing of it is left at the end."""
     with cluster.namespace() as name:
@@ -48,6 +59,7 @@ def namespace(cluster: Cluster) -> Iterator[str]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_modules] = {}
+    config.stash[_told] = []
     config.stash[_started] = time.monotonic()
 
 
@@ -65,7 +77,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     module.tests.add(item.nodeid)
     if report.failed:
         module.failed.add(item.nodeid)
-        if report.when != "teardown" and (cluster := item.config.stash.get(_cluster, None)):
+        if cluster := item.config.stash.get(_cluster, None):
             cluster.save_state(LOGS / "failed" / re.sub(r"[^\w.-]", "_", item.name))
     return report
 
@@ -74,6 +86,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if cluster := config.stash.get(_cluster, None):
         phases = (f"{name} {seconds:.1f} s" for name, seconds in cluster.phases)
         terminalreporter.write_line(f"cluster up: {', '.join(phases)}")
+    for line in config.stash[_told]:
+        terminalreporter.write_line(line)
     tests = failed = 0
     for name, module in sorted(config.stash[_modules].items()):
         tests += len(module.tests)

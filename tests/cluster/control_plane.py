@@ -2,12 +2,10 @@
 
 import http.client
 import json
-import os
 import ssl
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from tests.cluster.api import Api, Json
 from tests.cluster.commands import ClusterError
@@ -60,13 +58,6 @@ class Daemon:
             self._process.kill()
             self._process.wait(_STOP_SECONDS)
             self._process = None
-
-    @property
-    def resident(self) -> int:
-        """Its memory in bytes, 0 if it does not run."""
-        if not self._process:
-            return 0
-        return int(Path("/proc", str(self._process.pid), "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _answers(port: int, path: str, *, tls: bool) -> bool:
@@ -169,7 +160,7 @@ class ControlPlane:
         except ClusterError:
             return False
 
-    def _controller_manager(self, *flags: str) -> Daemon:
+    def _controller_manager(self) -> Daemon:
         name = "kube-controller-manager"
         return self._daemon(
             name,
@@ -183,7 +174,6 @@ class ControlPlane:
             # Its forty controllers make their service accounts first: at the default rate that takes 4 s.
             "--kube-api-qps=500",
             "--kube-api-burst=1000",
-            *flags,
         )
 
     def _scheduler(self) -> Daemon:
@@ -208,13 +198,6 @@ class ControlPlane:
         self.apiserver.kill()
         self.apiserver.start()
         self.apiserver.wait()
-
-    def restart_controller_manager(self, *flags: str) -> None:
-        """Once more, with further flags, such as `--node-monitor-grace-period=10s`; without, as it was at first."""
-        self.controller_manager.kill()
-        self.controller_manager = self._controller_manager(*flags)
-        self.controller_manager.start()
-        self.controller_manager.wait()
 
     def audit(self) -> list[Json]:
         """Every request so far, as audit.k8s.io/v1 Events of level Metadata, in the order in which they ended."""

@@ -126,10 +126,14 @@ def _make_images(binaries: Path, cache: Path) -> dict[str, str]:
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         _make_base(images, Path(scratch))
         with _step(OURS):
-            # Where this machine gets its packages, and whom it trusts there.
+            # How this machine gets its packages, and whom it trusts there.
             trust = Path(scratch, "pip.conf")
             trust.write_text("[global]\ncert = /run/certs/ca-certificates.crt\n")
-            volumes = {"/etc/apt": "/etc/apt", "/etc/ssl/certs": "/run/certs", str(trust): "/etc/pip.conf"}
+            volumes = {
+                "/etc/apt/apt.conf.d": "/etc/apt/apt.conf.d",
+                "/etc/ssl/certs": "/run/certs",
+                str(trust): "/etc/pip.conf",
+            }
             own = [f"--volume={here}:{there}:ro" for here, there in volumes.items()]
             images.run("build", "--isolation", "chroot", "--layers", "--pull-never", *own, "--tag", OURS, str(ROOT))
         _make_pause(images, Path(scratch))

@@ -2,6 +2,7 @@
 
 import os
 import struct
+import time
 import uuid
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +16,7 @@ from csi_driver.luks.device import read_header
 from csi_driver.model.errors import DriverError, NotFound
 from csi_driver.model.settings import Settings
 from csi_driver.model.volume import VolumeRecord
-from csi_driver.rpc.client import CsiClient, RemoteVolume
+from csi_driver.rpc.client import CsiClient, RemoteError, RemoteVolume
 from csi_driver.rpc.server import driver_server
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.driver import Driver, Host, build_driver
@@ -23,6 +24,8 @@ from tests.machine.crash_log import Identity, Kind
 
 _CALL_SECONDS = 60.0
 _START_SECONDS = 60.0
+_BUSY_SECONDS = 5.0
+_PAUSE = 0.02
 _SECRET = {"CRYPTO_KEY_VALUE": "the passphrase of the crash tests"}
 _PARAMETERS = {"pbkdf": "pbkdf2", "pbkdfIterations": "1000"}  # nobody guesses passphrases here
 _PODS = Path("/mnt/crash")
@@ -84,7 +87,17 @@ class Node:
         return self._client.expand_on_node(volume, self.target(volume), capacity) if published else granted
 
     def unpublish(self, volume: str) -> None:
-        self._client.unpublish(volume, self.target(volume))
+        """Repeated while it is busy: who writes and who starts programs is one process here, and a child has what its
+        parent had open until it executes something.
+        """
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while True:
+            try:
+                return self._client.unpublish(volume, self.target(volume))
+            except RemoteError as error:
+                if "EBUSY" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(_PAUSE)
 
     def unstage(self, volume: str) -> None:
         self._client.unstage(volume, self.staging(volume))
