@@ -72,7 +72,7 @@ def test_expansion_wants_the_class_to_allow_it_and_then_uses_its_secret(cluster:
     blocks, size = running.run("stat -f -c '%b %S' /data").split()
     assert int(blocks) * int(size) > 80 << 20
     readers = [
-        event["user"]["username"]
+        event["user"].get("username", "")
         for event in cluster.control_plane.audit()
         if event["verb"] == "get" and event.get("objectRef", {}).get("name") == "csi-rbd-secret"
     ]

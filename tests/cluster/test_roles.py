@@ -69,7 +69,8 @@ def _granted(cluster: Cluster) -> set[tuple[str, str, str, str]]:
 def _requests(cluster: Cluster, since: float) -> Iterator[tuple[tuple[str, str, str, str], int, Json]]:
     """What our service accounts asked of the apiserver, as `_granted` has it, and the HTTP status that they got."""
     for event in cluster.control_plane.audit():
-        found = re.fullmatch(rf"system:serviceaccount:{NAMESPACE}:(.*)", event["user"]["username"])
+        # The token of an account that has just been deleted is nobody's.
+        found = re.fullmatch(rf"system:serviceaccount:{NAMESPACE}:(.*)", event["user"].get("username", ""))
         if not found or "objectRef" not in event or _time(event) < since:
             continue
         about = event["objectRef"]
