@@ -3,7 +3,7 @@
 
 FROM debian:12-slim AS build
 RUN apt-get update \
- && apt-get install -y --no-install-recommends python3 python3-venv \
+ && apt-get install -y --no-install-recommends gcc libc6-dev python3 python3-venv \
  && python3 -m venv /opt/luks-csi \
  && python3 -m venv /opt/build
 COPY requirements/runtime.txt requirements/build.txt /src/requirements/
@@ -24,7 +24,7 @@ RUN cd /src \
 FROM debian:12-slim
 RUN apt-get update \
  && apt-get install -y --no-install-recommends \
-    btrfs-progs cryptsetup-bin e2fsprogs libpython3-stdlib python3-minimal xfsprogs \
+    btrfs-progs cryptsetup-bin e2fsprogs libpython3-stdlib python3-minimal qemu-utils xfsprogs \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/log/*
 COPY --from=build /opt/luks-csi /opt/luks-csi
 COPY --from=build /opt/package /opt/luks-csi

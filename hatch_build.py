@@ -1,12 +1,16 @@
-"""Build hook: makes the gRPC stubs and their types from `protos/`.
+"""Build hook: makes what is not committed, by each build, editable or not. `python hatch_build.py` makes it alone.
 
-The stubs land in `csi_driver/rpc/`, are not committed, and are made again by each build, editable or not.
-`python hatch_build.py` makes them alone.
+- The gRPC stubs and their types from `protos/`, in `csi_driver/rpc/`.
+- `csi_driver/luks/libbulk.so` from `bulk.c` beside it, where there is a C compiler. Without one the package works all
+  the same, slower (`csi_driver/luks/bulk.py`).
 """
 
 import os
+import shlex
 import shutil
+import subprocess
 import sys
+import sysconfig
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,10 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 PACKAGE = "csi_driver/rpc"
 PROTOS = ("csi.proto", "pluginregistration.proto")
 PLUGINS = ("protoc-gen-mypy", "protoc-gen-mypy_grpc")
+BULK_SOURCE = "csi_driver/luks/bulk.c"
+BULK = "csi_driver/luks/libbulk.so"
+COMPILER = os.environ.get("CC") or "cc"
+BULK_FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-fPIC", "-shared", "-ldl")
 
 
 def generate(root: Path) -> None:
@@ -45,15 +53,41 @@ def generate(root: Path) -> None:
         raise RuntimeError(sentence)
 
 
-class StubsHook(BuildHookInterface[Any]):
-    """Runs `generate` before hatchling collects the files of a wheel."""
+def compile_bulk(root: Path, compiler_command: str) -> bool:
+    """Compile bulk.c under `root`; False, with the reason on stderr, when that cannot be."""
+    target = root / BULK
+    target.unlink(missing_ok=True)  # never one that does not fit its source
+    compiler = shlex.split(compiler_command)
+    if shutil.which(compiler[0]) is None:
+        complaint = f"there is no C compiler {compiler[0]}"
+    else:
+        new = target.with_suffix(f".{os.getpid()}")
+        command = [*compiler, *BULK_FLAGS, "-o", str(new), str(root / BULK_SOURCE)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+        if done.returncode == 0:
+            new.replace(target)
+            return True
+        complaint = f"{compiler[0]} ended with status {done.returncode}: {done.stderr.strip()}"
+    print(f"luks-csi: {BULK} is left out, so images are encrypted more slowly: {complaint}", file=sys.stderr)  # noqa: T201 - a build says so
+    return False
+
+
+class MakeHook(BuildHookInterface[Any]):
+    """Makes everything before hatchling collects the files of a wheel."""
 
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 - hatchling's signature
-        """Make the stubs in the tree that is being built."""
-        generate(Path(self.root))
+        """Make it in the tree that is being built; a wheel with a compiled part is one for this machine only."""
+        root = Path(self.root)
+        generate(root)
+        if compile_bulk(root, COMPILER):
+            build_data["artifacts"].append(f"/{BULK}")
+            build_data["pure_python"] = False
+            # Any Python 3: the compiled part does not know Python.
+            build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
 
 
 if __name__ == "__main__":
     generate(Path(__file__).parent)
+    compile_bulk(Path(__file__).parent, COMPILER)

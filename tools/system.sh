@@ -35,10 +35,11 @@ if [ "${1-}" = python ]; then
     "$2" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
         fail "$2 is not Python 3.11 or newer; name one with make PYTHON=…."
     "$2" -c 'import ensurepip, venv' 2>/dev/null || install python3-venv
+    command -v cc >/dev/null || install gcc libc6-dev # for csi_driver/luks/bulk.c
     exit
 fi
 
-packages="btrfs-progs cryptsetup-bin e2fsprogs iproute2 kmod mount procps runc util-linux xfsprogs"
+packages="btrfs-progs cryptsetup-bin e2fsprogs iproute2 kmod mount procps qemu-utils runc util-linux xfsprogs"
 # Without device-mapper the device tests run in a guest: tests/machine. Newer CPUs need a shim compiled for it.
 grep -qs device-mapper /proc/misc || modprobe -q dm_mod 2>/dev/null || packages="$packages user-mode-linux gcc libc6-dev"
 [ "${1-}" != cluster ] || packages="$packages buildah busybox-static ca-certificates containerd
