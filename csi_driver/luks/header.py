@@ -87,12 +87,13 @@ class _Binary:
     json: bytes
 
 
-def parse(area: bytes, where: str) -> Header:
+def parse(area: bytes, where: str, changed_from: str | None = None) -> Header:
     """Read the header in `area`: HEADER_PROBE bytes see every header, fewer may end in an error, never in other facts.
 
     `where` names volume and device in errors ("volume pvc-1 on /dev/loop3"). Of two good copies with different
-    sequence ids the newer one is the header; of one good copy and a damaged one, the good one. Raises DeviceBlank when
-    all is zero, ForeignSignature when there is other data (LUKS1 included) where the primary copy should be, and
+    sequence ids the newer one is the header; of one good copy and a damaged one, the good one. `changed_from` is the
+    UUID that the older copy may still have where a change of the UUID was cut. Raises DeviceBlank when all is zero,
+    ForeignSignature when there is other data (LUKS1 included) where the primary copy should be, and
     InvalidHeader when no copy is good, the two contradict each other, or the metadata is not what LUKS2 allows.
     """
     _refuse_other_content(area, where)
@@ -102,7 +103,7 @@ def parse(area: bytes, where: str) -> Header:
     places = (primary.hdr_size,) if primary else HEADER_SIZES
     found = (_read_copy(area, place, where) for place in places)
     secondary = next((copy for copy in found if copy), None)
-    chosen, source, damaged = _choose(primary, secondary, where)
+    chosen, source, damaged = _choose(primary, secondary, where, changed_from)
     if not _UUID.fullmatch(chosen.uuid):
         raise refusal(where, f"expected a UUID, found {chosen.uuid!r}")
     if chosen.hdr_size not in HEADER_SIZES:
@@ -196,9 +197,12 @@ def _read_copy(area: bytes, offset: int, where: str) -> _Binary | None:
     return _Binary(hdr_size, seqid, _text(label), name, _text(uuid), _text(subsystem), copy[BINARY_SIZE:])
 
 
-def _choose(primary: _Binary | None, secondary: _Binary | None, where: str) -> tuple[_Binary, Copy, Copy | None]:
+def _choose(
+    primary: _Binary | None, secondary: _Binary | None, where: str, changed_from: str | None
+) -> tuple[_Binary, Copy, Copy | None]:
     if primary and secondary:
-        if primary.uuid != secondary.uuid:
+        older = min(primary, secondary, key=lambda copy: copy.seqid)
+        if primary.uuid != secondary.uuid and (primary.seqid == secondary.seqid or older.uuid != changed_from):
             raise refusal(where, f"its copies have different UUIDs, {primary.uuid!r} and {secondary.uuid!r}")
         if primary.seqid > secondary.seqid:
             return primary, Copy.PRIMARY, Copy.SECONDARY

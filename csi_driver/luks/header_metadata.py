@@ -15,6 +15,7 @@ SALT_BYTES = 32
 """Length of every salt in the metadata; libcryptsetup takes no other."""
 
 _MOST_TEXT = 300
+_ADVICE = "check that this is the volume's device, else restore its header from a backup"
 
 
 class Decimal(int):
@@ -157,10 +158,12 @@ def decode(json_area: bytes, where: str) -> Metadata:
 
 def refusal(where: str, reason: str) -> InvalidHeader:
     """The error for a header that must not be used; `reason` names what was expected and found."""
-    return InvalidHeader(
-        f"the LUKS2 header of {where} is refused: {shorten(reason)}; "
-        "check that this is the volume's device, else restore its header from a backup"
-    )
+    return InvalidHeader(f"the LUKS2 header of {where} is refused: {shorten(reason)}; {_ADVICE}")
+
+
+def with_advice(error: InvalidHeader, advice: str) -> InvalidHeader:
+    """A `refusal` with other advice than that for a volume's device."""
+    return InvalidHeader(f"{str(error).removesuffix(_ADVICE)}{advice}")
 
 
 def shorten(text: str) -> str:

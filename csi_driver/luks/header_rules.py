@@ -28,6 +28,7 @@ from csi_driver.model.volume import LuksIdentity
 
 _STRIPES = 4000
 _ALIGNMENT = 4096
+_MOST_KEYSLOTS_BYTES = 128 << 20  # LUKS2 itself has no larger key slot area
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +126,19 @@ def _segment(header: Header, expected: LuksIdentity) -> Iterator[str]:
             yield f"expected {name} {wanted} in segment 0, found {found}"
     if segment.sector_size not in SECTOR_SIZES:
         yield f"expected one of the sector sizes {_listed(SECTOR_SIZES)}, found {segment.sector_size}"
+    if segment.offset % segment.sector_size:
+        yield (
+            f"expected segment 0 to begin at a multiple of its sector size {segment.sector_size}, "
+            f"found {segment.offset}"
+        )
 
 
 def _layout(header: Header, expected: LuksIdentity) -> Iterator[str]:
-    end = 2 * header.hdr_size + header.config.keyslots_size
+    size = header.config.keyslots_size
+    if size > _MOST_KEYSLOTS_BYTES:
+        # key slots are read whole before any key is tried
+        yield f"expected at most {_MOST_KEYSLOTS_BYTES} bytes for the key slot area, found {size}"
+    end = 2 * header.hdr_size + size
     if end > expected.data_offset:
         yield f"expected the key slot area to end before the data at {expected.data_offset}, found its end at {end}"
 

@@ -186,6 +186,7 @@ RULES: list[tuple[Change, str]] = [
     ),
     (put("segments", {}), "expected segment 0 alone, found none"),
     (put("config.flags", ["allow-discards"]), "no persistent activation flags, found allow-discards"),
+    (put("config.keyslots_size", "268435456"), "at most 134217728 bytes for the key slot area, found 268435456"),
     (put("config.keyslots_size", "16748544"), "to end before the data at 16777216, found its end at 16781312"),
     # the digest
     (put("digests", {}), "expected one digest, found 0"),
@@ -317,6 +318,37 @@ def test_null_ciphers_are_taken_by_cryptsetup_and_refused_here() -> None:
 def test_a_record_does_not_allow_what_nobody_may_write(change: Change, expected: LuksIdentity) -> None:
     with pytest.raises(InvalidHeader, match="expected one of the "):
         check(forged(small(), change), expected)
+
+
+def far_data(metadata: Metadata) -> None:
+    """Room before the data for a key slot that nobody could read in time."""
+    metadata["segments"]["0"]["offset"] = str(1 << 40)
+    metadata["config"]["keyslots_size"] = str((1 << 40) - _SMALL)
+    metadata["keyslots"]["0"]["area"]["size"] = str((1 << 40) - _SMALL)
+
+
+def test_a_record_does_not_allow_a_huge_key_slot_area() -> None:
+    with pytest.raises(InvalidHeader, match="expected at most 134217728 bytes for the key slot area, found 10995"):
+        check(forged(small(), far_data), identity(data_offset=1 << 40), device_size=1 << 41)
+
+
+def test_the_largest_key_slot_area_is_accepted() -> None:
+    def largest(metadata: Metadata) -> None:
+        metadata["segments"]["0"]["offset"] = str(256 << 20)
+        metadata["config"]["keyslots_size"] = str(128 << 20)
+
+    check(forged(small(), largest), identity(data_offset=256 << 20), device_size=1 << 30)
+
+
+@pytest.mark.parametrize(("sector_size", "offset"), [(512, DATA_OFFSET + 8), (4096, DATA_OFFSET + 512)])
+def test_a_record_does_not_allow_data_between_sectors(sector_size: int, offset: int) -> None:
+    """The kernel maps no such device."""
+
+    def between(metadata: Metadata) -> None:
+        metadata["segments"]["0"] |= {"offset": str(offset), "sector_size": sector_size}
+
+    with pytest.raises(InvalidHeader, match=f"to begin at a multiple of its sector size {sector_size}, found {offset}"):
+        check(forged(small(), between), identity(sector_size=sector_size, data_offset=offset), device_size=1 << 30)
 
 
 @settings(max_examples=50)
