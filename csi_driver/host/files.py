@@ -65,6 +65,13 @@ class Files:
         if source.parent != target.parent:
             self.sync_folder(source.parent)
 
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file a second name, in place of another file's, in one file system; durable in its folder."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(target)
+        os.link(source, target)
+        self.sync_folder(target.parent)
+
     def sync_folder(self, folder: Path) -> None:
         """fsync a folder, so that the names in it are durable."""
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -1,7 +1,8 @@
-"""The functions of libcryptsetup.so.12 (>= 2.6) that staging needs, by ctypes.
+"""The functions of libcryptsetup.so.12 (>= 2.6) that staging and the image engine need, by ctypes.
 
-Only workers call them (`csi_driver.host.workers`): the volume key lives in the thread that opened the mapping, and a
-call that hangs or crashes takes no server with it. Constants and structures are those of <libcryptsetup.h>.
+Only workers (`csi_driver.host.workers`) and the short-lived processes of image commands call them: the volume key lives
+in the thread that opened the mapping, and a call that hangs or crashes takes no server with it. Constants and
+structures are those of <libcryptsetup.h>.
 """
 
 import ctypes
@@ -24,6 +25,7 @@ NO_READ_WORKQUEUE = 1 << 24
 NO_WRITE_WORKQUEUE = 1 << 25
 
 _ANY_SLOT = -1
+_ANY_TOKEN = -1
 _LOG_ERROR = 1
 _PBKDF_NO_BENCHMARK = 1 << 1
 _SECTOR = 512
@@ -74,13 +76,21 @@ def load_library() -> ctypes.CDLL:
     library.crypt_set_log_callback.argtypes = [device, _LogCallback, ctypes.c_void_p]
     library.crypt_set_data_offset.argtypes = [device, ctypes.c_uint64]
     library.crypt_set_metadata_size.argtypes = [device, ctypes.c_uint64, ctypes.c_uint64]
-    library.crypt_format.argtypes = [device, text, text, text, text, text, ctypes.c_size_t, ctypes.c_void_p]
+    library.crypt_format.argtypes = [
+        device, text, text, text, text, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p,
+    ]  # fmt: skip
     library.crypt_keyslot_add_by_volume_key.argtypes = [
         device, number, text, ctypes.c_size_t, text, ctypes.c_size_t,
     ]  # fmt: skip
     library.crypt_activate_by_passphrase.argtypes = [
         device, text, number, text, ctypes.c_size_t, ctypes.c_uint32,
     ]  # fmt: skip
+    library.crypt_get_volume_key_size.argtypes = [device]
+    library.crypt_volume_key_get.argtypes = [
+        device, number, ctypes.c_void_p, ctypes.POINTER(ctypes.c_size_t), text, ctypes.c_size_t,
+    ]  # fmt: skip
+    library.crypt_token_json_set.argtypes = [device, number, text]
+    library.crypt_set_uuid.argtypes = [device, text]
     # The volume's own flock guards every device; the library's lock files below /run/cryptsetup would only add a
     # folder that must be writable and a wait without a limit on a stopped process.
     library.crypt_metadata_locking(None, 0)
@@ -113,8 +123,13 @@ class CryptDevice:
         """Read the LUKS2 header."""
         self._check(self._library.crypt_load(self._handle, b"LUKS2", None), "read the LUKS2 header")
 
-    def format(self, chosen: LuksFormat, uuid: str, passphrase: Passphrase) -> None:
-        """luksFormat with one key slot, slot 0, for `passphrase`; no benchmark, explicit geometry."""
+    def format(
+        self, chosen: LuksFormat, uuid: str, passphrase: Passphrase, volume_key: bytearray | None = None
+    ) -> None:
+        """luksFormat with one key slot, slot 0, for `passphrase`; no benchmark, explicit geometry.
+
+        The library draws the volume key at random unless `volume_key` gives it, of `chosen.key_bits`.
+        """
         self._check(
             self._library.crypt_set_data_offset(self._handle, chosen.data_offset // _SECTOR), "set the data offset"
         )
@@ -130,8 +145,8 @@ class CryptDevice:
         cipher, _, mode = chosen.cipher.partition("-")
         self._check(
             self._library.crypt_format(
-                self._handle, b"LUKS2", cipher.encode(), mode.encode(), uuid.encode(), None,
-                chosen.key_bits // 8, ctypes.byref(parameters),
+                self._handle, b"LUKS2", cipher.encode(), mode.encode(), uuid.encode(),
+                None if volume_key is None else _memory(volume_key), chosen.key_bits // 8, ctypes.byref(parameters),
             ),
             "write the LUKS2 header",
         )  # fmt: skip
@@ -150,12 +165,34 @@ class CryptDevice:
         code = self._library.crypt_activate_by_passphrase(
             self._handle, name.encode() if name else None, _ANY_SLOT, secret, len(secret), flags
         )
+        self._check_opened(code, "open the mapping" if name else "try the passphrase")
+
+    def volume_key(self, passphrase: Passphrase) -> bytearray:
+        """The volume key, for the caller to wipe. Raises Unauthenticated when `passphrase` opens no key slot."""
+        secret = passphrase.reveal()
+        key = bytearray(self._library.crypt_get_volume_key_size(self._handle))
+        size = ctypes.c_size_t(len(key))
+        code = self._library.crypt_volume_key_get(
+            self._handle, _ANY_SLOT, _memory(key), ctypes.byref(size), secret, len(secret)
+        )
+        self._check_opened(code, "read the volume key")
+        return key
+
+    def add_token(self, token: bytes) -> None:
+        """Write `token`, JSON with the members `type` and `keyslots`, into the header."""
+        self._check(self._library.crypt_token_json_set(self._handle, _ANY_TOKEN, token), "write the token")
+
+    def set_uuid(self, uuid: str) -> None:
+        """Write another UUID into both copies of the header."""
+        self._check(self._library.crypt_set_uuid(self._handle, uuid.encode()), "change the UUID")
+
+    def _check_opened(self, code: int, what: str) -> None:
         if code == -errno.EPERM:
             raise Unauthenticated(
                 f"the passphrase in the secret opens no key slot of {self._where}; put the passphrase it was formatted "
                 f"with back into the secret"
             )
-        self._check(code, "open the mapping" if name else "try the passphrase")
+        self._check(code, what)
 
     def _log(self, level: int, message: bytes, _: object) -> None:
         if level == _LOG_ERROR:
@@ -171,6 +208,11 @@ class CryptDevice:
         if code == -errno.ENOMEM:
             raise ResourceExhausted(f"{text}; give the driver's pod more memory or choose a smaller pbkdfMemory")
         raise CommandFailed(text)
+
+
+def _memory(key: bytearray) -> "ctypes.Array[ctypes.c_char]":
+    """The very bytes of `key`, so that no copy of it is left behind."""
+    return (ctypes.c_char * len(key)).from_buffer(key)
 
 
 @contextmanager

@@ -1,0 +1,428 @@
+"""One streaming pass from the payload of an image to a file, plain or encrypted, that a kill at any moment only delays.
+
+What must hold at each moment is told in `csi_driver.images.checkpoint`: nothing is recorded before it is durable, and a
+part that does not fit its checkpoint, or its source, is begun anew with a new volume key.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from csi_driver.images.base import CHUNK, MIB, ImageFormat, Progress, Reader
+from csi_driver.images.checkpoint import (
+    VERSION,
+    Checkpoint,
+    Job,
+    Operation,
+    Plan,
+    SourceChanged,
+    check_source,
+    load_checkpoint,
+    store_checkpoint,
+)
+from csi_driver.images.later import Later
+from csi_driver.images.stopping import Stop, stop_signals
+from csi_driver.images.stream import Checker, Chunk, Copier, Crew, Layout, Ledger, Worker, chunks_of
+from csi_driver.images.target import (
+    BLOCK,
+    Encryption,
+    Lock,
+    NoRoom,
+    PartFile,
+    Target,
+    TargetFailed,
+    hold,
+    target_errors,
+)
+from csi_driver.luks.bulk import SectorCipher, sector_cipher
+from csi_driver.luks.formats import check_capacity
+from csi_driver.luks.image_header import VolumeKey, limits_of, padded, read_image_header, write_image_header
+from csi_driver.model.errors import (
+    Aborted,
+    DeadlineExceeded,
+    DriverError,
+    FailedPrecondition,
+    InvalidArgument,
+    ResourceExhausted,
+    Unauthenticated,
+)
+from csi_driver.model.volume import LuksIdentity
+
+_READ_BACK: Final = 4
+"""Chunks before the place where a pass goes on that are compared with the checkpoint first."""
+
+_THREADS_PER_CORE: Final = 4  # some wait for a disk while others compute
+_MOST_THREADS: Final = 16  # each has a chunk in memory, and no disk keeps up with more
+
+_PAYLOAD_IS_FILE: Final = (ImageFormat.RAW, ImageFormat.LUKS2)
+_ENCRYPTING: Final = (Operation.ENCRYPT, Operation.REENCRYPT)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Bytes of a chunk, a multiple of BLOCK; bytes and seconds from one checkpoint to the next at most; seconds that
+    one chunk may take.
+    """
+
+    chunk: int = CHUNK
+    checkpoint_bytes: int = 256 * MIB
+    checkpoint_seconds: float = 5.0
+    patience: float = 300.0
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """A whole and durable copy at `part`: its length and that of the payload, and its LUKS2 identity if encrypted.
+
+    `digests` holds the SHA-256 of each chunk as it lies in the file, one after the other; it is empty for a
+    `reflinked` copy, which shares the source's blocks. `resumed` is how many chunks an earlier run had made.
+    """
+
+    part: Path
+    size: int
+    payload: int
+    luks: LuksIdentity | None
+    digests: bytes
+    resumed: int
+    reflinked: bool
+
+
+Publish = Callable[[PassResult], None]
+"""Takes a result over, by a rename."""
+
+
+def run_pass(
+    reader: Reader,
+    target: Target,
+    job: Job,
+    progress: Progress,
+    *,
+    threads: int | None = None,
+    verify: bool = False,
+    publish: Publish | None = None,
+    pace: Pace = Pace(),
+) -> PassResult:
+    """Copy the payload of `reader` into the part of `target`, or go on where an earlier run was cut.
+
+    `threads` is four per core, 16 at most, unless given. `verify` reads the finished part back from the disk and
+    compares. `publish` is called with the result while the target is still locked. SIGINT and SIGTERM stop the pass
+    behind a checkpoint; a second one stops it at once. An `ignore` copy of a whole file shares its blocks where the
+    file system can, unless it is to be verified.
+
+    Raises InvalidArgument (empty image, no key to encrypt with), OutOfRange (too long for the cipher), VolumeBusy,
+    ResourceExhausted (no room; nothing is left but what an earlier run had begun), FailedPrecondition (the source was
+    changed; nothing is left), CommandFailed (the target cannot be written, or reads back otherwise; nothing is left),
+    and with the part left to go on with: Unauthenticated (another passphrase than the part's), Aborted (stopped),
+    DeviceUnreadable (source), DeadlineExceeded.
+    """
+    _check(reader, target, job)
+    with hold(target, job.where) as lock:
+        threads = threads or min(_THREADS_PER_CORE * len(os.sched_getaffinity(0)), _MOST_THREADS)
+        result = _Pass(reader, target, job, progress, threads, pace, lock).run(verify=verify)
+        if publish:
+            publish(result)
+        return result
+
+
+def _check(reader: Reader, target: Target, job: Job) -> None:
+    if not reader.size:
+        raise InvalidArgument(f"{job.where} is empty; name an image with something in it")
+    if (target.encryption is not None) != (job.operation in _ENCRYPTING):
+        wants = "needs the key of a secret" if target.encryption is None else "takes no key for its result"
+        raise InvalidArgument(f"{job.operation} of {job.where} {wants}; name another operation or secret")
+    if target.encryption:
+        check_capacity(target.encryption.format.cipher, reader.size)
+
+
+_Begun = tuple[PartFile, Checkpoint, SectorCipher | None]
+
+
+class _Pass:
+    """One run, under the target's lock."""
+
+    def __init__(
+        self, reader: Reader, target: Target, job: Job, progress: Progress, threads: int, pace: Pace, lock: Lock
+    ) -> None:
+        self._reader = reader
+        self._target = target
+        self._job = job
+        self._progress = progress
+        self._threads = threads
+        self._pace = pace
+        self._lock = lock
+        self._stop = Stop()
+        self._header: Later[LuksIdentity] | None = None
+        chosen = target.encryption.format if target.encryption else None
+        self._plan = Plan(job.identity, job.source_format, job.operation, reader.size, pace.chunk, chosen)
+        self._layout = Layout(
+            reader.size, pace.chunk, chosen.data_offset if chosen else 0, chosen.sector_size if chosen else 1
+        )
+
+    def run(self, *, verify: bool) -> PassResult:
+        """All of it."""
+        try:
+            with contextlib.ExitStack() as stack:
+                return self._run(stack, verify=verify)
+        except (NoRoom, TargetFailed, SourceChanged):
+            self._discard()
+            raise
+
+    def _run(self, stack: contextlib.ExitStack, *, verify: bool) -> PassResult:
+        self._stop = stack.enter_context(stop_signals())
+        found = self._resume(stack)
+        if found is None and not verify and self._reflinked():
+            return self._result(None, 0)
+        part, checkpoint, cipher = found or self._begin(stack)
+        resumed = checkpoint.chunks
+        self._progress(min(resumed * self._layout.chunk, self._layout.payload))
+        if resumed < self._layout.chunks:
+            checkpoint = self._copy(part, checkpoint, cipher)
+        check_source(self._job)
+        part.set_size(self._layout.end)
+        if verify and (wrong := self._differing(part, checkpoint, 0)) is not None:
+            raise TargetFailed(
+                f"the copy of {self._job.where} in {self._target.folder} reads back otherwise than it was written, at "
+                f"byte {self._layout.place(wrong)}; it is removed, check that storage and the kernel log"
+            )
+        return self._result(checkpoint, resumed)
+
+    def _result(self, checkpoint: Checkpoint | None, resumed: int) -> PassResult:
+        return PassResult(
+            part=self._target.part,
+            size=self._layout.end,
+            payload=self._layout.payload,
+            luks=checkpoint.luks if checkpoint else None,
+            digests=checkpoint.digests if checkpoint else b"",
+            resumed=resumed,
+            reflinked=checkpoint is None,
+        )
+
+    def _resume(self, stack: contextlib.ExitStack) -> _Begun | None:
+        """The part that is there, if it belongs to this very plan and its last durable chunks are what they were."""
+        target = self._target
+        with self._errors("read back"):
+            checkpoint = load_checkpoint(target.checkpoint)
+            if checkpoint is None or checkpoint.plan != self._plan or not target.part.exists():
+                return None
+        with contextlib.ExitStack() as mine:
+            part = self._open(mine, new=False)
+            if checkpoint.chunks > self._layout.chunks:
+                return None
+            cipher = None
+            if target.encryption:
+                key = self._unlock(target.encryption, part, checkpoint)
+                if key is None:
+                    return None
+                with key:
+                    cipher = self._cipher(target.encryption, key)
+            if self._differing(part, checkpoint, max(0, checkpoint.chunks - _READ_BACK)) is not None:
+                return None
+            self._check_room(part.allocated)
+            stack.push(mine.pop_all())
+            return part, checkpoint, cipher
+
+    def _unlock(self, encryption: Encryption, part: PartFile, checkpoint: Checkpoint) -> VolumeKey | None:
+        where = f"the unfinished copy of {self._job.where}"
+        try:
+            image = read_image_header(where, part.read_at, part.size, limits_of(encryption.format))
+        except FailedPrecondition:
+            return None
+        if image.identity != checkpoint.luks:
+            return None
+        try:
+            return image.volume_key(encryption.passphrase)
+        except Unauthenticated as error:
+            name = self._target.folder.name
+            raise Unauthenticated(f"{error}, or begin anew after luks-csi image delete {name}") from None
+
+    def _begin(self, stack: contextlib.ExitStack) -> _Begun:
+        """A new part, reserved, and the checkpoint that says so; one with a header comes with the first chunks.
+
+        Deriving a key takes a core for as long as encrypting a gigabyte does: the header is written meanwhile.
+        """
+        target = self._target
+        with contextlib.ExitStack() as undo:
+            part = self._make(undo)
+            self._check_room(0)
+            part.set_size(self._layout.end)
+            cipher = None
+            if target.encryption:
+                part.reserve(0, self._layout.end)
+                key = VolumeKey.fresh(target.encryption.format.key_bits)
+                cipher = self._cipher(target.encryption, key)
+                self._header = Later(partial(self._write_header, target.encryption, key), self._pace.patience)
+            else:
+                for extent in self._reader.extents():
+                    if not extent.zero:
+                        part.reserve(extent.offset, extent.length)
+                part.sync()
+            checkpoint = Checkpoint(VERSION, self._plan, None, b"")
+            if not target.encryption:
+                self._store(checkpoint)
+            undo.pop_all()
+        stack.callback(part.close)
+        return part, checkpoint, cipher
+
+    def _make(self, undo: contextlib.ExitStack) -> PartFile:
+        """An empty part in place of whatever was there; goes away with `undo`."""
+        with self._errors("made"):
+            self._target.discard()
+            self._target.folder.mkdir(mode=0o700, exist_ok=True)
+            undo.callback(self._discard)
+            part = self._open(undo, new=True)
+            self._target.files.sync_folder(self._target.folder)
+            self._target.files.sync_folder(self._target.folder.parent)
+        return part
+
+    def _open(self, stack: contextlib.ExitStack, *, new: bool) -> PartFile:
+        part = PartFile(self._target, self._job.where, new=new)
+        stack.callback(part.close)
+        return part
+
+    def _cipher(self, encryption: Encryption, key: VolumeKey) -> SectorCipher:
+        return sector_cipher(encryption.format.cipher, bytes(key.value), encryption.format.sector_size)
+
+    def _write_header(self, encryption: Encryption, key: VolumeKey) -> LuksIdentity:
+        with key, self._errors("written"):
+            return write_image_header(
+                self._job.where, str(self._target.part), encryption.format, self._layout.payload,
+                encryption.passphrase, key,
+            )  # fmt: skip
+
+    def _identity(self) -> LuksIdentity | None:
+        """That of the header, which is whole and durable then; without one nothing of the part stays."""
+        if self._header is None:
+            return None
+        try:
+            return self._header.result()
+        except DriverError:
+            self._discard()
+            raise
+        except TimeoutError:
+            self._lock.keep()  # it may be written later
+            raise DeadlineExceeded(
+                f"the LUKS2 header of the copy of {self._job.where} in {self._target.folder} could not be written in "
+                f"time; look at the kernel log and the storage, then run it again"
+            ) from None
+
+    def _reflinked(self) -> bool:
+        """Whether an `ignore` copy of the whole file could be had for nothing."""
+        job = self._job
+        if job.operation is not Operation.IGNORE or job.source_format not in _PAYLOAD_IS_FILE:
+            return False
+        with contextlib.ExitStack() as undo:
+            part = self._make(undo)
+            if not part.reflink(job.source):
+                return False
+            part.set_size(self._layout.end)
+            check_source(job)
+            undo.pop_all()
+            part.close()
+        self._progress(self._layout.payload)
+        return True
+
+    def _check_room(self, present: int) -> None:
+        needed = self._layout.end
+        if not self._target.encryption:
+            needed = sum(padded(extent.length, BLOCK) for extent in self._reader.extents() if not extent.zero)
+        with self._errors("made"):
+            free = self._target.disk.free(self._target.folder)
+        if needed - present > free:
+            raise ResourceExhausted(
+                f"no room for {self._job.where} in {self._target.folder}: {needed - present} bytes are wanted and "
+                f"{free} are free; free space there"
+            )
+
+    def _copy(self, part: PartFile, checkpoint: Checkpoint, cipher: SectorCipher | None) -> Checkpoint:
+        """Copy the chunks that are not durable yet. Returns the checkpoint that says that all are."""
+        layout, pace = self._layout, self._pace
+        chunks = chunks_of(self._reader, layout, checkpoint.chunks, self._job.where)
+        ledger = Ledger(layout, checkpoint.digests)
+        latest = time.monotonic()
+        with self._crew(part, chunks, lambda: Copier(self._reader, part, layout, cipher)) as crew:
+            try:
+                while ledger.chunks < layout.chunks and not self._stop.name:
+                    if end := crew.take():
+                        ledger.add(*end)
+                        self._progress(ledger.done)
+                    fresh = (ledger.chunks - checkpoint.chunks) * layout.chunk
+                    late = time.monotonic() - latest >= pace.checkpoint_seconds
+                    if fresh and (late or fresh >= pace.checkpoint_bytes):
+                        checkpoint = self._secure(part, checkpoint, ledger)
+                        latest = time.monotonic()
+                crew.stop()
+                while end := crew.take():
+                    ledger.add(*end)
+            except (NoRoom, TargetFailed, SourceChanged, DeadlineExceeded):
+                raise
+            except DriverError:
+                # The reader's. It may have stumbled over what was changed, which is looked at here too.
+                crew.stop()
+                for end in crew.rest():
+                    ledger.add(*end)
+                self._secure(part, checkpoint, ledger)
+                raise
+        checkpoint = self._secure(part, checkpoint, ledger)
+        if ledger.chunks < layout.chunks:
+            raise self._stopped(f"{ledger.done * 100 // layout.payload} % of it are done")
+        return checkpoint
+
+    def _secure(self, part: PartFile, checkpoint: Checkpoint, ledger: Ledger) -> Checkpoint:
+        """A checkpoint of the leading chunks in `ledger`, behind their bytes."""
+        part.sync()
+        check_source(self._job)
+        checkpoint = msgspec.structs.replace(
+            checkpoint, luks=self._identity() or checkpoint.luks, digests=bytes(ledger.digests)
+        )
+        self._store(checkpoint)
+        return checkpoint
+
+    def _store(self, checkpoint: Checkpoint) -> None:
+        with self._errors("made durable"):
+            store_checkpoint(self._target.files, self._target.checkpoint, checkpoint)
+
+    def _differing(self, part: PartFile, checkpoint: Checkpoint, first: int) -> int | None:
+        """The first chunk from `first` on that the disk does not hold as it is recorded."""
+        chunks = range(first, checkpoint.chunks)
+        wrong = []
+        with self._crew(part, map(Chunk, chunks), lambda: Checker(part, self._layout)) as crew:
+            left = len(chunks)
+            while left:
+                if self._stop.name:
+                    raise self._stopped("its copy is whole and not yet read back")
+                if end := crew.take():
+                    left -= 1
+                    if checkpoint.digest(end[0]) != end[1]:
+                        wrong.append(end[0])
+        return min(wrong, default=None)
+
+    @contextlib.contextmanager
+    def _crew(self, part: PartFile, chunks: Iterator[Chunk], hire: Callable[[], Worker]) -> Iterator[Crew]:
+        crew = Crew(chunks, hire, self._threads, self._pace.patience, self._job.where)
+        try:
+            with crew:
+                yield crew
+        finally:
+            if crew.hanging:
+                part.abandon()
+                self._lock.keep()
+
+    def _discard(self) -> None:
+        with contextlib.suppress(OSError):  # the error that led here tells more
+            self._target.discard()
+
+    def _stopped(self, state: str) -> Aborted:
+        job = self._job
+        return Aborted(
+            f"{job.operation} of {job.where} was stopped by {self._stop.name}: {state}; run it again to go on"
+        )
+
+    def _errors(self, done: str) -> contextlib.AbstractContextManager[None]:
+        return target_errors(self._job.where, self._target.folder, done)

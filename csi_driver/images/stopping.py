@@ -1,0 +1,39 @@
+"""Ctrl-C and SIGTERM as a wish that long work looks at, so that it ends where it can go on later."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+
+
+@dataclass
+class Stop:
+    """The signal that asked for the end, or nothing."""
+
+    name: str = ""
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Note SIGINT and SIGTERM, once each way: the next one does what it did before. Only the main thread sees them."""
+    stop = Stop()
+    before: dict[int, Callable[[int, FrameType | None], object] | int] = {}
+
+    def restore() -> None:
+        while before:
+            signal.signal(*before.popitem())
+
+    def note(number: int, _: FrameType | None) -> None:
+        stop.name = signal.Signals(number).name
+        restore()
+
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    before[number] = signal.signal(number, note) or signal.SIG_DFL
+        yield stop
+    finally:
+        restore()
