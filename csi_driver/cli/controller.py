@@ -5,9 +5,8 @@ from typing import Any
 
 import click
 
-from csi_driver.cli.doctor import settings_params
 from csi_driver.cli.logs import configure_logs
-from csi_driver.cli.serve import settings_of
+from csi_driver.cli.serve import settings_of, settings_params
 from csi_driver.host.hardening import harden_process
 from csi_driver.model.settings import Service
 

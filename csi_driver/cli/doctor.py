@@ -5,16 +5,11 @@ from typing import Any
 import click
 
 from csi_driver.cli.output import OUTPUT_OPTION, Output, show_json, show_table
-from csi_driver.cli.serve import serve
+from csi_driver.cli.serve import settings_params
 from csi_driver.model.settings import Settings
 from csi_driver.volumes.health import Finding
 
 _LOOKED_AT = ("state_dir", "kubelet_dir", "free_space_floor")
-
-
-def settings_params(*fields: str) -> list[click.Parameter]:
-    """Some of the options of `serve`: the same names, variables and defaults."""
-    return [parameter for parameter in serve.params if parameter.name in fields]
 
 
 @click.command(params=[*settings_params(*_LOOKED_AT), OUTPUT_OPTION])

@@ -12,6 +12,7 @@ from csi_driver.model.errors import DriverError
 COMMANDS: Mapping[str, str] = {
     "controller": "csi_driver.cli.controller:controller",
     "doctor": "csi_driver.cli.doctor:doctor",
+    "image": "csi_driver.cli.image:image",
     "orphans": "csi_driver.cli.orphans:orphans",
     "register": "csi_driver.cli.register:register",
     "serve": "csi_driver.cli.serve:serve",

@@ -5,8 +5,8 @@ from typing import Any
 
 import click
 
-from csi_driver.cli.doctor import settings_params
 from csi_driver.cli.output import OUTPUT_OPTION, Output, confirm, show_json, show_table
+from csi_driver.cli.serve import settings_params
 from csi_driver.model.settings import Settings
 from csi_driver.volumes.driver import Driver, build_driver
 

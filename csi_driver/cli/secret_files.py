@@ -30,6 +30,21 @@ def secret_options(function: Function) -> Function:
     return folder(file(function))
 
 
+def new_secret_options(function: Function) -> Function:
+    """`--new-secret-dir` and `--new-passphrase-file`, for a command that changes the secret."""
+    folder = click.option(
+        "--new-secret-dir",
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        help="The new secret, as --secret-dir.",
+    )
+    file = click.option(
+        "--new-passphrase-file",
+        type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
+        help="The new passphrase, as --passphrase-file.",
+    )
+    return folder(file(function))
+
+
 def read_secrets(secret_dir: Path | None, passphrase_file: Path | None) -> Mapping[str, str]:
     """The entries of a secret. Raises ClickException; what was read is in no message.
 

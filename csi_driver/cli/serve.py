@@ -196,3 +196,8 @@ def settings_of(options: dict[str, Any]) -> Settings:
     limits = Limits(**{name: value for name, value in options.items() if name in names})
     chosen = {name: value for name, value in options.items() if name not in names}
     return Settings(**{**chosen, "log_format": LogFormat(chosen["log_format"]), "limits": limits})
+
+
+def settings_params(*fields: str) -> list[click.Parameter]:
+    """Some of the options of `serve`: the same names, variables and defaults."""
+    return [parameter for parameter in serve.params if parameter.name in fields]

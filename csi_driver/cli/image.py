@@ -1,0 +1,217 @@
+"""`luks-csi image`: VM images on this node; needs no server."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import click
+
+from csi_driver.cli.output import OUTPUT_OPTION, Output, about, confirm, show_json, show_table, size_text
+from csi_driver.cli.progress import ProgressLine
+from csi_driver.cli.secret_files import new_secret_options, read_secrets, secret_options
+from csi_driver.cli.serve import read_size, settings_params
+from csi_driver.images.base import Progress
+from csi_driver.images.checkpoint import Operation
+from csi_driver.images.checksum import Checksum
+from csi_driver.images.destinations import Connector
+from csi_driver.images.library import MOST_BYTES, Clone, ImageLibrary, Import
+from csi_driver.images.store import ImageRecord
+from csi_driver.keys.secret import SecretKey, read_secret
+from csi_driver.luks.formats import SECTOR_SIZES
+from csi_driver.luks.header_metadata import Argon2id, Keyslot, Pbkdf2
+from csi_driver.model.errors import DriverError
+
+_PARAMS = (*settings_params("state_dir"), OUTPUT_OPTION)
+
+
+@click.group()
+def image() -> None:
+    """Import VM images, clone them plain, encrypted or decrypted, and look at them; needs no server."""
+
+
+@image.command("import", params=[*_PARAMS])
+@click.argument("source")
+@click.argument("name")
+@click.option("--checksum", metavar="DIGITS", help="SHA-512 or SHA-256 of the file as it lies there: hexadecimal.")
+@click.option("--secret", metavar="NAMESPACE/NAME", help="The secret that opens an image which is encrypted already.")
+@click.option("--limit", default=size_text(MOST_BYTES), show_default=True, metavar="SIZE", help="At most so large.")
+@click.option("--allow-local", is_flag=True, help="Download from loopback, link-local and metadata addresses too.")
+def import_(
+    source: str, name: str, checksum: str | None, secret: str | None, limit: str, output: str, *, allow_local: bool,
+    state_dir: Path,
+) -> None:  # fmt: skip
+    """Bring the image at SOURCE, a file or an http(s) URL, in as NAME.
+
+    Raw, iso, qcow2, vmdk, vhdx and LUKS2, also as .gz, .xz or .zst. A cut download is gone on with by the same command.
+    """
+    wanted = Import(name, source, Checksum.parse(checksum) if checksum else None, secret, _size(limit))
+    library = _library(state_dir, Connector(allow_local=allow_local))
+    _tell(output, "is there", library.import_(wanted, _Meter()))
+
+
+@image.command("clone", params=[*_PARAMS])
+@click.argument("source")
+@click.argument("name")
+@click.option("--encryption", type=click.Choice([each.value for each in Operation]), default=Operation.IGNORE.value,
+              show_default=True, help="ignore copies as it is; reencrypt gives another key.")  # fmt: skip
+@click.option("--sector-size", type=click.Choice([str(size) for size in SECTOR_SIZES]), default=None,
+              help="Of an encrypted result, 512 unless given; a VM sees blocks of this size.")  # fmt: skip
+@click.option("--secret", metavar="NAMESPACE/NAME", help="To be recorded: the secret that opens the result.")
+@click.option("--verify", is_flag=True, help="Read the result back from the disk and compare.")
+@secret_options
+@new_secret_options
+def clone(
+    source: str, name: str, encryption: str, sector_size: str | None, secret: str | None, output: str, *,
+    verify: bool, state_dir: Path, secret_dir: Path | None, passphrase_file: Path | None,
+    new_secret_dir: Path | None, new_passphrase_file: Path | None,
+) -> None:  # fmt: skip
+    """Make the image NAME of the image SOURCE.
+
+    The secret is the result's for encrypt and the source's for decrypt; reencrypt takes a new one beside it. A command
+    that was cut is gone on with by the same command.
+    """
+    if {str(passphrase_file), str(new_passphrase_file)} == {"-"}:
+        raise click.UsageError("Only one passphrase can come from standard input; put the other one into a file.")
+    first = _key(read_secrets(secret_dir, passphrase_file))
+    second = _key(read_secrets(new_secret_dir, new_passphrase_file))
+    if encryption == Operation.ENCRYPT:
+        if second is not None:
+            raise click.UsageError("encrypt takes one secret: --secret-dir or --passphrase-file.")
+        first, second = None, first
+    wanted = Clone(
+        source, name, Operation(encryption), first, second, secret, int(sector_size) if sector_size else None, verify
+    )
+    _tell(output, "is there", _library(state_dir).clone(wanted, _Meter()))
+
+
+@image.command("list", params=[*_PARAMS])
+def list_(output: str, state_dir: Path) -> None:
+    """List the images."""
+    library = _library(state_dir)
+    found = list[ImageRecord]()
+    failed = False
+    for name in library.names():
+        try:
+            found.append(library.get(name))
+        except DriverError as error:  # of one image, the others are fine
+            click.echo(f"luks-csi: {error}", err=True)
+            failed = True
+    _show_images(found, output)
+    for name in library.unfinished():
+        click.echo(f"unfinished: {name}; the command that made it goes on, luks-csi image delete removes it", err=True)
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+def _show_images(found: list[ImageRecord], output: str) -> None:
+    if output == Output.JSON:
+        return show_json(found)
+    if not found:
+        return click.echo("no images")
+    rows = [
+        (each.name, each.format, size_text(each.size), "yes" if each.luks else "no", each.provenance.operation,
+         each.provenance.source)
+        for each in found
+    ]  # fmt: skip
+    return show_table(rows, ("IMAGE", "FORMAT", "SIZE", "ENCRYPTED", "BY", "FROM"))
+
+
+@image.command("inspect", params=[*_PARAMS])
+@click.argument("name")
+def inspect(name: str, output: str, state_dir: Path) -> None:
+    """Show an image: format, sizes, where it comes from and, if it is encrypted, what its header says."""
+    library = _library(state_dir)
+    record = library.get(name)
+    file = library.file(name)
+    slots = {number: _slot(slot) for number, slot in library.header(name).keyslots.items()} if record.luks else {}
+    if output == Output.JSON:
+        return show_json({"image": record, "file": str(file), "key_slots": slots})
+    rows = [
+        ("image", record.name),
+        ("format", record.format),
+        ("size", f"{size_text(record.size)} ({record.size} bytes)"),
+        ("file", f"{file}, {record.file_size} bytes, {about(file.stat().st_blocks * 512)}B on the disk"),
+        ("created", record.created),
+        ("by", f"{record.provenance.operation} from {record.provenance.source}"),
+    ]
+    if record.provenance.checksum:
+        rows.append(("checksum", record.provenance.checksum))
+    if record.luks:
+        rows += [
+            ("encryption", f"LUKS2 {record.luks.uuid}"),
+            ("cipher", f"{record.luks.cipher}, {record.luks.key_bits}-bit key"),
+            ("sector size", str(record.luks.sector_size)),
+            ("data offset", size_text(record.luks.data_offset)),
+            *((f"key slot {number}", _slot_text(slot)) for number, slot in slots.items()),
+            ("secret", record.secret or "not recorded"),
+        ]
+    return show_table(rows)
+
+
+@image.command("delete", params=[*_PARAMS])
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def delete(name: str, output: str, state_dir: Path, *, yes: bool) -> None:
+    """Delete an image, or what a cut command has left of it."""
+    confirm(f"Delete image {name}?", yes=yes)
+    _library(state_dir).delete(name)
+    if output == Output.JSON:
+        return show_json({"image": name})
+    return click.echo(f"image {name} is deleted")
+
+
+@image.command("export", params=[*_PARAMS])
+@click.argument("name")
+@click.argument("path", type=click.Path(path_type=Path))
+def export(name: str, path: Path, output: str, state_dir: Path) -> None:
+    """Copy an image's file, as it is, to a new file at PATH; one that is encrypted stays so."""
+    _library(state_dir).export(name, path.absolute(), _Meter())
+    if output == Output.JSON:
+        return show_json({"image": name, "path": str(path)})
+    return click.echo(f"image {name} is at {path}")
+
+
+def _slot(slot: Keyslot) -> dict[str, str | int]:
+    """What opening a key slot takes, in the words of LUKS2; memory in KiB."""
+    kdf = slot.kdf
+    if isinstance(kdf, Pbkdf2):
+        return {"pbkdf": "pbkdf2", "hash": kdf.hash, "iterations": kdf.iterations}
+    name = "argon2id" if isinstance(kdf, Argon2id) else "argon2i"
+    return {"pbkdf": name, "hash": slot.af.hash, "time": kdf.time, "memory": kdf.memory, "cpus": kdf.cpus}
+
+
+def _slot_text(slot: Mapping[str, str | int]) -> str:
+    if slot["pbkdf"] == "pbkdf2":
+        return f"pbkdf2, {slot['hash']}, {slot['iterations']} iterations"
+    return f"{slot['pbkdf']}, {slot['time']} passes over {about(int(slot['memory']) << 10)}B"
+
+
+class _Meter:
+    """A progress line for each part of the work."""
+
+    @contextlib.contextmanager
+    def __call__(self, what: str, total: int | None) -> Iterator[Progress]:
+        with ProgressLine(what, total) as line:
+            yield line
+
+
+def _library(state_dir: Path, connector: Connector | None = None) -> ImageLibrary:
+    return ImageLibrary(Path(state_dir) / "images", connector)
+
+
+def _key(entries: Mapping[str, str]) -> SecretKey | None:
+    return read_secret(entries) if entries else None
+
+
+def _size(text: str) -> int:
+    try:
+        return read_size(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--limit") from None
+
+
+def _tell(output: str, said: str, record: ImageRecord) -> None:
+    if output == Output.JSON:
+        return show_json(record)
+    kind = "encrypted image" if record.luks else "image"
+    return click.echo(f"{kind} {record.name} of {size_text(record.size)} {said}")

@@ -1,0 +1,468 @@
+"""What can be done with images: import, clone, export, inspect, delete. One call at a time works on an image."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, Protocol, assert_never
+
+from csi_driver.host.files import Files
+from csi_driver.host.holders import Holders
+from csi_driver.host.locks import VolumeLocks
+from csi_driver.host.syscalls import error_name
+from csi_driver.images.base import ImageFormat, Progress, Reader
+from csi_driver.images.checkpoint import Job, Operation, SourceIdentity
+from csi_driver.images.checksum import Checksum, checksum_of
+from csi_driver.images.clone import PassResult, run_pass
+from csi_driver.images.destinations import Connector, parse_url
+from csi_driver.images.fetch import fetch
+from csi_driver.images.formats import ANY_COST, HEAD_BYTES, check_source, detect_wrapping, inspect
+from csi_driver.images.luks_reader import LuksReader
+from csi_driver.images.qemu import QemuReader
+from csi_driver.images.source import RawReader, open_regular
+from csi_driver.images.store import ImageRecord, ImageStore, Provenance, check_name
+from csi_driver.images.target import Encryption, Target
+from csi_driver.images.unwrap import unwrap
+from csi_driver.keys.secret import CEPH_PASSPHRASE, LONGHORN_VALUE, SecretKey
+from csi_driver.luks.formats import LuksFormat
+from csi_driver.luks.header import PRIMARY_MAGIC, Header
+from csi_driver.luks.image_header import ImageHeader, read_image_header
+from csi_driver.model.errors import (
+    Aborted,
+    AlreadyExists,
+    CommandFailed,
+    FailedPrecondition,
+    InvalidArgument,
+    InvalidHeader,
+    VolumeBusy,
+)
+from csi_driver.model.secret import Passphrase
+from csi_driver.model.volume import LuksIdentity, VolumeParameters
+from csi_driver.volumes.parameters import luks_format
+
+MOST_BYTES: Final = 1 << 40
+"""Bytes that an image may have, unless the caller says otherwise."""
+
+_URL: Final = ("http://", "https://")
+_SECRET_NAME: Final = re.compile(r"[a-z0-9][-a-z0-9]{0,62}/[a-z0-9][-a-z0-9.]{0,252}")
+_NO_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK)
+
+
+class Meter(Protocol):
+    """Shows how far each part of the work is."""
+
+    def __call__(self, what: str, total: int | None) -> contextlib.AbstractContextManager[Progress]:
+        """For the length of the block `what` is under way, of `total` bytes if that is known."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """`source` is a path or an http(s) URL; `checksum` is of the file as it lies there, wrapping included.
+
+    `secret` (namespace/name) may be told for an image that is encrypted already.
+    """
+
+    name: str
+    source: str
+    checksum: Checksum | None = None
+    secret: str | None = None
+    most_bytes: int = MOST_BYTES
+
+
+@dataclass(frozen=True)
+class Clone:
+    """`key` opens an encrypted source, `new_key` is for an encrypted result, as is `sector_size` in bytes (512)."""
+
+    source: str
+    name: str
+    operation: Operation = Operation.IGNORE
+    key: SecretKey | None = None
+    new_key: SecretKey | None = None
+    secret: str | None = None
+    sector_size: int | None = None
+    verify: bool = False
+
+
+class ImageLibrary:
+    """The images below `folder`."""
+
+    def __init__(self, folder: Path, connector: Connector | None = None) -> None:
+        self._files = Files()
+        self._store = ImageStore(folder, self._files)
+        self._connector = connector or Connector()
+        self._locks = VolumeLocks(self._store.locks, Holders(), self._store.exists)
+
+    def names(self) -> list[str]:
+        """The complete images."""
+        return list(self._store.names())
+
+    def unfinished(self) -> list[str]:
+        """What cut calls have left: the same call goes on with it, `delete` removes it."""
+        return list(self._store.unfinished())
+
+    def get(self, name: str) -> ImageRecord:
+        """The record of an image. Raises InvalidArgument, NotFound, FailedPrecondition."""
+        return self._store.get(name)
+
+    def file(self, name: str) -> Path:
+        """The file of an image. Errors as `get`."""
+        self._store.get(name)
+        return self._store.file(name)
+
+    def header(self, name: str) -> Header:
+        """The LUKS2 header of an encrypted image, checked. Errors as `get`, DeviceUnreadable, InvalidHeader."""
+        descriptor = open_regular(str(self.file(name)), f"image {name}")
+        try:
+            return _header(descriptor, f"image {name}").header
+        finally:
+            os.close(descriptor)
+
+    def import_(self, wanted: Import, meter: Meter) -> ImageRecord:
+        """Bring an image in; what an earlier, cut call of this name has downloaded is gone on with.
+
+        Raises AlreadyExists, VolumeBusy, and what `fetch`, `unwrap`, `inspect` and `run_pass` raise.
+        """
+        check_source(wanted.source)
+        _check_secret(wanted.secret)
+        is_url = wanted.source.lower().startswith(_URL)
+        provenance = Provenance(
+            operation="import",
+            source=str(parse_url(wanted.source)) if is_url else str(Path(wanted.source).absolute()),
+            checksum=_text(wanted.checksum),
+        )
+        with self._made(wanted.name) as folder:
+            where = f"image {wanted.name}"
+            try:
+                made = (self._downloaded if is_url else self._copied)(wanted, folder, meter, where)
+                record = self._recorded(wanted, made, where, provenance)
+            except (InvalidArgument, InvalidHeader):
+                self._store.discard(wanted.name)
+                raise
+            self._store.finish(record, made)
+            return record
+
+    def clone(self, wanted: Clone, meter: Meter) -> ImageRecord:
+        """Make an image of another one. A killed call is gone on with by the next one of this name.
+
+        Raises InvalidArgument (encrypting what is encrypted, decrypting what is not, no passphrase), NotFound,
+        AlreadyExists, VolumeBusy, Unauthenticated, and what `run_pass` raises.
+        """
+        source = self._store.get(wanted.source)
+        _check_operation(source, wanted)
+        with self._made(wanted.name) as folder:
+            file = self._store.file(wanted.source)
+            where = f"image {wanted.source}"
+            kept = wanted.operation is Operation.IGNORE  # the file is copied as it is, whatever its format
+            job = Job(
+                wanted.operation,
+                file,
+                SourceIdentity.of(file, where),
+                ImageFormat.RAW if kept else source.format,
+                where,
+            )
+            if self._store.get(wanted.source) != source:
+                raise Aborted(f"{where} was replaced by another one; call again")
+            target = Target(folder, self._encryption(wanted))
+            with contextlib.ExitStack() as stack:
+                reader = self._reader(source, file, wanted, where)
+                stack.callback(reader.close)
+                progress = stack.enter_context(meter(_DOING[wanted.operation], reader.size))
+                run_pass(
+                    reader,
+                    target,
+                    job,
+                    progress,
+                    verify=wanted.verify,
+                    publish=lambda result: self._store.finish(_cloned(source, wanted, result), result.part),
+                )
+        return self._store.get(wanted.name)
+
+    def export(self, name: str, path: Path, meter: Meter) -> None:
+        """Copy an image's file, as it is, to a new file at `path`. Raises AlreadyExists and what `run_pass` raises."""
+        record = self._store.get(name)
+        if path.exists() or path.is_symlink():
+            raise AlreadyExists(f"{path} exists already; choose another name")
+        file, where = self._store.file(name), f"image {name}"
+        job = Job(Operation.IGNORE, file, SourceIdentity.of(file, where), record.format, where)
+        target = Target(path.parent / f".{path.name}.export")
+        with contextlib.closing(RawReader(str(file), where)) as reader, meter("exporting", reader.size) as progress:
+            run_pass(reader, target, job, progress, publish=lambda result: self._put(result.part, path))
+        target.discard()
+
+    def _put(self, part: Path, path: Path) -> None:
+        """Let a file be seen at `path`, where nothing may have appeared meanwhile."""
+        try:
+            os.link(part, path)
+            self._files.sync_folder(path.parent)
+        except FileExistsError:
+            raise AlreadyExists(f"{path} has appeared meanwhile and was left alone; choose another name") from None
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise CommandFailed(f"{path} cannot be made ({error_name(error)}); check that file system") from None
+            self._files.rename(part, path)  # a file system without links
+
+    def delete(self, name: str) -> None:
+        """Remove an image, and what a cut call has left of it. Raises NotFound, VolumeBusy."""
+        check_name(name)
+        self._store.start()
+        with self._lock(name):
+            self._store.delete(name)
+
+    @contextlib.contextmanager
+    def _made(self, name: str) -> Iterator[Path]:
+        """The folder to make an image in, locked."""
+        check_name(name)
+        self._store.start()
+        with self._lock(name):
+            folder = self._store.begin(name)
+            try:
+                yield folder
+            finally:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # nothing was begun in it, or it is gone
+
+    @contextlib.contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self._locks.hold(name))
+            except VolumeBusy:
+                raise VolumeBusy(f"another call is at work on image {name}; call again when it has ended") from None
+            yield
+
+    def _downloaded(self, wanted: Import, folder: Path, meter: Meter, where: str) -> Path:
+        # A whole one stays for a repetition of this very call, not for one with another URL or checksum.
+        asked = f"{wanted.source} {_text(wanted.checksum)}"
+        path = folder / f"download-{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
+        if not path.exists():
+            with _Total(meter, "downloading") as progress:
+                fetch(
+                    wanted.source, path, wanted.most_bytes, self._connector, expected=wanted.checksum, progress=progress
+                )
+        return self._unwrapped(path, folder, wanted, meter, where)
+
+    def _copied(self, wanted: Import, folder: Path, meter: Meter, where: str) -> Path:
+        source = Path(wanted.source)
+        SourceIdentity.of(source, where)  # says so if it is not there
+        descriptor = open_regular(wanted.source, where)
+        try:
+            with _reading(wanted.source, where):
+                os.fsync(descriptor)
+            before = SourceIdentity.of(source, where)
+            if wanted.checksum:
+                with meter("checking", before.size) as progress, _reading(wanted.source, where):
+                    wanted.checksum.require(checksum_of(descriptor, wanted.checksum.algorithm, progress), wanted.source)
+            with _reading(wanted.source, where):
+                packed = detect_wrapping(os.pread(descriptor, HEAD_BYTES, 0))
+            if packed is None:
+                inspect(descriptor, where, wanted.most_bytes)  # refused before it is copied; the copy decides
+        finally:
+            os.close(descriptor)
+        if packed:
+            made = self._unwrapped(source, folder, wanted, meter, where)
+            if SourceIdentity.of(source, where) != before:
+                self._files.remove(made)
+                raise FailedPrecondition(f"{source} was changed while it was read; import it again")
+            return made
+        job = Job(Operation.IGNORE, source, before, ImageFormat.RAW, where)
+        with contextlib.closing(RawReader(wanted.source, where)) as reader, meter("copying", reader.size) as progress:
+            return run_pass(reader, Target(folder), job, progress).part
+
+    def _unwrapped(self, path: Path, folder: Path, wanted: Import, meter: Meter, where: str) -> Path:
+        descriptor = open_regular(str(path), where)
+        try:
+            wrapping = detect_wrapping(os.pread(descriptor, HEAD_BYTES, 0))
+            if wrapping is None:
+                return path
+            made = folder / "unpacked"
+            with meter("unpacking", os.fstat(descriptor).st_size) as progress:
+                unwrap(descriptor, wrapping, made, wanted.most_bytes, where, progress)
+            return made
+        finally:
+            os.close(descriptor)
+
+    @staticmethod
+    def _recorded(wanted: Import, made: Path, where: str, provenance: Provenance) -> ImageRecord:
+        """What the file is."""
+        descriptor = open_regular(str(made), where)
+        try:
+            found = inspect(descriptor, where, wanted.most_bytes)
+            if found.luks is None and wanted.secret is not None:
+                raise InvalidArgument(f"{where} is not encrypted, but a secret was named for it; leave that out")
+            size = found.virtual_size if found.luks is None else _header(descriptor, where).payload
+            return ImageRecord(
+                name=wanted.name,
+                format=found.format,
+                size=size,
+                file_size=os.fstat(descriptor).st_size,
+                luks=found.luks,
+                secret=wanted.secret,
+                created=_now(),
+                provenance=provenance,
+            )
+        finally:
+            os.close(descriptor)
+
+    def _reader(self, source: ImageRecord, file: Path, wanted: Clone, where: str) -> Reader:
+        match wanted.operation:
+            case Operation.IGNORE:
+                return RawReader(str(file), where)
+            case Operation.DECRYPT | Operation.REENCRYPT:
+                raw = RawReader(str(file), where)
+                try:
+                    return LuksReader(raw, _passphrase(wanted.key, where), where)
+                except BaseException:
+                    raw.close()
+                    raise
+            case Operation.ENCRYPT:
+                is_raw = source.format is ImageFormat.RAW
+                reader = RawReader(str(file), where) if is_raw else QemuReader(str(file), source.format, where)
+                try:
+                    _refuse_encrypted(reader, where)
+                except BaseException:
+                    reader.close()
+                    raise
+                return reader
+            case _:
+                assert_never(wanted.operation)
+
+    @staticmethod
+    def _encryption(wanted: Clone) -> Encryption | None:
+        if wanted.operation not in (Operation.ENCRYPT, Operation.REENCRYPT):
+            return None
+        where = f"image {wanted.name}"
+        return Encryption(chosen_format(wanted), _passphrase(wanted.new_key, where))
+
+
+def chosen_format(wanted: Clone) -> LuksFormat:
+    """The LUKS2 format that a secret asks for; sectors of 512 bytes unless said otherwise. Raises InvalidArgument."""
+    parameters = VolumeParameters(encrypted=True, sector_size=wanted.sector_size or 512)
+    return luks_format(parameters, wanted.new_key or SecretKey(None))
+
+
+class _Total:
+    """A download's progress: its total is known once the server has answered."""
+
+    def __init__(self, meter: Meter, what: str) -> None:
+        self._meter = meter
+        self._what = what
+        self._stack = contextlib.ExitStack()
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Callable[[int, int | None], None]:
+        return self._advance
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _advance(self, done: int, total: int | None) -> None:
+        if self._progress is None:
+            self._progress = self._stack.enter_context(self._meter(self._what, total))
+        self._progress(done)
+
+
+_DOING: Final = {
+    Operation.IGNORE: "copying",
+    Operation.ENCRYPT: "encrypting",
+    Operation.DECRYPT: "decrypting",
+    Operation.REENCRYPT: "reencrypting",
+}
+
+
+def _check_operation(source: ImageRecord, wanted: Clone) -> None:
+    """Refuse what cannot be, before any work."""
+    encrypted = source.luks is not None
+    if wanted.operation is Operation.ENCRYPT and encrypted:
+        raise InvalidArgument(
+            f"image {source.name} is encrypted already and is not encrypted again; use reencrypt for another key, or "
+            f"ignore for a copy"
+        )
+    if wanted.operation in (Operation.DECRYPT, Operation.REENCRYPT) and not encrypted:
+        raise InvalidArgument(
+            f"image {source.name} is not encrypted, so it cannot be cloned with {wanted.operation}; use encrypt, or "
+            f"ignore for a copy"
+        )
+    for key, takes, option in (
+        (wanted.key, (Operation.DECRYPT, Operation.REENCRYPT), "source"),
+        (wanted.new_key, (Operation.ENCRYPT, Operation.REENCRYPT), "result"),
+    ):
+        if key is not None and wanted.operation not in takes:
+            raise InvalidArgument(f"{wanted.operation} takes no secret for its {option}; leave it out")
+        if key is None and wanted.operation in takes:
+            raise InvalidArgument(f"{wanted.operation} needs the secret for its {option}; name it")
+    _check_secret(wanted.secret)
+    if wanted.secret and (wanted.operation is Operation.DECRYPT or not (encrypted or wanted.new_key)):
+        raise InvalidArgument(
+            f"the result of {wanted.operation} is not encrypted, so no secret can be named for it; leave it out"
+        )
+    if wanted.sector_size and wanted.new_key is None:
+        raise InvalidArgument(f"{wanted.operation} makes no new encryption, so it takes no sector size; leave it out")
+
+
+def _check_secret(secret: str | None) -> None:
+    """The text is not repeated: it might be the passphrase, by mistake."""
+    if secret is not None and not _SECRET_NAME.fullmatch(secret):
+        raise InvalidArgument("the secret must be named as NAMESPACE/NAME, as Kubernetes has them")
+
+
+def _refuse_encrypted(reader: Reader, where: str) -> None:
+    """Record and data decide: a disk that holds LUKS is not encrypted once more."""
+    head = bytearray(min(len(PRIMARY_MAGIC), reader.size))
+    reader.read_into(0, memoryview(head))
+    if head == PRIMARY_MAGIC:
+        raise FailedPrecondition(
+            f"{where} is recorded as not encrypted and its disk begins like LUKS; export that disk as raw and import "
+            f"it, then use reencrypt or ignore"
+        )
+
+
+def _passphrase(key: SecretKey | None, where: str) -> Passphrase:
+    if key is None or key.passphrase is None:
+        raise InvalidArgument(
+            f"the secret for {where} holds neither {LONGHORN_VALUE} nor {CEPH_PASSPHRASE}; add one of them"
+        )
+    return key.passphrase
+
+
+def _cloned(source: ImageRecord, wanted: Clone, result: PassResult) -> ImageRecord:
+    kept = wanted.operation is Operation.IGNORE
+    luks: LuksIdentity | None = source.luks if kept else result.luks
+    image_format = source.format if kept else (ImageFormat.LUKS2 if luks else ImageFormat.RAW)
+    return ImageRecord(
+        name=wanted.name,
+        format=image_format,
+        size=source.size if kept else result.payload,
+        file_size=result.size,
+        luks=luks,
+        secret=wanted.secret or (source.secret if kept else None),
+        created=_now(),
+        provenance=Provenance(operation=wanted.operation, source=wanted.source),
+    )
+
+
+def _header(descriptor: int, where: str) -> ImageHeader:
+    def read(offset: int, length: int) -> bytes:
+        return os.pread(descriptor, length, offset)
+
+    return read_image_header(where, read, os.fstat(descriptor).st_size, ANY_COST)
+
+
+@contextlib.contextmanager
+def _reading(source: str, where: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CommandFailed(f"{source} cannot be read for {where} ({error.strerror}); check its storage") from None
+
+
+def _text(checksum: Checksum | None) -> str | None:
+    return str(checksum) if checksum else None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,196 @@
+"""The images of a state directory: a folder per image with its file and its record, whole or not there.
+
+ready/<name>/{image,record.json}    complete, renamed in at the end, never changed
+new/<name>/                         being made; what a killed call left there is for its repetition
+trash/<name>/                       being removed
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from csi_driver.host.files import Files, read_file
+from csi_driver.host.syscalls import error_name
+from csi_driver.images.base import ImageFormat
+from csi_driver.images.target import lock_of
+from csi_driver.model.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from csi_driver.model.volume import LuksIdentity
+
+VERSION: Final = 1
+
+_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
+_FILE, _RECORD = "image", "record.json"
+
+
+class Provenance(msgspec.Struct, frozen=True, kw_only=True):
+    """Where an image comes from: what was done, with which source, and the checksum that was asked of it.
+
+    `source` is a path, a URL without user and query, or the name of an image.
+    """
+
+    operation: str
+    source: str
+    checksum: str | None = None
+
+
+class ImageRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What is recorded of an image. Sizes in bytes.
+
+    `size` is what a VM sees, `file_size` the file's length. `luks` is set for an encrypted image: then the file is
+    LUKS2 and `secret` may tell which Kubernetes secret (namespace/name) opens it.
+    """
+
+    name: str
+    format: ImageFormat
+    size: int
+    file_size: int
+    luks: LuksIdentity | None = None
+    secret: str | None = None
+    created: str
+    provenance: Provenance
+
+
+class ImageStore:
+    """Images below `folder`; callers hold the image's lock where they write."""
+
+    def __init__(self, folder: Path, files: Files) -> None:
+        self._folder = folder
+        self._files = files
+
+    def start(self) -> None:
+        """Make the folders that are not there. Raises FailedPrecondition."""
+        with self._usable():
+            self._folder.parent.mkdir(parents=True, exist_ok=True)
+            for folder in (self._folder, *(self._folder / name for name in ("ready", "new", "trash", "locks"))):
+                if not folder.is_dir():
+                    folder.mkdir(mode=0o700, exist_ok=True)
+                    self._files.sync_folder(folder.parent)
+
+    @property
+    def locks(self) -> Path:
+        """The folder for lock files."""
+        return self._folder / "locks"
+
+    def names(self) -> Sequence[str]:
+        """The complete images. Raises FailedPrecondition."""
+        return self._below("ready")
+
+    def unfinished(self) -> Sequence[str]:
+        """What cut calls have left and nobody sees. Raises FailedPrecondition."""
+        left = {*self._below("new"), *self._below("trash")} - {*self.names()}
+        return sorted(name for name in left if _NAME.fullmatch(name))  # no lock files
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a complete image of that name, or one in the making."""
+        return any((self._folder / kind / name).exists() for kind in ("ready", "new", "trash"))
+
+    def get(self, name: str) -> ImageRecord:
+        """The record of a complete image. Raises InvalidArgument, NotFound, FailedPrecondition."""
+        check_name(name)
+        path = self._folder / "ready" / name / _RECORD
+        try:
+            with self._usable():
+                return _decode(read_file(path), path)
+        except FileNotFoundError:
+            raise NotFound(
+                f"image {name} does not exist in {self._folder}; luks-csi image list shows those that do"
+            ) from None
+
+    def file(self, name: str) -> Path:
+        """The file of a complete image."""
+        return self._folder / "ready" / name / _FILE
+
+    def begin(self, name: str) -> Path:
+        """The folder in which the image is made, kept if an earlier call began it. Raises AlreadyExists."""
+        check_name(name)
+        ready = self._folder / "ready" / name
+        if ready.exists():
+            self._tidy(ready)
+            raise AlreadyExists(f"image {name} exists already; delete it, or choose another name")
+        self._files.remove_folder(self._folder / "trash" / name)
+        folder = self._folder / "new" / name
+        if not folder.exists():
+            self._files.make_folder(folder)
+        return folder
+
+    def finish(self, record: ImageRecord, made: Path) -> None:
+        """Make an image visible whose file `made`, in the folder of `begin`, is complete and durable.
+
+        What a repetition goes on from is there until the image is.
+        """
+        folder, ready = self._folder / "new" / record.name, self._folder / "ready" / record.name
+        self._files.write(folder / _RECORD, msgspec.json.encode({"version": VERSION, "image": record}))
+        self._files.link(made, folder / _FILE)
+        self._files.rename(folder, ready)
+        self._tidy(ready)
+
+    def discard(self, name: str) -> None:
+        """Remove what is in the making."""
+        self._files.remove_folder(self._folder / "new" / name)
+
+    def delete(self, name: str) -> None:
+        """Remove an image and what is in the making of it. Raises NotFound."""
+        check_name(name)
+        if not self.exists(name):
+            raise NotFound(f"image {name} does not exist in {self._folder}")
+        ready, trash = self._folder / "ready" / name, self._folder / "trash" / name
+        self._files.remove_folder(trash)
+        if ready.exists():
+            self._files.rename(ready, trash)
+        self._files.remove_folder(trash)
+        self.discard(name)
+        self._files.remove(lock_of(self._folder / "new" / name))
+
+    def _tidy(self, ready: Path) -> None:
+        """Remove what the making of an image has left beside it."""
+        for path in ready.iterdir():
+            if path.name not in (_FILE, _RECORD):
+                self._files.remove(path)
+
+    def _below(self, kind: str) -> Sequence[str]:
+        try:
+            with self._usable():
+                return sorted(path.name for path in (self._folder / kind).iterdir())
+        except FileNotFoundError:
+            return []
+
+    @contextlib.contextmanager
+    def _usable(self) -> Iterator[None]:
+        """Tell what is wrong with the folder; that something is not there is the caller's to tell."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise FailedPrecondition(
+                f"the images in {self._folder} cannot be used ({error_name(error)}); run this as root, and check the "
+                f"state directory"
+            ) from None
+
+
+def check_name(name: str) -> None:
+    """Raise InvalidArgument unless `name` can be an image's, as Kubernetes names its objects."""
+    if not _NAME.fullmatch(name):
+        raise InvalidArgument(
+            f"{name!r} cannot be an image's name; use at most 63 lower-case letters, digits, - and ., with a letter or "
+            f"digit at each end"
+        )
+
+
+def _decode(content: bytes, path: Path) -> ImageRecord:
+    try:
+        document = msgspec.json.decode(content, type=dict[str, Any])
+        if (version := msgspec.convert(document["version"], int)) > VERSION:
+            raise FailedPrecondition(
+                f"the image record {path} has version {version}, written by a newer luks-csi than this one, which "
+                f"knows version {VERSION}; run the newer one on this node"
+            )
+        return msgspec.convert(document["image"], ImageRecord)
+    except (ValueError, KeyError, RecursionError) as error:
+        raise FailedPrecondition(
+            f"the image record {path} cannot be read ({error}); restore it from a backup"
+        ) from None

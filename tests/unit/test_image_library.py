@@ -1,0 +1,348 @@
+"""The use cases of images, and the catalog: what is visible when, and what is refused before any work."""
+
+import gzip
+import hashlib
+import mmap
+import os
+import subprocess
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import msgspec
+import pytest
+from click.testing import CliRunner
+
+from csi_driver.cli.main import luks_csi
+from csi_driver.host.files import Files
+from csi_driver.images.base import MIB, Progress
+from csi_driver.images.checkpoint import Operation
+from csi_driver.images.checksum import Checksum
+from csi_driver.images.destinations import Connector
+from csi_driver.images.library import Clone, ImageLibrary, Import
+from csi_driver.images.store import ImageRecord, ImageStore
+from csi_driver.keys.secret import SecretKey, read_secret
+from csi_driver.model.errors import (
+    AlreadyExists,
+    DriverError,
+    FailedPrecondition,
+    InvalidArgument,
+    ResourceExhausted,
+    Unauthenticated,
+)
+from tests.image_server import serving
+from tests.machine.image_lab import unmetered
+from tests.small_folder import in_a_small_folder
+
+CONTENT = b"".join(hashlib.sha512(b"%d" % number).digest() for number in range(20_000))
+SECRET = {"CRYPTO_KEY_VALUE": "a passphrase", "CRYPTO_PBKDF": "pbkdf2"}
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> ImageLibrary:
+    return ImageLibrary(tmp_path / "state" / "images", Connector(allow_local=True))
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(CONTENT)
+    return path
+
+
+def key(**entries: str) -> SecretKey:
+    return read_secret(SECRET | entries)
+
+
+def bring(library: ImageLibrary, path: Path | str, name: str = "disk", **more: object) -> ImageRecord:
+    return library.import_(Import(name, str(path), **more), unmetered)  # type: ignore[arg-type]
+
+
+def clone(library: ImageLibrary, source: str, name: str, operation: Operation, **more: object) -> ImageRecord:
+    return library.clone(Clone(source, name, operation, **more), unmetered)  # type: ignore[arg-type]
+
+
+def left(library_folder: Path) -> list[str]:
+    """Files of what is unfinished or being removed."""
+    return sorted(
+        str(path.relative_to(library_folder))
+        for kind in ("new", "trash")
+        for path in (library_folder / kind).rglob("*")
+        if not path.name.endswith(".lock")
+    )
+
+
+# --- import ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_download_that_was_refused_is_not_taken_for_another_one(library: ImageLibrary, tmp_path: Path) -> None:
+    """What another URL brought must never be recorded as this one, under a checksum that nobody has checked."""
+    with serving(gzip.compress(bytes(MIB))) as server:
+        with pytest.raises(InvalidArgument, match="more than the 65536 bytes"):
+            bring(library, server.url("/a"), most_bytes=65536)
+        server.content = gzip.compress(CONTENT)
+        checksum = Checksum.parse(hashlib.sha512(server.content).hexdigest())
+        record = bring(library, server.url("/b"), checksum=checksum)
+    assert library.file("disk").read_bytes() == CONTENT
+    assert record.provenance.checksum == str(checksum)
+    assert left(tmp_path / "state" / "images") == []
+
+
+@pytest.mark.parametrize("other", ["url", "checksum"])
+def test_a_whole_download_of_a_cut_call_serves_that_call_alone(
+    library: ImageLibrary, tmp_path: Path, other: str
+) -> None:
+    """The first call was killed while it unpacked: the download is whole and nothing else is."""
+    first, packed = gzip.compress(b"another image" * 5000), gzip.compress(CONTENT)
+    checksums = [Checksum.parse(hashlib.sha256(each).hexdigest()) for each in (first, packed)]
+    places = ("/a", "/b") if other == "url" else ("/a", "/a")
+    with serving(first) as server:
+        bring(library, server.url(places[0]), checksum=checksums[0])
+        folder = tmp_path / "state" / "images"
+        library.delete("disk")
+        asked = f"{server.url(places[0])} {checksums[0]}"
+        (folder / "new" / "disk").mkdir()
+        whole = folder / "new" / "disk" / f"download-{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
+        whole.write_bytes(first)
+        seen = len(server.requests)
+        server.content = packed
+        bring(library, server.url(places[1]), checksum=checksums[1])
+        assert len(server.requests) == seen + 1
+    assert library.file("disk").read_bytes() == CONTENT
+    assert left(folder) == []
+
+
+def test_a_write_through_a_mapping_while_it_is_copied_is_noticed(library: ImageLibrary, raw: Path) -> None:
+    """A page that is dirty already takes more writes without a new mtime: the import fsyncs first."""
+    with raw.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapping:
+
+        def meter(what: str, total: int | None) -> AbstractContextManager[Progress]:
+            mapping[1] ^= 1
+            return unmetered(what, total)
+
+        mapping[0] ^= 1
+        with pytest.raises(FailedPrecondition, match="was changed or removed while it was read"):
+            library.import_(Import("disk", str(raw)), meter)
+    assert library.names() == []
+
+
+def test_what_is_refused_is_not_copied_first(library: ImageLibrary, raw: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def meter(what: str, total: int | None) -> AbstractContextManager[Progress]:
+        said.append(what)
+        return unmetered(what, total)
+
+    with pytest.raises(InvalidArgument, match="4096"):
+        library.import_(Import("disk", str(raw), most_bytes=4096), meter)
+    assert said == []
+    assert left(tmp_path / "state" / "images") == []
+
+
+def test_an_image_that_cryptsetup_made_with_its_own_costs_can_be_used(library: ImageLibrary, tmp_path: Path) -> None:
+    """luksFormat chooses Argon2 memory by the machine; more than volumes may take."""
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(17 * MIB)
+    costs = ("--pbkdf", "argon2id", "--pbkdf-memory", "131072", "--pbkdf-force-iterations", "4")
+    subprocess.run(
+        ["cryptsetup", "luksFormat", "-q", "--type", "luks2", *costs, "--key-file", "-", str(image)],
+        input=b"a passphrase", check=True, timeout=60,
+    )  # fmt: skip
+    assert bring(library, image, secret="vms/key").luks is not None
+    assert library.header("disk").keyslots
+    assert clone(library, "disk", "plain", Operation.DECRYPT, key=key()).size == MIB
+    with pytest.raises(Unauthenticated, match="opens no key slot of image disk"):
+        clone(library, "disk", "other", Operation.DECRYPT, key=key(CRYPTO_KEY_VALUE="wrong"))
+
+
+@pytest.mark.parametrize("secret", ["my passphrase by mistake", "name", "a/b/c", "A/b", "/", "a/"])
+def test_a_secret_that_is_no_name_is_refused_and_not_repeated(library: ImageLibrary, raw: Path, secret: str) -> None:
+    with pytest.raises(InvalidArgument, match="NAMESPACE/NAME") as caught:
+        bring(library, raw, secret=secret)
+    assert secret not in str(caught.value) or len(secret) < 7
+    assert library.names() == []
+
+
+def test_a_relative_path_is_recorded_as_a_whole_one(
+    library: ImageLibrary, raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(raw.parent)
+    assert bring(library, raw.name).provenance.source == str(raw)
+
+
+def test_what_comes_out_leaves_room_for_others(tmp_path: Path) -> None:
+    """A stream of unknown length stops before the disk is full."""
+    packed = tmp_path / "bomb.gz"
+    packed.write_bytes(gzip.compress(os.urandom(200 * 1024)))
+    script = (
+        "import os, sys; from pathlib import Path\n"
+        "from csi_driver.images.room import check_room\n"
+        "Path('full').write_bytes(bytes(248 * 1024))\n"
+        "try: check_room(os.open('.', os.O_RDONLY), 'to unpack image x')\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    assert in_a_small_folder(tmp_path, script).startswith(f"{ResourceExhausted.__name__} no space is left to unpack")
+
+
+# --- clone -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_qcow2_whose_disk_is_encrypted_is_not_encrypted_again(
+    library: ImageLibrary, raw: Path, tmp_path: Path
+) -> None:
+    """Record and data decide, and the data is what the VM sees, not the file."""
+    bring(library, raw)
+    clone(library, "disk", "safe", Operation.ENCRYPT, new_key=key())
+    packed = tmp_path / "safe.qcow2"
+    command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(library.file("safe")), str(packed)]
+    subprocess.run(command, check=True, timeout=60)
+    bring(library, packed, "packed")
+    if os.geteuid():
+        pytest.skip("qemu-nbd is locked up by root only")
+    with pytest.raises(FailedPrecondition, match="its disk begins like LUKS"):
+        clone(library, "packed", "twice", Operation.ENCRYPT, new_key=key())
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"secret": "vms/key"}, "the result of ignore is not encrypted, so no secret can be named"),
+        ({"sector_size": 4096}, "ignore makes no new encryption, so it takes no sector size"),
+        ({"secret": "no name"}, "NAMESPACE/NAME"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(
+    library: ImageLibrary, raw: Path, more: dict[str, object], words: str
+) -> None:
+    bring(library, raw)
+    with pytest.raises(InvalidArgument, match=words):
+        clone(library, "disk", "copy", Operation.IGNORE, **more)
+    assert library.names() == ["disk"]
+
+
+# --- what is visible -------------------------------------------------------------------------------------------------
+
+
+class Dies(Files):
+    """Stops for good at one call."""
+
+    def __init__(self, call: str, nth: int = 1) -> None:
+        self._call = call
+        self._left = nth
+
+    def _step(self, call: str) -> None:
+        if call == self._call:
+            self._left -= 1
+            if not self._left:
+                raise KeyboardInterrupt
+
+    def write(self, path: Path, content: bytes) -> None:
+        self._step("write")
+        super().write(path, content)
+
+    def link(self, source: Path, target: Path) -> None:
+        self._step("link")
+        super().link(source, target)
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._step("rename")
+        super().rename(source, target)
+
+    def remove(self, path: Path) -> None:
+        self._step("remove")
+        super().remove(path)
+
+
+@pytest.mark.parametrize("call", ["write", "link", "rename", "remove"])
+def test_a_finish_that_is_cut_keeps_what_was_made_or_shows_it_whole(
+    library: ImageLibrary, raw: Path, tmp_path: Path, call: str
+) -> None:
+    folder = tmp_path / "state" / "images"
+    record = msgspec.structs.replace(bring(library, raw), name="again")
+    store = ImageStore(folder, Dies(call))
+    made = store.begin("again") / "part"
+    made.write_bytes(CONTENT)
+    checkpoint = made.with_name("checkpoint.json")
+    checkpoint.write_text("{}")
+    with pytest.raises(KeyboardInterrupt):
+        store.finish(record, made)
+    if call == "remove":  # behind the moment that makes it visible
+        assert library.file("again").read_bytes() == CONTENT
+        with pytest.raises(AlreadyExists):
+            bring(library, raw, "again")
+        assert sorted(os.listdir(library.file("again").parent)) == ["image", "record.json"]
+        return
+    assert library.names() == ["disk"]
+    assert library.unfinished() == ["again"]
+    assert made.read_bytes() == CONTENT
+    assert checkpoint.exists()
+    whole = ImageStore(folder, Files())
+    assert whole.begin("again") == made.parent
+    whole.finish(record, made)
+    assert library.file("again").read_bytes() == CONTENT
+    assert os.stat(library.file("again")).st_nlink == 1
+    assert left(folder) == []
+
+
+def test_export_leaves_a_file_alone_that_appears_meanwhile(library: ImageLibrary, raw: Path, tmp_path: Path) -> None:
+    bring(library, raw)
+    out = tmp_path / "out.raw"
+
+    def meter(what: str, total: int | None) -> AbstractContextManager[Progress]:
+        out.write_text("somebody's")
+        return unmetered(what, total)
+
+    with pytest.raises(AlreadyExists, match="has appeared meanwhile"):
+        library.export("disk", out, meter)
+    assert out.read_text() == "somebody's"
+    out.unlink()
+    library.export("disk", out, unmetered)
+    assert out.read_bytes() == CONTENT
+    assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == ["out.raw"]
+
+
+def test_a_removal_that_was_cut_is_told_of_and_ends(library: ImageLibrary, raw: Path, tmp_path: Path) -> None:
+    bring(library, raw)
+    folder = tmp_path / "state" / "images"
+    (folder / "ready" / "disk").rename(folder / "trash" / "disk")
+    assert library.unfinished() == ["disk"]
+    bring(library, raw)
+    assert left(folder) == []
+    assert library.unfinished() == []
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., tuple[int, str]]:
+    def run(*arguments: str) -> tuple[int, str]:
+        result = CliRunner().invoke(luks_csi, ["image", *arguments, "--state-dir", str(tmp_path / "state")])
+        said = str(result.exception) if isinstance(result.exception, DriverError) else ""
+        return result.exit_code, result.output + said
+
+    return run
+
+
+def test_one_damaged_record_hides_no_other_image(
+    library: ImageLibrary, raw: Path, command: Callable[..., tuple[int, str]]
+) -> None:
+    bring(library, raw)
+    bring(library, raw, "other")
+    folder = library.file("other").parent
+    (folder / "record.json").write_text("{")
+    (folder.parents[1] / "new" / "half").mkdir()
+    code, said = command("list")
+    assert code == 1
+    assert "disk" in said
+    assert "record.json cannot be read" in said
+    assert "unfinished: half" in said
+
+
+def test_a_state_directory_that_cannot_be_used_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("a file")
+    library = ImageLibrary(tmp_path / "state" / "images")
+    for call in (library.names, lambda: bring(library, tmp_path / "state")):
+        with pytest.raises(FailedPrecondition, match=r"^the images in .* cannot be used \(.*\); run this as root"):
+            call()
