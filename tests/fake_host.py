@@ -2,18 +2,26 @@
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
 
-from csi_driver.backends.base import AttachedDevice, Space
+from csi_driver.backends.base import AttachedDevice, Fill, Space
 from csi_driver.host import ofdlock
+from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.files import Files
 from csi_driver.host.holders import Holder, Holders
 from csi_driver.host.loop import AttachedLoop, LoopDevices, LoopInfo
+from csi_driver.host.workers import Workers
+from csi_driver.images.store import ImageStore
+from csi_driver.luks.mapping import Mappings
 from csi_driver.model.errors import Aborted, DeviceAbsent, DeviceInUse, NotFound, ResourceExhausted
+from csi_driver.model.settings import Limits
 from csi_driver.model.volume import VolumeRecord
+from csi_driver.volumes.encryption import Encryption
+from csi_driver.volumes.from_image import BackingImages
 
 LOOP_MAJOR = 7
 Step = Callable[[str], None]
@@ -78,6 +86,13 @@ class SteppedFiles(Files):
         self.step(f"before remove_folder in {folder.parent.name}")
         super().remove_folder(folder)
         self.step(f"after remove_folder in {folder.parent.name}")
+
+
+def no_images() -> BackingImages:
+    """A node that has no image."""
+    limits, workers = Limits(), Workers(())
+    encryption = Encryption(workers, Mappings(DeviceMapper(), NoHolders()), limits)
+    return BackingImages(ImageStore(Path("/nonexistent"), Files()), workers, encryption, limits)
 
 
 @dataclass
@@ -219,7 +234,8 @@ class MemoryBackend:
     def name(self) -> str:
         return "memory"
 
-    def create(self, record: VolumeRecord, size: int) -> VolumeRecord:
+    def create(self, record: VolumeRecord, size: int, fill: Fill | None = None) -> VolumeRecord:
+        assert fill is None, "there is nothing to write to"
         if size > self.space().available:
             raise ResourceExhausted(f"no room for {record.id}")
         self.records[record.id], self.sizes[record.id] = record, size
@@ -250,6 +266,9 @@ class MemoryBackend:
         if size - self.sizes[volume_id] > self.space().available:
             raise ResourceExhausted(f"no room for {volume_id}")
         self.sizes[volume_id] = max(self.sizes[volume_id], size)
+
+    def storage(self, volume_id: str) -> AbstractContextManager[str]:
+        raise DeviceAbsent(f"volume {volume_id} is only in memory")
 
     def attach(self, volume_id: str, *, lasting: bool) -> AttachedDevice:
         raise DeviceAbsent(f"volume {volume_id} is only in memory")

@@ -1,6 +1,7 @@
 """What a backend must offer: it keeps ciphertext and tags, and shows a volume as a block device of this node."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +15,10 @@ class Space:
     total: int
     free: int
     available: int
+
+
+Fill = Callable[[str], None]
+"""Gives the blank device in the making, at the path that it is told, its first content, durably."""
 
 
 class AttachedDevice(Protocol):
@@ -46,10 +51,10 @@ class Backend(Protocol):
     def name(self) -> str:
         """The value of the StorageClass parameter `backend` that chooses it."""
 
-    def create(self, record: VolumeRecord, size: int) -> VolumeRecord:
-        """Make a blank device of `size` bytes with its record, wholly or not at all.
+    def create(self, record: VolumeRecord, size: int, fill: Fill | None = None) -> VolumeRecord:
+        """Make a device of `size` bytes with its record, wholly or not at all; blank unless `fill` writes to it.
 
-        Raises ResourceExhausted when there is no room for it.
+        Raises ResourceExhausted when there is no room for it, before anything is written, and what `fill` raises.
         """
 
     def has(self, volume_id: str) -> bool:
@@ -72,6 +77,12 @@ class Backend(Protocol):
 
     def grow(self, volume_id: str, size: int) -> None:
         """Make the device at least `size` bytes long. Raises ResourceExhausted, NotFound."""
+
+    def storage(self, volume_id: str) -> AbstractContextManager[str]:
+        """The path of the volume's bytes, for work on a volume that is not staged, attached or not.
+
+        While it is used, no guard hinders writing. Raises DeviceAbsent, FailedPrecondition.
+        """
 
     def attach(self, volume_id: str, *, lasting: bool) -> AttachedDevice:
         """Show the volume as a block device of this node, checked to be this volume's.

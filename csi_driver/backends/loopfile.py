@@ -14,12 +14,20 @@ from pathlib import Path
 
 import msgspec
 
-from csi_driver.backends.base import Space
+from csi_driver.backends.base import Fill, Space
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host import ofdlock
 from csi_driver.host.files import Files, read_file
 from csi_driver.host.loop import AttachedLoop, LoopDevices
-from csi_driver.model.errors import Aborted, DeviceInUse, DriverError, FailedPrecondition, NotFound, ResourceExhausted
+from csi_driver.model.errors import (
+    Aborted,
+    DeviceAbsent,
+    DeviceInUse,
+    DriverError,
+    FailedPrecondition,
+    NotFound,
+    ResourceExhausted,
+)
 from csi_driver.model.volume import VolumeRecord
 
 _DISK = "disk.img"
@@ -43,7 +51,7 @@ class LoopfileBackend:
         for name in ("volumes", "new", "trash"):
             (self._folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def create(self, record: VolumeRecord, size: int) -> VolumeRecord:
+    def create(self, record: VolumeRecord, size: int, fill: Fill | None = None) -> VolumeRecord:
         """Make the sparse file and its record aside and rename both in, so that a crash leaves all or nothing."""
         if self.has(record.id):
             raise FailedPrecondition(
@@ -58,6 +66,8 @@ class LoopfileBackend:
                 self._remove(self._folder / "trash" / record.id)
                 self._files.make_folder(fresh)
                 self._files.set_size(fresh / _DISK, size, new=True)
+                if fill is not None:
+                    fill(str(fresh / _DISK))
                 self._files.write(fresh / _RECORD, self._codec.encode(record))
                 self._files.rename(fresh, self._volume(record.id))
         except DriverError:
@@ -123,6 +133,18 @@ class LoopfileBackend:
                     self._files.set_size(disk, size)
         finally:
             self._loops.guard(str(disk))  # also where an earlier call was cut before it
+
+    @contextlib.contextmanager
+    def storage(self, volume_id: str) -> Iterator[str]:
+        """The sparse file; a stage that was cut may have left the guard on."""
+        disk = self._volume(volume_id) / _DISK
+        if not disk.exists():
+            raise DeviceAbsent(f"volume {volume_id} has no backing file {disk}")
+        self._loops.unguard(str(disk))
+        try:
+            yield str(disk)
+        finally:
+            self._loops.guard(str(disk))  # only where it is attached
 
     def attach(self, volume_id: str, *, lasting: bool) -> AttachedLoop:
         """One loop device per file, autoclear unless `lasting`."""

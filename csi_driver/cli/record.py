@@ -5,17 +5,18 @@ from pathlib import Path
 from csi_driver.cli.output import size_text
 from csi_driver.model.errors import DriverError, NotFound
 from csi_driver.model.settings import Settings
-from csi_driver.model.volume import FileSystemState, VolumeRecord
+from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeRecord
 
 _ENCRYPTION = {
-    "prepared": "prepared: the first stage formats it",
-    "formatting": "formatting: the next stage goes on with it",
-    "encrypted": "encrypted",
+    EncryptionState.PREPARED: "prepared: the first stage formats it",
+    EncryptionState.FORMATTING: "formatting: the next stage goes on with it",
+    EncryptionState.CLONING: "cloning: the next creation or stage goes on with it",
+    EncryptionState.ENCRYPTED: "encrypted",
 }
 _FILE_SYSTEM = {
     FileSystemState.NONE: "none yet",
     FileSystemState.MAKING: "being made: the next stage goes on with it",
-    FileSystemState.RAW: "never made by this driver, the volume was used as a block device",
+    FileSystemState.RAW: "never made by this driver, the volume was used as a block device or comes from an image",
 }
 
 
@@ -45,6 +46,8 @@ def record_rows(record: VolumeRecord) -> list[tuple[str, str]]:
             ("data offset", size_text(luks.data_offset)),
         ]
     made = record.made_fs_type if record.file_system is FileSystemState.MADE else None
+    if record.parameters.backing_image:
+        rows.append(("image", record.parameters.backing_image))
     rows.append(("file system", made or _FILE_SYSTEM[record.file_system]))
     if record.parameters.claim:
         rows.append(("claim", record.parameters.claim))

@@ -266,19 +266,23 @@ def _mount_error(error: OSError, source: str, target: str, fs_type: str, data: s
     text = f"{source} could not be mounted at {target} as {fs_type}: {error_name(error)}"
     repair = _REPAIR.get(fs_type, "its file system's own check").format(device=source)
     number = error.errno
-    if number in (errno.EUCLEAN, errno.EBADMSG):
-        return FailedPrecondition(f"{text}; the {fs_type} file system is damaged: back the volume up and run {repair}")
-    if number == errno.EINVAL:
-        return FailedPrecondition(
-            f"{text}; the kernel found no {fs_type} file system it can use or refused the options '{data}': see the "
-            f"kernel log, and run {repair} if the file system is damaged"
-        )
-    if number == errno.ENODEV:
-        return FailedPrecondition(f"{text}; the kernel does not know {fs_type}: load its module")
-    if number in (errno.EROFS, errno.EACCES):
-        return FailedPrecondition(f"{text}; the device is read-only: mount it with 'ro'")
-    if number == errno.EPERM:
-        return FailedPrecondition(f"{text}; run as root with CAP_SYS_ADMIN")
+    damaged = f"the {fs_type} file system is damaged: back the volume up and run {repair}"
+    read_only = "the device is read-only: mount it with 'ro'"
+    advice = {
+        errno.EUCLEAN: damaged,
+        errno.EBADMSG: damaged,
+        errno.EINVAL: f"the kernel found no {fs_type} file system it can use or refused the options '{data}': see the "
+        f"kernel log, and run {repair} if the file system is damaged",
+        errno.ENODEV: f"the kernel does not know {fs_type}: load its module",
+        errno.EROFS: read_only,
+        errno.EACCES: read_only,
+        errno.EPERM: "run as root with CAP_SYS_ADMIN",
+        # btrfs before Linux 6.7
+        errno.EEXIST: f"a {fs_type} file system of the same UUID is mounted on this node, such as another volume of "
+        f"the same image: use one of them at a time",
+    }
+    if number in advice:
+        return FailedPrecondition(f"{text}; {advice[number]}")
     if number in (errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT):
         return DeviceUnreadable(f"{text}; the device answers with errors: check its storage")
     if number == errno.EBUSY:

@@ -133,18 +133,18 @@ def resize_mapping(
     mapper.reload(name, [Target(target.start, size // _SECTOR, target.type, target.params)])
 
 
-def read_header(where: str, path: str) -> tuple[bytes, Header]:
-    """Read and parse the header at `path`: its bytes as far as they matter, and what they say.
+def read_header(where: str, path: str, changed_from: str | None = None) -> tuple[bytes, Header]:
+    """Read and parse the header at `path`: its bytes as far as they matter, and what they say (`parse`).
 
     Raises DeviceUnreadable, DeviceBlank, ForeignSignature, InvalidHeader.
     """
     area = _read_area(where, path, 0, _USUAL_HEADER)
     try:
-        return area, parse(area, where)
+        return area, parse(area, where, changed_from)
     except InvalidHeader:
         # A damaged primary copy: the secondary one may lie anywhere up to 4 MiB.
         area = _read_area(where, path, 0, HEADER_PROBE)
-        return area, parse(area, where)
+        return area, parse(area, where, changed_from)
 
 
 @contextmanager
@@ -165,9 +165,9 @@ def _header_copy(
     copy = os.memfd_create("luks-header", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(copy, identity.data_offset)
-        _write(copy, repaired(area, header)[: 2 * header.hdr_size], 0)
+        write_at(copy, repaired(area, header)[: 2 * header.hdr_size], 0)
         for slot in header.keyslots.values():
-            _write(copy, _read_area(where, path, slot.area.offset, slot.area.size), slot.area.offset)
+            write_at(copy, _read_area(where, path, slot.area.offset, slot.area.size), slot.area.offset)
         fcntl.fcntl(copy, fcntl.F_ADD_SEALS, _SEALS)
         yield f"/proc/self/fd/{copy}", header
     finally:
@@ -184,7 +184,8 @@ def _read_area(where: str, path: str, offset: int, size: int) -> bytes:
         ) from None
 
 
-def _write(descriptor: int, content: bytes, offset: int) -> None:
+def write_at(descriptor: int, content: bytes, offset: int) -> None:
+    """Write all of `content`. Raises OSError."""
     view = memoryview(content)
     while view:
         written = os.pwrite(descriptor, view, offset)

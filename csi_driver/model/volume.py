@@ -16,6 +16,7 @@ class EncryptionState(StrEnum):
 
     PREPARED = "prepared"
     FORMATTING = "formatting"
+    CLONING = "cloning"
     ENCRYPTED = "encrypted"
 
 
@@ -61,6 +62,9 @@ class VolumeParameters(msgspec.Struct, frozen=True, kw_only=True):
     no_write_workqueue: bool = False
     mkfs_options: tuple[str, ...] = ()
     fs_type: str | None = None
+    backing_image: str | None = None
+    image_source_type: str | None = None
+    image_source: dict[str, str] = {}
     backend: str | None = None
     replicas: int = 1
     claim: str | None = None
@@ -69,7 +73,8 @@ class VolumeParameters(msgspec.Struct, frozen=True, kw_only=True):
 class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True):
     """All that is recorded of a volume, outside its device. `capacity_bytes` is what a pod sees.
 
-    `revision` counts the writes: an update names the revision it was made from (compare-and-swap).
+    `revision` counts the writes: an update names the revision it was made from (compare-and-swap). `cloned_uuid` is
+    set while `cloning`: the UUID of the header that was cloned, which becomes that of `luks`.
     """
 
     id: str
@@ -78,6 +83,7 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True):
     parameters: VolumeParameters
     encryption: EncryptionState | None = None
     luks: LuksIdentity | None = None
+    cloned_uuid: str | None = None
     file_system: FileSystemState = FileSystemState.NONE
     made_fs_type: str | None = None
     created: str

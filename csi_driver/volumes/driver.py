@@ -13,12 +13,14 @@ from csi_driver.host.locks import VolumeLocks
 from csi_driver.host.loop import LoopDevices
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.workers import Workers
+from csi_driver.images.store import ImageStore
 from csi_driver.luks.mapping import Mappings
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.settings import Settings
 from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.expand import Expansion
 from csi_driver.volumes.filesystem import FileSystems
+from csi_driver.volumes.from_image import BackingImages
 from csi_driver.volumes.health import Health
 from csi_driver.volumes.provision import Provisioning
 from csi_driver.volumes.publish import Publishing
@@ -27,6 +29,7 @@ from csi_driver.volumes.stages import Stages
 from csi_driver.volumes.usage import Usages
 
 WARM = (
+    "csi_driver.luks.cloned",
     "csi_driver.luks.device",
     "csi_driver.host.mounts",
     "csi_driver.host.signatures",
@@ -99,6 +102,7 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
     locks = VolumeLocks(state / "locks", host.holders, backend.has)
     encryption = Encryption(host.workers, mappings, settings.limits)
     file_systems = FileSystems(host.workers, host.commands, host.mounts, settings.limits)
+    images = BackingImages(ImageStore(state / "images", host.files), host.workers, encryption, settings.limits)
     return Driver(
         settings=settings,
         workers=host.workers,
@@ -106,7 +110,7 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         backend=backend,
         mappings=mappings,
         encryption=encryption,
-        provisioning=Provisioning(settings, seam),
+        provisioning=Provisioning(settings, seam, images),
         staging=Staging(seam, stages, host.workers, encryption, file_systems, mappings, host.mounts, host.holders),
         publishing=Publishing(seam, stages, host.mounts),
         expansion=Expansion(seam, stages, host.workers, encryption, file_systems, host.mounts),

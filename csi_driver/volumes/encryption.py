@@ -14,12 +14,15 @@ import msgspec
 import structlog
 
 from csi_driver.backends.base import AttachedDevice, Backend
+from csi_driver.host.clonefile import FileIdentity
 from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.workers import Workers
 from csi_driver.keys.secret import SecretKey, require_passphrase
+from csi_driver.luks import cloned
 from csi_driver.luks import device as luks
 from csi_driver.luks.blank import prove_blank
 from csi_driver.luks.formats import LuksFormat, check_capacity
+from csi_driver.luks.header_metadata import Keyslot
 from csi_driver.luks.header_rules import Limits as HeaderLimits
 from csi_driver.luks.mapping import Fit, Mappings
 from csi_driver.model.errors import DeadlineExceeded, DeviceInUse, DriverError, FailedPrecondition
@@ -58,9 +61,12 @@ class Encryption:
         """
         chosen = luks_format(record.parameters, key, self._limits.pbkdf_memory_kib)
         passphrase = require_passphrase(key, record.id)
-        if record.encryption in (EncryptionState.PREPARED, EncryptionState.FORMATTING):
+        if record.encryption is not EncryptionState.ENCRYPTED:
             self._refuse_open_mapping(record)
-            record = self._format(backend, record, device, chosen, passphrase)
+            if record.encryption is EncryptionState.CLONING:
+                record = self.take_identity(backend, record, device.path)
+            else:
+                record = self._format(backend, record, device, chosen, passphrase)
         identity = _identity(record)
         if self._reuse(backend, record, device, passphrase):
             return record
@@ -69,7 +75,7 @@ class Encryption:
         opening = luks.Opening(
             record.mapping_name, parameters.discard, parameters.no_read_workqueue, parameters.no_write_workqueue
         )
-        with self._unlocking(record.id):
+        with self._unlocking(f"volume {record.id}"):
             self._workers.call(
                 f"luks-open of {_where(record, device)}",
                 self._limits.unlock_seconds,
@@ -114,7 +120,7 @@ class Encryption:
 
     def verify(self, record: VolumeRecord, device: AttachedDevice, passphrase: Passphrase) -> None:
         """Try the passphrase, changing nothing. Raises Unauthenticated and what `luks.open_device` does."""
-        with self._unlocking(record.id):
+        with self._unlocking(f"volume {record.id}"):
             self._workers.call(
                 f"luks-unlock of {_where(record, device)}",
                 self._limits.unlock_seconds,
@@ -141,6 +147,44 @@ class Encryption:
             self._header_limits,
             passphrase,
         )
+
+    def check_image(
+        self, where: str, file: FileIdentity, identity: LuksIdentity, passphrase: Passphrase
+    ) -> tuple[Keyslot, ...]:
+        """The key slots of an image's header, once it is validated and the passphrase has opened it."""
+        with self._unlocking(where):
+            return self._workers.call(
+                f"luks-unlock of {where}",
+                self._limits.unlock_seconds,
+                cloned.check_image,
+                where,
+                file,
+                identity,
+                self._header_limits,
+                passphrase,
+            )
+
+    def take_identity(self, backend: Backend, record: VolumeRecord, path: str) -> VolumeRecord:
+        """From `cloning` to `encrypted`: the header at `path`, file or device, gets the recorded UUID.
+
+        No key is needed. Repeating is fine wherever it was cut. Errors as `cloned.change_uuid`.
+        """
+        identity = _identity(record)
+        where = f"volume {record.id} on {path}"
+        self._workers.call(
+            f"luks-identity of {where}",
+            self._limits.mount_seconds,
+            cloned.change_uuid,
+            where,
+            path,
+            device_size(record),
+            record.cloned_uuid or identity.uuid,
+            identity,
+            self._header_limits,
+        )
+        record = backend.update(msgspec.structs.replace(record, encryption=EncryptionState.ENCRYPTED, cloned_uuid=None))
+        _log.info("clone has its own identity", volume_id=record.id, luks_uuid=identity.uuid)
+        return record
 
     def _format(
         self,
@@ -182,7 +226,7 @@ class Encryption:
             sector_size=identity.sector_size,
             data_offset=identity.data_offset,
         )
-        with self._unlocking(record.id):
+        with self._unlocking(f"volume {record.id}"):
             digest = self._workers.call(
                 f"luks-format of {where}",
                 self._limits.format_seconds,
@@ -236,11 +280,11 @@ class Encryption:
         self._mappings.close(record.mapping_name, record.luks.uuid if record.luks else None)
 
     @contextmanager
-    def _unlocking(self, volume_id: str) -> Iterator[None]:
+    def _unlocking(self, what: str) -> Iterator[None]:
         """Bounds how many key derivations run at once: each takes the memory its key slot says."""
         if not self._unlocks.acquire(timeout=self._limits.unlock_seconds):
             raise DeadlineExceeded(
-                f"volume {volume_id} waited {self._limits.unlock_seconds:g} s for other volumes to be unlocked; the "
+                f"{what} waited {self._limits.unlock_seconds:g} s for other volumes to be unlocked; the "
                 f"call may be repeated"
             )
         try:

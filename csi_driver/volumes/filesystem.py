@@ -72,6 +72,9 @@ class FileSystems:
 
     def mount(self, record: VolumeRecord, device: str, path: str, fs_type: str, flags: int, data: str) -> None:
         """Mount the volume's file system, in a worker: a journal is replayed from the device."""
+        if fs_type == "xfs" and record.parameters.backing_image is not None:
+            # Volumes of one image have one file system UUID, and xfs mounts no two of them on a node.
+            data = ",".join(filter(None, (data, "nouuid")))
         self._workers.call(
             f"luks-mount of volume {record.id} at {path}",
             self._limits.mount_seconds,
@@ -130,9 +133,11 @@ class FileSystems:
             device,
         )
         if found not in FILE_SYSTEMS:
+            image = record.parameters.backing_image
             raise FailedPrecondition(
-                f"volume {record.id} was used as a block device and never gets a file system made on it; it holds "
-                f"{found or 'no file system that is known here'}, so use it as a block device again"
+                f"volume {record.id} {f'starts from image {image}' if image else 'was used as a block device'} and "
+                f"never gets a file system made on it; it holds {found or 'no file system that is known here'}, so use "
+                f"it as a block device{'' if image else ' again'}"
             )
         return found
 

@@ -18,6 +18,7 @@ from csi_driver.luks import formats
 from csi_driver.luks.formats import LuksFormat
 from csi_driver.model.errors import InvalidArgument
 from csi_driver.model.volume import VolumeParameters
+from csi_driver.volumes import image_source
 
 _log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -86,6 +87,7 @@ def read_parameters(given: Mapping[str, str]) -> VolumeParameters:
     parameters = VolumeParameters(**values, claim=claim or None)
     if parameters.fs_type is not None:  # else it comes with the volume's capability
         check_mkfs_options(parameters.fs_type, parameters.mkfs_options)
+    image_source.check_together(parameters)
     return parameters
 
 
@@ -242,6 +244,9 @@ _READERS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "discard": ("discard", _boolean),
     "noReadWorkqueue": ("no_read_workqueue", _boolean),
     "noWriteWorkqueue": ("no_write_workqueue", _boolean),
+    image_source.NAME: ("backing_image", image_source.read_name),
+    image_source.TYPE: ("image_source_type", image_source.read_type),
+    image_source.PARAMETERS: ("image_source", image_source.read_source),
     "backend": ("backend", str),
     "numberOfReplicas": ("replicas", _number(1, 20)),
     "fstype": ("fs_type", _file_system),

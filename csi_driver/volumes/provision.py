@@ -22,12 +22,20 @@ from csi_driver.model.errors import (
     ResourceExhausted,
 )
 from csi_driver.model.settings import Settings
-from csi_driver.model.volume import EncryptionState, VolumeParameters, VolumeRecord, is_volume_id, volume_id_for
+from csi_driver.model.volume import (
+    EncryptionState,
+    LuksIdentity,
+    VolumeParameters,
+    VolumeRecord,
+    is_volume_id,
+    volume_id_for,
+)
 from csi_driver.volumes import capability as capabilities
 from csi_driver.volumes.capability import Capability
 from csi_driver.volumes.context import check_context, volume_context
 from csi_driver.volumes.encryption import device_size
 from csi_driver.volumes.filesystem import LEAST_BYTES
+from csi_driver.volumes.from_image import BackingImage, BackingImages
 from csi_driver.volumes.parameters import DEFAULT_FILE_SYSTEM, check_mkfs_options, luks_format, read_parameters
 
 _log = structlog.get_logger(__name__)
@@ -74,32 +82,31 @@ class Capacity:
 class Provisioning:
     """Makes and removes volumes on this node's backend; callers hold the volume's lock where it changes."""
 
-    def __init__(self, settings: Settings, backend: Backend) -> None:
+    def __init__(self, settings: Settings, backend: Backend, images: BackingImages) -> None:
         self._settings = settings
         self._backend = backend
+        self._images = images
 
     def create(self, request: CreateRequest) -> VolumeView:
-        """Make the volume of that name, or find it. Nothing is formatted yet: the volume is only tagged.
+        """Make the volume of that name, or find it. Nothing is formatted yet: the volume is only tagged, or cloned.
 
         Raises InvalidArgument, OutOfRange, AlreadyExists (same name, other properties), ResourceExhausted (no room,
-        or none of the wished topologies is this node).
+        or none of the wished topologies is this node); for a volume from an image what `BackingImages` raises.
         """
         if not request.name or len(request.name.encode()) > _LONGEST_NAME or _BANNED_IN_NAMES.search(request.name):
             raise InvalidArgument(f"a volume's name must have 1 to {_LONGEST_NAME} bytes and no control characters")
         capabilities.check(request.capabilities)
         parameters = self._parameters(request)
         chosen = luks_format(parameters, request.key, self._settings.limits.pbkdf_memory_kib)
-        capacity = _choose_capacity(request, parameters)
-        if parameters.encrypted:
-            formats.check_capacity(chosen.cipher, capacity)
         self._check_topology(request.topologies)
         volume_id = volume_id_for(request.name)
+        _check_range(request.required_bytes, request.limit_bytes)
         try:
             found = self._backend.get(volume_id)
         except NotFound:
-            return self._view(self._make(request, volume_id, parameters, capacity))
+            return self._view(self._make(request, volume_id, parameters, chosen.cipher))
         _check_same(found, request, parameters)
-        return self._view(found)
+        return self._view(self._images.finish(self._backend, found))  # it needs its image no more
 
     def delete(self, volume_id: str) -> None:
         """Remove the volume; an unknown one is fine, no key is needed. Raises DeviceInUse while it is staged."""
@@ -140,6 +147,8 @@ class Provisioning:
         if topology and topology.get(self._settings.topology_key) != self._settings.node_id:
             return Capacity(0, 0)
         if any(capabilities.refusal(capability) for capability in wanted):
+            return Capacity(0, 0)
+        if parameters.backing_image is not None and not self._images.is_here(parameters.backing_image):
             return Capacity(0, 0)
         overhead = formats.DATA_OFFSET if parameters.encrypted else 0
         room = max(0, self._backend.space().available - overhead)
@@ -207,9 +216,11 @@ class Provisioning:
                 f"node's {self._settings.topology_key}"
             )
 
-    def _make(
-        self, request: CreateRequest, volume_id: str, parameters: VolumeParameters, capacity: int
-    ) -> VolumeRecord:
+    def _make(self, request: CreateRequest, volume_id: str, parameters: VolumeParameters, cipher: str) -> VolumeRecord:
+        image = self._images.find(volume_id, parameters, request.key)
+        capacity = _choose_capacity(request, parameters, image)
+        if parameters.encrypted:
+            formats.check_capacity(image.luks.cipher if image and image.luks else cipher, capacity)
         record = VolumeRecord(
             id=volume_id,
             name=request.name,
@@ -218,8 +229,10 @@ class Provisioning:
             encryption=EncryptionState.PREPARED if parameters.encrypted else None,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        size = capacity + (formats.DATA_OFFSET if parameters.encrypted else 0)
-        record = self._backend.create(record, size)
+        if image is not None:
+            record = self._images.make(self._backend, record, image)
+        else:
+            record = self._backend.create(record, capacity + (formats.DATA_OFFSET if parameters.encrypted else 0))
         _log.info("volume created", volume_id=volume_id, capacity_bytes=capacity, encrypted=parameters.encrypted)
         return record
 
@@ -237,7 +250,7 @@ def grow_device(backend: Backend, record: VolumeRecord, required_bytes: int, lim
     The device grows before the record says so: a crash between leaves a device that is too long, never one too short.
     """
     _check_range(required_bytes, limit_bytes)
-    capacity = _round_up(required_bytes, record.parameters)
+    capacity = _round_up(required_bytes, _sector(record.parameters, record.luks))
     if limit_bytes and max(capacity, record.capacity_bytes) > limit_bytes:
         raise OutOfRange(
             f"volume {record.id} cannot have at most {limit_bytes} bytes: it has {record.capacity_bytes} and "
@@ -249,23 +262,31 @@ def grow_device(backend: Backend, record: VolumeRecord, required_bytes: int, lim
     if capacity <= record.capacity_bytes:
         return record
     grown = msgspec.structs.replace(record, capacity_bytes=capacity)
-    offset = formats.DATA_OFFSET if record.encryption else 0
-    backend.grow(record.id, max(device_size(grown), capacity + offset))
+    header_to_come = formats.DATA_OFFSET if record.encryption and record.luks is None else 0
+    backend.grow(record.id, device_size(grown) + header_to_come)
     return backend.update(grown)
 
 
-def _choose_capacity(request: CreateRequest, parameters: VolumeParameters) -> int:
+def _choose_capacity(request: CreateRequest, parameters: VolumeParameters, image: BackingImage | None) -> int:
     required, limit = request.required_bytes, request.limit_bytes
-    _check_range(required, limit)
     fs_types = {c.fs_type or parameters.fs_type or DEFAULT_FILE_SYSTEM for c in request.capabilities if not c.block}
     least = max([_LEAST_BYTES, *(LEAST_BYTES[fs_type] for fs_type in fs_types)])
-    capacity = _round_up(max(required or DEFAULT_BYTES, least), parameters)
+    sector = _sector(parameters, image.luks if image else None)
+    if image is not None:
+        least = max(least, image.size)
+        for wish in (required, limit):
+            if 0 < wish < image.size:
+                raise OutOfRange(
+                    f"{image.where} has {image.size} bytes and the volume is to have {wish}; ask for one that holds "
+                    f"the image"
+                )
+    capacity = _round_up(max(required or DEFAULT_BYTES, least), sector)
     if limit and not required:
-        capacity = min(capacity, limit - limit % _sector(parameters))
+        capacity = min(capacity, limit - limit % sector)
     if limit and not least <= capacity <= limit:
         raise OutOfRange(
             f"no size from {required} to {limit} bytes can be made: such a volume has at least {least} bytes, in "
-            f"sectors of {_sector(parameters)}"
+            f"sectors of {sector}"
         )
     _check_possible(capacity)
     return capacity
@@ -301,12 +322,13 @@ def _without_claim(parameters: VolumeParameters) -> VolumeParameters:
     return msgspec.structs.replace(parameters, claim=None)
 
 
-def _sector(parameters: VolumeParameters) -> int:
+def _sector(parameters: VolumeParameters, luks: LuksIdentity | None) -> int:
+    if luks is not None:
+        return luks.sector_size
     return parameters.sector_size or formats.LuksFormat.sector_size
 
 
-def _round_up(size: int, parameters: VolumeParameters) -> int:
-    sector = _sector(parameters)
+def _round_up(size: int, sector: int) -> int:
     return -(-size // sector) * sector
 
 

@@ -159,6 +159,9 @@ class Staging:
         )
         self._stages.put(record.id, stage)
         self._file_systems.mount(record, device, request.staging_path, fs_type, options.flags, options.data)
+        if record.parameters.backing_image is not None and not options.read_only:
+            # It came with the image, and the volume may have been larger from its first moment.
+            self._file_systems.grow(record.id, fs_type, device, request.staging_path)
 
     def _take_back(self, record: VolumeRecord, staging_path: str) -> None:
         """Unmount after an error: a worker that was killed may have mounted before it could say so."""

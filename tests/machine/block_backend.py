@@ -1,13 +1,14 @@
 """A backend over block devices that the test brings, so that their storage can be made to fail, hang or vanish."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
-from csi_driver.backends.base import Space
+from csi_driver.backends.base import Fill, Space
 from csi_driver.host import blockdev
 from csi_driver.host.devicemapper import DeviceMapper, Target
 from csi_driver.host.loop import AttachedLoop, LoopDevices
@@ -46,7 +47,9 @@ class BlockBackend:
     records: dict[str, VolumeRecord] = field(default_factory=dict)
     name: str = "block"
 
-    def create(self, record: VolumeRecord, size: int) -> VolumeRecord:
+    def create(self, record: VolumeRecord, size: int, fill: Fill | None = None) -> VolumeRecord:
+        if fill is not None:
+            fill(self.devices[record.id])
         return self.records.setdefault(record.id, record)
 
     def has(self, volume_id: str) -> bool:
@@ -72,6 +75,10 @@ class BlockBackend:
 
     def grow(self, volume_id: str, size: int) -> None:
         """The storage below grows, or not."""
+
+    @contextmanager
+    def storage(self, volume_id: str) -> Iterator[str]:
+        yield self.devices[volume_id]
 
     def attach(self, volume_id: str, *, lasting: bool) -> OpenDevice:
         if volume_id not in self.devices:

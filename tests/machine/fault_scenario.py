@@ -21,14 +21,16 @@ from csi_driver.volumes.publish import PublishRequest
 from csi_driver.volumes.stage import StageRequest
 from tests.machine.fault_points import Begun
 from tests.machine.fault_server import DeleteRequest, GrowRequest, Request, UnpublishRequest, UnstageRequest
+from tests.volume_images import BOOT_FILE, GREETING, SECRET, encrypted_image, make_file_system, put_image
 
 _MIB = 1 << 20
 _SIZE, _GROWN = 16 * _MIB, 24 * _MIB
+_IMAGE, _IMAGE_SIZE = "installed", 8 * _MIB
 _LEAST_PART = 0.75  # of a volume, that its file system gives to files: more than one that was not grown can have
 _DATA = random.Random("what the pod wrote").randbytes(256 * 1024)
 _FOREIGN = random.Random("what somebody else wrote").randbytes(4096)
 _FOREIGN_AT = (0, 12 * _MIB)
-_KEY = read_secret({"CRYPTO_KEY_VALUE": "a passphrase for the faults", "CRYPTO_PBKDF": "pbkdf2"})
+_KEY = read_secret({**SECRET, "CRYPTO_PBKDF": "pbkdf2"})
 _NO_KEY = read_secret({})
 
 FAULTED = ("create", "stage", "publish", "grow", "expand", "unpublish", "unstage", "restage", "delete")
@@ -65,6 +67,19 @@ class Scenario:
     name: str
     encrypted: bool
     block: bool
+    from_image: bool = False
+
+    @property
+    def faulted(self) -> tuple[str, ...]:
+        """Its calls that faults are injected into: those of a volume from an image that differ from any other's."""
+        return ("create", "stage") if self.from_image else FAULTED
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """Its StorageClass."""
+        if self.from_image:
+            return {"encrypted": "true", "backingImage": _IMAGE}
+        return {"encrypted": "true", "pbkdfIterations": "1000"} if self.encrypted else {}
 
     @property
     def capability(self) -> Capability:
@@ -76,6 +91,7 @@ SCENARIOS = (
     Scenario("block", encrypted=True, block=True),
     Scenario("plain mount", encrypted=False, block=False),
     Scenario("plain block", encrypted=False, block=True),
+    Scenario("image", encrypted=True, block=False, from_image=True),
 )
 
 
@@ -95,6 +111,11 @@ class Life:
         self._made = False
         self._size = _SIZE
         self._stage.mkdir(parents=True, exist_ok=True)
+        self._image = folder / "state/images/ready" / _IMAGE / "image"
+        if scenario.from_image and not self._image.exists():
+            made = encrypted_image(make_file_system(folder / "image.raw", _IMAGE_SIZE), folder / "image")
+            put_image(folder / "state", _IMAGE, made)
+        self._image_before = self._image.stat() if scenario.from_image else None
 
     @property
     def has_template(self) -> bool:
@@ -119,8 +140,7 @@ class Life:
         context = {"encrypted": "true" if scenario.encrypted else "false"}
         match name:
             case "create":
-                parameters = {"encrypted": "true", "pbkdfIterations": "1000"} if scenario.encrypted else {}
-                return CreateRequest(self._id, _SIZE, 0, (scenario.capability,), parameters, _KEY)
+                return CreateRequest(self._id, _SIZE, 0, (scenario.capability,), scenario.parameters, _KEY)
             case "stage" | "restage":
                 return StageRequest(self._id, str(self._stage), scenario.capability, _KEY, context)
             case "publish":
@@ -157,6 +177,8 @@ class Life:
     def after(self, call: str) -> None:
         """Use the volume as a pod would after a call that succeeded. Raises Lost."""
         match call:
+            case "stage" | "restage" if self._scenario.from_image:
+                self._check_clone()
             case "publish":
                 self._write(0, "first")
             case "grow":
@@ -234,6 +256,16 @@ class Life:
                 raise Lost(f"the {name} data cannot be read: {error}") from None
             if found != _DATA:
                 raise Lost(f"the {name} data is not what was written")
+
+    def _check_clone(self) -> None:
+        if (self._stage / BOOT_FILE).read_text() != GREETING:
+            raise Lost("the volume does not hold what is in its image")
+        _, header = read_header(_IMAGE, str(self._image))
+        if self._pinned is None or self._pinned.luks is None or self._pinned.luks.uuid == header.uuid:
+            raise Lost("the volume has no LUKS UUID of its own")
+        after, before = self._image.stat(), self._image_before
+        if before is None or (after.st_mtime_ns, after.st_size) != (before.st_mtime_ns, before.st_size):
+            raise Lost("the image was written to")
 
     def _check_size(self) -> None:
         size = self._size

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from csi_driver.model.settings import Settings
 from tests.machine.fault_points import Fault, Kind, Point
-from tests.machine.fault_scenario import CALLS, FAULTED, LIVES, SCENARIOS, Life, Lost, Scenario
+from tests.machine.fault_scenario import CALLS, LIVES, SCENARIOS, Life, Lost, Scenario
 from tests.machine.fault_server import Build, FaultServer, Outcome, faulty_driver
 from tests.machine.leaks import Facts, adopting_orphans, children, clear, leaked_since, orphans, settled
 
@@ -82,7 +82,9 @@ class Lab:
                 outcome = self._succeed(life, call, self._server())
                 seams = tuple(step.seam for step in outcome.steps)
                 # What touches files only is the same work for each kind of volume.
-                if call not in FAULTED or ((call, *seams) in seen and all(seam.startswith("file") for seam in seams)):
+                if call not in scenario.faulted or (
+                    (call, *seams) in seen and all(seam.startswith("file") for seam in seams)
+                ):
                     continue
                 seen.add((call, *seams))
                 seconds = {(end.seam, end.nth): end.seconds for end in outcome.ended}
@@ -247,8 +249,8 @@ def cases_of(points: Sequence[Point]) -> list[Case]:
     cases = [Case(point, kind) for point in points for kind in point.kinds]
     for scenario in SCENARIOS:
         here = [point for point in points if point.scenario == scenario.name and not point.depth]
-        # A plain block volume is never formatted: whatever it holds is shown.
-        if scenario.encrypted or not scenario.block:
+        # A plain block volume is never formatted: whatever it holds is shown. One from an image is never blank.
+        if (scenario.encrypted or not scenario.block) and not scenario.from_image:
             cases += [
                 Case(point, Kind.FOREIGN) for point in here if (point.call, point.seam) == ("stage", "loop attach")
             ]

@@ -17,6 +17,7 @@ from csi_driver.host.locks import VolumeLocks
 from csi_driver.host.loop import LoopDevices, LoopInfo
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.workers import Workers
+from csi_driver.images.store import ImageStore
 from csi_driver.keys.secret import read_secret
 from csi_driver.luks.header import Header, parse
 from csi_driver.luks.mapping import Mappings
@@ -26,6 +27,7 @@ from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.expand import ExpandRequest, Expansion
 from csi_driver.volumes.filesystem import FileSystems
+from csi_driver.volumes.from_image import BackingImages
 from csi_driver.volumes.provision import CreateRequest, Provisioning, VolumeView
 from csi_driver.volumes.publish import Publishing, PublishRequest
 from csi_driver.volumes.stage import StageRequest, Staging
@@ -105,7 +107,8 @@ class Node:
         self.mappings = self.make_mappings(self.mapper, holders)
         self.encryption = self.make_encryption(self.workers, self.mappings, self.limits)
         file_systems = FileSystems(self.workers, self.commands, self.mounts, self.limits)
-        self.provisioning = Provisioning(settings, self.store)
+        images = BackingImages(ImageStore(self.state / "images", Files()), self.workers, self.encryption, self.limits)
+        self.provisioning = Provisioning(settings, self.store, images)
         self.staging = Staging(
             self.store, self.stages, self.workers, self.encryption, file_systems, self.mappings, self.mounts, holders
         )

@@ -5,16 +5,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from csi_driver.backends.base import Backend
 from csi_driver.host.loop import AttachedLoop
+from csi_driver.images.store import ImageStore
 from csi_driver.luks.blank import prove_blank
 from csi_driver.model.settings import Settings
 from csi_driver.model.volume import VolumeRecord
 from csi_driver.volumes.driver import Driver, build_driver
 from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.filesystem import FileSystems
+from csi_driver.volumes.from_image import BackingImages
+from csi_driver.volumes.provision import Provisioning
 from csi_driver.volumes.stage import Staging
 from csi_driver.volumes.stages import Stages
 from tests.machine.fault_points import FaultyFiles, FaultyLoops, FaultyWorkers, Injector, Kind, P, Point, R, faulty_host
@@ -62,6 +66,18 @@ def test_a_child_of_a_killed_server_keeps_the_volume_busy_until_it_ends(points: 
     assert (result.busy, result.lost, result.leaked) == (1, {}, {})
 
 
+@pytest.mark.timeout(120)
+def test_a_clone_of_an_image_is_whole_or_gone_on_with_wherever_it_is_cut(points: list[Point]) -> None:
+    cut = [
+        case
+        for seam in ("worker luks-clone", "worker luks-identity")
+        for kind in (Kind.DURING, Kind.AFTER, Kind.WORKER)
+        for case in cases_at(points, "image", "create", seam, kind)
+    ]
+    result = tried(faulty_driver, cut)
+    assert (result.cases, result.busy, result.lost, result.leaked) == (6, 2, {}, {})
+
+
 class _LosingFiles(FaultyFiles):
     """Records without fsync: what a killed server has written is gone."""
 
@@ -105,6 +121,16 @@ class _CarelessEncryption(Encryption):
         return self._mappings.get(record.mapping_name) is not None
 
 
+class _SameIdentity(Encryption):
+    """Takes a clone as it is, with its image's LUKS UUID."""
+
+    def take_identity(self, backend: Backend, record: VolumeRecord, path: str) -> VolumeRecord:
+        assert record.luks is not None
+        assert record.cloned_uuid is not None
+        luks = msgspec.structs.replace(record.luks, uuid=record.cloned_uuid)
+        return super().take_identity(backend, msgspec.structs.replace(record, luks=luks), path)
+
+
 def losing(settings: Settings, injector: Injector) -> Driver:
     return build_driver(settings, replace(faulty_host(injector), files=_LosingFiles(injector)))
 
@@ -134,11 +160,22 @@ def reusing(settings: Settings, injector: Injector) -> Driver:
     return replace(driver, encryption=encryption, staging=staging)
 
 
+def same(settings: Settings, injector: Injector) -> Driver:
+    host = faulty_host(injector)
+    driver = build_driver(settings, host)
+    encryption = _SameIdentity(host.workers, driver.mappings, settings.limits)
+    images = BackingImages(
+        ImageStore(settings.state_dir / "images", host.files), host.workers, encryption, settings.limits
+    )
+    return replace(driver, provisioning=Provisioning(settings, driver.backend, images))
+
+
 _PLANTED = [
     (losing, "mount", "stage", "worker luks-open", Kind.AFTER, "lost"),
     (leaking, "mount", "stage", "worker luks-open", Kind.FAIL, "leaked"),
     (unproven, "plain mount", "stage", "loop attach", Kind.FOREIGN, "lost"),
     (reusing, "mount", "restage", "loop guard", Kind.ZOMBIE, "lost"),
+    (same, "image", "create", "worker luks-identity", Kind.AFTER, "lost"),
 ]
 
 

@@ -17,8 +17,9 @@ from csi_driver.luks import formats
 from csi_driver.model import errors
 from csi_driver.rpc import metrics, server
 from csi_driver.rpc.status import code_of
-from csi_driver.volumes import health, parameters
+from csi_driver.volumes import health, image_source, parameters
 from csi_driver.volumes.capability import AccessMode
+from csi_driver.volumes.image_source import _KEYS
 from csi_driver.volumes.parameters import _CHECKED, _IGNORED, _MKFS_FLAGS, _READERS
 
 ROOT = Path(__file__).parents[2]
@@ -96,6 +97,20 @@ def test_every_value_of_a_parameter_with_few_values_is_told() -> None:
 def test_every_entry_of_a_secret_and_no_other_is_told() -> None:
     entries = {value for name, value in vars(secret).items() if name.isupper() and not name.startswith("_")}
     same(first_names(section(page("parameters.md"), "Secrets")), entries)
+
+
+def test_every_type_of_an_images_source_is_told_with_its_parameters() -> None:
+    told = {
+        code_names(cells[0])[0]: tuple(code_names(cells[1]))
+        for cells in rows(section(page("parameters.md"), "Volumes from images"))
+    }
+    assert told == dict(_KEYS)
+    (values,) = [
+        code_names(cells[1])
+        for cells in rows(section(page("parameters.md"), "Parameters"))
+        if image_source.TYPE in code_names(cells[0])
+    ]
+    assert values == list(image_source.TYPES)
 
 
 def test_every_mkfs_option_and_no_other_is_told() -> None:

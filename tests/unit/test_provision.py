@@ -32,7 +32,7 @@ from csi_driver.model.volume import (
 )
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.provision import Capacity, CreateRequest, Provisioning
-from tests.fake_host import MemoryBackend
+from tests.fake_host import MemoryBackend, no_images
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -47,7 +47,7 @@ KEY = read_secret({"CRYPTO_KEY_VALUE": "secret"})
 
 def provisioning(backend: MemoryBackend | None = None, limits: Limits = DEFAULT_LIMITS) -> Provisioning:
     settings = Settings(node_id="node-1", limits=limits)
-    return Provisioning(settings, backend or MemoryBackend())
+    return Provisioning(settings, backend or MemoryBackend(), no_images())
 
 
 def request(  # one keyword for each field of the message

@@ -21,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from csi_driver.backends.loopfile import LoopfileBackend
 from csi_driver.backends.records import RecordCodec
+from csi_driver.images.store import ImageStore
 from csi_driver.keys.secret import SecretKey, read_secret
 from csi_driver.luks.formats import DATA_OFFSET
 from csi_driver.model.errors import CommandFailed, DriverError, FailedPrecondition, NotFound, Unauthenticated
@@ -30,6 +31,7 @@ from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.expand import ExpandRequest, Expansion
 from csi_driver.volumes.filesystem import FileSystems
+from csi_driver.volumes.from_image import BackingImages
 from csi_driver.volumes.provision import CreateRequest, Provisioning
 from csi_driver.volumes.publish import Publishing, PublishRequest
 from csi_driver.volumes.stage import StageRequest, Staging
@@ -93,7 +95,8 @@ class Rig:
         stages = Stages(self.folder / "stages", files)
         self.encryption = Encryption(workers, self.mappings, limits)
         made = FileSystems(workers, commands, mounts, limits)
-        self.provisioning = Provisioning(Settings(node_id="node-1"), self.backend)
+        images = BackingImages(ImageStore(self.folder / "images", files), workers, self.encryption, limits)
+        self.provisioning = Provisioning(Settings(node_id="node-1"), self.backend, images)
         self.staging = Staging(self.backend, stages, workers, self.encryption, made, self.mappings, mounts, NoHolders())
         self.publishing = Publishing(self.backend, stages, mounts)
         self.expansion = Expansion(self.backend, stages, workers, self.encryption, made, mounts)
