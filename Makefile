@@ -26,7 +26,7 @@ MACHINE_PYTEST := $(PY) -m pytest -p no:cacheprovider
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test check sanity faults crashes danger canary cluster-test bench format clean venv system lock \
-         
+    images images-demo images-matrix images-kills images-hostile images-limits
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -61,6 +61,27 @@ danger: venv system ## what lost data in the field
 
 canary: venv system ## no key byte leaves its place
 	@$(GUEST) $(PY) -m tests.machine.canary
+
+images: venv system ## the image suites, a line of each
+	@code=0; for suite in demo limits kills hostile matrix; do \
+	    said=$$($(MAKE) --no-print-directory images-$$suite) || code=1; \
+	    echo "$$said" | sed -n "\$$s/^\(images-demo: \)*/images-$$suite: /p"; \
+	done; exit $$code
+
+images-demo: venv system ## 1 GiB: encrypted, opened, decrypted, copied, watched
+	@$(GUEST) $(PY) -m tests.machine.images_demo
+
+images-matrix: venv system ## formats, sizes, every choice of encryption; opened by cryptsetup
+	@$(LONG_GUEST) $(PY) -m tests.machine.image_matrix
+
+images-kills: venv system ## kill -9 in each operation, sources that change
+	@$(LONG_GUEST) $(PY) -m tests.machine.image_kills
+
+images-hostile: venv system ## hostile files and addresses, watched by the kernel
+	@$(GUEST) $(PY) -m tests.machine.image_hostile
+
+images-limits: venv system ## several at once, full disks
+	@$(GUEST) $(PY) -m tests.machine.image_limits
 
 cluster-test: venv $(KUBERNETES_BIN) ## a real Kubernetes; ONLY="longhorn nodes" runs some
 	@tools/system.sh cluster
