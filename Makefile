@@ -25,7 +25,7 @@ MACHINE_PYTEST := $(PY) -m pytest -p no:cacheprovider
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check sanity faults crashes danger canary cluster-test bench format clean venv system lock \
+.PHONY: help demo test check sanity faults crashes danger canary cluster-test bench bench-images format clean venv system lock \
     images images-demo images-matrix images-kills images-hostile images-limits
 
 help: ## this list
@@ -89,6 +89,9 @@ cluster-test: venv $(KUBERNETES_BIN) ## a real Kubernetes; ONLY="longhorn nodes"
 
 bench: venv system ## times beside their bounds
 	@$(MEASURED_GUEST) -- $(PY) -m benchmarks
+
+bench-images: venv system ## the image engine beside cp, qemu-img and cryptsetup
+	@$(PY) -m benchmarks.images
 
 format: venv ## mend form and what ruff can mend by itself
 	.venv/bin/ruff format
