@@ -58,6 +58,9 @@ from csi_driver.model.volume import LuksIdentity
 _READ_BACK: Final = 4
 """Chunks before the place where a pass goes on that are compared with the checkpoint first."""
 
+_HEADER_SECONDS: Final = 10.0
+"""How long the end of a run waits for a header in the making."""
+
 _THREADS_PER_CORE: Final = 4  # some wait for a disk while others compute
 _MOST_THREADS: Final = 16  # each has a chunk in memory, and no disk keeps up with more
 
@@ -173,6 +176,10 @@ class _Pass:
         except (NoRoom, TargetFailed, SourceChanged):
             self._discard()
             raise
+        finally:
+            # Before the lock is let go: else it might write into the next run's part.
+            if self._header is not None and not self._header.has_ended(_HEADER_SECONDS):
+                self._lock.keep()
 
     def _run(self, stack: contextlib.ExitStack, *, verify: bool) -> PassResult:
         self._stop = stack.enter_context(stop_signals())
@@ -257,7 +264,9 @@ class _Pass:
                 part.reserve(0, self._layout.end)
                 key = VolumeKey.fresh(target.encryption.format.key_bits)
                 cipher = self._cipher(target.encryption, key)
-                self._header = Later(partial(self._write_header, target.encryption, key), self._pace.patience)
+                self._header = Later(
+                    "image-header", partial(self._write_header, target.encryption, key), self._pace.patience
+                )
             else:
                 for extent in self._reader.extents():
                     if not extent.zero:

@@ -10,13 +10,18 @@ T = TypeVar("T")
 class Later(Generic[T]):
     """A call in a thread of its own, begun at once. The process may end before it has: it hangs nobody."""
 
-    def __init__(self, call: Callable[[], T], patience: float) -> None:
+    def __init__(self, name: str, call: Callable[[], T], patience: float) -> None:
         self._call = call
         self._patience = patience
         self._answer: list[T] = []
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
+
+    def has_ended(self, patience: float) -> bool:
+        """Whether the call has ended, at most `patience` seconds from now."""
+        self._thread.join(patience)
+        return not self._thread.is_alive()
 
     def result(self) -> T:
         """What the call returned, or raised; TimeoutError when it has done neither within `patience` seconds."""

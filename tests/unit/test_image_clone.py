@@ -501,7 +501,7 @@ def test_a_signal_stops_behind_a_checkpoint_and_the_next_run_goes_on(source: Pat
     def read(offset: int) -> None:
         if offset >= 12 * CHUNK:
             sent.wait(10)
-            time.sleep(0.02)  # the other half would take long enough to be stopped
+            time.sleep(0.3)  # the other half takes long enough to be stopped, on a busy machine too
 
     name = signal.Signals(number).name
     rare = replace(SMALL, checkpoint_bytes=1 << 40)
@@ -510,6 +510,15 @@ def test_a_signal_stops_behind_a_checkpoint_and_the_next_run_goes_on(source: Pat
     assert signal.getsignal(number) is before
     assert durable_chunks(folder) >= 10
     assert clone(ENCRYPT, source, folder, ENCRYPTED).resumed >= 10
+
+
+def test_a_header_in_the_making_ends_before_another_run_may_begin(source: Path, folder: Path) -> None:
+    """It is written by name: late, it would stand over the next run's data."""
+    for _ in range(3):
+        with pytest.raises(ResourceExhausted):
+            clone(ENCRYPT, source, folder, ENCRYPTED, disk=Faulty("write", errno.ENOSPC, 1))
+        assert [thread for thread in threading.enumerate() if thread.name == "image-header"] == []
+    assert left(folder) == []
 
 
 def test_one_run_per_target(source: Path, folder: Path) -> None:

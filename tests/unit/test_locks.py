@@ -1,6 +1,7 @@
 """One holder per volume, over threads, processes and children that outlive their parents."""
 
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -72,11 +73,12 @@ def test_what_is_held_is_known_to_the_call_and_to_nobody_else(locks: VolumeLocks
 
 def test_no_descriptor_is_left_open(locks: VolumeLocks) -> None:
     with locks.hold("pvc-1"):
+        gc.collect()  # what other tests have left
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(20):
             assert not is_free(locks)
             assert is_free(locks, "pvc-2")
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(os.listdir("/proc/self/fd")) <= before
 
 
 HOLD = """
