@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -488,7 +489,11 @@ def test_verify_reads_back_and_finds_a_byte_that_the_disk_changed(source: Path, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_behind_a_checkpoint_and_the_next_run_goes_on(source: Path, folder: Path, number: int) -> None:
+def test_a_signal_stops_behind_a_checkpoint_and_the_next_run_goes_on(
+    source: Path, folder: Path, number: int, request: pytest.FixtureRequest
+) -> None:
+    # A shell's background job ignores SIGINT, and what is ignored stops nothing.
+    request.addfinalizer(partial(signal.signal, number, signal.signal(number, signal.default_int_handler)))
     before = signal.getsignal(number)
     sent = threading.Event()
 
