@@ -14,10 +14,11 @@ from pathlib import Path
 
 from csi_driver.images.base import MIB, Extent, ImageFormat, Reader
 from csi_driver.images.checkpoint import Job, Operation, SourceIdentity
-from csi_driver.images.clone import Pace, PassResult, run_pass
+from csi_driver.images.clone import run_pass
 from csi_driver.images.luks_reader import LuksReader
 from csi_driver.images.source import RawReader
-from csi_driver.images.target import Disk, Encryption, Target
+from csi_driver.images.stream import Pace
+from csi_driver.images.target import Disk, Encryption, PassResult, Target
 from csi_driver.luks.formats import LuksFormat
 from csi_driver.model.secret import Passphrase
 

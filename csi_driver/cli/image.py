@@ -14,7 +14,8 @@ from csi_driver.images.base import Progress
 from csi_driver.images.checkpoint import Operation
 from csi_driver.images.checksum import Checksum
 from csi_driver.images.destinations import Connector
-from csi_driver.images.library import MOST_BYTES, Clone, ImageLibrary, Import
+from csi_driver.images.library import ImageLibrary
+from csi_driver.images.requests import MOST_BYTES, Clone, Import
 from csi_driver.images.store import ImageRecord
 from csi_driver.keys.secret import SecretKey, read_secret
 from csi_driver.luks.formats import SECTOR_SIZES

@@ -17,32 +17,16 @@ _LARGEST = 64 * 1024
 
 def secret_options(function: Function) -> Function:
     """`--secret-dir` and `--passphrase-file` for a command; `read_secrets` takes both."""
-    folder = click.option(
-        "--secret-dir",
-        type=click.Path(exists=True, file_okay=False, path_type=Path),
-        help="Folder like a mounted Kubernetes secret: one file per entry, taken byte for byte.",
-    )
-    file = click.option(
-        "--passphrase-file",
-        type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
-        help="File with the passphrase, - for standard input; the newline at its end is left out.",
-    )
-    return folder(file(function))
+    return _options(
+        "",
+        "Folder like a mounted Kubernetes secret: one file per entry, taken byte for byte.",
+        "File with the passphrase, - for standard input; the newline at its end is left out.",
+    )(function)
 
 
 def new_secret_options(function: Function) -> Function:
     """`--new-secret-dir` and `--new-passphrase-file`, for a command that changes the secret."""
-    folder = click.option(
-        "--new-secret-dir",
-        type=click.Path(exists=True, file_okay=False, path_type=Path),
-        help="The new secret, as --secret-dir.",
-    )
-    file = click.option(
-        "--new-passphrase-file",
-        type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
-        help="The new passphrase, as --passphrase-file.",
-    )
-    return folder(file(function))
+    return _options("new-", "The new secret, as --secret-dir.", "The new passphrase, as --passphrase-file.")(function)
 
 
 def read_secrets(secret_dir: Path | None, passphrase_file: Path | None) -> Mapping[str, str]:
@@ -94,3 +78,14 @@ def _text(content: bytes, where: str) -> str:
         raise click.ClickException(
             f"{where} is not UTF-8 text, which is all that CSI can carry; encode the key, in base64 for example"
         ) from None
+
+
+def _options(prefix: str, folder_help: str, file_help: str) -> Callable[[Function], Function]:
+    folder = click.Path(exists=True, file_okay=False, path_type=Path)
+    file = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
+
+    def decorate(function: Function) -> Function:
+        with_file = click.option(f"--{prefix}passphrase-file", type=file, help=file_help)(function)
+        return click.option(f"--{prefix}secret-dir", type=folder, help=folder_help)(with_file)
+
+    return decorate

@@ -37,6 +37,16 @@ class Operation(StrEnum):
     DECRYPT = "decrypt"
     REENCRYPT = "reencrypt"
 
+    @property
+    def encrypts(self) -> bool:
+        """Whether the result gets a key of its own."""
+        return self in (Operation.ENCRYPT, Operation.REENCRYPT)
+
+    @property
+    def decrypts(self) -> bool:
+        """Whether the source must be opened."""
+        return self in (Operation.DECRYPT, Operation.REENCRYPT)
+
 
 class SourceIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which file, in which state: a file of which all this stays the same has not been written (stat(2)).

@@ -8,14 +8,12 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from csi_driver.images.base import CHUNK, MIB, ImageFormat, Progress, Reader
+from csi_driver.images.base import ImageFormat, Progress, Reader
 from csi_driver.images.checkpoint import (
     VERSION,
     Checkpoint,
@@ -29,13 +27,15 @@ from csi_driver.images.checkpoint import (
 )
 from csi_driver.images.later import Later
 from csi_driver.images.stopping import Stop, stop_signals
-from csi_driver.images.stream import Checker, Chunk, Copier, Crew, Layout, Ledger, Worker, chunks_of
+from csi_driver.images.stream import USUAL_PACE, Checker, Chunk, Copier, Crew, Layout, Ledger, Pace, Worker, chunks_of
 from csi_driver.images.target import (
     BLOCK,
     Encryption,
     Lock,
     NoRoom,
     PartFile,
+    PassResult,
+    Publish,
     Target,
     TargetFailed,
     hold,
@@ -55,50 +55,12 @@ from csi_driver.model.errors import (
 )
 from csi_driver.model.volume import LuksIdentity
 
-_READ_BACK: Final = 4
-"""Chunks before the place where a pass goes on that are compared with the checkpoint first."""
-
-_HEADER_SECONDS: Final = 10.0
-"""How long the end of a run waits for a header in the making."""
-
+_READ_BACK: Final = 4  # chunks before the place where a pass goes on that are compared with the checkpoint first
+_HEADER_SECONDS: Final = 10.0  # how long the end of a run waits for a header in the making
 _THREADS_PER_CORE: Final = 4  # some wait for a disk while others compute
 _MOST_THREADS: Final = 16  # each has a chunk in memory, and no disk keeps up with more
 
 _PAYLOAD_IS_FILE: Final = (ImageFormat.RAW, ImageFormat.LUKS2)
-_ENCRYPTING: Final = (Operation.ENCRYPT, Operation.REENCRYPT)
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Bytes of a chunk, a multiple of BLOCK; bytes and seconds from one checkpoint to the next at most; seconds that
-    one chunk may take.
-    """
-
-    chunk: int = CHUNK
-    checkpoint_bytes: int = 256 * MIB
-    checkpoint_seconds: float = 5.0
-    patience: float = 300.0
-
-
-@dataclass(frozen=True)
-class PassResult:
-    """A whole and durable copy at `part`: its length and that of the payload, and its LUKS2 identity if encrypted.
-
-    `digests` holds the SHA-256 of each chunk as it lies in the file, one after the other; it is empty for a
-    `reflinked` copy, which shares the source's blocks. `resumed` is how many chunks an earlier run had made.
-    """
-
-    part: Path
-    size: int
-    payload: int
-    luks: LuksIdentity | None
-    digests: bytes
-    resumed: int
-    reflinked: bool
-
-
-Publish = Callable[[PassResult], None]
-"""Takes a result over, by a rename."""
 
 
 def run_pass(
@@ -110,7 +72,7 @@ def run_pass(
     threads: int | None = None,
     verify: bool = False,
     publish: Publish | None = None,
-    pace: Pace = Pace(),
+    pace: Pace = USUAL_PACE,
 ) -> PassResult:
     """Copy the payload of `reader` into the part of `target`, or go on where an earlier run was cut.
 
@@ -137,7 +99,7 @@ def run_pass(
 def _check(reader: Reader, target: Target, job: Job) -> None:
     if not reader.size:
         raise InvalidArgument(f"{job.where} is empty; name an image with something in it")
-    if (target.encryption is not None) != (job.operation in _ENCRYPTING):
+    if (target.encryption is not None) != (job.operation.encrypts):
         wants = "needs the key of a secret" if target.encryption is None else "takes no key for its result"
         raise InvalidArgument(f"{job.operation} of {job.where} {wants}; name another operation or secret")
     if target.encryption:

@@ -4,9 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Protocol, assert_never
@@ -18,18 +16,17 @@ from csi_driver.host.syscalls import error_name
 from csi_driver.images.base import ImageFormat, Progress, Reader
 from csi_driver.images.checkpoint import Job, Operation, SourceIdentity
 from csi_driver.images.checksum import Checksum, checksum_of
-from csi_driver.images.clone import PassResult, run_pass
+from csi_driver.images.clone import run_pass
 from csi_driver.images.destinations import Connector, parse_url
 from csi_driver.images.fetch import fetch
 from csi_driver.images.formats import ANY_COST, HEAD_BYTES, check_source, detect_wrapping, inspect
 from csi_driver.images.luks_reader import LuksReader
 from csi_driver.images.qemu import QemuReader
+from csi_driver.images.requests import Clone, Import, check_clone, check_secret, chosen_format, passphrase_of
 from csi_driver.images.source import RawReader, open_regular
 from csi_driver.images.store import ImageRecord, ImageStore, Provenance, check_name
-from csi_driver.images.target import Encryption, Target
+from csi_driver.images.target import Encryption, PassResult, Target
 from csi_driver.images.unwrap import unwrap
-from csi_driver.keys.secret import CEPH_PASSPHRASE, LONGHORN_VALUE, SecretKey
-from csi_driver.luks.formats import LuksFormat
 from csi_driver.luks.header import PRIMARY_MAGIC, Header
 from csi_driver.luks.image_header import ImageHeader, read_image_header
 from csi_driver.model.errors import (
@@ -41,15 +38,9 @@ from csi_driver.model.errors import (
     InvalidHeader,
     VolumeBusy,
 )
-from csi_driver.model.secret import Passphrase
-from csi_driver.model.volume import LuksIdentity, VolumeParameters
-from csi_driver.volumes.parameters import luks_format
-
-MOST_BYTES: Final = 1 << 40
-"""Bytes that an image may have, unless the caller says otherwise."""
+from csi_driver.model.volume import LuksIdentity
 
 _URL: Final = ("http://", "https://")
-_SECRET_NAME: Final = re.compile(r"[a-z0-9][-a-z0-9]{0,62}/[a-z0-9][-a-z0-9.]{0,252}")
 _NO_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK)
 
 
@@ -58,34 +49,6 @@ class Meter(Protocol):
 
     def __call__(self, what: str, total: int | None) -> contextlib.AbstractContextManager[Progress]:
         """For the length of the block `what` is under way, of `total` bytes if that is known."""
-
-
-@dataclass(frozen=True)
-class Import:
-    """`source` is a path or an http(s) URL; `checksum` is of the file as it lies there, wrapping included.
-
-    `secret` (namespace/name) may be told for an image that is encrypted already.
-    """
-
-    name: str
-    source: str
-    checksum: Checksum | None = None
-    secret: str | None = None
-    most_bytes: int = MOST_BYTES
-
-
-@dataclass(frozen=True)
-class Clone:
-    """`key` opens an encrypted source, `new_key` is for an encrypted result, as is `sector_size` in bytes (512)."""
-
-    source: str
-    name: str
-    operation: Operation = Operation.IGNORE
-    key: SecretKey | None = None
-    new_key: SecretKey | None = None
-    secret: str | None = None
-    sector_size: int | None = None
-    verify: bool = False
 
 
 class ImageLibrary:
@@ -128,7 +91,7 @@ class ImageLibrary:
         Raises AlreadyExists, VolumeBusy, and what `fetch`, `unwrap`, `inspect` and `run_pass` raise.
         """
         check_source(wanted.source)
-        _check_secret(wanted.secret)
+        check_secret(wanted.secret)
         is_url = wanted.source.lower().startswith(_URL)
         provenance = Provenance(
             operation="import",
@@ -153,7 +116,7 @@ class ImageLibrary:
         AlreadyExists, VolumeBusy, Unauthenticated, and what `run_pass` raises.
         """
         source = self._store.get(wanted.source)
-        _check_operation(source, wanted)
+        check_clone(source, wanted)
         with self._made(wanted.name) as folder:
             file = self._store.file(wanted.source)
             where = f"image {wanted.source}"
@@ -184,11 +147,11 @@ class ImageLibrary:
 
     def export(self, name: str, path: Path, meter: Meter) -> None:
         """Copy an image's file, as it is, to a new file at `path`. Raises AlreadyExists and what `run_pass` raises."""
-        record = self._store.get(name)
+        self._store.get(name)
         if path.exists() or path.is_symlink():
             raise AlreadyExists(f"{path} exists already; choose another name")
         file, where = self._store.file(name), f"image {name}"
-        job = Job(Operation.IGNORE, file, SourceIdentity.of(file, where), record.format, where)
+        job = Job(Operation.IGNORE, file, SourceIdentity.of(file, where), ImageFormat.RAW, where)
         target = Target(path.parent / f".{path.name}.export")
         with contextlib.closing(RawReader(str(file), where)) as reader, meter("exporting", reader.size) as progress:
             run_pass(reader, target, job, progress, publish=lambda result: self._put(result.part, path))
@@ -315,7 +278,7 @@ class ImageLibrary:
             case Operation.DECRYPT | Operation.REENCRYPT:
                 raw = RawReader(str(file), where)
                 try:
-                    return LuksReader(raw, _passphrase(wanted.key, where), where)
+                    return LuksReader(raw, passphrase_of(wanted.key, where), where)
                 except BaseException:
                     raw.close()
                     raise
@@ -333,16 +296,10 @@ class ImageLibrary:
 
     @staticmethod
     def _encryption(wanted: Clone) -> Encryption | None:
-        if wanted.operation not in (Operation.ENCRYPT, Operation.REENCRYPT):
+        if not wanted.operation.encrypts:
             return None
         where = f"image {wanted.name}"
-        return Encryption(chosen_format(wanted), _passphrase(wanted.new_key, where))
-
-
-def chosen_format(wanted: Clone) -> LuksFormat:
-    """The LUKS2 format that a secret asks for; sectors of 512 bytes unless said otherwise. Raises InvalidArgument."""
-    parameters = VolumeParameters(encrypted=True, sector_size=wanted.sector_size or 512)
-    return luks_format(parameters, wanted.new_key or SecretKey(None))
+        return Encryption(chosen_format(wanted), passphrase_of(wanted.new_key, where))
 
 
 class _Total:
@@ -374,42 +331,6 @@ _DOING: Final = {
 }
 
 
-def _check_operation(source: ImageRecord, wanted: Clone) -> None:
-    """Refuse what cannot be, before any work."""
-    encrypted = source.luks is not None
-    if wanted.operation is Operation.ENCRYPT and encrypted:
-        raise InvalidArgument(
-            f"image {source.name} is encrypted already and is not encrypted again; use reencrypt for another key, or "
-            f"ignore for a copy"
-        )
-    if wanted.operation in (Operation.DECRYPT, Operation.REENCRYPT) and not encrypted:
-        raise InvalidArgument(
-            f"image {source.name} is not encrypted, so it cannot be cloned with {wanted.operation}; use encrypt, or "
-            f"ignore for a copy"
-        )
-    for key, takes, option in (
-        (wanted.key, (Operation.DECRYPT, Operation.REENCRYPT), "source"),
-        (wanted.new_key, (Operation.ENCRYPT, Operation.REENCRYPT), "result"),
-    ):
-        if key is not None and wanted.operation not in takes:
-            raise InvalidArgument(f"{wanted.operation} takes no secret for its {option}; leave it out")
-        if key is None and wanted.operation in takes:
-            raise InvalidArgument(f"{wanted.operation} needs the secret for its {option}; name it")
-    _check_secret(wanted.secret)
-    if wanted.secret and (wanted.operation is Operation.DECRYPT or not (encrypted or wanted.new_key)):
-        raise InvalidArgument(
-            f"the result of {wanted.operation} is not encrypted, so no secret can be named for it; leave it out"
-        )
-    if wanted.sector_size and wanted.new_key is None:
-        raise InvalidArgument(f"{wanted.operation} makes no new encryption, so it takes no sector size; leave it out")
-
-
-def _check_secret(secret: str | None) -> None:
-    """The text is not repeated: it might be the passphrase, by mistake."""
-    if secret is not None and not _SECRET_NAME.fullmatch(secret):
-        raise InvalidArgument("the secret must be named as NAMESPACE/NAME, as Kubernetes has them")
-
-
 def _refuse_encrypted(reader: Reader, where: str) -> None:
     """Record and data decide: a disk that holds LUKS is not encrypted once more."""
     head = bytearray(min(len(PRIMARY_MAGIC), reader.size))
@@ -419,14 +340,6 @@ def _refuse_encrypted(reader: Reader, where: str) -> None:
             f"{where} is recorded as not encrypted and its disk begins like LUKS; export that disk as raw and import "
             f"it, then use reencrypt or ignore"
         )
-
-
-def _passphrase(key: SecretKey | None, where: str) -> Passphrase:
-    if key is None or key.passphrase is None:
-        raise InvalidArgument(
-            f"the secret for {where} holds neither {LONGHORN_VALUE} nor {CEPH_PASSPHRASE}; add one of them"
-        )
-    return key.passphrase
 
 
 def _cloned(source: ImageRecord, wanted: Clone, result: PassResult) -> ImageRecord:

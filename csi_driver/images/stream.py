@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Final, Protocol, Self
 
-from csi_driver.images.base import Extent, Reader
+from csi_driver.images.base import CHUNK, MIB, Extent, Reader
 from csi_driver.images.checkpoint import DIGEST_BYTES
 from csi_driver.images.target import BLOCK, PartFile
 from csi_driver.luks.bulk import SectorCipher
@@ -22,6 +22,22 @@ _UNIT: Final = 512
 _HOLE: Final = 64 * 1024
 """Zeros of a plain image become a hole in pieces of this size."""
 _TICK_SECONDS: Final = 0.2
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Bytes of a chunk, a multiple of BLOCK; bytes and seconds from one checkpoint to the next at most; seconds that
+    one chunk may take.
+    """
+
+    chunk: int = CHUNK
+    checkpoint_bytes: int = 256 * MIB
+    checkpoint_seconds: float = 5.0
+    patience: float = 300.0
+
+
+USUAL_PACE: Final = Pace()
+"""For images of any size."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from csi_driver.luks.formats import LuksFormat
 from csi_driver.luks.image_header import padded
 from csi_driver.model.errors import CommandFailed, ResourceExhausted, VolumeBusy
 from csi_driver.model.secret import Passphrase
+from csi_driver.model.volume import LuksIdentity
 
 BLOCK: Final = 4096
 """Offsets, lengths and memory of direct I/O are whole blocks of this size; no disk asks for more (open(2))."""
@@ -117,6 +118,27 @@ class Target:
         with contextlib.suppress(OSError):
             os.rmdir(self.folder)
         self.files.sync_folder(self.folder if self.folder.exists() else self.folder.parent)
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """A whole and durable copy at `part`: its length and that of the payload, and its LUKS2 identity if encrypted.
+
+    `digests` holds the SHA-256 of each chunk as it lies in the file, one after the other; it is empty for a
+    `reflinked` copy, which shares the source's blocks. `resumed` is how many chunks an earlier run had made.
+    """
+
+    part: Path
+    size: int
+    payload: int
+    luks: LuksIdentity | None
+    digests: bytes
+    resumed: int
+    reflinked: bool
+
+
+Publish = Callable[[PassResult], None]
+"""Takes a result over, by a rename."""
 
 
 class Lock:

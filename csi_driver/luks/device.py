@@ -24,7 +24,7 @@ from csi_driver.model.volume import LuksIdentity
 _SECTOR = 512
 _USUAL_HEADER = 64 * 1024
 _FORMATTED_SLOTS = (0,)
-_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _header_copy(
         write_at(copy, repaired(area, header)[: 2 * header.hdr_size], 0)
         for slot in header.keyslots.values():
             write_at(copy, _read_area(where, path, slot.area.offset, slot.area.size), slot.area.offset)
-        fcntl.fcntl(copy, fcntl.F_ADD_SEALS, _SEALS)
+        fcntl.fcntl(copy, fcntl.F_ADD_SEALS, SEALS)
         yield f"/proc/self/fd/{copy}", header
     finally:
         os.close(copy)

@@ -16,6 +16,7 @@ from typing import Annotated, Self
 import msgspec
 
 from csi_driver.host import blockdev
+from csi_driver.luks.device import SEALS, write_at
 from csi_driver.luks.formats import CIPHER_KEY_BITS, LuksFormat
 from csi_driver.luks.header import BINARY_SIZE, HEADER_PROBE, Copy, Header, parse, repaired
 from csi_driver.luks.header_metadata import refusal
@@ -32,7 +33,6 @@ ReadAt = Callable[[int, int], bytes]
 """(offset, length) to the bytes there, fewer only where the image ends. Raises OSError or a DriverError."""
 
 _USUAL_HEADER = 64 * 1024
-_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 class _Token(msgspec.Struct, frozen=True):
@@ -94,8 +94,8 @@ class ImageHeader:
         try:
             os.ftruncate(copy, self.identity.data_offset)
             for offset, piece in self.pieces.items():
-                _write(copy, piece, offset)
-            fcntl.fcntl(copy, fcntl.F_ADD_SEALS, _SEALS)
+                write_at(copy, piece, offset)
+            fcntl.fcntl(copy, fcntl.F_ADD_SEALS, SEALS)
             with crypt_device(self.where, f"/proc/self/fd/{copy}") as device:
                 device.load()
                 return VolumeKey(device.volume_key(passphrase))
@@ -146,7 +146,7 @@ def write_image_header(
         os.close(memory)
     descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        _write(descriptor, header, 0)
+        write_at(descriptor, header, 0)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -210,10 +210,3 @@ def _payload(area: bytes, header: Header, identity: LuksIdentity, size: int) -> 
         if len(told) == 1 and told[0] and padded(int(told[0]), identity.sector_size) == data:
             return int(told[0])
     return data
-
-
-def _write(descriptor: int, content: bytes, offset: int) -> None:
-    view = memoryview(content)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written

@@ -229,7 +229,7 @@ def test_memory_does_not_grow_with_the_image(tmp_path: Path) -> None:
         import sys
         from pathlib import Path
         from csi_driver.images.checkpoint import Operation
-        from csi_driver.images.clone import Pace
+        from csi_driver.images.stream import Pace
         from tests.image_clones import ENCRYPTED, clone
         source, folder = map(Path, sys.argv[1:])
         sealed = clone(Operation.ENCRYPT, source, folder / "sealed", ENCRYPTED, pace=Pace(), verify=True)

@@ -26,7 +26,8 @@ from typing import Final
 
 from csi_driver.images.base import MIB, Progress
 from csi_driver.images.checkpoint import Operation
-from csi_driver.images.library import Clone, ImageLibrary, Import
+from csi_driver.images.library import ImageLibrary
+from csi_driver.images.requests import Clone, Import
 from csi_driver.keys.secret import SecretKey
 from csi_driver.model.errors import DriverError
 from csi_driver.model.secret import Passphrase
@@ -38,6 +39,7 @@ from tests.machine.image_lab import (
     opened,
     unmetered,
     unpacked,
+    wanted,
     work_folder,
 )
 from tests.machine.leaks import adopting_orphans, children, orphans, settled
@@ -214,25 +216,14 @@ class Lab:
             if operation == _IMPORT:
                 self._library.import_(Import(_MADE, str(self._packed)), meter)
             else:
-                self._library.clone(self._wanted(Operation(operation)), meter)
+                self._library.clone(wanted(Operation(operation), _MADE, self._old, self._new), meter)
 
         return work
-
-    def _wanted(self, operation: Operation) -> Clone:
-        match operation:
-            case Operation.IGNORE:
-                return Clone("raw", _MADE)
-            case Operation.ENCRYPT:
-                return Clone("qcow2", _MADE, operation, None, self._new)
-            case Operation.DECRYPT:
-                return Clone("secret", _MADE, operation, self._old)
-            case Operation.REENCRYPT:
-                return Clone("secret", _MADE, operation, self._old, self._new)
 
     def _source(self, operation: str) -> Path:
         if operation == _IMPORT:
             return self._packed
-        return self._library.file(self._wanted(Operation(operation)).source)
+        return self._library.file(wanted(Operation(operation), _MADE, self._old, self._new).source)
 
     def _total(self, operation: str) -> int:
         """Bytes that a whole run says to have done at last."""

@@ -17,6 +17,9 @@ from csi_driver.cli.main import main as luks_csi
 from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.mounts import Mounts
 from csi_driver.images.base import MIB, Progress
+from csi_driver.images.checkpoint import Operation
+from csi_driver.images.requests import Clone
+from csi_driver.keys.secret import SecretKey
 
 PROGRAM: Final = (str(Path(sys.executable).with_name("luks-csi")), "image")
 COMMAND_SECONDS: Final = 600.0
@@ -175,3 +178,16 @@ def _starts(size: int) -> Iterator[int]:
     yield from range(0, MIB, 64 * 1024)
     yield from range(size // 3 // 4096 * 4096 + 512, size, size // 5 // 4096 * 4096)
     yield from range(size - MIB, size, 64 * 1024)
+
+
+def wanted(operation: Operation, name: str, old: SecretKey, new: SecretKey) -> Clone:
+    """A clone `name` of the image that suits: "raw" as it is, "qcow2" encrypted, "secret" with `old` opened."""
+    match operation:
+        case Operation.IGNORE:
+            return Clone("raw", name)
+        case Operation.ENCRYPT:
+            return Clone("qcow2", name, operation, None, new)
+        case Operation.DECRYPT:
+            return Clone("secret", name, operation, old)
+        case Operation.REENCRYPT:
+            return Clone("secret", name, operation, old, new)

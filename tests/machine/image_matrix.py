@@ -23,7 +23,8 @@ import msgspec
 
 from csi_driver.images.base import MIB
 from csi_driver.images.checkpoint import Operation
-from csi_driver.images.library import Clone, ImageLibrary, Import
+from csi_driver.images.library import ImageLibrary
+from csi_driver.images.requests import Clone, Import
 from csi_driver.images.target import Encryption
 from csi_driver.keys.secret import SecretKey
 from csi_driver.luks.formats import CIPHER_KEY_BITS, HASHES, PBKDFS, SECTOR_SIZES

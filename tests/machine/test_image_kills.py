@@ -9,7 +9,8 @@ import pytest
 from csi_driver.host.files import Files
 from csi_driver.images.base import MIB
 from csi_driver.images.checkpoint import Operation, SourceChanged
-from csi_driver.images.library import Clone, Meter
+from csi_driver.images.library import Meter
+from csi_driver.images.requests import Clone
 from csi_driver.images.store import ImageRecord, ImageStore
 from tests.machine.image_kills import Build, Lab
 from tests.machine.image_matrix import CheapLibrary

@@ -13,7 +13,8 @@ import pytest
 from csi_driver.images.base import MIB
 from csi_driver.images.checkpoint import Operation
 from csi_driver.images.destinations import Connector
-from csi_driver.images.library import Clone, ImageLibrary, Meter
+from csi_driver.images.library import ImageLibrary, Meter
+from csi_driver.images.requests import Clone
 from csi_driver.images.store import ImageRecord
 from csi_driver.model.errors import ResourceExhausted, VolumeBusy
 from tests.machine import image_plants

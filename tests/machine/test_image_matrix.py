@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from csi_driver.images.checkpoint import Operation
-from csi_driver.images.library import Clone, Meter
+from csi_driver.images.library import Meter
+from csi_driver.images.requests import Clone
 from csi_driver.images.store import ImageRecord
 from csi_driver.images.target import Encryption
 from csi_driver.luks.formats import CIPHER_KEY_BITS, HASHES, PBKDFS, SECTOR_SIZES

@@ -13,7 +13,8 @@ from csi_driver.host.devicemapper import Target
 from csi_driver.host.workers import Workers
 from csi_driver.images.base import MIB
 from csi_driver.images.checkpoint import Operation
-from csi_driver.images.library import Clone, ImageLibrary, Import
+from csi_driver.images.library import ImageLibrary
+from csi_driver.images.requests import Clone, Import
 from csi_driver.keys.secret import read_secret
 from csi_driver.rpc.client import CsiClient, RemoteError, RemoteVolume
 from tests.machine.image_lab import MS_RDONLY, cryptsetup, digest_of, mounted, unmetered

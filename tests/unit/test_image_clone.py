@@ -17,10 +17,10 @@ import pytest
 
 from csi_driver.images.base import MIB, Extent, ImageFormat
 from csi_driver.images.checkpoint import Job, Operation, SourceIdentity, load_checkpoint
-from csi_driver.images.clone import PassResult, run_pass
+from csi_driver.images.clone import run_pass
 from csi_driver.images.source import RawReader
 from csi_driver.images.stream import Layout, chunks_of
-from csi_driver.images.target import Disk, Encryption, PartFile, Target, hold
+from csi_driver.images.target import Disk, Encryption, PartFile, PassResult, Target, hold
 from csi_driver.luks.image_header import VolumeKey
 from csi_driver.model.errors import (
     Aborted,

@@ -19,7 +19,8 @@ from csi_driver.images.base import MIB, Progress
 from csi_driver.images.checkpoint import Operation
 from csi_driver.images.checksum import Checksum
 from csi_driver.images.destinations import Connector
-from csi_driver.images.library import Clone, ImageLibrary, Import
+from csi_driver.images.library import ImageLibrary
+from csi_driver.images.requests import Clone, Import
 from csi_driver.images.store import ImageRecord, ImageStore
 from csi_driver.keys.secret import SecretKey, read_secret
 from csi_driver.model.errors import (
