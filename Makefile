@@ -40,7 +40,7 @@ test: check $(CSI_SANITY) $(KUBERNETES_BIN) ## every test, seeded handfuls of th
 	$(GUEST) $(MACHINE_PYTEST) tests/machine
 	$(PY) -m tests.cluster tests/cluster/test_smoke.py tests/cluster/test_examples.py
 
-check: venv ## linters, types, layers, unit tests
+check: venv system ## linters, types, layers, unit tests
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
