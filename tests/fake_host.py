@@ -8,10 +8,11 @@ from pathlib import Path
 
 import msgspec
 
-from csi_driver.backends.base import AttachedDevice, Fill, Space
+from csi_driver.backends.base import Fill, Space
 from csi_driver.host import ofdlock
 from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.files import Files
+from csi_driver.host.handle import Handle
 from csi_driver.host.holders import Holder, Holders
 from csi_driver.host.loop import AttachedLoop, LoopDevices, LoopInfo
 from csi_driver.host.workers import Workers
@@ -113,6 +114,10 @@ class FakeHandle(AttachedLoop):
         loops.use(loop.info.path)
         loops.handles.append(self)
 
+    @property
+    def number(self) -> tuple[int, int]:
+        return self.info.major, self.info.minor
+
     def close(self) -> None:
         if self.fd >= 0:
             self._loops.handles.remove(self)
@@ -180,17 +185,18 @@ class FakeLoops(LoopDevices):
     def info(self, device_path: str) -> LoopInfo | None:
         return self.bound[device_path].info if device_path in self.bound else None
 
-    def numbered(self, major: int, minor: int) -> LoopInfo | None:
-        return self.info(f"/dev/loop{minor}") if major == LOOP_MAJOR else None
+    def file_of(self, major: int, minor: int) -> tuple[int, int] | None:
+        found = self.info(f"/dev/loop{minor}") if major == LOOP_MAJOR else None
+        return (found.backing_device, found.backing_inode) if found else None
 
     def open(self, device_path: str, *, read_only: bool = True) -> AttachedLoop:
         if device_path not in self.bound:
             raise DeviceAbsent(f"the loop device {device_path} is not there")
         return FakeHandle(self, self.bound[device_path])
 
-    def set_capacity(self, device_path: str) -> None:
+    def set_capacity(self, device: Handle) -> None:
         self.step("before set_capacity")
-        loop = self.bound[device_path]
+        loop = self.bound[device.name]
         loop.info = replace(loop.info, size_bytes=os.fstat(loop.backing).st_size)
         self.step("after set_capacity")
 
@@ -267,22 +273,22 @@ class MemoryBackend:
             raise ResourceExhausted(f"no room for {volume_id}")
         self.sizes[volume_id] = max(self.sizes[volume_id], size)
 
-    def storage(self, volume_id: str) -> AbstractContextManager[str]:
+    def storage(self, volume_id: str) -> AbstractContextManager[Handle]:
         raise DeviceAbsent(f"volume {volume_id} is only in memory")
 
-    def attach(self, volume_id: str, *, lasting: bool) -> AttachedDevice:
+    def attach(self, volume_id: str, *, lasting: bool) -> Handle:
         raise DeviceAbsent(f"volume {volume_id} is only in memory")
 
     def guard(self, volume_id: str) -> None:
         """Nothing is attached."""
 
-    def refresh(self, device_path: str) -> None:
+    def refresh(self, device: Handle) -> None:
         """Nothing is attached."""
 
-    def device_of(self, volume_id: str) -> AttachedDevice | None:
+    def device_of(self, volume_id: str) -> Handle | None:
         return None
 
-    def is_device_of(self, volume_id: str, major: int, minor: int) -> bool:
+    def is_device_of(self, volume_id: str, number: tuple[int, int]) -> bool:
         return False
 
     def detach(self, volume_id: str) -> None:

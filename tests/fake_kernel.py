@@ -14,12 +14,14 @@ from typing import Any, ParamSpec, TypeVar, cast
 import msgspec
 
 from csi_driver.host.commands import Commands, Completed
-from csi_driver.host.devicemapper import Device, DeviceMapper, Target
-from csi_driver.host.mounts import Mount, Mounts
+from csi_driver.host.devicemapper import Device, DeviceMapper, MappedHandle, Target
+from csi_driver.host.handle import Handle
+from csi_driver.host.mountinfo import Mount, MountTable
+from csi_driver.host.mounts import Mounts
 from csi_driver.host.workers import Workers
-from csi_driver.luks.device import Opening
+from csi_driver.luks.device import Opening, dm_uuid
 from csi_driver.luks.formats import DATA_OFFSET, LuksFormat
-from csi_driver.luks.mapping import Mappings, dm_uuid
+from csi_driver.luks.mapping import Mappings
 from csi_driver.model.errors import (
     CommandFailed,
     DeviceAbsent,
@@ -96,6 +98,7 @@ class Kernel:
     mappings: dict[str, FakeMapping] = field(default_factory=dict)
     mounted: list[Mount] = field(default_factory=list)
     keyring: set[str] = field(default_factory=set)
+    held: list["FakeMappedHandle"] = field(default_factory=list)
     formats: int = 0
     dead: bool = False
     plan: Callable[[str], None] = lambda _: None
@@ -116,6 +119,8 @@ class Kernel:
 
     def end_of_process(self) -> None:
         """The driver's process is gone, and with it what it had open."""
+        for handle in list(self.held):
+            handle.close()
         self.loops.end_of_process()
         self.dead = False
 
@@ -178,6 +183,27 @@ class Kernel:
         return [*loops, *(name for name in self.mappings if name == f"luks-{volume_id}"), *mounts]
 
 
+class FakeMappedHandle(MappedHandle):
+    """A handle on a mapping, which is in use as long as it is open."""
+
+    def __init__(self, kernel: Kernel, device: Device) -> None:
+        super().__init__(os.open(os.devnull, os.O_RDONLY), device)
+        self._kernel = kernel
+        kernel.mappings[device.name].open_count += 1
+        kernel.held.append(self)
+
+    @property
+    def number(self) -> tuple[int, int]:
+        return self.device.major, self.device.minor
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            self._kernel.held.remove(self)
+            super().close()
+            if self.device.name in self._kernel.mappings:
+                self._kernel.mappings[self.device.name].open_count -= 1
+
+
 class KernelMappings(Mappings):
     """Judges like the real one; what it looks at and closes is the fake kernel's."""
 
@@ -195,6 +221,12 @@ class KernelMappings(Mappings):
             name, found.uuid, DM_MAJOR, found.minor, found.open_count, found.suspended,
             read_only=False, targets=(Target(0, found.size // 512, "crypt", table),),
         )  # fmt: skip
+
+    def open(self, name: str) -> MappedHandle:
+        device = self.get(name)
+        if device is None:
+            raise DeviceAbsent(f"the mapping {name} is not there")
+        return FakeMappedHandle(self._kernel, device)
 
     def names(self) -> list[str]:
         return sorted(self._kernel.mappings)
@@ -216,6 +248,26 @@ class KernelMappings(Mappings):
         self._kernel.step("after close")
 
 
+class FakeTable(MountTable):
+    """The fake kernel's mounts of one moment."""
+
+    def __init__(self, mounted: Sequence[Mount]) -> None:
+        super().__init__(b"")
+        self._mounted = tuple(mounted)
+
+    def all(self) -> list[Mount]:
+        return list(self._mounted)
+
+    def at(self, path: str) -> Mount | None:
+        return next((mount for mount in reversed(self._mounted) if mount.mount_point == path), None)
+
+    def of_device(self, number: tuple[int, int]) -> list[Mount]:
+        return [mount for mount in self._mounted if mount.device == number]
+
+    def of_node(self, number: tuple[int, int]) -> list[Mount]:
+        return []
+
+
 class KernelMounts(Mounts):
     """Mounts of the fake kernel; a file system is in use as long as any mount of it is there."""
 
@@ -223,25 +275,30 @@ class KernelMounts(Mounts):
         super().__init__()
         self._kernel = kernel
 
-    def table(self) -> list[Mount]:
-        return list(self._kernel.mounted)
+    def table(self) -> MountTable:
+        return FakeTable(self._kernel.mounted)
 
-    def at(self, path: str) -> Mount | None:
-        return next((mount for mount in reversed(self._kernel.mounted) if mount.mount_point == path), None)
+    def open(self, mount: Mount) -> Handle:
+        assert mount in self._kernel.mounted
+        return Handle(os.open(os.devnull, os.O_RDONLY), mount.mount_point)
 
-    def mount(self, source: str, target: str, fs_type: str, flags: int, data: str) -> None:
+    def mount(self, device: Handle, target: str, fs_type: str, flags: int, data: str) -> None:
+        source = device.name
         found = self._kernel.read(source).inside
         if found.fs_type != fs_type or found.fs_bytes > self._kernel.size(source):
             raise FailedPrecondition(f"{source} could not be mounted: it holds {found.fs_type}")
         self._add(target, source, fs_type, self._kernel.number(source), read_only=bool(flags & 1))
 
-    def bind(self, source: str, target: str, *, read_only: bool) -> None:
+    def bind(self, source: Handle, target: str, *, read_only: bool) -> None:
         self._kernel.step("before bind")
-        below = self.at(source)
+        below = self.at(source.name)
         assert below is not None
         assert os.path.isdir(target)
         self._add(target, below.source, below.fs_type, below.device, read_only=read_only)
         self._kernel.step("after bind")
+
+    def thaw(self, mount: Mount) -> bool:
+        return False
 
     def unmount(self, path: str) -> None:
         self._kernel.step("before unmount")
@@ -262,22 +319,18 @@ class KernelMounts(Mounts):
 
 
 class KernelCommands(Commands):
-    """mkfs and the programs that let file systems grow."""
+    """mkfs."""
 
     def __init__(self, kernel: Kernel) -> None:
+        super().__init__(Workers(()))
         self._kernel = kernel
 
-    def run(self, argv: Sequence[str], *, timeout: float, ok_codes: Sequence[int] = (0,)) -> Completed:
-        self._kernel.step(f"before {argv[0]}")
-        if argv[0].startswith("mkfs."):
-            self._mkfs(argv[0].removeprefix("mkfs."), argv[-1])
-        else:
-            mounted = KernelMounts(self._kernel).at(argv[-1])
-            device = mounted.source if mounted else argv[-1]
-            content = self._kernel.read(device)
-            content.inside.fs_bytes = self._kernel.size(device)
-            self._kernel.write(device, content)
-        self._kernel.step(f"after {argv[0]}")
+    def run(self, argv: Sequence[str | Handle], *, timeout: float, ok_codes: Sequence[int] = (0,)) -> Completed:
+        program, device = str(argv[0]), argv[-1]
+        assert isinstance(device, Handle)
+        self._kernel.step(f"before {program}")
+        self._mkfs(program.removeprefix("mkfs."), device.name)
+        self._kernel.step(f"after {program}")
         return Completed(0, "", "")
 
     def _mkfs(self, fs_type: str, device: str) -> None:
@@ -310,40 +363,40 @@ class KernelWorkers(Workers):
         self._kernel.step(f"after {name}")
         return result
 
-    def _prove_blank(self, where: str, path: str, least: int) -> None:
-        if self._kernel.size(path) < least:
+    def _prove_blank(self, where: str, device: Handle, least: int) -> None:
+        if self._kernel.size(device.name) < least:
             raise DeviceShort(f"{where} is too short")
-        if self._kernel.read(path) != Content():
+        if self._kernel.read(device.name) != Content():
             raise ForeignSignature(f"{where} holds something")
 
     def _format_device(
         self,
         where: str,
-        path: str,
+        device: Handle,
         size: int,
         chosen: LuksFormat,
         identity: LuksIdentity,
         limits: object,
         key: Passphrase,
     ) -> str:
-        if self._kernel.size(path) < size:
+        if self._kernel.size(device.name) < size:
             raise DeviceShort(f"{where} is too short")
-        self._kernel.formatting(path)
-        content = self._kernel.read(path)
+        self._kernel.formatting(device.name)
+        content = self._kernel.read(device.name)
         if content.inside != Inside() or (content.luks is not None and content.luks.uuid != identity.uuid):
             raise ForeignSignature(f"{where} holds something")
         self._kernel.formats += 1
-        self._kernel.write(path, Content(Luks(identity.uuid)))
+        self._kernel.write(device.name, Content(Luks(identity.uuid)))
         self._kernel.step("in format")
         digest = f"digest {self._kernel.formats}"
-        self._kernel.write(path, Content(Luks(identity.uuid, key.reveal(), digest)))
+        self._kernel.write(device.name, Content(Luks(identity.uuid, key.reveal(), digest)))
         return digest
 
     def _check_passphrase(
-        self, where: str, path: str, size: int, identity: LuksIdentity, limits: object, key: Passphrase
+        self, where: str, device: Handle, size: int, identity: LuksIdentity, limits: object, key: Passphrase
     ) -> None:
-        found = self._kernel.read(path).luks
-        if self._kernel.size(path) < size:
+        found = self._kernel.read(device.name).luks
+        if self._kernel.size(device.name) < size:
             raise DeviceShort(f"{where} is too short")
         if found is None:
             raise DeviceBlank(f"{where} is blank")
@@ -355,28 +408,32 @@ class KernelWorkers(Workers):
     def _open_device(
         self,
         where: str,
-        path: str,
+        device: Handle,
         size: int,
         identity: LuksIdentity,
         limits: object,
         key: Passphrase,
         opening: Opening,
     ) -> None:
-        self._check_passphrase(where, path, size, identity, limits, key)
+        self._check_passphrase(where, device, size, identity, limits, key)
         if opening.name in self._kernel.mappings:
             raise CommandFailed(f"the name {opening.name} is taken")
         minor = next(n for n in range(100) if n not in {one.minor for one in self._kernel.mappings.values()})
         self._kernel.mappings[opening.name] = FakeMapping(
-            opening.name, dm_uuid(opening.name, identity.uuid), minor, path, self._kernel.size(path) - DATA_OFFSET
+            opening.name,
+            dm_uuid(opening.name, identity.uuid),
+            minor,
+            device.name,
+            self._kernel.size(device.name) - DATA_OFFSET,
         )
-        self._kernel.loops.use(path)
+        self._kernel.loops.use(device.name)
         self._kernel.step("in open")
         self._kernel.keyring.add(identity.uuid)
 
     def _resize_mapping(
         self,
         where: str,
-        path: str,
+        device: Handle,
         name: str,
         size: int,
         identity: LuksIdentity,
@@ -384,10 +441,10 @@ class KernelWorkers(Workers):
         key: Passphrase | None,
     ) -> None:
         mapping = self._kernel.mappings[name]
-        if self._kernel.size(path) < size + DATA_OFFSET:
+        if self._kernel.size(device.name) < size + DATA_OFFSET:
             raise DeviceShort(f"{where} is too short")
         if key is not None:
-            self._check_passphrase(where, path, size, identity, limits, key)
+            self._check_passphrase(where, device, size, identity, limits, key)
         elif identity.uuid not in self._kernel.keyring:
             raise FailedPrecondition(f"the volume key of {where} is not there")
         if mapping.size >= size:
@@ -400,8 +457,15 @@ class KernelWorkers(Workers):
     def _resume(self, name: str) -> None:
         self._kernel.mappings[name].suspended = False
 
-    def _fsync_device(self, path: str) -> None:
-        self._kernel.loop_below(path)
+    def _fsync_device(self, device: Handle) -> None:
+        self._kernel.loop_below(device.name)
 
-    def _read_signature(self, where: str, path: str) -> str | None:
-        return self._kernel.read(path).inside.fs_type
+    def _read_signature(self, where: str, device: Handle) -> str | None:
+        return self._kernel.read(device.name).inside.fs_type
+
+    def _grow(self, where: str, mount: Handle, device: Handle, fs_type: str) -> bool:
+        content = self._kernel.read(device.name)
+        grown = content.inside.fs_bytes < self._kernel.size(device.name)
+        content.inside.fs_bytes = self._kernel.size(device.name)
+        self._kernel.write(device.name, content)
+        return grown

@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+from csi_driver.host.handle import Handle
 from csi_driver.host.syscalls import libc, syscall
 from csi_driver.model.secret import Passphrase
 
@@ -34,9 +35,7 @@ def unpicklable() -> object:
 def nap(seconds: float, note: str = "", key: Passphrase | None = None) -> int:
     """Tell in a file who naps, then nap."""
     if note:
-        aside = Path(f"{note}.new")
-        aside.write_text(str(os.getpid()))
-        aside.rename(note)
+        _tell(note)
     time.sleep(seconds)
     return len(key.reveal()) if key else 0
 
@@ -80,3 +79,22 @@ def has_thread_key(name: str) -> tuple[int, bool]:
     except OSError:
         return os.getpid(), False
     return os.getpid(), True
+
+
+def read_through(handle: Handle, note: str = "", seconds: float = 0.0) -> tuple[str, str, bytes]:
+    """What a handle is here: its name, what its path leads to, what can be read through it.
+
+    With `note` only after so many seconds, and the pid is in that file meanwhile.
+    """
+    if note:
+        _tell(note)
+        time.sleep(seconds)
+    with open(handle, "rb") as file:
+        return handle.name, os.readlink(handle.path), file.read()
+
+
+def _tell(note: str) -> None:
+    """Who is at work, in a file that is whole as soon as it is there."""
+    aside = Path(f"{note}.new")
+    aside.write_text(str(os.getpid()))
+    aside.rename(note)

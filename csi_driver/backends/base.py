@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from csi_driver.host.handle import Handle
 from csi_driver.model.volume import VolumeRecord
 
 
@@ -19,25 +20,6 @@ class Space:
 
 Fill = Callable[[str], None]
 """Gives the blank device in the making, at the path that it is told, its first content, durably."""
-
-
-class AttachedDevice(Protocol):
-    """A volume's block device on this node, held open; closing lets it go once nothing else uses it."""
-
-    @property
-    def path(self) -> str:
-        """Its node below /dev."""
-
-    @property
-    def major(self) -> int:
-        """Its major number."""
-
-    @property
-    def minor(self) -> int:
-        """Its minor number."""
-
-    def close(self) -> None:
-        """Let go of it; repeating is fine."""
 
 
 class Backend(Protocol):
@@ -78,14 +60,14 @@ class Backend(Protocol):
     def grow(self, volume_id: str, size: int) -> None:
         """Make the device at least `size` bytes long. Raises ResourceExhausted, NotFound."""
 
-    def storage(self, volume_id: str) -> AbstractContextManager[str]:
-        """The path of the volume's bytes, for work on a volume that is not staged, attached or not.
+    def storage(self, volume_id: str) -> AbstractContextManager[Handle]:
+        """The volume's bytes, for work on a volume that is not staged, attached or not.
 
         While it is used, no guard hinders writing. Raises DeviceAbsent, FailedPrecondition.
         """
 
-    def attach(self, volume_id: str, *, lasting: bool) -> AttachedDevice:
-        """Show the volume as a block device of this node, checked to be this volume's.
+    def attach(self, volume_id: str, *, lasting: bool) -> Handle:
+        """Show the volume as a block device of this node, checked to be this volume's and held open by the handle.
 
         Unless `lasting`, it goes away with its last user. Raises DeviceAbsent, DeviceInUse.
         """
@@ -96,14 +78,14 @@ class Backend(Protocol):
         Without effect while nothing is attached. Raises FailedPrecondition.
         """
 
-    def refresh(self, device_path: str) -> None:
+    def refresh(self, device: Handle) -> None:
         """Let an attached device show the size that `grow` gave it."""
 
-    def device_of(self, volume_id: str) -> AttachedDevice | None:
-        """The attached device of the volume, if there is one."""
+    def device_of(self, volume_id: str) -> Handle | None:
+        """The attached device of the volume, if there is one, held open."""
 
-    def is_device_of(self, volume_id: str, major: int, minor: int) -> bool:
-        """Whether that block device is the volume's: by identity of what is below, not by name."""
+    def is_device_of(self, volume_id: str, number: tuple[int, int]) -> bool:
+        """Whether the block device of that number is the volume's: by identity of what is below, not by name."""
 
     def detach(self, volume_id: str) -> None:
         """Let go of a lasting device, and of the guard; absent is fine, also when the volume is gone."""

@@ -18,6 +18,7 @@ from csi_driver.backends.base import Fill, Space
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host import ofdlock
 from csi_driver.host.files import Files, read_file
+from csi_driver.host.handle import Handle, open_handle
 from csi_driver.host.loop import AttachedLoop, LoopDevices
 from csi_driver.model.errors import (
     Aborted,
@@ -135,14 +136,15 @@ class LoopfileBackend:
             self._loops.guard(str(disk))  # also where an earlier call was cut before it
 
     @contextlib.contextmanager
-    def storage(self, volume_id: str) -> Iterator[str]:
+    def storage(self, volume_id: str) -> Iterator[Handle]:
         """The sparse file; a stage that was cut may have left the guard on."""
         disk = self._volume(volume_id) / _DISK
-        if not disk.exists():
-            raise DeviceAbsent(f"volume {volume_id} has no backing file {disk}")
         self._loops.unguard(str(disk))
         try:
-            yield str(disk)
+            with open_handle(str(disk), os.O_RDWR) as handle:
+                yield handle
+        except FileNotFoundError:
+            raise DeviceAbsent(f"volume {volume_id} has no backing file {disk}") from None
         finally:
             self._loops.guard(str(disk))  # only where it is attached
 
@@ -151,30 +153,29 @@ class LoopfileBackend:
         disk = self._volume(volume_id) / _DISK
         device = self._loops.attach(str(disk), autoclear=not lasting)
         if device.info.size_bytes < disk.stat().st_size:
-            self.refresh(device.path)  # it was attached before the file grew
+            self.refresh(device)  # it was attached before the file grew
         return device
 
     def guard(self, volume_id: str) -> None:
         """Loop lets a file be bound twice, and then two mappings tear it: the file system must refuse."""
         self._loops.guard(str(self._volume(volume_id) / _DISK))
 
-    def refresh(self, device_path: str) -> None:
+    def refresh(self, device: Handle) -> None:
         """LOOP_SET_CAPACITY."""
-        self._loops.set_capacity(device_path)
+        self._loops.set_capacity(device)
 
     def device_of(self, volume_id: str) -> AttachedLoop | None:
         """The loop device on the volume's file, found by the file's device and inode."""
         found = self._find(volume_id)
         return self._loops.open(found[0]) if found else None
 
-    def is_device_of(self, volume_id: str, major: int, minor: int) -> bool:
+    def is_device_of(self, volume_id: str, number: tuple[int, int]) -> bool:
         """Whether that device is a loop device on this volume's very file (device and inode)."""
-        info = self._loops.numbered(major, minor)
         try:
-            disk = (self._volume(volume_id) / _DISK).stat()
+            disk = os.stat(self._volume(volume_id) / _DISK)
         except FileNotFoundError:
             return False
-        return info is not None and (info.backing_device, info.backing_inode) == (disk.st_dev, disk.st_ino)
+        return self._loops.file_of(*number) == (disk.st_dev, disk.st_ino)
 
     def detach(self, volume_id: str) -> None:
         """Detach every loop device on the volume's file."""

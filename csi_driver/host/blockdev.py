@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from csi_driver.host.handle import Handle
 from csi_driver.host.syscalls import error_name
 from csi_driver.model.errors import CommandFailed, DeviceAbsent, DeviceMismatch, DeviceUnreadable
 
 _BLKGETSIZE64: Final = 0x80081272
 _BLKSSZGET: Final = 0x1268
+_BLKROSET: Final = 0x125D
+_BLKROGET: Final = 0x125E
 
 
 def is_block_device(path: str) -> bool:
@@ -22,6 +25,15 @@ def is_block_device(path: str) -> bool:
         return stat.S_ISBLK(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return False
+
+
+def is_node_of(path: str, number: tuple[int, int]) -> bool:
+    """Whether `path`, links followed, is a node of the block device of that number; False when absent."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return False
+    return stat.S_ISBLK(found.st_mode) and found.st_rdev == os.makedev(*number)
 
 
 def device_number(path: str) -> tuple[int, int]:
@@ -48,6 +60,25 @@ def size_bytes(device: str | int) -> int:
     return int(struct.unpack("=Q", answer)[0])
 
 
+def size_of(number: tuple[int, int]) -> int:
+    """Size in bytes of the block device of that number, without opening it (sysfs, in sectors of 512 bytes).
+
+    Raises DeviceAbsent.
+    """
+    major, minor = number
+    try:
+        with open(f"/sys/dev/block/{major}:{minor}/size", encoding="ascii") as sectors:
+            return int(sectors.read()) * 512
+    except OSError as error:
+        raise DeviceAbsent(f"the device {major}:{minor} is not there any more ({error_name(error)})") from None
+
+
+def kernel_name(number: tuple[int, int]) -> str:
+    """The kernel's name of the block device of that number, such as "dm-3". Raises OSError when there is none."""
+    major, minor = number
+    return os.path.basename(os.readlink(f"/sys/dev/block/{major}:{minor}"))
+
+
 def logical_block_size(device: str | int) -> int:
     """Smallest unit in bytes that the device can address (BLKSSZGET). Raises like `size_bytes`."""
     with _opened(device) as descriptor:
@@ -55,14 +86,21 @@ def logical_block_size(device: str | int) -> int:
     return int(struct.unpack("=i", answer)[0])
 
 
-def fsync_device(path: str) -> None:
+def fsync_device(device: Handle) -> None:
     """Write back the page cache of the device and flush its write cache; may take as long as the device does.
 
-    Raises DeviceAbsent, DeviceMismatch, DeviceUnreadable when the device rejects the writes.
+    Raises DeviceAbsent, DeviceUnreadable when the device rejects the writes.
     """
-    device_number(path)
-    with _opened(path) as descriptor:
-        os.fsync(descriptor)
+    try:
+        os.fsync(device.fd)
+    except OSError as error:
+        raise _failed(device.name, error) from None
+
+
+def make_writable(descriptor: int) -> None:
+    """Take off the read-only flag that an earlier user of the number has left (blockdev(8)). Raises OSError."""
+    if struct.unpack("=i", fcntl.ioctl(descriptor, _BLKROGET, bytes(4)))[0]:
+        fcntl.ioctl(descriptor, _BLKROSET, struct.pack("=i", 0))
 
 
 def read_at(descriptor: int, offset: int, length: int) -> bytes:

@@ -1,4 +1,4 @@
-"""The one way to run an external program."""
+"""The one way to run an external program: in a worker, which holds the volume's lock and devices meanwhile."""
 
 import contextlib
 import os
@@ -6,14 +6,20 @@ import shlex
 import shutil
 import signal
 import subprocess
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from csi_driver.host.locks import held_descriptors
+from csi_driver.host.handle import Handle
+from csi_driver.host.held import held_descriptors
+from csi_driver.host.syscalls import libc
+from csi_driver.host.workers import Workers
 from csi_driver.model.errors import CommandFailed, DeadlineExceeded, FailedPrecondition
 
 _KILL_GRACE_SECONDS = 2.0
+_MOST_OUTPUT = 16 * 1024
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _ENVIRONMENT: Mapping[str, str] = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "LC_ALL": "C",
@@ -45,45 +51,74 @@ class ProgramFailed(CommandFailed):
 
 
 class Commands:
-    """Runs programs: never a shell, always a time limit, a scrubbed environment."""
+    """Runs programs in workers: never a shell, always a time limit, a scrubbed environment."""
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
 
     def has(self, program: str) -> bool:
         """Whether `run` would find the program."""
         return shutil.which(program, path=_ENVIRONMENT["PATH"]) is not None
 
-    def run(self, argv: Sequence[str], *, timeout: float, ok_codes: Sequence[int] = (0,)) -> Completed:
-        """Run `argv` for at most `timeout` seconds.
+    def run(self, argv: Sequence[str | Handle], *, timeout: float, ok_codes: Sequence[int] = (0,)) -> Completed:
+        """`run_program` in a worker. The server itself never forks for it: a child would share locks of other calls."""
+        limit = timeout + 2 * _KILL_GRACE_SECONDS
+        return self._workers.call(
+            f"{argv[0]} on {argv[-1]}", limit, run_program, tuple(argv), timeout=timeout, ok_codes=tuple(ok_codes)
+        )
 
-        The program inherits the volume locks of the running call. Raises FailedPrecondition when it is not installed,
-        ProgramFailed for an exit code outside `ok_codes`, DeadlineExceeded when it had to be killed.
-        """
+
+def run_program(argv: Sequence[str | Handle], *, timeout: float, ok_codes: Sequence[int] = (0,)) -> Completed:
+    """Run `argv` for at most `timeout` seconds.
+
+    The program inherits what the running call holds, its lock and devices, and finds a Handle under the path of its
+    descriptor; errors call it by its name. It ends with this process. Raises FailedPrecondition when it is not
+    installed, ProgramFailed for an exit code outside `ok_codes`, DeadlineExceeded when it had to be killed.
+    """
+    shown = [str(one) for one in argv]
+    handles = [one for one in argv if isinstance(one, Handle)]
+    try:
+        process = subprocess.Popen(
+            [one.path if isinstance(one, Handle) else one for one in argv],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=_ENVIRONMENT,
+            pass_fds={*held_descriptors(), *(handle.fd for handle in handles)},
+            start_new_session=True,
+            # The kernel looks at the thread that forked: a worker has one, which lives as long as the process.
+            preexec_fn=_end_with_parent if threading.active_count() == 1 else None,  # noqa: PLW1509 -- just for that
+        )
+    except FileNotFoundError:
+        raise FailedPrecondition(
+            f"the program {shown[0]} is not installed on this node; install the package that holds it"
+        ) from None
+    except OSError as error:
+        raise CommandFailed(f"the program {shown[0]} cannot be started: {error.strerror}") from None
+    with contextlib.ExitStack() as pipes:
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipes.enter_context(pipe)
         try:
-            process = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env=_ENVIRONMENT,
-                pass_fds=held_descriptors(),
-                start_new_session=True,
-            )
-        except FileNotFoundError:
-            raise FailedPrecondition(
-                f"the program {argv[0]} is not installed on this node; install the package that holds it"
-            ) from None
-        except OSError as error:
-            raise CommandFailed(f"the program {argv[0]} cannot be started: {error.strerror}") from None
-        with contextlib.ExitStack() as pipes:
-            for pipe in (process.stdout, process.stderr):
-                if pipe is not None:
-                    pipes.enter_context(pipe)
-            try:
-                stdout, stderr = process.communicate(timeout=timeout)
-            except subprocess.TimeoutExpired:
-                raise _killed(process, argv, timeout) from None
-        if process.returncode not in ok_codes:
-            raise ProgramFailed(argv, process.returncode, stderr.decode(errors="replace"))
-        return Completed(process.returncode, stdout.decode(errors="replace"), stderr.decode(errors="replace"))
+            stdout, stderr = (_text(output, handles) for output in process.communicate(timeout=timeout))
+        except subprocess.TimeoutExpired:
+            raise _killed(process, shown, timeout) from None
+    if process.returncode not in ok_codes:
+        raise ProgramFailed(shown, process.returncode, stderr)
+    return Completed(process.returncode, stdout, stderr)
+
+
+def _end_with_parent() -> None:
+    """A worker is killed at its time limit, and what it runs must not go on without anybody who waits for it."""
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _text(output: bytes, handles: Sequence[Handle]) -> str:
+    """The end of what a program said, with the names that people know."""
+    text = output[-_MOST_OUTPUT:].decode(errors="replace")
+    for handle in handles:
+        text = text.replace(handle.path, handle.name)
+    return text
 
 
 def _killed(process: "subprocess.Popen[bytes]", argv: Sequence[str], timeout: float) -> DeadlineExceeded:

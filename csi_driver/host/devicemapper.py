@@ -11,19 +11,29 @@ import os
 import re
 import stat
 import struct
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from csi_driver.host.dmcontrol import Command, Flag, call, format_table, parse_names, parse_table
+from csi_driver.host.handle import Handle
 from csi_driver.host.syscalls import error_name, udev_is_running
-from csi_driver.model.errors import CommandFailed, DeviceInUse, DriverError, FailedPrecondition, MappingMismatch
+from csi_driver.model.errors import (
+    CommandFailed,
+    DeviceAbsent,
+    DeviceInUse,
+    DriverError,
+    FailedPrecondition,
+    MappingMismatch,
+)
 
 _SECTOR: Final = 512
 _NODE_WAIT: Final = 2.0
 _REMOVE_TRIES: Final = 20
 _PAUSE: Final = 0.05
+_OPEN_TRIES: Final = 3
 _DEVICE_NUMBER: Final = re.compile(r"\d+:\d+")
 
 
@@ -84,6 +94,14 @@ class Device:
         return tuple(dict.fromkeys(number for target in self.targets for number in target.devices))
 
 
+class MappedHandle(Handle):
+    """A handle on an open mapping, /dev/mapper/<name>; `device` is what it was after it was opened."""
+
+    def __init__(self, fd: int, device: Device) -> None:
+        super().__init__(fd, device.path)
+        self.device = device
+
+
 class DeviceMapper:
     """The kernel's mapped devices, by name. Errors name the mapping; none holds table params.
 
@@ -128,6 +146,21 @@ class DeviceMapper:
             read_only=bool(reply.flags & Flag.READONLY),
             targets=tuple(Target(*fields) for fields in parse_table(reply.data, reply.target_count)),
         )
+
+    def open(self, name: str) -> "MappedHandle":
+        """Hold the device of that name open, checked after it was opened. Raises DeviceAbsent."""
+        for _ in range(_OPEN_TRIES):
+            device = self.get(name)
+            if device is None:
+                break
+            with contextlib.suppress(FileNotFoundError, OSError):
+                descriptor = _open_number(device)
+                # What is open keeps name and number; what was seen before may have been an earlier one.
+                now = self.get(name)
+                if now is not None and (now.uuid, now.major, now.minor) == (device.uuid, device.major, device.minor):
+                    return MappedHandle(descriptor, now)
+                os.close(descriptor)
+        raise DeviceAbsent(f"the mapping {name} is not there any more; unstage and stage the volume")
 
     def create(self, name: str, uuid: str, targets: Sequence[Target], *, read_only: bool = False) -> Device:
         """Make a mapped device with this table, live when the call returns; after a failure nothing remains.
@@ -263,6 +296,25 @@ def _failed(action: str, name: str, error: OSError) -> DriverError:
     if error.errno in (errno.EPERM, errno.EACCES):
         return FailedPrecondition(f"{text}; run as root with CAP_SYS_ADMIN")
     return CommandFailed(text)
+
+
+def _open_number(device: Device) -> int:
+    """Open the device by its number. Raises OSError."""
+    number = os.makedev(device.major, device.minor)
+    private = f"/dev/mapper/.{device.name}.{os.getpid()}.{threading.get_ident()}"
+    for path in (device.path, f"/dev/dm-{device.minor}", private):
+        with contextlib.suppress(FileNotFoundError):
+            if path == private:
+                os.mknod(path, stat.S_IFBLK | 0o600, number)
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            finally:
+                if path == private:
+                    os.unlink(path)
+            if os.fstat(descriptor).st_rdev == number:
+                return descriptor
+            os.close(descriptor)
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), device.path)
 
 
 def _ensure_node(name: str, device: int) -> None:

@@ -26,6 +26,10 @@ _FIRST_BUFFER: Final = 16 * 1024
 _LAST_BUFFER: Final = 16 * 1024 * 1024
 
 
+class NoDeviceMapper(FailedPrecondition):
+    """There is no device-mapper on this host, and so no mapping either."""
+
+
 class Command(IntEnum):
     """The commands used here; each names its device in the header."""
 
@@ -176,7 +180,7 @@ def _open_control() -> int:
     except PermissionError:
         raise FailedPrecondition(f"{_CONTROL} may not be opened; run as root with CAP_SYS_ADMIN") from None
     except OSError as error:
-        raise FailedPrecondition(
+        raise NoDeviceMapper(
             f"this host has no device-mapper, {_CONTROL} cannot be opened ({error_name(error)}); load the kernel "
             f"module dm_mod or run on a host that has it"
         ) from None

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from csi_driver.host.mounts import Mount, parse_mountinfo
+from csi_driver.host.mountinfo import Mount, parse_mountinfo
 from csi_driver.host.syscalls import AT_FDCWD, libc
 
 _TIME_LIMIT: Final = 3.0

@@ -18,14 +18,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 
 from csi_driver.host import keyring
 from csi_driver.host.hardening import harden_process
-from csi_driver.host.workers import END, MESSAGE_BYTES
+from csi_driver.host.held import holding
+from csi_driver.host.workers import END, MESSAGE_BYTES, MOST_DESCRIPTORS, unpack
 from csi_driver.model.errors import DriverError
 
-_MOST_DESCRIPTORS = 16
 _MOST_IDLE = 2
 
 
@@ -82,7 +82,7 @@ class _Launcher:
                 if descriptor != self._control.fileno():
                     self._hear(self._workers[descriptor])
                     continue
-                request, descriptors, _, _ = socket.recv_fds(self._control, MESSAGE_BYTES, _MOST_DESCRIPTORS)
+                request, descriptors, _, _ = socket.recv_fds(self._control, MESSAGE_BYTES, MOST_DESCRIPTORS)
                 if not request:
                     return
                 self._give(descriptors)
@@ -142,7 +142,7 @@ def _work(door: socket.socket) -> NoReturn:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         while True:
             _set_name("luks-idle")
-            request, descriptors, _, _ = socket.recv_fds(door, MESSAGE_BYTES, _MOST_DESCRIPTORS)
+            request, descriptors, _, _ = socket.recv_fds(door, MESSAGE_BYTES, MOST_DESCRIPTORS)
             if not request:
                 break
             session, *locks = descriptors
@@ -158,10 +158,14 @@ def _work(door: socket.socket) -> NoReturn:
 
 def _serve(server: socket.socket, locks: Sequence[int]) -> None:
     try:
-        while (request := server.recv(MESSAGE_BYTES)) and request != END:
-            answer = pickle.dumps(_answer(request))
-            with contextlib.suppress(BrokenPipeError):  # a killed server hears no answer
-                server.send(answer)
+        with holding(*locks):
+            while True:
+                request, descriptors, _, _ = socket.recv_fds(server, MESSAGE_BYTES, MOST_DESCRIPTORS)
+                if request in (b"", END):
+                    break
+                answer = pickle.dumps(_answer(request, descriptors))
+                with contextlib.suppress(BrokenPipeError):  # a killed server hears no answer
+                    server.send(answer)
     finally:
         keyring.clear_thread()  # a volume key must not outlive its session here
         for lock in locks:
@@ -170,17 +174,22 @@ def _serve(server: socket.socket, locks: Sequence[int]) -> None:
         server.send(END)  # the server may lock the volume again at once
 
 
-def _answer(request: bytes) -> tuple[bool, object]:
-    function: Callable[..., object]
+def _answer(request: bytes, descriptors: Sequence[int]) -> tuple[bool, object]:
     try:
-        what, function, args, kwargs = pickle.loads(request)  # noqa: S301 -- from our own parent, over a private socket
-        _set_name(what.partition(" ")[0])
-        return True, function(*args, **kwargs)
+        with holding(*descriptors):
+            what, function, args, kwargs = cast(
+                "tuple[str, Callable[..., object], Any, Any]", unpack(request, descriptors)
+            )
+            _set_name(what.partition(" ")[0])
+            return True, function(*args, **kwargs)
     except (DriverError, OSError) as error:
         return False, error
     except Exception as error:  # noqa: BLE001 -- a worker answers whatever happens
         # Only the type: the text of an unforeseen error may quote its arguments, and those may be secret.
         return False, f"unforeseen {type(error).__name__}"
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 def _set_name(name: str) -> None:

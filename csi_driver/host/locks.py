@@ -1,31 +1,18 @@
 """One flock per volume, held across processes and inherited by every child that can touch the device."""
 
 import contextlib
+import errno
 import fcntl
 import os
-import time
+import stat
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from pathlib import Path
 
+from csi_driver.host.held import holding
 from csi_driver.host.holders import Holders, describe
 from csi_driver.model.errors import VolumeBusy
 
-_held: ContextVar[tuple[int, ...]] = ContextVar("held_lock_descriptors", default=())
-
-
-def held_descriptors() -> tuple[int, ...]:
-    """Descriptors of the locks that the running call holds; every child of the call inherits them.
-
-    They travel in a context variable so that no caller can forget them: a child that outlives a killed server keeps
-    the volume locked until it ends.
-    """
-    return _held.get()
-
-
-# A program that another call starts shares our descriptors from fork to exec, and with them a lock just released.
-_FORK_SECONDS = 0.5
-_PAUSE_SECONDS = 0.005
+_OPEN_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 def _always(_: str) -> bool:
@@ -35,15 +22,17 @@ def _always(_: str) -> bool:
 class VolumeLocks:
     """Lock files under `folder`, one per volume id; never waits for a call or a child at work.
 
-    `is_known` says whether a volume exists: the file of one that does not goes when its lock is released.
+    `is_known` says whether a volume exists: the file of one that does not goes when its lock is released. `remade`: a
+    folder that somebody removed is made again.
     """
 
-    def __init__(self, folder: Path, holders: Holders, is_known: Callable[[str], bool] = _always) -> None:
+    def __init__(
+        self, folder: Path, holders: Holders, is_known: Callable[[str], bool] = _always, *, remade: bool = False
+    ) -> None:
         self._folder = folder
         self._holders = holders
         self._is_known = is_known
-        self._held_here: set[str] = set()
-        self._released: dict[str, float] = {}
+        self._remade = remade
 
     @contextlib.contextmanager
     def hold(self, volume_id: str) -> Iterator[None]:
@@ -51,32 +40,27 @@ class VolumeLocks:
 
         Raises VolumeBusy, naming the process, when another call or an earlier child holds it.
         """
-        path = self._folder / volume_id
-        descriptor = self._acquire(path, volume_id)
-        self._held_here.add(volume_id)
-        token = _held.set((*_held.get(), descriptor))
+        descriptor = self._acquire(self._folder / volume_id, volume_id)
         try:
-            yield
+            with holding(descriptor):
+                yield
         finally:
-            _held.reset(token)
             try:
                 if not self._is_known(volume_id):
                     self.forget(volume_id)
             finally:
-                self._held_here.discard(volume_id)
-                self._released[volume_id] = time.monotonic()
                 # Closing is the release: an explicit LOCK_UN would also free the lock under a child that still runs.
                 os.close(descriptor)
 
     def forget(self, volume_id: str) -> None:
         """Remove the lock file of a deleted volume; call it while holding the lock."""
-        with contextlib.suppress(FileNotFoundError):
+        # On a file system that went read-only it stays, and is as good for the next call.
+        with contextlib.suppress(OSError):
             os.unlink(self._folder / volume_id)
 
     def _acquire(self, path: Path, volume_id: str) -> int:
-        deadline = self._released.pop(volume_id, 0.0) + _FORK_SECONDS
         while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            descriptor = self._open(path)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # The file may have been removed with its volume between open and flock: then this lock guards nothing.
@@ -84,22 +68,40 @@ class VolumeLocks:
                     return descriptor
             except BlockingIOError:
                 os.close(descriptor)
-                if volume_id in self._held_here or time.monotonic() > deadline:
-                    raise self._busy(path, volume_id) from None
-                time.sleep(_PAUSE_SECONDS)
-                continue
+                raise self._busy(path, volume_id) from None
             except BaseException:
                 os.close(descriptor)
                 raise
             os.close(descriptor)
 
+    def _open(self, path: Path) -> int:
+        while True:
+            try:
+                return os.open(path, os.O_RDWR | os.O_CREAT | _OPEN_FLAGS, 0o600)
+            except OSError as error:
+                if self._remade and error.errno == errno.ENOENT:
+                    self._folder.mkdir(mode=0o700, exist_ok=True)
+                    continue
+                if error.errno != errno.EROFS:
+                    raise
+                return self._open_read_only(path)
+
+    def _open_read_only(self, path: Path) -> int:
+        """The state directory went read-only: volumes must still be put down, which needs their locks."""
+        try:
+            return os.open(path, os.O_RDONLY | _OPEN_FLAGS)
+        except FileNotFoundError:
+            return os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | _OPEN_FLAGS)
+
     @staticmethod
     def _is_current(path: Path, descriptor: int) -> bool:
+        opened = os.fstat(descriptor)
+        if stat.S_ISDIR(opened.st_mode):
+            return True
         try:
             named = os.stat(path, follow_symlinks=False)
         except FileNotFoundError:
             return False
-        opened = os.fstat(descriptor)
         return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)
 
     def _busy(self, path: Path, volume_id: str) -> VolumeBusy:

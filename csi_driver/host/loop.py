@@ -11,10 +11,10 @@ import os
 import stat
 import time
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Final, Self
 
 from csi_driver.host import appendonly, blockdev, loopcontrol, ofdlock
+from csi_driver.host.handle import Handle
 from csi_driver.host.holders import Holders, describe
 from csi_driver.host.loopcontrol import Flag
 from csi_driver.host.syscalls import error_name
@@ -57,44 +57,15 @@ class LoopInfo:
         return (self.backing_device, self.backing_inode) == (other.backing_device, other.backing_inode)
 
 
-class AttachedLoop:
-    """An open descriptor of a bound loop device.
+class AttachedLoop(Handle):
+    """A handle on a bound loop device, /dev/loop<N>.
 
     An autoclear device stays while this or anything else (a mapping, a mount) has it open and vanishes with the last.
     """
 
     def __init__(self, fd: int, info: LoopInfo) -> None:
-        self.fd = fd
+        super().__init__(fd, info.path)
         self.info = info
-
-    @property
-    def path(self) -> str:
-        """Its node, /dev/loop<N>."""
-        return self.info.path
-
-    @property
-    def major(self) -> int:
-        """Major device number."""
-        return self.info.major
-
-    @property
-    def minor(self) -> int:
-        """Minor device number."""
-        return self.info.minor
-
-    def close(self) -> None:
-        """Close the descriptor; again is fine."""
-        descriptor, self.fd = self.fd, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class LoopDevices:
@@ -161,14 +132,22 @@ class LoopDevices:
         except DeviceAbsent:
             return None
 
-    def numbered(self, major: int, minor: int) -> LoopInfo | None:
-        """What the block device of that number is bound to; None when it is no loop device, not bound or not there."""
+    def file_of(self, major: int, minor: int) -> tuple[int, int] | None:
+        """(st_dev, inode) of the file below the loop device of that number; None when it is none, or is not bound."""
+        if major != _MAJOR:
+            return None
         try:
             # The minor number is the loop's own only without partitions on loop devices (max_part=0).
-            name = os.path.basename(os.readlink(f"/sys/dev/block/{major}:{minor}"))
-        except FileNotFoundError:
+            descriptor = loopcontrol.open_node(f"/dev/{blockdev.kernel_name((major, minor))}", read_only=True)
+        except OSError:
             return None
-        return self.info(f"/dev/{name}") if major == _MAJOR else None
+        try:
+            if os.fstat(descriptor).st_rdev != os.makedev(major, minor):
+                return None
+            found = loopcontrol.status(descriptor)
+        finally:
+            os.close(descriptor)
+        return None if found is None else (found.device, found.inode)
 
     def open(self, device_path: str, *, read_only: bool = True) -> AttachedLoop:
         """A handle on a bound loop device. Raises DeviceAbsent when it is not bound or not there, CommandFailed."""
@@ -187,13 +166,12 @@ class LoopDevices:
             os.close(descriptor)
             raise
 
-    def set_capacity(self, device_path: str) -> None:
-        """Take over the present size of the backing file. Raises DeviceAbsent, CommandFailed."""
-        with self.open(device_path) as handle:
-            try:
-                loopcontrol.set_capacity(handle.fd)
-            except OSError as error:
-                raise _failed("resize", device_path, error) from None
+    def set_capacity(self, device: Handle) -> None:
+        """Take over the present size of the backing file. Raises CommandFailed."""
+        try:
+            loopcontrol.set_capacity(device.fd)
+        except OSError as error:
+            raise _failed("resize", device.name, error) from None
 
     def detach(self, device_path: str) -> None:
         """Release the loop device and wait until it is free; not bound is fine.
@@ -280,6 +258,8 @@ class LoopDevices:
                     raise _failed(f"bind {path} to", node, error) from None
                 continue
             try:
+                if not read_only:
+                    blockdev.make_writable(device)
                 info = _info(node, device)
                 if info is None or (info.backing_device, info.backing_inode) != (file.st_dev, file.st_ino):
                     found = "nothing" if info is None else info.backing_path

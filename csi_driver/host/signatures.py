@@ -1,5 +1,6 @@
 """Names for what lies on a device: enough to tell a person what was found, never a reason to write."""
 
+import os
 from typing import Final
 
 from csi_driver.host.blockdev import read_at
@@ -36,7 +37,7 @@ def name_of(head: bytes) -> str | None:
     return None
 
 
-def read_signature(where: str, path: str) -> str | None:
+def read_signature(where: str, path: str | os.PathLike[str]) -> str | None:
     """Read the start of `path` and name what is there; `where` names volume and device in errors.
 
     Raises DeviceUnreadable.

@@ -2,11 +2,13 @@
 
 The server starts one launcher (`csi_driver.host.launcher`), a small single-threaded process that forks workers. For
 each session, the length of one call of the driver, it gives out a worker that serves nobody else meanwhile and inherits
-the volume locks of the call, so a volume stays locked as long as a worker of a killed server is at work on it. A worker
-that hangs on a device (state D) costs an error, never a thread of the server.
+the volume locks of the call, so a volume stays locked as long as a worker of a killed server is at work on it. Devices
+come with each request, as open descriptors (`csi_driver.host.handle`): while the worker works on one, that one cannot
+become another. A worker that hangs on a device (state D) costs an error, never a thread of the server.
 """
 
 import contextlib
+import io
 import os
 import pickle
 import select
@@ -19,16 +21,59 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import ParamSpec, Protocol, TypeVar, cast
 
-from csi_driver.host.locks import held_descriptors
+from csi_driver.host.handle import Handle
+from csi_driver.host.held import held_descriptors
 from csi_driver.model.errors import CommandFailed, DeadlineExceeded, DriverError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 MESSAGE_BYTES = 128 * 1024
+MOST_DESCRIPTORS = 16
 END = b"end"
 _KILL_GRACE_SECONDS = 2.0
 _START_SECONDS = 30.0
+
+
+class _Packer(pickle.Pickler):
+    """Leaves the descriptors of handles out: they go beside the message."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.descriptors: list[int] = []
+
+    def persistent_id(self, obj: object) -> tuple[int, str] | None:
+        """A handle becomes the place of its descriptor, and its name."""
+        if not isinstance(obj, Handle):
+            return None
+        self.descriptors.append(obj.fd)
+        return len(self.descriptors) - 1, obj.name
+
+
+class _Unpacker(pickle.Unpickler):
+    """Makes handles of descriptors that came beside the message."""
+
+    def __init__(self, message: bytes, descriptors: Sequence[int]) -> None:
+        super().__init__(io.BytesIO(message))
+        self._descriptors = descriptors
+
+    def persistent_load(self, pid: tuple[int, str]) -> Handle:
+        """The handle of what `_Packer` left out."""
+        place, name = pid
+        return Handle(self._descriptors[place], name)
+
+
+def pack(request: object) -> tuple[bytes, list[int]]:
+    """A request as bytes, and the descriptors that must go with it."""
+    file = io.BytesIO()
+    packer = _Packer(file)
+    packer.dump(request)
+    return file.getvalue(), packer.descriptors
+
+
+def unpack(message: bytes, descriptors: Sequence[int]) -> object:
+    """The request that `pack` made, from our own parent over a private socket."""
+    return _Unpacker(message, descriptors).load()
 
 
 class LauncherProcess(Protocol):
@@ -106,12 +151,13 @@ class Workers:
         """Run `function` in a worker for at most `timeout` seconds and return its result.
 
         `function` is a module's function or a method of an object without state; `what` names the work in errors, its
-        first word the process. Arguments and result travel pickled over a private socket. Raises what the function
-        raised (DriverError, OSError), DeadlineExceeded when the worker had to be killed, CommandFailed when it died.
+        first word the process. Arguments and result travel pickled over a private socket, the descriptor of a Handle
+        among the arguments with them; the worker has it until the function returns. Raises what the function raised
+        (DriverError, OSError), DeadlineExceeded when the worker had to be killed, CommandFailed when it died.
         """
         session = self._session.get()
         if session is not None:
-            return cast("R", session.call(what, timeout, pickle.dumps((what, function, args, kwargs))))
+            return cast("R", session.call(what, timeout, *pack((what, function, args, kwargs))))
         with self.session():
             return self.call(what, timeout, function, *args, **kwargs)
 
@@ -143,12 +189,12 @@ class _Session:
         self._socket: socket.socket | None = None
         self._pidfd: int | None = None
 
-    def call(self, what: str, timeout: float, request: bytes) -> object:
+    def call(self, what: str, timeout: float, request: bytes, descriptors: Sequence[int]) -> object:
         """Send one request and wait for its answer."""
         if self._socket is None:
             self._start(what)
         with contextlib.suppress(ConnectionError):  # a worker that died tells by the end of its socket
-            self._connected.send(request)
+            socket.send_fds(self._connected, [request], descriptors)
         if not self._readable(self._connected.fileno(), timeout):
             raise self._killed(what)
         try:

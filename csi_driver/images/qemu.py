@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from csi_driver.host.commands import Commands
+from csi_driver.host.commands import run_program
 from csi_driver.images.base import Extent, ImageFormat
 from csi_driver.images.nbd import NbdConnection, printable
 from csi_driver.images.sandbox import IMAGE, MESSAGE_BYTES, NO_SANDBOX, Sandbox
@@ -238,7 +238,7 @@ def program_files(program: str, where: str) -> tuple[str, ...]:
         raise FailedPrecondition(f"{where} can only be read by root, as qemu-nbd is locked up for it; run as root")
     if not os.access(program, os.X_OK):
         raise FailedPrecondition(f"{where} cannot be read without {program}; install the package qemu-utils")
-    listed = Commands().run(["ldd", program], timeout=_LDD_SECONDS).stdout
+    listed = run_program(["ldd", program], timeout=_LDD_SECONDS).stdout
     libraries = [word for line in listed.splitlines() for word in line.split() if word.startswith("/")]
     cache = [_LINKER_CACHE] if os.path.exists(_LINKER_CACHE) else []
     return program, *libraries, *cache

@@ -16,8 +16,9 @@ from typing import Final
 
 from csi_driver.host.clonefile import share_blocks
 from csi_driver.host.files import Files
+from csi_driver.host.held import held_descriptors
 from csi_driver.host.holders import Holders, describe
-from csi_driver.host.locks import VolumeLocks, held_descriptors
+from csi_driver.host.locks import VolumeLocks
 from csi_driver.host.syscalls import check, error_name, libc
 from csi_driver.luks.formats import LuksFormat
 from csi_driver.luks.image_header import padded

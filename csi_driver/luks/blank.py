@@ -1,5 +1,6 @@
 """The proof that a device is blank, without which nothing is ever formatted. Runs in a worker."""
 
+import os
 from typing import Final
 
 from csi_driver.host import blockdev
@@ -14,7 +15,7 @@ _ZEROS: Final = bytes(_CHUNK)
 _SAMPLES: Final = 64
 
 
-def prove_blank(where: str, path: str, least_size: int) -> None:
+def prove_blank(where: str, path: str | os.PathLike[str], least_size: int) -> None:
     """Prove that the device at `path` is at least `least_size` bytes long and holds nothing.
 
     Read are the whole header area and the first MiB behind it, the last MiB (backup partition tables, RAID and ZFS
@@ -28,7 +29,7 @@ def prove_blank(where: str, path: str, least_size: int) -> None:
         _refuse_data_behind(where, device.fileno(), size, DATA_OFFSET + MIB, head)
 
 
-def prove_unwritten(where: str, path: str, least_size: int, uuid: str) -> None:
+def prove_unwritten(where: str, path: str | os.PathLike[str], least_size: int, uuid: str) -> None:
     """Prove that a device whose formatting was cut short holds nothing but, perhaps, a part of that very header.
 
     The header area must be empty or carry `uuid`; behind it everything `prove_blank` reads must be zero. Same errors.

@@ -13,6 +13,7 @@ import msgspec
 
 from csi_driver.host import blockdev
 from csi_driver.host.clonefile import FileIdentity
+from csi_driver.host.handle import Handle
 from csi_driver.host.syscalls import error_name
 from csi_driver.luks.device import read_header, write_at
 from csi_driver.luks.header import repaired
@@ -49,17 +50,17 @@ def check_image(
         return tuple(found.header.keyslots.values())
 
 
-def change_uuid(where: str, path: str, size: int, old: str, identity: LuksIdentity, limits: Limits) -> None:
-    """Give the header at `path`, a clone's file or device of at least `size` bytes, the UUID of `identity`.
+def change_uuid(where: str, clone: Handle, size: int, old: str, identity: LuksIdentity, limits: Limits) -> None:
+    """Give the header of a clone's file or device, of at least `size` bytes, the UUID of `identity`.
 
     The header may have `old` or, as a cut change leaves it, the new UUID in one copy or both; all else must be what
     `identity` says, before and after. Durable when this returns. libcryptsetup sees a copy in memory of what was
     checked. Raises DeviceShort, DeviceBlank, ForeignSignature (any other UUID), InvalidHeader, DeviceUnreadable,
     CommandFailed, OSError (ENOSPC, EDQUOT) when there is no room for a header of its own.
     """
-    area, header = read_header(where, path, old)
+    area, header = read_header(where, clone, old)
     with write_errors(where):
-        found = _length(path)
+        found = _length(clone)
     if found < size:
         raise DeviceShort(f"{where} is {found} bytes long and {size} are recorded; check the storage below it")
     expected = identity if header.uuid != old else msgspec.structs.replace(identity, uuid=old)
@@ -67,14 +68,14 @@ def change_uuid(where: str, path: str, size: int, old: str, identity: LuksIdenti
     length = header.hdr_size
     both = _with_uuid(where, repaired(area, header)[: 2 * length], identity)
     with write_errors(where):
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(clone, os.O_RDWR | os.O_CLOEXEC)
         try:
             for at in (0, length):  # one of the two copies is whole at any moment
                 write_at(descriptor, both[at : at + length], at)
                 os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    _, header = read_header(where, path)
+    _, header = read_header(where, clone)
     validate(header, identity, found, where, limits=limits)
 
 
@@ -106,6 +107,6 @@ def _with_uuid(where: str, both: bytes, identity: LuksIdentity) -> bytes:
         os.close(copy)
 
 
-def _length(path: str) -> int:
-    with open(path, "rb", buffering=0) as file:
+def _length(clone: Handle) -> int:
+    with open(clone, "rb", buffering=0) as file:
         return file.seek(0, os.SEEK_END)

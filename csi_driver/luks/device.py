@@ -11,16 +11,18 @@ from dataclasses import dataclass
 
 from csi_driver.host import blockdev, keyring
 from csi_driver.host.devicemapper import DeviceMapper, Target
+from csi_driver.host.handle import Handle
 from csi_driver.luks import libcryptsetup
 from csi_driver.luks.blank import prove_unwritten
 from csi_driver.luks.formats import LuksFormat
 from csi_driver.luks.header import HEADER_PROBE, Header, parse, repaired
 from csi_driver.luks.header_rules import Limits, validate
-from csi_driver.luks.libcryptsetup import crypt_device
+from csi_driver.luks.libcryptsetup import CryptDevice, crypt_device
 from csi_driver.model.errors import DeviceShort, DeviceUnreadable, FailedPrecondition, InvalidHeader
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import LuksIdentity
 
+UUID_PREFIX = "CRYPT-LUKS2-"
 _SECTOR = 512
 _USUAL_HEADER = 64 * 1024
 _FORMATTED_SLOTS = (0,)
@@ -36,14 +38,30 @@ class Opening:
     no_read_workqueue: bool = False
     no_write_workqueue: bool = False
 
-    @property
-    def flags(self) -> int:
-        """Activation flags of libcryptsetup."""
-        return (
-            (libcryptsetup.ALLOW_DISCARDS if self.discard else 0)
-            | (libcryptsetup.NO_READ_WORKQUEUE if self.no_read_workqueue else 0)
-            | (libcryptsetup.NO_WRITE_WORKQUEUE if self.no_write_workqueue else 0)
-        )
+    def target(self, number: tuple[int, int], device_bytes: int, identity: LuksIdentity) -> Target:
+        """The table of the mapping on that device: all that lies behind the header, in whole sectors of the volume."""
+        options = [
+            name
+            for name, wanted in (
+                ("allow_discards", self.discard),
+                ("no_read_workqueue", self.no_read_workqueue),
+                ("no_write_workqueue", self.no_write_workqueue),
+                (f"sector_size:{identity.sector_size}", identity.sector_size != _SECTOR),
+            )
+            if wanted
+        ]
+        payload = device_bytes - identity.data_offset
+        key = f":{identity.key_bits // 8}:logon:{volume_key_name(identity.uuid)}"
+        major, minor = number
+        words = [identity.cipher, key, "0", f"{major}:{minor}", str(identity.data_offset // _SECTOR)]
+        if options:
+            words += [str(len(options)), *options]
+        return Target(0, (payload - payload % identity.sector_size) // _SECTOR, "crypt", " ".join(words))
+
+
+def dm_uuid(name: str, uuid: str) -> str:
+    """The device-mapper UUID of a LUKS2 mapping, as libcryptsetup gives it."""
+    return f"{UUID_PREFIX}{uuid.replace('-', '')}-{name}"
 
 
 def volume_key_name(uuid: str) -> str:
@@ -52,27 +70,33 @@ def volume_key_name(uuid: str) -> str:
 
 
 def format_device(
-    where: str, path: str, size: int, chosen: LuksFormat, identity: LuksIdentity, limits: Limits, passphrase: Passphrase
+    where: str,
+    device: Handle,
+    size: int,
+    chosen: LuksFormat,
+    identity: LuksIdentity,
+    limits: Limits,
+    passphrase: Passphrase,
 ) -> str:
     """luksFormat, and proof that it is whole: header valid, one key slot, our passphrase opens it, all of it fsynced.
 
     Asks once more that the device holds nothing but, perhaps, an earlier try at this very header. Returns the
     hexadecimal digest of the volume key, to be pinned. Errors as `prove_unwritten` and `open_device`.
     """
-    prove_unwritten(where, path, size, identity.uuid)
-    with crypt_device(where, path) as device:
-        device.format(chosen, identity.uuid, passphrase)
-    blockdev.fsync_device(path)
-    with _header_copy(where, path, identity, size, limits, _FORMATTED_SLOTS) as (copy, header):
-        with crypt_device(where, path, copy) as device:
-            device.load()
-            device.unlock(passphrase)
+    prove_unwritten(where, device, size, identity.uuid)
+    with crypt_device(where, device.path) as context:
+        context.format(chosen, identity.uuid, passphrase)
+    blockdev.fsync_device(device)
+    with _header_copy(where, device, identity, size, limits, _FORMATTED_SLOTS) as (copy, header):
+        with crypt_device(where, device.path, copy) as context:
+            context.load()
+            context.unlock(passphrase)
         return header.key_digest
 
 
 def open_device(
     where: str,
-    path: str,
+    device: Handle,
     size: int,
     identity: LuksIdentity,
     limits: Limits,
@@ -81,35 +105,44 @@ def open_device(
 ) -> None:
     """Validate the header, unlock it and open the mapping; the volume key stays in root's user keyring for resizing.
 
-    Only a sealed copy of the header is ever shown to libcryptsetup, so that it cannot change after it was checked.
-    Raises DeviceBlank, ForeignSignature, InvalidHeader, DeviceShort, DeviceUnreadable, Unauthenticated.
+    Only a sealed copy of the header is ever shown to libcryptsetup, so that it cannot change after it was checked. The
+    table is ours, as cryptsetup writes it: it names the very device that is open here. Raises DeviceBlank,
+    ForeignSignature, InvalidHeader, DeviceShort, DeviceUnreadable, Unauthenticated.
     """
-    with _header_copy(where, path, identity, size, limits) as (copy, _), crypt_device(where, path, copy) as device:
-        device.load()
-        device.unlock(passphrase, opening.name, opening.flags)
+    with _checked(where, device, identity, size, limits) as context:
+        context.unlock(passphrase, libcryptsetup.KEYRING_KEY)
     keyring.link_to_user(volume_key_name(identity.uuid))
+    found = blockdev.size_bytes(device.fd)
+    DeviceMapper().create(
+        opening.name, dm_uuid(opening.name, identity.uuid), [opening.target(device.number, found, identity)]
+    )
 
 
 def check_passphrase(
-    where: str, path: str, size: int, identity: LuksIdentity, limits: Limits, passphrase: Passphrase
+    where: str, device: Handle, size: int, identity: LuksIdentity, limits: Limits, passphrase: Passphrase
 ) -> None:
     """Validate the header and try the passphrase, opening nothing. Errors as `open_device`."""
-    with _header_copy(where, path, identity, size, limits) as (copy, _), crypt_device(where, path, copy) as device:
-        device.load()
-        device.unlock(passphrase)
+    with _checked(where, device, identity, size, limits) as context:
+        context.unlock(passphrase)
 
 
 def resize_mapping(
-    where: str, path: str, name: str, size: int, identity: LuksIdentity, limits: Limits, passphrase: Passphrase | None
+    where: str,
+    device: Handle,
+    name: str,
+    size: int,
+    identity: LuksIdentity,
+    limits: Limits,
+    passphrase: Passphrase | None,
 ) -> None:
-    """Let the open mapping `name` show at least `size` bytes (its device at `path` is longer by the data offset).
+    """Let the open mapping `name` show at least `size` bytes (its device is longer by the data offset).
 
     The table is loaded again with the key by reference; dm-crypt finds the key in this thread's keyring, where it
     comes from root's user keyring or, where that has lost it, from the passphrase. Raises FailedPrecondition without
     either.
     """
     needed = size + identity.data_offset
-    found = blockdev.size_bytes(path)
+    found = blockdev.size_bytes(device.fd)
     if found < needed:
         raise DeviceShort(f"{where} is {found} bytes long and {needed} are needed for its new size; check the storage")
     mapper = DeviceMapper()
@@ -127,38 +160,46 @@ def resize_mapping(
                 f"request brought no secret; unstage and stage the volume, or name a node-expand secret in its "
                 f"StorageClass"
             )
-        with _header_copy(where, path, identity, found, limits) as (copy, _), crypt_device(where, path, copy) as device:
-            device.load()
-            device.unlock(passphrase, None, libcryptsetup.KEYRING_KEY)
+        with _checked(where, device, identity, found, limits) as context:
+            context.unlock(passphrase, libcryptsetup.KEYRING_KEY)
     mapper.reload(name, [Target(target.start, size // _SECTOR, target.type, target.params)])
 
 
-def read_header(where: str, path: str, changed_from: str | None = None) -> tuple[bytes, Header]:
-    """Read and parse the header at `path`: its bytes as far as they matter, and what they say (`parse`).
+def read_header(where: str, device: str | os.PathLike[str], changed_from: str | None = None) -> tuple[bytes, Header]:
+    """Read and parse the header of a device or file: its bytes as far as they matter, and what they say (`parse`).
 
     Raises DeviceUnreadable, DeviceBlank, ForeignSignature, InvalidHeader.
     """
-    area = _read_area(where, path, 0, _USUAL_HEADER)
+    area = _read_area(where, device, 0, _USUAL_HEADER)
     try:
         return area, parse(area, where, changed_from)
     except InvalidHeader:
         # A damaged primary copy: the secondary one may lie anywhere up to 4 MiB.
-        area = _read_area(where, path, 0, HEADER_PROBE)
+        area = _read_area(where, device, 0, HEADER_PROBE)
         return area, parse(area, where, changed_from)
+
+
+@contextmanager
+def _checked(where: str, device: Handle, identity: LuksIdentity, size: int, limits: Limits) -> Iterator[CryptDevice]:
+    """The library's context on a validated copy of the header."""
+    copied = _header_copy(where, device, identity, size, limits)
+    with copied as (copy, _), crypt_device(where, device.path, copy) as context:
+        context.load()
+        yield context
 
 
 @contextmanager
 def _header_copy(
     where: str,
-    path: str,
+    device: Handle,
     identity: LuksIdentity,
     size: int,
     limits: Limits,
     keyslots: tuple[int, ...] | None = None,
 ) -> Iterator[tuple[str, Header]]:
     """A sealed copy of the header in memory, validated: its path below /proc/self/fd and what it says."""
-    area, header = read_header(where, path)
-    found = blockdev.size_bytes(path)
+    area, header = read_header(where, device)
+    found = blockdev.size_bytes(device.fd)
     if found < size:
         raise DeviceShort(f"{where} is {found} bytes long and {size} are recorded; check the storage below it")
     validate(header, identity, found, where, limits=limits, keyslots=keyslots)
@@ -167,17 +208,17 @@ def _header_copy(
         os.ftruncate(copy, identity.data_offset)
         write_at(copy, repaired(area, header)[: 2 * header.hdr_size], 0)
         for slot in header.keyslots.values():
-            write_at(copy, _read_area(where, path, slot.area.offset, slot.area.size), slot.area.offset)
+            write_at(copy, _read_area(where, device, slot.area.offset, slot.area.size), slot.area.offset)
         fcntl.fcntl(copy, fcntl.F_ADD_SEALS, SEALS)
         yield f"/proc/self/fd/{copy}", header
     finally:
         os.close(copy)
 
 
-def _read_area(where: str, path: str, offset: int, size: int) -> bytes:
+def _read_area(where: str, device: str | os.PathLike[str], offset: int, size: int) -> bytes:
     try:
-        with open(path, "rb", buffering=0) as device:
-            return blockdev.read_at(device.fileno(), offset, size)
+        with open(device, "rb", buffering=0) as opened:
+            return blockdev.read_at(opened.fileno(), offset, size)
     except OSError as error:
         raise DeviceUnreadable(
             f"the LUKS2 header of {where} cannot be read ({error.strerror}); look at the kernel log and the storage"

@@ -19,10 +19,7 @@ from csi_driver.model.secret import Passphrase
 
 LIBRARY = "libcryptsetup.so.12"
 
-ALLOW_DISCARDS = 1 << 3
 KEYRING_KEY = 1 << 11
-NO_READ_WORKQUEUE = 1 << 24
-NO_WRITE_WORKQUEUE = 1 << 25
 
 _ANY_SLOT = -1
 _ANY_TOKEN = -1
@@ -156,16 +153,14 @@ class CryptDevice:
             "add the key slot",
         )
 
-    def unlock(self, passphrase: Passphrase, name: str | None = None, flags: int = 0) -> None:
-        """Try `passphrase`; with `name` also open the mapping of that name.
+    def unlock(self, passphrase: Passphrase, flags: int = 0) -> None:
+        """Try `passphrase`; with KEYRING_KEY the volume key goes into the calling thread's keyring.
 
         Raises Unauthenticated when it opens no key slot.
         """
         secret = passphrase.reveal()
-        code = self._library.crypt_activate_by_passphrase(
-            self._handle, name.encode() if name else None, _ANY_SLOT, secret, len(secret), flags
-        )
-        self._check_opened(code, "open the mapping" if name else "try the passphrase")
+        code = self._library.crypt_activate_by_passphrase(self._handle, None, _ANY_SLOT, secret, len(secret), flags)
+        self._check_opened(code, "try the passphrase")
 
     def volume_key(self, passphrase: Passphrase) -> bytearray:
         """The volume key, for the caller to wipe. Raises Unauthenticated when `passphrase` opens no key slot."""

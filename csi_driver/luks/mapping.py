@@ -5,12 +5,12 @@ from enum import StrEnum
 from pathlib import Path
 
 from csi_driver.host import keyring
-from csi_driver.host.devicemapper import Device, DeviceMapper
+from csi_driver.host.devicemapper import Device, DeviceMapper, MappedHandle
+from csi_driver.host.dmcontrol import NoDeviceMapper
 from csi_driver.host.holders import Holders, describe
-from csi_driver.luks.device import volume_key_name
+from csi_driver.luks.device import UUID_PREFIX, dm_uuid, volume_key_name
 from csi_driver.model.errors import DeviceInUse, MappingMismatch
 
-_UUID_PREFIX = "CRYPT-LUKS2-"
 _CLOSE_SECONDS = 3.0
 
 
@@ -33,6 +33,22 @@ class Mappings:
         """The open mapping of that name."""
         return self._mapper.get(name)
 
+    def find(self, name: str) -> Device | None:
+        """As `get`; on a host without device-mapper there is none."""
+        try:
+            return self.get(name)
+        except NoDeviceMapper:
+            return None
+
+    def open(self, name: str) -> MappedHandle:
+        """Hold the open mapping of that name, checked after it was opened. Raises DeviceAbsent."""
+        return self._mapper.open(name)
+
+    @staticmethod
+    def is_made_for(mapping: Device, name: str) -> bool:
+        """Whether it was opened, by whom ever, as a LUKS2 mapping of that name."""
+        return mapping.uuid.startswith(UUID_PREFIX) and mapping.uuid.endswith(f"-{name}")
+
     def names(self) -> list[str]:
         """The names of all device-mapper devices of this node."""
         return self._mapper.names()
@@ -45,7 +61,7 @@ class Mappings:
         """
         if mapping is None:
             return Fit.ABSENT
-        if not _is_made_for(mapping, name):
+        if not self.is_made_for(mapping, name):
             raise MappingMismatch(
                 f"the device /dev/mapper/{name} has the UUID {mapping.uuid or '(none)'} and was not opened by this "
                 f"driver; remove it with `dmsetup remove {name}` if nothing needs it"
@@ -67,8 +83,8 @@ class Mappings:
         Somebody else's device that has taken the name stays. Something that merely glances at the device (udev) is
         waited for, up to 3 s. Raises DeviceInUse naming who keeps it busy.
         """
-        mapping = self._mapper.get(name)
-        if mapping is not None and _is_made_for(mapping, name):
+        mapping = self.find(name)
+        if mapping is not None and self.is_made_for(mapping, name):
             self._remove(mapping)
         for known in {uuid, luks_uuid(mapping.uuid, name) if mapping else None} - {None}:
             keyring.unlink_from_user(volume_key_name(str(known)))
@@ -94,19 +110,9 @@ class Mappings:
         return DeviceInUse(f"the mapping {mapping.path} cannot be closed: it is kept busy by {who}; end that first")
 
 
-def _is_made_for(mapping: Device, name: str) -> bool:
-    """Whether libcryptsetup opened it for a LUKS2 mapping of that name."""
-    return mapping.uuid.startswith(_UUID_PREFIX) and mapping.uuid.endswith(f"-{name}")
-
-
-def dm_uuid(name: str, uuid: str) -> str:
-    """The device-mapper UUID that libcryptsetup gives a LUKS2 mapping."""
-    return f"{_UUID_PREFIX}{uuid.replace('-', '')}-{name}"
-
-
 def luks_uuid(dm_uuid: str, name: str) -> str | None:
     """The LUKS UUID inside a mapping's device-mapper UUID; None when it is not one of libcryptsetup's."""
-    bare = dm_uuid.removeprefix(_UUID_PREFIX).removesuffix(f"-{name}")
-    if not dm_uuid.startswith(_UUID_PREFIX) or len(bare) != 32:
+    bare = dm_uuid.removeprefix(UUID_PREFIX).removesuffix(f"-{name}")
+    if not dm_uuid.startswith(UUID_PREFIX) or len(bare) != 32:
         return None
     return "-".join((bare[:8], bare[8:12], bare[12:16], bare[16:20], bare[20:]))

@@ -22,6 +22,7 @@ from csi_driver.volumes.expand import Expansion
 from csi_driver.volumes.filesystem import FileSystems
 from csi_driver.volumes.from_image import BackingImages
 from csi_driver.volumes.health import Health
+from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.provision import Provisioning
 from csi_driver.volumes.publish import Publishing
 from csi_driver.volumes.stage import Staging
@@ -31,6 +32,8 @@ from csi_driver.volumes.usage import Usages
 WARM = (
     "csi_driver.luks.cloned",
     "csi_driver.luks.device",
+    "csi_driver.host.commands",
+    "csi_driver.host.growfs",
     "csi_driver.host.mounts",
     "csi_driver.host.signatures",
     "csi_driver.luks.libcryptsetup:load_library_if_present",
@@ -43,7 +46,6 @@ class Host:
     """The operating system's seams; tests that inject faults put theirs here."""
 
     files: Files = field(default_factory=Files)
-    commands: Commands = field(default_factory=Commands)
     workers: Workers = field(default_factory=lambda: Workers(WARM))
     loops: LoopDevices = field(default_factory=LoopDevices)
     mapper: DeviceMapper = field(default_factory=DeviceMapper)
@@ -99,10 +101,13 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
     seam: Backend = backend
     mappings = Mappings(host.mapper, host.holders)
     stages = Stages(state / "stages", host.files)
-    locks = VolumeLocks(state / "locks", host.holders, backend.has)
+    presences = Presences(seam, stages, mappings, host.mounts)
+    commands = Commands(host.workers)
+    locks = VolumeLocks(state / "locks", host.holders, backend.has, remade=True)
     encryption = Encryption(host.workers, mappings, settings.limits)
-    file_systems = FileSystems(host.workers, host.commands, host.mounts, settings.limits)
+    file_systems = FileSystems(host.workers, commands, host.mounts, settings.limits)
     images = BackingImages(ImageStore(state / "images", host.files), host.workers, encryption, settings.limits)
+    staging = Staging(seam, stages, presences, host.workers, encryption, file_systems, mappings, host.holders)
     return Driver(
         settings=settings,
         workers=host.workers,
@@ -110,10 +115,10 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         backend=backend,
         mappings=mappings,
         encryption=encryption,
-        provisioning=Provisioning(settings, seam, images),
-        staging=Staging(seam, stages, host.workers, encryption, file_systems, mappings, host.mounts, host.holders),
-        publishing=Publishing(seam, stages, host.mounts),
-        expansion=Expansion(seam, stages, host.workers, encryption, file_systems, host.mounts),
-        usage=Usages(seam, stages, host.mounts),
-        health=Health(settings, seam, host.workers, host.commands, host.mapper, mappings, host.mounts),
+        provisioning=Provisioning(settings, seam, images, staging.release),
+        staging=staging,
+        publishing=Publishing(seam, presences, host.mounts),
+        expansion=Expansion(seam, presences, host.workers, encryption, file_systems),
+        usage=Usages(seam, presences),
+        health=Health(settings, seam, host.workers, commands, host.mapper, mappings, host.mounts),
     )

@@ -13,9 +13,10 @@ from typing import ParamSpec
 import msgspec
 import structlog
 
-from csi_driver.backends.base import AttachedDevice, Backend
+from csi_driver.backends.base import Backend
 from csi_driver.host.clonefile import FileIdentity
-from csi_driver.host.devicemapper import DeviceMapper
+from csi_driver.host.devicemapper import Device, DeviceMapper, MappedHandle
+from csi_driver.host.handle import Handle
 from csi_driver.host.workers import Workers
 from csi_driver.keys.secret import SecretKey, require_passphrase
 from csi_driver.luks import cloned
@@ -49,66 +50,51 @@ class Encryption:
         self,
         backend: Backend,
         record: VolumeRecord,
-        device: AttachedDevice,
+        device: Handle,
         key: SecretKey,
         undo: ExitStack,
-    ) -> VolumeRecord:
-        """Bring the volume to `encrypted` if it never was, and open its mapping; `undo` gets what closes it again.
+    ) -> tuple[VolumeRecord, Handle]:
+        """Bring the volume to `encrypted` if it never was, and open its mapping; returns that as a handle.
 
-        A mapping that is open and in use is used again if device, UUID and key fit; one that nobody uses is opened
-        anew, whatever left it there. Raises InvalidArgument when the secret lacks a passphrase or disagrees with the
-        volume's parameters.
+        `undo` gets what closes both again. A mapping that is open and in use is used again if device, UUID and key
+        fit; one that nobody uses is opened anew, whatever left it there. Raises FailedPrecondition when the secret
+        lacks a passphrase, InvalidArgument when it disagrees with the volume's parameters.
         """
         chosen = luks_format(record.parameters, key, self._limits.pbkdf_memory_kib)
         passphrase = require_passphrase(key, record.id)
         if record.encryption is not EncryptionState.ENCRYPTED:
             self._refuse_open_mapping(record)
             if record.encryption is EncryptionState.CLONING:
-                record = self.take_identity(backend, record, device.path)
+                record = self.take_identity(backend, record, device)
             else:
                 record = self._format(backend, record, device, chosen, passphrase)
         identity = _identity(record)
-        if self._reuse(backend, record, device, passphrase):
-            return record
-        undo.callback(attempt, self._mappings.close, record.mapping_name, identity.uuid)
-        parameters = record.parameters
-        opening = luks.Opening(
-            record.mapping_name, parameters.discard, parameters.no_read_workqueue, parameters.no_write_workqueue
-        )
-        with self._unlocking(f"volume {record.id}"):
-            self._workers.call(
-                f"luks-open of {_where(record, device)}",
-                self._limits.unlock_seconds,
-                luks.open_device,
-                _where(record, device),
-                device.path,
-                device_size(record),
-                identity,
-                self._header_limits,
-                passphrase,
-                opening,
+        if not self._reuse(record, device, passphrase):
+            undo.callback(attempt, self._mappings.close, record.mapping_name, identity.uuid)
+            parameters = record.parameters
+            opening = luks.Opening(
+                record.mapping_name, parameters.discard, parameters.no_read_workqueue, parameters.no_write_workqueue
             )
-        mapping = self._mappings.get(record.mapping_name)
-        if self._mappings.fit(mapping, record.mapping_name, identity.uuid) is not Fit.FITS:
-            raise FailedPrecondition(
-                f"the mapping {record.mapping_name} of {_where(record, device)} was opened and is gone; is another "
-                f"program closing it?"
-            )
-        return record
+            with self._unlocking(f"volume {record.id}"):
+                self._workers.call(
+                    f"luks-open of {_where(record, device)}",
+                    self._limits.unlock_seconds,
+                    luks.open_device,
+                    _where(record, device),
+                    device,
+                    device_size(record),
+                    identity,
+                    self._header_limits,
+                    passphrase,
+                    opening,
+                )
+        mapping = self._mappings.open(record.mapping_name)
+        undo.callback(mapping.close)
+        self._check_opened(record, device, mapping)
+        return record, mapping
 
-    def fits(self, backend: Backend, record: VolumeRecord) -> bool:
-        """Whether the volume's mapping is open, of the recorded UUID and on the volume's own live device."""
-        if record.luks is None:
-            return False
-        mapping = self._mappings.get(record.mapping_name)
-        if self._mappings.fit(mapping, record.mapping_name, record.luks.uuid) is not Fit.FITS or mapping is None:
-            return False
-        backing = self._mappings.backing(mapping)
-        return backing is not None and backend.is_device_of(record.id, *backing)
-
-    def resume(self, mapping_name: str) -> None:
+    def resume(self, mapping_name: str, mapping: Device | None) -> None:
         """Let I/O flow again through a mapping that a killed resize left suspended."""
-        mapping = self._mappings.get(mapping_name)
         if mapping is not None and mapping.suspended:
             self._workers.call(
                 f"luks-resume of the mapping {mapping_name}",
@@ -118,7 +104,7 @@ class Encryption:
             )
             _log.warning("a mapping that was left suspended was resumed", mapping=mapping_name)
 
-    def verify(self, record: VolumeRecord, device: AttachedDevice, passphrase: Passphrase) -> None:
+    def verify(self, record: VolumeRecord, device: Handle, passphrase: Passphrase) -> None:
         """Try the passphrase, changing nothing. Raises Unauthenticated and what `luks.open_device` does."""
         with self._unlocking(f"volume {record.id}"):
             self._workers.call(
@@ -126,21 +112,21 @@ class Encryption:
                 self._limits.unlock_seconds,
                 luks.check_passphrase,
                 _where(record, device),
-                device.path,
+                device,
                 device_size(record),
                 _identity(record),
                 self._header_limits,
                 passphrase,
             )
 
-    def resize(self, record: VolumeRecord, device: AttachedDevice, passphrase: Passphrase | None) -> None:
+    def resize(self, record: VolumeRecord, device: Handle, passphrase: Passphrase | None) -> None:
         """Let the open mapping show the recorded capacity; the passphrase serves where the kernel has no key."""
         self._workers.call(
             f"luks-resize of {_where(record, device)}",
             self._limits.unlock_seconds,
             luks.resize_mapping,
             _where(record, device),
-            device.path,
+            device,
             record.mapping_name,
             record.capacity_bytes,
             _identity(record),
@@ -164,19 +150,19 @@ class Encryption:
                 passphrase,
             )
 
-    def take_identity(self, backend: Backend, record: VolumeRecord, path: str) -> VolumeRecord:
-        """From `cloning` to `encrypted`: the header at `path`, file or device, gets the recorded UUID.
+    def take_identity(self, backend: Backend, record: VolumeRecord, clone: Handle) -> VolumeRecord:
+        """From `cloning` to `encrypted`: the header of the clone, file or device, gets the recorded UUID.
 
         No key is needed. Repeating is fine wherever it was cut. Errors as `cloned.change_uuid`.
         """
         identity = _identity(record)
-        where = f"volume {record.id} on {path}"
+        where = f"volume {record.id} on {clone}"
         self._workers.call(
             f"luks-identity of {where}",
             self._limits.mount_seconds,
             cloned.change_uuid,
             where,
-            path,
+            clone,
             device_size(record),
             record.cloned_uuid or identity.uuid,
             identity,
@@ -190,7 +176,7 @@ class Encryption:
         self,
         backend: Backend,
         record: VolumeRecord,
-        device: AttachedDevice,
+        device: Handle,
         chosen: LuksFormat,
         passphrase: Passphrase,
     ) -> VolumeRecord:
@@ -202,7 +188,7 @@ class Encryption:
                 self._limits.format_seconds,
                 prove_blank,
                 where,
-                device.path,
+                device,
                 record.capacity_bytes + chosen.data_offset,
             )
             identity = LuksIdentity(
@@ -232,7 +218,7 @@ class Encryption:
                 self._limits.format_seconds,
                 luks.format_device,
                 where,
-                device.path,
+                device,
                 device_size(record),
                 chosen,
                 identity,
@@ -246,19 +232,19 @@ class Encryption:
                 luks=msgspec.structs.replace(identity, digest=digest),
             )
         )
-        _log.info("volume formatted", volume_id=record.id, device=device.path, luks_uuid=identity.uuid)
+        _log.info("volume formatted", volume_id=record.id, device=device.name, luks_uuid=identity.uuid)
         return record
 
-    def _reuse(self, backend: Backend, record: VolumeRecord, device: AttachedDevice, passphrase: Passphrase) -> bool:
+    def _reuse(self, record: VolumeRecord, device: Handle, passphrase: Passphrase) -> bool:
         """Whether an open mapping serves; one that does not is closed."""
         identity = _identity(record)
         mapping = self._mappings.get(record.mapping_name)
         fit = self._mappings.fit(mapping, record.mapping_name, identity.uuid)
         if mapping is None:
             return False
-        usable = fit is Fit.FITS and self.fits(backend, record)
+        usable = fit is Fit.FITS and self._mappings.backing(mapping) == device.number
         if usable:
-            self.resume(record.mapping_name)
+            self.resume(record.mapping_name, mapping)
         if not usable or mapping.open_count == 0:
             try:
                 self._mappings.close(record.mapping_name, identity.uuid)
@@ -272,6 +258,15 @@ class Encryption:
             return False
         self.verify(record, device, passphrase)
         return True
+
+    def _check_opened(self, record: VolumeRecord, device: Handle, mapping: MappedHandle) -> None:
+        """The mapping that is held is the one of this volume, on the device that is held."""
+        fit = self._mappings.fit(mapping.device, record.mapping_name, _identity(record).uuid)
+        if fit is not Fit.FITS or self._mappings.backing(mapping.device) != device.number:
+            raise FailedPrecondition(
+                f"the mapping {record.mapping_name} of {_where(record, device)} was opened and is another one now; is "
+                f"another program closing it?"
+            )
 
     def _refuse_open_mapping(self, record: VolumeRecord) -> None:
         """A mapping of a volume that was never formatted is a leftover of an earlier volume of the same name."""
@@ -313,8 +308,8 @@ def raw_if_unseen(record: VolumeRecord) -> VolumeRecord:
     return record
 
 
-def _where(record: VolumeRecord, device: AttachedDevice) -> str:
-    return f"volume {record.id} on {device.path}"
+def _where(record: VolumeRecord, device: Handle) -> str:
+    return f"volume {record.id} on {device}"
 
 
 def _identity(record: VolumeRecord) -> LuksIdentity:

@@ -1,6 +1,6 @@
 """File systems inside volumes: made once, never again, grown when the volume grows."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import msgspec
@@ -9,6 +9,9 @@ import structlog
 from csi_driver.backends.base import Backend
 from csi_driver.host import blockdev
 from csi_driver.host.commands import Commands
+from csi_driver.host.growfs import grow
+from csi_driver.host.handle import Handle
+from csi_driver.host.mountinfo import Mount
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.signatures import read_signature
 from csi_driver.host.workers import Workers
@@ -30,13 +33,8 @@ _MKFS: Mapping[str, Sequence[str]] = {
     "xfs": ("mkfs.xfs", "-q", "-f", "-K"),
     "btrfs": ("mkfs.btrfs", "-q", "-f", "-K"),
 }
-_GROW: Mapping[str, Callable[[str, str], Sequence[str]]] = {
-    "ext4": lambda device, _: ("resize2fs", device),
-    "xfs": lambda _, mounted_at: ("xfs_growfs", "-d", mounted_at),
-    "btrfs": lambda _, mounted_at: ("btrfs", "filesystem", "resize", "max", mounted_at),
-}
-PROGRAMS: Mapping[str, Sequence[str]] = {fs: (_MKFS[fs][0], _GROW[fs]("", "")[0]) for fs in _MKFS}
-"""What makes and grows each file system."""
+PROGRAMS: Mapping[str, Sequence[str]] = {fs: (command[0],) for fs, command in _MKFS.items()}
+"""What makes each file system."""
 
 
 class FileSystems:
@@ -49,7 +47,7 @@ class FileSystems:
         self._limits = limits
 
     def ensure(
-        self, backend: Backend, record: VolumeRecord, device: str, fs_type: str | None
+        self, backend: Backend, record: VolumeRecord, device: Handle, fs_type: str | None
     ) -> tuple[VolumeRecord, str]:
         """The volume's file system, made if nobody has seen the inside yet; returns record and type.
 
@@ -70,7 +68,7 @@ class FileSystems:
             )
         return record, found
 
-    def mount(self, record: VolumeRecord, device: str, path: str, fs_type: str, flags: int, data: str) -> None:
+    def mount(self, record: VolumeRecord, device: Handle, path: str, fs_type: str, flags: int, data: str) -> None:
         """Mount the volume's file system, in a worker: a journal is replayed from the device."""
         if fs_type == "xfs" and record.parameters.backing_image is not None:
             # Volumes of one image have one file system UUID, and xfs mounts no two of them on a node.
@@ -86,18 +84,31 @@ class FileSystems:
             data,
         )
 
-    def unmount(self, volume_id: str, path: str) -> None:
+    def unmount(self, volume_id: str, mount: Mount) -> None:
         """Unmount, in a worker: the file system writes back what it holds."""
         self._workers.call(
-            f"luks-umount of volume {volume_id} at {path}", self._limits.mount_seconds, self._mounts.unmount, path
+            f"luks-umount of volume {volume_id} at {mount.mount_point}",
+            self._limits.mount_seconds,
+            self._mounts.unmount_volume,
+            mount,
         )
 
-    def grow(self, volume_id: str, fs_type: str, device: str, mounted_at: str) -> None:
-        """Let the mounted file system fill its device; one that fills it already stays as it is."""
-        self._commands.run(_GROW[fs_type](device, mounted_at), timeout=self._limits.format_seconds)
-        _log.info("file system grown", volume_id=volume_id, fs_type=fs_type)
+    def grow(self, volume_id: str, fs_type: str, mount: Mount, device: Handle) -> None:
+        """Let the file system that is mounted there fill its device; one that fills it already stays as it is."""
+        with self._mounts.open(mount) as mounted:
+            grown = self._workers.call(
+                f"luks-grow of volume {volume_id}",
+                self._limits.format_seconds,
+                grow,
+                f"volume {volume_id} on {device}",
+                mounted,
+                device,
+                fs_type,
+            )
+        if grown:
+            _log.info("file system grown", volume_id=volume_id, fs_type=fs_type)
 
-    def _make(self, backend: Backend, record: VolumeRecord, device: str, fs_type: str) -> VolumeRecord:
+    def _make(self, backend: Backend, record: VolumeRecord, device: Handle, fs_type: str) -> VolumeRecord:
         check_mkfs_options(fs_type, record.parameters.mkfs_options)
         if record.capacity_bytes < LEAST_BYTES[fs_type]:
             raise OutOfRange(
@@ -115,8 +126,8 @@ class FileSystems:
                     record.capacity_bytes,
                 )
             record = backend.update(msgspec.structs.replace(record, file_system=FileSystemState.MAKING))
-        argv = mkfs_command(fs_type, record.parameters.mkfs_options, device)
-        self._commands.run(argv, timeout=self._limits.format_seconds)
+        argv = mkfs_command(fs_type, record.parameters.mkfs_options)
+        self._commands.run([*argv, device], timeout=self._limits.format_seconds)
         self._workers.call(
             f"luks-sync of volume {record.id}", self._limits.format_seconds, blockdev.fsync_device, device
         )
@@ -124,7 +135,7 @@ class FileSystems:
         _log.info("file system made", volume_id=record.id, fs_type=fs_type)
         return record
 
-    def _find(self, record: VolumeRecord, device: str) -> str:
+    def _find(self, record: VolumeRecord, device: Handle) -> str:
         found = self._workers.call(
             f"luks-read of volume {record.id}",
             self._limits.mount_seconds,
@@ -142,8 +153,8 @@ class FileSystems:
         return found
 
 
-def mkfs_command(fs_type: str, options: Sequence[str], device: str) -> list[str]:
-    """How a file system is made: the driver's options, then those of the class.
+def mkfs_command(fs_type: str, options: Sequence[str]) -> list[str]:
+    """How a file system is made, but for the device: the driver's options, then those of the class.
 
     Of several -E mke2fs heeds the last one only, so they become one.
     """
@@ -152,4 +163,4 @@ def mkfs_command(fs_type: str, options: Sequence[str], device: str) -> list[str]
     if extended:
         others = [word for at, word in enumerate(argv) if word != "-E" and argv[at - 1] != "-E"]
         argv = [*others, "-E", ",".join(extended)]
-    return [*argv, device]
+    return argv

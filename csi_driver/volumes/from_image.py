@@ -140,8 +140,8 @@ class BackingImages:
         if record.encryption is not EncryptionState.CLONING:
             return record
         try:
-            with backend.storage(record.id) as path:
-                return self._encryption.take_identity(backend, record, path)
+            with backend.storage(record.id) as clone:
+                return self._encryption.take_identity(backend, record, clone)
         except (DeadlineExceeded, Aborted):
             raise
         except (DriverError, OSError):

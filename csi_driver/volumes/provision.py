@@ -2,7 +2,7 @@
 
 import bisect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -80,12 +80,18 @@ class Capacity:
 
 
 class Provisioning:
-    """Makes and removes volumes on this node's backend; callers hold the volume's lock where it changes."""
+    """Makes and removes volumes on this node's backend; callers hold the volume's lock where it changes.
 
-    def __init__(self, settings: Settings, backend: Backend, images: BackingImages) -> None:
+    `release` takes down what is left of a volume on this node before it is deleted (`Staging.release`).
+    """
+
+    def __init__(
+        self, settings: Settings, backend: Backend, images: BackingImages, release: Callable[[str], None]
+    ) -> None:
         self._settings = settings
         self._backend = backend
         self._images = images
+        self._release = release
 
     def create(self, request: CreateRequest) -> VolumeView:
         """Make the volume of that name, or find it. Nothing is formatted yet: the volume is only tagged, or cloned.
@@ -109,7 +115,11 @@ class Provisioning:
         return self._view(self._images.finish(self._backend, found))  # it needs its image no more
 
     def delete(self, volume_id: str) -> None:
-        """Remove the volume; an unknown one is fine, no key is needed. Raises DeviceInUse while it is staged."""
+        """Remove the volume; an unknown one is fine, no key is needed. Raises DeviceInUse while it is used.
+
+        One that was left staged, published nowhere and used by nobody, is unstaged first.
+        """
+        self._release(volume_id)
         self._backend.delete(volume_id)
         _log.info("volume deleted", volume_id=volume_id)
 

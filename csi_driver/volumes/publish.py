@@ -5,16 +5,19 @@ import errno
 import os
 import stat
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from csi_driver.backends.base import Backend
-from csi_driver.host import blockdev
-from csi_driver.host.mounts import Mount, Mounts
+from csi_driver.host.handle import Handle
+from csi_driver.host.mountinfo import Mount
+from csi_driver.host.mounts import Mounts
 from csi_driver.model.errors import AlreadyExists, FailedPrecondition, NotFound
 from csi_driver.volumes import capability as capabilities
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.context import check_context
-from csi_driver.volumes.stages import Stage, Stages
+from csi_driver.volumes.presence import Presence, Presences
+from csi_driver.volumes.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,9 @@ class PublishRequest:
 class Publishing:
     """Shows staged volumes to pods; callers hold the volume's lock."""
 
-    def __init__(self, backend: Backend, stages: Stages, mounts: Mounts) -> None:
+    def __init__(self, backend: Backend, presences: Presences, mounts: Mounts) -> None:
         self._backend = backend
-        self._stages = stages
+        self._presences = presences
         self._mounts = mounts
 
     def publish(self, request: PublishRequest) -> None:
@@ -44,19 +47,20 @@ class Publishing:
         elsewhere), AlreadyExists (published at this path otherwise).
         """
         capabilities.check([request.capability])
-        staged = self._require_staged(request)
+        present = self._presences.of(request.volume_id)
+        staged = self._require_staged(present, request)
         read_only = request.read_only or request.capability.reader_only
-        source = staged.device if staged.block else staged.staging_path
         fresh = _make_target(request.target_path, block=staged.block)
         try:
-            if not fresh and (present := self._mounts.at(request.target_path)) is not None:
-                self._check_present(request, present, staged, read_only=read_only)
+            if not fresh and (there := present.table.at(request.target_path)) is not None:
+                _check_present(request, there, present, read_only=read_only or staged.read_only)
                 return
             if request.capability.mode is AccessMode.SINGLE_NODE_SINGLE_WRITER:
-                self._refuse_second(request, staged)
+                _refuse_second(request, present)
             if not fresh:
                 _check_target(request.target_path, block=staged.block)
-            self._mounts.bind(source, request.target_path, read_only=read_only)
+            with self._source(present) as source:
+                self._mounts.bind(source, request.target_path, read_only=read_only)
         except BaseException:
             if fresh:
                 _remove_target(request.target_path)
@@ -80,27 +84,13 @@ class Publishing:
                     f"at what is in it, it was left alone"
                 ) from None
 
-    def targets(self, staged: Stage) -> list[str]:
-        """The paths at which the volume is mounted besides its staging path."""
-        return [mount.mount_point for mount in self._published(staged)]
+    def _source(self, present: Presence) -> AbstractContextManager[Handle]:
+        """What is bound: the very mount or device that was looked at, held open."""
+        staging = present.staging
+        return self._presences.held(present) if staging is None else self._mounts.open(staging)
 
-    def _published(self, staged: Stage) -> list[Mount]:
-        if staged.block:
-            with contextlib.suppress(FileNotFoundError):
-                wanted = os.stat(staged.device).st_rdev
-                return [mount for mount in self._mounts.table() if _is_node(mount, wanted)]
-            return []
-        stage = self._mounts.at(staged.staging_path)
-        if stage is None:
-            return []
-        return [
-            mount
-            for mount in self._mounts.table()
-            if mount.device == stage.device and mount.mount_point != stage.mount_point
-        ]
-
-    def _require_staged(self, request: PublishRequest) -> Stage:
-        staged = self._stages.get(request.volume_id)
+    def _require_staged(self, present: Presence, request: PublishRequest) -> Stage:
+        staged = present.stage
         if staged is None:
             check_context(self._backend.get(request.volume_id), request.context)
             raise FailedPrecondition(f"volume {request.volume_id} is not staged on this node; stage it first")
@@ -115,53 +105,37 @@ class Publishing:
                 f"volume {request.volume_id} is staged as {kinds[not staged.block]} and was to be published as "
                 f"{kinds[not request.capability.block]}; unstage it first"
             )
-        if staged.block and not blockdev.is_block_device(staged.device):
-            raise FailedPrecondition(
-                f"the device {staged.device} of volume {request.volume_id} is gone; unstage and stage the volume"
+        if not present.is_complete:
+            what = (
+                f"the device {staged.device} of volume {request.volume_id} is gone or not its own any more"
+                if staged.block or not present.is_open
+                else f"volume {request.volume_id} is no longer mounted at {staged.staging_path}"
             )
-        if not staged.block and self._mounts.at(staged.staging_path) is None:
-            raise FailedPrecondition(
-                f"volume {request.volume_id} is no longer mounted at {staged.staging_path}; unstage and stage it"
-            )
+            raise FailedPrecondition(f"{what}; unstage and stage the volume")
         return staged
 
-    def _check_present(self, request: PublishRequest, present: Mount, staged: Stage, *, read_only: bool) -> None:
-        if staged.block:
-            same = _is_node(present, os.stat(staged.device).st_rdev)
-        else:
-            stage = self._mounts.at(staged.staging_path)
-            same = stage is not None and stage.device == present.device
-        if not same:
-            raise AlreadyExists(
-                f"volume {request.volume_id} cannot be published at {request.target_path}: {present.source} is mounted "
-                f"there; unmount it"
-            )
-        is_read_only = "ro" in present.options
-        if is_read_only != (read_only or staged.read_only):
-            modes = ("read-write", "read-only")
-            raise AlreadyExists(
-                f"volume {request.volume_id} is published at {request.target_path} {modes[is_read_only]}, asked for "
-                f"{modes[read_only]}; unpublish it first"
-            )
 
-    def _refuse_second(self, request: PublishRequest, staged: Stage) -> None:
-        others = self.targets(staged)
-        if others:
-            raise FailedPrecondition(
-                f"volume {request.volume_id} has the access mode ReadWriteOncePod and is published at {others[0]} "
-                f"already; end that pod first"
-            )
+def _check_present(request: PublishRequest, there: Mount, present: Presence, *, read_only: bool) -> None:
+    if there not in (*present.mounts, *present.nodes):
+        raise AlreadyExists(
+            f"volume {request.volume_id} cannot be published at {request.target_path}: {there.source} is mounted "
+            f"there; unmount it"
+        )
+    is_read_only = "ro" in there.options
+    if is_read_only != read_only:
+        modes = ("read-write", "read-only")
+        raise AlreadyExists(
+            f"volume {request.volume_id} is published at {request.target_path} {modes[is_read_only]}, asked for "
+            f"{modes[read_only]}; unpublish it first"
+        )
 
 
-def _is_node(mount: Mount, device: int) -> bool:
-    """Whether a mount shows the device node of that number: only those of a file can."""
-    if mount.fs_type not in ("devtmpfs", "tmpfs"):
-        return False
-    try:
-        found = os.stat(mount.mount_point)
-    except OSError:
-        return False
-    return stat.S_ISBLK(found.st_mode) and found.st_rdev == device
+def _refuse_second(request: PublishRequest, present: Presence) -> None:
+    if present.publications:
+        raise FailedPrecondition(
+            f"volume {request.volume_id} has the access mode ReadWriteOncePod and is published at "
+            f"{present.publications[0].mount_point} already; end that pod first"
+        )
 
 
 def _make_target(path: str, *, block: bool) -> bool:

@@ -1,15 +1,17 @@
 """NodeStageVolume and NodeUnstageVolume: from ciphertext on a backend to a file system at the staging path."""
 
+import os
 import threading
 from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import structlog
 
-from csi_driver.backends.base import AttachedDevice, Backend
+from csi_driver.backends.base import Backend
+from csi_driver.host.handle import Handle
 from csi_driver.host.holders import Holders, describe
-from csi_driver.host.mounts import Mount, Mounts
+from csi_driver.host.mountinfo import Mount
 from csi_driver.host.workers import Workers
 from csi_driver.keys.secret import SecretKey
 from csi_driver.luks.mapping import Mappings
@@ -28,6 +30,7 @@ from csi_driver.volumes.capability import Capability
 from csi_driver.volumes.context import check_context
 from csi_driver.volumes.encryption import Encryption, attempt, raw_if_unseen
 from csi_driver.volumes.filesystem import FileSystems
+from csi_driver.volumes.presence import Presence, Presences
 from csi_driver.volumes.stages import Stage, Stages
 
 _log = structlog.get_logger(__name__)
@@ -53,20 +56,20 @@ class Staging:
         self,
         backend: Backend,
         stages: Stages,
+        presences: Presences,
         workers: Workers,
         encryption: Encryption,
         file_systems: FileSystems,
         mappings: Mappings,
-        mounts: Mounts,
         holders: Holders,
     ) -> None:
         self._backend = backend
         self._stages = stages
+        self._presences = presences
         self._workers = workers
         self._encryption = encryption
         self._file_systems = file_systems
         self._mappings = mappings
-        self._mounts = mounts
         self._holders = holders
 
     def stage(self, request: StageRequest) -> None:
@@ -77,15 +80,16 @@ class Staging:
         record = self._backend.get(request.volume_id)
         check_context(record, request.context)
         capabilities.check([request.capability])
-        staged = self._stages.get(record.id)
-        if staged is not None and self._is_complete(record, staged):
-            self._check_same(record, staged, request)
+        present = self._presences.of(record.id, record)
+        if present.stage is not None and present.is_complete:
+            self._check_same(record, present.stage, request)
             if record.encryption is not None:
-                self._encryption.resume(record.mapping_name)
+                self._encryption.resume(record.mapping_name, present.mapping)
             self._backend.guard(record.id)
             return
+        _refuse_link(record, request.staging_path)
         with self._workers.session():
-            self._clear(record, request.staging_path, staged)
+            self._clear(record, present, request.staging_path)
             try:
                 self._stage(record, request)
             except CommandFailed as error:
@@ -108,14 +112,15 @@ class Staging:
                 undo.callback(attempt, self._backend.detach, record.id)
             undo.callback(_let_go, device)
             with ExitStack() as opened:
+                shown = device
                 if record.encryption is not None:
-                    record = self._encryption.open(self._backend, record, device, request.key, opened)
-                shown = device.path if record.encryption is None else f"/dev/mapper/{record.mapping_name}"
+                    record, shown = self._encryption.open(self._backend, record, device, request.key, opened)
                 opened.callback(attempt, self._take_back, record, request.staging_path)
                 self._finish(record, shown, request)
                 self._backend.guard(record.id)
                 opened.pop_all()
             undo.pop_all()
+            shown.close()
             device.close()
 
     def forget_earlier_boots(self) -> None:
@@ -125,25 +130,44 @@ class Staging:
     def unstage(self, volume_id: str, staging_path: str) -> None:
         """Unmount, close the mapping, let go of the device; needs no key, no record, and nothing to be there.
 
-        Raises DeviceInUse naming who keeps it busy.
+        A path at which the volume is not staged is fine, and nothing is done (CSI, NodeUnstageVolume). Raises
+        DeviceInUse where it is still published, before anything is unmounted, or naming who keeps it busy.
         """
-        staged = self._stages.get(volume_id)
+        present = self._presences.of(volume_id)
+        if present.is_staged_at(staging_path):
+            self._put_down(present, staging_path)
+
+    def release(self, volume_id: str) -> None:
+        """Unstage a volume that is about to be deleted, if it was left staged and nobody uses it.
+
+        Kubelet may have died between unpublish and unstage (kubernetes#85476). Raises DeviceInUse, naming who does.
+        """
+        present = self._presences.of(volume_id)
+        if present.is_open:
+            self._put_down(present, "")
+
+    def _put_down(self, present: Presence, staging_path: str) -> None:
+        volume_id = present.volume_id
+        path = present.stage.staging_path if present.stage else staging_path
+        staging = present.mount_at(path)
+        others = [one for one in present.publications if staging is None or one.mount_point != staging.mount_point]
+        if others:
+            places = " and ".join(dict.fromkeys(one.mount_point for one in others))
+            raise DeviceInUse(f"volume {volume_id} is still published at {places}; unpublish it first")
         with self._workers.session():
-            self._encryption.resume(mapping_name(volume_id))
-            for path in _staging_paths(staging_path, staged):
-                if (found := self._mounts.at(path)) is not None and self._is_ours(volume_id, found, staged):
-                    self._unmount(volume_id, path, found)
-        self._mappings.close(mapping_name(volume_id), self._known_uuid(volume_id, staged))
+            self._encryption.resume(mapping_name(volume_id), present.mapping)
+            self._unmount_all(present, path)
+        self._mappings.close(mapping_name(volume_id), self._known_uuid(present))
         self._backend.detach(volume_id)
         self._stages.remove(volume_id)
 
-    def _finish(self, record: VolumeRecord, device: str, request: StageRequest) -> None:
+    def _finish(self, record: VolumeRecord, device: Handle, request: StageRequest) -> None:
         uuid = record.luks.uuid if record.luks else None
         if request.capability.block:
             shown = raw_if_unseen(record)
             if shown is not record:
                 self._backend.update(shown)
-            stage = Stage(staging_path=request.staging_path, block=True, device=device, luks_uuid=uuid)
+            stage = Stage(staging_path=request.staging_path, block=True, device=device.name, luks_uuid=uuid)
             self._stages.put(record.id, stage)
             return
         record, fs_type = self._file_systems.ensure(self._backend, record, device, request.capability.fs_type)
@@ -151,7 +175,7 @@ class Staging:
         stage = Stage(
             staging_path=request.staging_path,
             block=False,
-            device=device,
+            device=device.name,
             fs_type=fs_type,
             mount_options=options.canonical,
             read_only=options.read_only,
@@ -161,26 +185,13 @@ class Staging:
         self._file_systems.mount(record, device, request.staging_path, fs_type, options.flags, options.data)
         if record.parameters.backing_image is not None and not options.read_only:
             # It came with the image, and the volume may have been larger from its first moment.
-            self._file_systems.grow(record.id, fs_type, device, request.staging_path)
+            mounted = self._presences.of(record.id, record).staging
+            if mounted is not None:
+                self._file_systems.grow(record.id, fs_type, mounted, device)
 
     def _take_back(self, record: VolumeRecord, staging_path: str) -> None:
         """Unmount after an error: a worker that was killed may have mounted before it could say so."""
-        self._clear(record, staging_path, self._stages.get(record.id))
-
-    def _is_complete(self, record: VolumeRecord, staged: Stage) -> bool:
-        """Whether all that a stage makes is there and is this volume's."""
-        if record.encryption is not None and not self._encryption.fits(self._backend, record):
-            return False
-        if not staged.block:
-            mounted = self._mounts.at(staged.staging_path)
-            return mounted is not None and self._shows(mounted, staged.device)
-        if record.encryption is not None:
-            return True
-        device = self._backend.device_of(record.id)
-        if device is None:
-            return False
-        with closing(device):
-            return device.path == staged.device
+        self._clear(record, self._presences.of(record.id, record), staging_path)
 
     def _check_same(self, record: VolumeRecord, staged: Stage, request: StageRequest) -> None:
         wanted, block = request.capability, request.capability.block
@@ -203,69 +214,60 @@ class Staging:
                 f"another way"
             )
 
-    def _clear(self, record: VolumeRecord, staging_path: str, staged: Stage | None) -> None:
+    def _clear(self, record: VolumeRecord, present: Presence, staging_path: str) -> None:
         """Take away what an earlier, cut or outdated stage of this volume left mounted."""
-        for path in _staging_paths(staging_path, staged):
-            found = self._mounts.at(path)
-            if found is None:
-                continue
-            if not self._is_ours(record.id, found, staged):
-                raise FailedPrecondition(
-                    f"volume {record.id} cannot be staged at {path}: {found.source} is mounted there; unmount it"
-                )
-            self._unmount(record.id, path, found)
+        for path in dict.fromkeys((staging_path, *((present.stage.staging_path,) if present.stage else ()))):
+            self._unmount_all(present, path)
+        found = self._presences.of(record.id, record).table.at(staging_path)
+        if found is not None:
+            raise FailedPrecondition(
+                f"volume {record.id} cannot be staged at {staging_path}: {found.source} is mounted there; unmount it"
+            )
 
-    def _unmount(self, volume_id: str, path: str, mount: Mount) -> None:
+    def _unmount_all(self, present: Presence, path: str) -> None:
+        """End every mount of the volume at its staging path: they may lie one on the other."""
+        while (found := present.mount_at(path)) is not None:
+            self._unmount(present.volume_id, found)
+            present = self._presences.of(present.volume_id)
+
+    def _unmount(self, volume_id: str, mount: Mount) -> None:
         try:
-            self._file_systems.unmount(volume_id, path)
+            self._file_systems.unmount(volume_id, mount)
         except DeviceInUse as busy:
             found = self._holders.of_mount(mount.device)
             if not found:
                 raise
             raise DeviceInUse(
-                f"volume {volume_id} cannot be unmounted from {path}: it is kept busy by {describe(found)}; end that "
-                f"first"
+                f"volume {volume_id} cannot be unmounted from {mount.mount_point}: it is kept busy by "
+                f"{describe(found)}; end that first"
             ) from busy
 
-    def _is_ours(self, volume_id: str, mount: Mount, staged: Stage | None) -> bool:
-        mapping = f"/dev/mapper/{mapping_name(volume_id)}"
-        if mount.source == mapping or (staged is not None and mount.source == staged.device):
-            return True
-        device = self._backend.device_of(volume_id)
-        if device is None:
-            return False
-        with closing(device):
-            return mount.device == (device.major, device.minor)
-
-    def _shows(self, mount: Mount, device: str) -> bool:
-        mapping = self._mappings.get(device.removeprefix("/dev/mapper/")) if device.startswith("/dev/mapper/") else None
-        # btrfs shows a device number of its own in mountinfo; its source is the name it was mounted from.
-        if mapping is None or mount.fs_type == "btrfs":
-            return mount.source == device
-        return mount.device == (mapping.major, mapping.minor)
-
-    def _known_uuid(self, volume_id: str, staged: Stage | None) -> str | None:
-        if staged is not None and staged.luks_uuid:
-            return staged.luks_uuid
+    def _known_uuid(self, present: Presence) -> str | None:
+        if present.stage is not None and present.stage.luks_uuid:
+            return present.stage.luks_uuid
         try:
-            record = self._backend.get(volume_id)
+            record = self._backend.get(present.volume_id)
         except (NotFound, FailedPrecondition):
             return None  # unstage works without a record
         return record.luks.uuid if record.luks else None
 
 
-def _let_go(device: AttachedDevice) -> None:
+def _refuse_link(record: VolumeRecord, staging_path: str) -> None:
+    """The kernel would mount where a link leads, and nothing would be found at the path that is unstaged later."""
+    if os.path.islink(staging_path):
+        raise FailedPrecondition(
+            f"volume {record.id} cannot be staged at {staging_path}: it is a symbolic link and must be a folder; "
+            f"remove the link"
+        )
+
+
+def _let_go(device: Handle) -> None:
     """Close a device after an error. The last close waits for I/O under way, which need not end: not our time limit."""
     closing_thread = threading.Thread(target=device.close, name="close", daemon=True)
     closing_thread.start()
     closing_thread.join(_CLOSE_SECONDS)
     if closing_thread.is_alive():
-        _log.warning("a device does not answer and stays open until it does", device=device.path)
-
-
-def _staging_paths(asked: str, staged: Stage | None) -> list[str]:
-    """Where a file system of the volume may be mounted: where the caller says, and where we recorded it."""
-    return list(dict.fromkeys((asked, *((staged.staging_path,) if staged and not staged.block else ()))))
+        _log.warning("a device does not answer and stays open until it does", device=device.name)
 
 
 def require_absolute(name: str, path: str) -> str:

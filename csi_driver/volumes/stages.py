@@ -1,17 +1,20 @@
 """What is staged on this node since it booted: one small file per volume, gone in meaning with a reboot."""
 
+import errno
 import os
 from pathlib import Path
 
 import msgspec
+import structlog
 
 from csi_driver.host.files import Files, read_file
 
+_log = structlog.get_logger(__name__)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
-    """How a volume was staged. `device` is what a pod gets to see: the mapping, or the plain device.
+    """How a volume was staged. `device` is the name of what a pod gets to see: the mapping, or the plain device.
 
     `mount_options` is canonical; `luks_uuid` lets unstage forget the volume key when volume and mapping are gone.
     """
@@ -53,6 +56,7 @@ class Stages:
     def put(self, volume_id: str, stage: Stage) -> None:
         """Write it; done before the mount that it announces."""
         content = msgspec.json.encode(_StageFile(boot_id=self._boot_id, stage=stage))
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._files.write_volatile(self._folder / volume_id, content)
 
     def forget_earlier_boots(self) -> None:
@@ -62,5 +66,10 @@ class Stages:
                 self.remove(name)
 
     def remove(self, volume_id: str) -> None:
-        """Forget it; absent is fine."""
-        self._files.remove(self._folder / volume_id)
+        """Forget it; absent is fine. On a read-only file system it stays: what the kernel shows decides."""
+        try:
+            self._files.remove(self._folder / volume_id)
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            _log.warning("a stage could not be forgotten", volume_id=volume_id, error=error.strerror)

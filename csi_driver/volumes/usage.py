@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 from csi_driver.backends.base import Backend
 from csi_driver.host import blockdev
-from csi_driver.host.mounts import Mounts
 from csi_driver.model.errors import NotFound
-from csi_driver.volumes.stages import Stages
+from csi_driver.volumes.presence import Presences
 
 
 @dataclass(frozen=True)
@@ -23,18 +22,18 @@ class Usage:
 class Usages:
     """Asks the kernel, never the device: statvfs of a mounted file system does no I/O."""
 
-    def __init__(self, backend: Backend, stages: Stages, mounts: Mounts) -> None:
+    def __init__(self, backend: Backend, presences: Presences) -> None:
         self._backend = backend
-        self._stages = stages
-        self._mounts = mounts
+        self._presences = presences
 
     def of(self, volume_id: str, volume_path: str) -> list[Usage]:
         """The counts of the volume at `volume_path`. Raises NotFound when volume or path are not there."""
-        if self._stages.get(volume_id) is None:
+        present = self._presences.of(volume_id)
+        if not present.is_open:
             self._backend.get(volume_id)
-        if blockdev.is_block_device(volume_path):
-            return [Usage("bytes", blockdev.size_bytes(volume_path))]
-        if self._mounts.at(volume_path) is None:
+        if present.number is not None and present.shows_node(volume_path):
+            return [Usage("bytes", blockdev.size_of(present.number))]
+        if present.mount_at(volume_path) is None:
             raise NotFound(f"volume {volume_id} is not mounted at {volume_path}")
         found = os.statvfs(volume_path)
         size = found.f_frsize

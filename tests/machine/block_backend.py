@@ -11,32 +11,13 @@ import msgspec
 from csi_driver.backends.base import Fill, Space
 from csi_driver.host import blockdev
 from csi_driver.host.devicemapper import DeviceMapper, Target
+from csi_driver.host.handle import Handle
 from csi_driver.host.loop import AttachedLoop, LoopDevices
 from csi_driver.model.errors import Aborted, DeviceAbsent, NotFound
 from csi_driver.model.volume import VolumeRecord
+from tests.handles import handle_on
 
 _SECTOR = 512
-
-
-@dataclass
-class OpenDevice:
-    """A block device held open by its path."""
-
-    path: str
-    major: int
-    minor: int
-    descriptor: int
-
-    @classmethod
-    def open(cls, path: str) -> "OpenDevice":
-        """Hold it open. Raises DeviceAbsent, DeviceMismatch."""
-        major, minor = blockdev.device_number(path)
-        return cls(path, major, minor, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-
-    def close(self) -> None:
-        descriptor, self.descriptor = self.descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
 
 
 @dataclass
@@ -77,24 +58,25 @@ class BlockBackend:
         """The storage below grows, or not."""
 
     @contextmanager
-    def storage(self, volume_id: str) -> Iterator[str]:
-        yield self.devices[volume_id]
+    def storage(self, volume_id: str) -> Iterator[Handle]:
+        with handle_on(self.devices[volume_id]) as handle:
+            yield handle
 
-    def attach(self, volume_id: str, *, lasting: bool) -> OpenDevice:
+    def attach(self, volume_id: str, *, lasting: bool) -> Handle:
         if volume_id not in self.devices:
             raise DeviceAbsent(f"volume {volume_id} has no device")
-        return OpenDevice.open(self.devices[volume_id])
+        return handle_on(self.devices[volume_id])
 
-    def refresh(self, device_path: str) -> None:
+    def refresh(self, device: Handle) -> None:
         """A mapped device shows its new size by itself."""
 
-    def device_of(self, volume_id: str) -> OpenDevice | None:
+    def device_of(self, volume_id: str) -> Handle | None:
         path = self.devices.get(volume_id)
-        return OpenDevice.open(path) if path and blockdev.is_block_device(path) else None
+        return handle_on(path) if path and blockdev.is_block_device(path) else None
 
-    def is_device_of(self, volume_id: str, major: int, minor: int) -> bool:
+    def is_device_of(self, volume_id: str, number: tuple[int, int]) -> bool:
         path = self.devices.get(volume_id)
-        return bool(path) and blockdev.device_number(str(path)) == (major, minor)
+        return bool(path) and blockdev.device_number(str(path)) == number
 
     def guard(self, volume_id: str) -> None:
         """The kernel lets a block device be opened exclusively once."""

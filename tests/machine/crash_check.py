@@ -198,7 +198,7 @@ def leftovers(node: Node, volumes: set[str]) -> list[str]:
     state = node.state_dir
     found = [f"the mapping {name}" for name in DeviceMapper().names() if name.startswith("luks-")]
     found += [f"the loop device {loop}" for loop in LoopDevices().all() if _is_below(loop.backing_path, state)]
-    found += [f"the mount {mount}" for mount in Mounts().table() if _is_below(mount.mount_point, "/mnt/crash")]
+    found += [f"the mount {mount}" for mount in Mounts().table().all() if _is_below(mount.mount_point, "/mnt/crash")]
     known = {"loopfile/volumes": volumes, "loopfile/new": set(), "loopfile/trash": set(), "locks": volumes}
     for name, allowed in {**known, "stages": set[str]()}.items():
         found += [f"the file {name}/{entry}" for entry in set(os.listdir(state / name)) - allowed]

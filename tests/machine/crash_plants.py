@@ -7,6 +7,7 @@ from typing import cast
 
 from csi_driver.host import blockdev
 from csi_driver.host.files import Files
+from csi_driver.host.handle import Handle
 from csi_driver.host.workers import P, R, Workers
 from csi_driver.luks import device as luks
 from csi_driver.luks.formats import LuksFormat
@@ -57,9 +58,9 @@ class _CarelessWorkers(Workers):
 
 
 def _format(
-    where: str, path: str, _: int, chosen: LuksFormat, identity: LuksIdentity, __: Limits, passphrase: Passphrase
+    where: str, device: Handle, _: int, chosen: LuksFormat, identity: LuksIdentity, __: Limits, passphrase: Passphrase
 ) -> str:
-    with crypt_device(where, path) as device:
-        device.format(chosen, identity.uuid, passphrase)
-    blockdev.fsync_device(path)
-    return luks.read_header(where, path)[1].key_digest
+    with crypt_device(where, device.path) as context:
+        context.format(chosen, identity.uuid, passphrase)
+    blockdev.fsync_device(device)
+    return luks.read_header(where, device)[1].key_digest

@@ -31,6 +31,7 @@ from csi_driver.model.errors import DriverError
 from csi_driver.model.settings import LogFormat
 from csi_driver.rpc.client import RemoteError
 from csi_driver.volumes.driver import Host
+from tests.handles import bind_path, mount_path
 from tests.machine.crash_check import Report, check
 from tests.machine.crash_log import Fact, Kind
 from tests.machine.crash_node import Node
@@ -259,7 +260,7 @@ def _mapped(table: str) -> Iterator[str]:
     kind, _, parameters = table.partition(" ")
     device = mapper.create(_MAPPING, "", [Target(0, DEVICE_BYTES // _SECTOR, kind, parameters)])
     try:
-        yield device.path
+        yield device.name
     finally:
         mapper.remove(_MAPPING)
 
@@ -268,7 +269,7 @@ def _mapped(table: str) -> Iterator[str]:
 def _mounted(device: str) -> Iterator[Path]:
     mounts = Mounts()
     _MOUNTED.mkdir(exist_ok=True)
-    mounts.mount(device, str(_MOUNTED), "ext4", 0, "noinit_itable")
+    mount_path(mounts, device, str(_MOUNTED), "ext4", 0, "noinit_itable")
     try:
         yield _MOUNTED
     finally:
@@ -281,7 +282,7 @@ def _another_boot(number: int) -> Iterator[None]:
     mounts = Mounts()
     other = Path("/run/boot_id")
     other.write_text(f"00000000-0000-4000-8000-{number:012}\n")
-    mounts.bind(str(other), _BOOT_ID, read_only=False)
+    bind_path(mounts, str(other), _BOOT_ID)
     try:
         yield
     finally:

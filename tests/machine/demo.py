@@ -280,7 +280,9 @@ class Demo:
     def _check_closed(self, volume: RemoteVolume, statement: str) -> None:
         mapping = DeviceMapper().get(f"luks-{volume.id}")
         loops = LoopDevices().find(str(self._disk(volume)))
-        mounts = [mount.mount_point for mount in Mounts().table() if mount.mount_point.startswith(f"{self._folder}/")]
+        mounts = [
+            mount.mount_point for mount in Mounts().table().all() if mount.mount_point.startswith(f"{self._folder}/")
+        ]
         keys = settled(lambda: [line for line in self._left() if line.startswith("keys:")])
         found = [*([mapping.path] if mapping else []), *(loop.path for loop in loops), *mounts, *keys]
         self._say.check(statement, found, [])

@@ -2,8 +2,7 @@
 
 The seams of `csi_driver.volumes.driver.Host` are replaced by subclasses that do what their parents do and, around each
 step, ask an `Injector`. Unarmed it only tells of the step: that is how the list of points is made. Armed with a `Fault`
-it lets the step fail, or kills the server with SIGKILL before, during or after it, or kills the worker or command that
-does it.
+it lets the step fail, or kills the server with SIGKILL before, during or after it, or kills the worker that does it.
 """
 
 import contextlib
@@ -13,16 +12,16 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from csi_driver.host import launcher
-from csi_driver.host.commands import Commands, Completed, ProgramFailed
 from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.files import Files
+from csi_driver.host.handle import Handle
 from csi_driver.host.loop import AttachedLoop, LoopDevices
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.workers import LauncherProcess, Workers
@@ -45,7 +44,7 @@ class Kind(StrEnum):
     DURING = "kill during, the child works on"
     AFTER = "kill after"
     ABANDON = "kill after, then give up"
-    WORKER = "kill the worker or command"
+    WORKER = "kill the worker, and the program that it runs"
     ZOMBIE = "kill after, then the mapping loses its device"
     FOREIGN = "the device holds somebody else's data"
 
@@ -80,7 +79,7 @@ class Point:
         kinds = [Kind.BEFORE, Kind.AFTER]
         if (self.call, self.seam) != ("unstage", "loop unguard"):  # which may fail: attach and delete do it again
             kinds.append(Kind.FAIL)
-        if self.seam.startswith(("worker", "command")):
+        if self.seam.startswith("worker"):
             kinds += [Kind.DURING, Kind.WORKER]
         if self.call in ("create", "stage", "publish"):
             kinds.append(Kind.ABANDON)
@@ -203,7 +202,6 @@ def faulty_host(injector: Injector) -> Host:
     """The operating system with an injector around every step."""
     return Host(
         files=FaultyFiles(injector),
-        commands=FaultyCommands(injector),
         workers=FaultyWorkers(injector),
         loops=FaultyLoops(injector),
         mapper=FaultyMapper(injector),
@@ -244,28 +242,6 @@ class FaultyFiles(Files):
 
     def _step(self, name: str, path: Path, run: Callable[[], None], number: int) -> None:
         self._injector.step(f"file {name}", str(path), run, lambda: OSError(number, os.strerror(number), str(path)))
-
-
-_WRAPPERS: Mapping[Kind, Callable[[float], Sequence[str]]] = {
-    Kind.WORKER: lambda delay: ("timeout", "-s", "KILL", f"{delay:.3f}", "sh", "-c", '"$@"; exec sleep 600', "sh"),
-    Kind.DURING: lambda delay: ("sh", "-c", f'sleep {delay:.3f}; exec "$@"', "sh"),
-}
-"""What goes before a command so that it is killed amid its work, at the latest before it ends, or begins late."""
-
-
-class FaultyCommands(Commands):
-    def __init__(self, injector: Injector) -> None:
-        self._injector = injector
-
-    def run(self, argv: Sequence[str], *, timeout: float, ok_codes: Sequence[int] = (0,)) -> Completed:
-        run = super().run
-        return self._injector.step(
-            f"command {argv[0]}",
-            " ".join(argv),
-            lambda: run(argv, timeout=timeout, ok_codes=ok_codes),
-            lambda: ProgramFailed(argv, 1, "Input/output error"),
-            lambda kind, delay: run([*_WRAPPERS[kind](delay), *argv], timeout=timeout, ok_codes=ok_codes),
-        )
 
 
 class FaultyWorkers(Workers):
@@ -318,12 +294,12 @@ class FaultyLoops(LoopDevices):
             lambda: FailedPrecondition(f"{path} cannot be opened to writers"),
         )
 
-    def set_capacity(self, device_path: str) -> None:
+    def set_capacity(self, device: Handle) -> None:
         self._injector.step(
             "loop set_capacity",
-            device_path,
-            lambda: super(FaultyLoops, self).set_capacity(device_path),
-            lambda: CommandFailed(f"could not resize {device_path}"),
+            device.name,
+            lambda: super(FaultyLoops, self).set_capacity(device),
+            lambda: CommandFailed(f"could not resize {device}"),
         )
 
     def detach(self, device_path: str) -> None:
@@ -356,7 +332,7 @@ class FaultyMounts(Mounts):
     def __reduce__(self) -> tuple[type[Mounts], tuple[()]]:
         return Mounts, ()  # in a worker it is the plain one: there the step is the worker's call
 
-    def bind(self, source: str, target: str, *, read_only: bool) -> None:
+    def bind(self, source: Handle, target: str, *, read_only: bool) -> None:
         self._injector.step(
             "mount bind",
             target,

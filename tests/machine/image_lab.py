@@ -20,6 +20,7 @@ from csi_driver.images.base import MIB, Progress
 from csi_driver.images.checkpoint import Operation
 from csi_driver.images.requests import Clone
 from csi_driver.keys.secret import SecretKey
+from tests.handles import mount_path
 
 PROGRAM: Final = (str(Path(sys.executable).with_name("luks-csi")), "image")
 COMMAND_SECONDS: Final = 600.0
@@ -155,7 +156,7 @@ def opened(path: Path, passphrase: bytes) -> Iterator[Path]:
 def mounted(device: str, path: Path, fs_type: str, flags: int = 0) -> Iterator[Path]:
     """A file system mounted at `path`, a folder that is made."""
     path.mkdir(exist_ok=True)
-    Mounts().mount(device, str(path), fs_type, flags, "")
+    mount_path(Mounts(), device, str(path), fs_type, flags)
     try:
         yield path
     finally:

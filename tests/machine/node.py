@@ -28,6 +28,7 @@ from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.expand import ExpandRequest, Expansion
 from csi_driver.volumes.filesystem import FileSystems
 from csi_driver.volumes.from_image import BackingImages
+from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.provision import CreateRequest, Provisioning, VolumeView
 from csi_driver.volumes.publish import Publishing, PublishRequest
 from csi_driver.volumes.stage import StageRequest, Staging
@@ -86,7 +87,7 @@ class Node:
     workers: Workers
     limits: Limits = LIMITS
     backend: Backend | None = None
-    commands: Commands = field(default_factory=Commands)
+    make_commands: Callable[[Workers], Commands] = Commands
     loops: LoopDevices = field(default_factory=LoopDevices)
     make_mappings: Callable[[DeviceMapper, Holders], Mappings] = Mappings
     make_encryption: Callable[[Workers, Mappings, Limits], Encryption] = Encryption
@@ -106,14 +107,16 @@ class Node:
         self.stages = Stages(self.state / "stages", Files())
         self.mappings = self.make_mappings(self.mapper, holders)
         self.encryption = self.make_encryption(self.workers, self.mappings, self.limits)
-        file_systems = FileSystems(self.workers, self.commands, self.mounts, self.limits)
+        file_systems = FileSystems(self.workers, self.make_commands(self.workers), self.mounts, self.limits)
         images = BackingImages(ImageStore(self.state / "images", Files()), self.workers, self.encryption, self.limits)
-        self.provisioning = Provisioning(settings, self.store, images)
+        presences = Presences(self.store, self.stages, self.mappings, self.mounts)
         self.staging = Staging(
-            self.store, self.stages, self.workers, self.encryption, file_systems, self.mappings, self.mounts, holders
+            self.store, self.stages, presences, self.workers, self.encryption, file_systems, self.mappings, holders
         )
-        self.publishing = Publishing(self.store, self.stages, self.mounts)
-        self.expansion = Expansion(self.store, self.stages, self.workers, self.encryption, file_systems, self.mounts)
+        self.provisioning = Provisioning(settings, self.store, images, self.staging.release)
+        self.publishing = Publishing(self.store, presences, self.mounts)
+        self.expansion = Expansion(self.store, presences, self.workers, self.encryption, file_systems)
+        self.presences = presences
         self.workers.start()
 
     def create(

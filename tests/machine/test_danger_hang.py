@@ -11,14 +11,14 @@ import subprocess
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import pytest
 
-from csi_driver.host.commands import Commands, Completed
+from csi_driver.host.commands import Commands
 from csi_driver.host.workers import Workers
 from csi_driver.model.errors import (
     Aborted,
@@ -64,19 +64,6 @@ class HangingWorkers(Workers):
         return super().call(what, timeout, function, *args, **kwargs)
 
 
-class HangingCommands(Commands):
-    """The same for a program."""
-
-    def __init__(self, disk: FaultyDevice, program: str) -> None:
-        self._disk, self.program = disk, program
-
-    def run(self, argv: Sequence[str], *, timeout: float, ok_codes: Sequence[int] = (0,)) -> Completed:
-        if argv[0] == self.program:
-            self.program = ""
-            self._disk.suspend()
-        return super().run(argv, timeout=timeout, ok_codes=ok_codes)
-
-
 def succeeds_again(call: Callable[[], None]) -> None:
     """What kubelet's repetitions come to once the device answers."""
 
@@ -96,7 +83,7 @@ def test_lh11510_a_device_that_hangs_ends_in_an_error(folder: Path, disk: Faulty
     workers = HangingWorkers(disk, step)
     try:
         backend = BlockBackend({VOLUME: disk.path})
-        node = Node(folder, workers, TIGHT, backend, HangingCommands(disk, step))
+        node = Node(folder, workers, TIGHT, backend)
         node.create()
         started = time.monotonic()
         with pytest.raises(DeadlineExceeded, match=rf"(volume {VOLUME}|luks-{VOLUME}).*did not end within") as ended:
@@ -273,6 +260,6 @@ def test_trident982_a_program_that_fails_is_quoted(folder: Path, workers: Worker
     assert node.closed()
 
 
-def test_lh7033_a_program_that_is_not_installed_is_named(used: Node) -> None:
+def test_lh7033_a_program_that_is_not_installed_is_named(workers: Workers) -> None:
     with pytest.raises(FailedPrecondition, match=r"program mkfs\.none is not installed on this node; install"):
-        used.commands.run(["mkfs.none"], timeout=1)
+        Commands(workers).run(["mkfs.none"], timeout=1)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.host.devicemapper import Device, Target
-from csi_driver.luks.mapping import dm_uuid
+from csi_driver.luks.device import dm_uuid
 from csi_driver.model.errors import DeviceInUse, MappingMismatch
 from csi_driver.model.volume import mapping_name
 from tests.machine.node import DATA_OFFSET, MIB, PASSPHRASE, SIZE, VOLUME, Node
@@ -34,7 +34,7 @@ def is_the_volumes_own(node: Node) -> None:
     """The volume is staged through a mapping of its own device, with its data."""
     mapping = node.open_mapping()
     assert mapping.uuid == uuid_of(node)
-    assert node.encryption.fits(node.store, node.record())
+    assert node.presences.of(VOLUME, node.record()).is_complete
     assert node.read() == "precious"
     node.write("still writable")
     assert node.read() == "still writable"
@@ -153,7 +153,7 @@ def test_lh9385_the_mapping_of_a_deleted_volume_of_the_same_name_is_closed(used:
     used.delete()
     used.create()
     used.stage()
-    assert used.encryption.fits(used.store, used.record())
+    assert used.presences.of(VOLUME, used.record()).is_complete
     assert not (used.staging_path() / "file").exists()
     used.unstage()
 

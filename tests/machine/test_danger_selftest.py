@@ -11,8 +11,9 @@ from typing import ParamSpec, TypeVar, cast
 import msgspec
 import pytest
 
-from csi_driver.backends.base import AttachedDevice, Backend
+from csi_driver.backends.base import Backend
 from csi_driver.host.devicemapper import Target
+from csi_driver.host.handle import Handle
 from csi_driver.host.workers import Workers
 from csi_driver.keys.secret import SecretKey
 from csi_driver.luks import device as luks
@@ -33,12 +34,12 @@ R = TypeVar("R")
 
 
 def careless_format(
-    where: str, path: str, _size: int, chosen: LuksFormat, identity: LuksIdentity, _: HeaderLimits, key: Passphrase
+    where: str, device: Handle, _size: int, chosen: LuksFormat, identity: LuksIdentity, _: HeaderLimits, key: Passphrase
 ) -> str:
     """luksFormat without a look at what is there."""
-    with crypt_device(where, path) as device:
-        device.format(chosen, identity.uuid, key)
-    return luks.read_header(where, path)[1].key_digest
+    with crypt_device(where, device.path) as context:
+        context.format(chosen, identity.uuid, key)
+    return luks.read_header(where, device)[1].key_digest
 
 
 class SkipsTheBlankCheck(Workers):
@@ -58,8 +59,8 @@ class FormatsWhatLooksBlank(Encryption):
     """LH#10416: a device that reads as zeros is formatted, whatever is recorded."""
 
     def open(
-        self, backend: Backend, record: VolumeRecord, device: AttachedDevice, key: SecretKey, undo: ExitStack
-    ) -> VolumeRecord:
+        self, backend: Backend, record: VolumeRecord, device: Handle, key: SecretKey, undo: ExitStack
+    ) -> tuple[VolumeRecord, Handle]:
         try:
             return super().open(backend, record, device, key, undo)
         except DeviceBlank:
@@ -71,11 +72,13 @@ class ReusesAnyMapping(Encryption):
     """LH#9385, csi-cloudscale PR153: there is a mapping of that name, so it will be the right one."""
 
     def open(
-        self, backend: Backend, record: VolumeRecord, device: AttachedDevice, key: SecretKey, undo: ExitStack
-    ) -> VolumeRecord:
+        self, backend: Backend, record: VolumeRecord, device: Handle, key: SecretKey, undo: ExitStack
+    ) -> tuple[VolumeRecord, Handle]:
         if self._mappings.get(record.mapping_name) is not None:
             undo.callback(self._mappings.close, record.mapping_name)
-            return record
+            mapping = self._mappings.open(record.mapping_name)
+            undo.callback(mapping.close)
+            return record, mapping
         return super().open(backend, record, device, key, undo)
 
 

@@ -1,6 +1,7 @@
 """`luks-csi doctor` and `luks-csi volume show` on a machine that has what it takes."""
 
 import json
+import subprocess
 from pathlib import Path
 
 from click.testing import CliRunner
@@ -9,6 +10,7 @@ from csi_driver.cli.doctor import doctor
 from csi_driver.cli.record import read_record, record_rows
 from csi_driver.host.mounts import Mounts
 from csi_driver.model.volume import volume_id_for
+from tests.handles import mount_tmpfs
 from tests.machine.node import Node
 
 
@@ -33,12 +35,12 @@ def test_private_mounts_are_fatal(node: Node, folder: Path) -> None:
     kubelet = folder / "kubelet"
     kubelet.mkdir()
     mounts = Mounts()
-    mounts.mount("none", str(kubelet), "tmpfs", 0, "")
+    mount_tmpfs(kubelet)
     try:
         assert "shared" in mounts.propagation(str(kubelet))
         done = CliRunner().invoke(doctor, ["--state-dir", str(node.state), "--kubelet-dir", str(kubelet)])
         assert done.exit_code == 0
-        mounts.mount("none", str(kubelet), "", _MS_PRIVATE, "")
+        subprocess.run(["mount", "--make-private", kubelet], check=True)
         done = CliRunner().invoke(doctor, ["--state-dir", str(node.state), "--kubelet-dir", str(kubelet)])
         assert done.exit_code == 1
         assert "FAIL  mount propagation" in done.stdout

@@ -9,15 +9,20 @@ import msgspec
 import pytest
 
 from csi_driver.backends.base import Backend
+from csi_driver.host.commands import Commands
+from csi_driver.host.devicemapper import Device
+from csi_driver.host.handle import Handle
 from csi_driver.host.loop import AttachedLoop
 from csi_driver.images.store import ImageStore
 from csi_driver.luks.blank import prove_blank
+from csi_driver.luks.mapping import Fit
 from csi_driver.model.settings import Settings
 from csi_driver.model.volume import VolumeRecord
 from csi_driver.volumes.driver import Driver, build_driver
 from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.filesystem import FileSystems
 from csi_driver.volumes.from_image import BackingImages
+from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.provision import Provisioning
 from csi_driver.volumes.stage import Staging
 from csi_driver.volumes.stages import Stages
@@ -114,21 +119,21 @@ class _CarelessWorkers(FaultyWorkers):
         return super().call(what, timeout, function, *args, **kwargs)
 
 
-class _CarelessEncryption(Encryption):
+class _CarelessPresences(Presences):
     """Takes any open mapping of the volume's name for the volume's."""
 
-    def fits(self, backend: Backend, record: VolumeRecord) -> bool:
-        return self._mappings.get(record.mapping_name) is not None
+    def fit(self, volume_id: str, mapping: Device, uuid: str) -> Fit:
+        return Fit.FITS
 
 
 class _SameIdentity(Encryption):
     """Takes a clone as it is, with its image's LUKS UUID."""
 
-    def take_identity(self, backend: Backend, record: VolumeRecord, path: str) -> VolumeRecord:
+    def take_identity(self, backend: Backend, record: VolumeRecord, clone: Handle) -> VolumeRecord:
         assert record.luks is not None
         assert record.cloned_uuid is not None
         luks = msgspec.structs.replace(record.luks, uuid=record.cloned_uuid)
-        return super().take_identity(backend, msgspec.structs.replace(record, luks=luks), path)
+        return super().take_identity(backend, msgspec.structs.replace(record, luks=luks), clone)
 
 
 def losing(settings: Settings, injector: Injector) -> Driver:
@@ -146,18 +151,18 @@ def unproven(settings: Settings, injector: Injector) -> Driver:
 def reusing(settings: Settings, injector: Injector) -> Driver:
     host = faulty_host(injector)
     driver = build_driver(settings, host)
-    encryption = _CarelessEncryption(host.workers, driver.mappings, settings.limits)
+    stages = Stages(settings.state_dir / "stages", host.files)
     staging = Staging(
         driver.backend,
-        Stages(settings.state_dir / "stages", host.files),
+        stages,
+        _CarelessPresences(driver.backend, stages, driver.mappings, host.mounts),
         host.workers,
-        encryption,
-        FileSystems(host.workers, host.commands, host.mounts, settings.limits),
+        driver.encryption,
+        FileSystems(host.workers, Commands(host.workers), host.mounts, settings.limits),
         driver.mappings,
-        host.mounts,
         host.holders,
     )
-    return replace(driver, encryption=encryption, staging=staging)
+    return replace(driver, staging=staging)
 
 
 def same(settings: Settings, injector: Injector) -> Driver:
@@ -167,7 +172,7 @@ def same(settings: Settings, injector: Injector) -> Driver:
     images = BackingImages(
         ImageStore(settings.state_dir / "images", host.files), host.workers, encryption, settings.limits
     )
-    return replace(driver, provisioning=Provisioning(settings, driver.backend, images))
+    return replace(driver, provisioning=Provisioning(settings, driver.backend, images, driver.staging.release))
 
 
 _PLANTED = [

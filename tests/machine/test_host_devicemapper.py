@@ -211,9 +211,9 @@ def test_a_loop_device_stays_under_a_mapping_and_goes_with_it(mapper: DeviceMapp
     loops = LoopDevices()
     with loops.attach(str(image), autoclear=True) as loop:
         mapper.create(NAME, UUID, [linear(loop, 8)])
-    assert [info.path for info in loops.find(str(image))] == [loop.path]
+    assert [info.path for info in loops.find(str(image))] == [loop.name]
     with loops.attach(str(image), autoclear=True) as again:
-        assert again.path == loop.path
+        assert again.name == loop.name
     mapper.remove(NAME)
     assert loops.find(str(image)) == []
 

@@ -46,14 +46,14 @@ def test_a_bound_file_is_found_by_identity_and_gone_with_the_last_handle(loops: 
         assert (info.backing_device, info.backing_inode) == (status.st_dev, status.st_ino)
         assert (info.backing_path, info.size_bytes) == (str(image), 8 * MIB)
         assert (info.autoclear, info.read_only) == (True, False)
-        assert (loop.major, loop.minor) == blockdev.device_number(loop.path)
-        assert blockdev.logical_block_size(loop.path) == 512
+        assert (loop.major, loop.minor) == blockdev.device_number(loop.name)
+        assert blockdev.logical_block_size(loop.name) == 512
         link = image.with_name("link")
         os.link(image, link)
         assert loops.find(str(link)) == [info]
-        assert loops.info(loop.path) == info
+        assert loops.info(loop.name) == info
     assert loops.find(str(image)) == []
-    assert loops.info(loop.path) is None
+    assert loops.info(loop.name) is None
     loop.close()
     assert not locked(image)
 
@@ -61,17 +61,17 @@ def test_a_bound_file_is_found_by_identity_and_gone_with_the_last_handle(loops: 
 def test_what_is_written_reaches_the_file(loops: LoopDevices, image: Path) -> None:
     with loops.attach(str(image), autoclear=True) as loop:
         os.pwrite(loop.fd, b"pattern" * 100, 4096)
-        blockdev.fsync_device(loop.path)
+        blockdev.fsync_device(loop)
         assert image.read_bytes()[4096 : 4096 + 700] == b"pattern" * 100
 
 
 def test_the_device_holds_the_lock_for_as_long_as_something_uses_it(loops: LoopDevices, image: Path) -> None:
     loop = loops.attach(str(image), autoclear=True)
     assert locked(image)
-    user = os.open(loop.path, os.O_RDONLY)
+    user = os.open(loop.name, os.O_RDONLY)
     loop.close()
     assert locked(image)
-    assert [info.path for info in loops.find(str(image))] == [loop.path]
+    assert [info.path for info in loops.find(str(image))] == [loop.name]
     os.close(user)
     assert not locked(image)
 
@@ -82,7 +82,7 @@ def test_a_second_attach_gives_the_same_device(loops: LoopDevices, image: Path) 
             assert second.info == first.info
             assert second.fd != first.fd
             os.pwrite(second.fd, b"x", 0)
-        assert loops.info(first.path) == first.info
+        assert loops.info(first.name) == first.info
 
 
 @pytest.mark.parametrize(("autoclear", "read_only"), [(True, True), (False, False)])
@@ -90,7 +90,7 @@ def test_other_flags_on_a_bound_file_are_refused(
     loops: LoopDevices, image: Path, *, autoclear: bool, read_only: bool
 ) -> None:
     with loops.attach(str(image), autoclear=True) as loop:
-        with pytest.raises(DeviceInUse, match=f"is bound to {loop.path} and was wanted"):
+        with pytest.raises(DeviceInUse, match=f"is bound to {loop.name} and was wanted"):
             loops.attach(str(image), autoclear=autoclear, read_only=read_only)
         assert loops.find(str(image)) == [loop.info]
 
@@ -98,7 +98,7 @@ def test_other_flags_on_a_bound_file_are_refused(
 def test_a_read_only_device_cannot_be_written(loops: LoopDevices, image: Path) -> None:
     with loops.attach(str(image), autoclear=True, read_only=True) as loop:
         assert loop.info.read_only
-        with open(loop.path, "r+b", buffering=0) as device, pytest.raises(PermissionError):
+        with open(loop.name, "r+b", buffering=0) as device, pytest.raises(PermissionError):
             device.write(bytes(512))
 
 
@@ -131,28 +131,28 @@ def test_a_file_that_a_process_locked_is_refused_by_its_number(loops: LoopDevice
 def test_without_autoclear_it_stays_until_it_is_detached(loops: LoopDevices, image: Path) -> None:
     loop = loops.attach(str(image), autoclear=False)
     loop.close()
-    assert loops.info(loop.path) == loop.info
+    assert loops.info(loop.name) == loop.info
     assert locked(image)
-    loops.detach(loop.path)
-    assert loops.info(loop.path) is None
+    loops.detach(loop.name)
+    assert loops.info(loop.name) is None
     assert not locked(image)
-    loops.detach(loop.path)
+    loops.detach(loop.name)
 
 
 def test_detach_of_a_device_in_use_says_so_and_the_last_close_frees_it(loops: LoopDevices, image: Path) -> None:
     loop = loops.attach(str(image), autoclear=False)
-    with loop, pytest.raises(DeviceInUse, match=f"{loop.path} of {image} is still open"):
-        loops.detach(loop.path)
+    with loop, pytest.raises(DeviceInUse, match=f"{loop.name} of {image} is still open"):
+        loops.detach(loop.name)
     assert loops.find(str(image)) == []
 
 
 def test_it_grows_with_the_file(loops: LoopDevices, image: Path) -> None:
     with loops.attach(str(image), autoclear=True) as loop:
         os.truncate(image, 12 * MIB + 512)
-        assert blockdev.size_bytes(loop.path) == 8 * MIB
-        loops.set_capacity(loop.path)
+        assert blockdev.size_bytes(loop.name) == 8 * MIB
+        loops.set_capacity(loop)
         assert blockdev.size_bytes(loop.fd) == 12 * MIB + 512
-        info = loops.info(loop.path)
+        info = loops.info(loop.name)
         assert info is not None
         assert info.size_bytes == 12 * MIB + 512
 
@@ -160,16 +160,15 @@ def test_it_grows_with_the_file(loops: LoopDevices, image: Path) -> None:
 def test_an_unbound_device_is_absent(loops: LoopDevices, image: Path) -> None:
     loop = loops.attach(str(image), autoclear=True)
     loop.close()
-    for call in (loops.open, loops.set_capacity):
-        with pytest.raises(DeviceAbsent, match="is not bound to a file"):
-            call(loop.path)
+    with pytest.raises(DeviceAbsent, match="is not bound to a file"):
+        loops.open(loop.name)
 
 
 def test_a_missing_node_is_made(loops: LoopDevices, image: Path) -> None:
     with loops.attach(str(image), autoclear=True) as loop:
-        os.unlink(loop.path)
-        assert loops.info(loop.path) == loop.info
-        assert blockdev.device_number(loop.path) == (loop.major, loop.minor)
+        os.unlink(loop.name)
+        assert loops.info(loop.name) == loop.info
+        assert blockdev.device_number(loop.name) == (loop.major, loop.minor)
 
 
 def test_many_at_once_get_one_device_for_one_file(loops: LoopDevices, image: Path, tmp_path: Path) -> None:
@@ -195,7 +194,7 @@ def test_many_at_once_get_one_device_for_one_file(loops: LoopDevices, image: Pat
     try:
         assert errors == []
         assert len(handles) == 16
-        assert len({handle.path for handle in handles}) == 9
+        assert len({handle.name for handle in handles}) == 9
         assert len(loops.find(str(image))) == 1
     finally:
         for handle in handles:
@@ -210,13 +209,13 @@ def test_a_guarded_file_is_open_to_its_loop_device_alone(loops: LoopDevices, ima
             assert "Operation not permitted" in done.stderr
         assert loops.find(str(image)) == [loop.info]
         os.pwrite(loop.fd, b"pattern" * 100, 4096)
-        blockdev.fsync_device(loop.path)
+        blockdev.fsync_device(loop)
         assert image.read_bytes()[4096 : 4096 + 700] == b"pattern" * 100
         loops.unguard(str(image))
         os.truncate(image, 12 * MIB)
         loops.guard(str(image))
-        loops.set_capacity(loop.path)
-        assert blockdev.size_bytes(loop.path) == 12 * MIB
+        loops.set_capacity(loop)
+        assert blockdev.size_bytes(loop.name) == 12 * MIB
 
 
 def test_a_guard_that_a_power_cut_left_is_in_nobodys_way(loops: LoopDevices, image: Path) -> None:
@@ -248,7 +247,7 @@ def test_where_the_file_system_knows_no_guard_a_loop_device_works_without(loops:
 def test_a_killed_process_leaves_no_device_and_no_lock(loops: LoopDevices, image: Path) -> None:
     code = (
         "import sys; from csi_driver.host.loop import LoopDevices\n"
-        "loop = LoopDevices().attach(sys.argv[1], autoclear=True); print(loop.path, flush=True); sys.stdin.read()"
+        "loop = LoopDevices().attach(sys.argv[1], autoclear=True); print(loop.name, flush=True); sys.stdin.read()"
     )
     argv = [sys.executable, "-c", code, str(image)]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:

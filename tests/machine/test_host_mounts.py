@@ -15,6 +15,7 @@ from csi_driver.host.loop import AttachedLoop, LoopDevices
 from csi_driver.host.mountoptions import parse_options
 from csi_driver.host.mounts import Mounts
 from csi_driver.model.errors import CommandFailed, DeviceAbsent, DeviceInUse, FailedPrecondition, NotFound
+from tests.handles import bind_path, mount_path, mount_tmpfs
 
 MIB = 1 << 20
 OPTIONS = {
@@ -32,9 +33,9 @@ MKFS = {
 @pytest.fixture
 def mounts() -> Iterator[Mounts]:
     found = Mounts()
-    before = found.table()
+    before = found.table().all()
     yield found
-    assert found.table() == before, "a mount is left over"
+    assert found.table().all() == before, "a mount is left over"
 
 
 @pytest.fixture
@@ -57,8 +58,8 @@ def point(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def mounted(device: AttachedLoop, point: Path, mounts: Mounts) -> Iterator[Path]:
-    subprocess.run([*MKFS["ext4"], device.path], check=True)
-    mounts.mount(device.path, str(point), "ext4", 0, "")
+    subprocess.run([*MKFS["ext4"], device.name], check=True)
+    mounts.mount(device, str(point), "ext4", 0, "")
     yield point
     mounts.unmount(str(point))
 
@@ -77,17 +78,17 @@ def unmount_when_idle(mounts: Mounts, path: Path) -> None:
 def test_a_file_system_is_mounted_with_all_its_options(
     device: AttachedLoop, point: Path, mounts: Mounts, fs_type: str
 ) -> None:
-    subprocess.run([*MKFS[fs_type], device.path], check=True)
+    subprocess.run([*MKFS[fs_type], device.name], check=True)
     options = parse_options(OPTIONS[fs_type], fs_type)
     assert mounts.at(str(point)) is None
-    mounts.mount(device.path, str(point), fs_type, options.flags, options.data)
+    mounts.mount(device, str(point), fs_type, options.flags, options.data)
     try:
         found = mounts.at(str(point))
         assert found is not None
-        assert (found.source, found.fs_type, found.mount_point) == (device.path, fs_type, str(point))
+        assert (found.source, found.fs_type, found.mount_point) == (device.name, fs_type, str(point))
         assert OPTIONS[fs_type][0] in found.options
         assert "rw" in found.options
-        assert mounts.of_device(device.major, device.minor) == [found]
+        assert mounts.table().of_device(device.number) == [found]
         (point / "file").write_text("content")
     finally:
         mounts.unmount(str(point))
@@ -96,40 +97,38 @@ def test_a_file_system_is_mounted_with_all_its_options(
 
 
 def test_a_blank_device_is_refused_with_what_to_do(device: AttachedLoop, point: Path, mounts: Mounts) -> None:
-    with pytest.raises(FailedPrecondition, match=rf"{device.path} .*EINVAL.*no ext4 .*e2fsck -f {device.path}"):
-        mounts.mount(device.path, str(point), "ext4", 0, "")
+    with pytest.raises(FailedPrecondition, match=rf"{device.name} .*EINVAL.*no ext4 .*e2fsck -f {device.name}"):
+        mounts.mount(device, str(point), "ext4", 0, "")
 
 
 def test_a_damaged_file_system_is_refused_with_what_to_do(device: AttachedLoop, point: Path, mounts: Mounts) -> None:
-    subprocess.run([*MKFS["xfs"], device.path], check=True)
+    subprocess.run([*MKFS["xfs"], device.name], check=True)
     # The checksum of the super block is at 224 (XFS on-disk format).
     os.pwrite(device.fd, b"\xff\xff\xff\xff", 224)
     os.fsync(device.fd)
-    with pytest.raises(FailedPrecondition, match=rf"xfs file system is damaged.*'xfs_repair {device.path}'"):
-        mounts.mount(device.path, str(point), "xfs", 0, "")
+    with pytest.raises(FailedPrecondition, match=rf"xfs file system is damaged.*'xfs_repair {device.name}'"):
+        mounts.mount(device, str(point), "xfs", 0, "")
 
 
 def test_what_is_missing_is_named(device: AttachedLoop, point: Path, mounts: Mounts) -> None:
-    with pytest.raises(DeviceAbsent, match="/dev/absent is missing"):
-        mounts.mount("/dev/absent", str(point), "ext4", 0, "")
     with pytest.raises(NotFound, match="/nowhere is missing"):
-        mounts.mount(device.path, f"{point}/nowhere", "ext4", 0, "")
+        mounts.mount(device, f"{point}/nowhere", "ext4", 0, "")
     with pytest.raises(FailedPrecondition, match="does not know nofs: load its module"):
-        mounts.mount(device.path, str(point), "nofs", 0, "")
+        mounts.mount(device, str(point), "nofs", 0, "")
     with pytest.raises(DeviceAbsent, match="there is no block device"):
-        mounts.mount(str(point), str(point), "ext4", 0, "")
+        mount_path(mounts, str(point), str(point), "ext4")
 
 
 def test_options_that_the_kernel_refuses_are_told(mounted: Path, device: AttachedLoop, mounts: Mounts) -> None:
     with pytest.raises(FailedPrecondition, match="refused the options 'nonsense=1'"):
-        mounts.mount(device.path, str(mounted), "xfs", 0, "nonsense=1")
+        mounts.mount(device, str(mounted), "xfs", 0, "nonsense=1")
 
 
 def test_a_bind_mount_shows_the_same_file_system(mounted: Path, tmp_path: Path, mounts: Mounts) -> None:
     target = tmp_path / "target"
     target.mkdir()
     (mounted / "file").write_text("content")
-    mounts.bind(str(mounted), str(target), read_only=False)
+    bind_path(mounts, str(mounted), str(target), read_only=False)
     try:
         assert (target / "file").read_text() == "content"
         (target / "file").write_text("more")
@@ -147,7 +146,7 @@ def test_a_read_only_bind_mount_leaves_the_source_writable(mounted: Path, tmp_pa
     target = tmp_path / "target"
     target.mkdir()
     (mounted / "file").write_text("content")
-    mounts.bind(str(mounted), str(target), read_only=True)
+    bind_path(mounts, str(mounted), str(target), read_only=True)
     try:
         with pytest.raises(OSError, match="Read-only file system"):
             (target / "file").write_text("more")
@@ -181,7 +180,7 @@ def test_a_read_only_bind_mount_is_never_writable(mounted: Path, tmp_path: Path,
         deadline = time.monotonic() + 20
         while writes.count("refused") < 50:
             assert time.monotonic() < deadline, "the writer never met the mount"
-            mounts.bind(str(mounted), str(target), read_only=True)
+            bind_path(mounts, str(mounted), str(target), read_only=True)
             unmount_when_idle(mounts, target)
     finally:
         done.set()
@@ -196,12 +195,12 @@ def test_a_block_device_is_bound_onto_a_file(
 ) -> None:
     target = tmp_path / "block"
     target.touch()
-    mounts.bind(device.path, str(target), read_only=read_only)
+    bind_path(mounts, device.name, str(target), read_only=read_only)
     try:
         assert os.stat(target).st_rdev == os.makedev(device.major, device.minor)
         found = mounts.at(str(target))
         assert found is not None
-        assert found.root == f"/{Path(device.path).name}"
+        assert found.root == f"/{Path(device.name).name}"
     finally:
         mounts.unmount(str(target))
     assert target.is_file()
@@ -211,15 +210,15 @@ def test_a_folder_is_not_bound_onto_a_file(mounted: Path, tmp_path: Path, mounts
     (tmp_path / "file").touch()
     for read_only in (False, True):
         with pytest.raises(NotFound, match="both as folders or both as files"):
-            mounts.bind(str(mounted), str(tmp_path / "file"), read_only=read_only)
+            bind_path(mounts, str(mounted), str(tmp_path / "file"), read_only=read_only)
 
 
 def test_of_stacked_mounts_the_upper_is_seen_and_ended_first(mounted: Path, mounts: Mounts) -> None:
     below = mounts.at(str(mounted))
-    mounts.mount("upper", str(mounted), "tmpfs", 0, "")
+    mount_tmpfs(mounted)
     upper = mounts.at(str(mounted))
     assert upper is not None
-    assert upper.source == "upper"
+    assert upper.fs_type == "tmpfs"
     mounts.unmount(str(mounted))
     assert mounts.at(str(mounted)) == below
 
@@ -255,8 +254,8 @@ def test_a_busy_mount_is_not_ended_and_its_user_is_found(mounted: Path, device: 
 def test_a_file_in_it_that_is_open_names_its_process(
     device: AttachedLoop, point: Path, mounts: Mounts, fs_type: str
 ) -> None:
-    subprocess.run([*MKFS[fs_type], device.path], check=True)
-    mounts.mount(device.path, str(point), fs_type, 0, "")
+    subprocess.run([*MKFS[fs_type], device.name], check=True)
+    mounts.mount(device, str(point), fs_type, 0, "")
     try:
         with (point / "file").open("wb") as file:
             holders = Holders().of_mount((device.major, device.minor))
@@ -285,20 +284,20 @@ def test_a_loop_device_on_a_file_in_it_is_named(mounted: Path, device: AttachedL
     (mounted / "inner.img").write_bytes(bytes(MIB))
     with LoopDevices().attach(str(mounted / "inner.img"), autoclear=True) as inner:
         text = describe(Holders().of_mount((device.major, device.minor)))
-        assert f"loop device {inner.path} is bound to {mounted}/inner.img" in text
+        assert f"loop device {inner.name} is bound to {mounted}/inner.img" in text
 
 
 @pytest.mark.parametrize("fs_type", MKFS)
 def test_another_mount_namespace_is_named(device: AttachedLoop, point: Path, mounts: Mounts, fs_type: str) -> None:
-    subprocess.run([*MKFS[fs_type], device.path], check=True)
-    mounts.mount(device.path, str(point), fs_type, 0, "")
+    subprocess.run([*MKFS[fs_type], device.name], check=True)
+    mounts.mount(device, str(point), fs_type, 0, "")
     argv = ["unshare", "--mount", "--propagation", "private", "sh", "-c", "echo; read line"]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         try:
             assert child.stdout is not None
             child.stdout.readline()
             mounts.unmount(str(point))
-            assert mounts.of_device(device.major, device.minor) == []
+            assert mounts.table().of_device(device.number) == []
             for holders in (
                 Holders().of_mount((device.major, device.minor)),
                 [holder for holder in Holders().of_device(device.major, device.minor) if holder.pid != os.getpid()],
@@ -313,21 +312,21 @@ def test_another_mount_namespace_is_named(device: AttachedLoop, point: Path, mou
 def test_an_open_device_names_its_process(device: AttachedLoop) -> None:
     text = describe(Holders().of_device(device.major, device.minor))
     assert f"process {os.getpid()} (" in text
-    assert f"has {device.path} open as fd/{device.fd}" in text
+    assert f"has {device.name} open as fd/{device.fd}" in text
 
 
 def test_swap_on_a_device_is_named(device: AttachedLoop) -> None:
-    subprocess.run(["mkswap", "-q", device.path], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    if subprocess.run(["swapon", device.path], check=False, stderr=subprocess.DEVNULL).returncode:
+    subprocess.run(["mkswap", "-q", device.name], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if subprocess.run(["swapon", device.name], check=False, stderr=subprocess.DEVNULL).returncode:
         pytest.skip("this kernel has no swap")
     try:
-        assert f"it is used as swap ({device.path})" in describe(Holders().of_device(device.major, device.minor))
+        assert f"it is used as swap ({device.name})" in describe(Holders().of_device(device.major, device.minor))
     finally:
-        subprocess.run(["swapoff", device.path], check=True)
+        subprocess.run(["swapoff", device.name], check=True)
 
 
 def test_propagation_is_told(point: Path, mounts: Mounts) -> None:
-    mounts.mount("none", str(point), "tmpfs", 0, "")
+    mount_tmpfs(point)
     try:
         changes = {
             "--make-private": "private",

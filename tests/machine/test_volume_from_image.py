@@ -12,6 +12,7 @@ import pytest
 
 from csi_driver.backends.base import Backend
 from csi_driver.host.clonefile import FileIdentity, clone_file
+from csi_driver.host.handle import Handle
 from csi_driver.host.loop import LoopDevices
 from csi_driver.host.workers import Workers
 from csi_driver.images.base import MIB
@@ -267,7 +268,7 @@ def test_a_volume_that_was_cut_before_it_had_its_identity_gets_it_at_the_latest_
 class KeepsIdentity(Encryption):
     """A clone is taken as it is, with the image's LUKS UUID."""
 
-    def take_identity(self, backend: Backend, record: VolumeRecord, path: str) -> VolumeRecord:
+    def take_identity(self, backend: Backend, record: VolumeRecord, clone: Handle) -> VolumeRecord:
         assert record.luks is not None
         assert record.cloned_uuid is not None
         luks = msgspec.structs.replace(record.luks, uuid=record.cloned_uuid)

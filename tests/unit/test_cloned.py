@@ -22,6 +22,7 @@ from csi_driver.model.errors import (
 )
 from csi_driver.model.volume import LuksIdentity
 from tests import headers
+from tests.handles import handle_on
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Change:
     def run(self, area: bytes) -> bytes:
         """Change the UUID of a device that begins with `area`; what it begins with then."""
         headers.write_sparse(self.path, area)
-        change_uuid("volume v", str(self.path), headers.DEVICE_SIZE, headers.UUID, self.expected, HeaderLimits())
+        change_uuid("volume v", handle_on(self.path), headers.DEVICE_SIZE, headers.UUID, self.expected, HeaderLimits())
         with self.path.open("rb") as file:
             return file.read(headers.DATA_OFFSET)
 
@@ -142,7 +143,7 @@ def test_a_storage_that_takes_no_header_is_told_of_in_a_sentence(change: Change)
     path = f"/proc/self/fd/{descriptor}"
     try:
         with pytest.raises(DeviceUnreadable, match=r"^the LUKS2 header of volume v cannot be written \(EPERM"):
-            change_uuid("volume v", path, headers.DEVICE_SIZE, headers.UUID, change.expected, HeaderLimits())
+            change_uuid("volume v", handle_on(path), headers.DEVICE_SIZE, headers.UUID, change.expected, HeaderLimits())
     finally:
         os.close(descriptor)
 
@@ -157,5 +158,5 @@ def test_a_full_disk_stays_one(number: int) -> None:
 def test_a_clone_that_is_too_short_is_left_as_it_is(change: Change) -> None:
     headers.write_sparse(change.path, change.before)
     with pytest.raises(DeviceShort):
-        change_uuid("v", str(change.path), headers.DEVICE_SIZE + 1, headers.UUID, change.expected, HeaderLimits())
+        change_uuid("v", handle_on(change.path), headers.DEVICE_SIZE + 1, headers.UUID, change.expected, HeaderLimits())
     assert change.path.read_bytes()[: len(change.before)] == change.before

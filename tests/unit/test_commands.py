@@ -4,15 +4,19 @@ import contextlib
 import os
 import pickle
 import re
+import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from csi_driver.host.commands import Commands, ProgramFailed
+from csi_driver.host.commands import Commands, ProgramFailed, run_program
 from csi_driver.host.locks import VolumeLocks
+from csi_driver.host.workers import Workers
 from csi_driver.model.errors import CommandFailed, DeadlineExceeded, DriverError, FailedPrecondition
 from tests.fake_host import NoHolders
+from tests.handles import handle_on
 from tests.unit.test_workers import children, ended, wait_for
 
 
@@ -35,13 +39,13 @@ def programs(tmp_path: Path) -> Programs:
 
 
 def test_what_a_program_said_comes_back(programs: Programs) -> None:
-    found = Commands().run([programs.make("echo out; echo err >&2")], timeout=10)
+    found = run_program([programs.make("echo out; echo err >&2")], timeout=10)
     assert (found.code, found.stdout, found.stderr) == (0, "out\n", "err\n")
 
 
 def test_arguments_arrive_as_they_are(programs: Programs, tmp_path: Path) -> None:
     arguments = ["$(touch pwned)", "; touch pwned", "a b", "", "*", "\n", "--", "`id`", "'", '"', "é", "\\"]
-    found = Commands().run([programs.make('printf "%s\\0" "$@"'), *arguments], timeout=10)
+    found = run_program([programs.make('printf "%s\\0" "$@"'), *arguments], timeout=10)
     assert found.stdout.split("\0")[:-1] == arguments
     assert not (tmp_path / "pwned").exists()
     assert not Path("pwned").exists()
@@ -49,19 +53,19 @@ def test_arguments_arrive_as_they_are(programs: Programs, tmp_path: Path) -> Non
 
 def test_exit_codes_mean_success_only_where_the_call_says_so(programs: Programs) -> None:
     program = programs.make('exit "$1"')
-    assert Commands().run([program, "3"], timeout=10, ok_codes=(0, 3)).code == 3
+    assert run_program([program, "3"], timeout=10, ok_codes=(0, 3)).code == 3
     for code in (1, 2, 4, 255):
         with pytest.raises(ProgramFailed) as caught:
-            Commands().run([program, str(code)], timeout=10, ok_codes=(0, 3))
+            run_program([program, str(code)], timeout=10, ok_codes=(0, 3))
         assert caught.value.code == code
     with pytest.raises(ProgramFailed):
-        Commands().run([programs.make("exit 0")], timeout=10, ok_codes=(1,))
+        run_program([programs.make("exit 0")], timeout=10, ok_codes=(1,))
 
 
 def test_a_failure_is_one_sentence_with_the_last_line_of_stderr(programs: Programs) -> None:
     program = programs.make("echo ignored; echo first >&2; echo 'No space left on device' >&2; echo >&2; exit 7")
     with pytest.raises(ProgramFailed) as caught:
-        Commands().run([program, "a b"], timeout=10)
+        run_program([program, "a b"], timeout=10)
     assert str(caught.value) == f"{program} 'a b' ended with exit code 7: No space left on device"
     assert isinstance(caught.value, CommandFailed)
     assert caught.value.stderr == "first\nNo space left on device"
@@ -71,20 +75,20 @@ def test_a_failure_is_one_sentence_with_the_last_line_of_stderr(programs: Progra
 
 def test_silence_and_signals_are_told_too(programs: Programs) -> None:
     with pytest.raises(ProgramFailed, match=r"exit code 1: nothing on stderr$"):
-        Commands().run([programs.make("exit 1")], timeout=10)
+        run_program([programs.make("exit 1")], timeout=10)
     with pytest.raises(ProgramFailed, match=r"was ended by signal 9: nothing on stderr$"):
-        Commands().run([programs.make("kill -9 $$")], timeout=10)
+        run_program([programs.make("kill -9 $$")], timeout=10)
 
 
 def test_what_is_no_text_does_not_hide_the_failure(programs: Programs) -> None:
     with pytest.raises(ProgramFailed, match="exit code 1: \ufffd\ufffd"):
-        Commands().run([programs.make("printf '\\377\\376' >&2; exit 1")], timeout=10)
+        run_program([programs.make("printf '\\377\\376' >&2; exit 1")], timeout=10)
 
 
 def test_much_output_does_not_stop_a_program(programs: Programs) -> None:
     program = programs.make("head -c 300000 /dev/zero | tr '\\0' x; head -c 300000 /dev/zero | tr '\\0' y >&2")
-    found = Commands().run([program], timeout=20)
-    assert (len(found.stdout), len(found.stderr)) == (300_000, 300_000)
+    found = run_program([program], timeout=20)
+    assert (len(found.stdout), len(found.stderr)) == (16384, 16384)
 
 
 def test_a_program_that_takes_too_long_is_killed_with_its_children(programs: Programs, tmp_path: Path) -> None:
@@ -93,7 +97,7 @@ def test_a_program_that_takes_too_long_is_killed_with_its_children(programs: Pro
     )
     begun = time.monotonic()
     with pytest.raises(DeadlineExceeded, match=rf"^{re.escape(program)} did not end within 0.4 s and was killed$"):
-        Commands().run([program], timeout=0.4)
+        run_program([program], timeout=0.4)
     assert time.monotonic() - begun < 5
     pids = [int((tmp_path / name).read_text()) for name in ("pid", "child")]
     wait_for(lambda: all(map(ended, pids)))
@@ -103,7 +107,7 @@ def test_a_killed_program_does_not_keep_the_volume_locked(programs: Programs, tm
     (tmp_path / "locks").mkdir()
     locks = VolumeLocks(tmp_path / "locks", NoHolders())
     with pytest.raises(DeadlineExceeded), locks.hold("pvc-1"):
-        Commands().run([programs.make("sleep 60; echo")], timeout=0.3)
+        run_program([programs.make("sleep 60; echo")], timeout=0.3)
     wait_for(lambda: not _busy(locks))
 
 
@@ -122,15 +126,15 @@ def test_a_program_inherits_the_locks_of_its_call_and_nothing_else(programs: Pro
     with other.open("w") as file:
         os.set_inheritable(file.fileno(), True)
         with VolumeLocks(lock.parent, NoHolders()).hold("pvc-1"):
-            inside = Commands().run([program], timeout=10).stdout.splitlines()
-        outside = Commands().run([program], timeout=10).stdout.splitlines()
+            inside = run_program([program], timeout=10).stdout.splitlines()
+        outside = run_program([program], timeout=10).stdout.splitlines()
     assert inside.count(str(lock)) == 1
     assert str(lock) not in outside
     assert str(other) not in inside
 
 
 def test_the_environment_is_not_ours(programs: Programs) -> None:
-    found = Commands().run([programs.make("cat /proc/$$/environ")], timeout=10).stdout.split("\0")
+    found = run_program([programs.make("cat /proc/$$/environ")], timeout=10).stdout.split("\0")
     assert sorted(found) == [
         "",
         "LC_ALL=C",
@@ -140,7 +144,7 @@ def test_the_environment_is_not_ours(programs: Programs) -> None:
 
 def test_there_is_nothing_to_read_on_stdin_and_no_terminal(programs: Programs) -> None:
     program = programs.make('cat; [ "$(cut -d" " -f5,6 /proc/$$/stat | cut -d" " -f1)" = "$$" ] && echo own group')
-    assert Commands().run([program], timeout=10).stdout == "own group\n"
+    assert run_program([program], timeout=10).stdout == "own group\n"
 
 
 def test_a_missing_program_is_told_with_what_to_do(tmp_path: Path) -> None:
@@ -148,7 +152,7 @@ def test_a_missing_program_is_told_with_what_to_do(tmp_path: Path) -> None:
         with pytest.raises(
             FailedPrecondition, match=rf"program {re.escape(name)} is not installed on this node; install"
         ):
-            Commands().run([name], timeout=10)
+            run_program([name], timeout=10)
 
 
 def test_a_program_that_cannot_be_run_is_told(programs: Programs, tmp_path: Path) -> None:
@@ -157,17 +161,48 @@ def test_a_program_that_cannot_be_run_is_told(programs: Programs, tmp_path: Path
     broken.chmod(0o755)
     for name in (programs.make("exit 0", mode=0o644), str(tmp_path), str(broken)):
         with pytest.raises(CommandFailed, match=rf"program {re.escape(name)} cannot be started: "):
-            Commands().run([name], timeout=10)
+            run_program([name], timeout=10)
 
 
 def test_programs_are_looked_for_where_they_would_be_run() -> None:
-    assert Commands().has("sh")
-    assert not Commands().has("luks-csi-no-such-program")
+    assert Commands(Workers(())).has("sh")
+    assert not Commands(Workers(())).has("luks-csi-no-such-program")
 
 
 def test_no_process_and_no_descriptor_is_left(programs: Programs) -> None:
     before = len(os.listdir("/proc/self/fd")), children(os.getpid())
     for end in ("exit 0", "exit 1", "kill -9 $$", "sleep 60"):
         with contextlib.suppress(DriverError):
-            Commands().run([programs.make(end)], timeout=0.2)
+            run_program([programs.make(end)], timeout=0.2)
     assert (len(os.listdir("/proc/self/fd")), children(os.getpid())) == before
+
+
+def test_a_program_gets_a_device_by_descriptor_and_errors_have_its_name(programs: Programs, tmp_path: Path) -> None:
+    path = tmp_path / "device"
+    path.write_text("ours")
+    program = programs.make('cat "$1"; echo "mkfs: $1 is odd" >&2; exit "$2"')
+    with handle_on(path) as handle:
+        path.rename(tmp_path / "elsewhere")
+        path.write_text("a stranger's")
+        found = run_program([program, handle, "0"], timeout=10)
+        with pytest.raises(
+            ProgramFailed, match=rf"device 3 ended with exit code 3: mkfs: {re.escape(str(path))} is odd$"
+        ):
+            run_program([program, handle, "3"], timeout=10)
+    assert found.stdout == "ours"
+
+
+def test_a_program_ends_with_the_worker_that_runs_it(programs: Programs, tmp_path: Path) -> None:
+    program = programs.make(f"echo $$ $PPID > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pids; exec sleep 600")
+    workers = Workers(())
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            call = pool.submit(workers.call, "luks-test", 600, run_program, [program], timeout=600)
+            wait_for((tmp_path / "pids").exists)
+            pid, worker = map(int, (tmp_path / "pids").read_text().split())
+            os.kill(worker, signal.SIGKILL)
+            with pytest.raises(CommandFailed, match="its worker process was killed"):
+                call.result(60)
+        wait_for(lambda: ended(pid))
+    finally:
+        workers.stop()

@@ -12,6 +12,7 @@ from csi_driver.model.errors import CommandFailed, FailedPrecondition, ResourceE
 from csi_driver.model.settings import Limits
 from csi_driver.volumes.expand import ExpandRequest
 from csi_driver.volumes.filesystem import FileSystems
+from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.stage import StageRequest, Staging
 from csi_driver.volumes.stages import Stages
 from tests.fake_host import NoHolders, SteppedFiles
@@ -39,14 +40,15 @@ def staging(rig: Rig, free: int) -> Staging:
     files, workers, mounts = SteppedFiles(kernel.step), KernelWorkers(kernel), KernelMounts(kernel)
     backend = SmallBackend(rig.folder / "loopfile", 0, files, kernel.loops, RecordCodec())
     backend.free = free
+    stages = Stages(rig.folder / "stages", files)
     return Staging(
         backend,
-        Stages(rig.folder / "stages", files),
+        stages,
+        Presences(backend, stages, rig.mappings, mounts),
         workers,
         rig.encryption,
         FileSystems(workers, KernelCommands(kernel), mounts, Limits()),
         rig.mappings,
-        mounts,
         NoHolders(),
     )
 

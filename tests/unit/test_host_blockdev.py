@@ -8,7 +8,7 @@ from csi_driver.host import blockdev
 from csi_driver.host.syscalls import check, libc, syscall
 from csi_driver.model.errors import DeviceAbsent, DeviceMismatch
 
-CALLS = [blockdev.device_number, blockdev.size_bytes, blockdev.logical_block_size, blockdev.fsync_device]
+CALLS = [blockdev.device_number, blockdev.size_bytes, blockdev.logical_block_size]
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -4,8 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csi_driver.host.mounts import Mounts, parse_mountinfo
+from csi_driver.host.mountinfo import parse_mountinfo
+from csi_driver.host.mounts import Mounts
 from csi_driver.model.errors import NotFound
+from tests.handles import bind_path
 
 TABLE = b"""22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/root rw
 30 22 0:21 / /proc rw,nosuid,nodev - proc proc rw
@@ -24,7 +26,7 @@ def mountinfo(tmp_path: Path) -> Path:
 
 
 def test_every_field_of_a_line_is_read(mountinfo: Path) -> None:
-    mount = Mounts(str(mountinfo)).table()[2]
+    mount = Mounts(str(mountinfo)).table().all()[2]
     assert (mount.mount_id, mount.parent_id, mount.device) == (41, 22, (253, 4))
     assert (mount.root, mount.mount_point, mount.fs_type) == ("/", "/pods/a b/mount", "ext4")
     assert mount.source == "/dev/mapper/luks-one"
@@ -80,7 +82,7 @@ def test_propagation_is_that_of_the_mount_above(mountinfo: Path, path: str, expe
 
 
 def test_mounts_of_a_device_are_found_by_number(mountinfo: Path) -> None:
-    assert [mount.mount_id for mount in Mounts(str(mountinfo)).of_device(253, 4)] == [41, 43]
+    assert [mount.mount_id for mount in Mounts(str(mountinfo)).table().of_device((253, 4))] == [41, 43]
 
 
 def test_a_torn_line_is_left_out() -> None:
@@ -104,7 +106,8 @@ def test_unmount_of_what_is_not_there_is_fine(tmp_path: Path) -> None:
     Mounts().unmount(str(tmp_path / "absent" / "below"))
 
 
-def test_binding_what_is_not_there_names_both_ends(tmp_path: Path) -> None:
+def test_binding_to_what_is_not_there_names_both_ends(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
     for read_only in (False, True):
-        with pytest.raises(NotFound, match=r"absent could not be bind-mounted at .*/target"):
-            Mounts().bind(str(tmp_path / "absent"), str(tmp_path / "target"), read_only=read_only)
+        with pytest.raises(NotFound, match=r"source could not be bind-mounted at .*/target"):
+            bind_path(Mounts(), str(tmp_path / "source"), str(tmp_path / "target"), read_only=read_only)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.host.held import held_descriptors
 from csi_driver.host.holders import Holders
-from csi_driver.host.locks import VolumeLocks, held_descriptors
+from csi_driver.host.locks import VolumeLocks
 from csi_driver.model.errors import VolumeBusy
 from tests.fake_host import NoHolders
 
@@ -196,12 +197,3 @@ def test_hammered_by_calls_that_delete_the_volume_there_is_never_a_second_holder
         thread.join(30)
     assert room.entered > 50
     assert room.most == 1
-
-
-def test_a_copy_that_a_starting_program_has_for_a_moment_is_no_holder(locks: VolumeLocks) -> None:
-    """Between fork and exec a child of another call has all descriptors, also those that close on exec."""
-    with locks.hold("pvc-1"):
-        copy = os.dup(held_descriptors()[0])
-    threading.Timer(0.1, os.close, [copy]).start()
-    with locks.hold("pvc-1"):
-        pass

@@ -190,7 +190,7 @@ def test_an_unknown_volume_is_not_found(place: Place) -> None:
     with pytest.raises(DeviceAbsent):
         backend.attach("nix", lasting=False)
     assert backend.device_of("nix") is None
-    assert not backend.is_device_of("nix", 7, 1000)
+    assert not backend.is_device_of("nix", (7, 1000))
     backend.detach("nix")
     backend.delete("nix")
 
@@ -300,21 +300,21 @@ def test_the_device_of_a_volume_is_known_by_its_file_and_not_by_its_name(place: 
     for name in ("pvc-1", "pvc-2"):
         backend.create(msgspec.structs.replace(RECORD, id=name), MIB)
     with backend.attach("pvc-1", lasting=False) as one, backend.attach("pvc-2", lasting=False) as other:
-        assert backend.is_device_of("pvc-1", one.major, one.minor)
-        assert not backend.is_device_of("pvc-1", other.major, other.minor)
-        assert not backend.is_device_of("pvc-1", one.major + 1, one.minor)
-        assert not backend.is_device_of("pvc-1", one.major, 1999)
+        assert backend.is_device_of("pvc-1", one.number)
+        assert not backend.is_device_of("pvc-1", other.number)
+        assert not backend.is_device_of("pvc-1", (one.major + 1, one.minor))
+        assert not backend.is_device_of("pvc-1", (one.major, 1999))
         found = backend.device_of("pvc-2")
         assert found is not None
-        assert found.path == other.path
+        assert found.name == other.name
         found.close()
         # Another file takes the place of the volume's: the device is no longer the volume's.
         place.disk().rename(place.disk().with_name("aside"))
         place.disk().write_bytes(bytes(MIB))
-        assert not backend.is_device_of("pvc-1", one.major, one.minor)
+        assert not backend.is_device_of("pvc-1", one.number)
         assert backend.device_of("pvc-1") is None
         place.disk().unlink()
-        assert not backend.is_device_of("pvc-1", one.major, one.minor)
+        assert not backend.is_device_of("pvc-1", one.number)
         place.disk().with_name("aside").rename(place.disk())
 
 
@@ -322,7 +322,7 @@ def test_an_attached_volume_is_not_deleted(place: Place) -> None:
     backend = place.backend()
     backend.create(RECORD, MIB)
     with backend.attach("pvc-1", lasting=False) as device:
-        with pytest.raises(DeviceInUse, match=rf"still attached as {device.path}; unpublish and unstage it first"):
+        with pytest.raises(DeviceInUse, match=rf"still attached as {device.name}; unpublish and unstage it first"):
             backend.delete("pvc-1")
         assert backend.get("pvc-1") == RECORD
     backend.delete("pvc-1")
@@ -340,7 +340,7 @@ def test_looking_whether_a_file_is_attached_leaves_no_lock_behind(place: Place) 
     with backend.attach("pvc-1", lasting=False) as device:
         found = backend.device_of("pvc-1")
         assert found is not None
-        assert found.path == device.path
+        assert found.name == device.name
         found.close()
 
 
@@ -349,7 +349,7 @@ def test_a_grown_file_shows_when_the_device_is_refreshed(place: Place) -> None:
     backend.create(RECORD, MIB)
     with backend.attach("pvc-1", lasting=False) as device:
         backend.grow("pvc-1", 2 * MIB)
-        backend.refresh(device.path)
+        backend.refresh(device)
         assert [info.size_bytes for info in place.loops.all()] == [2 * MIB]
 
 

@@ -32,6 +32,7 @@ from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.expand import ExpandRequest, Expansion
 from csi_driver.volumes.filesystem import FileSystems
 from csi_driver.volumes.from_image import BackingImages
+from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.provision import CreateRequest, Provisioning
 from csi_driver.volumes.publish import Publishing, PublishRequest
 from csi_driver.volumes.stage import StageRequest, Staging
@@ -73,7 +74,7 @@ class Rig:
         self._build()
         self.staging.forget_earlier_boots()
         for name in self.mappings.names():
-            self.encryption.resume(name)
+            self.encryption.resume(name, self.mappings.get(name))
 
     def reboot(self) -> None:
         self.kernel.reboot()
@@ -96,10 +97,13 @@ class Rig:
         self.encryption = Encryption(workers, self.mappings, limits)
         made = FileSystems(workers, commands, mounts, limits)
         images = BackingImages(ImageStore(self.folder / "images", files), workers, self.encryption, limits)
-        self.provisioning = Provisioning(Settings(node_id="node-1"), self.backend, images)
-        self.staging = Staging(self.backend, stages, workers, self.encryption, made, self.mappings, mounts, NoHolders())
-        self.publishing = Publishing(self.backend, stages, mounts)
-        self.expansion = Expansion(self.backend, stages, workers, self.encryption, made, mounts)
+        presences = Presences(self.backend, stages, self.mappings, mounts)
+        self.staging = Staging(
+            self.backend, stages, presences, workers, self.encryption, made, self.mappings, NoHolders()
+        )
+        self.provisioning = Provisioning(Settings(node_id="node-1"), self.backend, images, self.staging.release)
+        self.publishing = Publishing(self.backend, presences, mounts)
+        self.expansion = Expansion(self.backend, presences, workers, self.encryption, made)
 
     # The calls
 

@@ -25,6 +25,7 @@ from csi_driver.model import errors
 from csi_driver.model.errors import CommandFailed, DeadlineExceeded, DriverError, VolumeBusy
 from csi_driver.model.secret import Passphrase
 from tests import worker_tasks as tasks
+from tests.handles import handle_on
 
 WARM = ("tests.worker_tasks",)
 SECRET = b"hunter2-" * 4
@@ -317,6 +318,50 @@ def test_the_volume_of_a_killed_server_stays_locked_until_its_worker_ends(locks:
     wait_for(lambda: ended(worker))
     with locks.hold("pvc-1"):
         pass
+
+
+# --- devices ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_handle_goes_with_the_call_and_means_the_same_whatever_its_name_means_by_then(
+    workers: Workers, tmp_path: Path
+) -> None:
+    path = tmp_path / "device"
+    path.write_bytes(b"ours")
+    with handle_on(path) as handle, workers.session():
+        path.unlink()
+        path.write_bytes(b"a stranger's")
+        for _ in range(3):
+            name, _, content = workers.call("luks-test", 10, tasks.read_through, handle)
+            assert (name, content) == (str(path), b"ours")
+        assert not [name for name in workers.call("luks-test", 10, tasks.open_files) if str(tmp_path) in name]
+
+
+DEVICE_SERVER = """
+import sys
+from csi_driver.host.workers import Workers
+from tests import worker_tasks
+from tests.handles import handle_on
+device, note = sys.argv[1:]
+Workers(("tests.worker_tasks",)).call("luks-test", 60, worker_tasks.read_through, handle_on(device), note, 60)
+"""
+
+
+def test_the_device_of_a_killed_server_stays_open_until_its_worker_ends(tmp_path: Path) -> None:
+    (tmp_path / "device").touch()
+    server = subprocess.Popen([sys.executable, "-c", DEVICE_SERVER, str(tmp_path / "device"), str(tmp_path / "note")])
+    try:
+        worker = napping(tmp_path / "note")
+    finally:
+        server.kill()
+        server.wait(10)
+    try:
+        holders = [holder.pid for holder in Holders().of_file(tmp_path / "device")]
+        assert worker in holders
+    finally:
+        os.kill(worker, signal.SIGKILL)
+    wait_for(lambda: ended(worker))
+    assert not Holders().of_file(tmp_path / "device")
 
 
 # --- the launcher ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,165 @@
+"""What is there of a volume on this node: one look at the kernel, by identity, for every decision.
+
+Names and recorded stages only say where to look. Device, mapping, mounts and nodes belong to a volume because of what
+is below them: the backing file of the loop device, the device and LUKS UUID of the mapping, the number of the mount.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+from csi_driver.backends.base import Backend
+from csi_driver.host import blockdev
+from csi_driver.host.devicemapper import Device
+from csi_driver.host.handle import Handle
+from csi_driver.host.mountinfo import Mount, MountTable
+from csi_driver.host.mounts import Mounts
+from csi_driver.luks.mapping import Fit, Mappings, luks_uuid
+from csi_driver.model.errors import DeviceAbsent, DriverError
+from csi_driver.model.volume import VolumeRecord, mapping_name
+from csi_driver.volumes.stages import Stage, Stages
+
+
+@dataclass(frozen=True)
+class Presence:
+    """One moment of a volume on this node.
+
+    `stage` is what was recorded of this boot. `mapping` is the one that was opened for the volume, and `fit` whether it
+    is the volume's own now. `number` is (major, minor) of what pods get to see: the mapping, or the plain device.
+    `mounts` are those of the file system on it, `nodes` the places where its node is bind-mounted; `table` is the mount
+    table that they come from.
+    """
+
+    volume_id: str
+    stage: Stage | None
+    mapping: Device | None
+    fit: Fit
+    number: tuple[int, int] | None
+    mounts: tuple[Mount, ...]
+    nodes: tuple[Mount, ...]
+    table: MountTable = field(repr=False)
+
+    @property
+    def staging(self) -> Mount | None:
+        """The mount at the recorded staging path, of the volume's own file system."""
+        return None if self.stage is None or self.stage.block else self.mount_at(self.stage.staging_path)
+
+    @property
+    def publications(self) -> tuple[Mount, ...]:
+        """Where pods, or others, see it: every place but the staging path."""
+        staging = self.staging.mount_point if self.staging else None
+        return (*(mount for mount in self.mounts if mount.mount_point != staging), *self.nodes)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anything of it is attached, open or mounted."""
+        return self.number is not None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all that the recorded stage made is there, and is the volume's own."""
+        if self.stage is None or self.number is None or self.fit is Fit.STALE:
+            return False
+        if self.fit is Fit.ABSENT and self.stage.luks_uuid is not None:
+            return False
+        return self.stage.block or self.staging is not None
+
+    def mount_at(self, path: str) -> Mount | None:
+        """The topmost mount at that path, if it is of the volume's file system."""
+        found = self.table.at(path) or self.table.at(os.path.realpath(path))
+        return found if found in self.mounts else None
+
+    def shows_node(self, path: str) -> bool:
+        """Whether what lies at that path is a node of the volume's device, links followed."""
+        return self.number is not None and blockdev.is_node_of(path, self.number)
+
+    def is_staged_at(self, path: str) -> bool:
+        """Whether to unstage it there means this volume's stage, or what is left of one that nobody recorded."""
+        if self.stage is not None:
+            return os.path.realpath(self.stage.staging_path) == os.path.realpath(path)
+        return not (self.mounts or self.nodes) or self.mount_at(path) is not None
+
+
+class Presences:
+    """Looks at volumes; nothing is cached."""
+
+    def __init__(self, backend: Backend, stages: Stages, mappings: Mappings, mounts: Mounts) -> None:
+        self._backend = backend
+        self._stages = stages
+        self._mappings = mappings
+        self._mounts = mounts
+
+    def of(self, volume_id: str, record: VolumeRecord | None = None) -> Presence:
+        """What is there of the volume; with its record, what is there is compared with that."""
+        stage = self._stages.get(volume_id)
+        name = mapping_name(volume_id)
+        mapping = None if _is_plain(record, stage) else self._mappings.find(name)
+        if mapping is not None and not self._mappings.is_made_for(mapping, name):
+            mapping = None
+        fit = Fit.ABSENT
+        number = None
+        if mapping is not None:
+            number = mapping.major, mapping.minor
+            fit = self.fit(volume_id, mapping, _recorded_uuid(record, stage) or luks_uuid(mapping.uuid, name) or "")
+        elif stage is None or stage.luks_uuid is None:
+            number = self._plain_device(volume_id, stage)
+        table = self._mounts.table()
+        return Presence(
+            volume_id=volume_id,
+            stage=stage,
+            mapping=mapping,
+            fit=fit,
+            number=number,
+            mounts=() if number is None else tuple(table.of_device(number)),
+            nodes=() if number is None or (stage and not stage.block) else tuple(table.of_node(number)),
+            table=table,
+        )
+
+    def fit(self, volume_id: str, mapping: Device, uuid: str) -> Fit:
+        """Whether that mapping, opened for the volume, is of that LUKS UUID and on the volume's own live device."""
+        fit = self._mappings.fit(mapping, mapping_name(volume_id), uuid)
+        backing = self._mappings.backing(mapping)
+        if fit is Fit.FITS and (backing is None or not self._backend.is_device_of(volume_id, backing)):
+            return Fit.STALE
+        return fit
+
+    @contextmanager
+    def held(self, present: Presence) -> Iterator[Handle]:
+        """What pods get to see of an open volume, held open and checked to be what was seen. Raises DeviceAbsent."""
+        if present.mapping is not None:
+            handle: Handle | None = self._mappings.open(present.mapping.name)
+        else:
+            handle = self._backend.device_of(present.volume_id)
+        if handle is None:
+            raise DeviceAbsent(f"the device of volume {present.volume_id} is gone; unstage and stage the volume")
+        with handle:
+            if handle.number != present.number:
+                raise DeviceAbsent(f"the device of volume {present.volume_id} became another one meanwhile; call again")
+            yield handle
+
+    def _plain_device(self, volume_id: str, stage: Stage | None) -> tuple[int, int] | None:
+        """The attached device of an unencrypted volume; where the stage says it was is looked at first."""
+        if stage is not None:
+            with suppress(DriverError):
+                number = blockdev.device_number(stage.device)
+                if self._backend.is_device_of(volume_id, number):
+                    return number
+        found = self._backend.device_of(volume_id)
+        if found is None:
+            return None
+        with found:
+            return found.number
+
+
+def _is_plain(record: VolumeRecord | None, stage: Stage | None) -> bool:
+    """Whether there can be no mapping: then a host without device-mapper will do."""
+    if record is not None:
+        return record.encryption is None
+    return stage is not None and stage.luks_uuid is None
+
+
+def _recorded_uuid(record: VolumeRecord | None, stage: Stage | None) -> str | None:
+    if record is not None and record.luks is not None:
+        return record.luks.uuid
+    return stage.luks_uuid if stage is not None else None
