@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import msgspec
 
 from csi_driver.host.commands import Commands, Completed
-from csi_driver.host.devicemapper import Device, DeviceMapper, MappedHandle, Target
+from csi_driver.host.devicemapper import Device, DeviceMapper, MappingHandle, Target
 from csi_driver.host.handle import Handle
 from csi_driver.host.mountinfo import Mount, MountTable
 from csi_driver.host.mounts import Mounts
@@ -98,7 +98,7 @@ class Kernel:
     mappings: dict[str, FakeMapping] = field(default_factory=dict)
     mounted: list[Mount] = field(default_factory=list)
     keyring: set[str] = field(default_factory=set)
-    held: list["FakeMappedHandle"] = field(default_factory=list)
+    held: list["FakeMappingHandle"] = field(default_factory=list)
     formats: int = 0
     dead: bool = False
     plan: Callable[[str], None] = lambda _: None
@@ -183,7 +183,7 @@ class Kernel:
         return [*loops, *(name for name in self.mappings if name == f"luks-{volume_id}"), *mounts]
 
 
-class FakeMappedHandle(MappedHandle):
+class FakeMappingHandle(MappingHandle):
     """A handle on a mapping, which is in use as long as it is open."""
 
     def __init__(self, kernel: Kernel, device: Device) -> None:
@@ -222,11 +222,11 @@ class KernelMappings(Mappings):
             read_only=False, targets=(Target(0, found.size // 512, "crypt", table),),
         )  # fmt: skip
 
-    def open(self, name: str) -> MappedHandle:
+    def open(self, name: str) -> MappingHandle:
         device = self.get(name)
         if device is None:
             raise DeviceAbsent(f"the mapping {name} is not there")
-        return FakeMappedHandle(self._kernel, device)
+        return FakeMappingHandle(self._kernel, device)
 
     def names(self) -> list[str]:
         return sorted(self._kernel.mappings)

@@ -1,23 +1,23 @@
-"""Mapped devices: looked at, created, reloaded, suspended, removed by ioctl, without dmsetup.
+"""Mapped devices: looked at, opened, created, reloaded, suspended, removed by ioctl, without dmsetup.
 
-No udev cookie is passed: nothing here waits for udev (a cookie in a container that does not share the host's IPC
-namespace hangs for ever, bootc#2089), and udev's rules then take the event for one without flags: they link
-/dev/mapper/<name> and leave the content alone. Where no udev runs, this module makes and removes the node itself.
+Nothing here waits for udev: no cookie is passed (in a container that does not share the host's IPC namespace one hangs
+for ever, bootc#2089), only flags, by which udev's rules link /dev/mapper/<name> and leave the content alone. The name
+is made and removed here as well, but udev comes late and may take it away for a moment: what acts on a device opens it
+by its number.
 """
 
 import contextlib
 import errno
 import os
 import re
-import stat
 import struct
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from csi_driver.host.dmcontrol import Command, Flag, call, format_table, parse_names, parse_table
+from csi_driver.host import dmnodes
+from csi_driver.host.dmcontrol import Command, Flag, UdevFlag, call, format_table, parse_names, parse_table
 from csi_driver.host.handle import Handle
 from csi_driver.host.syscalls import error_name, udev_is_running
 from csi_driver.model.errors import (
@@ -30,11 +30,18 @@ from csi_driver.model.errors import (
 )
 
 _SECTOR: Final = 512
-_NODE_WAIT: Final = 2.0
+_OPEN_TRIES: Final = 10
 _REMOVE_TRIES: Final = 20
 _PAUSE: Final = 0.05
-_OPEN_TRIES: Final = 3
 _DEVICE_NUMBER: Final = re.compile(r"\d+:\d+")
+# A pod's label must not become a link below /dev/disk, nor its volume group or partitions devices of the host. Without
+# PRIMARY_SOURCE the rules take the event for a spurious one and go by what they remember of the device: nothing.
+_UDEV: Final = (
+    UdevFlag.DISABLE_DISK_RULES
+    | UdevFlag.DISABLE_SUBSYSTEM_RULES
+    | UdevFlag.DISABLE_OTHER_RULES
+    | UdevFlag.PRIMARY_SOURCE
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class Device:
     @property
     def path(self) -> str:
         """Its node in /dev/mapper."""
-        return f"/dev/mapper/{self.name}"
+        return dmnodes.name_path(self.name)
 
     @property
     def size_bytes(self) -> int:
@@ -94,8 +101,8 @@ class Device:
         return tuple(dict.fromkeys(number for target in self.targets for number in target.devices))
 
 
-class MappedHandle(Handle):
-    """A handle on an open mapping, /dev/mapper/<name>; `device` is what it was after it was opened."""
+class MappingHandle(Handle):
+    """An open mapped device, /dev/mapper/<name>; `device` is what the kernel showed of it once it was open."""
 
     def __init__(self, fd: int, device: Device) -> None:
         super().__init__(fd, device.path)
@@ -147,20 +154,33 @@ class DeviceMapper:
             targets=tuple(Target(*fields) for fields in parse_table(reply.data, reply.target_count)),
         )
 
-    def open(self, name: str) -> "MappedHandle":
-        """Hold the device of that name open, checked after it was opened. Raises DeviceAbsent."""
+    def open(self, name: str) -> MappingHandle:
+        """A handle on the mapped device of that name, whatever its node in /dev/mapper is at the moment.
+
+        Raises DeviceAbsent when there is none or it has no table, MappingMismatch when others keep replacing it.
+        """
         for _ in range(_OPEN_TRIES):
-            device = self.get(name)
-            if device is None:
-                break
-            with contextlib.suppress(FileNotFoundError, OSError):
-                descriptor = _open_number(device)
-                # What is open keeps name and number; what was seen before may have been an earlier one.
-                now = self.get(name)
-                if now is not None and (now.uuid, now.major, now.minor) == (device.uuid, device.major, device.minor):
-                    return MappedHandle(descriptor, now)
-                os.close(descriptor)
-        raise DeviceAbsent(f"the mapping {name} is not there any more; unstage and stage the volume")
+            found = self.get(name)
+            if found is None:
+                raise DeviceAbsent(f"the mapping {name} is not there; stage its volume")
+            if not found.targets:
+                raise DeviceAbsent(f"the mapping {name} has no table; remove it with 'dmsetup remove {name}'")
+            descriptor = dmnodes.open_number(name, os.makedev(found.major, found.minor))
+            if descriptor is None:
+                continue
+            try:
+                # What is open cannot be removed: if the number is the name's now, it was when it was opened.
+                opened = self.get(name)
+                if opened is not None and _identity(opened) == _identity(found):
+                    handle = MappingHandle(descriptor, opened)
+                    descriptor = -1
+                    return handle
+            finally:
+                if descriptor >= 0:
+                    os.close(descriptor)
+        raise MappingMismatch(
+            f"the mapping {name} was another device at each of {_OPEN_TRIES} looks; end what keeps replacing it"
+        )
 
     def create(self, name: str, uuid: str, targets: Sequence[Target], *, read_only: bool = False) -> Device:
         """Make a mapped device with this table, live when the call returns; after a failure nothing remains.
@@ -217,10 +237,11 @@ class DeviceMapper:
     def resume(self, name: str) -> None:
         """Make a loaded table live, let I/O go on, and see that /dev/mapper/<name> exists."""
         try:
-            reply = call(Command.DEV_SUSPEND, name)
+            # The one ioctl whose event udev reads flags from: a table that is loaded or a removal has none to read.
+            reply = call(Command.DEV_SUSPEND, name, udev=_UDEV)
         except OSError as error:
             raise _failed("resume", name, error) from None
-        _ensure_node(name, reply.device)
+        dmnodes.ensure_name(name, reply.device)
 
     def remove(self, name: str) -> None:
         """Remove the device and its node; absent is fine.
@@ -243,16 +264,8 @@ class DeviceMapper:
                         f"the mapping {name} cannot be removed because it is open; end what uses it and call again"
                     ) from None
                 time.sleep(_PAUSE)
-        self._remove_stale_node(name)
-
-    def _remove_stale_node(self, name: str) -> None:
-        path = f"/dev/mapper/{name}"
-        if self.get(name) is not None:
-            return
-        with contextlib.suppress(FileNotFoundError):
-            mode = os.lstat(path).st_mode
-            if stat.S_ISBLK(mode) or stat.S_ISLNK(mode):
-                os.unlink(path)
+        if self.get(name) is None:
+            dmnodes.remove_name(name)
 
 
 def _load(name: str, targets: Sequence[Target], *, read_only: bool) -> None:
@@ -298,39 +311,5 @@ def _failed(action: str, name: str, error: OSError) -> DriverError:
     return CommandFailed(text)
 
 
-def _open_number(device: Device) -> int:
-    """Open the device by its number. Raises OSError."""
-    number = os.makedev(device.major, device.minor)
-    private = f"/dev/mapper/.{device.name}.{os.getpid()}.{threading.get_ident()}"
-    for path in (device.path, f"/dev/dm-{device.minor}", private):
-        with contextlib.suppress(FileNotFoundError):
-            if path == private:
-                os.mknod(path, stat.S_IFBLK | 0o600, number)
-            try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            finally:
-                if path == private:
-                    os.unlink(path)
-            if os.fstat(descriptor).st_rdev == number:
-                return descriptor
-            os.close(descriptor)
-    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), device.path)
-
-
-def _ensure_node(name: str, device: int) -> None:
-    path = f"/dev/mapper/{name}"
-    # A node made here while udev is on its way to make its link would stay in udev's way for good.
-    deadline = time.monotonic() + (_NODE_WAIT if udev_is_running() else 0)
-    while True:
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(path).st_rdev == device:
-                return
-        if time.monotonic() >= deadline:
-            break
-        time.sleep(_PAUSE / 10)
-    try:
-        if os.path.lexists(path):
-            os.unlink(path)
-        os.mknod(path, stat.S_IFBLK | 0o600, device)
-    except OSError as error:
-        raise CommandFailed(f"the device node {path} could not be made: {error_name(error)}") from None
+def _identity(device: Device) -> tuple[str, int, int]:
+    return device.uuid, device.major, device.minor

@@ -55,6 +55,19 @@ class Flag(IntFlag):
     SECURE_DATA = 1 << 15
 
 
+class UdevFlag(IntFlag):
+    """What udev's rules are to do about a resume: the upper half of event_nr, which the kernel hands to udev.
+
+    See DM_UDEV_* in libdevmapper.h, and 55-dm.rules. Its lower half is the cookie, a semaphore that udev gives free
+    for who waits: it stays 0, which `dmsetup udevcomplete` takes for flags only.
+    """
+
+    DISABLE_SUBSYSTEM_RULES = 1 << 17
+    DISABLE_DISK_RULES = 1 << 18
+    DISABLE_OTHER_RULES = 1 << 19
+    PRIMARY_SOURCE = 1 << 22
+
+
 @dataclass(frozen=True)
 class Reply:
     """The header that came back, and the data area behind it; the repr leaves out the data, which may hold keys."""
@@ -79,12 +92,19 @@ class Reply:
 
 
 def call(
-    command: Command, name: str = "", *, uuid: str = "", flags: int = 0, data: bytes = b"", target_count: int = 0
+    command: Command,
+    name: str = "",
+    *,
+    uuid: str = "",
+    flags: int = 0,
+    udev: int = 0,
+    data: bytes = b"",
+    target_count: int = 0,
 ) -> Reply:
     """One ioctl, repeated with a larger buffer while the kernel says that its answer does not fit.
 
-    Raises OSError as the kernel answers, FailedPrecondition without device-mapper, InvalidArgument for a name or UUID
-    that cannot be one.
+    `udev` are flags of `UdevFlag`; only a resume has use for them. Raises OSError as the kernel answers,
+    FailedPrecondition without device-mapper, InvalidArgument for a name or UUID that cannot be one.
     """
     _check(command, name, uuid)
     size = max(_FIRST_BUFFER, _HEADER.size + len(data))
@@ -103,7 +123,7 @@ def call(
                 target_count,
                 0,
                 flags,
-                0,
+                udev,
                 0,
                 0,
                 os.fsencode(name),

@@ -5,7 +5,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from csi_driver.host import keyring
-from csi_driver.host.devicemapper import Device, DeviceMapper, MappedHandle
+from csi_driver.host.devicemapper import Device, DeviceMapper, MappingHandle
 from csi_driver.host.dmcontrol import NoDeviceMapper
 from csi_driver.host.holders import Holders, describe
 from csi_driver.luks.device import UUID_PREFIX, dm_uuid, volume_key_name
@@ -40,7 +40,7 @@ class Mappings:
         except NoDeviceMapper:
             return None
 
-    def open(self, name: str) -> MappedHandle:
+    def open(self, name: str) -> MappingHandle:
         """Hold the open mapping of that name, checked after it was opened. Raises DeviceAbsent."""
         return self._mapper.open(name)
 

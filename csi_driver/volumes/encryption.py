@@ -15,7 +15,7 @@ import structlog
 
 from csi_driver.backends.base import Backend
 from csi_driver.host.clonefile import FileIdentity
-from csi_driver.host.devicemapper import Device, DeviceMapper, MappedHandle
+from csi_driver.host.devicemapper import Device, DeviceMapper, MappingHandle
 from csi_driver.host.handle import Handle
 from csi_driver.host.workers import Workers
 from csi_driver.keys.secret import SecretKey, require_passphrase
@@ -259,7 +259,7 @@ class Encryption:
         self.verify(record, device, passphrase)
         return True
 
-    def _check_opened(self, record: VolumeRecord, device: Handle, mapping: MappedHandle) -> None:
+    def _check_opened(self, record: VolumeRecord, device: Handle, mapping: MappingHandle) -> None:
         """The mapping that is held is the one of this volume, on the device that is held."""
         fit = self._mappings.fit(mapping.device, record.mapping_name, _identity(record).uuid)
         if fit is not Fit.FITS or self._mappings.backing(mapping.device) != device.number:
