@@ -5,8 +5,8 @@ guest sees and cannot write. COMMAND runs there, in the caller's folder, and its
 had run here.
 
 In the guest /run, /tmp, /var/tmp and /mnt are new and empty, and $MACHINE_STATE (/mnt/state) is an ext4 disk made for
-this boot. $MACHINE_OUT is the folder of `--out`, writable in both cases. There is no udev and no network but loopback.
-Nothing stays behind, however it ends: processes, disk, scratch files.
+this boot. $MACHINE_OUT is the folder of `--out`, writable in both cases. There is no network but loopback, and a udev
+with `--udev` only. Nothing stays behind, however it ends: processes, disk, scratch files.
 
 Tests that crash the machine start guests themselves, on whatever host: see `Guest`.
 """
@@ -67,17 +67,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=1800, help="seconds after which the guest is ended (1800)")
     parser.add_argument("--out", type=Path, help="folder that COMMAND may write to, as $MACHINE_OUT")
     parser.add_argument("--env", type=_variable, action="append", default=[], metavar="NAME[=VALUE]")
+    parser.add_argument("--udev", action="store_true", help="have a udevd run in the guest")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
     given = parser.parse_args(arguments)
     command = given.command[given.command[:1] == ["--"] :]
     if not command:
         parser.error("no COMMAND was given")
     if has_device_mapper():
+        # --udev too: a host has its own, or none.
         out = {"MACHINE_OUT": str(given.out.absolute())} if given.out else {}
         os.execvpe(command[0], command, os.environ | out | dict(given.env))  # noqa: S606 - an argv list
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminated)
-    config = GuestConfig(memory=given.mem, disk_size=given.disk, sync=False, out=given.out, env=dict(given.env))
+    config = GuestConfig(
+        memory=given.mem, disk_size=given.disk, sync=False, out=given.out, env=dict(given.env), udev=given.udev
+    )
     try:
         with Guest(config, forward=True) as guest:
             guest.start(command)

@@ -23,6 +23,9 @@ JOB, STATUS = "job.json", "status"  # files of the host's scratch folder, beside
 STATE, OUT = "/mnt/state", "/mnt/out"
 SHADOWED = {"/run": "755", "/mnt": "755", "/tmp": "1777", "/var/tmp": "1777"}  # the guest's own, and their modes
 
+UDEVD = "/lib/systemd/systemd-udevd"
+UDEV_LOG = "/run/guest/udevd.log"
+
 _HOST = "/run/guest/host"  # the scratch folder, writable
 _BIN = "/run/guest/bin"
 _MODULES = "/usr/lib/uml/modules"
@@ -45,7 +48,7 @@ Stream = tuple[str, list[int], tuple[int, int] | None]
 class Job:
     """What the host wants from this boot; `out` is a folder of the host that it may write, `own` are the guest's own
     besides SHADOWED, `shown` are those that it must see though they lie under such, `sync` asks that the disk is synced
-    at the end.
+    at the end, `udev` for a udevd.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Job:
         own: list[str],
         shown: list[str],
         sync: bool,
+        udev: bool,
     ) -> None:
         self.command = command
         self.cwd = cwd
@@ -68,6 +72,7 @@ class Job:
         self.own = own
         self.shown = shown
         self.sync = sync
+        self.udev = udev
 
     def dump(self) -> bytes:
         return marshal.dumps(vars(self))
@@ -211,6 +216,21 @@ def _load_modules() -> None:
     _write("/proc/sys/kernel/modprobe", wrapper)
 
 
+def _start_udev() -> None:
+    """As a boot does it: the daemon, then an event for each device that is there already. What it complains of goes to
+    UDEV_LOG; ChildProcessError.
+    """
+    script = (
+        f"{UDEVD} >{UDEV_LOG} 2>&1 & "
+        "until udevadm control --ping 2>/dev/null; do kill -0 $! && sleep 0.1 || exit; done; "
+        "udevadm trigger --type=subsystems --action=add && udevadm trigger --type=devices --action=add && "
+        "udevadm settle"
+    )
+    process = os.posix_spawn("/bin/sh", ["sh", "-c", script], {"PATH": os.defpath})
+    if os.waitpid(process, 0)[1]:
+        raise ChildProcessError(UDEVD)
+
+
 def _open(terminal: tuple[int, int] | None) -> tuple[int, int]:
     """The end that init reads, and the one that the command writes to: a pipe, or a terminal that changes nothing."""
     if not terminal:
@@ -313,6 +333,8 @@ def main(scratch: str) -> None:
     _make_system(scratch, job)
     _load_modules()
     mount("/dev/ubda", STATE, "ext4", data="noinit_itable")
+    if job.udev:
+        _start_udev()
     code = run(job)
     if job.sync:
         _check(_libc.syncfs(os.open(STATE, os.O_RDONLY)), STATE)

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
-from tests.machine.guest_init import JOB, OUT, SHADOWED, STATE, STATUS, Job, Stream
+from tests.machine.guest_init import JOB, OUT, SHADOWED, STATE, STATUS, UDEVD, Job, Stream
 
 _KERNEL = "linux.uml"
 _HERE = Path(__file__).parent
@@ -58,7 +58,7 @@ class GuestConfig:
     host that appears as /mnt/out. `env` adds to the environment. `tap` is a tap interface of the host that becomes
     vec0, with the address `mac`. `own` are further folders in which the guest sees nothing of the host but has
     something empty of its own, and `shown` what it must see in spite of that. `kernel_log` gets what the kernel says,
-    boot after boot.
+    boot after boot. `udev`: a systemd-udevd looks after /dev.
     """
 
     memory: int = 2 << 30
@@ -73,6 +73,7 @@ class GuestConfig:
     own: Sequence[str] = ()
     shown: Sequence[Path] = ()
     kernel_log: Path | None = None
+    udev: bool = False
 
 
 def missing() -> str | None:
@@ -110,13 +111,13 @@ def _shown(config: GuestConfig) -> list[str]:
     return sorted(str(path) for path in wanted if any(path.is_relative_to(folder) for folder in hidden))
 
 
-def _environment(extra: Mapping[str, str], *, out: bool) -> dict[str, str]:
+def _environment(extra: Mapping[str, str], *, out: bool, udev: bool) -> dict[str, str]:
     return {
         **{name: os.environ[name] for name in _ENV if name in os.environ},
         "PATH": f"/run/guest/bin:{system_path()}",
         "HOME": os.environ.get("HOME", "/root"),
         "PYTHONDONTWRITEBYTECODE": "1",
-        "DM_DISABLE_UDEV": "1",
+        **({} if udev else {"DM_DISABLE_UDEV": "1"}),
         "MACHINE_STATE": STATE,
         **({"MACHINE_OUT": OUT} if out else {}),
         **extra,
@@ -169,6 +170,8 @@ class Guest:
     def __enter__(self) -> Self:
         if reason := missing():
             raise GuestError(reason)
+        if self._config.udev and not os.path.exists(UDEVD):
+            raise GuestError("This host has no udev for the guest: install the package udev.")
         with ExitStack() as stack:
             self._scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="guest-")))
             self.disk = self._config.disk or self._scratch / "disk"
@@ -204,12 +207,13 @@ class Guest:
         job = Job(
             command=list(command),
             cwd=str(config.cwd),
-            env=_environment(config.env, out=config.out is not None),
+            env=_environment(config.env, out=config.out is not None, udev=config.udev),
             streams=self._streams,
             out=str(config.out.absolute()) if config.out else None,
             own=list(config.own),
             shown=_shown(config),
             sync=config.sync,
+            udev=config.udev,
         )
         (self._scratch / JOB).write_bytes(job.dump())
         init = self._scratch / "init"
