@@ -112,8 +112,8 @@ class ImageLibrary:
     def clone(self, wanted: Clone, meter: Meter) -> ImageRecord:
         """Make an image of another one. A killed call is gone on with by the next one of this name.
 
-        Raises InvalidArgument (encrypting what is encrypted, decrypting what is not, no passphrase), NotFound,
-        AlreadyExists, VolumeBusy, Unauthenticated, and what `run_pass` raises.
+        Raises InvalidArgument (encrypting what is encrypted, decrypting what is not), FailedPrecondition (no
+        passphrase), NotFound, AlreadyExists, VolumeBusy, Unauthenticated, and what `run_pass` raises.
         """
         source = self._store.get(wanted.source)
         check_clone(source, wanted)

@@ -9,7 +9,7 @@ from csi_driver.images.checksum import Checksum
 from csi_driver.images.store import ImageRecord
 from csi_driver.keys.secret import CEPH_PASSPHRASE, LONGHORN_VALUE, SecretKey
 from csi_driver.luks.formats import LuksFormat
-from csi_driver.model.errors import InvalidArgument
+from csi_driver.model.errors import FailedPrecondition, InvalidArgument
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import VolumeParameters
 from csi_driver.volumes.parameters import luks_format
@@ -49,7 +49,7 @@ class Clone:
 
 
 def chosen_format(wanted: Clone) -> LuksFormat:
-    """The LUKS2 format that a secret asks for; sectors of 512 bytes unless said otherwise. Raises InvalidArgument."""
+    """The LUKS2 format that a secret asks for; sectors of 512 bytes unless said otherwise. Errors as `luks_format`."""
     parameters = VolumeParameters(encrypted=True, sector_size=wanted.sector_size or 512)
     return luks_format(parameters, wanted.new_key or SecretKey(None))
 
@@ -91,9 +91,9 @@ def check_secret(secret: str | None) -> None:
 
 
 def passphrase_of(key: SecretKey | None, where: str) -> Passphrase:
-    """What a secret for the image `where` opens it with. Raises InvalidArgument when it holds none."""
+    """What a secret for the image `where` opens it with. Raises FailedPrecondition when it holds none."""
     if key is None or key.passphrase is None:
-        raise InvalidArgument(
+        raise FailedPrecondition(
             f"the secret for {where} holds neither {LONGHORN_VALUE} nor {CEPH_PASSPHRASE}; add one of them"
         )
     return key.passphrase

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from csi_driver.model.errors import InvalidArgument
+from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.secret import Passphrase
 
 LONGHORN_VALUE = "CRYPTO_KEY_VALUE"
@@ -31,11 +31,12 @@ class SecretKey:
 def read_secret(entries: Mapping[str, str]) -> SecretKey:
     """Read the entries of a secret; entries of other names (a Ceph user, say) are not ours and are left alone.
 
-    Raises InvalidArgument for an unknown provider, an empty value, or two passphrases that disagree.
+    Raises FailedPrecondition for an unknown provider, an empty value, or two passphrases that disagree: a secret can be
+    put right while the claim waits.
     """
     provider = entries.get(PROVIDER)
     if provider not in (None, "", "secret"):
-        raise InvalidArgument(
+        raise FailedPrecondition(
             f"the secret's entry {PROVIDER} names a key provider that does not exist; leave it out or set it to secret"
         )
     return SecretKey(
@@ -50,10 +51,10 @@ def read_secret(entries: Mapping[str, str]) -> SecretKey:
 def require_passphrase(key: SecretKey, volume_id: str) -> Passphrase:
     """The passphrase of a secret that must hold one.
 
-    Raises InvalidArgument naming the entries that were looked for and the StorageClass parameters that bring them.
+    Raises FailedPrecondition naming the entries that were looked for and the StorageClass parameters that bring them.
     """
     if key.passphrase is None:
-        raise InvalidArgument(
+        raise FailedPrecondition(
             f"volume {volume_id} is encrypted but the secret holds neither {LONGHORN_VALUE} nor {CEPH_PASSPHRASE}; add "
             f"one of them to the secret that csi.storage.k8s.io/node-stage-secret-name and -namespace of its "
             f"StorageClass name"
@@ -65,13 +66,13 @@ def _passphrase(entries: Mapping[str, str]) -> Passphrase | None:
     found: dict[str, str] = {name: entries[name] for name in (LONGHORN_VALUE, CEPH_PASSPHRASE) if name in entries}
     for name, value in found.items():
         if not value:
-            raise InvalidArgument(f"the secret's entry {name} is empty; put the passphrase there")
+            raise FailedPrecondition(f"the secret's entry {name} is empty; put the passphrase there")
         if len(value.encode()) > _LARGEST_PASSPHRASE_BYTES:
-            raise InvalidArgument(f"the secret's entry {name} is longer than {_LARGEST_PASSPHRASE_BYTES} bytes")
+            raise FailedPrecondition(f"the secret's entry {name} is longer than {_LARGEST_PASSPHRASE_BYTES} bytes")
     if not found:
         return None
     if len(set(found.values())) > 1:
-        raise InvalidArgument(
+        raise FailedPrecondition(
             f"the secret's entries {LONGHORN_VALUE} and {CEPH_PASSPHRASE} disagree; keep the one that opens the volume"
         )
     return Passphrase(next(iter(found.values())).encode())

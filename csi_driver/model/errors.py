@@ -5,12 +5,12 @@ that turns a class into a gRPC code. The text of an error is one sentence for a 
 device, what was expected and found, what to do. It never holds a secret.
 
     DriverError
-    ├── InvalidArgument        a request, parameter or secret entry that cannot be right
+    ├── InvalidArgument        a request or parameter that cannot be right: only a new class or claim helps
     ├── OutOfRange             a size that cannot be made
     ├── NotFound               unknown volume or path
     ├── AlreadyExists          same name or stage, other properties
     ├── Unauthenticated        the secret is there and opens nothing
-    ├── FailedPrecondition     device, header or host unlike what is recorded or needed
+    ├── FailedPrecondition     device, header, host or secret unlike what is recorded or needed
     │   ├── DeviceMismatch     the device is not what its record says
     │   │   ├── DeviceAbsent       it is not there
     │   │   ├── DeviceShort        it is smaller than recorded
@@ -35,7 +35,11 @@ class DriverError(Exception):
 
 
 class InvalidArgument(DriverError):
-    """A request, parameter or secret entry that cannot be right; nothing was changed."""
+    """A request or parameter that cannot be right; nothing was changed.
+
+    Only a new class or claim helps: external-provisioner leaves a claim alone for five minutes after this one. What a
+    user can put right elsewhere, in a secret say, is a FailedPrecondition.
+    """
 
 
 class OutOfRange(DriverError):
@@ -55,7 +59,7 @@ class Unauthenticated(DriverError):
 
 
 class FailedPrecondition(DriverError):
-    """Device, header or host are unlike what is recorded or needed; repeating the call does not help."""
+    """Device, header, host or secret are unlike what is recorded or needed; repeating alone does not help."""
 
 
 class DeviceMismatch(FailedPrecondition):

@@ -1,7 +1,8 @@
 """Messages of CSI to and from the use cases' own types.
 
 Reading a message checks what can be checked without looking anything up. Raises InvalidArgument for what is missing or
-cannot be right, NotFound for a volume id that cannot be one of this driver's.
+cannot be right, FailedPrecondition for a secret that cannot, NotFound for a volume id that cannot be one of this
+driver's.
 """
 
 import re

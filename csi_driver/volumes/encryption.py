@@ -58,7 +58,7 @@ class Encryption:
 
         `undo` gets what closes both again. A mapping that is open and in use is used again if device, UUID and key
         fit; one that nobody uses is opened anew, whatever left it there. Raises FailedPrecondition when the secret
-        lacks a passphrase, InvalidArgument when it disagrees with the volume's parameters.
+        lacks a passphrase or disagrees with the volume's parameters.
         """
         chosen = luks_format(record.parameters, key, self._limits.pbkdf_memory_kib)
         passphrase = require_passphrase(key, record.id)

@@ -83,7 +83,8 @@ class BackingImages:
 
         Raises ResourceExhausted when this node does not have it, another one may; InvalidArgument naming both sides
         where image and parameters do not fit: what the class says of its origin, its format, encryption, a parameter
-        that the header contradicts, no passphrase; Unauthenticated when the secret does not open it; InvalidHeader.
+        that the header contradicts; FailedPrecondition when the secret has no passphrase or does not open it, as that
+        can be put right while the claim waits; InvalidHeader.
         """
         if (name := parameters.backing_image) is None:
             return None
@@ -96,7 +97,7 @@ class BackingImages:
             _refuse_luks(image)
             return image
         if key.passphrase is None:
-            raise InvalidArgument(
+            raise FailedPrecondition(
                 f"volume {volume_id} starts from the encrypted {image.where} and CreateVolume brought neither "
                 f"{LONGHORN_VALUE} nor {CEPH_PASSPHRASE}; name the image's secret in "
                 f"csi.storage.k8s.io/provisioner-secret-name and -namespace of the StorageClass too"
@@ -110,9 +111,8 @@ class BackingImages:
                 "--pbkdf-memory-limit on all nodes",
             ) from None
         except Unauthenticated as error:
-            if record.secret is None:
-                raise
-            raise Unauthenticated(f"{error}; the image is recorded with the secret {record.secret}") from None
+            recorded = f"; the image is recorded with the secret {record.secret}" if record.secret else ""
+            raise FailedPrecondition(f"{error}{recorded}") from None
         _check_parameters(image.where, parameters, record.luks, slots)
         return image
 

@@ -16,7 +16,7 @@ import structlog
 from csi_driver.keys.secret import SecretKey
 from csi_driver.luks import formats
 from csi_driver.luks.formats import LuksFormat
-from csi_driver.model.errors import InvalidArgument
+from csi_driver.model.errors import FailedPrecondition, InvalidArgument
 from csi_driver.model.volume import VolumeParameters
 from csi_driver.volumes import image_source
 
@@ -122,9 +122,19 @@ def check_mkfs_options(fs_type: str, options: Sequence[str]) -> None:
 def luks_format(parameters: VolumeParameters, key: SecretKey, memory_limit_kib: int | None = None) -> LuksFormat:
     """The choice for luksFormat: the parameter, else the secret's wish, else the default.
 
-    The default memory stays below the limit. Raises InvalidArgument when parameter and secret disagree, a wish is not
-    on the allow-list, or the wished memory is above the limit.
+    The default memory stays below the limit. Raises InvalidArgument when the parameters alone do not go together;
+    FailedPrecondition where more than a new class can mend it: parameter and secret disagree, a wish is not on the
+    allow-list or does not go with the rest, or the memory is above the limit.
     """
+    try:
+        return _luks_format(parameters, key, memory_limit_kib)
+    except InvalidArgument as error:
+        if any((key.cipher, key.hash, key.key_size, key.pbkdf)):
+            raise FailedPrecondition(f"{error}; the secret's wishes count here too") from None
+        raise
+
+
+def _luks_format(parameters: VolumeParameters, key: SecretKey, memory_limit_kib: int | None) -> LuksFormat:
     wished_cipher = _wish(_one_of(*formats.CIPHER_KEY_BITS), "CRYPTO_KEY_CIPHER", key.cipher)
     wished_hash = _wish(_one_of(*formats.HASHES), "CRYPTO_KEY_HASH", key.hash)
     wished_pbkdf = _wish(_one_of(*formats.PBKDFS), "CRYPTO_PBKDF", key.pbkdf)
@@ -160,7 +170,7 @@ def luks_format(parameters: VolumeParameters, key: SecretKey, memory_limit_kib: 
 
 def _agree(parameter: str, chosen: T | None, entry: str, wished: T | None) -> T | None:
     if chosen is not None and wished is not None and chosen != wished:
-        raise InvalidArgument(
+        raise FailedPrecondition(
             f"the StorageClass parameter {parameter} is {chosen} and the secret's entry {entry} is {wished}; "
             f"make them equal or leave one out"
         )
@@ -171,7 +181,7 @@ def _memory(chosen: int | None, limit: int | None) -> int:
     if chosen is None:
         return min(formats.ARGON2_DEFAULT_MEMORY_KIB, limit or formats.ARGON2_DEFAULT_MEMORY_KIB)
     if limit is not None and chosen > limit:
-        raise InvalidArgument(
+        raise FailedPrecondition(
             f"the parameter pbkdfMemory is {chosen} KiB and this driver allows {limit} KiB, so that every node can "
             f"open the volume again; choose less or raise --pbkdf-memory-limit on all nodes"
         )
@@ -185,7 +195,7 @@ def _wish(read: Callable[[str], T], entry: str, text: str | None) -> T | None:
     try:
         return read(text)
     except ValueError as error:
-        raise InvalidArgument(f"the secret's entry {entry} is wrong; it must be {error}") from None
+        raise FailedPrecondition(f"the secret's entry {entry} is wrong; it must be {error}") from None
 
 
 @functools.cache  # once in the life of the process is enough

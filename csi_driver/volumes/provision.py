@@ -96,8 +96,9 @@ class Provisioning:
     def create(self, request: CreateRequest) -> VolumeView:
         """Make the volume of that name, or find it. Nothing is formatted yet: the volume is only tagged, or cloned.
 
-        Raises InvalidArgument, OutOfRange, AlreadyExists (same name, other properties), ResourceExhausted (no room,
-        or none of the wished topologies is this node); for a volume from an image what `BackingImages` raises.
+        Raises InvalidArgument, FailedPrecondition (the secret), OutOfRange, AlreadyExists (same name, other
+        properties), ResourceExhausted (no room, or none of the wished topologies is this node); for a volume from an
+        image what `BackingImages` raises.
         """
         if not request.name or len(request.name.encode()) > _LONGEST_NAME or _BANNED_IN_NAMES.search(request.name):
             raise InvalidArgument(f"a volume's name must have 1 to {_LONGEST_NAME} bytes and no control characters")

@@ -19,7 +19,13 @@ import msgspec
 import pytest
 
 from csi_driver.host.workers import Workers
-from csi_driver.model.errors import ForeignSignature, InvalidArgument, InvalidHeader, Unauthenticated
+from csi_driver.model.errors import (
+    FailedPrecondition,
+    ForeignSignature,
+    InvalidArgument,
+    InvalidHeader,
+    Unauthenticated,
+)
 from csi_driver.model.volume import EncryptionState
 from csi_driver.volumes.driver import WARM
 from tests import headers
@@ -209,7 +215,7 @@ def test_cc_pr3781_the_default_cost_is_fixed_and_fits_the_smallest_node(node: No
 
 
 def test_cc3472_more_memory_than_every_node_allows_is_refused_when_the_volume_is_made(node: Node) -> None:
-    with pytest.raises(InvalidArgument, match="pbkdfMemory"):
+    with pytest.raises(FailedPrecondition, match="pbkdfMemory"):
         node.create(parameters={"encrypted": "true", "pbkdfMemory": str(128 * 1024)})
 
 
@@ -289,7 +295,7 @@ def test_hc1062_the_cipher_of_a_volume_is_its_own_for_good(node: Node, cipher: s
     table = node.open_mapping().targets[0].params
     assert table.startswith(f"{cipher} :{bits // 8}:logon:cryptsetup:")
     node.unstage()
-    with pytest.raises(InvalidArgument, match="CRYPTO_KEY_CIPHER"):
+    with pytest.raises(FailedPrecondition, match="CRYPTO_KEY_CIPHER"):
         node.stage(secret={**SECRET, "CRYPTO_KEY_CIPHER": "aes-xts-plain64"})
     node.stage()
     assert node.read() == "precious"
@@ -302,6 +308,6 @@ def test_hc1062_a_cipher_outside_the_allow_list_is_refused(node: Node, cipher: s
         node.create(parameters={**CHEAP, "cipher": cipher})
     node.create()
     if cipher:
-        with pytest.raises(InvalidArgument, match="CRYPTO_KEY_CIPHER"):
+        with pytest.raises(FailedPrecondition, match="CRYPTO_KEY_CIPHER"):
             node.stage(secret={**SECRET, "CRYPTO_KEY_CIPHER": cipher})
     assert node.encryption_state() is EncryptionState.PREPARED

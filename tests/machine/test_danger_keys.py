@@ -7,7 +7,7 @@ import pytest
 
 from csi_driver.host import keyring
 from csi_driver.luks.device import volume_key_name
-from csi_driver.model.errors import DeviceInUse, FailedPrecondition, InvalidArgument, NotFound, Unauthenticated
+from csi_driver.model.errors import DeviceInUse, FailedPrecondition, NotFound, Unauthenticated
 from csi_driver.model.volume import EncryptionState
 from csi_driver.volumes.capability import Capability
 from tests.headers import run_cryptsetup
@@ -73,7 +73,7 @@ def test_lh9002_the_real_cryptsetup_opens_what_was_formatted(used: Node) -> None
 def test_lh9571_a_secret_without_the_entry_names_secret_and_entry(used: Node, secret: dict[str, str]) -> None:
     used.create("pvc-new")
     for volume in (VOLUME, "pvc-new"):
-        with pytest.raises(InvalidArgument) as refused:
+        with pytest.raises(FailedPrecondition) as refused:
             used.stage(volume, secret=secret)
         for words in (volume, "CRYPTO_KEY_VALUE", "encryptionPassphrase", "node-stage-secret-name", "-namespace"):
             assert words in str(refused.value)
@@ -92,7 +92,7 @@ def test_lh9571_a_secret_without_the_entry_names_secret_and_entry(used: Node, se
     ],
 )
 def test_lh3521_a_secret_that_cannot_be_right(used: Node, secret: dict[str, str], words: str) -> None:
-    with pytest.raises(InvalidArgument, match=words) as refused:
+    with pytest.raises(FailedPrecondition, match=words) as refused:
         used.stage(secret=secret)
     assert "other" not in str(refused.value)
     assert "xxxx" not in str(refused.value)

@@ -116,8 +116,8 @@ def test_an_installed_disk_becomes_two_machines_with_identities_of_their_own(fol
     node = Node(folder, workers)
     with ServerProcess(folder) as server, CsiClient(server.endpoint) as client:
         machines = Machines(folder, client, node)
-        machines.refused("UNAUTHENTICATED", "opens no key slot of image sealed", secrets=WRONG)
-        machines.refused("INVALID_ARGUMENT", "provisioner-secret-name", secrets={})
+        machines.refused("FAILED_PRECONDITION", "opens no key slot of image sealed", secrets=WRONG)
+        machines.refused("FAILED_PRECONDITION", "provisioner-secret-name", secrets={})
         machines.refused(
             "INVALID_ARGUMENT", 'is encrypted and the StorageClass says encrypted "false"', encrypted="false"
         )

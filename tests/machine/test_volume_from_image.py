@@ -18,7 +18,7 @@ from csi_driver.host.workers import Workers
 from csi_driver.images.base import MIB
 from csi_driver.luks.cloned import change_uuid
 from csi_driver.luks.header import parse
-from csi_driver.model.errors import DriverError, FailedPrecondition, InvalidArgument, Unauthenticated
+from csi_driver.model.errors import DriverError, FailedPrecondition, Unauthenticated
 from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeRecord
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.driver import WARM
@@ -251,7 +251,7 @@ def test_a_volume_that_was_cut_before_it_had_its_identity_gets_it_at_the_latest_
     image = parse(headers.head_of(image_file(stocked, "sealed")), "image").uuid
     assert stocked.encryption_state() is EncryptionState.CLONING
     assert stocked.header().uuid == image
-    with pytest.raises(InvalidArgument, match="CRYPTO_KEY_VALUE"):
+    with pytest.raises(FailedPrecondition, match="CRYPTO_KEY_VALUE"):
         stocked.stage(capability=EXT4, secret={})
     after = Node(stocked.folder, workers)
     after.stage(capability=EXT4, secret=SECRET)

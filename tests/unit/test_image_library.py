@@ -222,6 +222,13 @@ def test_an_option_that_would_do_nothing_is_refused(
     assert library.names() == ["disk"]
 
 
+def test_a_secret_without_a_passphrase_can_be_put_right(library: ImageLibrary, raw: Path) -> None:
+    bring(library, raw)
+    with pytest.raises(FailedPrecondition, match="the secret for image copy holds neither CRYPTO_KEY_VALUE nor"):
+        clone(library, "disk", "copy", Operation.ENCRYPT, new_key=SecretKey(None))
+    assert library.names() == ["disk"]
+
+
 # --- what is visible -------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from csi_driver.keys.secret import SecretKey, read_secret
 from csi_driver.luks import formats
 from csi_driver.luks.formats import LuksFormat
 from csi_driver.luks.header_rules import DEFAULT_LIMITS
-from csi_driver.model.errors import DriverError, InvalidArgument
+from csi_driver.model.errors import DriverError, FailedPrecondition, InvalidArgument
 from csi_driver.model.volume import VolumeParameters
 from csi_driver.volumes.parameters import (
     _IGNORED,
@@ -214,13 +214,13 @@ def test_parameter_and_secret_must_agree(parameter: str, chosen: str, entry: str
     assert choose({}, {entry: wished}) == wished
     assert choose({parameter: chosen}, {entry: chosen}) == chosen
     assert choose({}, {entry: ""}) == str(getattr(LuksFormat(), field))
-    with pytest.raises(InvalidArgument, match=rf"parameter {parameter} is {chosen} .*{entry} is {wished}"):
+    with pytest.raises(FailedPrecondition, match=rf"parameter {parameter} is {chosen} .*{entry} is {wished}"):
         choose({parameter: chosen}, {entry: wished})
 
 
 @pytest.mark.parametrize("entry", [entry for _, _, entry, _, _ in AGREEMENTS])
 def test_a_wrong_entry_of_the_secret_is_named_and_never_quoted(entry: str) -> None:
-    with pytest.raises(InvalidArgument, match=entry) as caught:
+    with pytest.raises(FailedPrecondition, match=entry) as caught:
         luks_format(VolumeParameters(), read_secret({entry: "hunter2-in-the-wrong-place"}))
     assert "hunter2" not in str(caught.value)
 
@@ -255,6 +255,22 @@ def test_what_does_not_fit_together_is_refused(given: dict[str, str], said: str)
         luks_format(read_parameters(given), NO_KEY)
 
 
+@pytest.mark.parametrize(
+    ("given", "wishes", "said"),
+    [
+        ({"keySize": "512"}, {"CRYPTO_KEY_CIPHER": "aes-cbc-plain64"}, "no 512-bit key"),
+        ({}, {"CRYPTO_KEY_SIZE": "128"}, "no 128-bit key"),
+        ({"pbkdfIterations": "999"}, {"CRYPTO_PBKDF": "pbkdf2"}, "from 1000 to 10000000"),
+        ({"pbkdfMemory": "1024"}, {"CRYPTO_PBKDF": "pbkdf2"}, "pbkdfMemory means nothing with pbkdf2"),
+    ],
+)
+def test_a_wish_that_does_not_fit_can_be_put_right_in_the_secret(
+    given: dict[str, str], wishes: dict[str, str], said: str
+) -> None:
+    with pytest.raises(FailedPrecondition, match=f"{said}.*; the secret's wishes count here too"):
+        luks_format(read_parameters(given), read_secret(wishes))
+
+
 def test_what_may_be_asked_for_can_be_opened_again() -> None:
     """A header that costs more than the header rules allow would be written and never opened."""
     for pbkdf, iterations in (("pbkdf2", formats.PBKDF2_MOST_ITERATIONS), ("argon2id", formats.ARGON2_MOST_TIME)):
@@ -271,7 +287,7 @@ def test_pbkdf_memory_stays_within_the_limit_of_the_smallest_node() -> None:
     assert luks_format(VolumeParameters(), NO_KEY, limit).memory_kib == limit
     assert luks_format(VolumeParameters(), NO_KEY, 1 << 20).memory_kib == formats.ARGON2_DEFAULT_MEMORY_KIB
     assert luks_format(VolumeParameters(pbkdf_memory_kib=limit), NO_KEY, limit).memory_kib == limit
-    with pytest.raises(InvalidArgument, match=r"pbkdfMemory is 32769 KiB and this driver allows 32768 KiB"):
+    with pytest.raises(FailedPrecondition, match=r"pbkdfMemory is 32769 KiB and this driver allows 32768 KiB"):
         luks_format(VolumeParameters(pbkdf_memory_kib=limit + 1), NO_KEY, limit)
 
 

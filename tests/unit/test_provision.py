@@ -304,7 +304,7 @@ def test_a_capability_that_cannot_be_had_is_refused_everywhere(refused: Capabili
 
 def test_a_key_derivation_that_the_smallest_node_cannot_pay_is_refused() -> None:
     driver = provisioning(limits=Limits(pbkdf_memory_kib=32 * 1024))
-    with pytest.raises(InvalidArgument, match=r"pbkdfMemory is 65536 KiB and this driver allows 32768"):
+    with pytest.raises(FailedPrecondition, match=r"pbkdfMemory is 65536 KiB and this driver allows 32768"):
         driver.create(request(parameters=ENCRYPTED | {"pbkdfMemory": "65536"}))
     driver.create(request(parameters=ENCRYPTED | {"pbkdfMemory": "32768"}))
     driver.create(request("default"))  # the default gives way to the limit

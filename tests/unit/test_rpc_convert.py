@@ -206,7 +206,7 @@ def test_a_secret_that_disagrees_with_itself_is_refused(name: str) -> None:
     read, message, _ = READERS[name]
     request = changed(message)
     request.secrets.update({"CRYPTO_KEY_VALUE": "a", "encryptionPassphrase": "b"})
-    with pytest.raises(InvalidArgument, match="disagree"):
+    with pytest.raises(FailedPrecondition, match="disagree"):
         read(request)
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csi_driver.keys.secret import SecretKey, read_secret, require_passphrase
-from csi_driver.model.errors import InvalidArgument
+from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.secret import Passphrase
 
 HELD = b"hunter2"
@@ -62,7 +62,7 @@ def test_the_provider_may_be_absent_or_the_secret_itself(provider: str) -> None:
 @pytest.mark.parametrize("provider", ["vault", "Secret", "secret ", VALUE])
 def test_another_provider_is_refused_and_not_quoted(provider: str) -> None:
     with pytest.raises(
-        InvalidArgument, match=r"CRYPTO_KEY_PROVIDER names a key provider that does not exist"
+        FailedPrecondition, match=r"CRYPTO_KEY_PROVIDER names a key provider that does not exist"
     ) as caught:
         read_secret({"CRYPTO_KEY_PROVIDER": provider, "CRYPTO_KEY_VALUE": "x"})
     assert provider not in str(caught.value).replace("set it to secret", "")
@@ -70,7 +70,7 @@ def test_another_provider_is_refused_and_not_quoted(provider: str) -> None:
 
 @pytest.mark.parametrize("entry", ["CRYPTO_KEY_VALUE", "encryptionPassphrase"])
 def test_an_empty_passphrase_is_refused(entry: str) -> None:
-    with pytest.raises(InvalidArgument, match=rf"{entry} is empty"):
+    with pytest.raises(FailedPrecondition, match=rf"{entry} is empty"):
         read_secret({entry: ""})
 
 
@@ -78,21 +78,21 @@ def test_an_empty_passphrase_is_refused(entry: str) -> None:
 def test_a_passphrase_has_at_most_64_kib(entry: str) -> None:
     largest = "é" * (32 * 1024)
     assert read_secret({entry: largest}).passphrase == Passphrase(largest.encode())
-    with pytest.raises(InvalidArgument, match=rf"{entry} is longer than 65536 bytes"):
+    with pytest.raises(FailedPrecondition, match=rf"{entry} is longer than 65536 bytes"):
         read_secret({entry: largest + "x"})
 
 
 def test_two_passphrases_must_be_one() -> None:
     both = {"CRYPTO_KEY_VALUE": VALUE, "encryptionPassphrase": VALUE}
     assert read_secret(both).passphrase == Passphrase(VALUE.encode())
-    with pytest.raises(InvalidArgument, match=r"CRYPTO_KEY_VALUE and encryptionPassphrase disagree") as caught:
+    with pytest.raises(FailedPrecondition, match=r"CRYPTO_KEY_VALUE and encryptionPassphrase disagree") as caught:
         read_secret(both | {"encryptionPassphrase": f"{VALUE}\n"})
     assert VALUE not in str(caught.value)
 
 
 def test_a_missing_passphrase_names_volume_entries_and_parameter() -> None:
     said = r"volume pvc-1 .*CRYPTO_KEY_VALUE nor encryptionPassphrase.*csi.storage.k8s.io/node-stage-secret-name"
-    with pytest.raises(InvalidArgument, match=said):
+    with pytest.raises(FailedPrecondition, match=said):
         require_passphrase(read_secret({"userID": "admin"}), "pvc-1")
 
 

@@ -39,7 +39,6 @@ from csi_driver.model.errors import (
     InvalidHeader,
     OutOfRange,
     ResourceExhausted,
-    Unauthenticated,
     VolumeBusy,
 )
 from csi_driver.model.settings import Limits, Settings
@@ -376,8 +375,13 @@ def test_space_is_looked_at_before_the_first_byte(rig: Rig) -> None:
             InvalidArgument,
             r'image plain is not encrypted and the StorageClass says encrypted "true"; name a clone .* with encrypt',
         ),
-        (SEALED, WRONG, Unauthenticated, r"the passphrase in the secret opens no key slot of image sealed"),
-        (SEALED, NOTHING, InvalidArgument, r"volume pvc-1 starts from the encrypted image sealed .*provisioner-secret"),
+        (SEALED, WRONG, FailedPrecondition, r"the passphrase in the secret opens no key slot of image sealed"),
+        (
+            SEALED,
+            NOTHING,
+            FailedPrecondition,
+            r"volume pvc-1 starts from the encrypted image sealed .*provisioner-secret",
+        ),
         (
             PLAIN | {"backingImage": "gone"},
             SECRET,
@@ -448,9 +452,11 @@ def test_costs_over_the_limit_are_refused_with_advice_for_an_image(rig: Rig, mad
 
 def test_a_secret_that_opens_nothing_is_told_with_the_recorded_one(rig: Rig, made: Mapping[str, Made]) -> None:
     put_image(rig.state, "told", made["sealed"], secret="shop/key")
-    with pytest.raises(Unauthenticated, match=r"opens no key slot of image told; .*recorded with the secret shop/key"):
+    with pytest.raises(
+        FailedPrecondition, match=r"opens no key slot of image told; .*recorded with the secret shop/key"
+    ):
         rig.create(SEALED | {"backingImage": "told"}, secret=WRONG)
-    with pytest.raises(Unauthenticated) as refused:
+    with pytest.raises(FailedPrecondition) as refused:
         rig.create(SEALED, secret=WRONG)
     assert "recorded" not in str(refused.value)
 
