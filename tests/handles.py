@@ -25,6 +25,6 @@ def bind_path(mounts: Mounts, source: str, target: str, *, read_only: bool = Fal
         mounts.bind(shown, target, read_only=read_only)
 
 
-def mount_tmpfs(target: str | os.PathLike[str]) -> None:
+def mount_tmpfs(target: str | os.PathLike[str], options: str = "size=50%") -> None:
     """A tmpfs there."""
-    subprocess.run(["mount", "-t", "tmpfs", "none", target], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", target], check=True)

@@ -89,6 +89,10 @@ def _number(least: int, most: int) -> Callable[[str], int]:
     return read
 
 
+def _read_truth(text: str) -> bool:
+    return _one_of(("true", "false"))(text) == "true"
+
+
 def _one_of(allowed: Iterable[str]) -> Callable[[str], str]:
     names = tuple(map(str, allowed))
 
@@ -114,9 +118,15 @@ def _read_address(text: str) -> str | None:
 
 
 def setting(
-    name: str, field: str, read: Callable[[str], object], metavar: str, default: object, meaning: str
+    name: str,
+    field: str,
+    read: Callable[[str], object],
+    metavar: str,
+    default: object,
+    meaning: str,
+    **more: Any,
 ) -> Option:
-    """One setting: an option, and an environment variable of the same name."""
+    """One setting: an option, and an environment variable of the same name; `more` is for click's Option."""
 
     def check(_context: click.Context, _parameter: click.Parameter, text: str) -> object:
         try:
@@ -133,6 +143,7 @@ def setting(
         show_envvar=True,
         callback=check,
         help=meaning,
+        **more,
     )
 
 
@@ -144,6 +155,8 @@ _OPTIONS = (
     setting("--driver-name", "driver_name", read_driver_name, "NAME", Settings.driver_name, "Its name in Kubernetes."),
     setting("--services", "services", _read_services, "LIST", ",".join(Service), "What to serve; identity always is."),
     setting("--state-dir", "state_dir", _read_folder, "FOLDER", Settings.state_dir, "Where volumes and records live."),
+    setting("--require-mount", "require_mount", _read_truth, "true|false", "false", "Refuse to start unless the state "
+            "directory is a mount of the node.", is_flag=False, flag_value="true"),
     setting("--kubelet-dir", "kubelet_dir", _read_folder, "FOLDER", Settings.kubelet_dir, "Kubelet's own folder."),
     setting("--backend", "backend", _one_of(BACKENDS), "NAME", Settings.backend, "What keeps the ciphertext."),
     setting("--free-space-floor", "free_space_floor", read_size, "SIZE", "1Gi", "Space that new volumes leave free."),

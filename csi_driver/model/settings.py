@@ -43,6 +43,7 @@ class Settings:
     driver_name: str = "luks.csi.internal"
     services: frozenset[Service] = frozenset(Service)
     state_dir: Path = Path("/var/lib/luks-csi")
+    require_mount: bool = False
     kubelet_dir: Path = Path("/var/lib/kubelet")
     backend: str = "loopfile"
     free_space_floor: int = 1024 * MIB

@@ -27,6 +27,7 @@ from csi_driver.volumes.provision import Provisioning
 from csi_driver.volumes.publish import Publishing
 from csi_driver.volumes.stage import Staging
 from csi_driver.volumes.stages import Stages
+from csi_driver.volumes.statedir import NODE_MOUNTS, StateDirectory
 from csi_driver.volumes.usage import Usages
 
 WARM = (
@@ -59,6 +60,7 @@ class Driver:
 
     settings: Settings
     workers: Workers
+    state: StateDirectory
     locks: VolumeLocks
     backend: LoopfileBackend
     mappings: Mappings
@@ -73,10 +75,10 @@ class Driver:
     def start(self) -> None:
         """Make the folders and start the worker launcher.
 
-        Raises FailedPrecondition when the state directory cannot be made.
+        Raises FailedPrecondition when the state directory cannot be made, or is not the one that it was.
         """
+        self.state.start()
         try:
-            self.settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             for folder in ("locks", "stages"):
                 (self.settings.state_dir / folder).mkdir(mode=0o700, exist_ok=True)
             self.backend.prepare()
@@ -97,6 +99,14 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
     """Put the driver together; nothing is started or touched yet."""
     host = host or Host()
     state = settings.state_dir
+    directory = StateDirectory(
+        state,
+        settings.endpoint,
+        host.files,
+        host.mounts,
+        Mounts(NODE_MOUNTS),
+        require_mount=settings.require_mount,
+    )
     backend = LoopfileBackend(state / "loopfile", settings.free_space_floor, host.files, host.loops, RecordCodec())
     seam: Backend = backend
     mappings = Mappings(host.mapper, host.holders)
@@ -107,18 +117,21 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
     encryption = Encryption(host.workers, mappings, settings.limits)
     file_systems = FileSystems(host.workers, commands, host.mounts, settings.limits)
     images = BackingImages(ImageStore(state / "images", host.files), host.workers, encryption, settings.limits)
-    staging = Staging(seam, stages, presences, host.workers, encryption, file_systems, mappings, host.holders)
+    staging = Staging(
+        seam, directory.check, stages, presences, host.workers, encryption, file_systems, mappings, host.holders
+    )
     return Driver(
         settings=settings,
         workers=host.workers,
+        state=directory,
         locks=locks,
         backend=backend,
         mappings=mappings,
         encryption=encryption,
-        provisioning=Provisioning(settings, seam, images, staging.release),
+        provisioning=Provisioning(settings, seam, images, directory.check, staging.release),
         staging=staging,
         publishing=Publishing(seam, presences, host.mounts),
-        expansion=Expansion(seam, presences, host.workers, encryption, file_systems),
+        expansion=Expansion(seam, directory.check, presences, host.workers, encryption, file_systems),
         usage=Usages(seam, presences),
-        health=Health(settings, seam, host.workers, commands, host.mapper, mappings, host.mounts),
+        health=Health(settings, seam, host.workers, commands, host.mapper, mappings, host.mounts, directory.check),
     )

@@ -1,5 +1,6 @@
 """NodeExpandVolume: file, loop device, mapping, file system, in this order."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from csi_driver.backends.base import Backend
@@ -28,17 +29,19 @@ class ExpandRequest:
 
 
 class Expansion:
-    """Enlarges staged volumes while they are in use; callers hold the volume's lock."""
+    """Enlarges staged volumes while they are in use; callers hold the volume's lock. `check_state` as in `Staging`."""
 
     def __init__(
         self,
         backend: Backend,
+        check_state: Callable[[], None],
         presences: Presences,
         workers: Workers,
         encryption: Encryption,
         file_systems: FileSystems,
     ) -> None:
         self._backend = backend
+        self._check_state = check_state
         self._presences = presences
         self._workers = workers
         self._encryption = encryption
@@ -52,6 +55,7 @@ class Expansion:
         """
         if not is_volume_id(request.volume_id):
             raise NotFound(f"volume {request.volume_id!r} does not exist: it is no id of this driver")
+        self._check_state()
         record = self._backend.get(request.volume_id)
         present = self._presences.of(record.id, record)
         if present.stage is None or not _is_shown(present, request.volume_path):

@@ -54,6 +54,7 @@ class Health:
         mapper: DeviceMapper,
         mappings: Mappings,
         mounts: Mounts,
+        check_state: Callable[[], None],
     ) -> None:
         self._settings = settings
         self._backend = backend
@@ -62,6 +63,7 @@ class Health:
         self._mapper = mapper
         self._mappings = mappings
         self._mounts = mounts
+        self._check_state = check_state
         self._guard = threading.Lock()
         self._checked_at = -_RECHECK_SECONDS
         self._obstacle: str | None = None
@@ -134,6 +136,7 @@ class Health:
                 raise FailedPrecondition(f"{path} is not there; start the driver, which makes it, or name another one")
             if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK) or os.statvfs(path).f_flag & os.ST_RDONLY:
                 raise FailedPrecondition(f"{path} is no folder that user {os.geteuid()} can write")
+            self._check_state()
             return f"{path} can be written"
 
         return _finding("state directory", look, "make it a writable folder of this node that outlives the driver")

@@ -82,15 +82,22 @@ class Capacity:
 class Provisioning:
     """Makes and removes volumes on this node's backend; callers hold the volume's lock where it changes.
 
+    `check_state` raises FailedPrecondition when the backend's folder is not the one that it was: then nothing changes.
     `release` takes down what is left of a volume on this node before it is deleted (`Staging.release`).
     """
 
     def __init__(
-        self, settings: Settings, backend: Backend, images: BackingImages, release: Callable[[str], None]
+        self,
+        settings: Settings,
+        backend: Backend,
+        images: BackingImages,
+        check_state: Callable[[], None],
+        release: Callable[[str], None],
     ) -> None:
         self._settings = settings
         self._backend = backend
         self._images = images
+        self._check_state = check_state
         self._release = release
 
     def create(self, request: CreateRequest) -> VolumeView:
@@ -108,6 +115,7 @@ class Provisioning:
         self._check_topology(request.topologies)
         volume_id = volume_id_for(request.name)
         _check_range(request.required_bytes, request.limit_bytes)
+        self._check_state()
         try:
             found = self._backend.get(volume_id)
         except NotFound:
@@ -116,10 +124,12 @@ class Provisioning:
         return self._view(self._images.finish(self._backend, found))  # it needs its image no more
 
     def delete(self, volume_id: str) -> None:
-        """Remove the volume; an unknown one is fine, no key is needed. Raises DeviceInUse while it is used.
+        """Remove the volume; an unknown one is fine, no key is needed.
 
-        One that was left staged, published nowhere and used by nobody, is unstaged first.
+        One that was left staged, published nowhere and used by nobody, is unstaged first. Raises DeviceInUse while it
+        is used, FailedPrecondition.
         """
+        self._check_state()
         self._release(volume_id)
         self._backend.delete(volume_id)
         _log.info("volume deleted", volume_id=volume_id)
@@ -194,6 +204,7 @@ class Provisioning:
 
         Raises NotFound, OutOfRange, ResourceExhausted. The node does the rest (NodeExpandVolume).
         """
+        self._check_state()
         record = self.get(volume_id).record
         return grow_device(self._backend, record, required_bytes, limit_bytes).capacity_bytes
 

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -50,11 +50,15 @@ class StageRequest:
 
 
 class Staging:
-    """Stages and unstages volumes on this node; callers hold the volume's lock."""
+    """Stages and unstages volumes on this node; callers hold the volume's lock.
+
+    `check_state` raises FailedPrecondition when the state directory is not the one that it was: nothing is staged then.
+    """
 
     def __init__(
         self,
         backend: Backend,
+        check_state: Callable[[], None],
         stages: Stages,
         presences: Presences,
         workers: Workers,
@@ -64,6 +68,7 @@ class Staging:
         holders: Holders,
     ) -> None:
         self._backend = backend
+        self._check_state = check_state
         self._stages = stages
         self._presences = presences
         self._workers = workers
@@ -77,6 +82,7 @@ class Staging:
 
         After an error nothing of this call remains open, mounted or attached.
         """
+        self._check_state()
         record = self._backend.get(request.volume_id)
         check_context(record, request.context)
         capabilities.check([request.capability])

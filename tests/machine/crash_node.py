@@ -45,6 +45,8 @@ class Node:
             grace_seconds=_CALL_SECONDS,
         )
         self._settings = settings
+        # Each replayed disk is one of its own, and none of them is to be held against the one before.
+        Path("/run/csi.sock.identity").unlink(missing_ok=True)
         self.host = host
         self.driver: Driver = build_driver(settings, host)
         self._stack = ExitStack()

@@ -64,7 +64,9 @@ class Lab:
     def __init__(self, folder: Path, build: Build = faulty_driver, seed: int = 0) -> None:
         self._folder = folder
         self._state = folder / "state"
-        self._settings = Settings(node_id="node-1", state_dir=self._state, free_space_floor=64 << 20)
+        self._settings = Settings(
+            endpoint=folder / "csi.sock", node_id="node-1", state_dir=self._state, free_space_floor=64 << 20
+        )
         self._build = build
         self._seed = seed
         self._log = folder / "server.log"

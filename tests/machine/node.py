@@ -109,13 +109,25 @@ class Node:
         self.encryption = self.make_encryption(self.workers, self.mappings, self.limits)
         file_systems = FileSystems(self.workers, self.make_commands(self.workers), self.mounts, self.limits)
         images = BackingImages(ImageStore(self.state / "images", Files()), self.workers, self.encryption, self.limits)
+
+        def healthy() -> None:
+            """The state directory is the one that it was."""
+
         presences = Presences(self.store, self.stages, self.mappings, self.mounts)
         self.staging = Staging(
-            self.store, self.stages, presences, self.workers, self.encryption, file_systems, self.mappings, holders
+            self.store,
+            healthy,
+            self.stages,
+            presences,
+            self.workers,
+            self.encryption,
+            file_systems,
+            self.mappings,
+            holders,
         )
-        self.provisioning = Provisioning(settings, self.store, images, self.staging.release)
+        self.provisioning = Provisioning(settings, self.store, images, healthy, self.staging.release)
         self.publishing = Publishing(self.store, presences, self.mounts)
-        self.expansion = Expansion(self.store, presences, self.workers, self.encryption, file_systems)
+        self.expansion = Expansion(self.store, healthy, presences, self.workers, self.encryption, file_systems)
         self.presences = presences
         self.workers.start()
 

@@ -154,6 +154,7 @@ def reusing(settings: Settings, injector: Injector) -> Driver:
     stages = Stages(settings.state_dir / "stages", host.files)
     staging = Staging(
         driver.backend,
+        driver.state.check,
         stages,
         _CarelessPresences(driver.backend, stages, driver.mappings, host.mounts),
         host.workers,
@@ -172,7 +173,9 @@ def same(settings: Settings, injector: Injector) -> Driver:
     images = BackingImages(
         ImageStore(settings.state_dir / "images", host.files), host.workers, encryption, settings.limits
     )
-    return replace(driver, provisioning=Provisioning(settings, driver.backend, images, driver.staging.release))
+    return replace(
+        driver, provisioning=Provisioning(settings, driver.backend, images, driver.state.check, driver.staging.release)
+    )
 
 
 _PLANTED = [

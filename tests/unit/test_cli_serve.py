@@ -23,6 +23,7 @@ GIVEN: tuple[tuple[str, str, str, object], ...] = (
     ("driver_name", "--driver-name", "driver.longhorn.io", "driver.longhorn.io"),
     ("services", "--services", "node, identity", frozenset({Service.NODE, Service.IDENTITY})),
     ("state_dir", "--state-dir", "/state", Path("/state")),
+    ("require_mount", "--require-mount", "true", True),
     ("kubelet_dir", "--kubelet-dir", "/kubelet", Path("/kubelet")),
     ("backend", "--backend", "loopfile", "loopfile"),
     ("free_space_floor", "--free-space-floor", "512Mi", 512 << 20),
@@ -46,6 +47,7 @@ REFUSED = (
     ("--services", "node,group"),
     ("--state-dir", "state"),
     ("--state-dir", "/a/../b"),
+    ("--require-mount", "yes"),
     ("--kubelet-dir", "./kubelet"),
     ("--backend", "tape"),
     ("--free-space-floor", "1GB"),
@@ -96,6 +98,12 @@ def test_a_setting_is_read_from_the_environment(field: str, option: str, text: s
     with CliRunner(env={variable: text}).isolation():
         found = flat(read())
     assert found[field] == value
+
+
+def test_a_required_mount_needs_no_value() -> None:
+    assert read("--require-mount", "--node-id", "n").require_mount
+    assert not read("--require-mount", "false").require_mount
+    assert not read().require_mount
 
 
 @pytest.mark.parametrize(("option", "text"), REFUSED)

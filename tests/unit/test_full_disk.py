@@ -43,6 +43,7 @@ def staging(rig: Rig, free: int) -> Staging:
     stages = Stages(rig.folder / "stages", files)
     return Staging(
         backend,
+        lambda: None,
         stages,
         Presences(backend, stages, rig.mappings, mounts),
         workers,

@@ -41,7 +41,7 @@ def create(folder: Path, step: Callable[[str], None]) -> None:
     backend.prepare()
     locks = VolumeLocks(folder / "locks", NoHolders(), backend.has)
     with locks.hold("pvc-1"):
-        Provisioning(Settings(node_id="node-1"), backend, no_images(), lambda _: None).create(REQUEST)
+        Provisioning(Settings(node_id="node-1"), backend, no_images(), lambda: None, lambda _: None).create(REQUEST)
 
 
 def test_a_create_that_fails_leaves_neither_volume_nor_lock(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ KEY = read_secret({"CRYPTO_KEY_VALUE": "secret"})
 
 def provisioning(backend: MemoryBackend | None = None, limits: Limits = DEFAULT_LIMITS) -> Provisioning:
     settings = Settings(node_id="node-1", limits=limits)
-    return Provisioning(settings, backend or MemoryBackend(), no_images(), lambda _: None)
+    return Provisioning(settings, backend or MemoryBackend(), no_images(), lambda: None, lambda _: None)
 
 
 def request(  # one keyword for each field of the message

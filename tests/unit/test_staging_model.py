@@ -99,11 +99,13 @@ class Rig:
         images = BackingImages(ImageStore(self.folder / "images", files), workers, self.encryption, limits)
         presences = Presences(self.backend, stages, self.mappings, mounts)
         self.staging = Staging(
-            self.backend, stages, presences, workers, self.encryption, made, self.mappings, NoHolders()
+            self.backend, lambda: None, stages, presences, workers, self.encryption, made, self.mappings, NoHolders()
         )
-        self.provisioning = Provisioning(Settings(node_id="node-1"), self.backend, images, self.staging.release)
+        self.provisioning = Provisioning(
+            Settings(node_id="node-1"), self.backend, images, lambda: None, self.staging.release
+        )
         self.publishing = Publishing(self.backend, presences, mounts)
-        self.expansion = Expansion(self.backend, presences, workers, self.encryption, made)
+        self.expansion = Expansion(self.backend, lambda: None, presences, workers, self.encryption, made)
 
     # The calls
 

@@ -106,7 +106,7 @@ class Rig:
         encryption = Encryption(workers, Mappings(DeviceMapper(), NoHolders()), limits)
         self.images = BackingImages(ImageStore(self.state / "images", files), workers, encryption, limits)
         self.provisioning = Provisioning(
-            Settings(node_id="node-1", limits=limits), self.backend, self.images, lambda _: None
+            Settings(node_id="node-1", limits=limits), self.backend, self.images, lambda: None, lambda _: None
         )
 
     def again(self, step: Step = undisturbed) -> "Rig":
