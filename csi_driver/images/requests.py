@@ -8,11 +8,11 @@ from csi_driver.images.checkpoint import Operation
 from csi_driver.images.checksum import Checksum
 from csi_driver.images.store import ImageRecord
 from csi_driver.keys.secret import CEPH_PASSPHRASE, LONGHORN_VALUE, SecretKey
+from csi_driver.luks.choice import luks_format
 from csi_driver.luks.formats import LuksFormat
 from csi_driver.model.errors import FailedPrecondition, InvalidArgument
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import VolumeParameters
-from csi_driver.volumes.parameters import luks_format
 
 MOST_BYTES: Final = 1 << 40
 """Bytes that an image may have, unless the caller says otherwise."""

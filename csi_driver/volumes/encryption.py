@@ -22,6 +22,7 @@ from csi_driver.keys.secret import SecretKey, require_passphrase
 from csi_driver.luks import cloned
 from csi_driver.luks import device as luks
 from csi_driver.luks.blank import prove_blank
+from csi_driver.luks.choice import luks_format
 from csi_driver.luks.formats import LuksFormat, check_capacity
 from csi_driver.luks.header_metadata import Keyslot
 from csi_driver.luks.header_rules import Limits as HeaderLimits
@@ -30,7 +31,6 @@ from csi_driver.model.errors import DeadlineExceeded, DeviceInUse, DriverError, 
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.settings import Limits
 from csi_driver.model.volume import EncryptionState, FileSystemState, LuksIdentity, VolumeRecord
-from csi_driver.volumes.parameters import luks_format
 
 _log = structlog.get_logger(__name__)
 P = ParamSpec("P")

@@ -1,4 +1,4 @@
-"""StorageClass parameters: read, checked, typed; and their agreement with what a secret wishes.
+"""StorageClass parameters: read, checked, typed.
 
 docs/parameters.md is the table for users.
 """
@@ -9,19 +9,17 @@ import itertools
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import structlog
 
-from csi_driver.keys.secret import SecretKey
 from csi_driver.luks import formats
-from csi_driver.luks.formats import LuksFormat
-from csi_driver.model.errors import FailedPrecondition, InvalidArgument
+from csi_driver.luks.choice import one_of, whole_number
+from csi_driver.model.errors import InvalidArgument
 from csi_driver.model.volume import VolumeParameters
 from csi_driver.volumes import image_source
 
 _log = structlog.get_logger(__name__)
-T = TypeVar("T")
 
 FILE_SYSTEMS = ("ext4", "xfs", "btrfs")
 DEFAULT_FILE_SYSTEM = "ext4"
@@ -119,85 +117,6 @@ def check_mkfs_options(fs_type: str, options: Sequence[str]) -> None:
         _check_suboptions(fs_type, flag, value, allowed[flag])
 
 
-def luks_format(parameters: VolumeParameters, key: SecretKey, memory_limit_kib: int | None = None) -> LuksFormat:
-    """The choice for luksFormat: the parameter, else the secret's wish, else the default.
-
-    The default memory stays below the limit. Raises InvalidArgument when the parameters alone do not go together;
-    FailedPrecondition where more than a new class can mend it: parameter and secret disagree, a wish is not on the
-    allow-list or does not go with the rest, or the memory is above the limit.
-    """
-    try:
-        return _luks_format(parameters, key, memory_limit_kib)
-    except InvalidArgument as error:
-        if any((key.cipher, key.hash, key.key_size, key.pbkdf)):
-            raise FailedPrecondition(f"{error}; the secret's wishes count here too") from None
-        raise
-
-
-def _luks_format(parameters: VolumeParameters, key: SecretKey, memory_limit_kib: int | None) -> LuksFormat:
-    wished_cipher = _wish(_one_of(*formats.CIPHER_KEY_BITS), "CRYPTO_KEY_CIPHER", key.cipher)
-    wished_hash = _wish(_one_of(*formats.HASHES), "CRYPTO_KEY_HASH", key.hash)
-    wished_pbkdf = _wish(_one_of(*formats.PBKDFS), "CRYPTO_PBKDF", key.pbkdf)
-    wished_bits = _wish(_number(128, 512), "CRYPTO_KEY_SIZE", key.key_size)
-    cipher = _agree("cipher", parameters.cipher, "CRYPTO_KEY_CIPHER", wished_cipher) or LuksFormat.cipher
-    key_bits = _agree("keySize", parameters.key_bits, "CRYPTO_KEY_SIZE", wished_bits)
-    key_bits = key_bits or formats.default_key_bits(cipher)
-    formats.check_key_bits(cipher, key_bits)
-    hash_name = _agree("hash", parameters.hash, "CRYPTO_KEY_HASH", wished_hash) or LuksFormat.hash
-    pbkdf = _agree("pbkdf", parameters.pbkdf, "CRYPTO_PBKDF", wished_pbkdf) or LuksFormat.pbkdf
-    iterations = parameters.pbkdf_iterations or formats.default_iterations(pbkdf, hash_name)
-    least, most = (
-        (formats.PBKDF2_LEAST_ITERATIONS, formats.PBKDF2_MOST_ITERATIONS)
-        if pbkdf == "pbkdf2"
-        else (formats.ARGON2_LEAST_TIME, formats.ARGON2_MOST_TIME)
-    )
-    if not least <= iterations <= most:
-        raise InvalidArgument(
-            f"the parameter pbkdfIterations is {iterations}; with {pbkdf} it must be from {least} to {most}"
-        )
-    if pbkdf == "pbkdf2" and parameters.pbkdf_memory_kib is not None:
-        raise InvalidArgument("the parameter pbkdfMemory means nothing with pbkdf2; leave it out or choose argon2id")
-    return LuksFormat(
-        cipher=cipher,
-        key_bits=key_bits,
-        hash=hash_name,
-        pbkdf=pbkdf,
-        memory_kib=0 if pbkdf == "pbkdf2" else _memory(parameters.pbkdf_memory_kib, memory_limit_kib),
-        iterations=iterations,
-        sector_size=parameters.sector_size or LuksFormat.sector_size,
-    )
-
-
-def _agree(parameter: str, chosen: T | None, entry: str, wished: T | None) -> T | None:
-    if chosen is not None and wished is not None and chosen != wished:
-        raise FailedPrecondition(
-            f"the StorageClass parameter {parameter} is {chosen} and the secret's entry {entry} is {wished}; "
-            f"make them equal or leave one out"
-        )
-    return chosen if chosen is not None else wished
-
-
-def _memory(chosen: int | None, limit: int | None) -> int:
-    if chosen is None:
-        return min(formats.ARGON2_DEFAULT_MEMORY_KIB, limit or formats.ARGON2_DEFAULT_MEMORY_KIB)
-    if limit is not None and chosen > limit:
-        raise FailedPrecondition(
-            f"the parameter pbkdfMemory is {chosen} KiB and this driver allows {limit} KiB, so that every node can "
-            f"open the volume again; choose less or raise --pbkdf-memory-limit on all nodes"
-        )
-    return chosen
-
-
-def _wish(read: Callable[[str], T], entry: str, text: str | None) -> T | None:
-    """What an entry of the secret wishes; a wrong one is not quoted, as it may be the passphrase in a wrong place."""
-    if text is None:
-        return None
-    try:
-        return read(text)
-    except ValueError as error:
-        raise FailedPrecondition(f"the secret's entry {entry} is wrong; it must be {error}") from None
-
-
 @functools.cache  # once in the life of the process is enough
 def _tell_ignored(name: str) -> None:
     _log.info("StorageClass parameter ignored", parameter=name, reason=_IGNORED[name])
@@ -219,37 +138,19 @@ def _boolean(text: str) -> bool:
     return text == "true"
 
 
-def _one_of(*allowed: str) -> Callable[[str], str]:
-    def read(text: str) -> str:
-        if text not in allowed:
-            raise ValueError(f"one of {', '.join(allowed)}")
-        return text
-
-    return read
-
-
-def _number(least: int, most: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,9}", text) or not least <= int(text) <= most:
-            raise ValueError(f"a whole number from {least} to {most}")
-        return int(text)
-
-    return read
-
-
 def _sector_size(text: str) -> int:
-    return int(_one_of(*map(str, formats.SECTOR_SIZES))(text))
+    return int(one_of(*map(str, formats.SECTOR_SIZES))(text))
 
 
-_file_system = _one_of(*FILE_SYSTEMS)
+_file_system = one_of(*FILE_SYSTEMS)
 _READERS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "encrypted": ("encrypted", _boolean),
-    "cipher": ("cipher", _one_of(*formats.CIPHER_KEY_BITS)),
-    "keySize": ("key_bits", _number(128, 512)),
-    "hash": ("hash", _one_of(*formats.HASHES)),
-    "pbkdf": ("pbkdf", _one_of(*formats.PBKDFS)),
-    "pbkdfMemory": ("pbkdf_memory_kib", _number(formats.ARGON2_LEAST_MEMORY_KIB, 4 << 20)),
-    "pbkdfIterations": ("pbkdf_iterations", _number(formats.ARGON2_LEAST_TIME, formats.PBKDF2_MOST_ITERATIONS)),
+    "cipher": ("cipher", one_of(*formats.CIPHER_KEY_BITS)),
+    "keySize": ("key_bits", whole_number(128, 512)),
+    "hash": ("hash", one_of(*formats.HASHES)),
+    "pbkdf": ("pbkdf", one_of(*formats.PBKDFS)),
+    "pbkdfMemory": ("pbkdf_memory_kib", whole_number(formats.ARGON2_LEAST_MEMORY_KIB, 4 << 20)),
+    "pbkdfIterations": ("pbkdf_iterations", whole_number(formats.ARGON2_LEAST_TIME, formats.PBKDF2_MOST_ITERATIONS)),
     "sectorSize": ("sector_size", _sector_size),
     "discard": ("discard", _boolean),
     "noReadWorkqueue": ("no_read_workqueue", _boolean),
@@ -258,7 +159,7 @@ _READERS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     image_source.TYPE: ("image_source_type", image_source.read_type),
     image_source.PARAMETERS: ("image_source", image_source.read_source),
     "backend": ("backend", str),
-    "numberOfReplicas": ("replicas", _number(1, 20)),
+    "numberOfReplicas": ("replicas", whole_number(1, 20)),
     "fstype": ("fs_type", _file_system),
     "fsType": ("fs_type", _file_system),
     f"{_KUBERNETES}fstype": ("fs_type", _file_system),

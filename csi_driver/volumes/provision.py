@@ -12,6 +12,7 @@ import structlog
 from csi_driver.backends.base import Backend
 from csi_driver.keys.secret import SecretKey
 from csi_driver.luks import formats
+from csi_driver.luks.choice import luks_format
 from csi_driver.model.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -36,7 +37,7 @@ from csi_driver.volumes.context import check_context, volume_context
 from csi_driver.volumes.encryption import device_size
 from csi_driver.volumes.filesystem import LEAST_BYTES
 from csi_driver.volumes.from_image import BackingImage, BackingImages
-from csi_driver.volumes.parameters import DEFAULT_FILE_SYSTEM, check_mkfs_options, luks_format, read_parameters
+from csi_driver.volumes.parameters import DEFAULT_FILE_SYSTEM, check_mkfs_options, read_parameters
 
 _log = structlog.get_logger(__name__)
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from csi_driver.keys.secret import SecretKey, read_secret
 from csi_driver.luks import formats
+from csi_driver.luks.choice import luks_format
 from csi_driver.luks.formats import LuksFormat
 from csi_driver.luks.header_rules import DEFAULT_LIMITS
 from csi_driver.model.errors import DriverError, FailedPrecondition, InvalidArgument
@@ -19,7 +20,6 @@ from csi_driver.volumes.parameters import (
     _READERS,
     _tell_ignored,
     check_mkfs_options,
-    luks_format,
     read_parameters,
 )
 
