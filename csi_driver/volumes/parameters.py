@@ -42,7 +42,8 @@ _IGNORED = {
 }
 
 _MKFS_FLAGS: Mapping[str, Mapping[str, Sequence[str] | None]] = {
-    "ext4": {"-b": None, "-i": None, "-I": None, "-N": None, "-m": None, "-O": None, "-T": None, "-g": None, "-G": None,
+    "ext4": {"-b": ("1024", "2048", "4096"),
+             "-i": None, "-I": None, "-N": None, "-m": None, "-O": None, "-T": None, "-g": None, "-G": None,
              "-E": ("stride", "stripe_width", "resize", "packed_meta_blocks", "num_backup_sb", "nodiscard",
                     "lazy_itable_init", "hash_seed"),
              "-J": ("size",)},
@@ -51,12 +52,15 @@ _MKFS_FLAGS: Mapping[str, Mapping[str, Sequence[str] | None]] = {
             "-l": ("size", "version", "su", "sunit", "lazy-count")},
     "btrfs": {"-n": None, "-s": None, "-m": None, "-d": None, "-O": None, "--csum": None, "--checksum": None},
 }  # fmt: skip
-"""Options of mkfs that shape the new file system and do nothing else; sub-options are listed where some name files.
+"""Options of mkfs that shape the new file system and do nothing else; sub-options are listed where some name files, and
+block sizes of ext4, as in a larger one there may be no room for a journal.
 
 Each takes a value: what followed one that takes none (-M of btrfs) would be one more device to format.
 """
 _MKFS_VALUE = re.compile(r"[A-Za-z0-9^=_,.:+-]+")  # nothing that could name a file
 _NO_FILE_SYSTEM = frozenset({"journal_dev", "list-all"})  # values of -O with which mkfs succeeds and makes none
+_NO_JOURNAL = re.compile(r"none|clear|[-^](has_journal|feature_c[+0]*2)", re.IGNORECASE)
+"""Values of -O that take ext4's journal away (mke2fs(8); libe2p reads a feature's number too)."""
 
 
 def read_parameters(given: Mapping[str, str]) -> VolumeParameters:
@@ -182,6 +186,11 @@ def _check_suboptions(fs_type: str, flag: str, value: str, names: Sequence[str] 
     for part in value.split(","):
         if flag == "-O" and part in _NO_FILE_SYSTEM:
             raise InvalidArgument(f"the parameter mkfsOptions holds -O {part!r}, which makes no file system")
+        if (fs_type, flag) == ("ext4", "-O") and _NO_JOURNAL.fullmatch(part):
+            raise InvalidArgument(
+                f"the parameter mkfsOptions holds -O {part!r}, which makes ext4 without a journal: after a power cut "
+                f"nobody would repair it; leave it out"
+            )
         if names is not None and part.partition("=")[0] not in names:
             raise InvalidArgument(
                 f"the parameter mkfsOptions holds {flag} {part!r}; for mkfs.{fs_type} {flag} allowed are "

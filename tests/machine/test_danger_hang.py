@@ -251,7 +251,7 @@ def test_lh7033_an_error_names_volume_device_cause_and_remedy(
 
 def test_trident982_a_program_that_fails_is_quoted(folder: Path, workers: Workers, disk: FaultyDevice) -> None:
     node = Node(folder, workers, backend=BlockBackend({VOLUME: disk.path}))
-    node.create(parameters={**CHEAP, "mkfsOptions": "-b 131072"})
+    node.create(parameters={**CHEAP, "mkfsOptions": "-I 131072"})
     with pytest.raises(DriverError) as failed:
         node.stage()
     assert f"/dev/mapper/luks-{VOLUME}" in str(failed.value)

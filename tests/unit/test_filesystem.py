@@ -1,8 +1,12 @@
 """How mkfs is called."""
 
+import struct
+import subprocess
+from pathlib import Path
+
 import pytest
 
-from csi_driver.volumes.filesystem import mkfs_command
+from csi_driver.volumes.filesystem import LEAST_BYTES, mkfs_command
 from csi_driver.volumes.parameters import FILE_SYSTEMS, check_mkfs_options
 
 DEVICE = "/dev/mapper/luks-pvc-1"
@@ -33,3 +37,38 @@ def test_nothing_takes_unwritten_blocks_for_zeros(fs_type: str) -> None:
     said = " ".join(mkfs_command(fs_type, []))
     assert "assume_storage_prezeroed" not in said
     assert "lazy_journal_init" not in said
+
+
+def _has_journal(file: Path) -> bool:
+    """The bit of the superblock (ext4(5), Documentation/filesystems/ext4/super.rst)."""
+    with file.open("rb") as disk:
+        disk.seek(1024 + 0x5C)
+        (compatible,) = struct.unpack("<I", disk.read(4))
+    return bool(compatible & 4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "", "-b 1024", "-b 2048", "-b 4096", "-T ext3", "-T small", "-T huge", "-T largefile4",
+        "-b 4096 -i 16384 -I 512", "-b 4096 -O bigalloc", "-b 4096 -O fast_commit", "-O ^resize_inode,sparse_super2",
+        "-b 4096 -E packed_meta_blocks=1",
+    ],
+)  # fmt: skip
+def test_the_smallest_ext4_has_a_journal(tmp_path: Path, options: str) -> None:
+    """mke2fs leaves it out in fewer than 2048 blocks, says so and succeeds."""
+    check_mkfs_options("ext4", options.split())
+    for size in (LEAST_BYTES["ext4"], LEAST_BYTES["ext4"] + 4096):
+        file = tmp_path / str(size)
+        with file.open("wb") as disk:
+            disk.truncate(size)
+        subprocess.run(mkfs_command("ext4", options.split(), str(file)), check=True, timeout=30)
+        assert _has_journal(file)
+
+
+def test_the_look_for_a_journal_sees_that_there_is_none(tmp_path: Path) -> None:
+    file = tmp_path / "disk"
+    with file.open("wb") as disk:
+        disk.truncate(LEAST_BYTES["ext4"] - 4096)
+    subprocess.run(mkfs_command("ext4", ["-b", "4096"], str(file)), check=True, timeout=30)
+    assert not _has_journal(file)

@@ -310,7 +310,7 @@ def test_a_plain_iv_is_not_repeated(cipher: str) -> None:
 @pytest.mark.parametrize(
     ("fs_type", "options"),
     [
-        ("ext4", "-b 4096 -i 16384 -I 256 -N 1000 -m 1 -O ^has_journal,metadata_csum -T largefile4 -J size=64"),
+        ("ext4", "-b 4096 -i 16384 -I 256 -N 1000 -m 1 -O ^resize_inode,metadata_csum -T largefile4 -J size=64"),
         ("ext4", "-E stride=16,stripe_width=32,hash_seed=6f1c2b1e-0a55-4c3e-9d3c-5a3c8b0f7d21 -g 8192 -G 16"),
         ("xfs", "-b size=4096 -m reflink=1,rmapbt=0 -n size=8192 -i maxpct=5 -s size=512 -d su=64k,sw=4 -l size=64m"),
         ("btrfs", "-n 16384 -s 4096 -m dup -d single -O ^no-holes --csum xxhash --checksum sha256"),
@@ -362,7 +362,16 @@ def test_options_that_shape_the_file_system_are_taken(fs_type: str, options: str
         ("btrfs", "--help"),
         ("btrfs", "-O list-all"),
         ("ext4", "-O journal_dev"),
-        ("ext4", "-O ^has_journal,journal_dev"),
+        ("ext4", "-O ^resize_inode,journal_dev"),
+        # ext4 without a journal
+        ("ext4", "-b 65536"),
+        ("ext4", "-b 8k"),
+        ("ext4", "-O ^has_journal"),
+        ("ext4", "-O metadata_csum,-Has_Journal"),
+        ("ext4", "-O none"),
+        ("ext4", "-O Clear,extents"),
+        ("ext4", "-O ^FEATURE_C2"),
+        ("ext4", "-O ^FEATURE_C+02"),
         # spellings of the same
         ("ext4", "-b4096"),
         ("ext4", "-Jdevice=/dev/sda"),

@@ -175,7 +175,7 @@ def test_two_names_never_share_an_id(one: str, other: str) -> None:
 
 
 @pytest.mark.parametrize("parameters", [{}, ENCRYPTED, ENCRYPTED | {"sectorSize": "4096"}])
-@pytest.mark.parametrize("size", [MIB, 64 * MIB, GIB, GIB + 4096])
+@pytest.mark.parametrize("size", [8 * MIB, 64 * MIB, GIB, GIB + 4096])
 def test_required_equal_to_limit_is_met_to_the_byte(parameters: dict[str, str], size: int) -> None:
     backend = MemoryBackend()
     made = provisioning(backend).create(request(required=size, limit=size, parameters=parameters)).record
@@ -187,7 +187,7 @@ def test_required_equal_to_limit_is_met_to_the_byte(parameters: dict[str, str], 
     ("required", "limit", "parameters", "capacity"),
     [
         (0, 0, {}, GIB),
-        (1, 0, {}, MIB),
+        (1, 0, {}, 8 * MIB),
         (0, 100 * MIB, {}, 100 * MIB),
         (0, 100 * MIB + 1, {}, 100 * MIB),
         (0, 2 * GIB, {}, GIB),
@@ -214,7 +214,7 @@ def test_a_capacity_within_the_range_is_chosen(
         (0, -1, {}, InvalidArgument),
         (2 * GIB, GIB, {}, InvalidArgument),
         (0, 1, {}, OutOfRange),
-        (1, MIB - 1, {}, OutOfRange),
+        (1, 8 * MIB - 1, {}, OutOfRange),
         (1, 299 * MIB, {"fstype": "xfs"}, OutOfRange),
         (GIB + 1, GIB + 1, {}, OutOfRange),
         (GIB + 512, GIB + 512, {"sectorSize": "4096"}, OutOfRange),
