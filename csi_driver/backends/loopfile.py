@@ -107,13 +107,15 @@ class LoopfileBackend:
 
     def delete(self, volume_id: str) -> None:
         """Take the volume out of sight in one step, then remove it piece by piece."""
-        volume, trash = self._volume(volume_id), self._folder / "trash" / volume_id
+        volume, trash, fresh = (self._folder / name / volume_id for name in ("volumes", "trash", "new"))
+        for folder in (volume, trash, fresh):
+            _refuse_folders(folder)
         if volume.exists():
             self._check_unused(volume_id)
             self._remove(trash)
             self._files.rename(volume, trash)
         self._remove(trash)
-        self._remove(self._folder / "new" / volume_id)
+        self._remove(fresh)
 
     def ids(self) -> Sequence[str]:
         """Folder names are the ids."""
@@ -205,6 +207,7 @@ class LoopfileBackend:
         return [str(path) for path in leftovers]
 
     def _remove(self, folder: Path) -> None:
+        _refuse_folders(folder)
         self._loops.unguard(str(folder / _DISK))  # a power cut leaves the guard on
         self._files.remove_folder(folder)
 
@@ -252,3 +255,14 @@ class LoopfileBackend:
             raise FailedPrecondition(
                 f"volume {volume_id} cannot be written in {self._folder}: {error.strerror}; check that file system"
             ) from None
+
+
+def _refuse_folders(folder: Path) -> None:
+    """A folder in a volume's folder is somebody else's: nothing is removed then, and it is named."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        if found := sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False)):
+            others = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            raise FailedPrecondition(
+                f"{folder} cannot be removed: it holds the folder {found[0]!r}{others}, which this driver did not "
+                f"make; move that away and call again"
+            )

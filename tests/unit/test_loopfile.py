@@ -329,6 +329,26 @@ def test_an_attached_volume_is_not_deleted(place: Place) -> None:
     assert backend.ids() == []
 
 
+@pytest.mark.parametrize("where", ["volumes", "trash", "new"])
+def test_a_folder_that_somebody_put_there_is_named_and_nothing_is_removed(place: Place, where: str) -> None:
+    backend = place.backend()
+    backend.create(RECORD, MIB)
+    strange = place.folder / where / "pvc-1" / "lost+found"
+    strange.mkdir(parents=True)
+    (strange.parent / "file").touch()
+    before = {name: place.files(name) for name in ("volumes", "trash", "new")}
+    said = rf"{strange.parent} cannot be removed: it holds the folder 'lost\+found', .*move that away and call again"
+    for _ in range(2):
+        with pytest.raises(FailedPrecondition, match=said):
+            backend.delete("pvc-1")
+    assert strange.is_dir()
+    assert {name: place.files(name) for name in before} == before
+    strange.rename(place.folder / "aside")
+    backend.delete("pvc-1")
+    assert not any(place.files(name) for name in before)
+    assert backend.ids() == []
+
+
 def test_looking_whether_a_file_is_attached_leaves_no_lock_behind(place: Place) -> None:
     backend = place.backend()
     backend.create(RECORD, MIB)
