@@ -1,20 +1,29 @@
 """The pages for who looks after the driver: /healthz and /readyz for kubelet's probes, /metrics for Prometheus.
 
-Imported only where an HTTP address is set.
+Anybody in the cluster may ask. So one thread reads all requests and none of them takes another's place: who is slow to
+ask, slow to read or resets waits for himself alone. A page is made in a thread of its own, one at a time; who asks for
+it meanwhile gets the same. Imported only where an HTTP address is set.
 """
 
+import asyncio
+import contextlib
 import socket
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from email.utils import formatdate
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import structlog
 
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.rpc.endpoint import host_and_port
 
-_CLIENT_SECONDS = 10.0
-_MOST_CLIENTS = 16  # at once; anybody in the cluster may ask
+_log = structlog.get_logger(__name__)
+_SECONDS_TO_ASK = 3.0
+_SECONDS_TO_ANSWER = 10.0
+_MOST_CLIENTS = 64  # open at once; one more, and the oldest goes
+_LONGEST_HEAD = 16 << 10
 
 
 @dataclass(frozen=True)
@@ -27,81 +36,129 @@ class Page:
 
 
 class HttpServer:
-    """Shows `pages`, by their paths, at `address` (host:port) from `start` to `stop`."""
+    """Shows `pages`, by their paths, at `address` (host:port) from `start` to `stop`.
 
-    def __init__(self, address: str, pages: Mapping[str, Callable[[], Page]]) -> None:
+    A client has `seconds_to_ask` to send the whole head of its request.
+    """
+
+    def __init__(
+        self, address: str, pages: Mapping[str, Callable[[], Page]], seconds_to_ask: float = _SECONDS_TO_ASK
+    ) -> None:
         self._address = address
-        self._pages = pages
-        self._running: tuple[ThreadingHTTPServer, threading.Thread] | None = None
+        self._clients = _Clients(pages, seconds_to_ask)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Listen. Raises FailedPrecondition when the address cannot be used."""
         try:
-            server = _Server(host_and_port(self._address), self._pages)
+            listening = _listen(*host_and_port(self._address))
         except OSError as error:
             raise FailedPrecondition(
                 f"the HTTP address {self._address} cannot be used ({error.strerror}); choose another"
             ) from None
-        thread = threading.Thread(target=server.serve_forever, name="http", daemon=True)
-        thread.start()
-        self._running = server, thread
+        self._loop = asyncio.new_event_loop()
+        server = self._loop.run_until_complete(
+            asyncio.start_server(self._clients.serve, sock=listening, limit=_LONGEST_HEAD, backlog=_MOST_CLIENTS)
+        )
+        self._thread = threading.Thread(target=self._serve, args=(self._loop, server), name="http", daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
-        """Listen no more."""
-        if self._running is not None:
-            server, thread = self._running
-            server.shutdown()
-            server.server_close()
-            thread.join()
-            self._running = None
+        """Listen no more; who was not answered yet will not be."""
+        if self._loop is not None and self._thread is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop = self._thread = None
+
+    def _serve(self, loop: asyncio.AbstractEventLoop, server: asyncio.Server) -> None:
+        with contextlib.closing(loop):
+            loop.run_forever()
+            server.close()
+            loop.run_until_complete(self._clients.drop_all())
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
+class _Clients:
+    """Everybody who is connected, the oldest first."""
 
-    def __init__(self, address: tuple[str, int], pages: Mapping[str, Callable[[], Page]]) -> None:
-        self.pages = pages
-        self._slots = threading.BoundedSemaphore(_MOST_CLIENTS)
-        host, port = address
-        super().__init__(address, _Handler, bind_and_activate=False)
-        self.socket.close()
-        # Without a host: every address, of IPv6 too where there is such a thing. Clusters can be IPv6 only.
-        both = not host and socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
-        self.socket = socket.create_server((host, port), family=family, dualstack_ipv6=both)
-        self.server_name, self.server_port = host, port
+    def __init__(self, pages: Mapping[str, Callable[[], Page]], seconds_to_ask: float) -> None:
+        self._pages = pages
+        self._seconds_to_ask = seconds_to_ask
+        self._tasks: dict[asyncio.Task[None], None] = {}
+        self._being_made: dict[str, asyncio.Future[Page]] = {}
 
-    def process_request(self, request: socket.socket | tuple[bytes, socket.socket], client_address: object) -> None:
-        """In a thread, or not at all when there are too many."""
-        if self._slots.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+    def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer one request, beside all others."""
+        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
+        self._tasks[task] = None
+        task.add_done_callback(self._tasks.pop)
+        task.add_done_callback(lambda _: writer.transport.abort())
+        if len(self._tasks) > _MOST_CLIENTS:
+            next(iter(self._tasks)).cancel()
 
-    def process_request_thread(
-        self, request: socket.socket | tuple[bytes, socket.socket], client_address: object
-    ) -> None:
-        """Make room again at the end."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._slots.release()
+    async def drop_all(self) -> None:
+        """Nobody is connected any more."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # Gone, too slow, too long: nobody is left to be told.
+        with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            async with asyncio.timeout(self._seconds_to_ask):
+                head = await reader.readuntil(b"\r\n\r\n")
+            async with asyncio.timeout(_SECONDS_TO_ANSWER):
+                writer.write(_response(await self._answer(head)))
+                writer.close()
+                await writer.wait_closed()
+
+    async def _answer(self, head: bytes) -> Page:
+        method, _, target = head.partition(b"\r\n")[0].decode("latin-1").partition(" ")
+        path, _, version = target.partition(" ")
+        if not version.startswith("HTTP/1."):
+            return Page(HTTPStatus.BAD_REQUEST, b"this is no request of HTTP/1\n")
+        if method != "GET":
+            return Page(HTTPStatus.NOT_IMPLEMENTED, b"there is only GET\n")
+        path = path.partition("?")[0]
+        if path not in self._pages:
+            return Page(HTTPStatus.NOT_FOUND, b"there are /healthz, /readyz and /metrics\n")
+        if path not in self._being_made:
+            self._being_made[path] = self._make(path)
+        return await asyncio.shield(self._being_made[path])
+
+    def _make(self, path: str) -> "asyncio.Future[Page]":
+        loop = asyncio.get_running_loop()
+        made: asyncio.Future[Page] = loop.create_future()
+
+        def show(page: Page) -> None:
+            del self._being_made[path]
+            made.set_result(page)
+
+        def make() -> None:
+            try:
+                page = self._pages[path]()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next one may ask again
+                _log.error("page not made", path=path, kind=type(error).__name__)
+                page = Page(HTTPStatus.INTERNAL_SERVER_ERROR, b"it could not be made; the driver's log tells more\n")
+            with contextlib.suppress(RuntimeError):  # the server has stopped meanwhile
+                loop.call_soon_threadsafe(show, page)
+
+        # Not a pool's: those are waited for at the end of the process, and a page may hang on a disk.
+        threading.Thread(target=make, name=path, daemon=True).start()
+        return made
 
 
-class _Handler(BaseHTTPRequestHandler):
-    server: _Server
-    timeout = _CLIENT_SECONDS
-    server_version, sys_version = "luks-csi", ""
+def _response(page: Page) -> bytes:
+    head = (
+        f"HTTP/1.1 {page.status.value} {page.status.phrase}\r\n"
+        f"Server: luks-csi\r\nDate: {formatdate(usegmt=True)}\r\n"
+        f"Content-Type: {page.content_type}\r\nContent-Length: {len(page.body)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + page.body
 
-    def do_GET(self) -> None:
-        """Show the page of the path."""
-        make = self.server.pages.get(self.path.partition("?")[0])
-        page = make() if make else Page(HTTPStatus.NOT_FOUND, b"there are /healthz, /readyz and /metrics\n")
-        self.send_response(page.status)
-        self.send_header("Content-Type", page.content_type)
-        self.send_header("Content-Length", str(len(page.body)))
-        self.end_headers()
-        self.wfile.write(page.body)
 
-    def log_message(self, format: str, *args: object) -> None:
-        """Say nothing: probes come every few seconds."""
+def _listen(host: str, port: int) -> socket.socket:
+    # Without a host: every address, of IPv6 too where there is such a thing. Clusters can be IPv6 only.
+    both = not host and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, dualstack_ipv6=both)

@@ -2,15 +2,17 @@
 
 import contextlib
 import socket
+import struct
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 
 import pytest
 
 from csi_driver.rpc.http import HttpServer, Page
-from tests.contract.serving import SECONDS, Run
+from tests.contract.serving import SECONDS, Gate, Run
 
 
 def free_port() -> int:
@@ -58,35 +60,114 @@ def test_other_paths_are_not_found(run: Run) -> None:
 
 
 def test_without_a_host_every_address_is_answered() -> None:
-    port = free_port()
     hosts = ["127.0.0.1", *(["[::1]"] if socket.has_dualstack_ipv6() else [])]
-    server = HttpServer(f":{port}", {"/healthz": lambda: Page(HTTPStatus.OK, b"ok\n")})
+    port = free_port()
+    with serving({}, address=f":{port}"):
+        assert [get(f"{host}:{port}") for host in hosts] == [(200, "ok\n") for _ in hosts]
+
+
+def test_slow_clients_keep_no_probe_waiting_and_the_oldest_goes_when_there_are_too_many() -> None:
+    with serving({}, seconds_to_ask=10 * SECONDS) as address, contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(connected(address)) for _ in range(16)]
+        for client in slow:
+            client.sendall(b"G")
+        assert get(address) == (200, "ok\n")
+        slow += [stack.enter_context(connected(address)) for _ in range(64)]
+        assert get(address) == (200, "ok\n")
+        assert is_sent_away(slow[0])
+
+
+def test_the_time_to_ask_is_one_for_the_whole_question() -> None:
+    with serving({}, seconds_to_ask=0.2) as address, connected(address) as client:
+        client.settimeout(0.01)
+        deadline = time.monotonic() + SECONDS
+        while not is_sent_away(client, b"G"):
+            assert time.monotonic() < deadline, "each byte buys more time"
+
+
+def test_a_client_that_sends_too_much_is_sent_away() -> None:
+    with serving({}, seconds_to_ask=10 * SECONDS) as address, connected(address) as client:
+        with contextlib.suppress(ConnectionError):
+            client.sendall(b"GET /" + b"x" * (1 << 20))
+        assert is_sent_away(client)
+
+
+def test_health_is_answered_whatever_those_do_who_ask_for_metrics(gate: Gate) -> None:
+    def metrics() -> Page:
+        gate(None)
+        return Page(HTTPStatus.OK, b"m" * (16 << 20))
+
+    with serving({"/metrics": metrics}) as address, contextlib.ExitStack() as stack:
+        waiting = [stack.enter_context(connected(address)) for _ in range(20)]
+        for client in waiting:
+            client.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        assert gate.entered.acquire(timeout=SECONDS)
+        assert get(address) == (200, "ok\n"), "their page is not made yet"
+        gate.opened.set()
+        assert [client.recv(15) for client in waiting] == [b"HTTP/1.1 200 OK"] * 20
+        assert get(address) == (200, "ok\n"), "they do not read it"
+
+
+def test_a_page_that_cannot_be_made_is_an_error_of_its_own() -> None:
+    def broken() -> Page:
+        raise KeyError("whatever it was given")
+
+    with serving({"/metrics": broken}) as address:
+        assert get(address, "/metrics") == (500, "it could not be made; the driver's log tells more\n")
+        assert get(address) == (200, "ok\n")
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (b"POST /healthz HTTP/1.1", b"501 Not Implemented"),
+        (b"GET /healthz HTTP/9.9", b"400 Bad Request"),
+        (b"GET /healthz", b"400 Bad Request"),
+        (b"\0\xff\x1b[31m", b"400 Bad Request"),
+        (b"GET /healthz?verbose HTTP/1.0", b"200 OK"),
+        (b"GET /healthz/../metrics HTTP/1.1", b"404 Not Found"),
+    ],
+)
+def test_odd_questions_are_answered_as_such(asked: bytes, told: bytes) -> None:
+    with serving({}) as address, connected(address) as client:
+        client.sendall(asked + b"\r\n\r\n")
+        assert client.makefile("rb").readline() == b"HTTP/1.1 " + told + b"\r\n"
+
+
+def test_clients_that_reset_leave_no_word_on_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
+    page = Page(HTTPStatus.OK, b"m" * (16 << 20))
+    with serving({"/metrics": lambda: page}) as address:
+        for asked in (b"GET /metrics HTTP/1.0\r\n\r\n", b"GET /metrics HTTP/1.0\r\n", b"GET /\x1b[31m") * 10:
+            with connected(address) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                client.sendall(asked)
+        assert get(address) == (200, "ok\n")
+    assert capfd.readouterr().err == ""
+
+
+@contextlib.contextmanager
+def serving(
+    pages: Mapping[str, Callable[[], Page]], address: str | None = None, seconds_to_ask: float = SECONDS
+) -> Iterator[str]:
+    address = address or f"127.0.0.1:{free_port()}"
+    server = HttpServer(address, {"/healthz": lambda: Page(HTTPStatus.OK, b"ok\n"), **pages}, seconds_to_ask)
     server.start()
     try:
-        assert [get(f"{host}:{port}") for host in hosts] == [(200, "ok\n") for _ in hosts]
+        yield address
     finally:
         server.stop()
 
 
-def test_a_client_that_sends_nothing_keeps_nobody_waiting(run: Run) -> None:
-    port = free_port()
-    run(http_address=f"127.0.0.1:{port}")
-    with socket.create_connection(("127.0.0.1", port), timeout=SECONDS):
-        assert get(f"127.0.0.1:{port}")[0] == 200
+def connected(address: str) -> socket.socket:
+    host, _, port = address.partition(":")
+    return socket.create_connection((host, int(port)), timeout=SECONDS)
 
 
-def test_many_clients_that_send_nothing_are_kept_out(run: Run) -> None:
-    port = free_port()
-    run(http_address=f"127.0.0.1:{port}")
-    with contextlib.ExitStack() as stack:
-        silent = [
-            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=SECONDS)) for _ in range(17)
-        ]
-        assert silent[-1].recv(1) == b"", "one too many is sent away at once"
-    deadline = time.monotonic() + SECONDS
-    while True:  # their threads end by and by
-        with contextlib.suppress(OSError):
-            assert get(f"127.0.0.1:{port}")[0] == 200
-            return
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def is_sent_away(client: socket.socket, said: bytes = b"") -> bool:
+    try:
+        client.sendall(said)
+        return client.recv(1) == b""
+    except ConnectionError:
+        return True
+    except TimeoutError:
+        return False
