@@ -9,6 +9,7 @@ from csi_driver.cli.serve import settings_params
 from csi_driver.model.settings import Settings
 from csi_driver.volumes.health import Finding
 
+_COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "red"}
 _LOOKED_AT = ("state_dir", "kubelet_dir", "free_space_floor")
 
 
@@ -29,15 +30,15 @@ def doctor(context: click.Context, /, output: str, **settings: Any) -> None:
     if output == Output.JSON:
         show_json(findings)
     else:
-        show_table([(_mark(finding), finding.name, _text(finding)) for finding in findings])
+        show_table([(_mark(finding), finding.name, _text(finding)) for finding in findings], colours=_COLOURS)
     if any(finding.fatal and not finding.ok for finding in findings):
         context.exit(1)
 
 
 def _mark(finding: Finding) -> str:
     if finding.ok:
-        return click.style("ok", fg="green")
-    return click.style("FAIL", fg="red", bold=True) if finding.fatal else click.style("warn", fg="yellow")
+        return "ok"
+    return "FAIL" if finding.fatal else "warn"
 
 
 def _text(finding: Finding) -> str:

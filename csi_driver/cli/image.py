@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from csi_driver.cli.output import OUTPUT_OPTION, Output, about, confirm, show_json, show_table, size_text
+from csi_driver.cli.output import OUTPUT_OPTION, Output, about, confirm, show_json, show_table, show_text, size_text
 from csi_driver.cli.progress import ProgressLine
 from csi_driver.cli.secret_files import new_secret_options, read_secrets, secret_options
 from csi_driver.cli.serve import read_size, settings_params
@@ -95,11 +95,11 @@ def list_(output: str, state_dir: Path) -> None:
         try:
             found.append(library.get(name))
         except DriverError as error:  # of one image, the others are fine
-            click.echo(f"luks-csi: {error}", err=True)
+            show_text(f"luks-csi: {error}", err=True)
             failed = True
     _show_images(found, output)
     for name in library.unfinished():
-        click.echo(f"unfinished: {name}; the command that made it goes on, luks-csi image delete removes it", err=True)
+        show_text(f"unfinished: {name}; the command that made it goes on, luks-csi image delete removes it", err=True)
     if failed:
         raise click.exceptions.Exit(1)
 
@@ -108,7 +108,7 @@ def _show_images(found: list[ImageRecord], output: str) -> None:
     if output == Output.JSON:
         return show_json(found)
     if not found:
-        return click.echo("no images")
+        return show_text("no images")
     rows = [
         (each.name, each.format, size_text(each.size), "yes" if each.luks else "no", each.provenance.operation,
          each.provenance.source)
@@ -158,7 +158,7 @@ def delete(name: str, output: str, state_dir: Path, *, yes: bool) -> None:
     _library(state_dir).delete(name)
     if output == Output.JSON:
         return show_json({"image": name})
-    return click.echo(f"image {name} is deleted")
+    return show_text(f"image {name} is deleted")
 
 
 @image.command("export", params=[*_PARAMS])
@@ -169,7 +169,7 @@ def export(name: str, path: Path, output: str, state_dir: Path) -> None:
     _library(state_dir).export(name, path.absolute(), _Meter())
     if output == Output.JSON:
         return show_json({"image": name, "path": str(path)})
-    return click.echo(f"image {name} is at {path}")
+    return show_text(f"image {name} is at {path}")
 
 
 def _slot(slot: Keyslot) -> dict[str, str | int]:
@@ -215,4 +215,4 @@ def _tell(output: str, said: str, record: ImageRecord) -> None:
     if output == Output.JSON:
         return show_json(record)
     kind = "encrypted image" if record.luks else "image"
-    return click.echo(f"{kind} {record.name} of {size_text(record.size)} {said}")
+    return show_text(f"{kind} {record.name} of {size_text(record.size)} {said}")

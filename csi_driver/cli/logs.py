@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import msgspec
 
 from csi_driver.model.settings import LogFormat
+from csi_driver.model.text import printable, shortened, without_surrogates
 
 
 @contextmanager
@@ -46,6 +47,8 @@ def configure_logs(log_format: LogFormat, level: str, descriptor: int = 2) -> No
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
+            _bounded,
+            *((_for_terminals,) if text else ()),
             render,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
@@ -92,5 +95,17 @@ class _FromLibraries(logging.Handler):
 _encode_json = msgspec.json.Encoder(enc_hook=repr).encode
 
 
+def _bounded(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    return {name: shortened(value) if isinstance(value, str) else value for name, value in event.items()}
+
+
+def _for_terminals(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """What is no text is shown by its repr, which writes out by itself what a terminal may act upon."""
+    return {name: printable(value) if isinstance(value, str) else value for name, value in event.items()}
+
+
 def _json(_logger: WrappedLogger, _method: str, event: EventDict) -> bytes:
-    return _encode_json(event)
+    try:
+        return _encode_json(event)
+    except UnicodeEncodeError:
+        return _encode_json(without_surrogates(event))

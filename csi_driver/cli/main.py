@@ -8,6 +8,7 @@ import click
 
 from csi_driver import __version__
 from csi_driver.model.errors import DriverError
+from csi_driver.model.text import printable
 
 COMMANDS: Mapping[str, str] = {
     "controller": "csi_driver.cli.controller:controller",
@@ -53,7 +54,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        click.echo(f"luks-csi: {error.format_message()}", err=True)
+        click.echo(printable(f"luks-csi: {error.format_message()}"), err=True)
         sys.exit(error.exit_code)
     except DriverError as error:
         click.echo(f"luks-csi: {error}", err=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from csi_driver.cli.output import OUTPUT_OPTION, Output, confirm, show_json, show_table
+from csi_driver.cli.output import OUTPUT_OPTION, Output, confirm, show_json, show_table, show_text
 from csi_driver.cli.serve import settings_params
 from csi_driver.model.settings import Settings
 from csi_driver.volumes.driver import Driver, build_driver
@@ -50,7 +50,7 @@ def remove(output: str, *, yes: bool, **settings: Any) -> None:
     else:
         show_table([*(("removed", path) for path in removed), *(("kept", path) for path in kept)])
         if not found:
-            click.echo("no leftovers")
+            show_text("no leftovers")
 
 
 def _found(driver: Driver) -> list[str]:
@@ -62,9 +62,9 @@ def _found(driver: Driver) -> list[str]:
 
 def _show(found: list[str]) -> None:
     for path in found:
-        click.echo(path)
+        show_text(path)
     if not found:
-        click.echo("no leftovers")
+        show_text("no leftovers")
 
 
 def _unreadable(driver: Driver, error: OSError) -> click.ClickException:

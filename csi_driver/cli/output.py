@@ -3,15 +3,18 @@
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 import click
 import msgspec
 
+from csi_driver.model.text import printable, without_surrogates
+
 _GAP = "  "
 _LEAST_WIDTH, _MOST_WIDTH = 60, 120
 _LEAST_COLUMN = 20
+_NO_COLOURS: Mapping[str, str] = {}
 _UNITS = ("", "Ki", "Mi", "Gi", "Ti", "Pi")
 
 
@@ -32,22 +35,36 @@ OUTPUT_OPTION = click.Option(
 """An option for a command's `params`; it gets the text as `output`."""
 
 
+def show_text(sentence: str, *, err: bool = False) -> None:
+    """Print a line for people, which may hold names from anywhere; `err` to standard error."""
+    click.echo(printable(sentence), err=err)
+
+
 def show_json(value: object) -> None:
     """Print a value of plain types, dataclasses or msgspec structs as JSON."""
-    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2))
+    plain = without_surrogates(msgspec.to_builtins(value))
+    click.echo(msgspec.json.format(msgspec.json.encode(plain), indent=2))
 
 
-def show_table(rows: Sequence[Sequence[str]], headers: Sequence[str] = ()) -> None:
-    """Print aligned columns; the last one is broken into lines where the terminal ends. Cells may be styled."""
-    lines = [list(headers), *map(list, rows)] if headers else list(map(list, rows))
+def show_table(
+    rows: Sequence[Sequence[str]], headers: Sequence[str] = (), colours: Mapping[str, str] = _NO_COLOURS
+) -> None:
+    """Print aligned columns; the last one is broken into lines where the terminal ends.
+
+    `colours` are those of cells of the first column.
+    """
+    lines = [[*map(printable, line[:-1]), line[-1]] for line in ([headers, *rows] if headers else rows)]
     if not lines:
         return
-    widths = [max(len(click.unstyle(line[column])) for line in lines) for column in range(len(lines[0]) - 1)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]) - 1)]
     indent = sum(widths) + len(_GAP) * len(widths)
     room = max(_LEAST_COLUMN, _width() - indent)
     for line in lines:
-        cells = [cell + " " * (width - len(click.unstyle(cell))) for cell, width in zip(line, widths, strict=False)]
-        paragraphs = [piece for part in line[-1].splitlines() for piece in textwrap.wrap(part, room)] or [""]
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
+        if colour := colours.get(line[0]):
+            cells[0] = click.style(cells[0], fg=colour)
+        parts = map(printable, line[-1].split("\n"))
+        paragraphs = [piece for part in parts for piece in textwrap.wrap(part, room)] or [""]
         click.echo((_GAP.join([*cells, paragraphs[0]])).rstrip())
         for piece in paragraphs[1:]:
             click.echo(" " * indent + piece)
@@ -77,7 +94,7 @@ def confirm(question: str, *, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise click.UsageError(f"{question} There is no terminal to ask on; answer with --yes.")
-    click.confirm(question, abort=True, err=True)
+    click.confirm(printable(question), abort=True, err=True)
 
 
 def _width() -> int:

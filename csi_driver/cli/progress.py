@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Final, Self, TextIO
 
 from csi_driver.cli.output import about
+from csi_driver.model.text import printable
 
 _BAR: Final = 24
 _SECONDS_ON_A_TERMINAL: Final = 0.1
@@ -27,7 +28,7 @@ class ProgressLine:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._what = what
+        self._what = printable(what)
         self._total = total
         self._stream = stream or sys.stderr
         self._clock = clock

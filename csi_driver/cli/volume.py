@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from csi_driver.cli.output import OUTPUT_OPTION, Output, about, confirm, show_json, show_table, size_text
+from csi_driver.cli.output import OUTPUT_OPTION, Output, about, confirm, show_json, show_table, show_text, size_text
 from csi_driver.cli.secret_files import read_secrets, secret_options
 from csi_driver.cli.serve import read_size
 from csi_driver.model.errors import DriverError
@@ -156,7 +156,7 @@ def list_(client: "CsiClient", output: str) -> None:
     if output == Output.JSON:
         return show_json([_plain(each) for each in found])
     if not found:
-        return click.echo("no volumes")
+        return show_text("no volumes")
     rows = [
         (each.id, size_text(each.capacity_bytes), each.context.get("encrypted", "?"), each.context.get("backend", "?"),
          _place(each))
@@ -345,7 +345,7 @@ def _tell(output: str, sentence: str, facts: dict[str, Any]) -> None:
     if output == Output.JSON:
         show_json(facts)
     else:
-        click.echo(sentence)
+        show_text(sentence)
 
 
 @contextmanager

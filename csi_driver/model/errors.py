@@ -29,9 +29,17 @@ device, what was expected and found, what to do. It never holds a secret.
     └── CommandFailed          an external command or system call failed in a way nobody foresaw
 """
 
+from csi_driver.model.text import printable, shortened
+
 
 class DriverError(Exception):
-    """Base of all errors raised on purpose; its text is one sentence for a person."""
+    """Base of all errors raised on purpose; its text is one sentence for a person.
+
+    It may quote whatever came in a request or stands in a name, so it is bounded and printable wherever it is shown.
+    """
+
+    def __str__(self) -> str:
+        return shortened(printable(super().__str__()))
 
 
 class InvalidArgument(DriverError):

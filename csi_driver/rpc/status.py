@@ -27,8 +27,6 @@ CODES: Mapping[type[Exception], grpc.StatusCode] = {
 }
 """Of an error's class and its bases the most derived one that is here decides."""
 
-# grpc-message travels in a header, and peers bound those (8 KiB in all is common).
-_LONGEST_TEXT = 2000
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -49,8 +47,7 @@ def text_of(error: Exception, method: str, request_id: str) -> str:
     told, and where to find the place in the log.
     """
     if isinstance(error, errors.DriverError):
-        text = str(error)
-        return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}…"
+        return str(error)
     if isinstance(error, NotImplementedError):
         return f"this driver does not offer {method}"
     if isinstance(error, OSError) and error.errno in _NO_SPACE:

@@ -6,7 +6,7 @@ import grpc
 import pytest
 
 from csi_driver import __version__
-from csi_driver.model.errors import CommandFailed, ResourceExhausted
+from csi_driver.model.errors import CommandFailed, DeviceInUse, InvalidArgument, ResourceExhausted
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.settings import Service
 from csi_driver.model.volume import volume_id_for
@@ -201,6 +201,19 @@ def test_from_stage_to_unstage(cases: FakeUseCases, client: CsiClient) -> None:
         (CommandFailed("mkfs failed"), "INTERNAL", "^mkfs failed$"),
         (OSError(28, "No space left on device", "/secret"), "RESOURCE_EXHAUSTED", "free space there$"),
         (KeyError("/secret"), "INTERNAL", "KeyError, which nobody foresaw"),
+        (
+            DeviceInUse("process 1 uses /caf\udce9\x1b[31m"),
+            "FAILED_PRECONDITION",
+            r"^process 1 uses /caf\\xe9\\x1b\[31m$",
+        ),
+        *(
+            (
+                InvalidArgument(f"'{letter * (1 << 20)}' is not allowed"),
+                "INVALID_ARGUMENT",
+                "left out .* is not allowed$",
+            )
+            for letter in ("a", "漢", "\x1b", "\udce9")
+        ),
     ],
 )
 def test_errors_arrive_as_status_and_sentence(

@@ -105,10 +105,36 @@ def test_lines_of_many_threads_stay_whole() -> None:
 import threading
 def tell(number):
     for _ in range(50):
-        log.info("x" * 9000, number=number)
+        log.info("long", number=number, more=["x" * 9000])
 threads = [threading.Thread(target=tell, args=(number,)) for number in range(8)]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
 """)
     assert len(found) == 400
-    assert {len(json.loads(line)["event"]) for line in found} == {9000}
+    assert {len(json.loads(line)["more"][0]) for line in found} == {9000}
+
+
+HOSTILE = r"""
+log.info("a\nb \x1b[31m", volume_id="\x1b[2Jv\u202e", path="caf\udce9", fields={"k\udce9": ["\x1b", "\udce9"]})
+"""
+
+
+def test_text_shows_escapes_written_out() -> None:
+    (line,) = lines(HOSTILE, format="text")
+    assert line.isprintable()
+    for told in (r"a\nb \x1b[31m", r"volume_id=\x1b[2Jv\u202e", r"path=caf\xe9"):
+        assert told in line
+
+
+def test_json_tells_everything_as_it_was_but_what_has_no_encoding() -> None:
+    (line,) = lines(HOSTILE, format="json")
+    told = json.loads(line)
+    assert (told["event"], told["volume_id"]) == ("a\nb \x1b[31m", "\x1b[2Jv\u202e")
+    assert (told["path"], told["fields"]) == (r"caf\xe9", {r"k\xe9": ["\x1b", r"\xe9"]})
+
+
+@pytest.mark.parametrize("format", ["json", "text"])
+def test_no_text_of_a_request_makes_a_line_of_a_megabyte(format: str) -> None:
+    (line,) = lines("log.info('call', volume_id='v' * (1 << 20))", format=format)
+    assert len(line) < 4096
+    assert "of 1048576 bytes" in line
