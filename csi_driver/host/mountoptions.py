@@ -28,6 +28,9 @@ _CONFLICTS: Final = (("ro", "rw"), ("noatime", "relatime", "strictatime"), ("dis
 _CONTEXTS: Final = frozenset({"context", "fscontext", "defcontext", "rootcontext"})
 _CONTEXT_VALUE: Final = re.compile(r"[A-Za-z0-9_.:,-]+")
 
+# mount(2) reads a page; what the driver and the quotes around labels add must fit too. CSI bounds mount_flags at 4 KiB.
+_MOST_BYTES: Final = 4000
+
 _EXT4: Final = frozenset({"ext4"})
 _XFS: Final = frozenset({"xfs"})
 _BTRFS: Final = frozenset({"btrfs"})
@@ -111,6 +114,8 @@ def parse_options(options: Sequence[str], fs_type: str | None = None) -> MountOp
 
     Raises InvalidArgument, naming the option and what is allowed.
     """
+    if (size := len(",".join(options).encode())) > _MOST_BYTES:
+        raise InvalidArgument(f"the mount options take {size} bytes; give at most {_MOST_BYTES}")
     flags = 0
     data: dict[str, str] = {}
     seen: dict[str, str] = {}

@@ -115,3 +115,17 @@ def test_nothing_that_is_accepted_can_carry_a_second_option(options: list[str]) 
         return
     assert len(parsed.data.split(",") if parsed.data else []) <= len(options)
     assert "\0" not in parsed.data
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["context=" + "a" * 4096], ["ro"] * 50_000, ["x" * 900_000], ["context=" + "ä" * 2000], ["context=" + "a" * 3993]],
+)
+def test_more_than_the_kernel_reads_is_refused_before_anything_else(options: list[str]) -> None:
+    with pytest.raises(InvalidArgument, match=r"^the mount options take [0-9]+ bytes; give at most 4000$"):
+        parse_options(options)
+
+
+def test_what_is_not_refused_fits_the_page_that_the_kernel_reads() -> None:
+    contexts = [f"{name}={'a' * 980}" for name in ("context", "fscontext", "defcontext", "rootcontext")]
+    assert len(f"{parse_options(contexts).data},nouuid") < 4096
