@@ -32,8 +32,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _FOREVER = 600.0
-_UNTIL_CHILD_RUNS = 0.3
-_LATE = 1.0  # after a fresh server is there
 
 
 class Kind(StrEnum):
@@ -88,12 +86,16 @@ class Point:
 
 @dataclass(frozen=True)
 class Fault:
-    """What the injector is armed with; `delay` in seconds is how far into the step WORKER cuts it."""
+    """What the injector is armed with; `delay` in seconds is how far into the step WORKER cuts it.
+
+    `gate` is a path: the child of DURING says that it waits by a file `<gate>.waits`, and works when `gate` is there.
+    """
 
     seam: str
     nth: int
     kind: Kind
     delay: float = 0.0
+    gate: str = ""
 
 
 @dataclass(frozen=True)
@@ -141,12 +143,11 @@ class Injector:
         title: str,
         run: Callable[[], R],
         failure: Callable[[], Exception],
-        child: Callable[[Kind, float], R] | None = None,
+        child: Callable[[Fault], R] | None = None,
     ) -> R:
         """Do one step. `failure` makes the error that it raises in life.
 
-        `child` does it in a process of its own that is killed amid it (WORKER) or begins late (DURING), by so many
-        seconds.
+        `child` does it in a process of its own that is killed amid it (WORKER) or waits at a gate before it (DURING).
         """
         if seam in self._active:  # a method that calls itself is one step
             return run()
@@ -164,10 +165,10 @@ class Injector:
         try:
             if fault and child and kind is Kind.WORKER:
                 self._tell(Fired())
-                return child(kind, fault.delay)
-            if child and kind is Kind.DURING:
-                threading.Timer(_UNTIL_CHILD_RUNS, self._die).start()
-                child(kind, _LATE)
+                return child(fault)
+            if fault and child and kind is Kind.DURING:
+                threading.Thread(target=self._die_when_it_waits, args=(fault.gate,), daemon=True).start()
+                child(fault)
             result = run()
         finally:
             self._active.pop()
@@ -175,6 +176,10 @@ class Injector:
             self._die()
         self._tell(Ended(seam, nth, time.perf_counter() - started))
         return result
+
+    def _die_when_it_waits(self, gate: str) -> None:
+        _await(f"{gate}.waits")
+        self._die()
 
     def _die(self) -> None:
         for undo in self.before_death:
@@ -192,10 +197,16 @@ def die_amid(delay: float, function: Callable[P, R], /, *args: P.args, **kwargs:
     raise AssertionError("the timer did not kill this process")
 
 
-def work_late(delay: float, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+def work_late(gate: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
     """Work of a worker that is still about to do it when its server has been killed and replaced."""
-    time.sleep(delay)
+    Path(f"{gate}.waits").touch()
+    _await(gate)
     return function(*args, **kwargs)
+
+
+def _await(path: str) -> None:
+    while not os.path.exists(path):
+        time.sleep(0.005)
 
 
 def faulty_host(injector: Injector) -> Host:
@@ -252,10 +263,10 @@ class FaultyWorkers(Workers):
     def call(self, what: str, timeout: float, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         call = super().call
 
-        def child(kind: Kind, delay: float) -> R:
-            if kind is Kind.WORKER:
-                return call(what, timeout, die_amid, delay, function, *args, **kwargs)
-            return call(what, timeout, work_late, delay, function, *args, **kwargs)
+        def child(fault: Fault) -> R:
+            if fault.kind is Kind.WORKER:
+                return call(what, timeout, die_amid, fault.delay, function, *args, **kwargs)
+            return call(what, timeout, work_late, fault.gate, function, *args, **kwargs)
 
         return self._injector.step(
             f"worker {what.partition(' ')[0]}",

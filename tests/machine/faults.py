@@ -48,7 +48,8 @@ class Case:
 class Result:
     """What came of all cases; each entry of `lost` and `leaked` is a sentence.
 
-    `busy` counts the calls that were told to come again, because a child of the killed server was still at work.
+    `busy` counts the cases in which a child of the killed server waited to do its work, and the next call was told to
+    come again.
     """
 
     cases: int = 0
@@ -70,6 +71,7 @@ class Lab:
         self._build = build
         self._seed = seed
         self._log = folder / "server.log"
+        self._gate = folder / "gate"
         self._running: FaultServer | None = None
         self._known = children()
         self._busy = False
@@ -106,8 +108,9 @@ class Lab:
             result.cases += 1
             result.kills += case.kind.kills_server or case.kind is Kind.WORKER
             self._busy = False
+            self._shut_gate()
             lost, leaked = self._try(case)
-            result.busy += self._busy
+            result.busy += self._busy and case.kind is Kind.DURING
             for kind, told, found in (("lost", result.lost, lost), ("leaked", result.leaked, leaked)):
                 if found:
                     told[str(case)] = found
@@ -116,6 +119,7 @@ class Lab:
 
     def close(self) -> None:
         """End the server, and wait for what it leaves to end."""
+        self._gate.touch()
         self._renew()
         settled(lambda: orphans(self._known))
 
@@ -170,6 +174,7 @@ class Lab:
                     self._succeed(life, last, self._server())
                 return leaked
             self._succeed(life, call, self._server())
+            self._gate.touch()
         return leaked
 
     def _left_by_failure(self, before: Facts, call: str) -> list[str]:
@@ -210,6 +215,7 @@ class Lab:
             if not (outcome.failure and outcome.failure.passes_by_itself) or time.monotonic() > deadline:
                 break
             self._busy = True
+            self._gate.touch()
             time.sleep(_PAUSE)
         if not outcome.succeeded:
             raise Lost(f"{call} did not succeed: {outcome.failure or ('hung' if outcome.hung else 'the server died')}")
@@ -219,7 +225,11 @@ class Lab:
     def _fault(self, case: Case) -> Fault:
         point = case.point
         part = random.Random(f"{self._seed} {case}").uniform(0.05, 0.8)
-        return Fault(point.seam, point.nth, case.kind, part * point.seconds)
+        return Fault(point.seam, point.nth, case.kind, part * point.seconds, str(self._gate))
+
+    def _shut_gate(self) -> None:
+        for path in (self._gate, self._gate.with_suffix(".waits")):
+            path.unlink(missing_ok=True)
 
     def _server(self) -> FaultServer:
         if self._running is None:

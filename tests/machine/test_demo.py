@@ -4,15 +4,11 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 
-import pytest
-
 from csi_driver.host.loop import LoopDevices
 from csi_driver.rpc.client import RemoteVolume
 from tests.machine.demo import Demo
 from tests.machine.leaks import Facts
 from tests.machine.transcript import Transcript
-
-pytestmark = pytest.mark.timeout(300)
 
 CHEAP = {"encrypted": "true", "pbkdf": "pbkdf2", "pbkdfIterations": "1000"}
 

@@ -1,7 +1,9 @@
 """`make images-hostile` whole but in one process, a handful of it by the command, and the proof that it turns red."""
 
+import os
 import random
 import re
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -9,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.machine import image_plants
-from tests.machine.image_hostile import CASES, LEAST_HOSTILE, Case, Lab, Run, try_in_one_process
+from tests.machine.image_hostile import CASES, LEAST_HOSTILE, Case, Lab, Run, by_command, try_in_one_process
 from tests.machine.opens import Ran, WatchedCall
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1500)
 
 _SEED = 7
 _HANDFUL = 2
@@ -68,6 +70,24 @@ def test_a_planted_bug_turns_it_red(folder: Path, plant: str, case: str, hit: st
         assert any(re.fullmatch(f"{case}: {hit}", found) for found in hits), hits
     else:
         assert hits == []
+
+
+@pytest.mark.parametrize(("place", "seen"), [(None, True), ("/tmp", False)])
+def test_what_a_command_leaves_among_its_temporary_files_is_seen_and_what_others_do_in_tmp_is_not(
+    folder: Path, place: str | None, *, seen: bool
+) -> None:
+    made: list[str] = []
+
+    def run(arguments: Sequence[str]) -> Ran:
+        made.append(tempfile.mkdtemp(dir=place))
+        return by_command(arguments)
+
+    try:
+        hits = Lab(folder, run).try_all(named(_GOOD)).hits
+    finally:
+        for path in made:
+            os.rmdir(path)
+    assert hits == [f"{_GOOD}: the source or the folder for temporary files is not what it was"] * seen
 
 
 def test_a_file_that_is_opened_in_passing_is_seen_in_one_process_too(folder: Path) -> None:

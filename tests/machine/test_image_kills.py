@@ -16,8 +16,6 @@ from tests.machine.image_kills import Build, Lab
 from tests.machine.image_matrix import CheapLibrary
 from tests.machine.leaks import adopting_orphans
 
-pytestmark = pytest.mark.timeout(300)
-
 _SIZE = 8 * MIB + 512
 _SEED = 7
 _KILLS = {"import": 1, "encrypt": 1, "decrypt": 2}  # encrypt takes a qemu-nbd each time

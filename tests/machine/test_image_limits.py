@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import pytest
-
 from csi_driver.images.base import MIB
 from csi_driver.images.checkpoint import Operation
 from csi_driver.images.destinations import Connector
@@ -22,8 +20,6 @@ from tests.machine.image_limits import AT_ONCE, FULL, Build, Command, Lab, by_co
 from tests.machine.image_matrix import CheapLibrary
 from tests.machine.leaks import adopting_orphans
 from tests.machine.opens import Ran, WatchedCall
-
-pytestmark = pytest.mark.timeout(300)
 
 _SIZE = 8 * MIB
 _SEED = 7

@@ -5,8 +5,6 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-import pytest
-
 from csi_driver.images.checkpoint import Operation
 from csi_driver.images.library import Meter
 from csi_driver.images.requests import Clone
@@ -15,8 +13,6 @@ from csi_driver.images.target import Encryption
 from csi_driver.luks.formats import CIPHER_KEY_BITS, HASHES, PBKDFS, SECTOR_SIZES
 from tests.machine.image_lab import KINDS
 from tests.machine.image_matrix import HUGE, HUGE_KINDS, SIZES, CheapLibrary, Lab, all_cases
-
-pytestmark = pytest.mark.timeout(300)
 
 _SEED = 7
 

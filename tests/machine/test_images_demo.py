@@ -6,16 +6,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import pytest
-
 from csi_driver.images.base import MIB
 from tests.machine import image_plants
 from tests.machine.image_lab import image_command
 from tests.machine.images_demo import Demo
 from tests.machine.opens import Watched, WatchedCall, WatchedCommand
 from tests.machine.transcript import Transcript
-
-pytestmark = pytest.mark.timeout(300)
 
 _SIZE = 8 * MIB
 _CHEAP = {"CRYPTO_PBKDF": "pbkdf2"}

@@ -102,7 +102,6 @@ def partition(node: Node, device: Path, start: int, length: int) -> Iterator[str
         node.mapper.remove(name)
 
 
-@pytest.mark.timeout(120)
 def test_an_installed_disk_becomes_two_machines_with_identities_of_their_own(folder: Path, workers: Workers) -> None:
     disk = make_disk(folder / "disk.raw")
     library = ImageLibrary(folder / "state/images")

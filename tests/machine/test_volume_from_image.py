@@ -109,12 +109,10 @@ def check_own(node: Node) -> None:
         )
 
 
-@pytest.mark.timeout(120)
 def test_volumes_of_one_encrypted_image_share_nothing(stocked: Node) -> None:
     check_own(stocked)
 
 
-@pytest.mark.timeout(120)
 def test_a_plain_image_makes_a_plain_volume_that_is_grown_and_keeps_what_is_written(stocked: Node) -> None:
     image = fingerprint(image_file(stocked, "plain"))
     stocked.create(size=CLAIM, parameters=PLAIN, secret={})
@@ -137,7 +135,6 @@ def test_a_plain_image_makes_a_plain_volume_that_is_grown_and_keeps_what_is_writ
     stocked.unstage("block")
 
 
-@pytest.mark.timeout(60)
 def test_what_the_image_holds_is_never_formatted_whatever_is_asked_for(stocked: Node) -> None:
     disk = make_disk(stocked.folder / "disk.raw")
     put_image(stocked.state, "disk", encrypted_image(disk, stocked.folder / "made"))
@@ -155,7 +152,6 @@ def test_what_the_image_holds_is_never_formatted_whatever_is_asked_for(stocked: 
     assert all(stocked.closed(volume) for volume in ("disk", "other", "wrong"))
 
 
-@pytest.mark.timeout(60)
 def test_blocks_are_shared_where_the_file_system_can_do_that(folder: Path, workers: Workers) -> None:
     with (folder / "xfs.img").open("wb") as file:
         file.truncate(400 * MIB)
@@ -175,7 +171,6 @@ def test_blocks_are_shared_where_the_file_system_can_do_that(folder: Path, worke
         assert node.disk().stat().st_size == 2 * CLAIM
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize(("fs_type", "size"), [("xfs", 300 * MIB), ("btrfs", 256 * MIB)])
 def test_volumes_whose_file_systems_have_one_uuid_keep_apart(
     folder: Path, workers: Workers, fs_type: str, size: int
@@ -241,7 +236,6 @@ def planted() -> Iterator[Callable[[Callable[..., object], Callable[..., object]
 Plant = Callable[[Callable[..., object], Callable[..., object] | None], Workers]
 
 
-@pytest.mark.timeout(60)
 def test_a_volume_that_was_cut_before_it_had_its_identity_gets_it_at_the_latest_when_it_is_staged(
     stocked: Node, workers: Workers, planted: Plant
 ) -> None:
@@ -289,7 +283,6 @@ def test_an_identity_that_is_not_changed_is_noticed(stocked: Node, workers: Work
         check_own(Node(stocked.folder, workers, make_encryption=KeepsIdentity))
 
 
-@pytest.mark.timeout(60)
 def test_a_volume_that_is_the_images_own_file_is_noticed(stocked: Node, planted: Plant) -> None:
     shared = image_file(stocked, "sealed")  # with all tests
     subprocess.run(["cp", "--sparse=always", shared, shared.with_name("own")], check=True, timeout=30)

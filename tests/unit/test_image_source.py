@@ -104,7 +104,6 @@ def test_an_open_descriptor_names_the_file_even_when_its_path_is_taken_by_anothe
     reader.close()
 
 
-@pytest.mark.timeout(5)
 def test_a_fifo_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(InvalidArgument, match=r"image a is expected to be a regular file and is a FIFO"):

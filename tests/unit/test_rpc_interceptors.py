@@ -184,7 +184,7 @@ def test_a_call_is_one_line_and_its_id_is_on_every_line_of_it() -> None:
     level, line = lines[1]
     assert level == "info"
     assert (line["method"], line["volume_id"], line["code"]) == ("NodeStageVolume", "v", "OK")
-    assert 0 <= line["seconds"] < 5
+    assert line["seconds"] >= 0
 
 
 def test_a_created_volume_is_told_by_its_id() -> None:
