@@ -138,6 +138,18 @@ class FakeHealth(Health):
     def free_bytes(self) -> int:
         return 4096
 
+    def root_keys(self) -> int:
+        return 7
+
+    def root_keys_percent(self) -> int:
+        return 2
+
+    def processes(self) -> int:
+        return 3
+
+    def resident_bytes(self) -> int:
+        return 8192
+
 
 @dataclasses.dataclass
 class FakeUseCases:

@@ -5,12 +5,11 @@ from typing import Any
 import click
 
 from csi_driver.cli.output import OUTPUT_OPTION, Output, show_json, show_table
-from csi_driver.cli.serve import settings_params
-from csi_driver.model.settings import Settings
+from csi_driver.cli.serve import settings_of, settings_params
 from csi_driver.volumes.health import Finding
 
 _COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "red"}
-_LOOKED_AT = ("state_dir", "kubelet_dir", "free_space_floor")
+_LOOKED_AT = ("state_dir", "kubelet_dir", "free_space_floor", "pbkdf_memory_kib", "unlocks_at_once")
 
 
 @click.command(params=[*settings_params(*_LOOKED_AT), OUTPUT_OPTION])
@@ -22,7 +21,7 @@ def doctor(context: click.Context, /, output: str, **settings: Any) -> None:
     """
     from csi_driver.volumes.driver import build_driver
 
-    driver = (context.obj or build_driver)(Settings(**settings))
+    driver = (context.obj or build_driver)(settings_of(settings))
     try:
         findings = driver.health.findings()
     finally:

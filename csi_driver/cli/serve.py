@@ -147,7 +147,10 @@ def setting(
     )
 
 
-_formats = _one_of(LogFormat)
+def _read_log_format(text: str) -> LogFormat:
+    return LogFormat(_one_of(LogFormat)(text))
+
+
 _levels = _one_of(LEVELS)
 _OPTIONS = (
     setting("--endpoint", "endpoint", endpoint_path, "SOCKET", Settings.endpoint, "Where to listen."),
@@ -163,7 +166,7 @@ _OPTIONS = (
     setting("--threads", "threads", _number(1, 256), "NUMBER", Settings.threads, "Calls at work at once."),
     setting("--grace-seconds", "grace_seconds", _seconds(0), "SECONDS", Settings.grace_seconds, "Time for calls in "
             "flight when the server is told to stop."),
-    setting("--log-format", "log_format", _formats, "|".join(LogFormat), Settings.log_format, "auto: text on a "
+    setting("--log-format", "log_format", _read_log_format, "|".join(LogFormat), Settings.log_format, "auto: text on a "
             "terminal, json else."),
     setting("--log-level", "log_level", _levels, "|".join(LEVELS), Settings.log_level, "The least to be told."),
     setting("--http-address", "http_address", _read_address, "HOST:PORT", "", "Where to show /healthz, /readyz and "
@@ -208,7 +211,7 @@ def settings_of(options: dict[str, Any]) -> Settings:
     names = {field.name for field in dataclasses.fields(Limits)}
     limits = Limits(**{name: value for name, value in options.items() if name in names})
     chosen = {name: value for name, value in options.items() if name not in names}
-    return Settings(**{**chosen, "log_format": LogFormat(chosen["log_format"]), "limits": limits})
+    return Settings(**chosen, limits=limits)
 
 
 def settings_params(*fields: str) -> list[click.Parameter]:

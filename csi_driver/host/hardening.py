@@ -15,9 +15,3 @@ def harden_process() -> None:
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     check(libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl(PR_SET_DUMPABLE)")
-
-
-def swap_active() -> bool:
-    """Whether the host has any swap in use as a target; unlocked memory could then reach a disk."""
-    with open("/proc/swaps", "rb") as swaps:
-        return len(swaps.readlines()) > 1

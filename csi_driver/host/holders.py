@@ -24,18 +24,18 @@ _S_IFBLK: Final = 0o060000
 
 @dataclass(frozen=True)
 class Holder:
-    """A user of something: a process, or the kernel itself (`pid` 0). `state` is the letter of proc(5)."""
+    """A user of something: a process with its name and state as psutil tells them, or the kernel itself (`pid` 0)."""
 
     pid: int
-    comm: str
+    name: str
     state: str
     what: str
 
     def __str__(self) -> str:
         if not self.pid:
             return self.what
-        stuck = ", in uninterruptible sleep (state D)" if self.state == "D" else ""
-        return f"process {self.pid} ({self.comm}{stuck}): {self.what}"
+        stuck = ", in uninterruptible sleep (state D)" if self.state == "disk-sleep" else ""
+        return f"process {self.pid} ({self.name}{stuck}): {self.what}"
 
 
 def describe(holders: Sequence[Holder], limit: int = 5) -> str:
@@ -140,12 +140,10 @@ class _Process:
         return f"/proc/{self.pid}"
 
     def holder(self, what: str) -> Holder:
-        comm, state = "?", "?"
-        with contextlib.suppress(OSError):
-            # The name may hold blanks and parentheses: the last one ends it (proc(5)).
-            head, _, tail = _content(f"{self.folder}/stat").decode(errors="replace").rpartition(")")
-            comm, state = head.partition("(")[2], tail.split()[0]
-        return Holder(self.pid, comm, state, what)
+        from csi_driver.host.machine import process_facts  # noqa: PLC0415 - psutil, for errors only
+
+        facts = process_facts(self.pid)
+        return Holder(self.pid, facts.name, facts.state, what)
 
     def files(self) -> Iterator[tuple[str, _Facts]]:
         links = ["cwd", "root", "exe"]

@@ -139,6 +139,10 @@ def driver_server(driver: Driver) -> Server:
         add.append(lambda server: csi_pb2_grpc.add_NodeServicer_to_server(node, server))
     gauges = {
         "luks_csi_open_mappings": ("Open LUKS mappings of volumes on this node.", health.open_mappings),
+        "luks_csi_root_keys": ("Kernel keys that count against root's quota.", health.root_keys),
+        "luks_csi_root_keys_percent": ("What is used of root's quota of kernel keys.", health.root_keys_percent),
+        "luks_csi_processes": ("Processes of the driver: server, launcher, workers, programs.", health.processes),
+        "luks_csi_resident_bytes": ("Their resident memory.", health.resident_bytes),
         "luks_csi_free_bytes": ("Bytes that new volumes may take on this node.", health.free_bytes),
     }
     return Server(settings, add, [VolumeLocking(driver.locks)], gauges)

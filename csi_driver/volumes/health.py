@@ -7,12 +7,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import structlog
 
 from csi_driver.backends.base import Backend
 from csi_driver.host import loopcontrol
 from csi_driver.host.commands import Commands
 from csi_driver.host.devicemapper import DeviceMapper
-from csi_driver.host.hardening import swap_active
+from csi_driver.host.keyquota import KeyQuota, read_key_quota
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.workers import Workers
 from csi_driver.luks.libcryptsetup import check_library
@@ -22,6 +25,10 @@ from csi_driver.model.settings import Settings
 from csi_driver.model.volume import mapping_name
 from csi_driver.volumes.filesystem import PROGRAMS
 
+if TYPE_CHECKING:
+    from csi_driver.host.machine import Machine
+
+_log = structlog.get_logger(__name__)
 _LEAST_CRYPTSETUP = (2, 6)
 _LEAST_KERNEL = (5, 12)
 _EPOCH_OF_SENSE = 1_767_225_600  # 2026-01-01: a clock before it was never set
@@ -29,6 +36,10 @@ _CAPABILITIES = {"CAP_SYS_ADMIN": 21, "CAP_LINUX_IMMUTABLE": 9}
 _GIB = 1 << 30
 _RECHECK_SECONDS = 10.0
 _COMMAND_SECONDS = 20.0
+_KEYS_RUN_OUT = 0.8
+# Kubelet's default for nodefs.available (Kubernetes documentation, "Node-pressure Eviction").
+_EVICTED_BELOW = 0.1
+_LOST_AT_BOOT = frozenset({"overlay", "ramfs", "tmpfs"})
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,8 @@ class Health:
         mappings: Mappings,
         mounts: Mounts,
         check_state: Callable[[], None],
+        machine: "Callable[[], Machine] | None" = None,
+        key_quota: Callable[[], KeyQuota] = read_key_quota,
     ) -> None:
         self._settings = settings
         self._backend = backend
@@ -64,6 +77,9 @@ class Health:
         self._mappings = mappings
         self._mounts = mounts
         self._check_state = check_state
+        self._machine = machine or _machine
+        self._key_quota = key_quota
+        self._keys_run_out = False
         self._guard = threading.Lock()
         self._checked_at = -_RECHECK_SECONDS
         self._obstacle: str | None = None
@@ -79,12 +95,13 @@ class Health:
             if time.monotonic() - self._checked_at >= _RECHECK_SECONDS:
                 failed = [finding for check in self._fatal_checks() if not (finding := check()).ok]
                 self._obstacle = "; ".join(f"{one.name}: {one.found}; {one.advice}" for one in failed) or None
+                self._warn_of_keys()
                 self._checked_at = time.monotonic()
         return self._obstacle
 
     def findings(self) -> list[Finding]:
         """Everything that is looked at, the fatal ones first; what is kept in a state directory only where one is."""
-        kept = (self._space, self._orphans) if self._settings.state_dir.exists() else ()
+        kept = (self._disk, self._space, self._floor, self._orphans) if self._settings.state_dir.exists() else ()
         checks = (
             *self._fatal_checks(),
             self._cryptsetup,
@@ -93,7 +110,9 @@ class Health:
             self._programs,
             self._permissions,
             self._clock,
+            self._memory,
             self._swap,
+            self._keys,
             *kept,
         )
         return [check() for check in checks]
@@ -105,6 +124,22 @@ class Health:
     def open_mappings(self) -> int:
         """How many mappings of volumes are open on this node."""
         return len({mapping_name(volume_id) for volume_id in self._backend.ids()} & set(self._mappings.names()))
+
+    def root_keys(self) -> int:
+        """Keys that count against root's quota."""
+        return self._key_quota().keys
+
+    def root_keys_percent(self) -> int:
+        """What is used of root's key quota, of keys or bytes, whichever is scarcer."""
+        return int(100 * self._key_quota().used)
+
+    def processes(self) -> int:
+        """How many processes the driver is made of at this moment."""
+        return self._machine().own_processes().count
+
+    def resident_bytes(self) -> int:
+        """Their resident memory; what they share is counted in each."""
+        return self._machine().own_processes().resident
 
     def _fatal_checks(self) -> tuple[Callable[[], Finding], ...]:
         return (self._dm_crypt, self._loop, self._library, self._state_dir, self._propagation)
@@ -221,11 +256,80 @@ class Health:
 
     def _swap(self) -> Finding:
         def look() -> str:
-            if swap_active():
-                raise FailedPrecondition("swap is on and may receive pages of a process that holds a passphrase")
-            return "no swap"
+            swap = self._machine().swap()
+            if swap.plain:
+                raise FailedPrecondition(
+                    f"{swap.total / _GIB:.1f} GiB of swap are on and may receive pages of a process that holds a "
+                    f"passphrase: {', '.join(swap.plain)} is not known to be encrypted"
+                )
+            return f"{swap.total / _GIB:.1f} GiB of swap, encrypted or in memory" if swap.total else "no swap"
 
         return _finding("swap", look, "turn swap off or encrypt it", fatal=False)
+
+    def _memory(self) -> Finding:
+        limits = self._settings.limits
+
+        def look() -> str:
+            wanted, available = (
+                limits.unlocks_at_once * limits.pbkdf_memory_kib << 10,
+                self._machine().available_memory(),
+            )
+            told = (
+                f"{limits.unlocks_at_once} key derivations at once of up to {limits.pbkdf_memory_kib >> 10} MiB, and "
+                f"{available / _GIB:.1f} GiB of memory are available"
+            )
+            if wanted > available:
+                raise FailedPrecondition(told)
+            return told
+
+        return _finding("memory", look, "lower --pbkdf-memory-limit or --unlocks-at-once", fatal=False)
+
+    def _keys(self) -> Finding:
+        def look() -> str:
+            quota = self._key_quota()
+            if quota.used >= _KEYS_RUN_OUT:
+                raise FailedPrecondition(f"{quota}: when one is used up no volume can be staged")
+            return str(quota)
+
+        return _finding(
+            "kernel keys", look, "raise kernel.keys.root_maxkeys and kernel.keys.root_maxbytes (sysctl)", fatal=False
+        )
+
+    def _warn_of_keys(self) -> None:
+        finding = self._keys()
+        if not finding.ok and not self._keys_run_out:
+            _log.warning("kernel keys run out", found=finding.found, advice=finding.advice)
+        self._keys_run_out = not finding.ok
+
+    def _disk(self) -> Finding:
+        path = self._settings.state_dir
+
+        def look() -> str:
+            disk = self._machine().disk(path)
+            told = f"{path} is on {disk.device} ({disk.fs_type}, {disk.total / _GIB:.1f} GiB)"
+            if disk.fs_type in _LOST_AT_BOOT:
+                raise FailedPrecondition(f"{told}, which does not outlive the node's next start or the container's")
+            return told
+
+        return _finding("disk", look, "put the state directory on a disk of the node", fatal=False)
+
+    def _floor(self) -> Finding:
+        path, floor = self._settings.state_dir, self._settings.free_space_floor
+
+        def look() -> str:
+            least = int(self._machine().disk(path).total * _EVICTED_BELOW)
+            kubelet = self._settings.kubelet_dir
+            if kubelet.exists() and kubelet.stat().st_dev != path.stat().st_dev:
+                return f"{floor / _GIB:g} GiB, on another file system than kubelet's folder"
+            if floor < least:
+                raise FailedPrecondition(
+                    f"{floor / _GIB:g} GiB are less than 10 % of the file system, and below that kubelet evicts pods; "
+                    f"set --free-space-floor to {least / _GIB:.1f} GiB or more, or give the state directory a disk of "
+                    f"its own"
+                )
+            return f"{floor / _GIB:g} GiB, not less than the 10 % below which kubelet evicts pods"
+
+        return _finding("free-space floor", look, "raise --free-space-floor", fatal=False)
 
     def _orphans(self) -> Finding:
         def look() -> str:
@@ -236,6 +340,12 @@ class Health:
             return "none"
 
         return _finding("orphans", look, "look at them with `luks-csi orphans list`", fatal=False)
+
+
+def _machine() -> "Machine":
+    from csi_driver.host.machine import Machine  # noqa: PLC0415 - psutil: not at start, not for a call that goes well
+
+    return Machine()
 
 
 def _finding(name: str, look: Callable[[], str], advice: str, *, fatal: bool = True) -> Finding:

@@ -7,14 +7,14 @@ from csi_driver.host.holders import Holder, Holders, describe
 
 
 def test_a_process_is_told_with_its_number_and_name() -> None:
-    assert describe([Holder(7, "mkfs.ext4", "S", "has /dev/dm-0 open as fd/3")]) == (
+    assert describe([Holder(7, "mkfs.ext4", "sleeping", "has /dev/dm-0 open as fd/3")]) == (
         "process 7 (mkfs.ext4): has /dev/dm-0 open as fd/3"
     )
 
 
 def test_a_process_that_cannot_be_killed_is_told() -> None:
-    assert "state D" in describe([Holder(7, "dd", "D", "x")])
-    assert "state D" not in describe([Holder(7, "dd", "R", "x")])
+    assert "state D" in describe([Holder(7, "dd", "disk-sleep", "x")])
+    assert "state D" not in describe([Holder(7, "dd", "running", "x")])
 
 
 def test_the_kernel_has_no_number() -> None:
@@ -22,10 +22,10 @@ def test_the_kernel_has_no_number() -> None:
 
 
 def test_only_the_first_few_are_told() -> None:
-    text = describe([Holder(n, "sh", "S", "x") for n in range(1, 9)], limit=3)
+    text = describe([Holder(n, "sh", "sleeping", "x") for n in range(1, 9)], limit=3)
     assert text.count("process") == 3
     assert text.endswith("and 5 more")
-    assert "more" not in describe([Holder(n, "sh", "S", "x") for n in range(1, 4)], limit=3)
+    assert "more" not in describe([Holder(n, "sh", "sleeping", "x") for n in range(1, 4)], limit=3)
 
 
 def test_nobody_is_told_as_well() -> None:
@@ -45,7 +45,7 @@ def test_processes_with_a_file_open_are_found(tmp_path: Path) -> None:
             found = {holder.pid: holder for holder in Holders().of_file(path)}
         assert set(found) == {os.getpid(), child.pid}
         assert str(path) in found[child.pid].what
-        assert found[child.pid].state in "SR"
+        assert found[child.pid].state in ("sleeping", "running")
     assert Holders().of_file(path) == []
 
 

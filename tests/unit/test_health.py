@@ -1,0 +1,181 @@
+"""What `doctor` says of memory, swap, disks and the kernel's key quota, and that none of it makes Probe fail."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import structlog
+
+from csi_driver.host.commands import Commands
+from csi_driver.host.devicemapper import DeviceMapper
+from csi_driver.host.holders import Holders
+from csi_driver.host.keyquota import KeyQuota, read_key_quota
+from csi_driver.host.machine import Disk, Machine, OwnProcesses, Swap
+from csi_driver.host.mounts import Mounts
+from csi_driver.luks.mapping import Mappings
+from csi_driver.model.settings import Limits, Settings
+from csi_driver.volumes.driver import build_driver
+from csi_driver.volumes.health import Finding, Health
+
+GIB = 1 << 30
+ROOMY = KeyQuota(11, 1_000_000, 500, 25_000_000)
+
+
+class FakeMachine(Machine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = 8 * GIB
+        self.swapping = Swap(0, ())
+        self.of_state = Disk("/dev/sda1", "ext4", 100 * GIB)
+
+    def available_memory(self) -> int:
+        return self.memory
+
+    def swap(self) -> Swap:
+        return self.swapping
+
+    def disk(self, folder: Path) -> Disk:
+        return self.of_state
+
+    def own_processes(self) -> OwnProcesses:
+        return OwnProcesses(3, 4096)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(node_id="n", state_dir=tmp_path, kubelet_dir=tmp_path / "none", free_space_floor=10 * GIB)
+
+
+Found = Callable[..., Finding]
+Build = Callable[..., Health]
+
+
+@pytest.fixture
+def health() -> Iterator[Build]:
+    """Make the health of a driver, on this machine where nothing else is given."""
+    with contextlib.ExitStack() as stack:
+
+        def build(settings: Settings, machine: Machine, quota: KeyQuota = ROOMY) -> Health:
+            driver, mapper = build_driver(settings), DeviceMapper()
+            stack.callback(driver.stop)
+            mappings = Mappings(mapper, Holders())
+            return Health(
+                settings, driver.backend, driver.workers, Commands(), mapper, mappings, Mounts(),
+                lambda: machine, lambda: quota,
+            )  # fmt: skip
+
+        yield build
+
+
+@pytest.fixture
+def found(health: Build) -> Found:
+    """Make one finding, which is never fatal."""
+
+    def find(name: str, settings: Settings, machine: Machine, quota: KeyQuota = ROOMY) -> Finding:
+        (finding,) = (each for each in health(settings, machine, quota).findings() if each.name == name)
+        assert not finding.fatal
+        return finding
+
+    return find
+
+
+def test_swap_that_is_not_encrypted_is_named(found: Found, settings: Settings) -> None:
+    machine = FakeMachine()
+    assert found("swap", settings, machine).found == "no swap"
+    machine.swapping = Swap(2 * GIB, ())
+    assert found("swap", settings, machine) == Finding(
+        "swap", ok=True, fatal=False, found="2.0 GiB of swap, encrypted or in memory"
+    )
+    machine.swapping = Swap(2 * GIB, ("/dev/sda2", "/swap"))
+    finding = found("swap", settings, machine)
+    assert not finding.ok
+    assert "/dev/sda2, /swap is not known to be encrypted" in finding.found
+
+
+def test_memory_that_key_derivations_may_want_and_is_not_there_is_told(found: Found, settings: Settings) -> None:
+    machine = FakeMachine()
+    costly = replace(settings, limits=Limits(pbkdf_memory_kib=1 << 20, unlocks_at_once=9))
+    assert found("memory", settings, machine).ok
+    finding = found("memory", costly, machine)
+    assert not finding.ok
+    assert finding.found == "9 key derivations at once of up to 1024 MiB, and 8.0 GiB of memory are available"
+    assert "--unlocks-at-once" in finding.advice
+
+
+def test_a_disk_that_a_restart_empties_is_told(found: Found, settings: Settings) -> None:
+    machine = FakeMachine()
+    assert found("disk", settings, machine).found == f"{settings.state_dir} is on /dev/sda1 (ext4, 100.0 GiB)"
+    machine.of_state = Disk("overlay", "overlay", GIB)
+    assert not found("disk", settings, machine).ok
+
+
+def test_a_floor_below_kubelets_threshold_is_told_with_the_least(found: Found, settings: Settings) -> None:
+    machine = FakeMachine()
+    assert found("free-space floor", settings, machine).ok
+    finding = found("free-space floor", replace(settings, free_space_floor=10 * GIB - 1), machine)
+    assert not finding.ok
+    assert "less than 10 % of the file system" in finding.found
+    assert "set --free-space-floor to 10.0 GiB or more" in finding.advice
+
+
+def test_kubelets_threshold_does_not_count_on_another_file_system(found: Found, settings: Settings) -> None:
+    elsewhere = replace(settings, free_space_floor=1, kubelet_dir=Path("/proc"))
+    assert found("free-space floor", elsewhere, FakeMachine()).ok
+
+
+@pytest.mark.parametrize(
+    ("quota", "ok"),
+    [
+        (ROOMY, True),
+        (KeyQuota(799_999, 1_000_000, 0, 25_000_000), True),
+        (KeyQuota(800_000, 1_000_000, 0, 25_000_000), False),
+        (KeyQuota(5, 1_000_000, 20_000_000, 25_000_000), False),
+        (KeyQuota(0, 0, 0, 0), True),
+    ],
+)
+def test_a_key_quota_that_runs_out_is_told_with_its_numbers(
+    found: Found, settings: Settings, quota: KeyQuota, *, ok: bool
+) -> None:
+    finding = found("kernel keys", settings, FakeMachine(), quota)
+    assert finding.ok == ok
+    assert (
+        f"root has {quota.keys} of {quota.most_keys} keys, {quota.bytes} of {quota.most_bytes} bytes" in finding.found
+    )
+    assert ok or "kernel.keys.root_maxbytes" in finding.advice
+
+
+def test_probe_warns_of_the_key_quota_and_does_not_fail_by_it(health: Build, settings: Settings) -> None:
+    full = KeyQuota(200, 200, 20_000, 20_000)
+    calm, warned = health(settings, FakeMachine()), health(settings, FakeMachine(), full)
+    with structlog.testing.capture_logs() as logs:
+        assert warned.obstacle() == calm.obstacle()
+    (line,) = logs
+    assert (line["log_level"], line["event"]) == ("warning", "kernel keys run out")
+    assert "200 of 200 keys" in line["found"]
+
+
+def test_figures_for_metrics(health: Build, settings: Settings) -> None:
+    one = health(settings, FakeMachine(), KeyQuota(3, 4, 1, 10))
+    assert (one.root_keys(), one.root_keys_percent(), one.processes(), one.resident_bytes()) == (3, 75, 3, 4096)
+
+
+def test_the_quota_is_roots_row(tmp_path: Path) -> None:
+    users = tmp_path / "key-users"
+    users.write_text("    0:    11 10/10 5/1000000 50/25000000\n 1000:     9 9/9 9/200 99/20000\n")
+    assert read_key_quota(users) == KeyQuota(5, 1_000_000, 50, 25_000_000)
+
+
+def test_before_the_first_key_there_are_only_limits(tmp_path: Path) -> None:
+    (tmp_path / "key-users").write_text("")
+    (tmp_path / "root_maxkeys").write_text("1000000\n")
+    (tmp_path / "root_maxbytes").write_text("25000000\n")
+    assert read_key_quota(tmp_path / "key-users", tmp_path) == KeyQuota(0, 1_000_000, 0, 25_000_000)
+
+
+def test_this_kernels_quota_can_be_read() -> None:
+    quota = read_key_quota()
+    assert quota.most_keys > 0
+    assert quota.most_bytes > 0
+    assert 0 <= quota.used <= 1
