@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from csi_driver.host import loopcontrol
 from csi_driver.host.mountinfo import Mount, parse_mountinfo
 from csi_driver.host.syscalls import AT_FDCWD, libc
 
@@ -56,7 +57,7 @@ class Holders:
         """
         number = os.makedev(major, minor)
         names = _names(major, minor)
-        found = [*_devices_on_top(major, minor, names), *_swap(names)]
+        found = [*_devices_on_top(major, minor), *_swap(names)]
         for process in _processes():
             for link, facts in process.files():
                 if facts.is_block and facts.rdev == number:
@@ -115,9 +116,10 @@ class Holders:
             else:
                 if process.maps(major, minor):
                     yield process.holder("has a file in it mapped into memory")
-        for name, path in _loop_files():
-            if any(_is_on(mount, major, minor, names) for mount in _mounts_above(path)):
-                yield Holder(0, "", "", f"loop device /dev/{name} is bound to {path}")
+        for loop in _loops():
+            inside = loop.status.device == os.makedev(major, minor)
+            if inside or any(_is_on(mount, major, minor, names) for mount in _mounts_above(loop.path)):
+                yield Holder(0, "", "", f"loop device {loop.node} is bound to {loop.path}")
 
 
 @dataclass(frozen=True)
@@ -217,23 +219,41 @@ def _is_on(mount: Mount, major: int, minor: int, names: list[str]) -> bool:
     return mount.device == (major, minor) or mount.source.removeprefix("/dev/") in names
 
 
-def _devices_on_top(major: int, minor: int, names: list[str]) -> Iterator[Holder]:
+def _devices_on_top(major: int, minor: int, what: str = "it") -> Iterator[Holder]:
     with contextlib.suppress(OSError):
         for name in sorted(os.listdir(f"/sys/dev/block/{major}:{minor}/holders")):
             mapping = ""
             with contextlib.suppress(OSError):
                 mapping = " (" + _content(f"/sys/block/{name}/dm/name").decode(errors="surrogateescape").strip() + ")"
-            yield Holder(0, "", "", f"device /dev/{name}{mapping} is on top of it")
-    for name, path in _loop_files():
-        if path.removeprefix("/dev/") in names:
-            yield Holder(0, "", "", f"loop device /dev/{name} is bound to {path}")
+            yield Holder(0, "", "", f"device /dev/{name}{mapping} is on top of {what}")
+    for loop in _loops():
+        if loop.status.node == os.makedev(major, minor):
+            facts = _statx(os.fsencode(loop.path))
+            path = loop.path if facts and facts.rdev == loop.status.node else "it by a path that is gone"
+            yield Holder(0, "", "", f"loop device {loop.node} (bound to {path}, as kubelet does for block volumes)")
+            yield from _devices_on_top(*loop.number, loop.node)
 
 
-def _loop_files() -> Iterator[tuple[str, str]]:
-    for name in sorted(os.listdir("/sys/block")):
-        if name.startswith("loop"):
-            with contextlib.suppress(OSError):
-                yield name, os.fsdecode(_content(f"/sys/block/{name}/loop/backing_file").removesuffix(b"\n"))
+@dataclass(frozen=True)
+class _Loop:
+    """A bound loop device. `path` is what its file was called once: kubelet's is gone by the time somebody asks."""
+
+    node: str
+    number: tuple[int, int]
+    status: loopcontrol.Status
+    path: str
+
+
+def _loops() -> Iterator[_Loop]:
+    for node in loopcontrol.bound_nodes():
+        with contextlib.suppress(OSError):
+            descriptor = os.open(node, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                number, status = os.fstat(descriptor).st_rdev, loopcontrol.status(descriptor)
+            finally:
+                os.close(descriptor)
+            if status is not None:
+                yield _Loop(node, (os.major(number), os.minor(number)), status, loopcontrol.backing_file(node))
 
 
 def _mounts_above(path: str) -> list[Mount]:

@@ -39,12 +39,16 @@ class Flag(IntFlag):
 
 @dataclass(frozen=True)
 class Status:
-    """struct loop_info64, as far as it is used: which file (st_dev, inode), how, and 63 bytes of its name."""
+    """struct loop_info64, as far as it is used: which file (st_dev, inode), how, and 63 bytes of its name.
+
+    `node` is the device number of a file that is a device's node itself (lo_rdevice), 0 of any other.
+    """
 
     device: int
     inode: int
     flags: int
     name: str
+    node: int = 0
 
 
 def check_control() -> None:
@@ -96,8 +100,8 @@ def status(device: int) -> Status | None:
         if error.errno == errno.ENXIO:
             return None
         raise
-    number, inode, _, _, _, _, _, _, flags, name, *_ = _STATUS.unpack(answer)
-    return Status(number, inode, flags, os.fsdecode(name.rstrip(b"\0")))
+    number, inode, node, _, _, _, _, _, flags, name, *_ = _STATUS.unpack(answer)
+    return Status(number, inode, flags, os.fsdecode(name.rstrip(b"\0")), node)
 
 
 def set_capacity(device: int) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from csi_driver.host import blockdev, ofdlock
+from csi_driver.host.holders import Holders, describe
 from csi_driver.host.loop import AttachedLoop, LoopDevices
+from csi_driver.host.mounts import Mounts
 from csi_driver.model.errors import DeviceAbsent, DeviceInUse, DriverError
 
 MIB = 1 << 20
@@ -286,3 +288,23 @@ def test_cryptsetup_is_not_kept_waiting_by_the_lock(loops: LoopDevices, image: P
     with loops.attach(str(big), autoclear=True):
         dumped = subprocess.run(["cryptsetup", "luksDump", str(big)], check=True, capture_output=True, timeout=20)
     assert b"LUKS header information" in dumped.stdout
+
+
+def test_a_loop_device_on_a_devices_node_is_its_holder_whatever_its_path_has_become(
+    loops: LoopDevices, image: Path, tmp_path: Path
+) -> None:
+    """Kubelet binds one to a block volume by a mount of the node that later goes."""
+    point = tmp_path / "node"
+    point.touch()
+    with loops.attach(str(image), autoclear=True) as volume:
+        Mounts().bind(volume.path, str(point), read_only=False)
+        kubelets = subprocess.check_output(["losetup", "--find", "--show", str(point)], text=True).strip()
+        try:
+            text = describe(Holders().of_device(volume.major, volume.minor))
+            assert f"loop device {kubelets} (bound to {point}, as kubelet does for block volumes)" in text
+            subprocess.run(["umount", "--lazy", str(point)], check=True)
+            text = describe(Holders().of_device(volume.major, volume.minor))
+            assert f"loop device {kubelets} (bound to it by a path that is gone, as kubelet does" in text
+        finally:
+            subprocess.run(["losetup", "--detach", kubelets], check=True)
+        assert "loop device" not in describe(Holders().of_device(volume.major, volume.minor))
