@@ -101,7 +101,7 @@ def test_a_volume_is_made_on_the_node_that_its_pod_wants(pods: Pods, two: Node) 
 def test_each_node_tells_its_room_for_each_class(pods: Pods, two: Node) -> None:
     def told() -> bool:
         room = _room(pods)
-        assert set(room) == {(node.name, name) for node in nodes for name in _CLASSES}
+        assert set(room) == {(node.name, name) for node in nodes for name in (*_CLASSES, "at-once")}
         for (name, _), one in room.items():
             assert abs(_bytes(one["capacity"]) - free[name]) < 256 * MIB, one
             assert one["maximumVolumeSize"] == one["capacity"]
@@ -112,7 +112,8 @@ def test_each_node_tells_its_room_for_each_class(pods: Pods, two: Node) -> None:
     nodes = (pods.node, two)
     free = {node.name: int(node.run(f"echo $(($(stat -f -c '%a * %S' {STATE})))").text) - _TAKEN for node in nodes}
     drivers = {node.name: pods.driver.pod(node) for node in nodes}
-    pods.cluster.wait("room of both nodes", told, _POLL_SECONDS)
+    with applied(pods.cluster, storage_class("at-once", volumeBindingMode="Immediate")):
+        pods.cluster.wait("room of both nodes", told, _POLL_SECONDS)
 
 
 def test_a_claim_goes_where_there_is_room_and_waits_where_there_is_none(pods: Pods, two: Node) -> None:

@@ -126,7 +126,7 @@ def _without(cluster: Cluster, kind: str, name: str, resource: str, *verbs: str)
 def test_every_right_is_used_and_none_is_missing(pods: Pods) -> None:
     """Over a small life of volumes and classes, by the apiserver's audit log."""
     since = time.time() - 2
-    # Only with Immediate does a node write its name into the claim; capacity is told of the others.
+    # Only with Immediate does a node write its name into the claim; else the scheduler does.
     immediate, passing = (
         _class(pods.cluster, CHEAP, f"{CHEAP}-{mode.lower()}", mode) for mode in ("Immediate", "WaitForFirstConsumer")
     )
