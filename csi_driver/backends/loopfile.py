@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from csi_driver.backends.base import Fill, Space
+from csi_driver.backends.listing import SortedNames
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host import ofdlock
 from csi_driver.host.files import Files, read_file
@@ -42,6 +43,7 @@ class LoopfileBackend:
 
     def __init__(self, folder: Path, floor: int, files: Files, loops: LoopDevices, codec: RecordCodec) -> None:
         self._folder = folder
+        self._names = SortedNames(folder / "volumes")
         self._floor = floor
         self._files = files
         self._loops = loops
@@ -119,7 +121,7 @@ class LoopfileBackend:
 
     def ids(self) -> Sequence[str]:
         """Folder names are the ids."""
-        return sorted(os.listdir(self._folder / "volumes"))
+        return self._names.read()
 
     def grow(self, volume_id: str, size: int) -> None:
         """Lengthen the sparse file; a file that is long enough stays as it is."""

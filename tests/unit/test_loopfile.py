@@ -177,7 +177,7 @@ def test_create_never_takes_the_place_of_data_without_a_record(place: Place) -> 
 def test_ids_are_sorted(place: Place) -> None:
     for name in ("b", "a", "c"):
         place.backend().create(msgspec.structs.replace(RECORD, id=name), MIB)
-    assert place.backend().ids() == ["a", "b", "c"]
+    assert place.backend().ids() == ("a", "b", "c")
 
 
 def test_an_unknown_volume_is_not_found(place: Place) -> None:
@@ -215,7 +215,7 @@ def test_the_floor_stays_free(place: Place) -> None:
     assert 0 < backend.space().available <= free // 2 + (64 << 20)  # other work shares the disk
     with pytest.raises(ResourceExhausted, match=rf"no room for volume pvc-1 .* above the floor of {free // 2}"):
         backend.create(RECORD, free)
-    assert backend.ids() == []
+    assert backend.ids() == ()
     backend.create(RECORD, MIB)
     with pytest.raises(ResourceExhausted, match=r"no room for volume pvc-1"):
         backend.grow("pvc-1", free)
@@ -326,7 +326,7 @@ def test_an_attached_volume_is_not_deleted(place: Place) -> None:
             backend.delete("pvc-1")
         assert backend.get("pvc-1") == RECORD
     backend.delete("pvc-1")
-    assert backend.ids() == []
+    assert backend.ids() == ()
 
 
 @pytest.mark.parametrize("where", ["volumes", "trash", "new"])
