@@ -43,7 +43,7 @@ class Backend(Protocol):
         """Whether anything of the volume is there, readable or not."""
 
     def get(self, volume_id: str) -> VolumeRecord:
-        """Return the record. Raises NotFound."""
+        """Return the record. Raises NotFound, FailedPrecondition (damaged, or older than the last one written)."""
 
     def update(self, record: VolumeRecord) -> VolumeRecord:
         """Write `record`, made from the revision it carries, durably; return it with its new revision.

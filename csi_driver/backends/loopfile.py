@@ -1,7 +1,7 @@
 """The embedded backend: each volume a sparse file of this node, shown through a loop device.
 
 <folder>/volumes/<id>/disk.img      the ciphertext
-<folder>/volumes/<id>/record.json   the tags
+<folder>/volumes/<id>/record.json   the tags; their revision is an extended attribute of the folder too
 <folder>/new/<id>/                  a volume being made; renamed into volumes/ when it is whole
 <folder>/trash/<id>/                a volume being deleted; renamed out of volumes/ first
 """
@@ -34,6 +34,7 @@ from csi_driver.model.volume import VolumeRecord
 
 _DISK = "disk.img"
 _RECORD = "record.json"
+_MARK = "trusted.luks-csi.revision"  # trusted: only who may administer the host sees or sets it (xattr(7))
 
 
 class LoopfileBackend:
@@ -85,17 +86,40 @@ class LoopfileBackend:
         return self._volume(volume_id).exists()
 
     def get(self, volume_id: str) -> VolumeRecord:
-        """Read the record."""
-        path = self._volume(volume_id) / _RECORD
-        try:
-            content = read_file(path)
-        except FileNotFoundError:
-            raise NotFound(f"volume {volume_id} does not exist on this node") from None
-        record = self._codec.decode(content, str(path))
-        if record.id != volume_id:
+        """Read the record. Raises FailedPrecondition for one that is older than the last that was written.
+
+        Such a record (from a backup, say) may permit what the newer one forbids: to format. Compared here, so that
+        nobody forgets to.
+        """
+        record = self._read(volume_id)
+        newest = self._newest(volume_id)
+        if record.revision < newest:
             raise FailedPrecondition(
-                f"the volume record {path} is that of volume {record.id}; put each volume's own record back"
+                f"the record of volume {volume_id} is older than the volume: {self._volume(volume_id) / _RECORD} has "
+                f"revision {record.revision} and revision {newest} was written; restore the newest record or, if "
+                f"there is none, see what this one says and take it by `luks-csi volume accept-record {volume_id}`"
             )
+        return record
+
+    def accept_record(self, volume_id: str) -> VolumeRecord:
+        """Take the record that is there for the newest one, whatever was written since; returns it.
+
+        Only a settled record, as nothing is ever formatted by one. Raises NotFound, FailedPrecondition.
+        """
+        record = self._read(volume_id)
+        if not record.is_settled:
+            raise FailedPrecondition(
+                f"the record of volume {volume_id} cannot be taken: it says encryption={record.encryption or 'none'} "
+                f"and filesystem={record.file_system}, by which the volume would be formatted; restore a newer record "
+                f"or read the data by hand"
+            )
+        try:
+            self._mark(volume_id, record.revision)
+        except OSError as error:
+            raise FailedPrecondition(
+                f"the record of volume {volume_id} cannot be taken: the attribute {_MARK} of "
+                f"{self._volume(volume_id)} cannot be set ({error.strerror}); run this as root on the node"
+            ) from None
         return record
 
     def update(self, record: VolumeRecord) -> VolumeRecord:
@@ -105,6 +129,10 @@ class LoopfileBackend:
         updated = msgspec.structs.replace(record, revision=record.revision + 1)
         with self._space_errors(record.id):
             self._files.write(self._volume(record.id) / _RECORD, self._codec.encode(updated))
+        # Not fsynced: a mark that a power cut took protects less, and never is one ahead of its durable record. For
+        # the same reason a file system without such attributes will do.
+        with contextlib.suppress(OSError):
+            self._mark(record.id, updated.revision)
         return updated
 
     def delete(self, volume_id: str) -> None:
@@ -207,6 +235,29 @@ class LoopfileBackend:
         for path in leftovers:
             self._remove(path)
         return [str(path) for path in leftovers]
+
+    def _read(self, volume_id: str) -> VolumeRecord:
+        path = self._volume(volume_id) / _RECORD
+        try:
+            content = read_file(path)
+        except FileNotFoundError:
+            raise NotFound(f"volume {volume_id} does not exist on this node") from None
+        record = self._codec.decode(content, str(path))
+        if record.id != volume_id:
+            raise FailedPrecondition(
+                f"the volume record {path} is that of volume {record.id}; put each volume's own record back"
+            )
+        return record
+
+    def _newest(self, volume_id: str) -> int:
+        """Revision of the newest record that was written; 0 where nothing tells."""
+        with contextlib.suppress(OSError, ValueError):
+            return int(os.getxattr(self._volume(volume_id), _MARK))
+        return 0
+
+    def _mark(self, volume_id: str, revision: int) -> None:
+        # On the folder: the guard forbids it on the file of a staged volume.
+        os.setxattr(self._volume(volume_id), _MARK, str(revision).encode())
 
     def _remove(self, folder: Path) -> None:
         _refuse_folders(folder)

@@ -1,11 +1,15 @@
-"""What is recorded of a volume on this node, for `luks-csi volume show`."""
+"""What is recorded of a volume on this node: shown by `luks-csi volume show`, and taken for the newest there is."""
 
 from pathlib import Path
+from typing import Any
 
-from csi_driver.cli.output import size_text
+import click
+
+from csi_driver.cli.output import OUTPUT_OPTION, Output, confirm, show_json, size_text
+from csi_driver.cli.serve import settings_params
 from csi_driver.model.errors import DriverError, NotFound
 from csi_driver.model.settings import Settings
-from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeRecord
+from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeRecord, is_volume_id
 
 _ENCRYPTION = {
     EncryptionState.PREPARED: "prepared: the first stage formats it",
@@ -52,3 +56,33 @@ def record_rows(record: VolumeRecord) -> list[tuple[str, str]]:
     if record.parameters.claim:
         rows.append(("claim", record.parameters.claim))
     return [*rows, ("created", record.created)]
+
+
+@click.command("accept-record", params=[*settings_params("state_dir"), OUTPUT_OPTION])
+@click.argument("volume_id", metavar="VOLUME")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def accept_record(volume_id: str, output: str, *, yes: bool, **settings: Any) -> None:
+    """Take a volume's record from a backup, though a newer one was written; on its node, without a server.
+
+    Only one by which nothing would be formatted: encrypted or plain, with a file system or used as a block device.
+    """
+    from csi_driver.volumes.driver import build_driver
+
+    if not is_volume_id(volume_id):
+        raise click.ClickException(f"{volume_id!r} is no volume's id")
+    confirm(f"Take the record of volume {volume_id} that is there, though a newer one was written?", yes=yes)
+    driver = build_driver(Settings(**settings))
+    try:
+        if not driver.backend.has(volume_id):
+            raise NotFound(f"volume {volume_id} does not exist in {driver.settings.state_dir}")
+        with driver.locks.hold(volume_id):
+            record = driver.backend.accept_record(volume_id)
+    except OSError as error:
+        raise click.ClickException(
+            f"the record of volume {volume_id} cannot be taken ({error.strerror}: {error.filename}); run this as "
+            f"root, on the node, with the --state-dir of its server"
+        ) from None
+    if output == Output.JSON:
+        show_json(record)
+    else:
+        click.echo(f"the record of volume {volume_id} with revision {record.revision} counts from now on")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from csi_driver.cli.output import OUTPUT_OPTION, Output, about, confirm, show_json, show_table, show_text, size_text
+from csi_driver.cli.record import accept_record, read_record, record_rows
 from csi_driver.cli.secret_files import read_secrets, secret_options
 from csi_driver.cli.serve import read_size
 from csi_driver.model.errors import DriverError
@@ -39,9 +40,12 @@ _MODES = {
 def volume() -> None:
     """Create, stage, publish, enlarge and remove volumes by hand.
 
-    Each command is one call of the Container Storage Interface to the server at --endpoint. Secrets come from files or
-    standard input only.
+    Each command but accept-record is one call of the Container Storage Interface to the server at --endpoint. Secrets
+    come from files or standard input only.
     """
+
+
+volume.add_command(accept_record)
 
 
 def connect(endpoint: Path) -> "CsiClient":
@@ -172,8 +176,6 @@ def list_(client: "CsiClient", output: str) -> None:
               help="The server's own folder, for what is recorded of the volume.")  # fmt: skip
 def show(client: "CsiClient", volume_id: str, state_dir: Path, output: str) -> None:
     """Show a volume: what the server tells and, on its node, what is recorded there."""
-    from csi_driver.cli.record import read_record, record_rows
-
     found = client.volume(volume_id)
     record, source = read_record(found.id, state_dir)
     if output == Output.JSON:

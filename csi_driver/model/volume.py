@@ -94,6 +94,14 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True):
         """Name of the volume's open LUKS device below /dev/mapper."""
         return mapping_name(self.id)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is ever formatted, made or given another identity by what it says."""
+        return self.encryption in (None, EncryptionState.ENCRYPTED) and self.file_system in (
+            FileSystemState.MADE,
+            FileSystemState.RAW,
+        )
+
 
 def mapping_name(volume_id: str) -> str:
     """Name of the mapping of `volume_id` below /dev/mapper."""

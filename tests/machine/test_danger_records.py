@@ -4,17 +4,24 @@ Field problems 1, 22 and 23, and what a record must never be overruled by.
 """
 
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import pytest
+from click.testing import CliRunner, Result
 
+from csi_driver.backends.loopfile import LoopfileBackend
+from csi_driver.backends.records import RecordCodec
+from csi_driver.cli.volume import volume as volume_command
+from csi_driver.host.files import Files
 from csi_driver.model.errors import Aborted, DriverError, FailedPrecondition, NotFound
-from csi_driver.model.volume import EncryptionState, FileSystemState
-from tests.machine.node import BLANK, BLOCK, VOLUME, Node, fingerprint
+from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeRecord
+from tests.machine.node import BLANK, BLOCK, MIB, MOUNT, SIZE, VOLUME, Node, fingerprint
 
 Change = Callable[[dict[str, Any]], object]
+MARK = "trusted.luks-csi.revision"
 
 
 def change_record(node: Node, change: Change) -> None:
@@ -127,6 +134,89 @@ def test_hc_pr1364_mkfs_that_was_cut_runs_again_and_only_then(node: Node) -> Non
     node.stage()
     assert node.read() == "precious"
     node.unstage()
+
+
+class RecordingBackend(LoopfileBackend):
+    """Keeps each record that it writes."""
+
+    written: list[bytes]
+
+    def update(self, record: VolumeRecord) -> VolumeRecord:
+        updated = super().update(record)
+        self.written.append(RecordCodec().encode(updated))
+        return updated
+
+
+@pytest.fixture
+def records(node: Node) -> list[bytes]:
+    """Every record of a volume up to the end of its first stage, in which a file was written."""
+    backend = RecordingBackend(node.state / "loopfile", 64 * MIB, Files(), node.loops, RecordCodec())
+    recorder = Node(node.folder, node.workers, backend=backend)
+    recorder.create()
+    backend.written = [node.record_file().read_bytes()]
+    recorder.stage()
+    recorder.write()
+    recorder.unstage()
+    found = [RecordCodec().decode(content, "the test") for content in backend.written]
+    assert [(each.encryption, each.file_system) for each in found] == [
+        (EncryptionState.PREPARED, FileSystemState.NONE),
+        (EncryptionState.FORMATTING, FileSystemState.NONE),
+        (EncryptionState.ENCRYPTED, FileSystemState.NONE),
+        (EncryptionState.ENCRYPTED, FileSystemState.MAKING),
+        (EncryptionState.ENCRYPTED, FileSystemState.MADE),
+    ]
+    return backend.written
+
+
+def test_no_record_of_a_first_stage_that_is_put_back_formats_data_away(node: Node, records: list[bytes]) -> None:
+    before = fingerprint(node.disk())
+    for content in records[:-1]:
+        node.record_file().write_bytes(content)
+        for capability in (MOUNT, BLOCK):
+            with pytest.raises(FailedPrecondition, match=r"is older than the volume: .*restore the newest record"):
+                node.stage(capability=capability)
+        assert node.closed()
+        assert node.record_file().read_bytes() == content
+        assert fingerprint(node.disk()) == before
+        answer = accept(node)
+        assert answer.exit_code == 1
+        assert "by which the volume would be formatted" in str(answer.exception)
+    node.record_file().write_bytes(records[-1])
+    node.stage()
+    assert node.read() == "precious"
+    node.unstage()
+
+
+def test_a_settled_record_from_a_backup_is_taken_when_an_administrator_says_so(
+    node: Node, records: list[bytes]
+) -> None:
+    node.grow(2 * SIZE)
+    node.record_file().write_bytes(records[-1])
+    for call in (node.stage, lambda: node.grow(3 * SIZE), lambda: node.store.update(node.record())):
+        with pytest.raises(FailedPrecondition, match=rf"accept-record {VOLUME}`"):
+            call()
+    answer = accept(node)
+    assert answer.exit_code == 0, answer.output
+    node.stage()
+    assert node.read() == "precious"
+    assert node.expand(2 * SIZE) == 2 * SIZE
+    node.unstage()
+    node.record_file().write_bytes(records[-1])
+    with pytest.raises(FailedPrecondition, match="is older than the volume"):
+        node.stage()
+
+
+def test_a_volume_that_lost_its_mark_goes_on(node: Node, records: list[bytes]) -> None:
+    assert records
+    os.removexattr(node.disk().parent, MARK)
+    node.stage()
+    assert node.read() == "precious"
+    node.unstage()
+
+
+def accept(node: Node) -> Result:
+    arguments = ["accept-record", VOLUME, "--state-dir", str(node.state), "--yes"]
+    return CliRunner().invoke(volume_command, arguments)
 
 
 def test_two_writers_of_a_record_do_not_overwrite_each_other(used: Node) -> None:

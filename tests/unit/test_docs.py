@@ -218,7 +218,7 @@ def test_every_variable_that_is_named_exists() -> None:
 def test_every_command_that_is_named_exists() -> None:
     named = dict(commands())
     for path in PAGES:
-        for words in re.findall(r"(?<!-n )luks-csi((?: [a-z]+)+)", "\n".join(code_in(path.read_text()))):
+        for words in re.findall(r"(?<!-n )luks-csi((?: [a-z][a-z-]*)+)", "\n".join(code_in(path.read_text()))):
             name = ""
             for word in words.split():
                 name = f"{name} {word}".strip()

@@ -19,7 +19,7 @@ from csi_driver.model.errors import (
     NotFound,
     ResourceExhausted,
 )
-from csi_driver.model.volume import VolumeParameters, VolumeRecord
+from csi_driver.model.volume import FileSystemState, VolumeParameters, VolumeRecord
 from tests.fake_host import FakeLoops, Step, SteppedFiles, undisturbed
 
 MIB = 1 << 20
@@ -204,6 +204,14 @@ def test_of_two_writers_the_slower_one_is_told(place: Place) -> None:
         backend.update(msgspec.structs.replace(first, capacity_bytes=3 * MIB))
     assert backend.get("pvc-1") == second
     assert backend.update(second).revision == 2
+
+
+@pytest.mark.parametrize("state", [FileSystemState.NONE, FileSystemState.MAKING])
+def test_a_record_by_which_something_would_be_formatted_is_never_taken(place: Place, state: FileSystemState) -> None:
+    backend = place.backend()
+    backend.create(msgspec.structs.replace(RECORD, file_system=state), MIB)
+    with pytest.raises(FailedPrecondition, match=rf"says encryption=none and filesystem={state}, by which"):
+        backend.accept_record("pvc-1")
 
 
 # --- space -----------------------------------------------------------------------------------------------------------
