@@ -17,6 +17,7 @@ from csi_driver.luks.blank import prove_unwritten
 from csi_driver.luks.formats import LuksFormat
 from csi_driver.luks.header import HEADER_PROBE, Header, parse, repaired
 from csi_driver.luks.header_rules import Limits, validate
+from csi_driver.luks.key_proof import is_key_of
 from csi_driver.luks.libcryptsetup import CryptDevice, crypt_device
 from csi_driver.model.errors import DeviceShort, DeviceUnreadable, FailedPrecondition, InvalidHeader
 from csi_driver.model.secret import Passphrase
@@ -102,20 +103,20 @@ def open_device(
     limits: Limits,
     passphrase: Passphrase,
     opening: Opening,
-) -> None:
+) -> keyring.KeptKey:
     """Validate the header, unlock it and open the mapping; the volume key stays in root's user keyring for resizing.
 
-    Only a sealed copy of the header is ever shown to libcryptsetup, so that it cannot change after it was checked. The
-    table is ours, as cryptsetup writes it: it names the very device that is open here. Raises DeviceBlank,
-    ForeignSignature, InvalidHeader, DeviceShort, DeviceUnreadable, Unauthenticated.
+    Returns where, to be pinned. Only a sealed copy of the header is ever shown to libcryptsetup, so that it cannot
+    change after it was checked. The table is ours, as cryptsetup writes it: it names the very device that is open here.
+    Raises DeviceBlank, ForeignSignature, InvalidHeader, DeviceShort, DeviceUnreadable, Unauthenticated.
     """
     with _checked(where, device, identity, size, limits) as context:
         context.unlock(passphrase, libcryptsetup.KEYRING_KEY)
-    keyring.link_to_user(volume_key_name(identity.uuid))
     found = blockdev.size_bytes(device.fd)
     DeviceMapper().create(
         opening.name, dm_uuid(opening.name, identity.uuid), [opening.target(device.number, found, identity)]
     )
+    return keyring.link_to_user(volume_key_name(identity.uuid))
 
 
 def check_passphrase(
@@ -134,12 +135,13 @@ def resize_mapping(
     identity: LuksIdentity,
     limits: Limits,
     passphrase: Passphrase | None,
+    pinned: keyring.KeptKey | None = None,
 ) -> None:
     """Let the open mapping `name` show at least `size` bytes (its device is longer by the data offset).
 
     The table is loaded again with the key by reference; dm-crypt finds the key in this thread's keyring, where it
-    comes from root's user keyring or, where that has lost it, from the passphrase. Raises FailedPrecondition without
-    either.
+    comes from root's user keyring or, where that has lost it or holds another one, from the passphrase. `pinned` is
+    what `open_device` returned. Raises FailedPrecondition without a key that is proven to be the mapping's.
     """
     needed = size + identity.data_offset
     found = blockdev.size_bytes(device.fd)
@@ -152,16 +154,26 @@ def resize_mapping(
     (target,) = mapping.targets
     if target.length * _SECTOR >= size:
         return  # a growth that was cut may have left the device longer than recorded: what was shown is never taken
-    description = volume_key_name(identity.uuid)
-    if keyring.link_into_thread(description) is None:
+    kept = keyring.link_into_thread(volume_key_name(identity.uuid), pinned)
+    if kept is None or not is_key_of(where, mapper, mapping):
         if passphrase is None:
-            raise FailedPrecondition(
-                f"{where} cannot be enlarged while it is open: its volume key is not in the kernel's keyring and the "
-                f"request brought no secret; unstage and stage the volume, or name a node-expand secret in its "
-                f"StorageClass"
+            fault = (
+                "its volume key is not in the kernel's keyring"
+                if kept is None
+                else "the key in the kernel's keyring is not its volume key, somebody has put it there"
             )
+            raise FailedPrecondition(
+                f"{where} cannot be enlarged while it is open: {fault} and the request brought no secret; unstage and "
+                f"stage the volume, or name a node-expand secret in its StorageClass"
+            )
+        keyring.clear_thread()
         with _checked(where, device, identity, found, limits) as context:
             context.unlock(passphrase, libcryptsetup.KEYRING_KEY)
+        if not is_key_of(where, mapper, mapping):
+            raise FailedPrecondition(
+                f"{where} cannot be enlarged while it is open: the volume key in its LUKS2 header is not that of its "
+                f"mapping {name}; unstage and stage the volume"
+            )
     mapper.reload(name, [Target(target.start, size // _SECTOR, target.type, target.params)])
 
 

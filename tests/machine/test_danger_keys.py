@@ -1,20 +1,31 @@
 """Secrets and keys: missing, wrong, exact; and what needs none. Field problems 15, 17 and 23."""
 
+import contextlib
+import os
 import subprocess
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from csi_driver.host import keyring
+from csi_driver.host.devicemapper import Target
+from csi_driver.host.syscalls import syscall
 from csi_driver.luks.device import volume_key_name
+from csi_driver.luks.key_proof import proof_name
 from csi_driver.model.errors import DeviceInUse, FailedPrecondition, NotFound, Unauthenticated
 from csi_driver.model.volume import EncryptionState
 from csi_driver.volumes.capability import Capability
 from tests.headers import run_cryptsetup
-from tests.machine.node import BLOCK, CHEAP, MOUNT, PASSPHRASE, SECRET, VOLUME, Node, fingerprint
+from tests.machine.node import BLOCK, CHEAP, MIB, MOUNT, PASSPHRASE, SECRET, SIZE, VOLUME, Node, fingerprint
 from tests.machine.processes import wait_for
 
 WRONG = {"CRYPTO_KEY_VALUE": PASSPHRASE[:-1]}
+LARGER = 40 * MIB
+THREAD, USER = -1, -4
+SETPERM, LINK = 5, 8
 
 
 def key_in_kernel(node: Node) -> bool:
@@ -148,6 +159,109 @@ def test_the_volume_key_leaves_the_kernel_with_the_mapping(used: Node) -> None:
     assert not key_in_kernel(used)
     # The kernel destroys a key that nothing links any more by and by.
     wait_for(lambda: "cryptsetup:" not in Path("/proc/keys").read_text(), "the end of the key", 10)
+
+
+def attack(node: Node, kind: str) -> str:
+    """What a container's root without any capability reaches against the kept volume key."""
+    identity = node.record().luks
+    assert identity is not None
+    stripped = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs")
+    return subprocess.run(
+        [*stripped, sys.executable, "-m", "tests.machine.key_attacker", kind, identity.uuid],
+        check=False, capture_output=True, text=True, timeout=60,
+    ).stdout  # fmt: skip
+
+
+def check_grown(node: Node, content: bytes) -> None:
+    """The volume has its new size and, read from its storage, its content."""
+    assert node.open_mapping().size_bytes == LARGER
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+    assert (node.staging_path() / "large").read_bytes() == content
+    node.write("afterwards")
+    node.unstage()
+    node.stage()
+    assert (node.staging_path() / "large").read_bytes() == content
+    assert node.read() == "afterwards"
+    node.unstage()
+
+
+@pytest.fixture
+def content(used: Node) -> bytes:
+    """What is in a large file of the volume, which is staged."""
+    used.stage()
+    content = os.urandom(2 * MIB)
+    (used.staging_path() / "large").write_bytes(content)
+    os.sync()
+    return content
+
+
+def test_a_key_that_a_container_put_into_the_place_of_the_volumes_is_never_used(used: Node, content: bytes) -> None:
+    assert attack(used, "swap") == "swapped\n"
+    with pytest.raises(FailedPrecondition, match=r"cannot be enlarged while it is open: .*(secret; unstage and stage)"):
+        used.expand(LARGER)
+    assert used.open_mapping().size_bytes == SIZE
+    assert used.expand(LARGER, secret=SECRET) == LARGER
+    check_grown(used, content)
+
+
+def test_a_container_cannot_change_the_volume_key_that_waits_for_a_resize(used: Node, content: bytes) -> None:
+    assert attack(used, "update") == "possessed\n"
+    assert used.expand(LARGER) == LARGER
+    check_grown(used, content)
+
+
+def test_a_key_that_may_be_written_to_is_proven_before_it_is_used(used: Node, content: bytes) -> None:
+    """As an earlier version kept it, and a container then replaced its payload."""
+    identity = used.record().luks
+    assert identity is not None
+    name = volume_key_name(identity.uuid)
+    keyring.unlink_from_user(name)
+    box = syscall("add_key", b"keyring", f"luks-csi:{name}".encode(), None, 0, THREAD)
+    key = syscall("add_key", b"logon", name.encode(), b"B" * 64, 64, box)
+    for serial in (box, key):
+        syscall("keyctl", SETPERM, serial, 0x3F3F0000)
+    syscall("keyctl", LINK, box, USER)
+    keyring.clear_thread()
+    assert attack(used, "update") == "possessed\nupdated\n"
+    with pytest.raises(FailedPrecondition, match=r"the key in the kernel's keyring is not its volume key, somebody"):
+        used.expand(LARGER)
+    assert used.mapper.get(proof_name(used.open_mapping().name)) is None
+    assert used.expand(LARGER, secret=SECRET) == LARGER
+    check_grown(used, content)
+
+
+@contextlib.contextmanager
+def writing_to(path: str) -> Iterator[None]:
+    """Somebody who writes new bytes into most of the first 64 KiB all the time."""
+    ended = threading.Event()
+
+    def write() -> None:
+        with open(os.open(path, os.O_WRONLY | os.O_DSYNC), "wb", buffering=0) as device:
+            while not ended.is_set():
+                os.pwrite(device.fileno(), os.urandom(48 << 10), 0)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        writer.join()
+
+
+def test_a_key_is_proven_while_a_pod_writes_and_where_a_killed_proof_was_left(node: Node) -> None:
+    node.create(capability=BLOCK)
+    node.stage(capability=BLOCK)
+    mapping = node.open_mapping()
+    (target,) = mapping.targets
+    identity = node.record().luks
+    assert identity is not None
+    assert keyring.link_into_thread(volume_key_name(identity.uuid)) is not None
+    node.mapper.create(proof_name(mapping.name), "left", [Target(0, 8, target.type, target.params)], read_only=True)
+    keyring.clear_thread()
+    with writing_to(mapping.path):
+        assert node.expand(LARGER) == LARGER
+    node.unstage()
 
 
 def test_the_volume_key_is_in_no_table(used: Node) -> None:

@@ -15,7 +15,6 @@ from csi_driver.host.devicemapper import Device, DeviceMapper, Target
 from csi_driver.host.dmcontrol import Command, call
 from csi_driver.host.holders import Holders, describe
 from csi_driver.host.loop import AttachedLoop, LoopDevices
-from csi_driver.host.syscalls import syscall
 from csi_driver.model.errors import DeviceInUse, FailedPrecondition, MappingMismatch
 
 MIB = 1 << 20
@@ -307,52 +306,3 @@ def test_a_key_reference_is_reloaded_by_another_thread_through_the_user_keyring(
         assert keyring.unlink_from_user(description)
     assert keyring.find_user(description) is None
     assert not keyring.unlink_from_user(description)
-
-
-@pytest.fixture
-def keyed() -> Iterator[str]:
-    """A key that is kept, and its name."""
-    name = "cryptsetup:kept-d0"
-    syscall("add_key", b"logon", name.encode(), b"secret", 6, -1)
-    keyring.link_to_user(name)
-    yield name
-    keyring.clear_thread()
-    keyring.unlink_from_user(name)
-
-
-def test_a_key_that_the_thread_does_not_have_is_not_linked() -> None:
-    with pytest.raises(FailedPrecondition, match="key cryptsetup:absent is not in this thread's keyring"):
-        keyring.link_to_user("cryptsetup:absent")
-    assert keyring.link_into_thread("cryptsetup:absent") is None
-
-
-def test_a_kept_key_is_found_by_nobody_who_asks_for_its_name(keyed: str) -> None:
-    """As cryptsetup does, to take it away, when somebody opens a device that is open already."""
-    keyring.clear_thread()
-    with pytest.raises(OSError, match=r"Required key not available|Permission denied"):
-        syscall("keyctl", 10, -4, b"logon", keyed.encode(), 0)
-    assert keyring.find_user(keyed) is not None
-
-
-def test_a_kept_key_displaces_the_one_of_its_name(keyed: str) -> None:
-    first = keyring.find_user(keyed)
-    keyring.clear_thread()
-    second = syscall("add_key", b"logon", keyed.encode(), b"other", 5, -1)
-    assert keyring.link_to_user(keyed) == second != first
-    assert keyring.find_user(keyed) == second
-    keyring.clear_thread()
-    assert keyring.link_into_thread(keyed) == second
-
-
-def test_of_many_keys_the_right_one_is_found() -> None:
-    names = [f"cryptsetup:many-{number}-d0" for number in range(50)]
-    try:
-        serials = {}
-        for name in names:
-            serials[name] = syscall("add_key", b"logon", name.encode(), b"x", 1, -1)
-            assert keyring.link_to_user(name) == serials[name]
-            keyring.clear_thread()
-        assert {name: keyring.find_user(name) for name in names} == serials
-    finally:
-        assert all(keyring.unlink_from_user(name) for name in names)
-    assert not any(keyring.unlink_from_user(name) for name in names)
