@@ -1,6 +1,14 @@
-"""The proof that a device is blank, without which nothing is ever formatted. Runs in a worker."""
+"""The proof that a device is blank, without which nothing is ever formatted. Runs in a worker.
 
+`storage` is the path of the sparse file below the device, byte for byte the same. The file system knows where anything
+was ever written to it: then all of that is read, and the proof is complete. Without it, or where everything is said to
+be data, samples are.
+"""
+
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Final
 
 from csi_driver.host import blockdev
@@ -13,33 +21,88 @@ from csi_driver.model.errors import DeviceShort, DeviceUnreadable, ForeignSignat
 _CHUNK: Final = MIB
 _ZEROS: Final = bytes(_CHUNK)
 _SAMPLES: Final = 64
+_SAMPLE: Final = 0x10000
+
+Place = str | os.PathLike[str]
+Span = tuple[int, int]
+"""Bytes from the first number on, up to the second."""
 
 
-def prove_blank(where: str, path: str | os.PathLike[str], least_size: int) -> None:
+def prove_blank(where: str, path: Place, least_size: int, storage: Place | None = None) -> None:
     """Prove that the device at `path` is at least `least_size` bytes long and holds nothing.
 
     Read are the whole header area and the first MiB behind it, the last MiB (backup partition tables, RAID and ZFS
-    labels) and 64 blocks of 64 KiB spread over the rest. Raises DeviceShort, DeviceUnreadable, and ForeignSignature
-    for anything but zeros: a doubt is an error, never a blank device.
+    labels) and, of the rest, all that was ever written to `storage`, or 64 blocks of 64 KiB spread over it. Raises
+    DeviceShort, DeviceUnreadable, and ForeignSignature for anything but zeros: a doubt is an error, never a blank
+    device.
     """
     with open(path, "rb", buffering=0) as device:
         size = _check_size(where, device.fileno(), least_size)
-        head = _read(where, device.fileno(), 0, HEAD_BYTES)
+        head = read_all(where, device.fileno(), 0, HEAD_BYTES)
         _refuse_data(where, device.fileno(), 0, min(size, DATA_OFFSET + MIB), head)
-        _refuse_data_behind(where, device.fileno(), size, DATA_OFFSET + MIB, head)
+        _refuse_data_behind(where, device.fileno(), size, DATA_OFFSET + MIB, head, storage)
 
 
-def prove_unwritten(where: str, path: str | os.PathLike[str], least_size: int, uuid: str) -> None:
+def prove_unwritten(where: str, path: Place, least_size: int, uuid: str, storage: Place | None = None) -> None:
     """Prove that a device whose formatting was cut short holds nothing but, perhaps, a part of that very header.
 
     The header area must be empty or carry `uuid`; behind it everything `prove_blank` reads must be zero. Same errors.
     """
     with open(path, "rb", buffering=0) as device:
         size = _check_size(where, device.fileno(), least_size)
-        chunks = [_read(where, device.fileno(), at, _CHUNK) for at in range(0, HEADER_PROBE, _CHUNK)]
+        chunks = [read_all(where, device.fileno(), at, _CHUNK) for at in range(0, HEADER_PROBE, _CHUNK)]
         if any(chunk != _ZEROS for chunk in chunks) and not is_blank_or_ours(b"".join(chunks), uuid):
             raise _foreign(where, chunks[0][:HEAD_BYTES], f"zeros or the unfinished LUKS2 header {uuid}")
-        _refuse_data_behind(where, device.fileno(), size, DATA_OFFSET, chunks[0][:HEAD_BYTES])
+        _refuse_data_behind(where, device.fileno(), size, DATA_OFFSET, chunks[0][:HEAD_BYTES], storage)
+
+
+def prove_payload_blank(where: str, path: Place, least_size: int, storage: Place | None = None) -> None:
+    """Prove that nothing was ever written through the mapping of a formatted device: all is zero behind its header.
+
+    `path` is the device with the ciphertext. What the mapping shows of it is noise. Errors as `prove_blank`.
+    """
+    with open(path, "rb", buffering=0) as device:
+        size = _check_size(where, device.fileno(), least_size)
+        # What the kernel read before it was written through the mapping must not hide that.
+        os.posix_fadvise(device.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        head = read_all(where, device.fileno(), DATA_OFFSET, min(HEAD_BYTES, size - DATA_OFFSET))
+        _refuse_data_behind(where, device.fileno(), size, DATA_OFFSET, head, storage)
+
+
+def written_spans(storage: Place | None, start: int, end: int) -> list[Span] | None:
+    """The parts between `start` and `end` of the file `storage` to which something was ever written.
+
+    None where nobody knows: without a file, on a file system without SEEK_DATA (lseek(2)), or where all of it is data.
+    """
+    if storage is None or not os.path.isfile(storage):
+        return None
+    with suppress(OSError), open(storage, "rb", buffering=0) as file:
+        spans = list(_data_of(file.fileno(), start, end))
+        return None if spans == [(start, end)] else spans
+    return None
+
+
+def sample_spans(start: int, end: int) -> Iterator[Span]:
+    """Blocks of 64 KiB spread over what lies between."""
+    step = (end - start) // _SAMPLES
+    for index in range(_SAMPLES if step > 0 else 0):
+        at = max(start, (start + index * step) & -_SAMPLE)
+        yield at, min(at + _SAMPLE, end)
+
+
+def _data_of(descriptor: int, start: int, end: int) -> Iterator[Span]:
+    while start < end:
+        try:
+            start = os.lseek(descriptor, start, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return  # only a hole is left
+            raise
+        if start >= end:
+            return
+        hole = os.lseek(descriptor, start, os.SEEK_HOLE)
+        yield start, min(hole, end)
+        start = hole
 
 
 def _check_size(where: str, descriptor: int, least_size: int) -> int:
@@ -51,21 +114,19 @@ def _check_size(where: str, descriptor: int, least_size: int) -> int:
     return size
 
 
-def _refuse_data_behind(where: str, descriptor: int, size: int, start: int, head: bytes) -> None:
+def _refuse_data_behind(where: str, descriptor: int, size: int, start: int, head: bytes, storage: Place | None) -> None:
     last = max(start, size - MIB)
     _refuse_data(where, descriptor, start, min(start + MIB, size), head)
     _refuse_data(where, descriptor, last, size, head)
-    step = (last - start) // _SAMPLES
-    if step > 0:
-        for index in range(_SAMPLES):
-            at = (start + index * step) & ~0xFFFF
-            _refuse_data(where, descriptor, max(at, start), min(max(at, start) + 0x10000, size), head)
+    written = written_spans(storage, start, size)
+    for at, end in sample_spans(start, last) if written is None else written:
+        _refuse_data(where, descriptor, at, end, head)
 
 
 def _refuse_data(where: str, descriptor: int, start: int, end: int, head: bytes) -> None:
     for at in range(start, end, _CHUNK):
         length = min(_CHUNK, end - at)
-        if _read(where, descriptor, at, length) != _ZEROS[:length]:
+        if read_all(where, descriptor, at, length) != _ZEROS[:length]:
             raise _foreign(where, head, "nothing but zeros")
 
 
@@ -77,7 +138,8 @@ def _foreign(where: str, head: bytes, expected: str) -> ForeignSignature:
     )
 
 
-def _read(where: str, descriptor: int, offset: int, length: int) -> bytes:
+def read_all(where: str, descriptor: int, offset: int, length: int) -> bytes:
+    """`length` bytes from `offset` on. Raises DeviceUnreadable, DeviceShort."""
     try:
         found = blockdev.read_at(descriptor, offset, length)
     except OSError as error:

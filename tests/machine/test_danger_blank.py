@@ -5,12 +5,15 @@ Field problems 1, 3 and 22, and the data-loss list. test_danger_selftest.py plan
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from csi_driver.host.loop import LoopDevices
 from csi_driver.host.workers import Workers
+from csi_driver.luks.blank import prove_blank, prove_payload_blank, prove_unwritten
 from csi_driver.model.errors import (
     DeviceAbsent,
     DeviceBlank,
@@ -256,6 +259,26 @@ def test_hc1346_data_without_any_signature_is_data(node: Node, at: int) -> None:
         node.stage()
     assert fingerprint(node.disk()) == before
     assert node.encryption_state() is EncryptionState.PREPARED
+
+
+@pytest.mark.parametrize("content", [b"diary", b"\0" * 5], ids=["data", "zeros"])
+def test_of_a_sparse_file_all_that_was_ever_written_is_looked_at(folder: Path, content: bytes) -> None:
+    """A few bytes in 64 GiB, where no sample is taken."""
+    size, at = 64 << 30, (20 << 30) + 12345 * MIB + 200_000
+    storage = folder / "storage"
+    with storage.open("wb") as file:
+        file.truncate(size)
+        os.pwrite(file.fileno(), content, at)
+    proofs: tuple[Callable[[str, str | None], None], ...] = (
+        lambda path, storage: prove_blank("x", path, size, storage),
+        lambda path, storage: prove_unwritten("x", path, size, "uuid", storage),
+        lambda path, storage: prove_payload_blank("x", path, size, storage),
+    )
+    with LoopDevices().attach(str(storage), autoclear=True) as device:
+        for prove in proofs:
+            prove(device.path, None)
+            with pytest.raises(ForeignSignature) if content.strip(b"\0") else nullcontext():
+                prove(device.path, str(storage))
 
 
 def test_hc1455_the_device_of_another_volume_is_refused(node: Node) -> None:
