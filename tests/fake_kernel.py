@@ -16,6 +16,7 @@ import msgspec
 from csi_driver.host.commands import Commands, Completed
 from csi_driver.host.devicemapper import Device, DeviceMapper, MappingHandle, Target
 from csi_driver.host.handle import Handle
+from csi_driver.host.keyring import KeptKey
 from csi_driver.host.mountinfo import Mount, MountTable
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.workers import Workers
@@ -363,10 +364,19 @@ class KernelWorkers(Workers):
         self._kernel.step(f"after {name}")
         return result
 
-    def _prove_blank(self, where: str, device: Handle, least: int) -> None:
+    def _prove_blank(self, where: str, device: Handle, least: int, storage: Handle) -> None:
         if self._kernel.size(device.name) < least:
             raise DeviceShort(f"{where} is too short")
         if self._kernel.read(device.name) != Content():
+            raise ForeignSignature(f"{where} holds something")
+
+    def _prove_payload_blank(self, where: str, device: Handle, least: int, storage: Handle) -> None:
+        if self._kernel.read(device.name).inside != Inside():
+            raise ForeignSignature(f"{where} holds something")
+
+    def _prove_never_mounted(self, where: str, device: Handle, size: int, storage: Handle, offset: int) -> None:
+        inside = self._kernel.read(device.name).inside
+        if inside.files or inside.raw:
             raise ForeignSignature(f"{where} holds something")
 
     def _format_device(
@@ -378,6 +388,7 @@ class KernelWorkers(Workers):
         identity: LuksIdentity,
         limits: object,
         key: Passphrase,
+        storage: Handle,
     ) -> str:
         if self._kernel.size(device.name) < size:
             raise DeviceShort(f"{where} is too short")
@@ -414,7 +425,7 @@ class KernelWorkers(Workers):
         limits: object,
         key: Passphrase,
         opening: Opening,
-    ) -> None:
+    ) -> KeptKey:
         self._check_passphrase(where, device, size, identity, limits, key)
         if opening.name in self._kernel.mappings:
             raise CommandFailed(f"the name {opening.name} is taken")
@@ -429,6 +440,7 @@ class KernelWorkers(Workers):
         self._kernel.loops.use(device.name)
         self._kernel.step("in open")
         self._kernel.keyring.add(identity.uuid)
+        return KeptKey(1, 2)
 
     def _resize_mapping(
         self,
@@ -439,6 +451,7 @@ class KernelWorkers(Workers):
         identity: LuksIdentity,
         limits: object,
         key: Passphrase | None,
+        pinned: KeptKey | None,
     ) -> None:
         mapping = self._kernel.mappings[name]
         if self._kernel.size(device.name) < size + DATA_OFFSET:

@@ -78,13 +78,15 @@ def format_device(
     identity: LuksIdentity,
     limits: Limits,
     passphrase: Passphrase,
+    storage: Handle,
 ) -> str:
     """luksFormat, and proof that it is whole: header valid, one key slot, our passphrase opens it, all of it fsynced.
 
-    Asks once more that the device holds nothing but, perhaps, an earlier try at this very header. Returns the
-    hexadecimal digest of the volume key, to be pinned. Errors as `prove_unwritten` and `open_device`.
+    Asks once more that the device holds nothing but, perhaps, an earlier try at this very header; `storage` as in
+    `prove_unwritten`. Returns the hexadecimal digest of the volume key, to be pinned. Errors as `prove_unwritten` and
+    `open_device`.
     """
-    prove_unwritten(where, device, size, identity.uuid)
+    prove_unwritten(where, device, size, identity.uuid, storage)
     with crypt_device(where, device.path) as context:
         context.format(chosen, identity.uuid, passphrase)
     blockdev.fsync_device(device)

@@ -9,6 +9,7 @@ from csi_driver.host.devicemapper import Device, DeviceMapper, MappingHandle
 from csi_driver.host.dmcontrol import NoDeviceMapper
 from csi_driver.host.holders import Holders, describe
 from csi_driver.luks.device import UUID_PREFIX, dm_uuid, volume_key_name
+from csi_driver.luks.key_proof import proof_name
 from csi_driver.model.errors import DeviceInUse, MappingMismatch
 
 _CLOSE_SECONDS = 3.0
@@ -84,6 +85,8 @@ class Mappings:
         waited for, up to 3 s. Raises DeviceInUse naming who keeps it busy.
         """
         mapping = self.find(name)
+        if mapping is not None:
+            self._mapper.remove(proof_name(name))  # a resize that was killed may have left it on the volume's device
         if mapping is not None and self.is_made_for(mapping, name):
             self._remove(mapping)
         for known in {uuid, luks_uuid(mapping.uuid, name) if mapping else None} - {None}:

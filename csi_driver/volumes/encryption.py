@@ -8,6 +8,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import ParamSpec
 
 import msgspec
@@ -17,6 +18,7 @@ from csi_driver.backends.base import Backend
 from csi_driver.host.clonefile import FileIdentity
 from csi_driver.host.devicemapper import Device, DeviceMapper, MappingHandle
 from csi_driver.host.handle import Handle
+from csi_driver.host.keyring import KeptKey
 from csi_driver.host.workers import Workers
 from csi_driver.keys.secret import SecretKey, require_passphrase
 from csi_driver.luks import cloned
@@ -36,6 +38,15 @@ _log = structlog.get_logger(__name__)
 P = ParamSpec("P")
 
 
+@dataclass(frozen=True)
+class Opened:
+    """An open volume: its record by now, the mapping held open, and where a fresh one's key is kept."""
+
+    record: VolumeRecord
+    mapping: MappingHandle
+    kept_key: KeptKey | None
+
+
 class Encryption:
     """Formats, opens, resizes and closes the LUKS2 device of a volume; callers hold the volume's lock."""
 
@@ -53,8 +64,8 @@ class Encryption:
         device: Handle,
         key: SecretKey,
         undo: ExitStack,
-    ) -> tuple[VolumeRecord, Handle]:
-        """Bring the volume to `encrypted` if it never was, and open its mapping; returns that as a handle.
+    ) -> "Opened":
+        """Bring the volume to `encrypted` if it never was, and open its mapping.
 
         `undo` gets what closes both again. A mapping that is open and in use is used again if device, UUID and key
         fit; one that nobody uses is opened anew, whatever left it there. Raises FailedPrecondition when the secret
@@ -69,6 +80,7 @@ class Encryption:
             else:
                 record = self._format(backend, record, device, chosen, passphrase)
         identity = _identity(record)
+        kept = None
         if not self._reuse(record, device, passphrase):
             undo.callback(attempt, self._mappings.close, record.mapping_name, identity.uuid)
             parameters = record.parameters
@@ -76,7 +88,7 @@ class Encryption:
                 record.mapping_name, parameters.discard, parameters.no_read_workqueue, parameters.no_write_workqueue
             )
             with self._unlocking(f"volume {record.id}"):
-                self._workers.call(
+                kept = self._workers.call(
                     f"luks-open of {_where(record, device)}",
                     self._limits.unlock_seconds,
                     luks.open_device,
@@ -91,7 +103,7 @@ class Encryption:
         mapping = self._mappings.open(record.mapping_name)
         undo.callback(mapping.close)
         self._check_opened(record, device, mapping)
-        return record, mapping
+        return Opened(record, mapping, kept)
 
     def resume(self, mapping_name: str, mapping: Device | None) -> None:
         """Let I/O flow again through a mapping that a killed resize left suspended."""
@@ -119,8 +131,13 @@ class Encryption:
                 passphrase,
             )
 
-    def resize(self, record: VolumeRecord, device: Handle, passphrase: Passphrase | None) -> None:
-        """Let the open mapping show the recorded capacity; the passphrase serves where the kernel has no key."""
+    def resize(
+        self, record: VolumeRecord, device: Handle, passphrase: Passphrase | None, pinned: KeptKey | None
+    ) -> None:
+        """Let the open mapping show the recorded capacity; the passphrase serves where the kernel has no key.
+
+        `pinned` is where the key was kept when the mapping was opened, if that is known.
+        """
         self._workers.call(
             f"luks-resize of {_where(record, device)}",
             self._limits.unlock_seconds,
@@ -132,6 +149,7 @@ class Encryption:
             _identity(record),
             self._header_limits,
             passphrase,
+            pinned,
         )
 
     def check_image(
@@ -183,14 +201,16 @@ class Encryption:
         where = _where(record, device)
         if record.encryption is EncryptionState.PREPARED:
             check_capacity(chosen.cipher, record.capacity_bytes)
-            self._workers.call(
-                f"luks-blank proof of {where}",
-                self._limits.format_seconds,
-                prove_blank,
-                where,
-                device,
-                record.capacity_bytes + chosen.data_offset,
-            )
+            with backend.storage(record.id) as storage:
+                self._workers.call(
+                    f"luks-blank proof of {where}",
+                    self._limits.format_seconds,
+                    prove_blank,
+                    where,
+                    device,
+                    record.capacity_bytes + chosen.data_offset,
+                    storage,
+                )
             identity = LuksIdentity(
                 uuid=str(uuid.uuid4()),
                 cipher=chosen.cipher,
@@ -212,7 +232,7 @@ class Encryption:
             sector_size=identity.sector_size,
             data_offset=identity.data_offset,
         )
-        with self._unlocking(f"volume {record.id}"):
+        with self._unlocking(f"volume {record.id}"), backend.storage(record.id) as storage:
             digest = self._workers.call(
                 f"luks-format of {where}",
                 self._limits.format_seconds,
@@ -224,6 +244,7 @@ class Encryption:
                 identity,
                 self._header_limits,
                 passphrase,
+                storage,
             )
         record = backend.update(
             msgspec.structs.replace(

@@ -83,7 +83,7 @@ class Expansion:
                 raise FailedPrecondition(f"{error}, then start the pod anew: it has the old size until then") from None
             self._backend.refresh(device)
             if record.encryption is not None:
-                self._encryption.resize(record, device, request.key.passphrase)
+                self._encryption.resize(record, device, request.key.passphrase, present.stage.kept_key)
             self._grow_file_system(record, present)
         return record.capacity_bytes
 

@@ -1,6 +1,7 @@
 """File systems inside volumes: made once, never again, grown when the volume grows."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import msgspec
@@ -11,11 +12,13 @@ from csi_driver.host import blockdev
 from csi_driver.host.commands import Commands
 from csi_driver.host.growfs import grow
 from csi_driver.host.handle import Handle
+from csi_driver.host.keyring import KeptKey
 from csi_driver.host.mountinfo import Mount
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.signatures import read_signature
 from csi_driver.host.workers import Workers
-from csi_driver.luks.blank import prove_blank
+from csi_driver.luks.blank import prove_blank, prove_payload_blank
+from csi_driver.luks.never_mounted import prove_never_mounted
 from csi_driver.model.errors import FailedPrecondition, OutOfRange
 from csi_driver.model.settings import Limits
 from csi_driver.model.volume import FileSystemState, VolumeRecord
@@ -40,6 +43,19 @@ PROGRAMS: Mapping[str, Sequence[str]] = {fs: (command[0],) for fs, command in _M
 """What makes each file system."""
 
 
+@dataclass(frozen=True)
+class Attached:
+    """A volume whose devices are held open: `below` what its backend shows, `shown` what pods get to see of it.
+
+    They differ where it is encrypted: then `kept_key` is where the volume key of a fresh mapping waits for a resize.
+    """
+
+    record: VolumeRecord
+    below: Handle
+    shown: Handle
+    kept_key: KeptKey | None = None
+
+
 class FileSystems:
     """Makes, finds, mounts and grows the file system of a volume; callers hold the volume's lock."""
 
@@ -49,21 +65,20 @@ class FileSystems:
         self._mounts = mounts
         self._limits = limits
 
-    def ensure(
-        self, backend: Backend, record: VolumeRecord, device: Handle, fs_type: str | None
-    ) -> tuple[VolumeRecord, str]:
+    def ensure(self, backend: Backend, volume: Attached, fs_type: str | None) -> tuple[VolumeRecord, str]:
         """The volume's file system, made if nobody has seen the inside yet; returns record and type.
 
         `fs_type` is what the pod asks for; None takes what is there or the default. Raises FailedPrecondition when
         there is another one, or none on a volume that was shown as a block device.
         """
+        record = volume.record
         if record.file_system is FileSystemState.MADE:
             found = record.made_fs_type
         elif record.file_system is FileSystemState.RAW:
-            found = self._find(record, device)
+            found = self._find(record, volume.shown)
         else:
             wanted = fs_type or record.parameters.fs_type or DEFAULT_FILE_SYSTEM
-            return self._make(backend, record, device, wanted), wanted
+            return self._make(backend, volume, wanted), wanted
         if found is None or fs_type not in (None, found):
             raise FailedPrecondition(
                 f"volume {record.id} holds the file system {found or '(unknown)'} and {fs_type} was asked for; it is "
@@ -111,23 +126,16 @@ class FileSystems:
         if grown:
             _log.info("file system grown", volume_id=volume_id, fs_type=fs_type)
 
-    def _make(self, backend: Backend, record: VolumeRecord, device: Handle, fs_type: str) -> VolumeRecord:
+    def _make(self, backend: Backend, volume: Attached, fs_type: str) -> VolumeRecord:
+        record, device = volume.record, volume.shown
         check_mkfs_options(fs_type, record.parameters.mkfs_options)
         if record.capacity_bytes < LEAST_BYTES[fs_type]:
             raise OutOfRange(
                 f"volume {record.id} has {record.capacity_bytes} bytes and {fs_type} wants at least "
                 f"{LEAST_BYTES[fs_type]}; ask for a larger volume or another file system"
             )
+        self._prove_unused(backend, volume)
         if record.file_system is FileSystemState.NONE:
-            if record.encryption is None:
-                self._workers.call(
-                    f"luks-blank proof of volume {record.id} on {device}",
-                    self._limits.format_seconds,
-                    prove_blank,
-                    f"volume {record.id} on {device}",
-                    device,
-                    record.capacity_bytes,
-                )
             record = backend.update(msgspec.structs.replace(record, file_system=FileSystemState.MAKING))
         argv = mkfs_command(fs_type, record.parameters.mkfs_options)
         self._commands.run([*argv, device], timeout=self._limits.format_seconds)
@@ -137,6 +145,21 @@ class FileSystems:
         record = backend.update(msgspec.structs.replace(record, file_system=FileSystemState.MADE, made_fs_type=fs_type))
         _log.info("file system made", volume_id=record.id, fs_type=fs_type)
         return record
+
+    def _prove_unused(self, backend: Backend, volume: Attached) -> None:
+        """Whatever the record says: nothing was ever written into it but, while `making`, by a mkfs that was cut."""
+        record, device, below = volume.record, volume.shown, volume.below
+        where = f"volume {record.id} on {device}"
+        what, seconds = f"luks-blank proof of {where}", self._limits.format_seconds
+        offset = record.luks.data_offset if record.luks else 0
+        size = record.capacity_bytes
+        with backend.storage(record.id) as storage:
+            if record.file_system is FileSystemState.MAKING:
+                self._workers.call(what, seconds, prove_never_mounted, where, device, size, storage, offset)
+            elif record.encryption is None:
+                self._workers.call(what, seconds, prove_blank, where, device, size, storage)
+            else:
+                self._workers.call(what, seconds, prove_payload_blank, where, below, size + offset, storage)
 
     def _find(self, record: VolumeRecord, device: Handle) -> str:
         found = self._workers.call(

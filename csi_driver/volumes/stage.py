@@ -29,7 +29,7 @@ from csi_driver.volumes import capability as capabilities
 from csi_driver.volumes.capability import Capability
 from csi_driver.volumes.context import check_context
 from csi_driver.volumes.encryption import Encryption, attempt, raw_if_unseen
-from csi_driver.volumes.filesystem import FileSystems
+from csi_driver.volumes.filesystem import Attached, FileSystems
 from csi_driver.volumes.presence import Presence, Presences
 from csi_driver.volumes.stages import Stage, Stages
 
@@ -118,15 +118,16 @@ class Staging:
                 undo.callback(attempt, self._backend.detach, record.id)
             undo.callback(_let_go, device)
             with ExitStack() as opened:
-                shown = device
+                volume = Attached(record, device, device)
                 if record.encryption is not None:
-                    record, shown = self._encryption.open(self._backend, record, device, request.key, opened)
-                opened.callback(attempt, self._take_back, record, request.staging_path)
-                self._finish(record, shown, request)
+                    unlocked = self._encryption.open(self._backend, record, device, request.key, opened)
+                    volume = Attached(unlocked.record, device, unlocked.mapping, unlocked.kept_key)
+                opened.callback(attempt, self._take_back, volume.record, request.staging_path)
+                self._finish(volume, request)
                 self._backend.guard(record.id)
                 opened.pop_all()
             undo.pop_all()
-            shown.close()
+            volume.shown.close()
             device.close()
 
     def forget_earlier_boots(self) -> None:
@@ -167,16 +168,23 @@ class Staging:
         self._backend.detach(volume_id)
         self._stages.remove(volume_id)
 
-    def _finish(self, record: VolumeRecord, device: Handle, request: StageRequest) -> None:
+    def _finish(self, volume: Attached, request: StageRequest) -> None:
+        record, device = volume.record, volume.shown
         uuid = record.luks.uuid if record.luks else None
         if request.capability.block:
             shown = raw_if_unseen(record)
             if shown is not record:
                 self._backend.update(shown)
-            stage = Stage(staging_path=request.staging_path, block=True, device=device.name, luks_uuid=uuid)
+            stage = Stage(
+                staging_path=request.staging_path,
+                block=True,
+                device=device.name,
+                luks_uuid=uuid,
+                kept_key=volume.kept_key,
+            )
             self._stages.put(record.id, stage)
             return
-        record, fs_type = self._file_systems.ensure(self._backend, record, device, request.capability.fs_type)
+        record, fs_type = self._file_systems.ensure(self._backend, volume, request.capability.fs_type)
         options = request.capability.options(fs_type)
         stage = Stage(
             staging_path=request.staging_path,
@@ -186,6 +194,7 @@ class Staging:
             mount_options=options.canonical,
             read_only=options.read_only,
             luks_uuid=uuid,
+            kept_key=volume.kept_key,
         )
         self._stages.put(record.id, stage)
         self._file_systems.mount(record, device, request.staging_path, fs_type, options.flags, options.data)

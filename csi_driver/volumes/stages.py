@@ -8,6 +8,7 @@ import msgspec
 import structlog
 
 from csi_driver.host.files import Files, read_file
+from csi_driver.host.keyring import KeptKey
 
 _log = structlog.get_logger(__name__)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -16,7 +17,8 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
     """How a volume was staged. `device` is the name of what a pod gets to see: the mapping, or the plain device.
 
-    `mount_options` is canonical; `luks_uuid` lets unstage forget the volume key when volume and mapping are gone.
+    `mount_options` is canonical; `luks_uuid` lets unstage forget the volume key when volume and mapping are gone;
+    `kept_key` is where it waits for a resize.
     """
 
     staging_path: str
@@ -26,6 +28,7 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     mount_options: tuple[str, ...] = ()
     read_only: bool = False
     luks_uuid: str | None = None
+    kept_key: KeptKey | None = None
 
 
 class _StageFile(msgspec.Struct, frozen=True, kw_only=True):

@@ -58,7 +58,14 @@ class _CarelessWorkers(Workers):
 
 
 def _format(
-    where: str, device: Handle, _: int, chosen: LuksFormat, identity: LuksIdentity, __: Limits, passphrase: Passphrase
+    where: str,
+    device: Handle,
+    _: int,
+    chosen: LuksFormat,
+    identity: LuksIdentity,
+    __: Limits,
+    passphrase: Passphrase,
+    ___: Handle,
 ) -> str:
     with crypt_device(where, device.path) as context:
         context.format(chosen, identity.uuid, passphrase)

@@ -25,7 +25,7 @@ from csi_driver.model.errors import DeviceBlank
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import EncryptionState, LuksIdentity, VolumeRecord
 from csi_driver.volumes.driver import WARM
-from csi_driver.volumes.encryption import Encryption
+from csi_driver.volumes.encryption import Encryption, Opened
 from tests.machine import test_danger_blank, test_danger_mapping
 from tests.machine.node import Node
 
@@ -34,7 +34,14 @@ R = TypeVar("R")
 
 
 def careless_format(
-    where: str, device: Handle, _size: int, chosen: LuksFormat, identity: LuksIdentity, _: HeaderLimits, key: Passphrase
+    where: str,
+    device: Handle,
+    _size: int,
+    chosen: LuksFormat,
+    identity: LuksIdentity,
+    _: HeaderLimits,
+    key: Passphrase,
+    _storage: Handle,
 ) -> str:
     """luksFormat without a look at what is there."""
     with crypt_device(where, device.path) as context:
@@ -58,9 +65,7 @@ class SkipsTheBlankCheck(Workers):
 class FormatsWhatLooksBlank(Encryption):
     """LH#10416: a device that reads as zeros is formatted, whatever is recorded."""
 
-    def open(
-        self, backend: Backend, record: VolumeRecord, device: Handle, key: SecretKey, undo: ExitStack
-    ) -> tuple[VolumeRecord, Handle]:
+    def open(self, backend: Backend, record: VolumeRecord, device: Handle, key: SecretKey, undo: ExitStack) -> Opened:
         try:
             return super().open(backend, record, device, key, undo)
         except DeviceBlank:
@@ -71,14 +76,12 @@ class FormatsWhatLooksBlank(Encryption):
 class ReusesAnyMapping(Encryption):
     """LH#9385, csi-cloudscale PR153: there is a mapping of that name, so it will be the right one."""
 
-    def open(
-        self, backend: Backend, record: VolumeRecord, device: Handle, key: SecretKey, undo: ExitStack
-    ) -> tuple[VolumeRecord, Handle]:
+    def open(self, backend: Backend, record: VolumeRecord, device: Handle, key: SecretKey, undo: ExitStack) -> Opened:
         if self._mappings.get(record.mapping_name) is not None:
             undo.callback(self._mappings.close, record.mapping_name)
             mapping = self._mappings.open(record.mapping_name)
             undo.callback(mapping.close)
-            return record, mapping
+            return Opened(record, mapping, None)
         return super().open(backend, record, device, key, undo)
 
 

@@ -16,6 +16,7 @@ from csi_driver.host.holders import Holders, describe
 from csi_driver.host.loop import AttachedLoop, LoopDevices
 from csi_driver.host.mounts import Mounts
 from csi_driver.model.errors import DeviceAbsent, DeviceInUse, DriverError
+from tests.handles import bind_path
 
 MIB = 1 << 20
 
@@ -297,7 +298,7 @@ def test_a_loop_device_on_a_devices_node_is_its_holder_whatever_its_path_has_bec
     point = tmp_path / "node"
     point.touch()
     with loops.attach(str(image), autoclear=True) as volume:
-        Mounts().bind(volume.path, str(point), read_only=False)
+        bind_path(Mounts(), volume.name, str(point))
         kubelets = subprocess.check_output(["losetup", "--find", "--show", str(point)], text=True).strip()
         try:
             text = describe(Holders().of_device(volume.major, volume.minor))

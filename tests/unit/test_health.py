@@ -62,8 +62,8 @@ def health() -> Iterator[Build]:
             stack.callback(driver.stop)
             mappings = Mappings(mapper, Holders())
             return Health(
-                settings, driver.backend, driver.workers, Commands(), mapper, mappings, Mounts(),
-                lambda: machine, lambda: quota,
+                settings, driver.backend, driver.workers, Commands(driver.workers), mapper, mappings, Mounts(),
+                lambda: None, lambda: machine, lambda: quota,
             )  # fmt: skip
 
         yield build
