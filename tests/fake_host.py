@@ -276,6 +276,9 @@ class MemoryBackend:
     def storage(self, volume_id: str) -> AbstractContextManager[Handle]:
         raise DeviceAbsent(f"volume {volume_id} is only in memory")
 
+    def open_storage(self, volume_id: str) -> Handle:
+        raise DeviceAbsent(f"volume {volume_id} is only in memory")
+
     def attach(self, volume_id: str, *, lasting: bool) -> Handle:
         raise DeviceAbsent(f"volume {volume_id} is only in memory")
 

@@ -66,6 +66,12 @@ class Backend(Protocol):
         While it is used, no guard hinders writing. Raises DeviceAbsent, FailedPrecondition.
         """
 
+    def open_storage(self, volume_id: str) -> Handle:
+        """The volume's bytes opened for reading alone, attached, guarded or not; a file tells what was ever written.
+
+        Raises DeviceAbsent.
+        """
+
     def attach(self, volume_id: str, *, lasting: bool) -> Handle:
         """Show the volume as a block device of this node, checked to be this volume's and held open by the handle.
 

@@ -180,6 +180,14 @@ class LoopfileBackend:
         finally:
             self._loops.guard(str(disk))  # only where it is attached
 
+    def open_storage(self, volume_id: str) -> Handle:
+        """The sparse file."""
+        disk = self._volume(volume_id) / _DISK
+        try:
+            return open_handle(str(disk), os.O_RDONLY)
+        except FileNotFoundError:
+            raise DeviceAbsent(f"volume {volume_id} has no backing file {disk}") from None
+
     def attach(self, volume_id: str, *, lasting: bool) -> AttachedLoop:
         """One loop device per file, autoclear unless `lasting`."""
         disk = self._volume(volume_id) / _DISK

@@ -201,7 +201,7 @@ class Encryption:
         where = _where(record, device)
         if record.encryption is EncryptionState.PREPARED:
             check_capacity(chosen.cipher, record.capacity_bytes)
-            with backend.storage(record.id) as storage:
+            with backend.open_storage(record.id) as storage:
                 self._workers.call(
                     f"luks-blank proof of {where}",
                     self._limits.format_seconds,
@@ -232,7 +232,7 @@ class Encryption:
             sector_size=identity.sector_size,
             data_offset=identity.data_offset,
         )
-        with self._unlocking(f"volume {record.id}"), backend.storage(record.id) as storage:
+        with self._unlocking(f"volume {record.id}"), backend.open_storage(record.id) as storage:
             digest = self._workers.call(
                 f"luks-format of {where}",
                 self._limits.format_seconds,

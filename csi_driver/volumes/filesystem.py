@@ -153,7 +153,7 @@ class FileSystems:
         what, seconds = f"luks-blank proof of {where}", self._limits.format_seconds
         offset = record.luks.data_offset if record.luks else 0
         size = record.capacity_bytes
-        with backend.storage(record.id) as storage:
+        with backend.open_storage(record.id) as storage:
             if record.file_system is FileSystemState.MAKING:
                 self._workers.call(what, seconds, prove_never_mounted, where, device, size, storage, offset)
             elif record.encryption is None:

@@ -62,6 +62,9 @@ class BlockBackend:
         with handle_on(self.devices[volume_id]) as handle:
             yield handle
 
+    def open_storage(self, volume_id: str) -> Handle:
+        return self.attach(volume_id, lasting=False)
+
     def attach(self, volume_id: str, *, lasting: bool) -> Handle:
         if volume_id not in self.devices:
             raise DeviceAbsent(f"volume {volume_id} has no device")

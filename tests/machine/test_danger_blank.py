@@ -248,6 +248,19 @@ def test_csi_driver_lvm140_a_file_system_before_the_first_format(node: Node, fs_
     assert node.closed()
 
 
+def test_a_stage_that_failed_leaves_the_file_as_free_as_it_was(node: Node) -> None:
+    """The administrator who was told of it has to be able to put it right."""
+    node.create()
+    with node.disk().open("r+b") as file:
+        file.write(b"diary")
+    with pytest.raises(ForeignSignature):
+        node.stage()
+    with node.disk().open("r+b") as file:
+        file.write(bytes(5))
+    node.stage()
+    node.unstage()
+
+
 @pytest.mark.parametrize("at", [8 * MIB, DATA_OFFSET + 17, SIZE + DATA_OFFSET - 5], ids=str)
 def test_hc1346_data_without_any_signature_is_data(node: Node, at: int) -> None:
     node.create()

@@ -16,9 +16,9 @@ from csi_driver.backends.loopfile import LoopfileBackend
 from csi_driver.backends.records import RecordCodec
 from csi_driver.cli.volume import volume as volume_command
 from csi_driver.host.files import Files
-from csi_driver.model.errors import Aborted, DriverError, FailedPrecondition, NotFound
+from csi_driver.model.errors import Aborted, DriverError, FailedPrecondition, ForeignSignature, NotFound
 from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeRecord
-from tests.machine.node import BLANK, BLOCK, MIB, MOUNT, SIZE, VOLUME, Node, fingerprint
+from tests.machine.node import BLANK, BLOCK, CHEAP, MIB, MOUNT, SIZE, VOLUME, Node, fingerprint
 
 Change = Callable[[dict[str, Any]], object]
 MARK = "trusted.luks-csi.revision"
@@ -185,6 +185,66 @@ def test_no_record_of_a_first_stage_that_is_put_back_formats_data_away(node: Nod
     node.stage()
     assert node.read() == "precious"
     node.unstage()
+
+
+def test_without_a_mark_too_no_older_record_formats_data_away(node: Node, records: list[bytes]) -> None:
+    """A file system without such attributes, or a volume that was copied without them: what lies there is looked at."""
+    before = fingerprint(node.disk())
+    for content in records[:-1]:
+        os.removexattr(node.disk().parent, MARK)
+        node.record_file().write_bytes(content)
+        with pytest.raises(ForeignSignature, match="nothing was written"):
+            node.stage()
+        assert node.closed()
+        assert node.record_file().read_bytes() == content
+        assert fingerprint(node.disk()) == before
+        os.setxattr(node.disk().parent, MARK, b"0")
+    node.record_file().write_bytes(records[-1])
+    node.stage()
+    assert node.read() == "precious"
+    node.unstage()
+
+
+@pytest.mark.parametrize("state", ["none", "making"])
+@pytest.mark.parametrize("parameters", [CHEAP, {}], ids=["encrypted", "plain"])
+def test_a_record_that_was_set_back_makes_no_file_system_over_what_a_pod_wrote_to_the_block_device(
+    node: Node, parameters: dict[str, str], state: str
+) -> None:
+    node.create(parameters=parameters, size=64 * MIB)
+    node.stage(capability=BLOCK)
+    target = node.publish(capability=BLOCK)
+    with target.open("r+b") as device:
+        device.seek(10 * MIB + 4096)
+        device.write(b"precious" * 8192)
+    node.unpublish()
+    node.unstage()
+    change_record(node, lambda document: document["volume"].update(file_system=state))
+    before = fingerprint(node.disk())
+    with pytest.raises(ForeignSignature, match="nothing was written"):
+        node.stage()
+    assert fingerprint(node.disk()) == before
+
+
+def test_of_a_cut_luksformat_all_that_was_ever_written_is_looked_at(node: Node) -> None:
+    """The record says `formatting` again, over a block volume with data where no sample was taken."""
+    node.create(size=256 * MIB)
+    node.stage(capability=BLOCK)
+    target = node.publish(capability=BLOCK)
+    with target.open("r+b") as device:
+        device.seek(10 * MIB + 4096)
+        device.write(b"precious" * 512)
+    node.unpublish()
+    node.unstage()
+
+    def set_back(document: dict[str, Any]) -> None:
+        document["volume"]["encryption"] = "formatting"
+        document["volume"]["luks"]["digest"] = None
+
+    change_record(node, set_back)
+    before = fingerprint(node.disk())
+    with pytest.raises(ForeignSignature, match="nothing was written"):
+        node.stage(capability=BLOCK)
+    assert fingerprint(node.disk()) == before
 
 
 def test_a_settled_record_from_a_backup_is_taken_when_an_administrator_says_so(

@@ -86,7 +86,7 @@ class Lab:
             file.truncate(SIZE + offset)
         self.loop = LoopDevices().attach(str(storage), autoclear=True)
         if not self.sector:
-            return Volume(self.loop.path, storage, offset, self.folder / "mount")
+            return Volume(self.loop.name, storage, offset, self.folder / "mount")
         key = random.randbytes(64).hex()
         below = f"{self.loop.major}:{self.loop.minor} {offset // 512} 2 sector_size:{self.sector} iv_large_sectors"
         table = [Target(0, SIZE // 512, "crypt", f"aes-xts-plain64 {key} 0 {below}")]
