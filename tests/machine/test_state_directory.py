@@ -112,6 +112,12 @@ def test_what_is_mounted_over_it_while_the_server_runs_stops_changes_and_probe_a
         with pytest.raises(RemoteError, match=r"not the one") as refused:
             client.expand_volume("kept", 2 * SIZE)
         assert code(refused) == "FAILED_PRECONDITION"
+        with pytest.raises(RemoteError, match=r"not the one") as refused:
+            client.stage(volume, path, EXT4, SECRET)
+        assert code(refused) == "FAILED_PRECONDITION"
+        with pytest.raises(RemoteError, match=r"not the one") as refused:
+            client.expand_on_node("kept", folder / "pod", 2 * SIZE)
+        assert code(refused) == "FAILED_PRECONDITION"
         wait_for(lambda: "not the one that this driver was started with" in probed(client), "Probe")
         client.unpublish("kept", folder / "pod")
         client.unstage("kept", path)
