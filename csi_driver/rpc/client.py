@@ -51,9 +51,9 @@ class PluginInfo:
 
 
 class CsiClient:
-    """Calls the server at `endpoint`. Each call raises RemoteError; `timeout` in seconds bounds it."""
+    """Calls the server at `endpoint`. Each call raises RemoteError; `timeout` in seconds bounds it, None does not."""
 
-    def __init__(self, endpoint: Path, timeout: float = 330.0) -> None:
+    def __init__(self, endpoint: Path, timeout: float | None = 330.0) -> None:
         self._timeout = timeout
         self._channel = grpc.insecure_channel(
             address_of(endpoint),

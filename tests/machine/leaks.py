@@ -105,12 +105,12 @@ def adopting_orphans() -> Iterator[None]:
 
 def children() -> frozenset[int]:
     """Processes that this one has started or adopted."""
-    return frozenset(pid for pid, _, _ in _children().get(os.getpid(), ()))
+    return frozenset(pid for pid, _, _ in processes_by_parent().get(os.getpid(), ()))
 
 
 def orphans(known: Container[int]) -> list[str]:
     """Processes below this one besides the known ones and what is below those; the dead ones are reaped."""
-    below = _children()
+    below = processes_by_parent()
     found, queue = [], [os.getpid()]
     while queue:
         for pid, words, state in below.get(queue.pop(), ()):
@@ -123,6 +123,17 @@ def orphans(known: Container[int]) -> list[str]:
             found.append(f"processes: {words}")
             queue.append(pid)
     return found
+
+
+def processes_by_parent() -> dict[int, list[tuple[int, str, str]]]:
+    """Id, words and state (proc(5)) of each process by its parent's id."""
+    children: dict[int, list[tuple[int, str, str]]] = {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            head, _, tail = Path("/proc", entry, "stat").read_text(errors="replace").rpartition(")")
+            state, parent = tail.split()[:2]
+            children.setdefault(int(parent), []).append((int(entry), f"{head})", state))
+    return children
 
 
 def clear(before: Facts, folder: Path) -> None:
@@ -146,17 +157,6 @@ def clear(before: Facts, folder: Path) -> None:
         with contextlib.suppress(OSError, FailedPrecondition):
             LoopDevices().unguard(path)
             os.rmdir(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
-
-
-def _children() -> dict[int, list[tuple[int, str, str]]]:
-    """Id, words and state (proc(5)) of each process by its parent's id."""
-    children: dict[int, list[tuple[int, str, str]]] = {}
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            head, _, tail = Path("/proc", entry, "stat").read_text(errors="replace").rpartition(")")
-            state, parent = tail.split()[:2]
-            children.setdefault(int(parent), []).append((int(entry), f"{head})", state))
-    return children
 
 
 def _mappings() -> Iterator[str]:

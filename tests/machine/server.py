@@ -11,6 +11,8 @@ from typing import Self
 
 from csi_driver.rpc.client import CsiClient, RemoteError
 
+PROGRAM = (str(Path(sys.executable).with_name("luks-csi")), "serve")
+
 _START_SECONDS = 60
 _STOP_SECONDS = 30
 
@@ -23,7 +25,7 @@ class ServerProcess:
         folder: Path,
         *options: str,
         environment: Mapping[str, str] | None = None,
-        program: Sequence[str] = (str(Path(sys.executable).with_name("luks-csi")), "serve"),
+        program: Sequence[str] = PROGRAM,
     ) -> None:
         self.folder = folder
         self.state_dir = folder / "state"

@@ -1,0 +1,129 @@
+"""`make storm`: many callers at once on few volumes, while servers and their children are killed, stopped and orphaned.
+
+32 callers ask two servers on one state directory for whatever comes to their mind, on volumes of all kinds and on
+images; a bystander takes loop devices as they become free; the clock jumps. Every record that was fsynced in a volume
+must be there until the volume is deleted, and the bystander's bytes must stay its own. At the end everything is taken
+down and nothing may be left.
+
+SEED and COUNT choose: COUNT calls, drawn with SEED. The threads' turns are the kernel's: a seed gives the same kind of
+run, not the same run.
+"""
+
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+from csi_driver.rpc.client import CsiClient
+from tests.machine.leaks import Facts, adopting_orphans, children, leaked_since, orphans, settled
+from tests.machine.server import PROGRAM, ServerProcess
+from tests.machine.storm_bystander import Bystander
+from tests.machine.storm_callers import KINDS, PATIENCE, Caller, Calls, come_to_rest
+from tests.machine.storm_chaos import Chaos, Keeper
+from tests.machine.storm_images import StormImage, prepare
+from tests.machine.storm_model import Ledger, Slot
+
+COUNT: Final = 50_000
+CALLERS: Final = 32
+_BYSTANDERS: Final = 3
+_IMAGES: Final = ("first", "second")
+_STALLED_SECONDS: Final = 300.0
+
+
+class Storm:
+    """A storm in a folder of its own; `program` is the server, with a bug planted perhaps."""
+
+    def __init__(self, folder: Path, seed: str, program: Sequence[str] = PROGRAM) -> None:
+        self.ledger = Ledger()
+        self._folder = folder
+        self._seed = seed
+        self._state = folder / "one/state"
+        # Of options that are given twice the last one counts.
+        self._servers = [
+            ServerProcess(folder / name, "--state-dir", str(self._state), program=program) for name in ("one", "two")
+        ]
+        self._slots = [Slot(f"storm-{number}", kind, folder) for number, kind in enumerate(KINDS)]
+        self._known = children()
+
+    def run(self, count: int) -> Ledger:
+        """So many calls, and what has to be true then."""
+        with self._servers[0]:
+            pass  # makes the state directory
+        prepare(self._folder, self._state)
+        images = [StormImage(name, self._folder, self._state) for name in _IMAGES]
+        before = Facts.now(self._state)
+        bystanders = [
+            Bystander(self._folder / f"bystander-{number}", self.ledger, random.Random(f"{self._seed} by {number}"))
+            for number in range(_BYSTANDERS)
+        ]
+        for bystander in bystanders:
+            bystander.start()
+        self._blow(count, images)
+        self._settle(images)
+        for bystander in bystanders:
+            bystander.stop()
+        for one in leaked_since(before, self._state) + settled(lambda: orphans(self._known)):
+            self.ledger.tell("leaked", one)
+        return self.ledger
+
+    def _blow(self, count: int, images: Sequence[StormImage]) -> None:
+        keepers = [Keeper(server, self.ledger) for server in self._servers]
+        chaos = Chaos(keepers, self._known, self.ledger, random.Random(f"{self._seed} chaos"))
+        with ExitStack() as stack:
+            clients = [stack.enter_context(CsiClient(server.endpoint, None)) for server in self._servers]
+            calls = Calls(clients, self.ledger)
+            callers = [
+                Caller(number, calls, self._slots, images, self.ledger, count, self._seed) for number in range(CALLERS)
+            ]
+            for thread in (*keepers, *callers, chaos):
+                thread.start()
+            reached = -1
+            while self.ledger.calls < count and self.ledger.calls > reached:
+                reached = self.ledger.calls
+                self.ledger.wait_for_calls(min(reached + count // 20 + 1, count), _STALLED_SECONDS)
+                print(self.ledger.summary, file=sys.stderr, flush=True)
+            chaos.stop()
+            for caller in callers:
+                caller.stop()
+            deadline = time.monotonic() + PATIENCE
+            for caller in callers:
+                caller.join(max(0.0, deadline - time.monotonic()))
+                if caller.is_alive():
+                    self.ledger.tell("stuck", f"{caller.name} gets no answer to {caller.doing}")
+            for keeper in keepers:
+                keeper.stop()
+
+    def _settle(self, images: Sequence[StormImage]) -> None:
+        """Everything as it was before, by a server that nobody disturbs."""
+        rng = random.Random(f"{self._seed} rest")
+        with self._servers[0] as server, CsiClient(server.endpoint) as client:
+            calls = Calls([client], self.ledger)
+            for slot in self._slots:
+                come_to_rest(slot, calls, self.ledger, rng)
+        for image in images:
+            image.remove(self.ledger)
+
+
+def storm(seed: str, count: int, program: Sequence[str] = PROGRAM) -> Ledger:
+    """A storm on the machine's state disk."""
+    parent = os.environ.get("MACHINE_STATE", "/var/tmp")
+    with adopting_orphans(), tempfile.TemporaryDirectory(prefix="storm-", dir=parent, ignore_cleanup_errors=True) as at:
+        return Storm(Path(at), seed, program).run(count)
+
+
+def main() -> int:
+    seed = os.environ.get("SEED") or str(time.time_ns() % 100_000)
+    ledger = storm(seed, int(os.environ.get("COUNT") or COUNT))
+    print(*sorted(ledger.counts.items()), sep="\n", file=sys.stderr)
+    print(f"storm: seed={seed} {ledger.summary}", flush=True)
+    # Threads that a dead device keeps would keep the process.
+    os._exit(not ledger.clean)
+
+
+if __name__ == "__main__":
+    main()
