@@ -13,6 +13,7 @@ import os
 import random
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -76,7 +77,9 @@ class Storm:
         chaos = Chaos(keepers, self._known, self.ledger, random.Random(f"{self._seed} chaos"))
         with ExitStack() as stack:
             clients = [stack.enter_context(CsiClient(server.endpoint, None)) for server in self._servers]
-            calls = Calls(clients, self.ledger)
+            calls = Calls(
+                [(client, keeper.ready) for client, keeper in zip(clients, keepers, strict=True)], self.ledger
+            )
             callers = [
                 Caller(number, calls, self._slots, images, self.ledger, count, self._seed) for number in range(CALLERS)
             ]
@@ -102,7 +105,9 @@ class Storm:
         """Everything as it was before, by a server that nobody disturbs."""
         rng = random.Random(f"{self._seed} rest")
         with self._servers[0] as server, CsiClient(server.endpoint) as client:
-            calls = Calls([client], self.ledger)
+            runs = threading.Event()
+            runs.set()
+            calls = Calls([(client, runs)], self.ledger)
             for slot in self._slots:
                 come_to_rest(slot, calls, self.ledger, rng)
         for image in images:

@@ -34,28 +34,34 @@ EXPECTED: Final[Mapping[Op, frozenset[Code]]] = {
 _KILLED: Final = ("was killed", "was ended by signal")  # in the words of an INTERNAL that is the storm's own doing
 _WITHOUT_SENSE: Final = 0.2
 _IMAGES: Final = 0.004
+_VERIFIED: Final = 0.2
 _PAUSE: Final = 0.05
+_START_SECONDS: Final = 5.0
 LEAST_TRIES: Final = 20
 PATIENCE: Final = 180.0
 """Seconds that something may take which must come to its end, however busy the machine is."""
 
 
 class Calls:
-    """Calls of CSI about slots, by any of several servers; what the answers say goes to the model."""
+    """Calls of CSI about slots, by any of several servers; what the answers say goes to the model.
 
-    def __init__(self, clients: Sequence[CsiClient], ledger: Ledger) -> None:
-        self._clients = clients
+    Each server comes with an event that is set while it runs: calls are made to those that do.
+    """
+
+    def __init__(self, servers: Sequence[tuple[CsiClient, threading.Event]], ledger: Ledger) -> None:
+        self._servers = servers
         self._ledger = ledger
 
     def make(self, op: Op, slot: Slot, rng: random.Random, target: Path | None = None) -> tuple[str, str] | None:
         """One call; its code and text, None where the model does not allow it now."""
+        client = self._client(rng)
         ticket = slot.begin(op)
         if ticket is None:
             return None
         target = target or rng.choice(slot.targets)
         code, text = Code.CANCELLED.value, ""
         try:
-            code, text = self._answer(self._request(op, slot, target, rng))
+            code, text = self._answer(self._request(client, op, slot, target, rng))
         finally:
             is_known = slot.end(ticket, code)
         if code == Code.OK and op in (Op.PUBLISH, Op.UNPUBLISH):
@@ -85,8 +91,15 @@ class Calls:
             return error.code, str(error)
         return Code.OK, ""
 
-    def _request(self, op: Op, slot: Slot, target: Path, rng: random.Random) -> Callable[[], object]:
-        client = rng.choice(self._clients)
+    def _client(self, rng: random.Random) -> CsiClient:
+        running = [client for client, ready in self._servers if ready.is_set()]
+        if running:
+            return rng.choice(running)
+        client, ready = rng.choice(self._servers)
+        ready.wait(_START_SECONDS)
+        return client
+
+    def _request(self, client: CsiClient, op: Op, slot: Slot, target: Path, rng: random.Random) -> Callable[[], object]:
         size = slot.kind.size + rng.randint(0, MOST_GROWTHS) * GROWTH
         wanted, secret = slot.kind.capability, SECRET if slot.kind.encrypted else {}
         match op:
@@ -171,9 +184,10 @@ class Caller(threading.Thread):
         self.doing = f"{op or 'records'} of {slot.name}"
         if op is None:
             self._use(slot)
-        else:
-            target = self._path(slot) if op in (Op.EXPAND, Op.STATS, Op.UNPUBLISH) else None
-            self._calls.make(op, slot, self._rng, target)
+            return
+        target = self._path(slot) if op in (Op.EXPAND, Op.STATS, Op.UNPUBLISH) else None
+        if self._calls.make(op, slot, self._rng, target) is None:
+            time.sleep(_PAUSE)
 
     def _sensible(self, slot: Slot) -> Op | None:
         """A call that may succeed in the state that the volume seems to be in; None for using its records."""
@@ -193,14 +207,17 @@ class Caller(threading.Thread):
         return self._rng.choice(sorted(slot.published) or slot.targets)
 
     def _use(self, slot: Slot) -> None:
-        if not slot.io.acquire(blocking=False):
+        """Write a record or look at all of them, where that can be done now."""
+        if not slot.io.acquire(timeout=_PAUSE):
             return
         try:
-            with suppress(NotShown), view_of(slot, self._path(slot)) as view:
-                if self._rng.random() < 0.2:
+            with view_of(slot, self._path(slot)) as view:
+                if self._rng.random() < _VERIFIED:
                     verify(slot, view, self._ledger)
                 else:
                     write(slot, view, self._ledger, self._rng)
+        except NotShown:
+            time.sleep(_PAUSE)
         finally:
             slot.io.release()
 

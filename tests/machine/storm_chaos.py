@@ -96,11 +96,11 @@ class Chaos(threading.Thread):
         self._clock = Clock()
         self._over = threading.Event()
         self._actions = {
-            self._kill_server: 6,
-            self._kill_child: 6,
+            self._kill_server: 4,
+            self._kill_child: 8,
             self._stop_server: 2,
             self._stop_child: 3,
-            self._orphan: 7,
+            self._orphan: 6,
             self._jump: 1,
         }
 
@@ -143,7 +143,7 @@ class Chaos(threading.Thread):
         if (pid := self._child()) is not None:
             with self._stopped(pid):
                 for keeper in self._keepers:
-                    if keeper.ready.is_set() and (server := keeper.pid) and self._rng.random() < 0.7:
+                    if keeper.ready.is_set() and (server := keeper.pid) and self._rng.random() < 0.6:
                         self._kill(server)
                 self._over.wait(self._rng.uniform(0, 2 * _LONGEST_STOP))
 
@@ -183,9 +183,12 @@ class Chaos(threading.Thread):
                 return self._rng.choice(found)[0] if found else None
 
     def _children(self) -> list[tuple[int, str]]:
-        """Processes below this one that are no servers, with their kernel names."""
+        """Processes below this one that are no servers, with their kernel names.
+
+        Nor are those that this process is just about to start: stopped in vfork(2) they would stop us.
+        """
         below = processes_by_parent()
-        servers = {keeper.pid for keeper in self._keepers}
+        servers, ours = {keeper.pid for keeper in self._keepers}, _command_line(os.getpid())
         found, queue = [], [os.getpid()]
         while queue:
             for pid, words, state in below.get(queue.pop(), ()):
@@ -195,9 +198,17 @@ class Chaos(threading.Thread):
                 name = words.partition("(")[2].removesuffix(")")
                 if state == "Z":
                     _reap(pid, name)
-                elif pid not in servers:
+                elif pid not in servers and _command_line(pid) != ours:
                     found.append((pid, name))
         return found
+
+
+def _command_line(pid: int) -> bytes:
+    """The words of a process, b"" for one that is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def _reap(pid: int, name: str) -> None:

@@ -95,11 +95,11 @@ class There(Enum):
 
 @dataclass(frozen=True)
 class Ticket:
-    """A call that was allowed to begin; `deletes` is how many deletions had begun until then."""
+    """A call that was allowed to begin. The volume was `sure` to be there; `deletes` had begun in all."""
 
     op: Op
     generation: int
-    there: There
+    sure: bool
     deletes: int
 
 
@@ -160,7 +160,8 @@ class Slot:
                     return None
                 self._deletes += 1
             self._flying[op] += 1
-            return Ticket(op, self._generation, self._there, self._deletes)
+            sure = self._there is There.YES and not self._flying[Op.DELETE]
+            return Ticket(op, self._generation, sure, self._deletes)
 
     def end(self, ticket: Ticket, code: str) -> bool:
         """Take in the answer; False when it says that a volume is not there which must be."""
@@ -174,7 +175,7 @@ class Slot:
                 case Op.DELETE if code not in UNDONE and self._there is not There.NO:
                     self._there = There.DOOMED
                 case Op.STAGE | Op.GROW if code == Code.NOT_FOUND:
-                    return not (ticket.there is There.YES and ticket.deletes == self._deletes)
+                    return not (ticket.sure and ticket.deletes == self._deletes)
             if (ticket.generation, ticket.deletes) == (self._generation, self._deletes):
                 self._hint(ticket.op, code)
             return True
