@@ -86,10 +86,15 @@ def main(plant: str, options: list[str]) -> None:
     """Serve as `luks-csi serve` does, but for the plant."""
     if plant != "core":
         harden_process()
+    serve_with(LeakingWorkers(PLANTS[plant]), options)
+
+
+def serve_with(workers: Workers, options: list[str]) -> None:
+    """Serve with workers that have a bug."""
     with command.make_context("serve", options) as context:
         settings = settings_of(context.params)
     configure_logs(settings.log_format, settings.log_level)
-    driver = build_driver(settings, Host(workers=LeakingWorkers(PLANTS[plant])))
+    driver = build_driver(settings, Host(workers=workers))
     driver.start()
     try:
         serve_until_told(driver_server(driver))

@@ -11,12 +11,14 @@ run, not the same run.
 
 import os
 import random
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -27,28 +29,51 @@ from tests.machine.storm_bystander import Bystander
 from tests.machine.storm_callers import KINDS, PATIENCE, Caller, Calls, come_to_rest
 from tests.machine.storm_chaos import Chaos, Keeper
 from tests.machine.storm_images import StormImage, prepare
-from tests.machine.storm_model import Ledger, Slot
+from tests.machine.storm_model import Kind, Ledger, Slot
 
 COUNT: Final = 50_000
 CALLERS: Final = 32
 _BYSTANDERS: Final = 3
 _IMAGES: Final = ("first", "second")
 _STALLED_SECONDS: Final = 300.0
+_LEDGER: Final = "ledger.json"
+# Memory that a page fault brought is kept: a fault is dear in the guest.
+_GUEST: Final = (
+    "--timeout", "14400", "--env", "MALLOC_MMAP_THRESHOLD_=33554432", "--env", "MALLOC_TRIM_THRESHOLD_=268435456",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Weather:
+    """What a storm is made of: the server, with a bug planted perhaps, the kinds of its volumes, what chaos does and
+    to whom (`Chaos`), and whether the first finding ends it.
+    """
+
+    program: Sequence[str] = PROGRAM
+    kinds: Sequence[Kind] = KINDS
+    pace: tuple[int, int] = (20, 80)
+    prey: str = ""
+    until_found: bool = False
+
+
+FOUL: Final = Weather()
 
 
 class Storm:
-    """A storm in a folder of its own; `program` is the server, with a bug planted perhaps."""
+    """A storm in a folder of its own."""
 
-    def __init__(self, folder: Path, seed: str, program: Sequence[str] = PROGRAM) -> None:
+    def __init__(self, folder: Path, seed: str, weather: Weather) -> None:
         self.ledger = Ledger()
         self._folder = folder
         self._seed = seed
+        self._weather = weather
         self._state = folder / "one/state"
         # Of options that are given twice the last one counts.
         self._servers = [
-            ServerProcess(folder / name, "--state-dir", str(self._state), program=program) for name in ("one", "two")
+            ServerProcess(folder / name, "--state-dir", str(self._state), program=weather.program)
+            for name in ("one", "two")
         ]
-        self._slots = [Slot(f"storm-{number}", kind, folder) for number, kind in enumerate(KINDS)]
+        self._slots = [Slot(f"storm-{number}", kind, folder) for number, kind in enumerate(weather.kinds)]
         self._known = children()
 
     def run(self, count: int) -> Ledger:
@@ -74,7 +99,8 @@ class Storm:
 
     def _blow(self, count: int, images: Sequence[StormImage]) -> None:
         keepers = [Keeper(server, self.ledger) for server in self._servers]
-        chaos = Chaos(keepers, self._known, self.ledger, random.Random(f"{self._seed} chaos"))
+        rng = random.Random(f"{self._seed} chaos")
+        chaos = Chaos(keepers, self._known, self.ledger, rng, self._weather.pace, self._weather.prey)
         with ExitStack() as stack:
             clients = [stack.enter_context(CsiClient(server.endpoint, None)) for server in self._servers]
             calls = Calls(
@@ -86,7 +112,7 @@ class Storm:
             for thread in (*keepers, *callers, chaos):
                 thread.start()
             reached = -1
-            while self.ledger.calls < count and self.ledger.calls > reached:
+            while reached < self.ledger.calls < count and not (self._weather.until_found and not self.ledger.clean):
                 reached = self.ledger.calls
                 self.ledger.wait_for_calls(min(reached + count // 20 + 1, count), _STALLED_SECONDS)
                 print(self.ledger.summary, file=sys.stderr, flush=True)
@@ -114,21 +140,37 @@ class Storm:
             image.remove(self.ledger)
 
 
-def storm(seed: str, count: int, program: Sequence[str] = PROGRAM) -> Ledger:
+def storm(seed: str, count: int, weather: Weather = FOUL) -> Ledger:
     """A storm on the machine's state disk."""
     parent = os.environ.get("MACHINE_STATE", "/var/tmp")
     with adopting_orphans(), tempfile.TemporaryDirectory(prefix="storm-", dir=parent, ignore_cleanup_errors=True) as at:
-        return Storm(Path(at), seed, program).run(count)
+        return Storm(Path(at), seed, weather).run(count)
+
+
+def half(seed: str, count: int) -> None:
+    """One of the two storms of `make storm`, where device-mapper is; its ledger goes to $MACHINE_OUT. Never returns."""
+    ledger = storm(seed, count)
+    for what, number in sorted(ledger.counts.items()):
+        print(f"{what}: {number}", file=sys.stderr, flush=True)
+    (Path(os.environ["MACHINE_OUT"]) / _LEDGER).write_bytes(ledger.dump())
+    os._exit(0)  # threads that a dead device keeps would keep the process
 
 
 def main() -> int:
+    """Half of the calls without udev and half of them with it; one line for both."""
     seed = os.environ.get("SEED") or str(time.time_ns() % 100_000)
-    ledger = storm(seed, int(os.environ.get("COUNT") or COUNT))
-    print(*sorted(ledger.counts.items()), sep="\n", file=sys.stderr)
-    print(f"storm: seed={seed} {ledger.summary}", flush=True)
-    # Threads that a dead device keeps would keep the process.
-    os._exit(not ledger.clean)
+    count = int(os.environ.get("COUNT") or COUNT)
+    both = Ledger()
+    for udev in ((), ("--udev",)):
+        with tempfile.TemporaryDirectory(prefix="storm-") as out:
+            guest = [sys.executable, "-m", "tests.machine.guest", *_GUEST, *udev, "--out", out, "--"]
+            subprocess.run([*guest, sys.executable, "-m", __spec__.name, seed, str(count // 2)], check=True)
+            both.add((Path(out) / _LEDGER).read_bytes())
+    print(f"storm: seed={seed} {both.summary}")
+    return int(not both.clean)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:]:
+        half(sys.argv[1], int(sys.argv[2]))
+    sys.exit(main())

@@ -15,10 +15,10 @@ from tests.machine.processes import has_ended
 from tests.machine.server import ServerProcess
 from tests.machine.storm_model import Ledger
 
-_CALLS_BETWEEN: Final = (30, 110)
 _LONGEST_STOP: Final = 1.0
 _LOOK_SECONDS: Final = 0.5
 _MOST_FAILED_STARTS: Final = 10
+_AT_WORK: Final = 0.9
 _LARGEST_JUMP: Final = 7 * 24 * 3600.0
 _PAUSE: Final = 0.01
 
@@ -85,10 +85,24 @@ class Clock:
 
 
 class Chaos(threading.Thread):
-    """Kills and stops servers and all that they have started, and commands of images."""
+    """Kills and stops servers and all that they have started, and commands of images.
 
-    def __init__(self, keepers: Sequence[Keeper], spared: frozenset[int], ledger: Ledger, rng: random.Random) -> None:
+    From one deed to the next so many calls are answered as `pace` says, from and to. Of the children at work those are
+    chosen first whose kernel name begins with `prey`.
+    """
+
+    def __init__(
+        self,
+        keepers: Sequence[Keeper],
+        spared: frozenset[int],
+        ledger: Ledger,
+        rng: random.Random,
+        pace: tuple[int, int],
+        prey: str,
+    ) -> None:
         super().__init__(name="chaos", daemon=True)
+        self._pace = pace
+        self._prey = prey
         self._keepers = keepers
         self._spared = spared
         self._ledger = ledger
@@ -96,11 +110,11 @@ class Chaos(threading.Thread):
         self._clock = Clock()
         self._over = threading.Event()
         self._actions = {
-            self._kill_server: 4,
-            self._kill_child: 8,
+            self._kill_server: 2,  # dear: it takes a second or two to start again
+            self._kill_child: 10,
             self._stop_server: 2,
             self._stop_child: 3,
-            self._orphan: 6,
+            self._orphan: 4,
             self._jump: 1,
         }
 
@@ -108,7 +122,7 @@ class Chaos(threading.Thread):
         goal = 0
         try:
             while not self._over.is_set():
-                goal = max(goal, self._ledger.calls - _CALLS_BETWEEN[1]) + self._rng.randint(*_CALLS_BETWEEN)
+                goal = max(goal, self._ledger.calls - self._pace[1]) + self._rng.randint(*self._pace)
                 while not self._ledger.wait_for_calls(goal, 1.0) and not self._over.is_set():
                     pass
                 self._rng.choices(list(self._actions), list(self._actions.values()))[0]()
@@ -176,8 +190,12 @@ class Chaos(threading.Thread):
         deadline = time.monotonic() + _LOOK_SECONDS
         while True:
             found = self._children()
-            busy = [pid for pid, name in found if name != "luks-idle" and not name.startswith("python")]
-            if busy and self._rng.random() < 0.9:
+            busy = [
+                pid
+                for pid, name in found
+                if name.startswith(self._prey) and name != "luks-idle" and not name.startswith("python")
+            ]
+            if busy and self._rng.random() < _AT_WORK:
                 return self._rng.choice(busy)
             if time.monotonic() > deadline:
                 return self._rng.choice(found)[0] if found else None
@@ -196,9 +214,11 @@ class Chaos(threading.Thread):
                     continue
                 queue.append(pid)
                 name = words.partition("(")[2].removesuffix(")")
+                if pid in servers:
+                    continue
                 if state == "Z":
                     _reap(pid, name)
-                elif pid not in servers and _command_line(pid) != ours:
+                elif _command_line(pid) != ours:
                     found.append((pid, name))
         return found
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum, auto
 from pathlib import Path
 
+import msgspec
+
 from csi_driver.rpc.client import RemoteVolume
 from csi_driver.volumes.capability import AccessMode, Capability
 from tests.machine.node import CHEAP, MIB, NONE
@@ -274,6 +276,17 @@ class Ledger:
         """The counts in one line."""
         counted = " ".join(f"{what}={self.counts[what]}" for what in ("calls", "kills", "stops", "records"))
         return f"{counted} " + " ".join(f"{kind}={len(found)}" for kind, found in self.findings.items())
+
+    def dump(self) -> bytes:
+        """Counts and findings, for `add`."""
+        return msgspec.json.encode((self.counts, self.findings))
+
+    def add(self, dumped: bytes) -> None:
+        """Take in those of another ledger."""
+        counts, findings = msgspec.json.decode(dumped, type=tuple[dict[str, int], dict[str, list[str]]])
+        self.counts.update(counts)
+        for kind, found in findings.items():
+            self.findings[kind] += found
 
     @property
     def clean(self) -> bool:
