@@ -25,7 +25,7 @@ MACHINE_PYTEST := $(PY) -m pytest -p no:cacheprovider
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check sanity faults crashes danger canary cluster-test bench bench-images format clean venv system lock \
+.PHONY: help demo test check sanity faults crashes storm danger canary cluster-test bench bench-images format clean venv system lock \
     images images-demo images-matrix images-kills images-hostile images-limits
 
 help: ## this list
@@ -55,6 +55,9 @@ faults: venv system ## every command and record write fails or is killed
 
 crashes: venv system ## kernel crashes at random moments
 	@$(PY) -m tests.machine.crashes
+
+storm: venv system ## many callers, kills, stops, a bystander
+	@$(PY) -m tests.machine.storm
 
 danger: venv system ## what lost data in the field
 	@$(GUEST) $(PY) -m tests.machine.danger
