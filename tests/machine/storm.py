@@ -36,6 +36,7 @@ CALLERS: Final = 32
 _BYSTANDERS: Final = 3
 _IMAGES: Final = ("first", "second")
 _STALLED_SECONDS: Final = 300.0
+_TOLD: Final = 20  # times that it says how far it is
 _LEDGER: Final = "ledger.json"
 # Memory that a page fault brought is kept: a fault is dear in the guest.
 _GUEST: Final = (
@@ -111,11 +112,7 @@ class Storm:
             ]
             for thread in (*keepers, *callers, chaos):
                 thread.start()
-            reached = -1
-            while reached < self.ledger.calls < count and not (self._weather.until_found and not self.ledger.clean):
-                reached = self.ledger.calls
-                self.ledger.wait_for_calls(min(reached + count // 20 + 1, count), _STALLED_SECONDS)
-                print(self.ledger.summary, file=sys.stderr, flush=True)
+            self._wait(count)
             chaos.stop()
             for caller in callers:
                 caller.stop()
@@ -126,6 +123,19 @@ class Storm:
                     self.ledger.tell("stuck", f"{caller.name} gets no answer to {caller.doing}")
             for keeper in keepers:
                 keeper.stop()
+
+    def _wait(self, count: int) -> None:
+        """Until there were enough calls, or no call was answered for long, or there is a finding that ends it."""
+        reached, since, told = -1, 0.0, 0
+        while self.ledger.calls < count and (self.ledger.clean or not self._weather.until_found):
+            if self.ledger.calls > reached:
+                reached, since = self.ledger.calls, time.monotonic()
+            elif time.monotonic() > since + _STALLED_SECONDS:
+                return
+            if reached * _TOLD // count > told:
+                told = reached * _TOLD // count
+                print(self.ledger.summary, file=sys.stderr, flush=True)
+            self.ledger.wait_for_calls(count, 1.0)
 
     def _settle(self, images: Sequence[StormImage]) -> None:
         """Everything as it was before, by a server that nobody disturbs."""

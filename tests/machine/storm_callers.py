@@ -36,7 +36,7 @@ _WITHOUT_SENSE: Final = 0.2
 _IMAGES: Final = 0.004
 _VERIFIED: Final = 0.2
 _PAUSE: Final = 0.05
-_START_SECONDS: Final = 5.0
+_START_SECONDS: Final = 60.0
 LEAST_TRIES: Final = 20
 PATIENCE: Final = 180.0
 """Seconds that something may take which must come to its end, however busy the machine is."""

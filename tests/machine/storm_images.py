@@ -70,12 +70,12 @@ class StormImage:
             ledger.tell("lost", f"image {self.name} was made and is not there, or is not the disk that it was made of")
 
     def _delete(self, ledger: Ledger) -> None:
-        if self._run(ledger, "delete", "--yes", self.name):
+        was_sure = self._there is There.YES
+        self._there = There.MAYBE
+        if self._run(ledger, "delete", "--yes", self.name, may_be_absent=not was_sure):
             self._there = There.NO
-        else:
-            self._there = There.MAYBE
 
-    def _run(self, ledger: Ledger, command: str, *arguments: str) -> bool:
+    def _run(self, ledger: Ledger, command: str, *arguments: str, may_be_absent: bool = False) -> bool:
         """Whether it succeeded; one that was killed did not."""
         done = subprocess.run(
             [*PROGRAM, command, "--state-dir", str(self._state), *arguments],
@@ -83,5 +83,7 @@ class StormImage:
         )  # fmt: skip
         ledger.count("calls")
         if done.returncode > 0:
+            if may_be_absent and "does not exist" in done.stderr:
+                return True
             ledger.tell("odd", f"image {command} {' '.join(arguments)}: {done.stderr.strip()}")
         return done.returncode == 0
