@@ -72,7 +72,8 @@ def _grow_xfs(descriptor: int, device: Handle) -> bool:
 
 
 def _grow_btrfs(descriptor: int, _device: Handle) -> bool:
-    fcntl.ioctl(descriptor, _BTRFS_RESIZE, struct.pack("=q", 0) + b"max".ljust(4088, b"\0"))
+    # Of what cannot be changed fcntl takes 1024 bytes at most.
+    fcntl.ioctl(descriptor, _BTRFS_RESIZE, bytearray(struct.pack("=q", 0) + b"max".ljust(4088, b"\0")))
     return True
 
 
