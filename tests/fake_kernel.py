@@ -15,6 +15,7 @@ import msgspec
 
 from csi_driver.host.commands import Commands, Completed
 from csi_driver.host.devicemapper import Device, DeviceMapper, MappingHandle, Target
+from csi_driver.host.fshealth import Ailment, FileSystemHealth
 from csi_driver.host.handle import Handle
 from csi_driver.host.keyring import KeptKey
 from csi_driver.host.mountinfo import Mount, MountTable
@@ -57,12 +58,17 @@ class Luks(msgspec.Struct):
 
 
 class Inside(msgspec.Struct):
-    """What a device holds: a file system with files, or what was written to it as a block device."""
+    """What a device holds: a file system with files, or what was written to it as a block device.
+
+    One with its error flag is `flagged`; where e2fsck cannot mend it, it is `broken`.
+    """
 
     fs_type: str | None = None
     fs_bytes: int = 0
     files: dict[str, str] = {}
     raw: str = ""
+    flagged: bool = False
+    broken: bool = False
 
 
 class Content(msgspec.Struct):
@@ -93,13 +99,18 @@ class FakeMapping:
 
 @dataclass
 class Kernel:
-    """What outlives the driver. `formatting` and `making` see the loop device before luksFormat and mkfs."""
+    """What outlives the driver. `formatting` and `making` see the loop device before luksFormat and mkfs.
+
+    `ailing` and `frozen` are mounted file systems by the numbers of their devices; to unmount them ends it.
+    """
 
     loops: FakeLoops = field(default_factory=FakeLoops)
     mappings: dict[str, FakeMapping] = field(default_factory=dict)
     mounted: list[Mount] = field(default_factory=list)
     keyring: set[str] = field(default_factory=set)
     held: list["FakeMappingHandle"] = field(default_factory=list)
+    ailing: dict[tuple[int, int], Ailment] = field(default_factory=dict)
+    frozen: set[tuple[int, int]] = field(default_factory=set)
     formats: int = 0
     dead: bool = False
     plan: Callable[[str], None] = lambda _: None
@@ -289,6 +300,8 @@ class KernelMounts(Mounts):
         if found.fs_type != fs_type or found.fs_bytes > self._kernel.size(source):
             raise FailedPrecondition(f"{source} could not be mounted: it holds {found.fs_type}")
         self._add(target, source, fs_type, self._kernel.number(source), read_only=bool(flags & 1))
+        if found.flagged:
+            self._kernel.ailing[self._kernel.number(source)] = Ailment.ERROR_FLAG
 
     def bind(self, source: Handle, target: str, *, read_only: bool) -> None:
         self._kernel.step("before bind")
@@ -309,6 +322,8 @@ class KernelMounts(Mounts):
             self._kernel.mounted.remove(found)
             if not any(mount.device == found.device for mount in self._kernel.mounted):
                 self._kernel.use(found.source, -1)
+                self._kernel.ailing.pop(found.device, None)
+                self._kernel.frozen.discard(found.device)
         self._kernel.step("after unmount")
 
     def _add(self, target: str, source: str, fs_type: str, device: tuple[int, int], *, read_only: bool) -> None:
@@ -319,8 +334,24 @@ class KernelMounts(Mounts):
         self._kernel.mounted.append(Mount(number, 1, device, "/", target, options, fs_type, source, options))
 
 
+class KernelFileSystemHealth(FileSystemHealth):
+    """Sees what the test did to a mounted file system, and the flag that it was mounted with."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__(KernelMounts(kernel))
+        self._kernel = kernel
+
+    def ailment(self, mount: Mount) -> Ailment | None:
+        return self._kernel.ailing.get(mount.device)
+
+    def thaw(self, mount: Mount) -> bool:
+        frozen = mount.device in self._kernel.frozen
+        self._kernel.frozen.discard(mount.device)
+        return frozen
+
+
 class KernelCommands(Commands):
-    """mkfs."""
+    """mkfs and e2fsck."""
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(Workers(()))
@@ -330,9 +361,23 @@ class KernelCommands(Commands):
         program, device = str(argv[0]), argv[-1]
         assert isinstance(device, Handle)
         self._kernel.step(f"before {program}")
-        self._mkfs(program.removeprefix("mkfs."), device.name)
+        code = 0
+        if program == "e2fsck":
+            code = self._e2fsck(device.name)
+        else:
+            self._mkfs(program.removeprefix("mkfs."), device.name)
         self._kernel.step(f"after {program}")
-        return Completed(0, "", "")
+        assert code in ok_codes
+        return Completed(code, "UNEXPECTED INCONSISTENCY" if code == 4 else "", "")
+
+    def _e2fsck(self, device: str) -> int:
+        assert not any(mount.source == device for mount in self._kernel.mounted), "e2fsck of a mounted file system"
+        content = self._kernel.read(device)
+        if content.inside.broken:
+            return 4
+        code, content.inside.flagged = int(content.inside.flagged), False
+        self._kernel.write(device, content)
+        return code
 
     def _mkfs(self, fs_type: str, device: str) -> None:
         self._kernel.making(self._kernel.loop_below(device))
@@ -469,6 +514,14 @@ class KernelWorkers(Workers):
 
     def _resume(self, name: str) -> None:
         self._kernel.mappings[name].suspended = False
+
+    def _mount_unless_flagged(
+        self, mounts: Mounts, device: Handle, target: str, fs_type: str, flags: int, data: str
+    ) -> bool:
+        if self._kernel.read(device.name).inside.flagged:
+            return False
+        mounts.mount(device, target, fs_type, flags, data)
+        return True
 
     def _fsync_device(self, device: Handle) -> None:
         self._kernel.loop_below(device.name)

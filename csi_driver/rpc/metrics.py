@@ -5,7 +5,7 @@ from http import HTTPStatus
 
 import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from csi_driver.model.errors import DriverError
@@ -16,7 +16,10 @@ _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 
 
 class Metrics:
-    """A registry with the durations of calls and `gauges`: name, meaning, what reads it."""
+    """A registry with the durations of calls and `gauges`: name, meaning, what reads it.
+
+    Those whose names end in "_total" are counters.
+    """
 
     def __init__(self, gauges: Mapping[str, tuple[str, Callable[[], int]]]) -> None:
         self._registry = CollectorRegistry()
@@ -49,9 +52,10 @@ class _Gauges(Collector):
     def __init__(self, gauges: Mapping[str, tuple[str, Callable[[], int]]]) -> None:
         self._gauges = gauges
 
-    def collect(self) -> Iterable[GaugeMetricFamily]:
+    def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
         for name, (meaning, read) in self._gauges.items():
             try:
-                yield GaugeMetricFamily(name, meaning, value=read())
+                family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+                yield family(name, meaning, value=read())
             except (DriverError, OSError) as error:
                 _log.warning("metric left out", metric=name, error=str(error))

@@ -8,6 +8,7 @@ from csi_driver.backends.records import RecordCodec
 from csi_driver.host.commands import Commands
 from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.files import Files
+from csi_driver.host.fshealth import FileSystemHealth
 from csi_driver.host.holders import Holders
 from csi_driver.host.locks import VolumeLocks
 from csi_driver.host.loop import LoopDevices
@@ -21,6 +22,7 @@ from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.expand import Expansion
 from csi_driver.volumes.filesystem import FileSystems
 from csi_driver.volumes.from_image import BackingImages
+from csi_driver.volumes.healing import Healing
 from csi_driver.volumes.health import Health
 from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.provision import Provisioning
@@ -34,6 +36,7 @@ WARM = (
     "csi_driver.luks.cloned",
     "csi_driver.luks.device",
     "csi_driver.host.commands",
+    "csi_driver.host.fshealth",
     "csi_driver.host.growfs",
     "csi_driver.host.mounts",
     "csi_driver.host.signatures",
@@ -69,6 +72,7 @@ class Driver:
     staging: Staging
     publishing: Publishing
     expansion: Expansion
+    healing: Healing
     usage: Usages
     health: Health
 
@@ -115,10 +119,11 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
     commands = Commands(host.workers)
     locks = VolumeLocks(state / "locks", host.holders, backend.has, remade=True)
     encryption = Encryption(host.workers, mappings, settings.limits)
-    file_systems = FileSystems(host.workers, commands, host.mounts, settings.limits)
+    file_systems = FileSystems(host.workers, commands, host.mounts, host.holders, settings.limits)
+    healing = Healing(seam, presences, host.workers, file_systems, FileSystemHealth(host.mounts))
     images = BackingImages(ImageStore(state / "images", host.files), host.workers, encryption, settings.limits)
     staging = Staging(
-        seam, directory.check, stages, presences, host.workers, encryption, file_systems, mappings, host.holders
+        seam, directory.check, stages, presences, host.workers, encryption, file_systems, mappings, healing
     )
     return Driver(
         settings=settings,
@@ -130,8 +135,9 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         encryption=encryption,
         provisioning=Provisioning(settings, seam, images, directory.check, staging.release),
         staging=staging,
-        publishing=Publishing(seam, presences, host.mounts),
-        expansion=Expansion(seam, directory.check, presences, host.workers, encryption, file_systems),
+        publishing=Publishing(seam, presences, host.mounts, healing),
+        expansion=Expansion(seam, directory.check, presences, host.workers, encryption, file_systems, healing),
+        healing=healing,
         usage=Usages(seam, presences),
         health=Health(settings, seam, host.workers, commands, host.mapper, mappings, host.mounts, directory.check),
     )

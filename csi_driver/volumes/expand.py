@@ -11,6 +11,7 @@ from csi_driver.model.volume import VolumeRecord, is_volume_id
 from csi_driver.volumes.capability import Capability
 from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.filesystem import FileSystems
+from csi_driver.volumes.healing import Healing
 from csi_driver.volumes.presence import Presence, Presences
 from csi_driver.volumes.provision import grow_device
 
@@ -39,6 +40,7 @@ class Expansion:
         workers: Workers,
         encryption: Encryption,
         file_systems: FileSystems,
+        healing: Healing,
     ) -> None:
         self._backend = backend
         self._check_state = check_state
@@ -46,6 +48,7 @@ class Expansion:
         self._workers = workers
         self._encryption = encryption
         self._file_systems = file_systems
+        self._healing = healing
 
     def expand(self, request: ExpandRequest) -> int:
         """Let pods see the volume's new size, to the byte; returns the capacity. Each step may be repeated.
@@ -65,6 +68,7 @@ class Expansion:
                 f"volume {record.id} is recorded as staged at {present.stage.staging_path} and its device, mapping or "
                 f"mount is gone or not its own; unstage and stage it first"
             )
+        self._healing.refuse_sick(present)
         device = self._backend.device_of(record.id)
         if device is None:
             raise FailedPrecondition(

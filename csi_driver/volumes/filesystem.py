@@ -10,16 +10,19 @@ import structlog
 from csi_driver.backends.base import Backend
 from csi_driver.host import blockdev
 from csi_driver.host.commands import Commands
+from csi_driver.host.fshealth import mount_unless_flagged
 from csi_driver.host.growfs import grow
 from csi_driver.host.handle import Handle
+from csi_driver.host.holders import Holders, describe
 from csi_driver.host.keyring import KeptKey
 from csi_driver.host.mountinfo import Mount
+from csi_driver.host.mountoptions import MountOptions
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.signatures import read_signature
 from csi_driver.host.workers import Workers
 from csi_driver.luks.blank import prove_blank, prove_payload_blank
 from csi_driver.luks.never_mounted import prove_never_mounted
-from csi_driver.model.errors import FailedPrecondition, OutOfRange
+from csi_driver.model.errors import DeviceInUse, FailedPrecondition, OutOfRange
 from csi_driver.model.settings import Limits
 from csi_driver.model.volume import FileSystemState, VolumeRecord
 from csi_driver.volumes.parameters import DEFAULT_FILE_SYSTEM, FILE_SYSTEMS, check_mkfs_options
@@ -39,8 +42,10 @@ _MKFS: Mapping[str, Sequence[str]] = {
     "xfs": ("mkfs.xfs", "-q", "-f", "-K"),
     "btrfs": ("mkfs.btrfs", "-q", "-f", "-K"),
 }
-PROGRAMS: Mapping[str, Sequence[str]] = {fs: (command[0],) for fs, command in _MKFS.items()}
-"""What makes each file system."""
+_FSCK: Mapping[str, str] = {"ext4": "e2fsck", "xfs": "xfs_repair", "btrfs": "btrfs"}
+PROGRAMS: Mapping[str, Sequence[str]] = {fs: (command[0], _FSCK[fs]) for fs, command in _MKFS.items()}
+"""What makes and mends each file system."""
+_MENDED_BITS = 3  # e2fsck(8): errors corrected, and "the system should be rebooted", which means mounted anew
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,11 @@ class Attached:
 class FileSystems:
     """Makes, finds, mounts and grows the file system of a volume; callers hold the volume's lock."""
 
-    def __init__(self, workers: Workers, commands: Commands, mounts: Mounts, limits: Limits) -> None:
+    def __init__(self, workers: Workers, commands: Commands, mounts: Mounts, holders: Holders, limits: Limits) -> None:
         self._workers = workers
         self._commands = commands
         self._mounts = mounts
+        self._holders = holders
         self._limits = limits
 
     def ensure(self, backend: Backend, volume: Attached, fs_type: str | None) -> tuple[VolumeRecord, str]:
@@ -86,30 +92,64 @@ class FileSystems:
             )
         return record, found
 
-    def mount(self, record: VolumeRecord, device: Handle, path: str, fs_type: str, flags: int, data: str) -> None:
-        """Mount the volume's file system, in a worker: a journal is replayed from the device."""
+    def mount(
+        self,
+        record: VolumeRecord,
+        device: Handle,
+        path: str,
+        fs_type: str,
+        options: MountOptions,
+        *,
+        even_flagged: bool = True,
+    ) -> bool:
+        """Mount the volume's file system, in a worker: a journal is replayed from the device.
+
+        An ext4 that carries its error flag is left alone unless `even_flagged`; whether it was mounted.
+        """
+        data = options.data
         if fs_type == "xfs" and record.parameters.backing_image is not None:
             # Volumes of one image have one file system UUID, and xfs mounts no two of them on a node.
             data = ",".join(filter(None, (data, "nouuid")))
-        self._workers.call(
-            f"luks-mount of volume {record.id} at {path}",
-            self._limits.mount_seconds,
-            self._mounts.mount,
-            device,
-            path,
-            fs_type,
-            flags,
-            data,
+        what, limit = f"luks-mount of volume {record.id} at {path}", self._limits.mount_seconds
+        arguments = (device, path, fs_type, options.flags, data)
+        if even_flagged:
+            self._workers.call(what, limit, self._mounts.mount, *arguments)
+            return True
+        return self._workers.call(what, limit, mount_unless_flagged, self._mounts, *arguments)
+
+    def mend_ext4(self, record: VolumeRecord, device: Handle) -> None:
+        """Check an ext4 that is not mounted and mend what needs no decision: `e2fsck -p`, as kubelet's own mounts do.
+
+        Raises FailedPrecondition, with the cure, where that is not enough.
+        """
+        done = self._commands.run(
+            ["e2fsck", "-f", "-p", device], timeout=self._limits.format_seconds, ok_codes=range(256)
         )
+        if done.code & ~_MENDED_BITS:
+            said = (done.stdout.strip() or done.stderr.strip() or "nothing").splitlines()[-1].strip()
+            raise FailedPrecondition(
+                f"the ext4 file system of volume {record.id} is damaged and 'e2fsck -p' did not mend it (exit code "
+                f"{done.code}: {said}); end the volume's pods, back it up and run `luks-csi volume check {record.id} "
+                f"--repair`"
+            )
 
     def unmount(self, volume_id: str, mount: Mount) -> None:
-        """Unmount, in a worker: the file system writes back what it holds."""
-        self._workers.call(
-            f"luks-umount of volume {volume_id} at {mount.mount_point}",
-            self._limits.mount_seconds,
-            self._mounts.unmount_volume,
-            mount,
-        )
+        """Unmount, in a worker: the file system writes back what it holds. Raises DeviceInUse naming who uses it."""
+        try:
+            self._workers.call(
+                f"luks-umount of volume {volume_id} at {mount.mount_point}",
+                self._limits.mount_seconds,
+                self._mounts.unmount_volume,
+                mount,
+            )
+        except DeviceInUse as busy:
+            found = self._holders.of_mount(mount.device)
+            if not found:
+                raise
+            raise DeviceInUse(
+                f"volume {volume_id} cannot be unmounted from {mount.mount_point}: it is kept busy by "
+                f"{describe(found)}; end that first"
+            ) from busy
 
     def grow(self, volume_id: str, fs_type: str, mount: Mount, device: Handle) -> None:
         """Let the file system that is mounted there fill its device; one that fills it already stays as it is."""

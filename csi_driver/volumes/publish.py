@@ -16,6 +16,7 @@ from csi_driver.model.errors import AlreadyExists, FailedPrecondition, NotFound
 from csi_driver.volumes import capability as capabilities
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.context import check_context
+from csi_driver.volumes.healing import Healing
 from csi_driver.volumes.presence import Presence, Presences
 from csi_driver.volumes.stages import Stage
 
@@ -35,16 +36,19 @@ class PublishRequest:
 class Publishing:
     """Shows staged volumes to pods; callers hold the volume's lock."""
 
-    def __init__(self, backend: Backend, presences: Presences, mounts: Mounts) -> None:
+    def __init__(self, backend: Backend, presences: Presences, mounts: Mounts, healing: Healing) -> None:
         self._backend = backend
         self._presences = presences
         self._mounts = mounts
+        self._healing = healing
 
     def publish(self, request: PublishRequest) -> None:
         """Bind the volume to the target path, read-only if asked for; repeating it is fine.
 
-        Raises NotFound, FailedPrecondition (not staged there, staged otherwise, ReadWriteOncePod already published
-        elsewhere), AlreadyExists (published at this path otherwise).
+        A sick file system is healed first, see `Healing.ensure_well`.
+
+        Raises NotFound, FailedPrecondition (not staged there, staged otherwise, sick for good, ReadWriteOncePod already
+        published elsewhere), AlreadyExists (published at this path otherwise).
         """
         capabilities.check([request.capability])
         present = self._presences.of(request.volume_id)
@@ -59,6 +63,8 @@ class Publishing:
                 _refuse_second(request, present)
             if not fresh:
                 _check_target(request.target_path, block=staged.block)
+            # A repetition above: who has it already loses nothing, and is not the next pod.
+            present = self._healing.ensure_well(present)
             with self._source(present) as source:
                 self._mounts.bind(source, request.target_path, read_only=read_only)
         except BaseException:

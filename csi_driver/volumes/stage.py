@@ -1,7 +1,6 @@
 """NodeStageVolume and NodeUnstageVolume: from ciphertext on a backend to a file system at the staging path."""
 
 import os
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,8 +9,7 @@ import structlog
 
 from csi_driver.backends.base import Backend
 from csi_driver.host.handle import Handle
-from csi_driver.host.holders import Holders, describe
-from csi_driver.host.mountinfo import Mount
+from csi_driver.host.patience import within
 from csi_driver.host.workers import Workers
 from csi_driver.keys.secret import SecretKey
 from csi_driver.luks.mapping import Mappings
@@ -30,6 +28,7 @@ from csi_driver.volumes.capability import Capability
 from csi_driver.volumes.context import check_context
 from csi_driver.volumes.encryption import Encryption, attempt, raw_if_unseen
 from csi_driver.volumes.filesystem import Attached, FileSystems
+from csi_driver.volumes.healing import Healing
 from csi_driver.volumes.presence import Presence, Presences
 from csi_driver.volumes.stages import Stage, Stages
 
@@ -65,7 +64,7 @@ class Staging:
         encryption: Encryption,
         file_systems: FileSystems,
         mappings: Mappings,
-        holders: Holders,
+        healing: Healing,
     ) -> None:
         self._backend = backend
         self._check_state = check_state
@@ -75,7 +74,7 @@ class Staging:
         self._encryption = encryption
         self._file_systems = file_systems
         self._mappings = mappings
-        self._holders = holders
+        self._healing = healing
 
     def stage(self, request: StageRequest) -> None:
         """Make the volume ready on this node, formatting it the first time; repeating a complete stage is cheap.
@@ -91,6 +90,7 @@ class Staging:
             self._check_same(record, present.stage, request)
             if record.encryption is not None:
                 self._encryption.resume(record.mapping_name, present.mapping)
+            self._healing.ensure_well(present)
             self._backend.guard(record.id)
             return
         _refuse_link(record, request.staging_path)
@@ -197,7 +197,7 @@ class Staging:
             kept_key=volume.kept_key,
         )
         self._stages.put(record.id, stage)
-        self._file_systems.mount(record, device, request.staging_path, fs_type, options.flags, options.data)
+        self._healing.mount(record, device, request.staging_path, fs_type, options)
         if record.parameters.backing_image is not None and not options.read_only:
             # It came with the image, and the volume may have been larger from its first moment.
             mounted = self._presences.of(record.id, record).staging
@@ -242,20 +242,8 @@ class Staging:
     def _unmount_all(self, present: Presence, path: str) -> None:
         """End every mount of the volume at its staging path: they may lie one on the other."""
         while (found := present.mount_at(path)) is not None:
-            self._unmount(present.volume_id, found)
+            self._file_systems.unmount(present.volume_id, found)
             present = self._presences.of(present.volume_id)
-
-    def _unmount(self, volume_id: str, mount: Mount) -> None:
-        try:
-            self._file_systems.unmount(volume_id, mount)
-        except DeviceInUse as busy:
-            found = self._holders.of_mount(mount.device)
-            if not found:
-                raise
-            raise DeviceInUse(
-                f"volume {volume_id} cannot be unmounted from {mount.mount_point}: it is kept busy by "
-                f"{describe(found)}; end that first"
-            ) from busy
 
     def _known_uuid(self, present: Presence) -> str | None:
         if present.stage is not None and present.stage.luks_uuid:
@@ -278,10 +266,12 @@ def _refuse_link(record: VolumeRecord, staging_path: str) -> None:
 
 def _let_go(device: Handle) -> None:
     """Close a device after an error. The last close waits for I/O under way, which need not end: not our time limit."""
-    closing_thread = threading.Thread(target=device.close, name="close", daemon=True)
-    closing_thread.start()
-    closing_thread.join(_CLOSE_SECONDS)
-    if closing_thread.is_alive():
+
+    def close() -> bool:
+        device.close()
+        return True
+
+    if not within(_CLOSE_SECONDS, "close", close):
         _log.warning("a device does not answer and stays open until it does", device=device.name)
 
 

@@ -1,5 +1,6 @@
 """The driver's use cases on one node, called as its gRPC server calls them, with seams at which tests plant bugs."""
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from csi_driver.backends.records import RecordCodec
 from csi_driver.host.commands import Commands
 from csi_driver.host.devicemapper import Device, DeviceMapper
 from csi_driver.host.files import Files
+from csi_driver.host.fshealth import FileSystemHealth
 from csi_driver.host.holders import Holders
 from csi_driver.host.locks import VolumeLocks
 from csi_driver.host.loop import LoopDevices, LoopInfo
@@ -28,6 +30,7 @@ from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.expand import ExpandRequest, Expansion
 from csi_driver.volumes.filesystem import FileSystems
 from csi_driver.volumes.from_image import BackingImages
+from csi_driver.volumes.healing import Healing
 from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.provision import CreateRequest, Provisioning, VolumeView
 from csi_driver.volumes.publish import Publishing, PublishRequest
@@ -107,13 +110,14 @@ class Node:
         self.stages = Stages(self.state / "stages", Files())
         self.mappings = self.make_mappings(self.mapper, holders)
         self.encryption = self.make_encryption(self.workers, self.mappings, self.limits)
-        file_systems = FileSystems(self.workers, self.make_commands(self.workers), self.mounts, self.limits)
+        file_systems = FileSystems(self.workers, self.make_commands(self.workers), self.mounts, holders, self.limits)
         images = BackingImages(ImageStore(self.state / "images", Files()), self.workers, self.encryption, self.limits)
 
         def healthy() -> None:
             """The state directory is the one that it was."""
 
         presences = Presences(self.store, self.stages, self.mappings, self.mounts)
+        healing = Healing(self.store, presences, self.workers, file_systems, FileSystemHealth(self.mounts))
         self.staging = Staging(
             self.store,
             healthy,
@@ -123,12 +127,12 @@ class Node:
             self.encryption,
             file_systems,
             self.mappings,
-            holders,
+            healing,
         )
         self.provisioning = Provisioning(settings, self.store, images, healthy, self.staging.release)
-        self.publishing = Publishing(self.store, presences, self.mounts)
-        self.expansion = Expansion(self.store, healthy, presences, self.workers, self.encryption, file_systems)
-        self.presences = presences
+        self.publishing = Publishing(self.store, presences, self.mounts, healing)
+        self.expansion = Expansion(self.store, healthy, presences, self.workers, self.encryption, file_systems, healing)
+        self.presences, self.healing = presences, healing
         self.workers.start()
 
     def create(
@@ -153,7 +157,8 @@ class Node:
         context: Mapping[str, str] = NONE,
     ) -> None:
         path = self.staging_path(volume)
-        path.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # not a look at what is mounted there
+            path.mkdir(parents=True)
         with self.locks.hold(volume):
             self.staging.stage(StageRequest(volume, str(path), capability, read_secret(secret), context))
 

@@ -150,16 +150,18 @@ def reusing(settings: Settings, injector: Injector) -> Driver:
     host = faulty_host(injector)
     driver = build_driver(settings, host)
     stages = Stages(settings.state_dir / "stages", host.files)
+    made = FileSystems(host.workers, Commands(host.workers), host.mounts, host.holders, settings.limits)
+    presences = _CarelessPresences(driver.backend, stages, driver.mappings, host.mounts)
     staging = Staging(
         driver.backend,
         driver.state.check,
         stages,
-        _CarelessPresences(driver.backend, stages, driver.mappings, host.mounts),
+        presences,
         host.workers,
         driver.encryption,
-        FileSystems(host.workers, Commands(host.workers), host.mounts, settings.limits),
+        made,
         driver.mappings,
-        host.holders,
+        driver.healing,
     )
     return replace(driver, staging=staging)
 

@@ -9,14 +9,12 @@ from csi_driver.backends.base import Space
 from csi_driver.backends.loopfile import LoopfileBackend
 from csi_driver.backends.records import RecordCodec
 from csi_driver.model.errors import CommandFailed, FailedPrecondition, ResourceExhausted
-from csi_driver.model.settings import Limits
 from csi_driver.volumes.expand import ExpandRequest
-from csi_driver.volumes.filesystem import FileSystems
 from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.stage import StageRequest, Staging
 from csi_driver.volumes.stages import Stages
-from tests.fake_host import NoHolders, SteppedFiles
-from tests.fake_kernel import KernelCommands, KernelMounts, KernelWorkers
+from tests.fake_host import SteppedFiles
+from tests.fake_kernel import KernelMounts, KernelWorkers
 from tests.unit.test_staging_model import KEY, MOUNT, NO_KEY, Rig
 
 
@@ -48,9 +46,9 @@ def staging(rig: Rig, free: int) -> Staging:
         Presences(backend, stages, rig.mappings, mounts),
         workers,
         rig.encryption,
-        FileSystems(workers, KernelCommands(kernel), mounts, Limits()),
+        rig.file_systems,
         rig.mappings,
-        NoHolders(),
+        rig.healing,
     )
 
 

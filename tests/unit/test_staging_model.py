@@ -32,13 +32,23 @@ from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.expand import ExpandRequest, Expansion
 from csi_driver.volumes.filesystem import FileSystems
 from csi_driver.volumes.from_image import BackingImages
+from csi_driver.volumes.healing import Healing
 from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.provision import CreateRequest, Provisioning
 from csi_driver.volumes.publish import Publishing, PublishRequest
 from csi_driver.volumes.stage import StageRequest, Staging
 from csi_driver.volumes.stages import Stages
 from tests.fake_host import NoHolders, SteppedFiles
-from tests.fake_kernel import Kernel, KernelCommands, KernelMappings, KernelMounts, KernelWorkers, Killed, content_of
+from tests.fake_kernel import (
+    Kernel,
+    KernelCommands,
+    KernelFileSystemHealth,
+    KernelMappings,
+    KernelMounts,
+    KernelWorkers,
+    Killed,
+    content_of,
+)
 
 MIB = 1 << 20
 MOUNT = Capability(AccessMode.SINGLE_NODE_WRITER, block=False)
@@ -95,17 +105,18 @@ class Rig:
         self.mappings = KernelMappings(kernel)
         stages = Stages(self.folder / "stages", files)
         self.encryption = Encryption(workers, self.mappings, limits)
-        made = FileSystems(workers, commands, mounts, limits)
+        made = self.file_systems = FileSystems(workers, commands, mounts, NoHolders(), limits)
         images = BackingImages(ImageStore(self.folder / "images", files), workers, self.encryption, limits)
         presences = Presences(self.backend, stages, self.mappings, mounts)
+        self.healing = Healing(self.backend, presences, workers, made, KernelFileSystemHealth(kernel))
         self.staging = Staging(
-            self.backend, lambda: None, stages, presences, workers, self.encryption, made, self.mappings, NoHolders()
+            self.backend, lambda: None, stages, presences, workers, self.encryption, made, self.mappings, self.healing
         )
         self.provisioning = Provisioning(
             Settings(node_id="node-1"), self.backend, images, lambda: None, self.staging.release
         )
-        self.publishing = Publishing(self.backend, presences, mounts)
-        self.expansion = Expansion(self.backend, lambda: None, presences, workers, self.encryption, made)
+        self.publishing = Publishing(self.backend, presences, mounts, self.healing)
+        self.expansion = Expansion(self.backend, lambda: None, presences, workers, self.encryption, made, self.healing)
 
     # The calls
 

@@ -1,0 +1,228 @@
+"""Sick file systems of staged volumes: made well where nobody else is on them, else told with the cure."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import structlog.testing
+
+from csi_driver.host.fshealth import Ailment, FileSystemHealth, carries_error_flag
+from csi_driver.host.handle import Handle
+from csi_driver.host.mountinfo import Mount
+from csi_driver.host.mounts import Mounts
+from csi_driver.host.patience import within
+from csi_driver.model.errors import FailedPrecondition
+from csi_driver.volumes.capability import AccessMode, Capability
+from csi_driver.volumes.publish import PublishRequest
+from tests.unit.test_staging_model import MIB, MOUNT, Rig
+
+READ_ONLY = Capability(AccessMode.SINGLE_NODE_WRITER, block=False, mount_flags=("ro",))
+CURE = "end the volume's pods .*`luks-csi volume check enc-1 --repair`"
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Rig:
+    """A volume that is staged."""
+    rig = Rig(tmp_path)
+    rig.create("enc-1")
+    rig.stage("enc-1")
+    return rig
+
+
+def staging(rig: Rig) -> Mount:
+    return next(mount for mount in rig.kernel.mounted if mount.mount_point == rig.staging_path("enc-1"))
+
+
+def flag(rig: Rig, *, broken: bool = False) -> None:
+    content = rig.kernel.read(rig.device("enc-1"))
+    content.inside.flagged, content.inside.broken = True, broken
+    rig.kernel.write(rig.device("enc-1"), content)
+    rig.kernel.ailing[staging(rig).device] = Ailment.ERROR_FLAG
+
+
+def publish_elsewhere(rig: Rig) -> None:
+    target = str(rig.folder / "pods" / "second")
+    rig.publishing.publish(
+        PublishRequest("enc-1", rig.staging_path("enc-1"), target, MOUNT, read_only=False, context={})
+    )
+
+
+@pytest.mark.parametrize("ailment", [Ailment.READ_ONLY, Ailment.SHUT_DOWN])
+@pytest.mark.parametrize("call", [Rig.publish, Rig.stage], ids=["publish", "stage"])
+def test_it_is_mounted_anew_told_and_counted(rig: Rig, ailment: Ailment, call: Callable[[Rig, str], None]) -> None:
+    before = staging(rig)
+    rig.kernel.ailing[before.device] = ailment
+    with structlog.testing.capture_logs() as lines:
+        call(rig, "enc-1")
+    assert staging(rig) is not before
+    assert not rig.kernel.ailing
+    assert [(line["event"], line["volume_id"], line["reason"]) for line in lines if "healed" in line["event"]] == [
+        ("a sick file system was healed", "enc-1", str(ailment))
+    ]
+    assert rig.healing.healed() == 1
+
+
+def test_a_frozen_one_is_thawed_and_stays_mounted(rig: Rig) -> None:
+    before = staging(rig)
+    rig.kernel.frozen.add(before.device)
+    rig.publish("enc-1")
+    assert staging(rig) is before
+    assert not rig.kernel.frozen
+    assert rig.healing.healed() == 1
+
+
+def test_a_well_one_is_left_alone(rig: Rig) -> None:
+    steps: list[str] = []
+    before = staging(rig)
+    rig.kernel.plan = steps.append
+    rig.publish("enc-1")
+    assert staging(rig) is before
+    assert steps == ["before bind", "after bind"]
+    assert rig.healing.healed() == 0
+
+
+def test_one_with_its_error_flag_is_checked_and_mended(rig: Rig) -> None:
+    flag(rig)
+    rig.publish("enc-1")
+    assert not rig.kernel.read(rig.device("enc-1")).inside.flagged
+
+
+def test_before_its_first_mount_too(rig: Rig) -> None:
+    flag(rig)
+    rig.unstage("enc-1")
+    rig.stage("enc-1")
+    assert not rig.kernel.read(rig.device("enc-1")).inside.flagged
+    assert rig.healing.healed() == 1
+
+
+def test_one_that_cannot_be_mended_is_told_each_time_and_nothing_is_open_after_a_failed_stage(rig: Rig) -> None:
+    flag(rig, broken=True)
+    for _ in range(2):
+        with pytest.raises(FailedPrecondition, match=rf"enc-1 is damaged .*exit code 4: UNEXPECTED.*{CURE[:20]}"):
+            rig.publish("enc-1")
+        assert staging(rig).fs_type == "ext4", "the stage is as it was"
+    rig.unstage("enc-1")
+    with pytest.raises(FailedPrecondition, match=r"enc-1 is damaged"):
+        rig.stage("enc-1")
+    assert rig.kernel.traces("enc-1") == []
+    assert rig.healing.healed() == 0
+
+
+@pytest.mark.parametrize("ailment", Ailment)
+def test_with_another_pod_on_it_the_next_one_is_refused(rig: Rig, ailment: Ailment) -> None:
+    rig.publish("enc-1")
+    rig.kernel.ailing[staging(rig).device] = ailment
+    rig.kernel.frozen.add(staging(rig).device)
+    rig.publish("enc-1")  # who has it keeps it
+    calls: tuple[Callable[[], None], ...] = (lambda: publish_elsewhere(rig), lambda: rig.stage("enc-1"))
+    for call in calls:
+        with pytest.raises(FailedPrecondition, match=rf"ext4 .* enc-1 {ailment} and is in use at .*/enc-1; {CURE}"):
+            call()
+    assert rig.kernel.frozen, "a file system in use is not thawed"
+    rig.unpublish("enc-1")
+    publish_elsewhere(rig)
+    assert rig.healing.healed() == 2, "thawed, and mounted anew"
+
+
+@pytest.mark.parametrize("ailment", Ailment)
+def test_nothing_is_enlarged_on_it(rig: Rig, ailment: Ailment) -> None:
+    rig.kernel.ailing[staging(rig).device] = ailment
+    with pytest.raises(FailedPrecondition, match=rf"{ailment} and cannot be enlarged; {CURE}"):
+        rig.expand("enc-1", 96 * MIB)
+    assert rig.kernel.size(rig.device("enc-1")) == 64 * MIB
+    rig.publish("enc-1")
+    rig.expand("enc-1", 96 * MIB)
+    assert rig.kernel.size(rig.device("enc-1")) == 96 * MIB
+
+
+def test_a_stage_to_be_read_is_left_as_it_is(rig: Rig) -> None:
+    flag(rig)
+    rig.unstage("enc-1")
+    rig.stage("enc-1", READ_ONLY)
+    rig.stage("enc-1", READ_ONLY)
+    assert rig.kernel.read(rig.device("enc-1")).inside.flagged
+
+
+# --- what the kernel tells -------------------------------------------------------------------------------------------
+
+
+def mount_of(fs_type: str = "ext4", *super_options: str) -> Mount:
+    device = os.stat("/dev").st_dev
+    return Mount(
+        1, 1, (os.major(device), os.minor(device)), "/", "/dev", frozenset(), fs_type, "x", frozenset(super_options)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "ailment"),
+    [
+        (("ro",), Ailment.READ_ONLY),
+        (("rw", "emergency_ro"), Ailment.READ_ONLY),
+        (("rw", "shutdown"), Ailment.SHUT_DOWN),
+        (("rw",), None),
+    ],
+)
+def test_the_mount_table_tells_of_aborts(options: tuple[str, ...], ailment: Ailment | None) -> None:
+    assert FileSystemHealth(Mounts()).ailment(mount_of("btrfs", *options)) is ailment
+
+
+class HangingMounts(Mounts):
+    """The device of what is mounted does not answer: nobody comes back from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    def open(self, mount: Mount) -> Handle:
+        self.asked += 1
+        read, _ = os.pipe()
+        os.read(read, 1)
+        raise AssertionError("unreachable")
+
+
+def test_a_device_that_does_not_answer_holds_up_nobody() -> None:
+    mounts = HangingMounts()
+    health = FileSystemHealth(mounts)
+    assert not health.thaw(mount_of())
+    assert health.ailment(mount_of("xfs")) is None
+    assert mounts.asked == 2
+
+
+def test_what_ends_in_time_is_heard() -> None:
+    assert within(30, "test", lambda: "said") == "said"
+
+
+def superblock(*, magic: int = 0xEF53, state: int = 1, errors: int = 0) -> bytes:
+    block = bytearray(4096)
+    block[0x438:0x43A] = magic.to_bytes(2, "little")
+    block[0x43A:0x43C] = state.to_bytes(2, "little")
+    block[0x594:0x598] = errors.to_bytes(4, "little")
+    return bytes(block)
+
+
+@pytest.mark.parametrize(
+    ("content", "flagged"),
+    [
+        (superblock(), False),
+        (superblock(state=3), True),
+        (superblock(errors=1), True),
+        (superblock(magic=0, state=3), False),
+        (b"short", False),
+    ],
+)
+def test_the_superblock_tells_of_errors(tmp_path: Path, content: bytes, *, flagged: bool) -> None:
+    (tmp_path / "device").write_bytes(content)
+    with Handle(os.open(tmp_path / "device", os.O_RDONLY), "device") as device:
+        assert carries_error_flag(device) is flagged
+
+
+@pytest.mark.parametrize(("count", "ailment"), [("0\n", None), ("3\n", Ailment.ERROR_FLAG)])
+def test_sysfs_tells_of_errors_while_it_is_mounted(tmp_path: Path, count: str, ailment: Ailment | None) -> None:
+    name = next(entry for entry in sorted(os.listdir("/sys/dev/block")))
+    major, minor = map(int, name.split(":"))
+    kernel_name = os.path.basename(os.readlink(f"/sys/dev/block/{name}"))
+    (tmp_path / kernel_name).mkdir()
+    (tmp_path / kernel_name / "errors_count").write_text(count)
+    mount = Mount(1, 1, (major, minor), "/", "/x", frozenset(), "ext4", "x", frozenset({"rw"}))
+    assert FileSystemHealth(Mounts(), str(tmp_path)).ailment(mount) is ailment
