@@ -135,6 +135,9 @@ class FakeHealth(Health):
     def open_mappings(self) -> int:
         return self.mappings()
 
+    def drifted_secrets(self) -> int:
+        return 2
+
     def free_bytes(self) -> int:
         return 4096
 

@@ -144,6 +144,7 @@ def driver_server(driver: Driver) -> Server:
         "luks_csi_processes": ("Processes of the driver: server, launcher, workers, programs.", health.processes),
         "luks_csi_resident_bytes": ("Their resident memory.", health.resident_bytes),
         "luks_csi_free_bytes": ("Bytes that new volumes may take on this node.", health.free_bytes),
+        "luks_csi_drifted_secrets": ("Staged volumes whose secret no longer opens them.", health.drifted_secrets),
         "luks_csi_healed_file_systems_total": ("Sick file systems that were made well.", driver.healing.healed),
     }
     return Server(settings, add, [VolumeLocking(driver.locks)], gauges)

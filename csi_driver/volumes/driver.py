@@ -18,6 +18,7 @@ from csi_driver.images.store import ImageStore
 from csi_driver.luks.mapping import Mappings
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.settings import Settings
+from csi_driver.volumes.drift import KeyDrift
 from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.expand import Expansion
 from csi_driver.volumes.filesystem import FileSystems
@@ -122,8 +123,9 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
     file_systems = FileSystems(host.workers, commands, host.mounts, host.holders, settings.limits)
     healing = Healing(seam, presences, host.workers, file_systems, FileSystemHealth(host.mounts))
     images = BackingImages(ImageStore(state / "images", host.files), host.workers, encryption, settings.limits)
+    drift = KeyDrift(seam, stages, encryption)
     staging = Staging(
-        seam, directory.check, stages, presences, host.workers, encryption, file_systems, mappings, healing
+        seam, directory.check, stages, presences, host.workers, encryption, file_systems, mappings, healing, drift
     )
     return Driver(
         settings=settings,
@@ -139,5 +141,7 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         expansion=Expansion(seam, directory.check, presences, host.workers, encryption, file_systems, healing),
         healing=healing,
         usage=Usages(seam, presences),
-        health=Health(settings, seam, host.workers, commands, host.mapper, mappings, host.mounts, directory.check),
+        health=Health(
+            settings, seam, stages, host.workers, commands, host.mapper, mappings, host.mounts, directory.check
+        ),
     )

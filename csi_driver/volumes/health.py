@@ -24,6 +24,7 @@ from csi_driver.model.errors import DriverError, FailedPrecondition
 from csi_driver.model.settings import Settings
 from csi_driver.model.volume import mapping_name
 from csi_driver.volumes.filesystem import PROGRAMS
+from csi_driver.volumes.stages import Stages
 
 if TYPE_CHECKING:
     from csi_driver.host.machine import Machine
@@ -60,6 +61,7 @@ class Health:
         self,
         settings: Settings,
         backend: Backend,
+        stages: Stages,
         workers: Workers,
         commands: Commands,
         mapper: DeviceMapper,
@@ -71,6 +73,7 @@ class Health:
     ) -> None:
         self._settings = settings
         self._backend = backend
+        self._stages = stages
         self._workers = workers
         self._commands = commands
         self._mapper = mapper
@@ -101,7 +104,11 @@ class Health:
 
     def findings(self) -> list[Finding]:
         """Everything that is looked at, the fatal ones first; what is kept in a state directory only where one is."""
-        kept = (self._disk, self._space, self._floor, self._orphans) if self._settings.state_dir.exists() else ()
+        kept = (
+            (self._disk, self._space, self._floor, self._orphans, self._secrets)
+            if self._settings.state_dir.exists()
+            else ()
+        )
         checks = (
             *self._fatal_checks(),
             self._cryptsetup,
@@ -140,6 +147,10 @@ class Health:
     def resident_bytes(self) -> int:
         """Their resident memory; what they share is counted in each."""
         return self._machine().own_processes().resident
+
+    def drifted_secrets(self) -> int:
+        """How many staged volumes have a secret that no longer opens them."""
+        return len(self._stages.drifted())
 
     def _fatal_checks(self) -> tuple[Callable[[], Finding], ...]:
         return (self._dm_crypt, self._loop, self._library, self._state_dir, self._propagation)
@@ -340,6 +351,17 @@ class Health:
             return "none"
 
         return _finding("orphans", look, "look at them with `luks-csi orphans list`", fatal=False)
+
+    def _secrets(self) -> Finding:
+        def look() -> str:
+            if drifted := self._stages.drifted():
+                raise FailedPrecondition(
+                    f"the secret no longer opens: {', '.join(drifted[:5])}{' and others' * (len(drifted) > 5)}"
+                )
+            return "no secret was seen that no longer opens its staged volume"
+
+        advice = "put the passphrase that they were formatted with back into the secret before this node boots again"
+        return _finding("secrets", look, advice, fatal=False)
 
 
 def _machine() -> "Machine":

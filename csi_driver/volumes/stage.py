@@ -26,6 +26,7 @@ from csi_driver.model.volume import VolumeRecord, mapping_name
 from csi_driver.volumes import capability as capabilities
 from csi_driver.volumes.capability import Capability
 from csi_driver.volumes.context import check_context
+from csi_driver.volumes.drift import KeyDrift
 from csi_driver.volumes.encryption import Encryption, attempt, raw_if_unseen
 from csi_driver.volumes.filesystem import Attached, FileSystems
 from csi_driver.volumes.healing import Healing
@@ -65,6 +66,7 @@ class Staging:
         file_systems: FileSystems,
         mappings: Mappings,
         healing: Healing,
+        drift: KeyDrift,
     ) -> None:
         self._backend = backend
         self._check_state = check_state
@@ -75,6 +77,7 @@ class Staging:
         self._file_systems = file_systems
         self._mappings = mappings
         self._healing = healing
+        self._drift = drift
 
     def stage(self, request: StageRequest) -> None:
         """Make the volume ready on this node, formatting it the first time; repeating a complete stage is cheap.
@@ -92,6 +95,8 @@ class Staging:
                 self._encryption.resume(record.mapping_name, present.mapping)
             self._healing.ensure_well(present)
             self._backend.guard(record.id)
+            if record.encryption is not None:
+                self._drift.look(record, present.stage, request.key)
             return
         _refuse_link(record, request.staging_path)
         with self._workers.session():
@@ -127,6 +132,7 @@ class Staging:
                 self._backend.guard(record.id)
                 opened.pop_all()
             undo.pop_all()
+            self._drift.opened(record.id, request.key)
             volume.shown.close()
             device.close()
 
@@ -167,6 +173,7 @@ class Staging:
         self._mappings.close(mapping_name(volume_id), self._known_uuid(present))
         self._backend.detach(volume_id)
         self._stages.remove(volume_id)
+        self._drift.forget(volume_id)
 
     def _finish(self, volume: Attached, request: StageRequest) -> None:
         record, device = volume.record, volume.shown

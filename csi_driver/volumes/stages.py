@@ -18,7 +18,8 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     """How a volume was staged. `device` is the name of what a pod gets to see: the mapping, or the plain device.
 
     `mount_options` is canonical; `luks_uuid` lets unstage forget the volume key when volume and mapping are gone;
-    `kept_key` is where it waits for a resize.
+    `kept_key` is where it waits for a resize. `key_drift` says that the secret as it was last seen does not open the
+    volume.
     """
 
     staging_path: str
@@ -29,6 +30,7 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     read_only: bool = False
     luks_uuid: str | None = None
     kept_key: KeptKey | None = None
+    key_drift: bool = False
 
 
 class _StageFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +63,14 @@ class Stages:
         content = msgspec.json.encode(_StageFile(boot_id=self._boot_id, stage=stage))
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._files.write_volatile(self._folder / volume_id, content)
+
+    def drifted(self) -> list[str]:
+        """The volumes that are staged and whose secret no longer opens them, sorted."""
+        try:
+            names = os.listdir(self._folder)
+        except FileNotFoundError:
+            return []
+        return sorted(name for name in names if name[0] != "." and (stage := self.get(name)) and stage.key_drift)
 
     def forget_earlier_boots(self) -> None:
         """Remove the stages that a reboot ended: nobody unstages a volume that was deleted since."""

@@ -26,6 +26,7 @@ from csi_driver.luks.mapping import Mappings
 from csi_driver.model.settings import Limits, Settings
 from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeRecord, mapping_name
 from csi_driver.volumes.capability import AccessMode, Capability
+from csi_driver.volumes.drift import KeyDrift
 from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.expand import ExpandRequest, Expansion
 from csi_driver.volumes.filesystem import FileSystems
@@ -118,6 +119,7 @@ class Node:
 
         presences = Presences(self.store, self.stages, self.mappings, self.mounts)
         healing = Healing(self.store, presences, self.workers, file_systems, FileSystemHealth(self.mounts))
+        drift = KeyDrift(self.store, self.stages, self.encryption)
         self.staging = Staging(
             self.store,
             healthy,
@@ -128,6 +130,7 @@ class Node:
             file_systems,
             self.mappings,
             healing,
+            drift,
         )
         self.provisioning = Provisioning(settings, self.store, images, healthy, self.staging.release)
         self.publishing = Publishing(self.store, presences, self.mounts, healing)

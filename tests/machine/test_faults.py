@@ -18,6 +18,7 @@ from csi_driver.luks.blank import prove_blank
 from csi_driver.luks.mapping import Fit
 from csi_driver.model.settings import Settings
 from csi_driver.model.volume import VolumeRecord
+from csi_driver.volumes.drift import KeyDrift
 from csi_driver.volumes.driver import Driver, build_driver
 from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.filesystem import FileSystems
@@ -152,6 +153,7 @@ def reusing(settings: Settings, injector: Injector) -> Driver:
     stages = Stages(settings.state_dir / "stages", host.files)
     made = FileSystems(host.workers, Commands(host.workers), host.mounts, host.holders, settings.limits)
     presences = _CarelessPresences(driver.backend, stages, driver.mappings, host.mounts)
+    drift = KeyDrift(driver.backend, stages, driver.encryption)
     staging = Staging(
         driver.backend,
         driver.state.check,
@@ -162,6 +164,7 @@ def reusing(settings: Settings, injector: Injector) -> Driver:
         made,
         driver.mappings,
         driver.healing,
+        drift,
     )
     return replace(driver, staging=staging)
 

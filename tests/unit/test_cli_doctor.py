@@ -9,11 +9,13 @@ from click.testing import CliRunner, Result
 
 from csi_driver.cli.doctor import doctor
 from csi_driver.cli.orphans import orphans
+from csi_driver.host.files import Files
 from csi_driver.host.holders import Holders
 from csi_driver.host.locks import VolumeLocks
 from csi_driver.model.settings import Settings
 from csi_driver.volumes.driver import Driver, build_driver
 from csi_driver.volumes.health import Finding
+from csi_driver.volumes.stages import Stage, Stages
 from tests.fakes import FakeHealth
 
 FINE = Finding("clock", ok=True, fatal=False, found="2026-11-20T00:00:00Z")
@@ -84,6 +86,21 @@ def test_what_was_never_served_from_is_told_without_a_traceback(tmp_path: Path) 
     assert found["state directory"]["ok"]
     assert "No such file or directory" in found["orphans"]["found"]
     assert "start the driver" in found["orphans"]["advice"]
+
+
+def test_secrets_that_no_longer_open_their_staged_volumes_are_named(tmp_path: Path) -> None:
+    def looked() -> dict[str, object]:
+        done = CliRunner().invoke(doctor, ["--state-dir", str(tmp_path), "-o", "json"])
+        findings: list[dict[str, object]] = json.loads(done.stdout)
+        return next(finding for finding in findings if finding["name"] == "secrets")
+
+    assert looked()["ok"]
+    stages = Stages(tmp_path / "stages", Files())
+    for name, drifted in (("pvc-1", False), ("pvc-2", True)):
+        stages.put(name, Stage(staging_path="/stage", block=True, device="/dev/mapper/x", key_drift=drifted))
+    found = looked()
+    assert (found["ok"], found["fatal"], found["found"]) == (False, False, "the secret no longer opens: pvc-2")
+    assert "before this node boots again" in str(found["advice"])
 
 
 @pytest.fixture

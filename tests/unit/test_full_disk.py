@@ -49,6 +49,7 @@ def staging(rig: Rig, free: int) -> Staging:
         rig.file_systems,
         rig.mappings,
         rig.healing,
+        rig.drift,
     )
 
 

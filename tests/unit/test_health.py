@@ -10,6 +10,7 @@ import structlog
 
 from csi_driver.host.commands import Commands
 from csi_driver.host.devicemapper import DeviceMapper
+from csi_driver.host.files import Files
 from csi_driver.host.holders import Holders
 from csi_driver.host.keyquota import KeyQuota, read_key_quota
 from csi_driver.host.machine import Disk, Machine, OwnProcesses, Swap
@@ -18,6 +19,7 @@ from csi_driver.luks.mapping import Mappings
 from csi_driver.model.settings import Limits, Settings
 from csi_driver.volumes.driver import build_driver
 from csi_driver.volumes.health import Finding, Health
+from csi_driver.volumes.stages import Stages
 
 GIB = 1 << 30
 ROOMY = KeyQuota(11, 1_000_000, 500, 25_000_000)
@@ -62,8 +64,8 @@ def health() -> Iterator[Build]:
             stack.callback(driver.stop)
             mappings = Mappings(mapper, Holders())
             return Health(
-                settings, driver.backend, driver.workers, Commands(driver.workers), mapper, mappings, Mounts(),
-                lambda: None, lambda: machine, lambda: quota,
+                settings, driver.backend, Stages(settings.state_dir, Files()), driver.workers,
+                Commands(driver.workers), mapper, mappings, Mounts(), lambda: None, lambda: machine, lambda: quota,
             )  # fmt: skip
 
         yield build

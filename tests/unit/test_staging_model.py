@@ -28,6 +28,7 @@ from csi_driver.model.errors import CommandFailed, DriverError, FailedPreconditi
 from csi_driver.model.settings import Limits, Settings
 from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeRecord
 from csi_driver.volumes.capability import AccessMode, Capability
+from csi_driver.volumes.drift import KeyDrift
 from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.expand import ExpandRequest, Expansion
 from csi_driver.volumes.filesystem import FileSystems
@@ -103,14 +104,24 @@ class Rig:
         )
         self.backend = LoopfileBackend(self.folder / "loopfile", 0, files, kernel.loops, RecordCodec())
         self.mappings = KernelMappings(kernel)
-        stages = Stages(self.folder / "stages", files)
+        stages = self.stages = Stages(self.folder / "stages", files)
         self.encryption = Encryption(workers, self.mappings, limits)
         made = self.file_systems = FileSystems(workers, commands, mounts, NoHolders(), limits)
         images = BackingImages(ImageStore(self.folder / "images", files), workers, self.encryption, limits)
         presences = Presences(self.backend, stages, self.mappings, mounts)
         self.healing = Healing(self.backend, presences, workers, made, KernelFileSystemHealth(kernel))
+        self.drift = KeyDrift(self.backend, stages, self.encryption)
         self.staging = Staging(
-            self.backend, lambda: None, stages, presences, workers, self.encryption, made, self.mappings, self.healing
+            self.backend,
+            lambda: None,
+            stages,
+            presences,
+            workers,
+            self.encryption,
+            made,
+            self.mappings,
+            self.healing,
+            self.drift,
         )
         self.provisioning = Provisioning(
             Settings(node_id="node-1"), self.backend, images, lambda: None, self.staging.release
