@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from csi_driver.host import keyring
@@ -130,18 +131,22 @@ def test_cc5148_a_volume_is_deleted_when_its_secret_is_gone(used: Node) -> None:
 
 @pytest.mark.parametrize("capability", [MOUNT, BLOCK], ids=["mount", "block"])
 @pytest.mark.parametrize("parameters", [CHEAP, {}], ids=["encrypted", "plain"])
-def test_cc5148_a_staged_volume_is_not_deleted(node: Node, capability: Capability, parameters: dict[str, str]) -> None:
+def test_cc5148_a_published_volume_is_not_deleted(
+    node: Node, capability: Capability, parameters: dict[str, str]
+) -> None:
     node.create(parameters=parameters)
     node.stage(capability=capability)
     if not capability.block:
         node.write()
-    with pytest.raises(DeviceInUse, match=rf"volume {VOLUME} cannot be deleted: .* attached as /dev/loop\d+"):
+    target = node.publish(capability=capability)
+    with pytest.raises(DeviceInUse, match=rf"volume {VOLUME} is still published at {target}; unpublish it first"):
         node.delete()
     assert node.disk().exists()
     if not capability.block:
         assert node.read() == "precious"
-    node.unstage()
+    node.unpublish()
     node.delete()
+    assert node.closed()
 
 
 def test_unstage_needs_neither_key_nor_record_nor_volume(used: Node) -> None:
@@ -222,6 +227,9 @@ def test_a_key_that_may_be_written_to_is_proven_before_it_is_used(used: Node, co
         syscall("keyctl", SETPERM, serial, 0x3F3F0000)
     syscall("keyctl", LINK, box, USER)
     keyring.clear_thread()
+    stage = used.stages.get(VOLUME)
+    assert stage is not None
+    used.stages.put(VOLUME, msgspec.structs.replace(stage, kept_key=None))
     assert attack(used, "update") == "possessed\nupdated\n"
     with pytest.raises(FailedPrecondition, match=r"the key in the kernel's keyring is not its volume key, somebody"):
         used.expand(LARGER)
