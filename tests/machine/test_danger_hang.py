@@ -181,7 +181,7 @@ def test_lh13603_who_has_the_device_open_is_named(used: Node) -> None:
 def test_lh13603_a_volume_that_is_still_published_is_not_closed(used: Node) -> None:
     used.stage()
     target = used.publish()
-    with pytest.raises(DeviceInUse, match=rf"mounted at {target}"):
+    with pytest.raises(DeviceInUse, match=rf"still published at {target}; unpublish it first"):
         used.unstage()
     assert (target / "file").read_text() == "precious"
     used.unpublish()
