@@ -160,7 +160,7 @@ class Life:
     def watch(self, steps: Sequence[Begun]) -> None:
         """Look at record, header and steps after a call, whatever became of it. Raises Lost."""
         for step in steps:
-            if self._made and step.seam.startswith("command mkfs"):
+            if self._made and step.seam.startswith("worker mkfs"):
                 raise Lost(f"{step.title!r} ran though the file system was recorded as made")
             if self._pinned and step.seam == "worker luks-format":
                 raise Lost("luksFormat ran though the volume was recorded as encrypted")

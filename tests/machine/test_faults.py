@@ -65,7 +65,7 @@ def test_a_seeded_handful_loses_and_leaks_nothing(points: list[Point]) -> None:
     assert result.kills > _HANDFUL // 4
 
 
-@pytest.mark.parametrize("seam", ["worker luks-format", "command mkfs.ext4"])
+@pytest.mark.parametrize("seam", ["worker luks-format", "worker mkfs.ext4"])
 def test_a_child_of_a_killed_server_keeps_the_volume_busy_until_it_ends(points: list[Point], seam: str) -> None:
     result = tried(faulty_driver, cases_at(points, "mount", "stage", seam, Kind.DURING))
     assert (result.busy, result.lost, result.leaked) == (1, {}, {})
