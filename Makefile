@@ -38,6 +38,7 @@ test: check $(CSI_SANITY) $(KUBERNETES_BIN) ## every test, seeded handfuls of th
 	@tools/system.sh cluster
 	$(PY) -m pytest tests/contract
 	$(GUEST) $(MACHINE_PYTEST) tests/machine
+	$(GUEST_FOR) --udev -- $(MACHINE_PYTEST) tests/machine/test_udev.py
 	$(PY) -m tests.cluster tests/cluster/test_smoke.py tests/cluster/test_examples.py
 
 check: venv system ## linters, types, layers, unit tests

@@ -39,8 +39,7 @@ if [ "${1-}" = python ]; then
     exit
 fi
 
-packages="btrfs-progs cryptsetup-bin dmsetup e2fsprogs iproute2 kmod mount procps qemu-utils runc util-linux
-    xfsprogs"
+packages="btrfs-progs cryptsetup-bin e2fsprogs iproute2 kmod mount procps qemu-utils runc util-linux xfsprogs"
 # Without device-mapper the device tests run in a guest: tests/machine. Newer CPUs need a shim compiled for it.
 grep -qs device-mapper /proc/misc || modprobe -q dm_mod 2>/dev/null || packages="$packages gcc libc6-dev udev
     user-mode-linux"

@@ -1,9 +1,11 @@
 """device-mapper of the kernel, without udev and without dmsetup."""
 
+import contextlib
 import os
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,8 @@ from csi_driver.host.devicemapper import Device, DeviceMapper, Target
 from csi_driver.host.dmcontrol import Command, call
 from csi_driver.host.holders import Holders, describe
 from csi_driver.host.loop import AttachedLoop, LoopDevices
-from csi_driver.model.errors import DeviceInUse, FailedPrecondition, MappingMismatch
+from csi_driver.model.errors import DeviceAbsent, DeviceInUse, FailedPrecondition, MappingMismatch
+from tests.machine.udev import settle
 
 MIB = 1 << 20
 SECTORS = 2048  # of one MiB
@@ -27,12 +30,14 @@ KEY = "0123456789abcdef" * 4
 @pytest.fixture
 def mapper() -> Iterator[DeviceMapper]:
     mapper = DeviceMapper()
+    settle()  # what is removed late would be this test's name
     before = mapper.names()
     nodes = sorted(os.listdir("/dev/mapper"))
     yield mapper
     for name in set(mapper.names()) - set(before):
         mapper.resume(name)
         mapper.remove(name)
+    settle()
     assert sorted(os.listdir("/dev/mapper")) == nodes
 
 
@@ -76,6 +81,99 @@ def test_a_mapping_is_created_seen_and_removed(mapper: DeviceMapper, loop: Attac
     assert mapper.get(NAME) is None
     assert not os.path.lexists(device.path)
     mapper.remove(NAME)
+
+
+def test_a_handle_holds_the_device_that_has_the_name(mapper: DeviceMapper, loop: AttachedLoop) -> None:
+    device = mapper.create(NAME, UUID, [linear(loop)])
+    write(device, b"content")
+    with mapper.open(NAME) as handle:
+        assert (handle.path, handle.major, handle.minor) == (device.path, device.major, device.minor)
+        assert (handle.device.uuid, handle.device.open_count) == (UUID, 1)
+        assert not os.get_inheritable(handle.fd)
+        assert os.pread(handle.fd, 7, 0) == b"content"
+        with open(f"/proc/self/fd/{handle.fd}", "r+b", buffering=0) as file:
+            file.write(bytes(512))
+        with pytest.raises(DeviceInUse):
+            mapper.remove(NAME)
+    handle.close()
+    mapper.remove(NAME)
+    with pytest.raises(DeviceAbsent, match=f"mapping {NAME} is not there"):
+        mapper.open(NAME)
+
+
+def test_a_mapping_is_opened_and_named_anew_whatever_its_name_leads_to(
+    mapper: DeviceMapper, loop: AttachedLoop, tmp_path: Path
+) -> None:
+    """A late event of udev takes the name away; on a host without one another device's may be left there."""
+    write(mapper.create(NAME, UUID, [linear(loop, 8)]), b"content")
+    other = mapper.create("other", "", [linear(loop, 8, 8)])
+    (tmp_path / "file").write_bytes(b"foreign" * 100)
+    path = Path("/dev/mapper", NAME)
+    for wrong in ("absent", f"/dev/dm-{other.minor}", str(tmp_path / "file"), "/dev/null"):
+        path.unlink()
+        if wrong != "absent":
+            path.symlink_to(wrong)
+        with mapper.open(NAME) as handle:
+            assert os.pread(handle.fd, 7, 0) == b"content"
+        mapper.resume(NAME)
+        assert os.stat(path).st_rdev == os.makedev(handle.major, handle.minor)
+
+
+def test_what_is_open_is_what_its_handle_says_while_names_and_numbers_change_hands(
+    mapper: DeviceMapper, loop: AttachedLoop
+) -> None:
+    rounds = 100
+    with open(loop.path, "r+b", buffering=0) as disk:
+        for number in range(rounds):
+            os.pwrite(disk.fileno(), number.to_bytes(2, "little") + bytes(510), number * 4096)
+        os.fsync(disk.fileno())
+    ended = threading.Event()
+
+    def change() -> None:
+        """Two names that swap two numbers, and never the same content."""
+        try:
+            for number in range(rounds):
+                for name in (NAME, "other")[:: 1 - number % 2 * 2]:
+                    mapper.create(name, f"{name}-{number}", [linear(loop, 8, number * 8)])
+                for name in (NAME, "other"):
+                    while True:
+                        with contextlib.suppress(DeviceInUse):
+                            mapper.remove(name)
+                            break
+        finally:
+            ended.set()
+
+    changer = threading.Thread(target=change)
+    changer.start()
+    opened = set()
+    while not ended.is_set():
+        with contextlib.suppress(DeviceAbsent), mapper.open(NAME) as handle:
+            content = int.from_bytes(os.pread(handle.fd, 2, 0), "little")
+            assert handle.device.uuid == f"{NAME}-{content}"
+            opened.add(content)
+    changer.join()
+    assert opened
+
+
+def test_without_the_kernels_node_the_name_is_a_node(mapper: DeviceMapper, loop: AttachedLoop) -> None:
+    """As where /dev is a container's own."""
+    device = mapper.create(NAME, UUID, [linear(loop)])
+    node, hidden = f"/dev/dm-{device.minor}", f"/dev/dm-{device.minor}.hidden"
+    assert os.readlink(device.path) == f"../dm-{device.minor}"
+    os.rename(node, hidden)
+    try:
+        for _ in range(2):
+            with mapper.open(NAME) as handle:
+                assert os.fstat(handle.fd).st_rdev == os.makedev(device.major, device.minor)
+            assert stat.S_ISBLK(os.lstat(device.path).st_mode)
+        # Another device's number, too, is no reason to take it.
+        os.symlink("null", node)
+        with mapper.open(NAME) as handle:
+            assert os.fstat(handle.fd).st_rdev == os.makedev(device.major, device.minor)
+    finally:
+        os.rename(hidden, node)
+    mapper.remove(NAME)
+    assert not os.path.lexists(device.path)
 
 
 def test_a_read_only_mapping_cannot_be_written(mapper: DeviceMapper, loop: AttachedLoop) -> None:
@@ -183,6 +281,8 @@ def test_a_mapping_without_a_table_is_seen_as_empty(mapper: DeviceMapper) -> Non
     device = mapper.get(NAME)
     assert device is not None
     assert (device.targets, device.size_bytes, device.backing) == ((), 0, ())
+    with pytest.raises(DeviceAbsent, match=f"{NAME} has no table; remove it with 'dmsetup remove {NAME}'"):
+        mapper.open(NAME)
     mapper.remove(NAME)
 
 
