@@ -44,7 +44,7 @@ class Bystander(threading.Thread):
             try:
                 loopcontrol.configure(device, backing.fileno(), str(self._file), 0)
                 try:
-                    self._over.wait(self._rng.choice((0.02, 0.2, 1.0)))
+                    self._over.wait(self._rng.choice((0.05, 0.5, 2.0)))
                     os.fsync(device)
                     self._check(node)
                 finally:

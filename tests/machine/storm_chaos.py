@@ -199,6 +199,7 @@ class Chaos(threading.Thread):
                 return self._rng.choice(busy)
             if time.monotonic() > deadline:
                 return self._rng.choice(found)[0] if found else None
+            time.sleep(_PAUSE)
 
     def _children(self) -> list[tuple[int, str]]:
         """Processes below this one that are no servers, with their kernel names.
