@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from csi_driver.cli.output import OUTPUT_OPTION, Output, confirm, show_json, size_text
+from csi_driver.cli.output import OUTPUT_OPTION, Output, confirm, show_json, show_text, size_text
 from csi_driver.cli.serve import settings_params
 from csi_driver.model.errors import DriverError, NotFound
 from csi_driver.model.settings import Settings
@@ -85,4 +85,4 @@ def accept_record(volume_id: str, output: str, *, yes: bool, **settings: Any) ->
     if output == Output.JSON:
         show_json(record)
     else:
-        click.echo(f"the record of volume {volume_id} with revision {record.revision} counts from now on")
+        show_text(f"the record of volume {volume_id} with revision {record.revision} counts from now on")

@@ -100,7 +100,8 @@ from pathlib import Path
 import csi_driver.cli.serve, csi_driver.host.launcher, csi_driver.rpc.server
 from csi_driver.model.settings import Settings
 from csi_driver.volumes.driver import build_driver
-driver = build_driver(Settings(node_id="n", state_dir=Path(sys.argv[1])))
+folder = Path(sys.argv[1])
+driver = build_driver(Settings(node_id="n", state_dir=folder / "state", endpoint=folder / "csi.sock"))
 driver.start()
 driver.health.obstacle()
 driver.stop()
