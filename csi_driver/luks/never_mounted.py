@@ -23,6 +23,7 @@ from csi_driver.model.errors import ForeignSignature
 _BLOCK: Final = 4096
 _SECTOR: Final = 512
 _PIECE: Final = 1 << 20
+_ZEROED: Final = 2048  # by each mkfs, first: where its superblock will be; an earlier one's tables may lie behind it
 _ALL_BYTES: Final = 1 << 30  # so much is read where nobody knows what was written, else samples
 
 _EXT4_COPIES: Final = tuple(8 * size * size + (size if size == 1024 else 0) for size in (1024, 2048, 4096))
@@ -54,7 +55,7 @@ def prove_never_mounted(where: str, path: Place, size: int, storage: Place | Non
         elif found == "btrfs":
             used = _is_used_btrfs(head[_BTRFS_PLACES[0] :])
         else:
-            used = bool(found) or bool(head[:_BLOCK].strip(b"\0")) or _is_used_without_superblock(inside)
+            used = bool(found) or bool(head[:_ZEROED].strip(b"\0")) or _is_used_without_superblock(inside)
         if used:
             raise ForeignSignature(
                 f"{where} is recorded as never used and holds {f'a {found} that was mounted' if found else 'data'}; "
