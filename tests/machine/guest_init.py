@@ -224,7 +224,7 @@ def _start_udev() -> None:
         f"{UDEVD} >{UDEV_LOG} 2>&1 & "
         "until udevadm control --ping 2>/dev/null; do kill -0 $! && sleep 0.1 || exit; done; "
         "udevadm trigger --type=subsystems --action=add && udevadm trigger --type=devices --action=add && "
-        "udevadm settle"
+        "until udevadm settle --timeout=10; do :; done"
     )
     process = os.posix_spawn("/bin/sh", ["sh", "-c", script], {"PATH": os.defpath})
     if os.waitpid(process, 0)[1]:
