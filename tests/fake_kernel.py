@@ -294,7 +294,7 @@ class KernelMounts(Mounts):
         assert mount in self._kernel.mounted
         return Handle(os.open(os.devnull, os.O_RDONLY), mount.mount_point)
 
-    def mount(self, device: Handle, target: str, fs_type: str, flags: int, data: str) -> None:
+    def mount(self, device: Handle, target: str, fs_type: str, flags: int, data: str, repair: str = "") -> None:
         source = device.name
         found = self._kernel.read(source).inside
         if found.fs_type != fs_type or found.fs_bytes > self._kernel.size(source):
@@ -515,12 +515,15 @@ class KernelWorkers(Workers):
     def _resume(self, name: str) -> None:
         self._kernel.mappings[name].suspended = False
 
+    def _carries_error_flag(self, device: Handle) -> bool:
+        return self._kernel.read(device.name).inside.flagged
+
     def _mount_unless_flagged(
-        self, mounts: Mounts, device: Handle, target: str, fs_type: str, flags: int, data: str
+        self, mounts: Mounts, device: Handle, target: str, fs_type: str, flags: int, data: str, repair: str
     ) -> bool:
         if self._kernel.read(device.name).inside.flagged:
             return False
-        mounts.mount(device, target, fs_type, flags, data)
+        mounts.mount(device, target, fs_type, flags, data, repair)
         return True
 
     def _fsync_device(self, device: Handle) -> None:

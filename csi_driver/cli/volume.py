@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from csi_driver.cli.check import check
 from csi_driver.cli.output import OUTPUT_OPTION, Output, about, confirm, show_json, show_table, show_text, size_text
 from csi_driver.cli.record import accept_record, read_record, record_rows
 from csi_driver.cli.secret_files import read_secrets, secret_options
@@ -40,12 +41,13 @@ _MODES = {
 def volume() -> None:
     """Create, stage, publish, enlarge and remove volumes by hand.
 
-    Each command but accept-record is one call of the Container Storage Interface to the server at --endpoint. Secrets
-    come from files or standard input only.
+    Each command but accept-record and check is one call of the Container Storage Interface to the server at --endpoint.
+    Secrets come from files or standard input only.
     """
 
 
 volume.add_command(accept_record)
+volume.add_command(check)
 
 
 def connect(endpoint: Path) -> "CsiClient":

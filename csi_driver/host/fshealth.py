@@ -74,14 +74,16 @@ class FileSystemHealth:
             return False
 
 
-def mount_unless_flagged(mounts: Mounts, device: Handle, target: str, fs_type: str, flags: int, data: str) -> bool:
+def mount_unless_flagged(
+    mounts: Mounts, device: Handle, target: str, fs_type: str, flags: int, data: str, repair: str
+) -> bool:
     """`Mounts.mount`, but for an ext4 that carries its error flag: that one is left alone. Whether it was mounted.
 
     Runs in a worker, as it reads the device.
     """
     if fs_type == "ext4" and carries_error_flag(device):
         return False
-    mounts.mount(device, target, fs_type, flags, data)
+    mounts.mount(device, target, fs_type, flags, data, repair)
     return True
 
 

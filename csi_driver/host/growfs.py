@@ -84,7 +84,8 @@ def _failed(where: str, fs_type: str, error: OSError) -> DriverError:
     text = f"the {fs_type} file system of {where} could not be enlarged: {error_name(error)}"
     if fs_type == "ext4" and error.errno == errno.EPERM:
         return FailedPrecondition(
-            f"{text}; it carries its error flag, so end the volume's pods and run 'luks-csi volume check --repair'"
+            f"{text}; it carries its error flag, so end the volume's pods and run `luks-csi volume check` on it, with "
+            f"--repair"
         )
     if error.errno == errno.EROFS:
         return FailedPrecondition(f"{text}; it went read-only after an error, so end the volume's pods and start anew")

@@ -31,11 +31,6 @@ _MOUNT_ATTR_RDONLY: Final = 1
 _FSOPEN_CLOEXEC: Final = 1
 _MOUNT_ATTR: Final = struct.Struct("=4Q")
 _FITHAW: Final = 0xC0045878
-_REPAIR: Final = {
-    "ext4": "'e2fsck -f {device}'",
-    "xfs": "'xfs_repair {device}'",
-    "btrfs": "'btrfs check {device}'",
-}
 
 
 class Mounts:
@@ -68,8 +63,12 @@ class Mounts:
             raise FailedPrecondition(f"something else was mounted over {mount.mount_point} meanwhile; unmount that")
         return handle
 
-    def mount(self, device: Handle, target: str, fs_type: str, flags: int, data: str) -> None:
+    def mount(
+        self, device: Handle, target: str, fs_type: str, flags: int, data: str, repair: str = "its own check"
+    ) -> None:
         """Mount the file system on a device; `flags` and `data` as `parse_options` gives them.
+
+        `repair` is the command that an error advises for a damaged one: the device's own name may be gone by then.
 
         The kernel takes no descriptor for a source: it gets a name that means this device, which keeps its number as
         long as it is open here, or the path of the descriptor. Raises FailedPrecondition (file system damaged,
@@ -80,7 +79,7 @@ class Mounts:
         try:
             check(libc.mount(*arguments), "mount")
         except OSError as error:
-            raise _mount_error(error, device, target, fs_type, data) from None
+            raise _mount_error(error, device, target, fs_type, data, repair) from None
 
     def bind(self, source: Handle, target: str, *, read_only: bool) -> None:
         """Show the file or folder `source` at `target`; a read-only one is never writable, not even for a moment.
@@ -193,9 +192,8 @@ def _bind_read_only(source: Handle, target: bytes) -> None:
         os.close(tree)
 
 
-def _mount_error(error: OSError, device: Handle, target: str, fs_type: str, data: str) -> DriverError:
+def _mount_error(error: OSError, device: Handle, target: str, fs_type: str, data: str, repair: str) -> DriverError:
     text = f"{device} could not be mounted at {target} as {fs_type}: {error_name(error)}"
-    repair = _REPAIR.get(fs_type, "its file system's own check").format(device=device.name)
     number = error.errno
     damaged = f"the {fs_type} file system is damaged: back the volume up and run {repair}"
     read_only = "the device is read-only: mount it with 'ro'"

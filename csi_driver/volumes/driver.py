@@ -18,6 +18,7 @@ from csi_driver.images.store import ImageStore
 from csi_driver.luks.mapping import Mappings
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.settings import Settings
+from csi_driver.volumes.check import Checking
 from csi_driver.volumes.drift import KeyDrift
 from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.expand import Expansion
@@ -74,6 +75,7 @@ class Driver:
     publishing: Publishing
     expansion: Expansion
     healing: Healing
+    checking: Checking
     usage: Usages
     health: Health
 
@@ -140,6 +142,7 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         publishing=Publishing(seam, presences, host.mounts, healing),
         expansion=Expansion(seam, directory.check, presences, host.workers, encryption, file_systems, healing),
         healing=healing,
+        checking=Checking(seam, presences, host.workers, commands, mappings, encryption, file_systems, settings.limits),
         usage=Usages(seam, presences),
         health=Health(
             settings, seam, stages, host.workers, commands, host.mapper, mappings, host.mounts, directory.check

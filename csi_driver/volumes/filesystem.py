@@ -42,8 +42,13 @@ _MKFS: Mapping[str, Sequence[str]] = {
     "xfs": ("mkfs.xfs", "-q", "-f", "-K"),
     "btrfs": ("mkfs.btrfs", "-q", "-f", "-K"),
 }
-_FSCK: Mapping[str, str] = {"ext4": "e2fsck", "xfs": "xfs_repair", "btrfs": "btrfs"}
-PROGRAMS: Mapping[str, Sequence[str]] = {fs: (command[0], _FSCK[fs]) for fs, command in _MKFS.items()}
+FSCK: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
+    "ext4": (("e2fsck", "-f", "-n"), ("e2fsck", "-f", "-y")),
+    "xfs": (("xfs_repair", "-n"), ("xfs_repair",)),
+    "btrfs": (("btrfs", "check", "--readonly"), ("btrfs", "check", "--repair")),
+}
+"""What checks each file system, with exit code 0 if all is well, and what mends it; the device comes last."""
+PROGRAMS: Mapping[str, Sequence[str]] = {fs: (command[0], FSCK[fs][0][0]) for fs, command in _MKFS.items()}
 """What makes and mends each file system."""
 _MENDED_BITS = 3  # e2fsck(8): errors corrected, and "the system should be rebooted", which means mounted anew
 
@@ -111,7 +116,7 @@ class FileSystems:
             # Volumes of one image have one file system UUID, and xfs mounts no two of them on a node.
             data = ",".join(filter(None, (data, "nouuid")))
         what, limit = f"luks-mount of volume {record.id} at {path}", self._limits.mount_seconds
-        arguments = (device, path, fs_type, options.flags, data)
+        arguments = (device, path, fs_type, options.flags, data, repair_command(record.id))
         if even_flagged:
             self._workers.call(what, limit, self._mounts.mount, *arguments)
             return True
@@ -129,8 +134,8 @@ class FileSystems:
             said = (done.stdout.strip() or done.stderr.strip() or "nothing").splitlines()[-1].strip()
             raise FailedPrecondition(
                 f"the ext4 file system of volume {record.id} is damaged and 'e2fsck -p' did not mend it (exit code "
-                f"{done.code}: {said}); end the volume's pods, back it up and run `luks-csi volume check {record.id} "
-                f"--repair`"
+                f"{done.code}: {said}); end the volume's pods, back it up and run "
+                f"{repair_command(record.id)}"
             )
 
     def unmount(self, volume_id: str, mount: Mount) -> None:
@@ -217,6 +222,11 @@ class FileSystems:
                 f"it as a block device{'' if image else ' again'}"
             )
         return found
+
+
+def repair_command(volume_id: str) -> str:
+    """What errors advise for a damaged file system: it names no device, which would be gone after a failed stage."""
+    return f"`luks-csi volume check {volume_id} --repair`"
 
 
 def mkfs_command(fs_type: str, options: Sequence[str]) -> list[str]:

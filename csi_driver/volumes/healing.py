@@ -15,7 +15,7 @@ from csi_driver.host.mountoptions import MountOptions, parse_options
 from csi_driver.host.workers import Workers
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.volume import VolumeRecord
-from csi_driver.volumes.filesystem import FileSystems
+from csi_driver.volumes.filesystem import FileSystems, repair_command
 from csi_driver.volumes.presence import Presence, Presences
 
 _log = structlog.get_logger(__name__)
@@ -114,5 +114,5 @@ def _refusal(present: Presence, ailment: Ailment, rest: str) -> FailedPreconditi
     fs_type = present.staging.fs_type if present.staging else "unmounted"
     return FailedPrecondition(
         f"the {fs_type} file system of volume {present.volume_id} {ailment}{rest}; end the volume's pods and start "
-        f"them anew, and if that does not help run `luks-csi volume check {present.volume_id} --repair` meanwhile"
+        f"them anew, and if that does not help run {repair_command(present.volume_id)} meanwhile"
     )

@@ -121,7 +121,7 @@ class Staging:
             device = self._backend.attach(record.id, lasting=lasting)
             if lasting:
                 undo.callback(attempt, self._backend.detach, record.id)
-            undo.callback(_let_go, device)
+            undo.callback(let_go, device)
             with ExitStack() as opened:
                 volume = Attached(record, device, device)
                 if record.encryption is not None:
@@ -271,7 +271,7 @@ def _refuse_link(record: VolumeRecord, staging_path: str) -> None:
         )
 
 
-def _let_go(device: Handle) -> None:
+def let_go(device: Handle) -> None:
     """Close a device after an error. The last close waits for I/O under way, which need not end: not our time limit."""
 
     def close() -> bool:

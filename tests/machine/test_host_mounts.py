@@ -97,8 +97,8 @@ def test_a_file_system_is_mounted_with_all_its_options(
 
 
 def test_a_blank_device_is_refused_with_what_to_do(device: AttachedLoop, point: Path, mounts: Mounts) -> None:
-    with pytest.raises(FailedPrecondition, match=rf"{device.name} .*EINVAL.*no ext4 .*e2fsck -f {device.name}"):
-        mounts.mount(device, str(point), "ext4", 0, "")
+    with pytest.raises(FailedPrecondition, match=rf"{device.name} .*EINVAL.*no ext4 .*, and run `mend it` if"):
+        mounts.mount(device, str(point), "ext4", 0, "", "`mend it`")
 
 
 def test_a_damaged_file_system_is_refused_with_what_to_do(device: AttachedLoop, point: Path, mounts: Mounts) -> None:
@@ -106,8 +106,8 @@ def test_a_damaged_file_system_is_refused_with_what_to_do(device: AttachedLoop, 
     # The checksum of the super block is at 224 (XFS on-disk format).
     os.pwrite(device.fd, b"\xff\xff\xff\xff", 224)
     os.fsync(device.fd)
-    with pytest.raises(FailedPrecondition, match=rf"xfs file system is damaged.*'xfs_repair {device.name}'"):
-        mounts.mount(device, str(point), "xfs", 0, "")
+    with pytest.raises(FailedPrecondition, match=r"xfs file system is damaged: back the volume up and run `mend it`$"):
+        mounts.mount(device, str(point), "xfs", 0, "", "`mend it`")
 
 
 def test_what_is_missing_is_named(device: AttachedLoop, point: Path, mounts: Mounts) -> None:
