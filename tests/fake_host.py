@@ -15,6 +15,7 @@ from csi_driver.host.files import Files
 from csi_driver.host.handle import Handle
 from csi_driver.host.holders import Holder, Holders
 from csi_driver.host.loop import AttachedLoop, LoopDevices, LoopInfo
+from csi_driver.host.mountinfo import Mount
 from csi_driver.host.workers import Workers
 from csi_driver.images.store import ImageStore
 from csi_driver.luks.mapping import Mappings
@@ -39,6 +40,9 @@ class NoHolders(Holders):
         return []
 
     def of_file(self, path: str | os.PathLike[str]) -> list[Holder]:
+        return []
+
+    def of_place(self, mount: Mount) -> list[Holder]:
         return []
 
     def of_mount(self, device: tuple[int, int]) -> list[Holder]:

@@ -88,6 +88,14 @@ class Holders:
         names = _names(major, minor)
         return _without_repetition([*self._using(major, minor, names), *self._mounted(major, minor, names, own=False)])
 
+    def of_place(self, mount: Mount) -> list[Holder]:
+        """Processes with an open file, working folder or root in this very mount, not in others of its file system."""
+        return [
+            process.holder(f"uses {_link(f'{process.folder}/{link}') or 'a file in it'} as {link}")
+            for process in _processes()
+            if (link := next((link for link, facts in process.files() if facts.mount_id == mount.mount_id), None))
+        ]
+
     def _mounted(self, major: int, minor: int, names: list[str], *, own: bool) -> Iterator[Holder]:
         seen = set() if own else {_link("/proc/self/ns/mnt")}
         for process in _processes():

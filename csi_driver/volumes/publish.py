@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from csi_driver.backends.base import Backend
 from csi_driver.host.handle import Handle
+from csi_driver.host.holders import Holders, describe
 from csi_driver.host.mountinfo import Mount
 from csi_driver.host.mounts import Mounts
-from csi_driver.model.errors import AlreadyExists, FailedPrecondition, NotFound
+from csi_driver.model.errors import AlreadyExists, DeviceInUse, FailedPrecondition, NotFound
 from csi_driver.volumes import capability as capabilities
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.context import check_context
@@ -36,10 +37,13 @@ class PublishRequest:
 class Publishing:
     """Shows staged volumes to pods; callers hold the volume's lock."""
 
-    def __init__(self, backend: Backend, presences: Presences, mounts: Mounts, healing: Healing) -> None:
+    def __init__(
+        self, backend: Backend, presences: Presences, mounts: Mounts, holders: Holders, healing: Healing
+    ) -> None:
         self._backend = backend
         self._presences = presences
         self._mounts = mounts
+        self._holders = holders
         self._healing = healing
 
     def publish(self, request: PublishRequest) -> None:
@@ -75,10 +79,11 @@ class Publishing:
     def unpublish(self, volume_id: str, target_path: str) -> None:
         """Unmount the target path and remove it; a path that is not there is fine.
 
-        Raises FailedPrecondition when something is in it: what is not ours to remove stays.
+        Raises DeviceInUse naming who keeps it busy, FailedPrecondition when something is in it: what is not ours to
+        remove stays.
         """
         while True:
-            self._mounts.unmount(target_path)
+            self._unmount(volume_id, target_path)
             try:
                 return _remove_target(target_path)
             except OSError as error:
@@ -89,6 +94,21 @@ class Publishing:
                     f"the target path {target_path} of volume {volume_id} cannot be removed ({error.strerror}); look "
                     f"at what is in it, it was left alone"
                 ) from None
+
+    def _unmount(self, volume_id: str, target_path: str) -> None:
+        try:
+            self._mounts.unmount(target_path)
+        except DeviceInUse as busy:
+            mount = self._mounts.at(target_path)
+            found = [] if mount is None else self._holders.of_place(mount)
+            if mount is not None and mount.root == "/":  # not of a device's node: all of /dev is on that file system
+                found = found or self._holders.of_mount(mount.device)
+            if not found:
+                raise
+            raise DeviceInUse(
+                f"volume {volume_id} cannot be unmounted from {target_path}: it is kept busy by {describe(found)}; end "
+                f"that first"
+            ) from busy
 
     def _source(self, present: Presence) -> AbstractContextManager[Handle]:
         """What is bound: the very mount or device that was looked at, held open."""

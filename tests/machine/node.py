@@ -133,7 +133,7 @@ class Node:
             drift,
         )
         self.provisioning = Provisioning(settings, self.store, images, healthy, self.staging.release)
-        self.publishing = Publishing(self.store, presences, self.mounts, healing)
+        self.publishing = Publishing(self.store, presences, self.mounts, holders, healing)
         self.expansion = Expansion(self.store, healthy, presences, self.workers, self.encryption, file_systems, healing)
         self.presences, self.healing = presences, healing
         self.workers.start()

@@ -226,6 +226,31 @@ def test_read_write_once_pod_is_enforced(used: Node, capability: Capability) -> 
     used.unstage()
 
 
+@pytest.mark.parametrize("capability", [EXT4, BLOCK], ids=["mount", "block"])
+def test_unpublish_names_who_keeps_it_and_nobody_who_uses_it_elsewhere(used: Node, capability: Capability) -> None:
+    used.stage(capability=capability)
+    first = used.publish(capability=capability)
+    second = used.publish(capability=capability, target=used.target_path("second-pod"))
+    places = [path if capability.block else path / "file" for path in (first, second)]
+    with (
+        places[0].open() as mine,
+        subprocess.Popen(["sleep", "60"], stdin=mine) as here,
+        places[1].open() as its,
+        subprocess.Popen(["sleep", "60"], stdin=its) as elsewhere,
+    ):
+        mine.close()
+        try:
+            with pytest.raises(DeviceInUse, match=rf"{VOLUME} cannot be unmounted from {first}: .*{here.pid} ") as busy:
+                used.unpublish()
+            assert f"process {elsewhere.pid} " not in str(busy.value)
+        finally:
+            here.kill()
+            elsewhere.kill()
+    used.unpublish()
+    used.unpublish(target=second)
+    used.unstage()
+
+
 def test_mount_options_are_honoured_and_another_set_is_another_stage(used: Node) -> None:
     options = Capability(AccessMode.SINGLE_NODE_WRITER, block=False, mount_flags=("noatime", "nosuid", "data=journal"))
     used.stage(capability=options)

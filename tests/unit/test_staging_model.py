@@ -126,7 +126,7 @@ class Rig:
         self.provisioning = Provisioning(
             Settings(node_id="node-1"), self.backend, images, lambda: None, self.staging.release
         )
-        self.publishing = Publishing(self.backend, presences, mounts, self.healing)
+        self.publishing = Publishing(self.backend, presences, mounts, NoHolders(), self.healing)
         self.expansion = Expansion(self.backend, lambda: None, presences, workers, self.encryption, made, self.healing)
 
     # The calls
