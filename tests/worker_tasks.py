@@ -4,11 +4,16 @@ import os
 import resource
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from csi_driver.host.handle import Handle
 from csi_driver.host.syscalls import libc, syscall
 from csi_driver.model.secret import Passphrase
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _THREAD_KEYRING = -1
 _SEARCH = 10
@@ -42,6 +47,12 @@ def nap(seconds: float, note: str = "", key: Passphrase | None = None) -> int:
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop_first(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+    """Be stopped, and do the work once somebody sends SIGCONT."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return function(*args, **kwargs)
 
 
 def leave() -> None:

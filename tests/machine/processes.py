@@ -1,11 +1,13 @@
 """Processes as tests look for them: by their kernel name, within a time."""
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,17 +25,25 @@ def wait_for(look: Callable[[], T | None], what: str, seconds: float = 30.0) -> 
     return found
 
 
+def run(*argv: str | Path | bytes) -> str:
+    """What a program said that has to succeed."""
+    return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
+
+
+@contextlib.contextmanager
+def sleeping_in(folder: Path | bytes) -> Iterator[int]:
+    """A process whose working directory is that folder; it ends with the block."""
+    with subprocess.Popen(["sleep", "300"], cwd=folder) as holder:
+        try:
+            wait_for(lambda: Path(f"/proc/{holder.pid}/comm").read_text() == "sleep\n", "the holder")
+            yield holder.pid
+        finally:
+            holder.kill()
+
+
 def pids_of(name: str) -> list[int]:
     """The living processes of that kernel name, as /proc/<pid>/comm has it."""
-    found = []
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            head, _, tail = Path("/proc", entry, "stat").read_text(errors="replace").rpartition(")")
-        except OSError:
-            continue
-        if head.partition("(")[2] == name and tail.split()[0] not in "ZX":
-            found.append(int(entry))
-    return found
+    return [pid for pid, found in _processes().items() if found.name == name and found.state not in "ZX"]
 
 
 def first_pid(name: str) -> int | None:
@@ -41,12 +51,45 @@ def first_pid(name: str) -> int | None:
     return next(iter(pids_of(name)), None)
 
 
+def children_of(parent: int) -> list[int]:
+    """The living processes that `parent` has started."""
+    return [pid for pid, found in _processes().items() if found.parent == parent and found.state not in "ZX"]
+
+
+def stopped_below(parent: int) -> int | None:
+    """A descendant of `parent` that was stopped by a signal."""
+    found, below = _processes(), {parent}
+    while more := {pid for pid, one in found.items() if one.parent in below} - below:
+        below |= more
+    return next((pid for pid in below if pid in found and found[pid].state == "T"), None)
+
+
 def has_ended(pid: int) -> bool:
     """Whether the process is gone or dead."""
+    return (found := _stat(pid)) is None or found.state in "ZX"
+
+
+@dataclass(frozen=True)
+class _Stat:
+    """What /proc/<pid>/stat tells (proc(5))."""
+
+    name: str
+    state: str
+    parent: int
+
+
+def _stat(pid: int) -> _Stat | None:
     try:
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] in "ZX"
+        head, _, tail = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")
     except OSError:
-        return True
+        return None
+    state, parent = tail.split()[:2]
+    return _Stat(head.partition("(")[2], state, int(parent))
+
+
+def _processes() -> dict[int, _Stat]:
+    found = {int(entry): _stat(int(entry)) for entry in filter(str.isdigit, os.listdir("/proc"))}
+    return {pid: stat for pid, stat in found.items() if stat is not None}
 
 
 def launcher_inside(*prefix: str) -> Callable[[socket.socket, Sequence[str]], LauncherProcess]:
