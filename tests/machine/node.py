@@ -37,6 +37,7 @@ from csi_driver.volumes.provision import CreateRequest, Provisioning, VolumeView
 from csi_driver.volumes.publish import Publishing, PublishRequest
 from csi_driver.volumes.stage import StageRequest, Staging
 from csi_driver.volumes.stages import Stages
+from csi_driver.volumes.usage import Usages
 from tests.headers import head_of
 
 MIB = 1 << 20
@@ -136,6 +137,7 @@ class Node:
         self.publishing = Publishing(self.store, presences, self.mounts, holders, healing)
         self.expansion = Expansion(self.store, healthy, presences, self.workers, self.encryption, file_systems, healing)
         self.presences, self.healing = presences, healing
+        self.usages = Usages(self.store, presences)
         self.workers.start()
 
     def create(
@@ -158,16 +160,17 @@ class Node:
         *,
         secret: Mapping[str, str] = SECRET,
         context: Mapping[str, str] = NONE,
+        path: Path | None = None,
     ) -> None:
-        path = self.staging_path(volume)
+        path = path or self.staging_path(volume)
         with contextlib.suppress(FileExistsError):  # not a look at what is mounted there
             path.mkdir(parents=True)
         with self.locks.hold(volume):
             self.staging.stage(StageRequest(volume, str(path), capability, read_secret(secret), context))
 
-    def unstage(self, volume: str = VOLUME) -> None:
+    def unstage(self, volume: str = VOLUME, *, path: Path | None = None) -> None:
         with self.locks.hold(volume):
-            self.staging.unstage(volume, str(self.staging_path(volume)))
+            self.staging.unstage(volume, str(path or self.staging_path(volume)))
 
     def publish(
         self,
