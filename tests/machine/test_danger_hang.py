@@ -178,16 +178,6 @@ def test_lh13603_who_has_the_device_open_is_named(used: Node) -> None:
     used.unstage()
 
 
-def test_lh13603_a_volume_that_is_still_published_is_not_closed(used: Node) -> None:
-    used.stage()
-    target = used.publish()
-    with pytest.raises(DeviceInUse, match=rf"still published at {target}; unpublish it first"):
-        used.unstage()
-    assert (target / "file").read_text() == "precious"
-    used.unpublish()
-    used.unstage()
-
-
 def test_bootc2089_nothing_waits_for_a_udev_that_does_not_answer(
     used: Node, own_workers: Callable[[], Workers], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,377 @@
+"""Volumes that are put down: the right one, never one in use, and every one that nobody uses.
+
+Public reports of each are named in the tests; what keeps a volume is said before anything of it is undone.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from csi_driver.model.errors import DeviceInUse, DriverError, FailedPrecondition, NotFound
+from csi_driver.model.volume import EncryptionState, mapping_name
+from csi_driver.rpc.client import CsiClient, RemoteError
+from csi_driver.volumes.capability import AccessMode, Capability
+from tests.machine.node import BLOCK, CHEAP, EXT4, MIB, MOUNT, SECRET, SIZE, VOLUME, Node
+from tests.machine.processes import run, sleeping_in
+from tests.machine.server import ServerProcess
+
+OTHER = "pvc-2"
+PLAIN: Mapping[str, str] = {}
+BTRFS = Capability(AccessMode.SINGLE_NODE_WRITER, block=False, fs_type="btrfs")
+_BTRFS_DEVICES_READY = 0x90009427
+
+kinds = pytest.mark.parametrize("capability", [MOUNT, BLOCK], ids=["mount", "block"])
+encrypted_or_plain = pytest.mark.parametrize("parameters", [CHEAP, PLAIN], ids=["encrypted", "plain"])
+
+
+def said_first_of(path: Path) -> str:
+    """The pattern of the sentence for a volume that is still published at `path`."""
+    return rf"{VOLUME}.*still published at {re.escape(str(path))}; unpublish it first"
+
+
+def content_of(path: Path) -> bytes:
+    """The beginning of a block device, read anew."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        return os.pread(descriptor, 16, 0)
+    finally:
+        os.close(descriptor)
+
+
+def put(path: Path | str, content: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        os.pwrite(descriptor, content, 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@kinds
+@encrypted_or_plain
+@pytest.mark.parametrize("published", [False, True], ids=["staged", "published"])
+def test_an_unstage_at_another_path_succeeds_and_changes_nothing(
+    node: Node, capability: Capability, parameters: Mapping[str, str], *, published: bool
+) -> None:
+    """CSI: the call is about the volume at that path, where it is not staged."""
+    node.create(parameters=parameters, capability=capability)
+    node.stage(capability=capability)
+    targets = [node.publish(capability=capability)] if published else []
+    before = node.mapping(), node.loops_of(), node.is_mounted()
+    node.unstage(path=node.folder / "elsewhere")
+    assert (node.mapping(), node.loops_of(), node.is_mounted()) == before
+    targets.append(node.publish(capability=capability, target=node.target_path("pod-2")))
+    for target in targets:
+        node.unpublish(target=target)
+    node.unstage()
+    assert node.closed()
+
+
+@kinds
+@encrypted_or_plain
+def test_kubernetes106729_a_published_volume_is_not_unstaged_and_nothing_of_it_is_undone(
+    node: Node, capability: Capability, parameters: Mapping[str, str]
+) -> None:
+    """Refused before anything is unmounted or closed: the next pod is published, and no number becomes free."""
+    node.create(parameters=parameters, capability=capability)
+    node.stage(capability=capability)
+    target = node.publish(capability=capability)
+    before = node.mapping(), node.loops_of(), node.is_mounted()
+    with pytest.raises(FailedPrecondition, match=said_first_of(target)):
+        node.unstage()
+    assert (node.mapping(), node.loops_of(), node.is_mounted()) == before
+    second = node.publish(capability=capability, target=node.target_path("pod-2"))
+    for path, left in ((target, second), (second, None)):
+        node.unpublish(target=path)
+        if left is not None:
+            with pytest.raises(FailedPrecondition, match=said_first_of(left)):
+                node.unstage()
+    node.unstage()
+    assert node.closed()
+
+
+def test_the_device_that_a_pod_sees_never_becomes_another_volumes(node: Node) -> None:
+    """Unstaged while published, a device number went to the next volume, and the old target read and wrote that."""
+    for volume in (VOLUME, OTHER):
+        node.create(volume, capability=BLOCK)
+    node.stage(capability=BLOCK)
+    target = node.publish(capability=BLOCK)
+    put(target, b"the first volume")
+    with contextlib.suppress(FailedPrecondition):
+        node.unstage()
+    node.stage(OTHER, BLOCK)
+    put(node.open_mapping(OTHER).path, b"the other volume")
+    assert content_of(target) == b"the first volume"
+    node.unpublish()
+    node.unstage()
+    node.unstage(OTHER)
+
+
+@pytest.fixture
+def stale(node: Node) -> Iterator[Node]:
+    """The node below /dev/mapper of a staged volume whose mapping is gone has the number of another volume's.
+
+    That is what is left where no udev runs and a process is killed between removing a mapping and unlinking its node.
+    """
+    for volume in (VOLUME, OTHER):
+        node.create(volume, capability=BLOCK)
+    node.stage(capability=BLOCK)
+    left = Path(node.open_mapping().path)
+    number = left.stat().st_rdev
+    run("dmsetup", "remove", "--noudevsync", left.name)
+    with contextlib.suppress(FileExistsError):
+        os.mknod(left, 0o60600, number)
+    node.stage(OTHER, BLOCK)
+    assert Path(node.open_mapping(OTHER).path).stat().st_rdev == number
+    yield node
+    for volume in (VOLUME, OTHER):
+        node.unstage(volume)
+    left.unlink(missing_ok=True)
+
+
+def test_a_stale_node_goes_with_the_unstage(stale: Node) -> None:
+    stale.unstage()
+    assert not Path("/dev/mapper", mapping_name(VOLUME)).exists()
+    assert stale.mapping(OTHER) is not None
+
+
+def test_a_stale_node_of_a_mapping_is_never_published(stale: Node) -> None:
+    with pytest.raises(FailedPrecondition, match=VOLUME):
+        stale.publish(capability=BLOCK)
+    assert not stale.mounts.at(str(stale.target_path()))
+
+
+def test_a_stale_node_of_a_mapping_does_not_grow(stale: Node) -> None:
+    with pytest.raises((FailedPrecondition, NotFound), match=VOLUME):
+        stale.expand(2 * SIZE)
+    assert stale.open_mapping(OTHER).size_bytes == SIZE
+
+
+def test_a_stale_node_of_a_mapping_has_no_usage(stale: Node) -> None:
+    left = f"/dev/mapper/{mapping_name(VOLUME)}"
+    with pytest.raises((FailedPrecondition, NotFound), match=VOLUME):
+        stale.usages.of(VOLUME, left)
+
+
+def test_a_staging_path_that_is_a_link_is_refused(node: Node) -> None:
+    real, link = node.folder / "real", node.staging_path()
+    real.mkdir()
+    link.parent.mkdir()
+    link.symlink_to(real)
+    node.create()
+    with pytest.raises(FailedPrecondition, match=rf"{re.escape(str(link))}.*symbolic link"):
+        node.stage()
+    assert not node.mounts.at(str(real))
+    assert node.encryption_state() is EncryptionState.PREPARED
+    assert node.closed()
+
+
+def test_a_volume_that_0_1_0_staged_through_a_link_can_be_put_down(used: Node) -> None:
+    """It mounted what the link leads to and recorded the link."""
+    real, link = used.folder / "real", used.staging_path()
+    used.stage(path=real)
+    link.parent.mkdir()
+    link.symlink_to(real)
+    mapping = used.open_mapping()
+    stage = {
+        "boot_id": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        "stage": {
+            "staging_path": str(link), "block": False, "device": mapping.path, "fs_type": "ext4", "mount_options": [],
+            "read_only": False, "luks_uuid": used.header().uuid,
+        },
+    }  # fmt: skip
+    (used.state / "stages" / VOLUME).write_text(json.dumps(stage))
+    used.unstage()
+    assert not used.mounts.at(str(real))
+    assert used.closed()
+
+
+@pytest.mark.parametrize("log_format", ["json", "text"])
+def test_a_holder_in_a_folder_whose_name_is_no_utf8_is_named(folder: Path, log_format: str) -> None:
+    staging_path = folder / "stage"
+    staging_path.mkdir()
+    with ServerProcess(folder, "--log-format", log_format) as server, CsiClient(server.endpoint) as client:
+        volume = client.create_volume(VOLUME, [EXT4], SIZE, parameters=CHEAP, secrets=SECRET)
+        client.stage(volume, staging_path, EXT4, SECRET)
+        latin = bytes(staging_path) + b"/caf\xe9"
+        os.mkdir(latin)
+        with sleeping_in(latin) as holder, pytest.raises(RemoteError) as busy:
+            client.unstage(VOLUME, staging_path)
+        client.unstage(VOLUME, staging_path)
+        client.delete_volume(VOLUME)
+        told = [line for line in server.log().splitlines() if f"process {holder} (sleep)" in line]
+    assert re.search(rf"process {holder} \(sleep\).*/caf", str(busy.value))
+    assert busy.value.code == "FAILED_PRECONDITION"
+    assert len(told) == 1
+    assert "UnicodeEncodeError" not in server.log()
+
+
+def test_targets_that_lie_in_each_other_can_be_put_down(used: Node) -> None:
+    used.stage()
+    outer = used.publish()
+    inner = used.publish(target=outer / "inner")
+    with contextlib.suppress(DeviceInUse):
+        used.unpublish(target=outer)
+    used.unpublish(target=inner)
+    used.unpublish(target=outer)
+    used.unstage()
+    assert used.closed()
+
+
+def test_the_staging_path_is_no_target(used: Node) -> None:
+    """Published there, the next unpublish took the stage away."""
+    used.stage()
+    with contextlib.suppress(DriverError):
+        used.publish(target=used.staging_path())
+    with contextlib.suppress(DriverError):
+        used.unpublish(target=used.staging_path())
+    assert used.is_mounted()
+    assert used.read() == "precious"
+    used.unstage()
+
+
+def test_topolvm1225_all_mounts_stacked_at_the_staging_path_go(used: Node) -> None:
+    used.stage()
+    for _ in range(2):
+        run("mount", "--bind", used.staging_path(), used.staging_path())
+    used.unstage()
+    assert used.closed()
+
+
+def test_lh3080_a_sub_path_that_a_dead_pod_left_is_named_and_nothing_is_undone(used: Node) -> None:
+    used.stage()
+    target = used.publish()
+    (target / "html").mkdir()
+    left = used.folder / "pods" / "volume-subpaths" / "0"
+    left.mkdir(parents=True)
+    run("mount", "--bind", target / "html", left)
+    used.unpublish()
+    with pytest.raises(FailedPrecondition, match=re.escape(str(left))):
+        used.unstage()
+    assert used.is_mounted()
+    run("umount", left)
+    used.unstage()
+    assert used.closed()
+
+
+@pytest.fixture
+def renamed(node: Node) -> Iterator[Node]:
+    """A staged btrfs whose source in mountinfo is /dev/dm-N, as udev's `btrfs ready $devnode` makes it."""
+    node.create(size=256 * MIB, capability=BTRFS)
+    node.stage(capability=BTRFS)
+    node.write()
+    number = Path(node.open_mapping().path).stat().st_rdev
+    device = Path(f"/dev/dm-{os.minor(number)}")
+    made = not device.exists()
+    if made:
+        os.mknod(device, 0o60600, number)
+    control = os.open("/dev/btrfs-control", os.O_RDWR)
+    try:
+        fcntl.ioctl(control, _BTRFS_DEVICES_READY, bytearray(struct.pack("=q4088s", 0, os.fsencode(device))))
+    finally:
+        os.close(control)
+    mount = node.mounts.at(str(node.staging_path()))
+    assert mount is not None
+    assert mount.source == str(device)
+    yield node
+    if made:
+        device.unlink()
+
+
+def test_topolvm877_a_btrfs_whose_device_got_another_name_is_used_grown_and_put_down(renamed: Node) -> None:
+    renamed.stage(capability=BTRFS)
+    target = renamed.publish(capability=BTRFS)
+    assert (target / "file").read_text() == "precious"
+    assert renamed.expand(300 * MIB) == 300 * MIB
+    assert os.statvfs(target).f_blocks * os.statvfs(target).f_frsize == 300 * MIB
+    with pytest.raises(FailedPrecondition, match=said_first_of(target)):
+        renamed.unstage()
+    renamed.unpublish()
+    renamed.unstage()
+    assert renamed.closed()
+    renamed.stage(capability=BTRFS)
+    assert renamed.read() == "precious"
+    renamed.unstage()
+    renamed.delete()
+
+
+@pytest.mark.parametrize("moment", ["published", "unpublished"])
+def test_kubernetes102408_kubelets_own_loop_device_is_named(node: Node, moment: str) -> None:
+    """Kubelet binds a loop device to what it mounted of a block volume's target, and may leave it."""
+    node.create(capability=BLOCK)
+    node.stage(capability=BLOCK)
+    target = node.publish(capability=BLOCK)
+    kubelets = node.folder / "volumeDevices" / "dev" / "uid"
+    kubelets.parent.mkdir(parents=True)
+    kubelets.touch()
+    run("mount", "--bind", target, kubelets)
+    loop = run("losetup", "--find", "--show", kubelets)
+    run("umount", "--lazy", kubelets)
+    if moment == "published":
+        with pytest.raises(FailedPrecondition, match=said_first_of(target)):
+            node.unstage()
+    node.unpublish()
+    with pytest.raises(FailedPrecondition, match=rf"{loop}\b"):
+        node.unstage()
+    assert node.mapping()
+    run("losetup", "--detach", loop)
+    node.unstage()
+    assert node.closed()
+
+
+@kinds
+@encrypted_or_plain
+def test_kubernetes85476_a_volume_that_nobody_uses_is_unstaged_by_its_deletion(
+    node: Node, capability: Capability, parameters: Mapping[str, str]
+) -> None:
+    """Kubelet died between unpublish and unstage and forgot the volume: no unstage comes any more."""
+    node.create(parameters=parameters, capability=capability)
+    node.stage(capability=capability)
+    node.publish(capability=capability)
+    node.unpublish()
+    node.delete()
+    assert node.closed()
+    assert not node.disk().exists()
+    node.delete()
+    node.unstage()
+
+
+@kinds
+@encrypted_or_plain
+def test_kubernetes85476_a_published_volume_is_not_deleted(
+    node: Node, capability: Capability, parameters: Mapping[str, str]
+) -> None:
+    node.create(parameters=parameters, capability=capability)
+    node.stage(capability=capability)
+    target = node.publish(capability=capability)
+    with pytest.raises(FailedPrecondition, match=rf"{VOLUME} cannot be deleted.*{re.escape(str(target))}"):
+        node.delete()
+    assert node.disk().exists()
+    assert target.exists()
+    assert node.is_mounted() is not capability.block
+    node.unpublish()
+    node.unstage()
+    node.delete()
+
+
+@encrypted_or_plain
+def test_kubernetes85476_a_volume_that_a_process_uses_is_not_deleted(node: Node, parameters: Mapping[str, str]) -> None:
+    node.create(parameters=parameters)
+    node.stage()
+    node.write()
+    with sleeping_in(node.staging_path()) as holder:
+        with pytest.raises(FailedPrecondition, match=rf"process {holder} \("):
+            node.delete()
+        assert node.disk().exists()
+        assert node.is_mounted()
+        assert node.read() == "precious"
+    node.unstage()
+    node.delete()
