@@ -1,0 +1,343 @@
+"""What is odd about a node: left-over flags, links, mounts and folders, no device-mapper, a launcher that was stopped.
+
+Each was seen, in public reports or with this driver; what it is, the tests say.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from csi_driver.model.errors import FailedPrecondition, NotFound
+from csi_driver.rpc.client import CsiClient, RemoteError
+from csi_driver.volumes.capability import AccessMode, Capability
+from tests.machine.node import BLOCK, CHEAP, EXT4, MIB, MOUNT, SECRET, SIZE, VOLUME, Node
+from tests.machine.processes import children_of, run, wait_for
+from tests.machine.server import ServerProcess
+
+PLAIN: Mapping[str, str] = {}
+XFS = Capability(AccessMode.SINGLE_NODE_WRITER, block=False, fs_type="xfs")
+BTRFS = Capability(AccessMode.SINGLE_NODE_WRITER, block=False, fs_type="btrfs")
+READER_BLOCK = Capability(AccessMode.SINGLE_NODE_READER_ONLY, block=True)
+
+encrypted_or_plain = pytest.mark.parametrize("parameters", [CHEAP, PLAIN], ids=["encrypted", "plain"])
+kinds = pytest.mark.parametrize("capability", [MOUNT, BLOCK], ids=["mount", "block"])
+
+
+def file_system_bytes(path: Path) -> int:
+    found = os.statvfs(path)
+    return found.f_blocks * found.f_frsize
+
+
+@pytest.fixture
+def small_host(folder: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a file system that is smaller than its disk where staging paths are, as the host's own."""
+    image, point = folder / "host.img", folder / "stage"
+
+    def mount(fs_type: str) -> Path:
+        with image.open("wb") as file:
+            file.truncate(400 * MIB)
+        make = {"btrfs": ("-q",), "xfs": ("-q",), "ext4": ("-q", "-F")}[fs_type]
+        run(f"mkfs.{fs_type}", *make, image)
+        with image.open("r+b") as file:
+            file.truncate(600 * MIB)
+        point.mkdir()
+        run("mount", "-o", "loop", image, point)
+        return point
+
+    yield mount
+    subprocess.run(["umount", "--recursive", point], check=True, timeout=30)
+
+
+@pytest.mark.parametrize(("fs_type", "size"), [("btrfs", 256 * MIB), ("xfs", 304 * MIB), ("ext4", SIZE)])
+@encrypted_or_plain
+def test_only_the_volumes_own_file_system_grows(
+    small_host: Callable[[str], Path], node: Node, fs_type: str, size: int, parameters: Mapping[str, str]
+) -> None:
+    """Unmounted by hand, the host's file system at the staging path was enlarged, or nothing was, and OK was said."""
+    host = small_host(fs_type)
+    capability = Capability(AccessMode.SINGLE_NODE_WRITER, block=False, fs_type=fs_type)
+    node.create(size=size, parameters=parameters, capability=capability)
+    node.stage(capability=capability)
+    before = file_system_bytes(host)
+    run("umount", node.staging_path())
+    with pytest.raises((FailedPrecondition, NotFound), match=rf"{VOLUME}.*(not staged|not mounted|stage it)"):
+        node.expand(size + 64 * MIB)
+    assert file_system_bytes(host) == before
+    node.stage(capability=capability)
+    assert node.expand(size + 64 * MIB) == size + 64 * MIB
+    assert file_system_bytes(node.staging_path()) > size
+    assert file_system_bytes(host) == before
+    node.unstage()
+
+
+@encrypted_or_plain
+def test_a_volume_grows_through_its_staging_path_whatever_else_shows_it(
+    node: Node, parameters: Mapping[str, str]
+) -> None:
+    """The first mount in the kernel's list is a pod's read-only one, by whose name nothing can be enlarged."""
+    node.create(parameters=parameters)
+    node.stage()
+    reader = node.publish(read_only=True)
+    assert node.expand(20 * MIB, path=reader) == 20 * MIB
+    run("umount", node.staging_path())
+    node.stage()
+    assert node.expand(32 * MIB) == 32 * MIB
+    assert file_system_bytes(reader) == file_system_bytes(node.staging_path()) > 24 * MIB
+    node.unpublish()
+    node.unstage()
+
+
+@pytest.fixture
+def read_only_loop(folder: Path) -> Iterator[str]:
+    """The next free loop device carries the read-only flag of its last user."""
+    file = folder / "earlier.img"
+    file.write_bytes(bytes(MIB))
+    device = run("losetup", "--find", "--show", file)
+    run("blockdev", "--setro", device)
+    run("losetup", "--detach", device)
+    flag = Path("/sys/block", Path(device).name, "ro")
+    assert flag.read_text().strip() == "1"
+    yield device
+    run("blockdev", "--setrw", device)
+
+
+@encrypted_or_plain
+@kinds
+def test_rawfile_localpv106_a_read_only_flag_of_an_earlier_user_is_taken_off(
+    node: Node, read_only_loop: str, parameters: Mapping[str, str], capability: Capability
+) -> None:
+    node.create(parameters=parameters, capability=capability)
+    for _ in range(2):
+        node.stage(capability=capability)
+        (loop,) = node.loops_of()
+        assert loop.path == read_only_loop
+        assert not loop.read_only
+        target = node.publish(capability=capability)
+        with (target if capability.block else target / "file").open("r+b" if capability.block else "wb") as file:
+            file.write(b"precious")
+            file.flush()
+            os.fsync(file.fileno())
+        node.unpublish()
+        node.unstage()
+        run("blockdev", "--setro", read_only_loop)
+
+
+def test_a_plain_volume_needs_no_device_mapper(folder: Path) -> None:
+    """It could be staged where there is none, and never be put down."""
+    hidden = 'mount -t tmpfs none /dev/mapper && exec "$@"'
+    program = (
+        "unshare", "--mount", "sh", "-c", hidden, "sh", str(Path(sys.executable).with_name("luks-csi")), "serve",
+    )  # fmt: skip
+    paths = {"mount": EXT4, "block": BLOCK}
+    with ServerProcess(folder, program=program) as server, CsiClient(server.endpoint, 60) as client:
+        for name, capability in paths.items():
+            staging_path, target = folder / "stage" / name, folder / "pods" / name
+            staging_path.mkdir(parents=True)
+            volume = client.create_volume(name, [capability], SIZE)
+            for _ in range(2):
+                client.stage(volume, staging_path, capability)
+                client.publish(volume, staging_path, target, capability)
+                assert client.usage(name, target)
+                client.unpublish(name, target)
+                client.unstage(name, staging_path)
+            client.delete_volume(name)
+        secret = client.create_volume(VOLUME, [EXT4], SIZE, parameters=CHEAP, secrets=SECRET)
+        (folder / "stage" / VOLUME).mkdir()
+        with pytest.raises(RemoteError, match="device-mapper") as refused:
+            client.stage(secret, folder / "stage" / VOLUME, EXT4, SECRET)
+        assert refused.value.code == "FAILED_PRECONDITION"
+        client.unstage(VOLUME, folder / "stage" / VOLUME)
+        client.delete_volume(VOLUME)
+
+
+@kinds
+def test_folders_of_the_driver_that_are_gone_are_made_again(node: Node, capability: Capability) -> None:
+    """Somebody tidied up below the state directory while the server ran."""
+
+    def lose() -> None:
+        for name in ("locks", "stages"):
+            shutil.rmtree(node.state / name)
+
+    lose()
+    node.create(capability=capability)
+    lose()
+    node.stage(capability=capability)
+    node.publish(capability=capability)
+    lose()
+    node.unpublish()
+    lose()
+    node.unstage()
+    assert node.closed()
+    lose()
+    node.delete()
+
+
+def test_a_staged_volume_whose_stage_was_forgotten_can_be_staged_and_used_again(used: Node) -> None:
+    used.stage()
+    shutil.rmtree(used.state / "stages")
+    used.stage()
+    assert (used.publish() / "file").read_text() == "precious"
+    used.unpublish()
+    used.unstage()
+
+
+def test_blockstor192_a_secret_that_changed_is_told_before_the_reboot(folder: Path) -> None:
+    """Kubelet stages again after its restart: that succeeds, and one line warns that no later stage would."""
+    staging_path = folder / "stage"
+    staging_path.mkdir()
+    with ServerProcess(folder) as server, CsiClient(server.endpoint, 60) as client:
+
+        def warnings() -> list[str]:
+            lines = [json.loads(line) for line in server.log().splitlines() if line.startswith("{")]
+            found = [line for line in lines if line["level"] == "warning" and line.get("volume_id") == VOLUME]
+            return [str(line["event"]) for line in found]
+
+        volume = client.create_volume(VOLUME, [EXT4], SIZE, parameters=CHEAP, secrets=SECRET)
+        for _ in range(2):
+            client.stage(volume, staging_path, EXT4, SECRET)
+        client.stage(volume, staging_path, EXT4)  # no secret at all is none that drifted
+        assert warnings() == []
+        client.stage(volume, staging_path, EXT4, {"CRYPTO_KEY_VALUE": "another one"})
+        told = wait_for(lambda: warnings() or None, "the warning")
+        assert len(told) == 1
+        assert "secret" in told[0]
+        assert "another one" not in server.log()
+        client.unstage(VOLUME, staging_path)
+        with pytest.raises(RemoteError) as refused:
+            client.stage(volume, staging_path, EXT4, {"CRYPTO_KEY_VALUE": "another one"})
+        assert refused.value.code == "UNAUTHENTICATED"
+        client.delete_volume(VOLUME)
+
+
+def test_a_stopped_launcher_costs_errors_and_no_threads(folder: Path) -> None:
+    staging_path = folder / "stage"
+    staging_path.mkdir()
+    limits = [f"--{what}-seconds=3" for what in ("format", "unlock", "mount")]
+    with ServerProcess(folder, *limits) as server, CsiClient(server.endpoint, 60) as client:
+        volume = client.create_volume(VOLUME, [EXT4], SIZE, parameters=CHEAP, secrets=SECRET)
+        client.stage(volume, staging_path, EXT4, SECRET)
+        (staging_path / "file").write_text("precious")
+        stopped = children_of(server.pid)
+        assert stopped
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(RemoteError, match=rf"volume {VOLUME}") as late:
+                client.unstage(VOLUME, staging_path)
+            client.probe()
+            assert client.usage(VOLUME, staging_path)
+        finally:
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
+        assert late.value.code == "DEADLINE_EXCEEDED"
+        client.stage(volume, staging_path, EXT4, SECRET)
+        assert (staging_path / "file").read_text() == "precious"
+        client.unstage(VOLUME, staging_path)
+        client.delete_volume(VOLUME)
+
+
+ODD: Mapping[str, Callable[[Path], None]] = {
+    "fifo": os.mkfifo,
+    "empty-file": Path.touch,
+    "device": lambda path: os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3)),
+    "folder": Path.mkdir,
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_an_unpublish_finds_instead_of_a_volume_goes(node: Node, kind: str) -> None:
+    target = node.folder / "odd"
+    ODD[kind](target)
+    node.unpublish(target=target)
+    assert not os.path.lexists(target)
+
+
+def test_what_holds_something_is_left_alone_by_an_unpublish(node: Node) -> None:
+    file, full, link = node.folder / "file", node.folder / "full", node.folder / "link"
+    file.write_text("precious")
+    full.mkdir()
+    (full / "file").write_text("precious")
+    link.symlink_to(full)
+    for target in (file, full, link):
+        with pytest.raises(FailedPrecondition, match=rf"{re.escape(str(target))}.*left alone"):
+            node.unpublish(target=target)
+    assert file.read_text() == (full / "file").read_text() == "precious"
+    assert link.is_symlink()
+
+
+def test_host_path307_a_target_whose_folders_are_gone_is_made(used: Node) -> None:
+    used.stage()
+    target = used.publish(target=used.folder / "gone" / "volumes" / "kubernetes.io~csi" / "mount")
+    assert (target / "file").read_text() == "precious"
+    used.unpublish(target=target)
+    assert not target.exists()
+    used.unstage()
+
+
+@pytest.mark.parametrize("size", ["65536"])
+def test_lvm111_a_file_system_that_this_kernel_cannot_mount_is_told(node: Node, size: str) -> None:
+    """It is there, so it is never made anew; the volume is put down and deleted as any other."""
+    node.create(size=300 * MIB, parameters={**CHEAP, "mkfsOptions": f"-b {size}"})
+    for _ in range(2):
+        with pytest.raises(FailedPrecondition, match=rf"luks-{VOLUME} could not be mounted .* as ext4"):
+            node.stage()
+        assert node.closed()
+    node.unstage()
+    node.delete()
+
+
+def test_hpe416_a_pod_gets_no_folder_instead_of_a_damaged_file_system(used: Node) -> None:
+    used.stage(capability=BLOCK)
+    descriptor = os.open(used.open_mapping().path, os.O_WRONLY)
+    os.pwrite(descriptor, b"\xff" * 2048, 0)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    used.unstage()
+    with pytest.raises(FailedPrecondition, match=r"could not be mounted .* as ext4") as failed:
+        used.stage()
+    # The advice is for a device that is there when it is read.
+    for device in re.findall(r"/dev/mapper/\S+", str(failed.value).partition("run ")[2]):
+        assert Path(device.rstrip("'")).exists()
+    with pytest.raises(FailedPrecondition, match="not staged"):
+        used.publish()
+    assert not used.target_path().exists()
+    assert used.closed()
+    used.unstage()
+
+
+@pytest.mark.parametrize("mapping_too", [False, True], ids=["mapping-lives", "all-gone"])
+def test_ignition2216_after_a_soft_reboot_the_volume_is_staged_anew(used: Node, *, mapping_too: bool) -> None:
+    """The boot id is the same; processes and mounts are gone, the mapping perhaps."""
+    used.stage()
+    used.publish()
+    for path in (used.target_path(), used.staging_path()):
+        run("umount", path)
+    if mapping_too:
+        used.mapper.remove(used.open_mapping().name)
+    with pytest.raises(FailedPrecondition, match=VOLUME):
+        used.publish()
+    used.stage()
+    assert (used.publish() / "file").read_text() == "precious"
+    used.unpublish()
+    used.unstage()
+
+
+def test_kubernetes100840_a_block_volume_published_read_only_shows_what_is_there(used: Node) -> None:
+    """What keeps a pod from writing is the container runtime: a device node has no read-only mount."""
+    used.stage(capability=READER_BLOCK)
+    target = used.publish(capability=READER_BLOCK, read_only=True)
+    mount = used.mounts.at(str(target))
+    assert mount is not None
+    assert "ro" in mount.options
+    assert b"precious" in target.open("rb").read(SIZE)
+    used.unpublish()
+    used.unstage()

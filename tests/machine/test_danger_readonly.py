@@ -1,0 +1,146 @@
+"""The disk of the state directory turns read-only by an error while volumes are in use: all can be put down.
+
+Nothing can be written down then, and a node that is drained needs no more than unmounting and closing.
+"""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from csi_driver.host.devicemapper import DeviceMapper
+from csi_driver.host.loop import LoopDevices
+from csi_driver.host.mounts import Mounts
+from csi_driver.model.volume import mapping_name
+from csi_driver.rpc.client import CsiClient, RemoteError, RemoteVolume
+from csi_driver.volumes.capability import Capability
+from tests.machine.node import BLOCK, CHEAP, EXT4, SECRET, SIZE
+from tests.machine.processes import run
+from tests.machine.server import ServerProcess
+
+KINDS: dict[str, tuple[Capability, dict[str, str]]] = {
+    "mount": (EXT4, dict(CHEAP)),
+    "block": (BLOCK, dict(CHEAP)),
+    "plain-mount": (EXT4, {}),
+    "plain-block": (BLOCK, {}),
+}
+
+
+class Disks:
+    """The state directory on a disk of its own, kubelet's folder on another one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.state, self.kubelet, self._image = folder / "state", folder / "kubelet", folder / "disk.img"
+        for path in (self.state, self.kubelet):
+            path.mkdir()
+        with self._image.open("wb") as image:
+            image.truncate(1 << 30)
+        run("mkfs.ext4", "-q", "-F", self._image)
+        run("mount", "-t", "tmpfs", "none", self.kubelet)
+        self.attach()
+
+    def attach(self) -> None:
+        """Mount the state directory as it is after a reboot."""
+        run("mount", "-o", "loop,errors=remount-ro", self._image, self.state)
+
+    def fail(self, *, kubelet_too: bool) -> None:
+        """As ext4 does with a disk that answers with errors."""
+        device = Path(run("findmnt", "-no", "SOURCE", self.state))
+        Path("/sys/fs/ext4", device.name, "trigger_fs_error").write_text("a test")
+        assert os.statvfs(self.state).f_flag & os.ST_RDONLY
+        if kubelet_too:
+            run("mount", "-o", "remount,ro", self.kubelet)
+
+    def mend(self) -> None:
+        """What an administrator does."""
+        run("umount", self.state)
+        run("e2fsck", "-p", "-f", self._image)
+        self.attach()
+        run("mount", "-o", "remount,rw", self.kubelet)
+
+    def close(self) -> None:
+        for path in (self.state, self.kubelet):
+            subprocess.run(["umount", "--recursive", "--lazy", path], check=False, timeout=30, capture_output=True)
+
+    def staging(self, name: str) -> Path:
+        return self.kubelet / "staging" / name
+
+    def pod(self, name: str) -> Path:
+        return self.kubelet / "pods" / name
+
+    def is_put_down(self, name: str) -> bool:
+        disk = self.state / "loopfile/volumes" / name / "disk.img"
+        mounted = [path for path in (self.staging(name), self.pod(name)) if Mounts().at(str(path))]
+        return not (DeviceMapper().get(mapping_name(name)) or LoopDevices().find(str(disk)) or mounted)
+
+
+@pytest.fixture
+def disks(folder: Path) -> Iterator[Disks]:
+    disks = Disks(folder)
+    yield disks
+    disks.close()
+
+
+def use(client: CsiClient, disks: Disks, name: str) -> RemoteVolume:
+    """A volume that a pod uses."""
+    capability, parameters = KINDS[name]
+    volume = client.create_volume(name, [capability], SIZE, parameters=parameters, secrets=SECRET)
+    disks.staging(name).mkdir(parents=True)
+    client.stage(volume, disks.staging(name), capability, SECRET)
+    client.publish(volume, disks.staging(name), disks.pod(name), capability)
+    if not capability.block:
+        (disks.pod(name) / "file").write_text("precious")
+    return volume
+
+
+@pytest.mark.parametrize("restarted", [False, True], ids=["running", "restarted"])
+@pytest.mark.parametrize("kubelet_too", [False, True], ids=["state", "all"])
+def test_a_state_directory_that_turned_read_only_keeps_no_volume_up(
+    disks: Disks, *, restarted: bool, kubelet_too: bool
+) -> None:
+    with ServerProcess(disks.folder) as server, CsiClient(server.endpoint, 60) as client:
+        volumes = {name: use(client, disks, name) for name in KINDS}
+        disks.fail(kubelet_too=kubelet_too)
+        if restarted:
+            server.kill()
+            server.start(healthy=False)
+        told = []
+        for name in KINDS:
+            for _ in range(2):
+                client.unpublish(name, disks.pod(name))
+            for _ in range(2):
+                client.unstage(name, disks.staging(name))
+            assert disks.is_put_down(name)
+            with pytest.raises(RemoteError) as refused:
+                client.delete_volume(name)
+            told.append(str(refused.value))
+        server.stop()
+        for sentence in told:
+            assert "read-only" in sentence.lower()
+            assert "look for request" not in sentence, "an error that nobody foresaw"
+        disks.mend()
+        server.start()
+        for name, (capability, _) in KINDS.items():
+            client.stage(volumes[name], disks.staging(name), capability, SECRET)
+            if not capability.block:
+                assert (disks.staging(name) / "file").read_text() == "precious"
+            client.unstage(name, disks.staging(name))
+            client.delete_volume(name)
+
+
+def test_a_volume_in_use_is_told_of_while_nothing_can_be_written(disks: Disks) -> None:
+    """What only looks goes on, and a stage says why it cannot."""
+    with ServerProcess(disks.folder) as server, CsiClient(server.endpoint, 60) as client:
+        use(client, disks, "mount")
+        disks.fail(kubelet_too=False)
+        assert client.usage("mount", disks.pod("mount"))
+        assert [volume.id for volume in client.volumes()] == ["mount"]
+        with pytest.raises(RemoteError, match=r"(?i)read-only") as refused:
+            client.create_volume("another", [EXT4], SIZE, parameters=CHEAP, secrets=SECRET)
+        assert "look for request" not in str(refused.value)
+        client.unpublish("mount", disks.pod("mount"))
+        client.unstage("mount", disks.staging("mount"))
+        assert disks.is_put_down("mount")
