@@ -4,10 +4,11 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from csi_driver.host.commands import Completed, run_program
 from csi_driver.host.handle import Handle
 from csi_driver.host.syscalls import libc, syscall
 from csi_driver.model.secret import Passphrase
@@ -53,6 +54,11 @@ def stop_first(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -
     """Be stopped, and do the work once somebody sends SIGCONT."""
     os.kill(os.getpid(), signal.SIGSTOP)
     return function(*args, **kwargs)
+
+
+def run_stopped_program(argv: Sequence[str | Handle], *, timeout: float, ok_codes: Sequence[int]) -> Completed:
+    """The same in a program: it is stopped before it begins."""
+    return run_program(("sh", "-c", 'kill -STOP $$; exec "$@"', "sh", *argv), timeout=timeout, ok_codes=ok_codes)
 
 
 def leave() -> None:

@@ -8,14 +8,14 @@ Nothing here hangs on luck: the child is stopped before it does its work, and go
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import pytest
 
-from csi_driver.host.commands import Commands, Completed
+from csi_driver.host.commands import run_program
 from csi_driver.host.workers import Workers
 from csi_driver.keys.secret import read_secret
 from csi_driver.model.errors import VolumeBusy
@@ -27,7 +27,7 @@ from tests.machine.fault_server import FaultServer, Outcome
 from tests.machine.node import CHEAP, EXT4, LIMITS, MIB, SECRET, SIZE, VOLUME, Node, fingerprint
 from tests.machine.processes import has_ended, run, stopped_below, wait_for
 from tests.machine.test_danger_orphans import stage_when_free
-from tests.worker_tasks import stop_first
+from tests.worker_tasks import run_stopped_program, stop_first
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,28 +37,19 @@ PLAIN: Mapping[str, str] = {}
 
 
 class StoppingWorkers(Workers):
-    """The work whose name begins with `step` stops before it begins."""
+    """The work whose name begins with `step`, in a program if it is one, stops before it begins."""
 
     def __init__(self, step: str) -> None:
         super().__init__((*WARM, stop_first.__module__))
         self._step = step
 
     def call(self, what: str, timeout: float, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        if what.startswith(self._step):
-            return super().call(what, timeout, stop_first, function, *args, **kwargs)
-        return super().call(what, timeout, function, *args, **kwargs)
-
-
-class StoppingCommands(Commands):
-    """The same for a program."""
-
-    def __init__(self, step: str) -> None:
-        self._step = step
-
-    def run(self, argv: Sequence[str], *, timeout: float, ok_codes: Sequence[int] = (0,)) -> Completed:
-        if argv[0] == self._step:
-            argv = ["sh", "-c", 'kill -STOP $$; exec "$@"', "sh", *argv]
-        return super().run(argv, timeout=timeout, ok_codes=ok_codes)
+        if not what.startswith(self._step):
+            return super().call(what, timeout, function, *args, **kwargs)
+        if cast("object", function) is run_program:
+            stopping = cast("Callable[P, R]", run_stopped_program)
+            return super().call(what, timeout, stopping, *args, **kwargs)
+        return super().call(what, timeout, stop_first, function, *args, **kwargs)
 
 
 @contextmanager
@@ -66,7 +57,7 @@ def orphaned(node: Node, step: str) -> Iterator[int]:
     """The child of a server that stages the volume and is killed when the child is about to begin `step`."""
 
     def build(settings: Settings, _: Injector) -> Driver:
-        return build_driver(settings, Host(workers=StoppingWorkers(step), commands=StoppingCommands(step)))
+        return build_driver(settings, Host(workers=StoppingWorkers(step)))
 
     settings = Settings(node_id="node-1", state_dir=node.state, free_space_floor=64 * MIB, limits=LIMITS)
     request = StageRequest(VOLUME, str(node.staging_path()), EXT4, read_secret(SECRET), {})
