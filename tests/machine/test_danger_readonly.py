@@ -3,7 +3,7 @@
 Nothing can be written down then, and a node that is drained needs no more than unmounting and closing.
 """
 
-import os
+import errno
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ from csi_driver.model.volume import mapping_name
 from csi_driver.rpc.client import CsiClient, RemoteError, RemoteVolume
 from csi_driver.volumes.capability import Capability
 from tests.machine.node import BLOCK, CHEAP, EXT4, SECRET, SIZE
-from tests.machine.processes import run
+from tests.machine.processes import run, wait_for
 from tests.machine.server import ServerProcess
 
 KINDS: dict[str, tuple[Capability, dict[str, str]]] = {
@@ -50,9 +50,16 @@ class Disks:
         """As ext4 does with a disk that answers with errors."""
         device = Path(run("findmnt", "-no", "SOURCE", self.state))
         Path("/sys/fs/ext4", device.name, "trigger_fs_error").write_text("a test")
-        assert os.statvfs(self.state).f_flag & os.ST_RDONLY
+        wait_for(self._is_read_only, "the file system to turn read-only")
         if kubelet_too:
             run("mount", "-o", "remount,ro", self.kubelet)
+
+    def _is_read_only(self) -> bool:
+        try:
+            (self.state / "written").touch()
+        except OSError as error:
+            return error.errno == errno.EROFS
+        return False
 
     def mend(self) -> None:
         """What an administrator does."""
