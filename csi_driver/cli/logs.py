@@ -2,74 +2,47 @@
 
 import logging
 import os
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Final
 
 import msgspec
 
+from csi_driver.host.log import Log, log
 from csi_driver.model.settings import LogFormat
 from csi_driver.model.text import printable, shortened, without_surrogates
 
-
-@contextmanager
-def _without_rich() -> Iterator[None]:
-    """Import structlog without rich, which it takes where it finds it, to print tracebacks that are never printed here.
-
-    Measured: half of structlog's import, an eighth of the time from the start of the server to its first answer.
-    """
-    if "rich" in sys.modules:
-        yield
-        return
-    sys.modules["rich"] = None  # type: ignore[assignment]  # "not to be had", says the import system's manual
-    try:
-        yield
-    finally:
-        del sys.modules["rich"]
-
-
-with _without_rich():
-    import structlog
-    from structlog.typing import EventDict, Processor, WrappedLogger
-
 LEVELS = ("debug", "info", "warning", "error")
+
+_EVENT_WIDTH, _LEVEL_WIDTH = 30, 9
+_QUOTED: Final = frozenset(" =\"'")
+_BOLD, _DIM, _RED, _GREEN, _YELLOW, _MAGENTA, _CYAN = 1, 2, 31, 32, 33, 35, 36
+
+Render = Callable[[int, str, Mapping[str, object]], bytes]
 
 
 def configure_logs(log_format: LogFormat, level: str, descriptor: int = 2) -> None:
-    """Set up structlog, and lead what libraries log by `logging` to it; `level` is one of LEVELS."""
+    """Set up the process's log, and lead what libraries log by `logging` to it; `level` is one of LEVELS."""
     terminal = os.isatty(descriptor)
     text = log_format is LogFormat.TEXT or (log_format is LogFormat.AUTO and terminal)
-    render: Processor = structlog.dev.ConsoleRenderer(colors=terminal) if text else _json
+    render = _text(_coloured if terminal else _plain) if text else _json
     number = logging.getLevelNamesMapping()[level.upper()]
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            _bounded,
-            *((_for_terminals,) if text else ()),
-            render,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=_Lines(descriptor),
-        cache_logger_on_first_use=True,
-    )
-    logging.basicConfig(handlers=[_FromLibraries()], level=max(number, logging.WARNING), force=True)
+    log.set_up(number, _Lines(descriptor, render).write)
+    logging.basicConfig(handlers=[_FromLibraries(log)], level=max(number, logging.WARNING), force=True)
 
 
 class _Lines:
-    """Makes and is the logger of structlog: writes each line whole. A reader that is gone must fail no call."""
+    """Writes each line whole. A reader that is gone must fail no call."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, render: Render) -> None:
         self._descriptor = descriptor
+        self._render = render
         self._guard = threading.Lock()
 
-    def __call__(self, *_args: object) -> "_Lines":
-        return self
-
-    def msg(self, line: str | bytes) -> None:
-        rest = memoryview((line if isinstance(line, bytes) else line.encode(errors="backslashreplace")) + b"\n")
+    def write(self, level: int, event: str, fields: Mapping[str, object]) -> None:
+        bounded = {name: shortened(value) if isinstance(value, str) else value for name, value in fields.items()}
+        rest = memoryview(self._render(level, shortened(event), bounded) + b"\n")
         with self._guard:
             while rest:
                 try:
@@ -77,35 +50,67 @@ class _Lines:
                 except OSError:
                     return
 
-    debug = info = warning = error = critical = msg
-
 
 class _FromLibraries(logging.Handler):
     """Tells what a library logged. Of an exception only class and place: its text may quote a request."""
 
+    def __init__(self, target: Log) -> None:
+        super().__init__()
+        self._target = target
+
     def emit(self, record: logging.LogRecord) -> None:
-        log = structlog.get_logger(record.name)
         if record.exc_info and record.exc_info[0] is not None:
             kind, where = record.exc_info[0].__name__, f"{record.pathname}:{record.lineno}"
-            log.log(record.levelno, "library error", library=record.name, kind=kind, where=where)
+            self._target.log(record.levelno, "library error", library=record.name, kind=kind, where=where)
         else:
-            log.log(record.levelno, record.getMessage(), library=record.name)
+            self._target.log(record.levelno, record.getMessage(), library=record.name)
+
+
+def _now() -> str:
+    return f"{datetime.now(UTC).isoformat(timespec='microseconds')[:-6]}Z"
+
+
+def _level(number: int) -> str:
+    return logging.getLevelName(number).lower()
 
 
 _encode_json = msgspec.json.Encoder(enc_hook=repr).encode
 
 
-def _bounded(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    return {name: shortened(value) if isinstance(value, str) else value for name, value in event.items()}
-
-
-def _for_terminals(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """What is no text is shown by its repr, which writes out by itself what a terminal may act upon."""
-    return {name: printable(value) if isinstance(value, str) else value for name, value in event.items()}
-
-
-def _json(_logger: WrappedLogger, _method: str, event: EventDict) -> bytes:
+def _json(level: int, event: str, fields: Mapping[str, object]) -> bytes:
+    line = {**fields, "event": event, "level": _level(level), "timestamp": _now()}
     try:
-        return _encode_json(event)
+        return _encode_json(line)
     except UnicodeEncodeError:
-        return _encode_json(without_surrogates(event))
+        return _encode_json(without_surrogates(line))
+
+
+def _plain(text: str, *_colours: int) -> str:
+    return text
+
+
+def _coloured(text: str, *colours: int) -> str:
+    """The text between what a terminal takes for these colours (ECMA-48, SGR)."""
+    return "".join((*(f"\x1b[{colour}m" for colour in colours), text, "\x1b[0m"))
+
+
+def _text(style: Callable[..., str]) -> Render:
+    def render(level: int, event: str, fields: Mapping[str, object]) -> bytes:
+        colour = _GREEN if level < logging.WARNING else _YELLOW if level < logging.ERROR else _RED
+        shown = (
+            f"{style(printable(name), _CYAN)}={style(_value(value), _MAGENTA)}"
+            for name, value in sorted(fields.items())
+        )
+        head = f"{style(_now(), _DIM)} [{style(_level(level).ljust(_LEVEL_WIDTH), colour, _BOLD)}]"
+        line = " ".join((head, style(printable(event).ljust(_EVENT_WIDTH), _BOLD), *shown))
+        return line.encode(errors="backslashreplace")
+
+    return render
+
+
+def _value(value: object) -> str:
+    """What is no text is shown by its repr, which writes out by itself what a terminal may act upon."""
+    if not isinstance(value, str):
+        return repr(value)
+    shown = printable(value)
+    return shown if _QUOTED.isdisjoint(shown) else repr(shown)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import click
 
 from csi_driver import __version__
+from csi_driver.cli.loading import loading
 from csi_driver.model.errors import DriverError
 from csi_driver.model.text import printable
 
@@ -30,7 +31,8 @@ class _LazyGroup(click.Group):
         if (place := COMMANDS.get(cmd_name)) is None:
             return None
         module, _, name = place.partition(":")
-        command = getattr(importlib.import_module(module), name)
+        with loading():
+            command = getattr(importlib.import_module(module), name)
         if not isinstance(command, click.Command):
             raise TypeError(f"{place} is no command")
         return command

@@ -11,6 +11,7 @@ from typing import Any
 import click
 from click import Option
 
+from csi_driver.cli.loading import loading
 from csi_driver.cli.logs import LEVELS, configure_logs
 from csi_driver.host.hardening import harden_process
 from csi_driver.model.errors import DriverError
@@ -191,12 +192,14 @@ def serve(**options: Any) -> None:
     settings = settings_of(options)
     configure_logs(settings.log_format, settings.log_level)
     # Our own part first: it starts the worker launcher, which loads while grpcio does.
-    from csi_driver.volumes.driver import build_driver
+    with loading():
+        from csi_driver.volumes.driver import build_driver
 
     driver = build_driver(settings)
     try:
         driver.start()
-        from csi_driver.rpc.server import driver_server, serve_until_told
+        with loading():
+            from csi_driver.rpc.server import driver_server, serve_until_told
 
         all_ended = serve_until_told(driver_server(driver))
     finally:

@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from email.utils import formatdate
 from http import HTTPStatus
 
-import structlog
-
+from csi_driver.host.log import log
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.rpc.endpoint import host_and_port
 
-_log = structlog.get_logger(__name__)
 _SECONDS_TO_ASK = 3.0
 _SECONDS_TO_ANSWER = 10.0
 _MOST_CLIENTS = 64  # open at once; one more, and the oldest goes
@@ -138,7 +136,7 @@ class _Clients:
             try:
                 page = self._pages[path]()
             except Exception as error:  # noqa: BLE001 - whatever it is, the next one may ask again
-                _log.error("page not made", path=path, kind=type(error).__name__)
+                log.error("page not made", path=path, kind=type(error).__name__)
                 page = Page(HTTPStatus.INTERNAL_SERVER_ERROR, b"it could not be made; the driver's log tells more\n")
             with contextlib.suppress(RuntimeError):  # the server has stopped meanwhile
                 loop.call_soon_threadsafe(show, page)

@@ -16,10 +16,9 @@ from operator import attrgetter
 from typing import Any, Protocol, TypeVar
 
 import grpc
-from structlog.contextvars import bind_contextvars, get_contextvars
-from structlog.typing import FilteringBoundLogger
 
 from csi_driver.host.locks import VolumeLocks
+from csi_driver.host.log import Log, request_id
 from csi_driver.model.errors import DriverError
 from csi_driver.model.volume import volume_id_for
 from csi_driver.rpc import convert, csi_pb2
@@ -97,8 +96,7 @@ class Statuses:
             try:
                 return behaviour(request, context)
             except Exception as error:  # noqa: BLE001 - every error becomes a status, and abort raises
-                request_id = get_contextvars().get("request_id", "")
-                context.abort(code_of(error), text_of(error, method.name, request_id))
+                context.abort(code_of(error), text_of(error, method.name, request_id.get()))
 
         return answer
 
@@ -120,20 +118,20 @@ class CallLog:
         }
     )
 
-    def __init__(self, log: FilteringBoundLogger) -> None:
+    def __init__(self, log: Log) -> None:
         self._log = log
         self._prefix = os.urandom(3).hex()
         self._numbers = itertools.count(1)
 
     def around(self, method: Method, behaviour: Behaviour) -> Behaviour:
         name, volume_id, numbers, prefix, log = method.name, method.volume_id, self._numbers, self._prefix, self._log
-        tells_requests = log.is_enabled_for(logging.DEBUG)
+        tells_requests = log.tells(logging.DEBUG)
         level = logging.DEBUG if name in self._ROUTINE else logging.INFO
-        tells_success, tell = log.is_enabled_for(level), log.debug if level == logging.DEBUG else log.info
+        tells_success, tell = log.tells(level), log.debug if level == logging.DEBUG else log.info
         clock = time.perf_counter
 
         def logged(request: Any, context: grpc.ServicerContext) -> object:
-            bind_contextvars(request_id=f"{prefix}-{next(numbers)}")
+            request_id.set(f"{prefix}-{next(numbers)}")
             if tells_requests:
                 log.debug("request", method=name, fields=shown(request))
             started = clock()

@@ -3,15 +3,14 @@
 from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
 
-import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from csi_driver.host.log import log
 from csi_driver.model.errors import DriverError
 from csi_driver.rpc.http import Page
 
-_log = structlog.get_logger(__name__)
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 
@@ -58,4 +57,4 @@ class _Gauges(Collector):
                 family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
                 yield family(name, meaning, value=read())
             except (DriverError, OSError) as error:
-                _log.warning("metric left out", metric=name, error=str(error))
+                log.warning("metric left out", metric=name, error=str(error))

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
-import structlog
 
+from csi_driver.host.log import log
 from csi_driver.rpc import pluginregistration_pb2 as registration
 from csi_driver.rpc import pluginregistration_pb2_grpc
 from csi_driver.rpc.client import CsiClient, RemoteError
@@ -33,7 +33,6 @@ class Registrar:
         self._endpoint = endpoint
         self._kubelet_endpoint = kubelet_endpoint
         self._folder = folder
-        self._log = structlog.get_logger(__name__).bind()
 
     def run(self) -> bool:
         """Register until SIGTERM or SIGINT; False as soon as kubelet refuses the driver, which it does for good.
@@ -54,7 +53,7 @@ class Registrar:
                     return client.plugin_info().name
             except RemoteError as error:
                 if not waiting:
-                    self._log.info("waiting for the driver", endpoint=str(self._endpoint), error=str(error))
+                    log.info("waiting for the driver", endpoint=str(self._endpoint), error=str(error))
                 waiting = True
             if select.select([asked], [], [], _AGAIN_SECONDS)[0]:
                 return None
@@ -65,7 +64,7 @@ class Registrar:
         pluginregistration_pb2_grpc.add_RegistrationServicer_to_server(answers, server)
         place = Endpoint(endpoint_path(str(self._folder / f"{name}-reg.sock")))
         place.place(lambda path: listen_on(server, path))
-        self._log.info("registering", driver=name, endpoint=str(self._kubelet_endpoint), folder=str(self._folder))
+        log.info("registering", driver=name, endpoint=str(self._kubelet_endpoint), folder=str(self._folder))
         os.read(asked, 1)
         place.remove()
         server.stop(_GRACE_SECONDS).wait()
@@ -78,7 +77,6 @@ class _Answers(pluginregistration_pb2_grpc.RegistrationServicer):
             type="CSIPlugin", name=name, endpoint=endpoint, supported_versions=_VERSIONS
         )
         self._stop = stop
-        self._log = structlog.get_logger(__name__).bind()
         self.refused = False
 
     def GetInfo(self, request: registration.InfoRequest, context: grpc.ServicerContext) -> registration.PluginInfo:
@@ -88,9 +86,9 @@ class _Answers(pluginregistration_pb2_grpc.RegistrationServicer):
         self, request: registration.RegistrationStatus, context: grpc.ServicerContext
     ) -> registration.RegistrationStatusResponse:
         if request.plugin_registered:
-            self._log.info("registered", driver=self._info.name)
+            log.info("registered", driver=self._info.name)
         else:
-            self._log.error("kubelet refused the driver", driver=self._info.name, error=request.error)
+            log.error("kubelet refused the driver", driver=self._info.name, error=request.error)
             self.refused = True
             os.write(self._stop, b"\0")
         return registration.RegistrationStatusResponse()

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 
 import grpc
-import structlog
 
+from csi_driver.host.log import log
 from csi_driver.model.errors import DriverError
 from csi_driver.model.settings import Service, Settings
 from csi_driver.rpc import csi_pb2_grpc
@@ -46,12 +46,11 @@ class Server:
     ) -> None:
         self._settings = settings
         self._endpoint = Endpoint(settings.endpoint)
-        self._log = structlog.get_logger(__name__).bind()
         self._pools = (
             ThreadPoolExecutor(settings.threads, "call"),
             ThreadPoolExecutor(_IDENTITY_THREADS, "identity"),
         )
-        concerns: list[Concern] = [OwnThreads("Identity", self._pools[1]), Statuses(), CallLog(self._log)]
+        concerns: list[Concern] = [OwnThreads("Identity", self._pools[1]), Statuses(), CallLog(log)]
         self._http = None
         if settings.http_address is not None:
             # Half a start-up time, for those who want it.
@@ -89,7 +88,7 @@ class Server:
         except DriverError:
             self.stop()
             raise
-        self._log.info("serving", endpoint=str(self._settings.endpoint), services=sorted(self._settings.services))
+        log.info("serving", endpoint=str(self._settings.endpoint), services=sorted(self._settings.services))
 
     def stop(self) -> bool:
         """Take the socket away, take no new call, and let those in flight end within the grace time.
@@ -105,10 +104,10 @@ class Server:
         ending.join(_AFTER_GRACE_SECONDS)
         in_time = not ending.is_alive()
         if not in_time:
-            self._log.warning("calls were cut off", grace_seconds=grace)
+            log.warning("calls were cut off", grace_seconds=grace)
         if self._http is not None:
             self._http.stop()
-        self._log.info("stopped")
+        log.info("stopped")
         return in_time
 
     def _end_threads(self) -> None:

@@ -6,17 +6,15 @@ A repeated NodeStageVolume brings the secret as it is now. It succeeds all the s
 import os
 
 import msgspec
-import structlog
 
 from csi_driver.backends.base import Backend
+from csi_driver.host.log import log
 from csi_driver.keys.secret import SecretKey
 from csi_driver.model.errors import DeviceAbsent, DriverError, Unauthenticated
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import VolumeRecord
 from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.stages import Stage, Stages
-
-_log = structlog.get_logger(__name__)
 
 
 class KeyDrift:
@@ -55,16 +53,16 @@ class KeyDrift:
             try:
                 opens = self._opens(record, key.passphrase)
             except DriverError as error:
-                _log.warning("the secret of a staged volume could not be tried", volume_id=record.id, error=str(error))
+                log.warning("the secret of a staged volume could not be tried", volume_id=record.id, error=str(error))
                 return
             self._seen[record.id] = digest, opens
         if not opens:
-            _log.warning("the secret of a staged volume no longer opens it", volume_id=record.id)
+            log.warning("the secret of a staged volume no longer opens it", volume_id=record.id)
         if stage.key_drift is opens:
             try:
                 self._stages.put(record.id, msgspec.structs.replace(stage, key_drift=not opens))
             except OSError as error:
-                _log.warning("a stage could not be written", volume_id=record.id, error=error.strerror)
+                log.warning("a stage could not be written", volume_id=record.id, error=error.strerror)
 
     def _opens(self, record: VolumeRecord, passphrase: Passphrase) -> bool:
         device = self._backend.device_of(record.id)

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import ParamSpec
 
 import msgspec
-import structlog
 
 from csi_driver.backends.base import Backend
 from csi_driver.host.clonefile import FileIdentity
 from csi_driver.host.devicemapper import Device, DeviceMapper, MappingHandle
 from csi_driver.host.handle import Handle
 from csi_driver.host.keyring import KeptKey
+from csi_driver.host.log import log
 from csi_driver.host.workers import Workers
 from csi_driver.keys.secret import SecretKey, require_passphrase
 from csi_driver.luks import cloned
@@ -34,7 +34,6 @@ from csi_driver.model.secret import Passphrase
 from csi_driver.model.settings import Limits
 from csi_driver.model.volume import EncryptionState, FileSystemState, LuksIdentity, VolumeRecord
 
-_log = structlog.get_logger(__name__)
 P = ParamSpec("P")
 
 
@@ -114,7 +113,7 @@ class Encryption:
                 DeviceMapper().resume,
                 mapping_name,
             )
-            _log.warning("a mapping that was left suspended was resumed", mapping=mapping_name)
+            log.warning("a mapping that was left suspended was resumed", mapping=mapping_name)
 
     def verify(self, record: VolumeRecord, device: Handle, passphrase: Passphrase) -> None:
         """Try the passphrase, changing nothing. Raises Unauthenticated and what `luks.open_device` does."""
@@ -187,7 +186,7 @@ class Encryption:
             self._header_limits,
         )
         record = backend.update(msgspec.structs.replace(record, encryption=EncryptionState.ENCRYPTED, cloned_uuid=None))
-        _log.info("clone has its own identity", volume_id=record.id, luks_uuid=identity.uuid)
+        log.info("clone has its own identity", volume_id=record.id, luks_uuid=identity.uuid)
         return record
 
     def _format(
@@ -253,7 +252,7 @@ class Encryption:
                 luks=msgspec.structs.replace(identity, digest=digest),
             )
         )
-        _log.info("volume formatted", volume_id=record.id, device=device.name, luks_uuid=identity.uuid)
+        log.info("volume formatted", volume_id=record.id, device=device.name, luks_uuid=identity.uuid)
         return record
 
     def _reuse(self, record: VolumeRecord, device: Handle, passphrase: Passphrase) -> bool:
@@ -314,7 +313,7 @@ def attempt(undo: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> Non
     try:
         undo(*args, **kwargs)
     except DriverError as error:
-        _log.warning("something was left behind after an error", error=str(error))
+        log.warning("something was left behind after an error", error=str(error))
 
 
 def device_size(record: VolumeRecord) -> int:

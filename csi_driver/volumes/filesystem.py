@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import msgspec
-import structlog
 
 from csi_driver.backends.base import Backend
 from csi_driver.host import blockdev
@@ -15,6 +14,7 @@ from csi_driver.host.growfs import grow
 from csi_driver.host.handle import Handle
 from csi_driver.host.holders import Holders, describe
 from csi_driver.host.keyring import KeptKey
+from csi_driver.host.log import log
 from csi_driver.host.mountinfo import Mount
 from csi_driver.host.mountoptions import MountOptions
 from csi_driver.host.mounts import Mounts
@@ -27,7 +27,6 @@ from csi_driver.model.settings import Limits
 from csi_driver.model.volume import FileSystemState, VolumeRecord
 from csi_driver.volumes.parameters import DEFAULT_FILE_SYSTEM, FILE_SYSTEMS, check_mkfs_options
 
-_log = structlog.get_logger(__name__)
 _MIB = 1 << 20
 
 LEAST_BYTES: Mapping[str, int] = {"ext4": 8 * _MIB, "xfs": 300 * _MIB, "btrfs": 256 * _MIB}
@@ -169,7 +168,7 @@ class FileSystems:
                 fs_type,
             )
         if grown:
-            _log.info("file system grown", volume_id=volume_id, fs_type=fs_type)
+            log.info("file system grown", volume_id=volume_id, fs_type=fs_type)
 
     def _make(self, backend: Backend, volume: Attached, fs_type: str) -> VolumeRecord:
         record, device = volume.record, volume.shown
@@ -188,7 +187,7 @@ class FileSystems:
             f"luks-sync of volume {record.id}", self._limits.format_seconds, blockdev.fsync_device, device
         )
         record = backend.update(msgspec.structs.replace(record, file_system=FileSystemState.MADE, made_fs_type=fs_type))
-        _log.info("file system made", volume_id=record.id, fs_type=fs_type)
+        log.info("file system made", volume_id=record.id, fs_type=fs_type)
         return record
 
     def _prove_unused(self, backend: Backend, volume: Attached) -> None:

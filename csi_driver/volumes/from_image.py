@@ -12,10 +12,10 @@ from functools import partial
 from typing import Final
 
 import msgspec
-import structlog
 
 from csi_driver.backends.base import Backend
 from csi_driver.host.clonefile import FileIdentity, clone_file
+from csi_driver.host.log import log
 from csi_driver.host.syscalls import error_name
 from csi_driver.host.workers import Workers
 from csi_driver.images.base import ImageFormat
@@ -39,8 +39,6 @@ from csi_driver.model.settings import Limits
 from csi_driver.model.volume import EncryptionState, FileSystemState, LuksIdentity, VolumeParameters, VolumeRecord
 from csi_driver.volumes.encryption import Encryption, device_size
 from csi_driver.volumes.image_source import check_source
-
-_log = structlog.get_logger(__name__)
 
 _SLOWEST: Final = 8 << 20
 """Bytes per second below which a copy counts as hanging."""
@@ -169,7 +167,7 @@ class BackingImages:
             )
         finally:
             self._clones.release()
-        _log.info("volume cloned from an image", volume_id=volume_id, image=image.name, shared=shared)
+        log.info("volume cloned from an image", volume_id=volume_id, image=image.name, shared=shared)
 
     def _look(self, name: str) -> tuple[FileIdentity, ImageRecord]:
         """The image's file and record; the file first: whoever reads it later notices that it is another one."""

@@ -6,19 +6,16 @@ kubelet does not unstage a volume whose next pod is there already (nbs#2936, vel
 
 import threading
 
-import structlog
-
 from csi_driver.backends.base import Backend
 from csi_driver.host.fshealth import Ailment, FileSystemHealth
 from csi_driver.host.handle import Handle
+from csi_driver.host.log import log
 from csi_driver.host.mountoptions import MountOptions, parse_options
 from csi_driver.host.workers import Workers
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.volume import VolumeRecord
 from csi_driver.volumes.filesystem import FileSystems, repair_command
 from csi_driver.volumes.presence import Presence, Presences
-
-_log = structlog.get_logger(__name__)
 
 
 class Healing:
@@ -107,7 +104,7 @@ class Healing:
     def _tell(self, volume_id: str, fs_type: str, reason: str) -> None:
         with self._guard:
             self._healed += 1
-        _log.warning("a sick file system was healed", volume_id=volume_id, fs_type=fs_type, reason=str(reason))
+        log.warning("a sick file system was healed", volume_id=volume_id, fs_type=fs_type, reason=str(reason))
 
 
 def _refusal(present: Presence, ailment: Ailment, rest: str) -> FailedPrecondition:

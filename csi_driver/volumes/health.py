@@ -9,13 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import structlog
-
 from csi_driver.backends.base import Backend
 from csi_driver.host import loopcontrol
 from csi_driver.host.commands import Commands
 from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.keyquota import KeyQuota, read_key_quota
+from csi_driver.host.log import log
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.workers import Workers
 from csi_driver.luks.libcryptsetup import check_library
@@ -29,7 +28,6 @@ from csi_driver.volumes.stages import Stages
 if TYPE_CHECKING:
     from csi_driver.host.machine import Machine
 
-_log = structlog.get_logger(__name__)
 _LEAST_CRYPTSETUP = (2, 6)
 _LEAST_KERNEL = (5, 12)
 _EPOCH_OF_SENSE = 1_767_225_600  # 2026-01-01: a clock before it was never set
@@ -309,7 +307,7 @@ class Health:
     def _warn_of_keys(self) -> None:
         finding = self._keys()
         if not finding.ok and not self._keys_run_out:
-            _log.warning("kernel keys run out", found=finding.found, advice=finding.advice)
+            log.warning("kernel keys run out", found=finding.found, advice=finding.advice)
         self._keys_run_out = not finding.ok
 
     def _disk(self) -> Finding:

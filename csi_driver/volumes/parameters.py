@@ -11,15 +11,12 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import structlog
-
+from csi_driver.host.log import log
 from csi_driver.luks import formats
 from csi_driver.luks.choice import one_of, whole_number
 from csi_driver.model.errors import InvalidArgument
 from csi_driver.model.volume import VolumeParameters
 from csi_driver.volumes import image_source
-
-_log = structlog.get_logger(__name__)
 
 FILE_SYSTEMS = ("ext4", "xfs", "btrfs")
 DEFAULT_FILE_SYSTEM = "ext4"
@@ -123,7 +120,7 @@ def check_mkfs_options(fs_type: str, options: Sequence[str]) -> None:
 
 @functools.cache  # once in the life of the process is enough
 def _tell_ignored(name: str) -> None:
-    _log.info("StorageClass parameter ignored", parameter=name, reason=_IGNORED[name])
+    log.info("StorageClass parameter ignored", parameter=name, reason=_IGNORED[name])
 
 
 def _unknown(name: str) -> InvalidArgument:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import msgspec
-import structlog
 
 from csi_driver.backends.base import Backend
+from csi_driver.host.log import log
 from csi_driver.keys.secret import SecretKey
 from csi_driver.luks import formats
 from csi_driver.luks.choice import luks_format
@@ -38,8 +38,6 @@ from csi_driver.volumes.encryption import device_size
 from csi_driver.volumes.filesystem import LEAST_BYTES
 from csi_driver.volumes.from_image import BackingImage, BackingImages
 from csi_driver.volumes.parameters import DEFAULT_FILE_SYSTEM, check_mkfs_options, read_parameters
-
-_log = structlog.get_logger(__name__)
 
 DEFAULT_BYTES = 1 << 30
 _LEAST_BYTES = 1 << 20
@@ -133,7 +131,7 @@ class Provisioning:
         self._check_state()
         self._release(volume_id)
         self._backend.delete(volume_id)
-        _log.info("volume deleted", volume_id=volume_id)
+        log.info("volume deleted", volume_id=volume_id)
 
     def get(self, volume_id: str) -> VolumeView:
         """Find a volume. Raises NotFound."""
@@ -158,7 +156,7 @@ class Provisioning:
             except NotFound:
                 continue  # deleted since the listing
             except FailedPrecondition as error:
-                _log.warning("volume left out of the list", volume_id=volume_id, error=str(error))
+                log.warning("volume left out of the list", volume_id=volume_id, error=str(error))
         return views, f"{_TOKEN_PREFIX}{ids[end - 1]}" if end < len(ids) else ""
 
     def capacity(
@@ -256,7 +254,7 @@ class Provisioning:
             record = self._images.make(self._backend, record, image)
         else:
             record = self._backend.create(record, capacity + (formats.DATA_OFFSET if parameters.encrypted else 0))
-        _log.info("volume created", volume_id=volume_id, capacity_bytes=capacity, encrypted=parameters.encrypted)
+        log.info("volume created", volume_id=volume_id, capacity_bytes=capacity, encrypted=parameters.encrypted)
         return record
 
     def _view(self, record: VolumeRecord) -> VolumeView:

@@ -5,10 +5,9 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-import structlog
-
 from csi_driver.backends.base import Backend
 from csi_driver.host.handle import Handle
+from csi_driver.host.log import log
 from csi_driver.host.patience import within
 from csi_driver.host.workers import Workers
 from csi_driver.keys.secret import SecretKey
@@ -33,7 +32,6 @@ from csi_driver.volumes.healing import Healing
 from csi_driver.volumes.presence import Presence, Presences
 from csi_driver.volumes.stages import Stage, Stages
 
-_log = structlog.get_logger(__name__)
 _CLOSE_SECONDS = 2.0
 _FULL_BYTES = 16 << 20  # so little, and a device on it fails
 
@@ -279,7 +277,7 @@ def let_go(device: Handle) -> None:
         return True
 
     if not within(_CLOSE_SECONDS, "close", close):
-        _log.warning("a device does not answer and stays open until it does", device=device.name)
+        log.warning("a device does not answer and stays open until it does", device=device.name)
 
 
 def require_absolute(name: str, path: str) -> str:

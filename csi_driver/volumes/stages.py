@@ -5,12 +5,11 @@ import os
 from pathlib import Path
 
 import msgspec
-import structlog
 
 from csi_driver.host.files import Files, read_file
 from csi_driver.host.keyring import KeptKey
+from csi_driver.host.log import log
 
-_log = structlog.get_logger(__name__)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -85,4 +84,4 @@ class Stages:
         except OSError as error:
             if error.errno != errno.EROFS:
                 raise
-            _log.warning("a stage could not be forgotten", volume_id=volume_id, error=error.strerror)
+            log.warning("a stage could not be forgotten", volume_id=volume_id, error=error.strerror)

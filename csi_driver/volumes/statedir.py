@@ -9,14 +9,12 @@ import uuid
 from pathlib import Path
 
 import msgspec
-import structlog
 
 from csi_driver.host.files import Files, read_file
+from csi_driver.host.log import log
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.syscalls import error_name
 from csi_driver.model.errors import FailedPrecondition
-
-_log = structlog.get_logger(__name__)
 
 _VERSION = 1
 _NAME = "identity"
@@ -116,7 +114,7 @@ class StateDirectory:
             finally:
                 self._files.remove(fresh)
             self._files.sync_folder(self._path)
-            _log.info("state directory taken as new", state_dir=str(self._path), identity=identity.id)
+            log.info("state directory taken as new", state_dir=str(self._path), identity=identity.id)
         except OSError as error:
             raise FailedPrecondition(
                 f"the state directory {self._path} cannot be made ({error_name(error)}); make it a writable folder"

@@ -10,12 +10,11 @@ import tempfile
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-import structlog
-
 from csi_driver.cli.logs import configure_logs
 from csi_driver.cli.serve import serve as command
 from csi_driver.cli.serve import settings_of
 from csi_driver.host.hardening import harden_process
+from csi_driver.host.log import log
 from csi_driver.host.syscalls import NUMBERS, libc
 from csi_driver.host.workers import Workers
 from csi_driver.model.errors import CommandFailed
@@ -26,14 +25,13 @@ from csi_driver.volumes.driver import WARM, Host, build_driver
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_log = structlog.get_logger(__name__)
 KEY_NAME = "planted"
 _BYTES = slice(4, 12)
 """What of a key leaks: as few bytes as a truncated message may hold."""
 
 
 def _log_bytes(secret: bytes) -> None:
-    _log.debug("trying the key", start=secret[_BYTES].decode())
+    log.debug("trying the key", start=secret[_BYTES].decode())
 
 
 def _show_in_arguments(secret: bytes) -> None:

@@ -15,10 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import structlog
-
+from csi_driver.cli.logs import configure_logs
 from csi_driver.model.errors import DriverError
-from csi_driver.model.settings import Settings
+from csi_driver.model.settings import LogFormat, Settings
 from csi_driver.model.volume import volume_id_for
 from csi_driver.volumes.driver import Driver, build_driver
 from csi_driver.volumes.expand import ExpandRequest
@@ -184,7 +183,7 @@ def _become(log: Path) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
-    structlog.configure(logger_factory=structlog.WriteLoggerFactory(os.fdopen(descriptor, "w", buffering=1)))
+    configure_logs(LogFormat.TEXT, "debug", descriptor)
 
 
 def _serve(socket_: socket.socket, settings: Settings, build: Build) -> None:

@@ -10,11 +10,11 @@ import pytest
 
 SECRET = "correct horse battery staple"
 PREPARE = """
-import logging, structlog
+import logging
+from csi_driver.host.log import log, request_id
 from csi_driver.cli.logs import configure_logs
 from csi_driver.model.settings import LogFormat
 configure_logs(LogFormat({format!r}), {level!r})
-log = structlog.get_logger("test")
 """
 
 
@@ -26,9 +26,7 @@ def lines(code: str, *, format: str = "auto", level: str = "info") -> list[str]:
 
 
 def test_json_lines_where_nobody_looks() -> None:
-    (line,) = lines(
-        "structlog.contextvars.bind_contextvars(request_id='a-1'); log.info('call', seconds=0.5, path=set())"
-    )
+    (line,) = lines("request_id.set('a-1'); log.info('call', seconds=0.5, path=set())")
     told = json.loads(line)
     assert told.pop("timestamp").endswith("Z")
     assert told == {"event": "call", "level": "info", "request_id": "a-1", "seconds": 0.5, "path": []}

@@ -195,3 +195,12 @@ def test_the_command_line_is_read_before_anything_slow_is_loaded() -> None:
         "print([name for name in ('grpc', 'google', 'prometheus_client', 'rich') if name in sys.modules])"
     )
     assert (found.stdout, found.stderr) == ("[]\n", "")
+
+
+def test_the_server_starts_without_what_only_some_calls_need() -> None:
+    program = (
+        "import sys, csi_driver.cli.serve, csi_driver.volumes.driver, csi_driver.rpc.server;"
+        "print(sorted({'http.client', 'prometheus_client', 'structlog'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert found.stdout.strip() == "[]"

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import structlog.testing
 
 from csi_driver.keys.secret import SecretKey
 from csi_driver.model.errors import DeadlineExceeded
 from csi_driver.model.secret import Passphrase
+from tests.told_lines import told_lines
 from tests.unit.test_staging_model import BLOCK, KEY, NO_KEY, WRONG_KEY, Rig
 
 TOLD = "the secret of a staged volume no longer opens it"
@@ -27,9 +27,9 @@ def tried_and_told(rig: Rig, key: SecretKey, name: str = "enc-1") -> tuple[int, 
     """How often a repeated stage derived a key, and the warnings that it logged."""
     steps: list[str] = []
     rig.kernel.plan = steps.append
-    with structlog.testing.capture_logs() as lines:
+    with told_lines() as lines:
         rig.stage(name, key=key)
-    return steps.count("before check_passphrase"), [str(line["event"]) for line in lines]
+    return steps.count("before check_passphrase"), [str(line.event) for line in lines]
 
 
 def test_a_secret_that_drifted_is_tried_once_and_told_each_time(rig: Rig) -> None:
@@ -89,9 +89,9 @@ def test_what_hinders_the_look_is_no_error_and_it_is_made_again(rig: Rig) -> Non
             raise DeadlineExceeded("other volumes are being unlocked")
 
     rig.kernel.plan = busy
-    with structlog.testing.capture_logs() as lines:
+    with told_lines() as lines:
         rig.stage("enc-1", key=WRONG_KEY)
-    assert [line["event"] for line in lines] == [UNTRIED]
+    assert [line.event for line in lines] == [UNTRIED]
     assert rig.stages.drifted() == []
     assert tried_and_told(rig, WRONG_KEY) == (1, [TOLD])
 
@@ -102,9 +102,9 @@ def test_a_full_or_read_only_state_directory_is_no_error(rig: Rig) -> None:
             raise OSError(30, "Read-only file system")
 
     rig.kernel.plan = read_only
-    with structlog.testing.capture_logs() as lines:
+    with told_lines() as lines:
         rig.stage("enc-1", key=WRONG_KEY)
-    assert [line["event"] for line in lines] == [TOLD, "a stage could not be written"]
+    assert [line.event for line in lines] == [TOLD, "a stage could not be written"]
 
 
 def test_block_volumes_drift_too_and_plain_ones_have_no_key(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_block_volumes_drift_too_and_plain_ones_have_no_key(tmp_path: Path) -> N
 
 def test_nothing_that_is_kept_tells_the_passphrase(rig: Rig) -> None:
     key = SecretKey(passphrase=Passphrase(b"another one"))
-    with structlog.testing.capture_logs() as lines:
+    with told_lines() as lines:
         rig.stage("enc-1", key=key)
     kept = b"".join(path.read_bytes() for path in (rig.folder / "stages").iterdir())
     assert b"another one" not in kept

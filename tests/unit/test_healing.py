@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import structlog.testing
 
 from csi_driver.host.fshealth import Ailment, FileSystemHealth, carries_error_flag
 from csi_driver.host.handle import Handle
@@ -15,6 +14,7 @@ from csi_driver.host.patience import within
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.publish import PublishRequest
+from tests.told_lines import told_lines
 from tests.unit.test_staging_model import MIB, MOUNT, Rig
 
 READ_ONLY = Capability(AccessMode.SINGLE_NODE_WRITER, block=False, mount_flags=("ro",))
@@ -53,13 +53,13 @@ def publish_elsewhere(rig: Rig) -> None:
 def test_it_is_mounted_anew_told_and_counted(rig: Rig, ailment: Ailment, call: Callable[[Rig, str], None]) -> None:
     before = staging(rig)
     rig.kernel.ailing[before.device] = ailment
-    with structlog.testing.capture_logs() as lines:
+    with told_lines() as lines:
         call(rig, "enc-1")
     assert staging(rig) is not before
     assert not rig.kernel.ailing
-    assert [(line["event"], line["volume_id"], line["reason"]) for line in lines if "healed" in line["event"]] == [
-        ("a sick file system was healed", "enc-1", str(ailment))
-    ]
+    assert [
+        (line.event, line.fields["volume_id"], line.fields["reason"]) for line in lines if "healed" in line.event
+    ] == [("a sick file system was healed", "enc-1", str(ailment))]
     assert rig.healing.healed() == 1
 
 

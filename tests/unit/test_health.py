@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import structlog
 
 from csi_driver.host.commands import Commands
 from csi_driver.host.devicemapper import DeviceMapper
@@ -20,6 +19,7 @@ from csi_driver.model.settings import Limits, Settings
 from csi_driver.volumes.driver import build_driver
 from csi_driver.volumes.health import Finding, Health
 from csi_driver.volumes.stages import Stages
+from tests.told_lines import told_lines
 
 GIB = 1 << 30
 ROOMY = KeyQuota(11, 1_000_000, 500, 25_000_000)
@@ -151,11 +151,11 @@ def test_a_key_quota_that_runs_out_is_told_with_its_numbers(
 def test_probe_warns_of_the_key_quota_and_does_not_fail_by_it(health: Build, settings: Settings) -> None:
     full = KeyQuota(200, 200, 20_000, 20_000)
     calm, warned = health(settings, FakeMachine()), health(settings, FakeMachine(), full)
-    with structlog.testing.capture_logs() as logs:
+    with told_lines() as logs:
         assert warned.obstacle() == calm.obstacle()
     (line,) = logs
-    assert (line["log_level"], line["event"]) == ("warning", "kernel keys run out")
-    assert "200 of 200 keys" in line["found"]
+    assert (line.level, line.event) == ("warning", "kernel keys run out")
+    assert "200 of 200 keys" in line.fields["found"]
 
 
 def test_figures_for_metrics(health: Build, settings: Settings) -> None:

@@ -4,7 +4,6 @@ import shlex
 
 import msgspec
 import pytest
-import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,6 +21,7 @@ from csi_driver.volumes.parameters import (
     check_mkfs_options,
     read_parameters,
 )
+from tests.told_lines import told_lines
 
 NO_KEY = SecretKey(passphrase=None)
 KEY = {"CRYPTO_KEY_VALUE": "Simple passphrase"}
@@ -151,20 +151,20 @@ def test_an_unknown_parameter_like_no_other_is_refused_with_those_that_are() -> 
 @pytest.mark.parametrize("name", sorted(_IGNORED))
 def test_parameters_of_other_drivers_are_accepted_and_told_once(name: str) -> None:
     before = read_parameters({})
-    with structlog.testing.capture_logs() as told:
+    with told_lines() as told:
         assert read_parameters({name: "whatever"}) == before
         again = len(told)
         assert read_parameters({name: "something else"}) == before
     assert len(told) == again  # the first line may have been told by an earlier test: once is once per process
-    assert all(line["parameter"] == name and line["event"] == "StorageClass parameter ignored" for line in told)
+    assert all(line.fields["parameter"] == name and line.event == "StorageClass parameter ignored" for line in told)
 
 
 def test_an_ignored_parameter_is_told() -> None:
     _tell_ignored.cache_clear()
-    with structlog.testing.capture_logs() as told:
+    with told_lines() as told:
         read_parameters(LONGHORN)
         read_parameters(HARVESTER)
-    assert [line["parameter"] for line in told] == ["staleReplicaTimeout", "migratable"]
+    assert [line.fields["parameter"] for line in told] == ["staleReplicaTimeout", "migratable"]
 
 
 @pytest.mark.parametrize(("given", "replicas"), [(LONGHORN, 3), (HARVESTER, 2), (CEPH, 1)])

@@ -1,5 +1,6 @@
 """What happens around a call, without a server."""
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +10,6 @@ from typing import Any, Never, cast
 
 import grpc
 import pytest
-import structlog
-from structlog.contextvars import merge_contextvars
-from structlog.testing import CapturingLogger
-from structlog.typing import FilteringBoundLogger
 
 from csi_driver.host.holders import Holders
 from csi_driver.host.locks import VolumeLocks
@@ -20,6 +17,7 @@ from csi_driver.model.errors import Aborted, DriverError, NotFound, VolumeBusy
 from csi_driver.model.volume import volume_id_for
 from csi_driver.rpc import csi_pb2 as csi
 from csi_driver.rpc.interceptors import Behaviour, CallLog, Chain, Concern, Method, Statuses, Timing, VolumeLocking
+from tests.told_lines import Told
 
 SECRET = "correct horse battery staple"
 Mode = csi.VolumeCapability.AccessMode
@@ -97,13 +95,6 @@ def chain(behaviour: Behaviour, method: str, *concerns: Concern) -> Behaviour:
     return lambda request, context: copy_context().run(wrapped, request, context)
 
 
-def log_to(output: CapturingLogger, level: str) -> FilteringBoundLogger:
-    bound: FilteringBoundLogger = structlog.wrap_logger(
-        output, processors=[merge_contextvars], wrapper_class=structlog.make_filtering_bound_logger(level)
-    ).bind()
-    return bound
-
-
 def raising(error: Exception) -> Behaviour:
     def behaviour(_request: object, _context: object) -> Never:
         raise error
@@ -158,7 +149,7 @@ def test_a_method_that_is_not_served_is_left_to_grpc() -> None:
     ],
 )
 def test_errors_become_statuses(error: Exception, code: grpc.StatusCode, text: str) -> None:
-    call = chain(raising(error), "Node/NodeStageVolume", Statuses(), CallLog(log_to(CapturingLogger(), "error")))
+    call = chain(raising(error), "Node/NodeStageVolume", Statuses(), CallLog(Told().log(logging.ERROR)))
     with pytest.raises(AbortedCall) as raised:
         call(STAGE, CONTEXT)
     found_code, found_text = raised.value.args
@@ -168,8 +159,8 @@ def test_errors_become_statuses(error: Exception, code: grpc.StatusCode, text: s
 
 
 def test_a_call_is_one_line_and_its_id_is_on_every_line_of_it() -> None:
-    output = CapturingLogger()
-    log = log_to(output, "info")
+    told = Told()
+    log = told.log(logging.INFO)
 
     def behaviour(_request: object, _context: object) -> None:
         log.info("inside")
@@ -177,20 +168,19 @@ def test_a_call_is_one_line_and_its_id_is_on_every_line_of_it() -> None:
     call = chain(behaviour, "Node/NodeStageVolume", CallLog(log))
     call(STAGE, CONTEXT)
     call(STAGE, CONTEXT)
-    lines = [(one.method_name, one.kwargs) for one in output.calls]
-    assert [line["event"] for _, line in lines] == ["inside", "call", "inside", "call"]
-    ids = [line["request_id"] for _, line in lines]
+    assert [line.event for line in told] == ["inside", "call", "inside", "call"]
+    ids = [line.fields["request_id"] for line in told]
     assert ids[0] == ids[1] != ids[2] == ids[3]
-    level, line = lines[1]
-    assert level == "info"
+    assert told[1].level == "info"
+    line = told[1].fields
     assert (line["method"], line["volume_id"], line["code"]) == ("NodeStageVolume", "v", "OK")
     assert line["seconds"] >= 0
 
 
 def test_a_created_volume_is_told_by_its_id() -> None:
-    output = CapturingLogger()
-    chain(served, "Controller/CreateVolume", CallLog(log_to(output, "info")))(CREATE, CONTEXT)
-    assert output.calls[0].kwargs["volume_id"] == volume_id_for("A volume")
+    told = Told()
+    chain(served, "Controller/CreateVolume", CallLog(told.log(logging.INFO)))(CREATE, CONTEXT)
+    assert told[0].fields["volume_id"] == volume_id_for("A volume")
 
 
 @pytest.mark.parametrize(
@@ -203,11 +193,11 @@ def test_a_created_volume_is_told_by_its_id() -> None:
     ],
 )
 def test_what_is_asked_all_day_is_told_at_level_debug(method: str, request_: object) -> None:
-    output = CapturingLogger()
-    chain(served, method, CallLog(log_to(output, "info")))(request_, CONTEXT)
-    assert output.calls == []
-    chain(served, method, CallLog(log_to(output, "debug")))(request_, CONTEXT)
-    assert [one.method_name for one in output.calls] == ["debug", "debug"]
+    told = Told()
+    chain(served, method, CallLog(told.log(logging.INFO)))(request_, CONTEXT)
+    assert told == []
+    chain(served, method, CallLog(told.log(logging.DEBUG)))(request_, CONTEXT)
+    assert [one.level for one in told] == ["debug", "debug"]
 
 
 @pytest.mark.parametrize(
@@ -219,33 +209,33 @@ def test_what_is_asked_all_day_is_told_at_level_debug(method: str, request_: obj
     ],
 )
 def test_failures_are_warnings_unless_they_pass_by_themselves(error: DriverError, level: str, code: str) -> None:
-    output = CapturingLogger()
+    told = Told()
     with pytest.raises(DriverError):
-        chain(raising(error), "Identity/Probe", CallLog(log_to(output, "info")))(csi.ProbeRequest(), CONTEXT)
-    (line,) = output.calls
-    assert line.method_name == level
-    assert (line.kwargs["code"], line.kwargs["error"]) == (code, str(error))
-    assert "where" not in line.kwargs
+        chain(raising(error), "Identity/Probe", CallLog(told.log(logging.INFO)))(csi.ProbeRequest(), CONTEXT)
+    (line,) = told
+    assert line.level == level
+    assert (line.fields["code"], line.fields["error"]) == (code, str(error))
+    assert "where" not in line.fields
 
 
 def test_of_an_unforeseen_error_kind_and_place_are_told_and_not_its_text() -> None:
-    output = CapturingLogger()
+    told = Told()
     with pytest.raises(KeyError):
-        chain(raising(KeyError(SECRET)), "Node/NodeStageVolume", CallLog(log_to(output, "debug")))(STAGE, CONTEXT)
-    line = output.calls[-1].kwargs
+        chain(raising(KeyError(SECRET)), "Node/NodeStageVolume", CallLog(told.log(logging.DEBUG)))(STAGE, CONTEXT)
+    line = told[-1].fields
     assert (line["code"], line["kind"]) == ("INTERNAL", "KeyError")
     assert any("test_rpc_interceptors" in place for place in line["where"])
-    assert SECRET not in repr(output.calls)
+    assert SECRET not in repr(told)
 
 
 def test_requests_are_told_at_level_debug_without_secrets() -> None:
-    output = CapturingLogger()
-    chain(served, "Node/NodeStageVolume", CallLog(log_to(output, "debug")))(STAGE, CONTEXT)
-    assert output.calls[0].kwargs["fields"]["staging_target_path"] == "/s"
-    assert SECRET not in repr(output.calls)
-    output.calls.clear()
-    chain(served, "Node/NodeStageVolume", CallLog(log_to(output, "info")))(STAGE, CONTEXT)
-    assert [one.kwargs["event"] for one in output.calls] == ["call"]
+    told = Told()
+    chain(served, "Node/NodeStageVolume", CallLog(told.log(logging.DEBUG)))(STAGE, CONTEXT)
+    assert told[0].fields["fields"]["staging_target_path"] == "/s"
+    assert SECRET not in repr(told)
+    told.clear()
+    chain(served, "Node/NodeStageVolume", CallLog(told.log(logging.INFO)))(STAGE, CONTEXT)
+    assert [one.event for one in told] == ["call"]
 
 
 def test_each_call_is_timed_with_its_code() -> None:

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import msgspec
 import pytest
-import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
+from csi_driver.cli.logs import Render, _json, _plain, _text
 from csi_driver.keys.secret import SecretKey, read_secret, require_passphrase
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.secret import Passphrase
@@ -96,6 +96,10 @@ def test_a_missing_passphrase_names_volume_entries_and_parameter() -> None:
         require_passphrase(read_secret({"userID": "admin"}), "pvc-1")
 
 
+def logged(render: Render, one: object) -> str:
+    return render(logging.INFO, "opened", {"key": one}).decode()
+
+
 SHOWN: list[Callable[[object], str]] = [
     repr,
     str,
@@ -104,8 +108,8 @@ SHOWN: list[Callable[[object], str]] = [
     lambda one: "%s %r" % (one, one),  # noqa: UP031 -- one of the ways
     lambda one: ascii([one, {"key": one}]),
     lambda one: repr(logging.LogRecord("n", logging.INFO, "p", 1, "%s", (one,), None).getMessage()),
-    lambda one: structlog.processors.JSONRenderer()(None, "info", {"event": "opened", "key": one}).__str__(),
-    lambda one: structlog.processors.KeyValueRenderer()(None, "info", {"event": "opened", "key": one}),
+    lambda one: logged(_json, one),
+    lambda one: logged(_text(_plain), one),
     lambda one: str(dir(one)),
 ]
 
