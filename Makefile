@@ -10,13 +10,18 @@ STUBS := csi_driver/rpc/pluginregistration_pb2.py
 # The binaries of a cluster, named after what they are built from.
 KUBERNETES_BIN := $(CACHE)/kubernetes-$(shell cat tests/cluster/go/*/go.* | sha256sum | cut -c1-12)
 
+# What `make bench` measures beside: the commit before identities replaced names, its stubs built by today's tools.
+BENCH_COMMIT := 5d4dae4fecc2791e2f89e14a6f9e953ff3d51040
+BENCH_BASE := $(CACHE)/bench-$(BENCH_COMMIT)
+
 # Suites that draw at random take these.
 export SEED COUNT
-export CSI_SANITY KUBERNETES_BIN
+export CSI_SANITY KUBERNETES_BIN BENCH_BASE
 
 # On the host if that has device-mapper, else in the guest. A page fault is dear there: memory, once had, is kept, but
 # where it is measured. The long image suites take more room and time.
 MEASURED_GUEST := $(PY) -m tests.machine.guest --env SEED --env COUNT --env CSI_SANITY
+BENCH_GUEST := $(MEASURED_GUEST) --env BENCH_BASE --timeout 7200
 GUEST_FOR := $(MEASURED_GUEST) --env MALLOC_MMAP_THRESHOLD_=33554432 --env MALLOC_TRIM_THRESHOLD_=268435456
 GUEST := $(GUEST_FOR) --
 LONG_GUEST := $(GUEST_FOR) --disk 32G --timeout 7200 --
@@ -91,8 +96,9 @@ cluster-test: venv $(KUBERNETES_BIN) ## a real Kubernetes; ONLY="longhorn nodes"
 	@tools/system.sh cluster
 	@$(PY) -m tests.cluster $(or $(ONLY:%=tests/cluster/test_%.py),tests/cluster)
 
-bench: venv system ## times beside their bounds
-	@$(MEASURED_GUEST) -- $(PY) -m benchmarks
+bench: venv system $(BENCH_BASE) ## times beside their bounds, and beside an older commit; then with udev
+	@code=0; $(BENCH_GUEST) -- $(PY) -m benchmarks || code=1; \
+	echo; echo 'with udev:'; $(BENCH_GUEST) --udev -- $(PY) -m benchmarks before || code=1; exit $$code
 
 bench-images: venv system ## the image engine beside cp, qemu-img and cryptsetup
 	@$(PY) -m benchmarks.images
@@ -141,6 +147,13 @@ VERSION_OF = $(shell sed -n 's|^.*$(1) \(v[0-9.]*\)$$|\1|p' tests/cluster/go/kub
 KUBERNETES_VERSION = $(call VERSION_OF,k8s.io/kubernetes)
 KUBERNETES_LDFLAGS = -s -w $(foreach pair,gitVersion=$(KUBERNETES_VERSION) gitMajor=1 \
     gitMinor=$(word 2,$(subst ., ,$(KUBERNETES_VERSION))),-X k8s.io/component-base/version.$(pair))
+
+$(BENCH_BASE): | .venv/installed
+	rm -rf $@.new
+	mkdir -p $@.new
+	git archive $(BENCH_COMMIT) csi_driver protos hatch_build.py | tar -x -C $@.new
+	cd $@.new && $(CURDIR)/$(PY) hatch_build.py
+	mv $@.new $@
 
 $(KUBERNETES_BIN): | .venv/installed
 	rm -rf $@.new

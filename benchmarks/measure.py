@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from os import listdir
 from pathlib import Path
+from statistics import median
 
 _MIB = 1 << 20
 _REST_SECONDS = 2.0
@@ -24,7 +25,7 @@ def side_by_side(
 ) -> tuple[list[float], list[float]]:
     """The times that each side returns, in turns, so that noise hits both alike; who goes first changes each time.
 
-    The first `warm_up` turns are not counted.
+    The first `warm_up` turns are not counted. What `ratio` makes of the series wants an even number of turns.
     """
     series: tuple[list[float], list[float]] = ([], [])
     order = [(ours, series[0]), (other, series[1])]
@@ -36,6 +37,16 @@ def side_by_side(
                 times.append(taken)
         order.reverse()
     return series
+
+
+def ratio(ours: Sequence[float], other: Sequence[float]) -> float:
+    """How many times the other's time ours takes: the median over each two turns, in which both went first once.
+
+    Not the ratio of the medians. Each side's times fall into two heaps, of calls that follow the other side's and of
+    calls that follow one of its own, and into more on a busy machine; a median between heaps is in either by chance.
+    What disturbs two neighbouring turns disturbs both sides, or either with the same chance.
+    """
+    return median(sum(ours[at : at + 2]) / sum(other[at : at + 2]) for at in range(0, len(ours) - 1, 2))
 
 
 @dataclass(frozen=True)

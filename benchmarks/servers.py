@@ -1,4 +1,4 @@
-"""The servers that are measured, ours and the bare one, and the client that both are measured with."""
+"""The servers that are measured, ours, now or of another commit, and the bare one; and the client that calls them."""
 
 import os
 import secrets
@@ -36,7 +36,7 @@ def random_key() -> str:
 class Running:
     """A server on a socket in `folder`, from its first answered Probe to the end of the block."""
 
-    def __init__(self, folder: Path, argv: Sequence[str]) -> None:
+    def __init__(self, folder: Path, argv: Sequence[str], tree: Path | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.endpoint = folder / "csi.sock"
         self._argv = (*argv, str(self.endpoint))
@@ -47,6 +47,9 @@ class Running:
             "PYTHONDONTWRITEBYTECODE": "",
             "PYTHONPYCACHEPREFIX": str(folder.parent / "pycache"),
         }
+        self._tree = tree
+        if tree is not None:
+            self._environment["PYTHONPATH"] = str(tree)
 
     def __enter__(self) -> Self:
         self.start()
@@ -72,7 +75,7 @@ class Running:
         started = time.perf_counter()
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment
+                self._argv, cwd=self._tree, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment
             )
         while not self._listens():
             if self._process.poll() is not None or time.perf_counter() - started > _START_SECONDS:
@@ -92,10 +95,15 @@ class Running:
             self._process.kill()
             self._process.wait(_STOP_SECONDS)
 
+    def restart(self) -> float:
+        """End it and start it; returns what `start` does."""
+        self.stop()
+        return self.start()
+
     def new_volume(self, name: str, folder: Path, size: int) -> "Volume":
         """Create a volume, and below `folder` the folder that kubelet would make to stage it."""
         made = self.client.create(name, size).volume
-        volume = Volume(self.client, made.volume_id, folder, random_key(), dict(made.volume_context))
+        volume = Volume(self, made.volume_id, folder, random_key(), dict(made.volume_context))
         volume.staging_path.mkdir(parents=True, exist_ok=True)
         self._volumes.append(volume)
         return volume
@@ -107,8 +115,8 @@ class Running:
         return False
 
 
-def our_server(folder: Path) -> Running:
-    """`luks-csi serve`, as it is installed."""
+def our_server(folder: Path, tree: Path | None = None) -> Running:
+    """`luks-csi serve`, as it is installed; of another `tree` with its stubs built, where one is given."""
     program = str(Path(sys.executable).with_name("luks-csi"))
     return Running(
         folder,
@@ -116,6 +124,7 @@ def our_server(folder: Path) -> Running:
             program, "serve", "--state-dir", str(folder / "state"), "--node-id", "bench", "--free-space-floor", "64Mi",
             "--threads", str(THREADS), "--log-format", "json", "--endpoint",
         ],
+        tree,
     )  # fmt: skip
 
 
@@ -165,7 +174,7 @@ class Client:
 class Volume:
     """A volume of a server, with the calls that kubelet makes for it; requests are made beforehand."""
 
-    client: Client
+    server: Running
     id: str
     folder: Path
     key: str = field(repr=False)
@@ -190,12 +199,12 @@ class Volume:
             secrets={"CRYPTO_KEY_VALUE": self.key},
             volume_context=self.context,
         )
-        self.client.node.NodeStageVolume(request, timeout=_CALL_SECONDS)
+        self.server.client.node.NodeStageVolume(request, timeout=_CALL_SECONDS)
 
     def unstage(self) -> None:
         """NodeUnstageVolume."""
         request = csi.NodeUnstageVolumeRequest(volume_id=self.id, staging_target_path=str(self.staging_path))
-        self.client.node.NodeUnstageVolume(request, timeout=_CALL_SECONDS)
+        self.server.client.node.NodeUnstageVolume(request, timeout=_CALL_SECONDS)
 
     def publish(self) -> None:
         """NodePublishVolume."""
@@ -206,12 +215,12 @@ class Volume:
             volume_capability=CAPABILITY,
             volume_context=self.context,
         )
-        self.client.node.NodePublishVolume(request, timeout=_CALL_SECONDS)
+        self.server.client.node.NodePublishVolume(request, timeout=_CALL_SECONDS)
 
     def unpublish(self) -> None:
         """NodeUnpublishVolume."""
         request = csi.NodeUnpublishVolumeRequest(volume_id=self.id, target_path=str(self.target_path))
-        self.client.node.NodeUnpublishVolume(request, timeout=_CALL_SECONDS)
+        self.server.client.node.NodeUnpublishVolume(request, timeout=_CALL_SECONDS)
 
     def publish_and_unpublish(self) -> None:
         """What a pod that starts and ends costs."""
@@ -221,8 +230,8 @@ class Volume:
     def stats(self) -> None:
         """NodeGetVolumeStats of the staged volume."""
         request = csi.NodeGetVolumeStatsRequest(volume_id=self.id, volume_path=str(self.staging_path))
-        self.client.node.NodeGetVolumeStats(request, timeout=_CALL_SECONDS)
+        self.server.client.node.NodeGetVolumeStats(request, timeout=_CALL_SECONDS)
 
     def delete(self) -> None:
         """DeleteVolume."""
-        self.client.delete(self.id)
+        self.server.client.delete(self.id)

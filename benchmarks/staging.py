@@ -9,10 +9,10 @@ from benchmarks.measure import seconds, side_by_side
 from benchmarks.servers import Running, our_server, random_key
 from benchmarks.table import Row, fraction
 
-_AGAIN = 15
+_AGAIN = 16
 _WARM_UP = 3
-_FIRST = 9
-_SLOW_FIRST = 5
+_FIRST = 10
+_SLOW_FIRST = 6
 _VOLUME_BYTES = 256 << 20
 
 

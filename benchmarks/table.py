@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from benchmarks.measure import ratio
+
 
 @dataclass(frozen=True)
 class Row:
@@ -32,13 +34,13 @@ class Row:
 
 
 def times(what: str, ours: Sequence[float], other: Sequence[float], bound: float) -> Row:
-    """A row of two series of seconds: the ratio of their medians, at most `bound`."""
-    return Row(what, in_ms(ours), in_ms(other), median(ours) / median(other), bound)
+    """A row of two series of seconds, as `side_by_side` gives them: their `ratio`, at most `bound`."""
+    return Row(what, in_ms(ours), in_ms(other), ratio(ours, other), bound)
 
 
 def fraction(what: str, ours: Sequence[float], other: Sequence[float], most: float) -> Row:
     """As `times`, where ours may take at most one `most`th of the other's."""
-    return Row(what, in_ms(ours), in_ms(other), median(ours) / median(other), 1 / most, _as_fraction)
+    return Row(what, in_ms(ours), in_ms(other), ratio(ours, other), 1 / most, _as_fraction)
 
 
 def in_ms(seconds: Sequence[float]) -> str:
