@@ -236,7 +236,7 @@ def test_secrets_never_come_from_the_command_line_or_the_environment() -> None:
     for command in volume.commands.values():
         for parameter in command.params:
             assert parameter.name not in ("passphrase", "secret", "secrets", "key")
-            assert not parameter.envvar or parameter.name in ("endpoint", "state_dir")
+            assert not parameter.envvar or parameter.name in ("endpoint", "state_dir", "unlock_seconds")
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe binary", b"x" * (64 * 1024 + 1)])
