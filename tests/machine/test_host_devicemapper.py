@@ -87,11 +87,11 @@ def test_a_handle_holds_the_device_that_has_the_name(mapper: DeviceMapper, loop:
     device = mapper.create(NAME, UUID, [linear(loop)])
     write(device, b"content")
     with mapper.open(NAME) as handle:
-        assert (handle.path, handle.major, handle.minor) == (device.path, device.major, device.minor)
+        assert (str(handle), handle.number) == (device.path, (device.major, device.minor))
         assert (handle.device.uuid, handle.device.open_count) == (UUID, 1)
         assert not os.get_inheritable(handle.fd)
         assert os.pread(handle.fd, 7, 0) == b"content"
-        with open(f"/proc/self/fd/{handle.fd}", "r+b", buffering=0) as file:
+        with open(handle, "r+b", buffering=0) as file:
             file.write(bytes(512))
         with pytest.raises(DeviceInUse):
             mapper.remove(NAME)
@@ -105,7 +105,8 @@ def test_a_mapping_is_opened_and_named_anew_whatever_its_name_leads_to(
     mapper: DeviceMapper, loop: AttachedLoop, tmp_path: Path
 ) -> None:
     """A late event of udev takes the name away; on a host without one another device's may be left there."""
-    write(mapper.create(NAME, UUID, [linear(loop, 8)]), b"content")
+    device = mapper.create(NAME, UUID, [linear(loop, 8)])
+    write(device, b"content")
     other = mapper.create("other", "", [linear(loop, 8, 8)])
     (tmp_path / "file").write_bytes(b"foreign" * 100)
     path = Path("/dev/mapper", NAME)
@@ -116,7 +117,7 @@ def test_a_mapping_is_opened_and_named_anew_whatever_its_name_leads_to(
         with mapper.open(NAME) as handle:
             assert os.pread(handle.fd, 7, 0) == b"content"
         mapper.resume(NAME)
-        assert os.stat(path).st_rdev == os.makedev(handle.major, handle.minor)
+        assert blockdev.device_number(str(path)) == (device.major, device.minor)
 
 
 def test_what_is_open_is_what_its_handle_says_while_names_and_numbers_change_hands(
