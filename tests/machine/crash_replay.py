@@ -260,7 +260,7 @@ def _mapped(table: str) -> Iterator[str]:
     kind, _, parameters = table.partition(" ")
     device = mapper.create(_MAPPING, "", [Target(0, DEVICE_BYTES // _SECTOR, kind, parameters)])
     try:
-        yield device.name
+        yield device.path
     finally:
         mapper.remove(_MAPPING)
 
