@@ -128,7 +128,7 @@ class Node:
         if found is None:
             raise AssertionError(f"volume {volume} is staged and has no device")
         found.close()
-        return found.path
+        return found.name
 
     def identity(self, volume: str, kind: Kind) -> Identity:
         """What a staged volume is, read from its devices."""
