@@ -288,18 +288,6 @@ def test_host_path307_a_target_whose_folders_are_gone_is_made(used: Node) -> Non
     used.unstage()
 
 
-@pytest.mark.parametrize("size", ["65536"])
-def test_lvm111_a_file_system_that_this_kernel_cannot_mount_is_told(node: Node, size: str) -> None:
-    """It is there, so it is never made anew; the volume is put down and deleted as any other."""
-    node.create(size=300 * MIB, parameters={**CHEAP, "mkfsOptions": f"-b {size}"})
-    for _ in range(2):
-        with pytest.raises(FailedPrecondition, match=rf"luks-{VOLUME} could not be mounted .* as ext4"):
-            node.stage()
-        assert node.closed()
-    node.unstage()
-    node.delete()
-
-
 def test_hpe416_a_pod_gets_no_folder_instead_of_a_damaged_file_system(used: Node) -> None:
     used.stage(capability=BLOCK)
     descriptor = os.open(used.open_mapping().path, os.O_WRONLY)

@@ -59,7 +59,13 @@ def orphaned(node: Node, step: str) -> Iterator[int]:
     def build(settings: Settings, _: Injector) -> Driver:
         return build_driver(settings, Host(workers=StoppingWorkers(step)))
 
-    settings = Settings(node_id="node-1", state_dir=node.state, free_space_floor=64 * MIB, limits=LIMITS)
+    settings = Settings(
+        node_id="node-1",
+        endpoint=node.folder / "csi.sock",
+        state_dir=node.state,
+        free_space_floor=64 * MIB,
+        limits=LIMITS,
+    )
     request = StageRequest(VOLUME, str(node.staging_path()), EXT4, read_secret(SECRET), {})
     node.staging_path().mkdir(parents=True)
     server = FaultServer(settings, build, node.folder / "killed.log")

@@ -344,24 +344,6 @@ def test_kubernetes85476_a_volume_that_nobody_uses_is_unstaged_by_its_deletion(
     node.unstage()
 
 
-@kinds
-@encrypted_or_plain
-def test_kubernetes85476_a_published_volume_is_not_deleted(
-    node: Node, capability: Capability, parameters: Mapping[str, str]
-) -> None:
-    node.create(parameters=parameters, capability=capability)
-    node.stage(capability=capability)
-    target = node.publish(capability=capability)
-    with pytest.raises(FailedPrecondition, match=said_first_of(target)):
-        node.delete()
-    assert node.disk().exists()
-    assert target.exists()
-    assert node.is_mounted() is not capability.block
-    node.unpublish()
-    node.unstage()
-    node.delete()
-
-
 @encrypted_or_plain
 def test_kubernetes85476_a_volume_that_a_process_uses_is_not_deleted(node: Node, parameters: Mapping[str, str]) -> None:
     node.create(parameters=parameters)
