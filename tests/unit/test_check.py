@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import structlog
 from click.testing import CliRunner, Result
 
 from csi_driver.cli.volume import volume
@@ -193,7 +194,10 @@ def run(rig: Rig, fake: FakeChecking, *arguments: str) -> Result:
     key = rig.folder / "key"
     key.write_text("right\n")
     argv = ["check", *arguments, "--state-dir", str(rig.folder), "--passphrase-file", str(key)]
-    return CliRunner().invoke(volume, argv, obj=build)
+    try:
+        return CliRunner().invoke(volume, argv, obj=build)
+    finally:
+        structlog.reset_defaults()  # the command sets up the logs of its process
 
 
 @pytest.mark.parametrize(
