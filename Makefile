@@ -21,7 +21,7 @@ export CSI_SANITY KUBERNETES_BIN BENCH_BASE
 # On the host if that has device-mapper, else in the guest. A page fault is dear there: memory, once had, is kept, but
 # where it is measured. The long image suites take more room and time.
 MEASURED_GUEST := $(PY) -m tests.machine.guest --env SEED --env COUNT --env CSI_SANITY
-BENCH_GUEST := $(MEASURED_GUEST) --env BENCH_BASE --timeout 7200
+BENCH_GUEST := $(MEASURED_GUEST) --env BENCH_BASE --disk 32G --timeout 7200
 GUEST_FOR := $(MEASURED_GUEST) --env MALLOC_MMAP_THRESHOLD_=33554432 --env MALLOC_TRIM_THRESHOLD_=268435456
 GUEST := $(GUEST_FOR) --
 LONG_GUEST := $(GUEST_FOR) --disk 32G --timeout 7200 --
