@@ -273,7 +273,7 @@ class FakeTable(MountTable):
     def at(self, path: str) -> Mount | None:
         return next((mount for mount in reversed(self._mounted) if mount.mount_point == path), None)
 
-    def of_device(self, number: tuple[int, int]) -> list[Mount]:
+    def of_device(self, number: tuple[int, int], fs_type: str | None = None) -> list[Mount]:
         return [mount for mount in self._mounted if mount.device == number]
 
     def of_node(self, number: tuple[int, int]) -> list[Mount]:

@@ -44,6 +44,7 @@ class LoopfileBackend:
 
     def __init__(self, folder: Path, floor: int, files: Files, loops: LoopDevices, codec: RecordCodec) -> None:
         self._folder = folder
+        self._volumes = str(folder / "volumes")
         self._names = SortedNames(folder / "volumes")
         self._floor = floor
         self._files = files
@@ -83,7 +84,7 @@ class LoopfileBackend:
 
     def has(self, volume_id: str) -> bool:
         """Whether its folder is there."""
-        return self._volume(volume_id).exists()
+        return os.path.exists(f"{self._volumes}/{volume_id}")
 
     def get(self, volume_id: str) -> VolumeRecord:
         """Read the record. Raises FailedPrecondition for one that is older than the last that was written.
@@ -142,10 +143,12 @@ class LoopfileBackend:
             _refuse_folders(folder)
         if volume.exists():
             self._check_unused(volume_id)
+        with self._space_errors(volume_id):
+            if volume.exists():
+                self._remove(trash)
+                self._files.rename(volume, trash)
             self._remove(trash)
-            self._files.rename(volume, trash)
-        self._remove(trash)
-        self._remove(fresh)
+            self._remove(fresh)
 
     def ids(self) -> Sequence[str]:
         """Folder names are the ids."""
@@ -198,7 +201,7 @@ class LoopfileBackend:
 
     def guard(self, volume_id: str) -> None:
         """Loop lets a file be bound twice, and then two mappings tear it: the file system must refuse."""
-        self._loops.guard(str(self._volume(volume_id) / _DISK))
+        self._loops.guard(self._disk(volume_id))
 
     def refresh(self, device: Handle) -> None:
         """LOOP_SET_CAPACITY."""
@@ -212,7 +215,7 @@ class LoopfileBackend:
     def is_device_of(self, volume_id: str, number: tuple[int, int]) -> bool:
         """Whether that device is a loop device on this volume's very file (device and inode)."""
         try:
-            disk = os.stat(self._volume(volume_id) / _DISK)
+            disk = os.stat(self._disk(volume_id))
         except FileNotFoundError:
             return False
         return self._loops.file_of(*number) == (disk.st_dev, disk.st_ino)
@@ -223,7 +226,7 @@ class LoopfileBackend:
             self._loops.detach(path)
         # A volume is unstaged whatever its file system has come to; the guard also goes when it is attached or deleted.
         with contextlib.suppress(FailedPrecondition):
-            self._loops.unguard(str(self._volume(volume_id) / _DISK))
+            self._loops.unguard(self._disk(volume_id))
 
     def space(self) -> Space:
         """What statvfs says, less the floor. Files are sparse: this is room now, not room promised."""
@@ -245,12 +248,12 @@ class LoopfileBackend:
         return [str(path) for path in leftovers]
 
     def _read(self, volume_id: str) -> VolumeRecord:
-        path = self._volume(volume_id) / _RECORD
+        path = f"{self._volumes}/{volume_id}/{_RECORD}"
         try:
             content = read_file(path)
         except FileNotFoundError:
             raise NotFound(f"volume {volume_id} does not exist on this node") from None
-        record = self._codec.decode(content, str(path))
+        record = self._codec.decode(content, path)
         if record.id != volume_id:
             raise FailedPrecondition(
                 f"the volume record {path} is that of volume {record.id}; put each volume's own record back"
@@ -260,7 +263,7 @@ class LoopfileBackend:
     def _newest(self, volume_id: str) -> int:
         """Revision of the newest record that was written; 0 where nothing tells."""
         with contextlib.suppress(OSError, ValueError):
-            return int(os.getxattr(self._volume(volume_id), _MARK))
+            return int(os.getxattr(f"{self._volumes}/{volume_id}", _MARK))
         return 0
 
     def _mark(self, volume_id: str, revision: int) -> None:
@@ -275,14 +278,17 @@ class LoopfileBackend:
     def _volume(self, volume_id: str) -> Path:
         return self._folder / "volumes" / volume_id
 
+    def _disk(self, volume_id: str) -> str:
+        return f"{self._volumes}/{volume_id}/{_DISK}"  # not by pathlib: that costs more than what is done with it
+
     def _find(self, volume_id: str) -> list[str]:
-        disk = self._volume(volume_id) / _DISK
+        disk = self._disk(volume_id)
         # A free lock proves without a scan that no loop device has the file: an attached one holds the lock.
         with contextlib.suppress(FileNotFoundError):
             descriptor = os.open(disk, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 if ofdlock.is_locked(descriptor):
-                    return [info.path for info in self._loops.find(str(disk))]
+                    return [info.path for info in self._loops.find(disk)]
             finally:
                 os.close(descriptor)
         return []

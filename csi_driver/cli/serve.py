@@ -201,7 +201,7 @@ def serve(**options: Any) -> None:
         with loading():
             from csi_driver.rpc.server import driver_server, serve_until_told
 
-        all_ended = serve_until_told(driver_server(driver))
+        all_ended = serve_until_told(driver_server(driver), driver.warm_up)
     finally:
         driver.stop()
     if not all_ended:

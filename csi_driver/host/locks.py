@@ -40,7 +40,7 @@ class VolumeLocks:
 
         Raises VolumeBusy, naming the process, when another call or an earlier child holds it.
         """
-        descriptor = self._acquire(self._folder / volume_id, volume_id)
+        descriptor = self._acquire(f"{self._folder}/{volume_id}", volume_id)
         try:
             with holding(descriptor):
                 yield
@@ -56,9 +56,9 @@ class VolumeLocks:
         """Remove the lock file of a deleted volume; call it while holding the lock."""
         # On a file system that went read-only it stays, and is as good for the next call.
         with contextlib.suppress(OSError):
-            os.unlink(self._folder / volume_id)
+            os.unlink(f"{self._folder}/{volume_id}")
 
-    def _acquire(self, path: Path, volume_id: str) -> int:
+    def _acquire(self, path: str, volume_id: str) -> int:
         while True:
             descriptor = self._open(path)
             try:
@@ -74,7 +74,7 @@ class VolumeLocks:
                 raise
             os.close(descriptor)
 
-    def _open(self, path: Path) -> int:
+    def _open(self, path: str) -> int:
         while True:
             try:
                 return os.open(path, os.O_RDWR | os.O_CREAT | _OPEN_FLAGS, 0o600)
@@ -86,7 +86,7 @@ class VolumeLocks:
                     raise
                 return self._open_read_only(path)
 
-    def _open_read_only(self, path: Path) -> int:
+    def _open_read_only(self, path: str) -> int:
         """The state directory went read-only: volumes must still be put down, which needs their locks."""
         try:
             return os.open(path, os.O_RDONLY | _OPEN_FLAGS)
@@ -94,7 +94,7 @@ class VolumeLocks:
             return os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | _OPEN_FLAGS)
 
     @staticmethod
-    def _is_current(path: Path, descriptor: int) -> bool:
+    def _is_current(path: str, descriptor: int) -> bool:
         opened = os.fstat(descriptor)
         if stat.S_ISDIR(opened.st_mode):
             return True
@@ -104,7 +104,7 @@ class VolumeLocks:
             return False
         return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)
 
-    def _busy(self, path: Path, volume_id: str) -> VolumeBusy:
+    def _busy(self, path: str, volume_id: str) -> VolumeBusy:
         others = [holder for holder in self._holders.of_file(path) if holder.pid != os.getpid()]
         if others:
             return VolumeBusy(

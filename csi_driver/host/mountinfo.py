@@ -63,14 +63,14 @@ class MountTable:
                 found = self._topmost(resolved)
         return found
 
-    def of_device(self, number: tuple[int, int]) -> list[Mount]:
-        """The mounts of the file system on this block device, by identity.
+    def of_device(self, number: tuple[int, int], fs_type: str | None = None) -> list[Mount]:
+        """The mounts of the file system on this block device, by identity; `fs_type` if that is known.
 
         btrfs shows a number of its own in the table and, as source, any name that the device ever had: it is asked.
         """
         found = list(self._lines(b" %d:%d " % number))
         mounts = [mount for mount in map(_parse, found) if mount.device == number]
-        fsid = _btrfs_on(number)
+        fsid = _btrfs_on(number) if fs_type in (None, "btrfs") else None
         if fsid is None:
             return mounts
         verdicts: dict[tuple[int, int], bool] = {}
@@ -89,10 +89,9 @@ class MountTable:
         return [mount for mount in mounts if _block_device(mount.mount_point) == device]
 
     def _topmost(self, path: str) -> Mount | None:
+        point = _escaped(path)
         # The root field or the source of another mount may hold the same text.
-        found = [
-            mount for line in self._lines(b" " + _escaped(path) + b" ") if (mount := _parse(line)).mount_point == path
-        ]
+        found = [_parse(line) for line in self._lines(b" " + point + b" ") if line.split(b" ", 5)[4] == point]
         parents = {mount.parent_id for mount in found if mount.parent_id != mount.mount_id}
         return next((mount for mount in reversed(found) if mount.mount_id not in parents), None)
 

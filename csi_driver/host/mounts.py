@@ -168,8 +168,7 @@ class Mounts:
 
 def _mount_id(descriptor: int) -> int:
     """The mount that an open descriptor lies in (proc(5), fdinfo)."""
-    with open(f"/proc/self/fdinfo/{descriptor}", "rb") as facts:
-        return next(int(line.split()[1]) for line in facts if line.startswith(b"mnt_id:"))
+    return int(read_file(f"/proc/self/fdinfo/{descriptor}").partition(b"mnt_id:")[2].split(None, 1)[0])
 
 
 def _source(device: Handle) -> str:

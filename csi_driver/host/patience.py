@@ -2,15 +2,32 @@
 
 import threading
 from collections.abc import Callable
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 T = TypeVar("T")
+Task = Callable[[], None]
+
+_idle: list["SimpleQueue[Task]"] = []
+"""Threads that wait for work: to make one costs many times what the work does. One that hangs is not here."""
 
 
-def within(seconds: float, name: str, work: Callable[[], T]) -> T | None:
+def within(seconds: float, work: Callable[[], T]) -> T | None:
     """What `work` returns, if it does so in time; else None, and its thread goes on as a daemon. It must not raise."""
-    answer: list[T] = []
-    thread = threading.Thread(target=lambda: answer.append(work()), name=name, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return answer[0] if answer else None
+    answers: SimpleQueue[T] = SimpleQueue()
+    try:
+        tasks = _idle.pop()
+    except IndexError:
+        tasks = SimpleQueue()
+        threading.Thread(target=_work, args=(tasks,), name="patience", daemon=True).start()
+    tasks.put(lambda: answers.put(work()))
+    try:
+        return answers.get(timeout=seconds)
+    except Empty:
+        return None
+
+
+def _work(tasks: "SimpleQueue[Task]") -> None:
+    while True:
+        tasks.get()()
+        _idle.append(tasks)

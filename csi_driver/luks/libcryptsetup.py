@@ -221,9 +221,9 @@ def crypt_device(where: str, device: str, header: str | None = None) -> Iterator
 
 
 def check_library() -> str:
-    """Load the library, in a worker, and say which; raises FailedPrecondition when it is not installed."""
+    """Load the library and say which; raises FailedPrecondition when it is not installed."""
     load_library()
-    return f"{LIBRARY} loads in a worker"
+    return f"{LIBRARY} can be loaded"
 
 
 def load_library_if_present() -> None:

@@ -1,10 +1,10 @@
 """Open LUKS mappings: whose they are, whether one may be used again, and how they are closed."""
 
+import os
 import time
 from enum import StrEnum
-from pathlib import Path
 
-from csi_driver.host import keyring
+from csi_driver.host import dmnodes, keyring
 from csi_driver.host.devicemapper import Device, DeviceMapper, MappingHandle
 from csi_driver.host.dmcontrol import NoDeviceMapper
 from csi_driver.host.holders import Holders, describe
@@ -76,7 +76,7 @@ class Mappings:
         if len(mapping.targets) != 1 or mapping.targets[0].type != "crypt" or len(mapping.backing) != 1:
             return None
         major, minor = mapping.backing[0]
-        return (major, minor) if Path(f"/sys/dev/block/{major}:{minor}").exists() else None
+        return (major, minor) if os.path.exists(f"/sys/dev/block/{major}:{minor}") else None
 
     def close(self, name: str, uuid: str | None = None) -> None:
         """Close the mapping and forget its volume key, also that of `uuid`; absent is fine, no key is needed.
@@ -85,10 +85,12 @@ class Mappings:
         waited for, up to 3 s. Raises DeviceInUse naming who keeps it busy.
         """
         mapping = self.find(name)
-        if mapping is not None:
-            self._mapper.remove(proof_name(name))  # a resize that was killed may have left it on the volume's device
+        if mapping is not None and self._mapper.get(proof_name(name)) is not None:
+            self._mapper.remove(proof_name(name))  # a resize that was killed has left it on the volume's device
         if mapping is not None and self.is_made_for(mapping, name):
             self._remove(mapping)
+        elif mapping is None:
+            dmnodes.remove_name(name)  # a kill between removal and this left it, and the number is another's by now
         for known in {uuid, luks_uuid(mapping.uuid, name) if mapping else None} - {None}:
             keyring.unlink_from_user(volume_key_name(str(known)))
 

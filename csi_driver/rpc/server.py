@@ -161,9 +161,13 @@ def central_server(settings: Settings) -> Server:
     )
 
 
-def serve_until_told(server: Server) -> bool:
-    """Serve until SIGTERM or SIGINT; returns whether all calls ended within the grace time."""
+def serve_until_told(server: Server, listening: Callable[[], None] = lambda: None) -> bool:
+    """Serve until SIGTERM or SIGINT; returns whether all calls ended within the grace time.
+
+    `listening` does what may wait until the server answers.
+    """
     with told_to_stop() as (asked, _):
         server.start()
+        listening()
         os.read(asked, 1)
         return server.stop()

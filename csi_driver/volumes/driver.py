@@ -80,7 +80,7 @@ class Driver:
     health: Health
 
     def start(self) -> None:
-        """Make the folders and start the worker launcher.
+        """Make the folders. The worker launcher starts with the first call, or with `warm_up`.
 
         Raises FailedPrecondition when the state directory cannot be made, or is not the one that it was.
         """
@@ -89,12 +89,14 @@ class Driver:
             for folder in ("locks", "stages"):
                 (self.settings.state_dir / folder).mkdir(mode=0o700, exist_ok=True)
             self.backend.prepare()
-            self.staging.forget_earlier_boots()
         except OSError as error:
             raise FailedPrecondition(
                 f"the state directory {self.settings.state_dir} cannot be made ({error.strerror}); make it a writable "
                 f"folder"
             ) from None
+
+    def warm_up(self) -> None:
+        """Start the worker launcher ahead of the first call that needs it."""
         self.workers.start()
 
     def stop(self) -> None:
@@ -144,7 +146,5 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         healing=healing,
         checking=Checking(seam, presences, host.workers, commands, mappings, encryption, file_systems, settings.limits),
         usage=Usages(seam, presences),
-        health=Health(
-            settings, seam, stages, host.workers, commands, host.mapper, mappings, host.mounts, directory.check
-        ),
+        health=Health(settings, seam, stages, commands, host.mapper, mappings, host.mounts, directory.check),
     )

@@ -16,7 +16,6 @@ from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.keyquota import KeyQuota, read_key_quota
 from csi_driver.host.log import log
 from csi_driver.host.mounts import Mounts
-from csi_driver.host.workers import Workers
 from csi_driver.luks.libcryptsetup import check_library
 from csi_driver.luks.mapping import Mappings
 from csi_driver.model.errors import DriverError, FailedPrecondition
@@ -60,7 +59,6 @@ class Health:
         settings: Settings,
         backend: Backend,
         stages: Stages,
-        workers: Workers,
         commands: Commands,
         mapper: DeviceMapper,
         mappings: Mappings,
@@ -72,7 +70,6 @@ class Health:
         self._settings = settings
         self._backend = backend
         self._stages = stages
-        self._workers = workers
         self._commands = commands
         self._mapper = mapper
         self._mappings = mappings
@@ -167,10 +164,7 @@ class Health:
         return _finding("loop devices", look, "load the kernel module loop on this node (modprobe loop)")
 
     def _library(self) -> Finding:
-        def look() -> str:
-            return self._workers.call("luks-check of the worker", _COMMAND_SECONDS, check_library)
-
-        return _finding("libcryptsetup", look, "install the package cryptsetup-bin, or restart the driver")
+        return _finding("libcryptsetup", check_library, "install the package cryptsetup-bin, or restart the driver")
 
     def _state_dir(self) -> Finding:
         path = self._settings.state_dir

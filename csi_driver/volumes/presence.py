@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from csi_driver.backends.base import Backend
 from csi_driver.host import blockdev
@@ -15,6 +16,7 @@ from csi_driver.host.devicemapper import Device
 from csi_driver.host.handle import Handle
 from csi_driver.host.mountinfo import Mount, MountTable
 from csi_driver.host.mounts import Mounts
+from csi_driver.luks.device import dm_uuid
 from csi_driver.luks.mapping import Fit, Mappings, luks_uuid
 from csi_driver.model.errors import DeviceAbsent, DriverError
 from csi_driver.model.volume import VolumeRecord, mapping_name
@@ -40,12 +42,12 @@ class Presence:
     nodes: tuple[Mount, ...]
     table: MountTable = field(repr=False)
 
-    @property
+    @cached_property
     def staging(self) -> Mount | None:
         """The mount at the recorded staging path, of the volume's own file system."""
         return None if self.stage is None or self.stage.block else self.mount_at(self.stage.staging_path)
 
-    @property
+    @cached_property
     def publications(self) -> tuple[Mount, ...]:
         """Where pods, or others, see it: every place but the staging path."""
         staging = self.staging.mount_point if self.staging else None
@@ -67,7 +69,7 @@ class Presence:
 
     def mount_at(self, path: str) -> Mount | None:
         """The topmost mount at that path, if it is of the volume's file system."""
-        found = self.table.at(path) or self.table.at(os.path.realpath(path))
+        found = (self.table.at(path) or self.table.at(os.path.realpath(path))) if self.mounts else None
         return found if found in self.mounts else None
 
     def shows_node(self, path: str) -> bool:
@@ -77,7 +79,8 @@ class Presence:
     def is_staged_at(self, path: str) -> bool:
         """Whether to unstage it there means this volume's stage, or what is left of one that nobody recorded."""
         if self.stage is not None:
-            return os.path.realpath(self.stage.staging_path) == os.path.realpath(path)
+            recorded = self.stage.staging_path
+            return recorded == path or os.path.realpath(recorded) == os.path.realpath(path)
         return not (self.mounts or self.nodes) or self.mount_at(path) is not None
 
 
@@ -111,18 +114,26 @@ class Presences:
             mapping=mapping,
             fit=fit,
             number=number,
-            mounts=() if number is None else tuple(table.of_device(number)),
+            mounts=() if number is None else tuple(table.of_device(number, stage.fs_type if stage else None)),
             nodes=() if number is None or (stage and not stage.block) else tuple(table.of_node(number)),
             table=table,
         )
 
     def fit(self, volume_id: str, mapping: Device, uuid: str) -> Fit:
         """Whether that mapping, opened for the volume, is of that LUKS UUID and on the volume's own live device."""
-        fit = self._mappings.fit(mapping, mapping_name(volume_id), uuid)
         backing = self._mappings.backing(mapping)
-        if fit is Fit.FITS and (backing is None or not self._backend.is_device_of(volume_id, backing)):
+        if mapping.uuid != dm_uuid(mapping.name, uuid) or backing is None:
             return Fit.STALE
-        return fit
+        return Fit.FITS if self._backend.is_device_of(volume_id, backing) else Fit.STALE
+
+    def table(self) -> MountTable:
+        """All mounts that this node's pods and the driver see now."""
+        return self._mounts.table()
+
+    def is_staging_path(self, volume_id: str, path: str) -> bool:
+        """Whether the volume is recorded as staged at that path."""
+        stage = self._stages.get(volume_id)
+        return stage is not None and stage.staging_path == path
 
     @contextmanager
     def held(self, present: Presence) -> Iterator[Handle]:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from csi_driver.backends.base import Backend
 from csi_driver.host.handle import Handle
 from csi_driver.host.holders import Holders, describe
+from csi_driver.host.log import log
 from csi_driver.host.mountinfo import Mount
 from csi_driver.host.mounts import Mounts
-from csi_driver.model.errors import AlreadyExists, DeviceInUse, FailedPrecondition, NotFound
+from csi_driver.model.errors import AlreadyExists, DeviceInUse, FailedPrecondition, InvalidArgument, NotFound
 from csi_driver.volumes import capability as capabilities
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.context import check_context
@@ -80,8 +81,10 @@ class Publishing:
         """Unmount the target path and remove it; a path that is not there is fine.
 
         Raises DeviceInUse naming who keeps it busy, FailedPrecondition when something is in it: what is not ours to
-        remove stays.
+        remove stays. On a file system that went read-only the empty path stays.
         """
+        if self._presences.is_staging_path(volume_id, target_path):
+            raise _refused_target(volume_id, target_path)
         while True:
             self._unmount(volume_id, target_path)
             try:
@@ -90,6 +93,8 @@ class Publishing:
                 # Nobody can remove what something is still mounted on (rmdir(2), unlink(2)).
                 if error.errno == errno.EBUSY and self._mounts.at(target_path) is not None:
                     continue
+                if error.errno == errno.EROFS:
+                    return log.warning("a target path could not be removed", volume_id=volume_id, path=target_path)
                 raise FailedPrecondition(
                     f"the target path {target_path} of volume {volume_id} cannot be removed ({error.strerror}); look "
                     f"at what is in it, it was left alone"
@@ -125,6 +130,8 @@ class Publishing:
                 f"volume {request.volume_id} is staged at {staged.staging_path} and not at {request.staging_path!r}; "
                 f"publish it from there"
             )
+        if request.target_path == request.staging_path:
+            raise _refused_target(request.volume_id, request.target_path)
         if staged.block != request.capability.block:
             kinds = ("a block device", "a mount")
             raise FailedPrecondition(
@@ -139,6 +146,12 @@ class Publishing:
             )
             raise FailedPrecondition(f"{what}; unstage and stage the volume")
         return staged
+
+
+def _refused_target(volume_id: str, path: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"the target path {path} is the staging path of volume {volume_id}; a pod's must be another one"
+    )
 
 
 def _check_present(request: PublishRequest, there: Mount, present: Presence, *, read_only: bool) -> None:

@@ -134,10 +134,6 @@ class Staging:
             volume.shown.close()
             device.close()
 
-    def forget_earlier_boots(self) -> None:
-        """Forget what was staged before this boot."""
-        self._stages.forget_earlier_boots()
-
     def unstage(self, volume_id: str, staging_path: str) -> None:
         """Unmount, close the mapping, let go of the device; needs no key, no record, and nothing to be there.
 
@@ -156,6 +152,8 @@ class Staging:
         present = self._presences.of(volume_id)
         if present.is_open:
             self._put_down(present, "")
+        else:
+            self._stages.remove(volume_id)  # of an earlier boot, or of a state directory that was read-only
 
     def _put_down(self, present: Presence, staging_path: str) -> None:
         volume_id = present.volume_id
@@ -238,7 +236,7 @@ class Staging:
         """Take away what an earlier, cut or outdated stage of this volume left mounted."""
         for path in dict.fromkeys((staging_path, *((present.stage.staging_path,) if present.stage else ()))):
             self._unmount_all(present, path)
-        found = self._presences.of(record.id, record).table.at(staging_path)
+        found = self._presences.table().at(staging_path)
         if found is not None:
             raise FailedPrecondition(
                 f"volume {record.id} cannot be staged at {staging_path}: {found.source} is mounted there; unmount it"
@@ -246,9 +244,11 @@ class Staging:
 
     def _unmount_all(self, present: Presence, path: str) -> None:
         """End every mount of the volume at its staging path: they may lie one on the other."""
-        while (found := present.mount_at(path)) is not None:
-            self._file_systems.unmount(present.volume_id, found)
-            present = self._presences.of(present.volume_id)
+        staging = present.mount_at(path)
+        if staging is not None:
+            for mount in reversed(present.mounts):
+                if mount.mount_point == staging.mount_point:
+                    self._file_systems.unmount(present.volume_id, mount)
 
     def _known_uuid(self, present: Presence) -> str | None:
         if present.stage is not None and present.stage.luks_uuid:
@@ -276,7 +276,7 @@ def let_go(device: Handle) -> None:
         device.close()
         return True
 
-    if not within(_CLOSE_SECONDS, "close", close):
+    if not within(_CLOSE_SECONDS, close):
         log.warning("a device does not answer and stays open until it does", device=device.name)
 
 

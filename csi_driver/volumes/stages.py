@@ -46,13 +46,14 @@ class Stages:
 
     def __init__(self, folder: Path, files: Files) -> None:
         self._folder = folder
+        self._name = str(folder)
         self._files = files
         self._boot_id = _BOOT_ID.read_text().strip()
 
     def get(self, volume_id: str) -> Stage | None:
         """The stage of this boot, complete or being made."""
         try:
-            found = msgspec.json.decode(read_file(self._folder / volume_id), type=_StageFile)
+            found = msgspec.json.decode(read_file(f"{self._name}/{volume_id}"), type=_StageFile)
         except (FileNotFoundError, ValueError, RecursionError):  # msgspec's errors are ValueErrors
             return None
         return found.stage if found.boot_id == self._boot_id else None
@@ -70,12 +71,6 @@ class Stages:
         except FileNotFoundError:
             return []
         return sorted(name for name in names if name[0] != "." and (stage := self.get(name)) and stage.key_drift)
-
-    def forget_earlier_boots(self) -> None:
-        """Remove the stages that a reboot ended: nobody unstages a volume that was deleted since."""
-        for name in os.listdir(self._folder):
-            if not name.startswith(".") and self.get(name) is None:
-                self.remove(name)
 
     def remove(self, volume_id: str) -> None:
         """Forget it; absent is fine. On a read-only file system it stays: what the kernel shows decides."""

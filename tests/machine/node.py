@@ -108,7 +108,7 @@ class Node:
         loopfile.prepare()
         self.store: Backend = self.backend or loopfile
         self.mapper, self.mounts, holders = DeviceMapper(), Mounts(), Holders()
-        self.locks = VolumeLocks(self.state / "locks", holders, self.store.has)
+        self.locks = VolumeLocks(self.state / "locks", holders, self.store.has, remade=True)
         self.stages = Stages(self.state / "stages", Files())
         self.mappings = self.make_mappings(self.mapper, holders)
         self.encryption = self.make_encryption(self.workers, self.mappings, self.limits)

@@ -64,7 +64,7 @@ def health() -> Iterator[Build]:
             stack.callback(driver.stop)
             mappings = Mappings(mapper, Holders())
             return Health(
-                settings, driver.backend, Stages(settings.state_dir, Files()), driver.workers,
+                settings, driver.backend, Stages(settings.state_dir, Files()),
                 Commands(driver.workers), mapper, mappings, Mounts(), lambda: None, lambda: machine, lambda: quota,
             )  # fmt: skip
 

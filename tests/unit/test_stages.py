@@ -55,18 +55,6 @@ def test_a_stage_of_an_earlier_boot_is_none(tmp_path: Path) -> None:
     assert stages.get("pvc-1") == SHOWN
 
 
-def test_stages_of_earlier_boots_are_cleared_away(tmp_path: Path) -> None:
-    stages = Stages(tmp_path, Files())
-    stages.put("pvc-1", MOUNTED)
-    stages.put("pvc-2", SHOWN)
-    document = msgspec.json.decode((tmp_path / "pvc-1").read_bytes())
-    (tmp_path / "pvc-1").write_bytes(msgspec.json.encode(document | {"boot_id": "another"}))
-    (tmp_path / ".pvc-1.new").write_bytes(b"a write that was cut")
-    (tmp_path / ".pvc-3.new").write_bytes(b"a write that is under way")
-    stages.forget_earlier_boots()
-    assert {path.name for path in tmp_path.iterdir()} == {"pvc-2", ".pvc-3.new"}
-
-
 @pytest.mark.parametrize(
     "content",
     [b"", bytes(300), b"{", b'{"boot_id":', b'{"boot_id":"\xff"}', b"[]", b"null", b'{"a":' * 50_000, b"\xff\xfe" * 50],

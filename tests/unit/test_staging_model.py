@@ -83,7 +83,6 @@ class Rig:
         """What a new process does at its start."""
         self.kernel.end_of_process()
         self._build()
-        self.staging.forget_earlier_boots()
         for name in self.mappings.names():
             self.encryption.resume(name, self.mappings.get(name))
 
