@@ -357,7 +357,14 @@ class KernelCommands(Commands):
         super().__init__(Workers(()))
         self._kernel = kernel
 
-    def run(self, argv: Sequence[str | Handle], *, timeout: float, ok_codes: Sequence[int] = (0,)) -> Completed:
+    def run(
+        self,
+        argv: Sequence[str | Handle],
+        *,
+        timeout: float,
+        ok_codes: Sequence[int] = (0,),
+        by_name: bool = False,
+    ) -> Completed:
         program, device = str(argv[0]), argv[-1]
         assert isinstance(device, Handle)
         self._kernel.step(f"before {program}")

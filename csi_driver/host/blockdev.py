@@ -6,7 +6,7 @@ import os
 import stat
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from csi_driver.host.handle import Handle
@@ -34,6 +34,18 @@ def is_node_of(path: str, number: tuple[int, int]) -> bool:
     except OSError:
         return False
     return stat.S_ISBLK(found.st_mode) and found.st_rdev == os.makedev(*number)
+
+
+def name_of(device: Handle) -> str:
+    """For what takes no descriptor: the name that people know if it means this device, else the kernel's, else the path
+    of the descriptor. It means this device for as long as that is held open.
+    """
+    number = device.number
+    with suppress(OSError):  # what is no block device has no kernel's name
+        for name in (device.name, f"/dev/{kernel_name(number)}"):
+            if is_node_of(name, number):
+                return name
+    return device.path
 
 
 def device_number(path: str) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from csi_driver.host.blockdev import name_of
 from csi_driver.host.handle import Handle
 from csi_driver.host.held import held_descriptors
 from csi_driver.host.syscalls import libc
@@ -60,26 +61,43 @@ class Commands:
         """Whether `run` would find the program."""
         return shutil.which(program, path=_ENVIRONMENT["PATH"]) is not None
 
-    def run(self, argv: Sequence[str | Handle], *, timeout: float, ok_codes: Sequence[int] = (0,)) -> Completed:
+    def run(
+        self,
+        argv: Sequence[str | Handle],
+        *,
+        timeout: float,
+        ok_codes: Sequence[int] = (0,),
+        by_name: bool = False,
+    ) -> Completed:
         """`run_program` in a worker. The server itself never forks for it: a child would share locks of other calls."""
         limit = timeout + 2 * _KILL_GRACE_SECONDS
         return self._workers.call(
-            f"{argv[0]} on {argv[-1]}", limit, run_program, tuple(argv), timeout=timeout, ok_codes=tuple(ok_codes)
+            f"{argv[0]} on {argv[-1]}",
+            limit,
+            run_program,
+            tuple(argv),
+            timeout=timeout,
+            ok_codes=tuple(ok_codes),
+            by_name=by_name,
         )
 
 
-def run_program(argv: Sequence[str | Handle], *, timeout: float, ok_codes: Sequence[int] = (0,)) -> Completed:
+def run_program(
+    argv: Sequence[str | Handle], *, timeout: float, ok_codes: Sequence[int] = (0,), by_name: bool = False
+) -> Completed:
     """Run `argv` for at most `timeout` seconds.
 
     The program inherits what the running call holds, its lock and devices, and finds a Handle under the path of its
-    descriptor; errors call it by its name. It ends with this process. Raises FailedPrecondition when it is not
-    installed, ProgramFailed for an exit code outside `ok_codes`, DeadlineExceeded when it had to be killed.
+    descriptor; errors call it by its name. `by_name` is for those that hand the path on to somebody who keeps it: they
+    get a name that is seen to mean the device, which they hold as well. It ends with this process. Raises
+    FailedPrecondition when it is not installed, ProgramFailed for an exit code outside `ok_codes`, DeadlineExceeded
+    when it had to be killed.
     """
     shown = [str(one) for one in argv]
     handles = [one for one in argv if isinstance(one, Handle)]
     try:
         process = subprocess.Popen(
-            [one.path if isinstance(one, Handle) else one for one in argv],
+            [(name_of(one) if by_name else one.path) if isinstance(one, Handle) else one for one in argv],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

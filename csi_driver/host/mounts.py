@@ -75,7 +75,7 @@ class Mounts:
         unsupported or refused its options), DeviceAbsent, DeviceUnreadable, DeviceInUse, NotFound (no mount point),
         CommandFailed.
         """
-        arguments = (os.fsencode(_source(device)), os.fsencode(target), fs_type.encode(), flags, data.encode())
+        arguments = (os.fsencode(blockdev.name_of(device)), os.fsencode(target), fs_type.encode(), flags, data.encode())
         try:
             check(libc.mount(*arguments), "mount")
         except OSError as error:
@@ -169,16 +169,6 @@ class Mounts:
 def _mount_id(descriptor: int) -> int:
     """The mount that an open descriptor lies in (proc(5), fdinfo)."""
     return int(read_file(f"/proc/self/fdinfo/{descriptor}").partition(b"mnt_id:")[2].split(None, 1)[0])
-
-
-def _source(device: Handle) -> str:
-    """What to mount: the name that people know if it means this device, else the kernel's, else the descriptor."""
-    number = device.number
-    with contextlib.suppress(OSError):  # what is no block device has no kernel's name
-        for name in (device.name, f"/dev/{blockdev.kernel_name(number)}"):
-            if blockdev.is_node_of(name, number):
-                return name
-    return device.path
 
 
 def _bind_read_only(source: Handle, target: bytes) -> None:

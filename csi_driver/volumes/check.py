@@ -96,7 +96,7 @@ class Checking:
         said: list[str] = []
 
         def run(*argv: str) -> int:
-            done = self._commands.run([*argv, volume.shown], timeout=seconds, ok_codes=_ANY_CODE)
+            done = self._commands.run([*argv, volume.shown], timeout=seconds, ok_codes=_ANY_CODE, by_name=True)
             said.append(_words([*argv, volume.shown.name], done))
             return done.code
 

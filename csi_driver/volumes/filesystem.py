@@ -182,7 +182,8 @@ class FileSystems:
         if record.file_system is FileSystemState.NONE:
             record = backend.update(msgspec.structs.replace(record, file_system=FileSystemState.MAKING))
         argv = mkfs_command(fs_type, record.parameters.mkfs_options)
-        self._commands.run([*argv, device], timeout=self._limits.format_seconds)
+        # mkfs.btrfs tells the kernel the path, which shows it as the mount's source and compares by it ever after.
+        self._commands.run([*argv, device], timeout=self._limits.format_seconds, by_name=fs_type == "btrfs")
         self._workers.call(
             f"luks-sync of volume {record.id}", self._limits.format_seconds, blockdev.fsync_device, device
         )

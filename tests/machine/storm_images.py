@@ -85,5 +85,7 @@ class StormImage:
         if done.returncode > 0:
             if may_be_absent and "does not exist" in done.stderr:
                 return True
+            if command == "clone" and "exists already" in done.stderr:
+                return True  # of a run that was killed when all was done
             ledger.tell("odd", f"image {command} {' '.join(arguments)}: {done.stderr.strip()}")
         return done.returncode == 0

@@ -33,7 +33,14 @@ class Scripted(KernelCommands):
         self.rig, self.codes = rig, list(codes)
         self.ran: list[list[str]] = []
 
-    def run(self, argv: Sequence[str | Handle], *, timeout: float, ok_codes: Sequence[int] = (0,)) -> Completed:
+    def run(
+        self,
+        argv: Sequence[str | Handle],
+        *,
+        timeout: float,
+        ok_codes: Sequence[int] = (0,),
+        by_name: bool = False,
+    ) -> Completed:
         assert timeout == SECONDS
         self.ran.append([str(one) for one in argv])
         assert self.rig.guarded(Path(self.rig.kernel.loops.bound[self.loop(argv[-1])].info.backing_path).parent.name)
