@@ -14,17 +14,8 @@ from csi_driver.host.syscalls import error_name
 from csi_driver.model.errors import CommandFailed, DeviceAbsent, DeviceMismatch, DeviceUnreadable
 
 _BLKGETSIZE64: Final = 0x80081272
-_BLKSSZGET: Final = 0x1268
 _BLKROSET: Final = 0x125D
 _BLKROGET: Final = 0x125E
-
-
-def is_block_device(path: str) -> bool:
-    """Whether `path`, links followed, is a block device node; False when absent."""
-    try:
-        return stat.S_ISBLK(os.stat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
 
 
 def is_node_of(path: str, number: tuple[int, int]) -> bool:
@@ -89,13 +80,6 @@ def kernel_name(number: tuple[int, int]) -> str:
     """The kernel's name of the block device of that number, such as "dm-3". Raises OSError when there is none."""
     major, minor = number
     return os.path.basename(os.readlink(f"/sys/dev/block/{major}:{minor}"))
-
-
-def logical_block_size(device: str | int) -> int:
-    """Smallest unit in bytes that the device can address (BLKSSZGET). Raises like `size_bytes`."""
-    with _opened(device) as descriptor:
-        answer = fcntl.ioctl(descriptor, _BLKSSZGET, bytes(4))
-    return int(struct.unpack("=i", answer)[0])
 
 
 def fsync_device(device: Handle) -> None:

@@ -17,7 +17,6 @@ from csi_driver.model.errors import (
     CommandFailed,
     DeviceInUse,
     FailedPrecondition,
-    InvalidArgument,
     NotFound,
     ResourceExhausted,
 )
@@ -278,10 +277,3 @@ def let_go(device: Handle) -> None:
 
     if not within(_CLOSE_SECONDS, close):
         log.warning("a device does not answer and stays open until it does", device=device.name)
-
-
-def require_absolute(name: str, path: str) -> str:
-    """A path of the request. Raises InvalidArgument when it is absent or relative."""
-    if not path.startswith("/"):
-        raise InvalidArgument(f"the request's {name} is {path!r}; it must be an absolute path")
-    return path

@@ -75,7 +75,7 @@ class BlockBackend:
 
     def device_of(self, volume_id: str) -> Handle | None:
         path = self.devices.get(volume_id)
-        return handle_on(path) if path and blockdev.is_block_device(path) else None
+        return handle_on(path) if path and os.path.exists(path) else None
 
     def is_device_of(self, volume_id: str, number: tuple[int, int]) -> bool:
         path = self.devices.get(volume_id)

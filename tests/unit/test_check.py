@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-import structlog
 from click.testing import CliRunner, Result
 
 from csi_driver.cli.volume import volume
 from csi_driver.host.commands import Completed
 from csi_driver.host.handle import Handle
+from csi_driver.host.log import log
 from csi_driver.keys.secret import SecretKey
 from csi_driver.model.errors import DeviceInUse, FailedPrecondition, NotFound, Unauthenticated
 from csi_driver.model.settings import Limits, Settings
@@ -204,7 +204,7 @@ def run(rig: Rig, fake: FakeChecking, *arguments: str) -> Result:
     try:
         return CliRunner().invoke(volume, argv, obj=build)
     finally:
-        structlog.reset_defaults()  # the command sets up the logs of its process
+        log.set_up()  # the command sets up the logs of its process
 
 
 @pytest.mark.parametrize(

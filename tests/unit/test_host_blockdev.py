@@ -8,7 +8,7 @@ from csi_driver.host import blockdev
 from csi_driver.host.syscalls import check, libc, syscall
 from csi_driver.model.errors import DeviceAbsent, DeviceMismatch
 
-CALLS = [blockdev.device_number, blockdev.size_bytes, blockdev.logical_block_size]
+CALLS = [blockdev.device_number, blockdev.size_bytes]
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -39,9 +39,10 @@ def test_an_open_file_is_no_block_device_either(tmp_path: Path) -> None:
         blockdev.size_bytes(file.fileno())
 
 
-def test_is_block_device_asks_only(tmp_path: Path) -> None:
-    assert not blockdev.is_block_device(str(tmp_path))
-    assert not blockdev.is_block_device(str(tmp_path / "absent"))
+def test_a_node_is_known_by_kind_and_number(tmp_path: Path) -> None:
+    assert not blockdev.is_node_of(str(tmp_path), (7, 0))
+    assert not blockdev.is_node_of(str(tmp_path / "absent"), (7, 0))
+    assert not blockdev.is_node_of("/dev/null", (1, 3)), "a character device"
 
 
 def test_kinds_have_names() -> None:
