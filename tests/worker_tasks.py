@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from csi_driver.host.commands import Completed, run_program
 from csi_driver.host.handle import Handle
@@ -108,6 +108,14 @@ def read_through(handle: Handle, note: str = "", seconds: float = 0.0) -> tuple[
         time.sleep(seconds)
     with open(handle, "rb") as file:
         return handle.name, os.readlink(handle.path), file.read()
+
+
+def run_when_told(gate: str, argv: Sequence[str], **kwargs: Any) -> Completed:
+    """`run_program` of somebody who has to wait: who waits is in `<gate>.waits`, and goes on when `gate` is there."""
+    _tell(f"{gate}.waits")
+    while not Path(gate).exists():
+        time.sleep(0.02)
+    return run_program(argv, **kwargs)
 
 
 def _tell(note: str) -> None:

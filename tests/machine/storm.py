@@ -18,18 +18,17 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from csi_driver.rpc.client import CsiClient
 from tests.machine.leaks import Facts, adopting_orphans, children, leaked_since, orphans, settled
-from tests.machine.server import PROGRAM, ServerProcess
+from tests.machine.server import ServerProcess
 from tests.machine.storm_bystander import Bystander
 from tests.machine.storm_callers import KINDS, PATIENCE, Caller, Calls, come_to_rest
 from tests.machine.storm_chaos import Chaos, Keeper
 from tests.machine.storm_images import StormImage, prepare
-from tests.machine.storm_model import Kind, Ledger, Slot
+from tests.machine.storm_model import Ledger, Slot
 
 COUNT: Final = 50_000
 CALLERS: Final = 32
@@ -44,37 +43,17 @@ _GUEST: Final = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Weather:
-    """What a storm is made of: the server, with a bug planted perhaps, the kinds of its volumes, what chaos does and
-    to whom (`Chaos`), and whether the first finding ends it.
-    """
-
-    program: Sequence[str] = PROGRAM
-    kinds: Sequence[Kind] = KINDS
-    pace: tuple[int, int] = (20, 80)
-    prey: str = ""
-    until_found: bool = False
-
-
-FOUL: Final = Weather()
-
-
 class Storm:
     """A storm in a folder of its own."""
 
-    def __init__(self, folder: Path, seed: str, weather: Weather) -> None:
+    def __init__(self, folder: Path, seed: str) -> None:
         self.ledger = Ledger()
         self._folder = folder
         self._seed = seed
-        self._weather = weather
         self._state = folder / "one/state"
         # Of options that are given twice the last one counts.
-        self._servers = [
-            ServerProcess(folder / name, "--state-dir", str(self._state), program=weather.program)
-            for name in ("one", "two")
-        ]
-        self._slots = [Slot(f"storm-{number}", kind, folder) for number, kind in enumerate(weather.kinds)]
+        self._servers = [ServerProcess(folder / name, "--state-dir", str(self._state)) for name in ("one", "two")]
+        self._slots = [Slot(f"storm-{number}", kind, folder) for number, kind in enumerate(KINDS)]
         self._known = children()
 
     def run(self, count: int) -> Ledger:
@@ -101,7 +80,7 @@ class Storm:
     def _blow(self, count: int, images: Sequence[StormImage]) -> None:
         keepers = [Keeper(server, self.ledger) for server in self._servers]
         rng = random.Random(f"{self._seed} chaos")
-        chaos = Chaos(keepers, self._known, self.ledger, rng, self._weather.pace, self._weather.prey)
+        chaos = Chaos(keepers, self._known, self.ledger, rng)
         with ExitStack() as stack:
             clients = [stack.enter_context(CsiClient(server.endpoint, None)) for server in self._servers]
             calls = Calls(
@@ -125,9 +104,9 @@ class Storm:
                 keeper.stop()
 
     def _wait(self, count: int) -> None:
-        """Until there were enough calls, or no call was answered for long, or there is a finding that ends it."""
+        """Until there were enough calls, or no call was answered for long."""
         reached, since, told = -1, 0.0, 0
-        while self.ledger.calls < count and (self.ledger.clean or not self._weather.until_found):
+        while self.ledger.calls < count:
             if self.ledger.calls > reached:
                 reached, since = self.ledger.calls, time.monotonic()
             elif time.monotonic() > since + _STALLED_SECONDS:
@@ -150,11 +129,11 @@ class Storm:
             image.remove(self.ledger)
 
 
-def storm(seed: str, count: int, weather: Weather = FOUL) -> Ledger:
+def storm(seed: str, count: int) -> Ledger:
     """A storm on the machine's state disk."""
     parent = os.environ.get("MACHINE_STATE", "/var/tmp")
     with adopting_orphans(), tempfile.TemporaryDirectory(prefix="storm-", dir=parent, ignore_cleanup_errors=True) as at:
-        return Storm(Path(at), seed, weather).run(count)
+        return Storm(Path(at), seed).run(count)
 
 
 def half(seed: str, count: int) -> None:

@@ -84,12 +84,12 @@ class Clock:
             time.clock_settime(time.CLOCK_REALTIME, time.monotonic() + self._ahead + wrong)
 
 
-class Chaos(threading.Thread):
-    """Kills and stops servers and all that they have started, and commands of images.
+_PACE = (20, 80)
+"""So many calls are answered from one deed to the next, from and to."""
 
-    From one deed to the next so many calls are answered as `pace` says, from and to. Of the children at work those are
-    chosen first whose kernel name begins with `prey`.
-    """
+
+class Chaos(threading.Thread):
+    """Kills and stops servers and all that they have started, and commands of images."""
 
     def __init__(
         self,
@@ -97,12 +97,8 @@ class Chaos(threading.Thread):
         spared: frozenset[int],
         ledger: Ledger,
         rng: random.Random,
-        pace: tuple[int, int],
-        prey: str,
     ) -> None:
         super().__init__(name="chaos", daemon=True)
-        self._pace = pace
-        self._prey = prey
         self._keepers = keepers
         self._spared = spared
         self._ledger = ledger
@@ -122,7 +118,7 @@ class Chaos(threading.Thread):
         goal = 0
         try:
             while not self._over.is_set():
-                goal = max(goal, self._ledger.calls - self._pace[1]) + self._rng.randint(*self._pace)
+                goal = max(goal, self._ledger.calls - _PACE[1]) + self._rng.randint(*_PACE)
                 while not self._ledger.wait_for_calls(goal, 1.0) and not self._over.is_set():
                     pass
                 self._rng.choices(list(self._actions), list(self._actions.values()))[0]()
@@ -190,11 +186,7 @@ class Chaos(threading.Thread):
         deadline = time.monotonic() + _LOOK_SECONDS
         while True:
             found = self._children()
-            busy = [
-                pid
-                for pid, name in found
-                if name.startswith(self._prey) and name != "luks-idle" and not name.startswith("python")
-            ]
+            busy = [pid for pid, name in found if name != "luks-idle" and not name.startswith("python")]
             if busy and self._rng.random() < _AT_WORK:
                 return self._rng.choice(busy)
             if time.monotonic() > deadline:
