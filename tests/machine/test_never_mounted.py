@@ -21,7 +21,7 @@ SIZE = 320 * MIB
 NAME = "never-mounted"
 FILE_SYSTEMS = ("ext4", "xfs", "btrfs")
 KILLS = 3
-SEED = int(os.environ.get("SEED", "20261128"))
+SEED = int(os.environ.get("SEED") or "20261128")
 
 
 @dataclass
