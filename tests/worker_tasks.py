@@ -56,9 +56,9 @@ def stop_first(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -
     return function(*args, **kwargs)
 
 
-def run_stopped_program(argv: Sequence[str | Handle], *, timeout: float, ok_codes: Sequence[int]) -> Completed:
+def run_stopped_program(argv: Sequence[str | Handle], **kwargs: Any) -> Completed:
     """The same in a program: it is stopped before it begins."""
-    return run_program(("sh", "-c", 'kill -STOP $$; exec "$@"', "sh", *argv), timeout=timeout, ok_codes=ok_codes)
+    return run_program(("sh", "-c", 'kill -STOP $$; exec "$@"', "sh", *argv), **kwargs)
 
 
 def leave() -> None:

@@ -1,5 +1,6 @@
 """Work that a hanging device may hold up for good, done where no thread of the server waits for it."""
 
+import os
 import threading
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
@@ -10,6 +11,7 @@ Task = Callable[[], None]
 
 _idle: list["SimpleQueue[Task]"] = []
 """Threads that wait for work: to make one costs many times what the work does. One that hangs is not here."""
+os.register_at_fork(after_in_child=_idle.clear)  # a forked process has none of them
 
 
 def within(seconds: float, work: Callable[[], T]) -> T | None:

@@ -41,7 +41,7 @@ def crypt_target(path: Path, case: Case) -> Iterator[Path]:
         parameters = f"{case.cipher} {case.key.hex()} {FIRST} {loop.major}:{loop.minor} 0{options}"
         device = mapper.create(NAME, "", [Target(0, len(DATA) // 512, "crypt", parameters)])
         try:
-            yield Path(device.name)
+            yield Path(device.path)
         finally:
             mapper.remove(NAME)
 

@@ -17,7 +17,7 @@ import pytest
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.volumes.capability import AccessMode, Capability
 from tests.machine.node import CHEAP, EXT4, MIB, SIZE, VOLUME, Node
-from tests.machine.processes import run, sleeping_in
+from tests.machine.processes import run, sleeping_in, wait_for
 
 READ_ONLY_ON_ERROR = Capability(
     AccessMode.SINGLE_NODE_WRITER, block=False, fs_type="ext4", mount_flags=("errors=remount-ro",)
@@ -40,7 +40,9 @@ def abort(node: Node) -> None:
 
 def raise_flag(node: Node) -> None:
     """As ext4 does when it finds itself damaged; with errors=remount-ro it goes read-only too."""
-    Path("/sys/fs/ext4", kernel_name(node), "trigger_fs_error").write_text("a test")
+    told = Path("/sys/fs/ext4", kernel_name(node))
+    (told / "trigger_fs_error").write_text("a test")
+    wait_for(lambda: int((told / "errors_count").read_text()) > 0, "the kernel to count the error, which it does later")
 
 
 def shut_down(node: Node) -> None:
