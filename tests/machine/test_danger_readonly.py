@@ -4,6 +4,7 @@ Nothing can be written down then, and a node that is drained needs no more than 
 """
 
 import errno
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,7 +101,10 @@ def use(client: CsiClient, disks: Disks, name: str) -> RemoteVolume:
     client.stage(volume, disks.staging(name), capability, SECRET)
     client.publish(volume, disks.staging(name), disks.pod(name), capability)
     if not capability.block:
-        (disks.pod(name) / "file").write_text("precious")
+        with (disks.pod(name) / "file").open("w") as file:
+            file.write("precious")
+            file.flush()
+            os.fsync(file.fileno())  # what is not synced a disk that fails may keep
     return volume
 
 
