@@ -30,6 +30,7 @@ from csi_driver.model.errors import (
 
 _MAJOR: Final = 7
 _BIND_TRIES: Final = 50
+_BUSY_TRIES: Final = 5
 _LOCK_TRIES: Final = 20
 _PAUSE: Final = 0.02
 _DETACH_WAIT: Final = 3.0
@@ -240,8 +241,13 @@ class LoopDevices:
 
     def _bind(self, path: str, backing: int, file: os.stat_result, *, autoclear: bool, read_only: bool) -> AttachedLoop:
         flags = Flag.DIRECT_IO | (Flag.AUTOCLEAR if autoclear else 0) | (Flag.READ_ONLY if read_only else 0)
+        busy: list[str] = []
         for _ in range(_BIND_TRIES):
             node = loopcontrol.free_node()
+            if busy.count(node) >= _BUSY_TRIES:
+                # Not bound, but held: by a mapping that was made on it after its file had gone, say. The kernel would
+                # name it for good.
+                node = loopcontrol.new_node()
             device = -1
             try:
                 device = loopcontrol.open_node(node, read_only=read_only)
@@ -253,6 +259,7 @@ class LoopDevices:
                     flags &= ~Flag.DIRECT_IO
                 elif error.errno in (errno.EBUSY, errno.ENXIO, errno.ENOENT):
                     # Another process was quicker, or the device is being made or released.
+                    busy.append(node)
                     time.sleep(_PAUSE)
                 else:
                     raise _failed(f"bind {path} to", node, error) from None

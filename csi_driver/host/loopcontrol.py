@@ -22,7 +22,9 @@ _CLR_FD: Final = 0x4C01
 _GET_STATUS64: Final = 0x4C05
 _SET_CAPACITY: Final = 0x4C07
 _CONFIGURE: Final = 0x4C0A
+_CTL_ADD: Final = 0x4C80
 _CTL_GET_FREE: Final = 0x4C82
+_NEXT_NUMBER: Final = -1
 _STATUS: Final = struct.Struct("=5Q 4I 64s 64s 32s 2Q")
 _CONFIG_HEAD: Final = struct.Struct("=2I")
 _CONFIG_RESERVED: Final = bytes(64)
@@ -58,9 +60,18 @@ def check_control() -> None:
 
 def free_node() -> str:
     """The node of a loop device that was free a moment ago. Raises FailedPrecondition, ResourceExhausted."""
+    return _node(_CTL_GET_FREE)
+
+
+def new_node() -> str:
+    """The node of a loop device that was not there before (loop(4), LOOP_CTL_ADD). Errors as `free_node`."""
+    return _node(_CTL_ADD, _NEXT_NUMBER)
+
+
+def _node(request: int, argument: int = 0) -> str:
     control = _open_control()
     try:
-        return f"/dev/loop{fcntl.ioctl(control, _CTL_GET_FREE)}"
+        return f"/dev/loop{fcntl.ioctl(control, request, argument)}"
     except OSError as error:
         raise ResourceExhausted(f"the kernel has no free loop device: {error_name(error)}") from None
     finally:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.host import blockdev, ofdlock
+from csi_driver.host import blockdev, loopcontrol, ofdlock
 from csi_driver.host.holders import Holders, describe
 from csi_driver.host.loop import AttachedLoop, LoopDevices
 from csi_driver.host.mounts import Mounts
@@ -310,3 +310,14 @@ def test_a_loop_device_on_a_devices_node_is_its_holder_whatever_its_path_has_bec
         finally:
             subprocess.run(["losetup", "--detach", kubelets], check=True)
         assert "loop device" not in describe(Holders().of_device(volume.major, volume.minor))
+
+
+def test_a_device_that_is_free_and_held_by_somebody_is_passed_over(loops: LoopDevices, image: Path) -> None:
+    free = loopcontrol.free_node()
+    holder = os.open(free, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
+    try:
+        assert loopcontrol.free_node() == free, "the kernel names a device that nobody can bind"
+        with loops.attach(str(image), autoclear=True) as loop:
+            assert loop.name != free
+    finally:
+        os.close(holder)
