@@ -30,6 +30,10 @@ MKFS: Final[Mapping[str, tuple[str, ...]]] = {
     "xfs": ("mkfs.xfs", "-q", "-f", "-K"),
     "btrfs": ("mkfs.btrfs", "-q", "-f", "-K"),
 }
+_IDENTITY: Final[Mapping[str, object]] = {
+    "uuid": None, "cipher": "aes-xts-plain64", "key_bits": 512, "sector_size": 512, "data_offset": DATA_OFFSET,
+    "digest": None,
+}  # fmt: skip
 _THREAD, _USER = -1, -4
 _SETPERM, _LINK, _SEARCH = 5, 8, 10
 _BOX_PERMISSIONS, _KEY_PERMISSIONS = 0x37370000, 0x3D110000
@@ -55,6 +59,30 @@ def keep_key(luks_uuid: str, device: str) -> None:
     keyring.clear_thread()
 
 
+def luks_format(disk: Path, luks_uuid: str) -> None:
+    """luksFormat with a cheap key slot, all else as by default."""
+    subprocess.run(
+        [
+            "cryptsetup", "luksFormat", "-q", "--type", "luks2", "--uuid", luks_uuid, "--cipher", "aes-xts-plain64",
+            "--key-size", "512", "--sector-size", "512", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000",
+            "--key-file", "-", disk,
+        ],
+        input=PASSPHRASE.encode(), check=True, timeout=60,
+    )  # fmt: skip
+
+
+def luks_open(device: str | Path, name: str) -> None:
+    """The mapping of that name."""
+    command = ["cryptsetup", "open", "--type", "luks2", "--key-file", "-", device, name]
+    subprocess.run(command, input=PASSPHRASE.encode(), check=True, timeout=60)
+
+
+def identity_of(disk: Path) -> dict[str, object]:
+    """What is recorded of the header there."""
+    header = parse(head_of(disk), f"the test's {disk}")
+    return {**_IDENTITY} | {"uuid": header.uuid, "digest": header.key_digest}
+
+
 class OldVolume:
     """One volume of `size` bytes in the state directory `state`. `luks_uuid` is set where it is encrypted."""
 
@@ -78,10 +106,9 @@ class OldVolume:
     def record(self, revision: int, *, luks: bool = True, digest: bool = True, **differing: object) -> None:
         """Write the record; `differing` as in the record, by default what is known of an encrypted volume."""
         encrypted = self.luks_uuid is not None
-        identity = {
-            "uuid": self.luks_uuid, "cipher": "aes-xts-plain64", "key_bits": 512, "sector_size": 512,
-            "data_offset": DATA_OFFSET, "digest": self._digest() if luks and encrypted and digest else None,
-        }  # fmt: skip
+        identity: dict[str, object] | None = None
+        if luks and encrypted:
+            identity = {**_IDENTITY} | (identity_of(self.disk) if digest else {}) | {"uuid": self.luks_uuid}
         parameters = {
             "encrypted": encrypted, "cipher": None, "key_bits": None, "hash": None,
             "pbkdf": "pbkdf2" if encrypted else None, "pbkdf_memory_kib": None,
@@ -92,7 +119,7 @@ class OldVolume:
         }  # fmt: skip
         volume = {
             "id": self.name, "name": self.name, "capacity_bytes": self.size, "parameters": parameters,
-            "encryption": "encrypted" if encrypted else None, "luks": identity if luks and encrypted else None,
+            "encryption": "encrypted" if encrypted else None, "luks": identity,
             "cloned_uuid": None, "file_system": "none", "made_fs_type": None, "created": "2026-11-20T00:00:00+00:00",
             "revision": revision,
         }  # fmt: skip
@@ -100,22 +127,14 @@ class OldVolume:
 
     def format(self) -> None:
         """luksFormat with the volume's UUID."""
-        subprocess.run(
-            [
-                "cryptsetup", "luksFormat", "-q", "--type", "luks2", "--uuid", str(self.luks_uuid), "--cipher",
-                "aes-xts-plain64", "--key-size", "512", "--sector-size", "512", "--pbkdf", "pbkdf2",
-                "--pbkdf-force-iterations", "1000", "--key-file", "-", self.disk,
-            ],
-            input=PASSPHRASE.encode(), check=True, timeout=60,
-        )  # fmt: skip
+        luks_format(self.disk, str(self.luks_uuid))
 
     def open(self, undo: ExitStack, *, lasting: bool = False) -> str:
         """Attach it and, encrypted, open its mapping; what holds the loop device meanwhile ends with `undo`."""
         loop: AttachedLoop = undo.enter_context(LoopDevices().attach(str(self.disk), autoclear=not lasting))
         if self.luks_uuid is None:
             return loop.name
-        command = ["cryptsetup", "open", "--type", "luks2", "--key-file", "-", loop.name, f"luks-{self.name}"]
-        subprocess.run(command, input=PASSPHRASE.encode(), check=True, timeout=60)
+        luks_open(loop.name, f"luks-{self.name}")
         return self.shown
 
     def mkfs(self, device: str) -> None:
@@ -164,6 +183,3 @@ class OldVolume:
         else:
             target.mkdir()
             run("mount", "--no-mtab", "--bind", os.path.realpath(staging), target)
-
-    def _digest(self) -> str:
-        return parse(head_of(self.disk), f"the test's volume {self.name}").key_digest

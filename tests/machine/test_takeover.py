@@ -4,22 +4,30 @@ import base64
 import hashlib
 import os
 import random
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
+from csi_driver.host import blockdev, loopcontrol
 from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.loop import LoopDevices
 from csi_driver.host.mounts import Mounts
 from csi_driver.images.base import CHUNK, Progress
+from csi_driver.images.checkpoint import Operation
 from csi_driver.images.library import ImageLibrary
 from csi_driver.images.requests import Clone
+from csi_driver.keys.secret import SecretKey
+from csi_driver.luks.device import dm_uuid
+from csi_driver.model.secret import Passphrase
 from csi_driver.rpc.client import CsiClient, RemoteError, RemoteVolume
 from csi_driver.volumes.capability import AccessMode, Capability
-from tests.machine.node import BLOCK, MIB, NONE, PASSPHRASE, SECRET
-from tests.machine.old_leavings import OldVolume, old_json
+from tests.machine.node import BLOCK, DATA_OFFSET, MIB, PASSPHRASE, SECRET
+from tests.machine.old_leavings import OldVolume, identity_of, luks_format, luks_open, old_json
+from tests.machine.processes import run
 from tests.machine.server import ServerProcess
 
 KINDS = [
@@ -28,6 +36,10 @@ KINDS = [
 ]  # fmt: skip
 LEAST = {"xfs": 300 * MIB, "btrfs": 256 * MIB}
 MARK = "trusted.luks-csi.revision"
+FORMAT = {
+    "cipher": "aes-xts-plain64", "key_bits": 512, "hash": "sha256", "pbkdf": "pbkdf2", "memory_kib": 0,
+    "iterations": 600_000, "sector_size": 512, "data_offset": DATA_OFFSET,
+}  # fmt: skip
 DATA = b"precious".ljust(512, b".")
 
 
@@ -101,7 +113,7 @@ def taken_over(folder: Path, volume: OldVolume) -> Iterator[tuple[CsiClient, Rem
         yield client, found
 
 
-@pytest.mark.parametrize(("encrypted", "fs_type"), KINDS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("encrypted", "fs_type"), KINDS, ids=str)
 def test_a_volume_in_use_goes_on_and_is_put_down(folder: Path, encrypted: bool, fs_type: str | None) -> None:  # noqa: FBT001 - pytest's way
     staging, first, second = folder / "stage", folder / "pods/1/volume", folder / "pods/2/volume"
     staging.mkdir()
@@ -244,6 +256,25 @@ def test_a_first_stage_that_was_cut_is_ended(folder: Path, leave: Callable[[OldV
         client.unstage(volume.name, staging)
 
 
+def test_a_mapping_that_an_orphan_made_on_a_free_loop_device_is_in_nobodys_way(folder: Path) -> None:
+    """Seen: a worker that outlived its server opened the mapping by the name of a device that was free by then."""
+    staging = folder / "stage"
+    staging.mkdir()
+    volume = old_volume(folder)
+    _no_file_system(volume)
+    node = loopcontrol.free_node()
+    major, minor = blockdev.device_number(node)
+    name = f"luks-{volume.name}"
+    table = f"0 {volume.size // 512} crypt aes-xts-plain64 {'5a' * 64} 0 {major}:{minor} 32768"
+    run("dmsetup", "create", name, "--uuid", dm_uuid(name, str(volume.luks_uuid)), "--table", table)
+    with taken_over(folder, volume) as (client, found):
+        client.stage(found, staging, capability(volume), SECRET)
+        write(volume, staging)
+        assert read(volume, staging) == DATA
+        client.unstage(volume.name, staging)
+    assert is_gone(volume)
+
+
 @pytest.mark.parametrize("state", ["made", "raw", "cloning"])
 def test_what_is_inside_a_closed_volume_stays(folder: Path, state: str) -> None:
     staging = folder / "stage"
@@ -267,6 +298,22 @@ def test_what_is_inside_a_closed_volume_stays(folder: Path, state: str) -> None:
         client.unstage(volume.name, staging)
 
 
+@contextmanager
+def shown(file: Path, *, encrypted: bool) -> Iterator[BinaryIO]:
+    """What is inside an image's file."""
+    if not encrypted:
+        with file.open("rb+") as inside:
+            yield inside
+        return
+    luks_open(file, "takeover-image")
+    try:
+        with Path("/dev/mapper/takeover-image").open("rb+") as inside:
+            yield inside
+            os.fsync(inside.fileno())
+    finally:
+        run("cryptsetup", "close", "takeover-image")
+
+
 @pytest.mark.parametrize("encrypted", [False, True])
 def test_an_unfinished_image_is_gone_on_with(folder: Path, encrypted: bool) -> None:  # noqa: FBT001 - pytest's way
     ready, new = folder / "images/ready/golden", folder / "images/new/copy"
@@ -280,21 +327,27 @@ def test_an_unfinished_image_is_gone_on_with(folder: Path, encrypted: bool) -> N
         "provenance": {"operation": "import", "source": "/srv/golden.raw", "checksum": None},
     }  # fmt: skip
     (ready / "record.json").write_bytes(old_json({"version": 1, "image": told}))
-    assert encrypted in (True, False) and NONE == {} and PASSPHRASE
     file = (ready / "image").stat()
     durable = disk[: 2 * CHUNK]
-    (new / "part").write_bytes(durable)
-    os.truncate(new / "part", len(disk))
-    digests = b"".join(hashlib.sha256(durable[at : at + CHUNK]).digest() for at in (0, CHUNK))
+    part, offset = new / "part", DATA_OFFSET if encrypted else 0
+    with part.open("wb") as empty:
+        empty.truncate(offset + len(disk))
+    if encrypted:
+        luks_format(part, str(uuid.uuid4()))
+    with shown(part, encrypted=encrypted) as inside:
+        inside.write(durable)
+    stored = part.read_bytes()[offset:]
+    digests = b"".join(hashlib.sha256(stored[at : at + CHUNK]).digest() for at in (0, CHUNK))
     source = {
         "device": file.st_dev, "inode": file.st_ino, "size": file.st_size, "mtime_ns": file.st_mtime_ns,
         "ctime_ns": file.st_ctime_ns,
     }  # fmt: skip
     plan = {
-        "source": source, "source_format": "raw", "operation": "ignore", "payload": len(disk), "chunk": CHUNK,
-        "format": None,
+        "source": source, "source_format": "raw", "operation": "encrypt" if encrypted else "ignore",
+        "payload": len(disk), "chunk": CHUNK, "format": FORMAT if encrypted else None,
     }  # fmt: skip
-    checkpoint = {"version": 1, "plan": plan, "luks": None, "digests": base64.b64encode(digests).decode()}
+    checkpoint = {"version": 1, "plan": plan, "luks": identity_of(part) if encrypted else None}
+    checkpoint["digests"] = base64.b64encode(digests).decode()
     (new / "checkpoint.json").write_bytes(old_json(checkpoint))
     library = ImageLibrary(folder / "images")
     assert library.unfinished() == ["copy"]
@@ -304,7 +357,12 @@ def test_an_unfinished_image_is_gone_on_with(folder: Path, encrypted: bool) -> N
     def meter(what: str, total: int | None) -> Iterator[Progress]:  # noqa: ARG001 - the Protocol names them
         yield done.append
 
-    library.clone(Clone("golden", "copy"), meter)
+    if encrypted:
+        key = SecretKey(Passphrase(PASSPHRASE.encode()), pbkdf="pbkdf2")
+        library.clone(Clone("golden", "copy", Operation.ENCRYPT, new_key=key), meter)
+    else:
+        library.clone(Clone("golden", "copy"), meter)
     assert done[0] >= len(durable)
-    assert library.file("copy").read_bytes() == disk
+    with shown(library.file("copy"), encrypted=encrypted) as inside:
+        assert inside.read() == disk
     assert library.unfinished() == []
