@@ -88,12 +88,30 @@ class MountTable:
         mounts = [_parse(line) for line in _BOUND_NODE.findall(self._content)]
         return [mount for mount in mounts if _block_device(mount.mount_point) == device]
 
+    def place(self, mount: Mount) -> tuple[tuple[int, int], str]:
+        """Where it is mounted, by identity: the copies that propagation makes share it (mount_namespaces(7))."""
+        parent = self._parent(mount)
+        if parent is None:
+            return mount.device, mount.mount_point
+        inside = os.path.relpath(mount.mount_point, parent.mount_point)
+        return parent.device, os.path.normpath(os.path.join(parent.root, inside))
+
     def _topmost(self, path: str) -> Mount | None:
         point = _escaped(path)
         # The root field or the source of another mount may hold the same text.
         found = [_parse(line) for line in self._lines(b" " + point + b" ") if line.split(b" ", 5)[4] == point]
         parents = {mount.parent_id for mount in found if mount.parent_id != mount.mount_id}
-        return next((mount for mount in reversed(found) if mount.mount_id not in parents), None)
+        tops = [mount for mount in reversed(found) if mount.mount_id not in parents]
+        # A folder that is bind-mounted over itself has what is mounted below it twice: hidden, and in the deeper mount.
+        return max(tops, key=self._depth) if len(tops) > 1 else next(iter(tops), None)
+
+    def _depth(self, mount: Mount) -> int:
+        parent = self._parent(mount)
+        return -1 if parent is None else len(parent.mount_point)
+
+    def _parent(self, mount: Mount) -> Mount | None:
+        start = b"%d " % mount.parent_id
+        return next((_parse(line) for line in self._lines(start) if line.startswith(start)), None)
 
     def _lines(self, text: bytes) -> Iterator[bytes]:
         """The lines that hold `text`."""

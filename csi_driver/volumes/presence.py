@@ -50,8 +50,13 @@ class Presence:
     @cached_property
     def publications(self) -> tuple[Mount, ...]:
         """Where pods, or others, see it: every place but the staging path."""
-        staging = self.staging.mount_point if self.staging else None
-        return (*(mount for mount in self.mounts if mount.mount_point != staging), *self.nodes)
+        return *(mount for mount in self.mounts if not self.is_copy(mount, self.staging)), *self.nodes
+
+    def is_copy(self, mount: Mount, of: Mount | None) -> bool:
+        """Whether it is that mount, lies on it, or is what propagation shows of it elsewhere: it goes with it."""
+        return of is not None and (
+            mount.mount_point == of.mount_point or self.table.place(mount) == self.table.place(of)
+        )
 
     @property
     def is_open(self) -> bool:

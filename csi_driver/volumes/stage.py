@@ -158,7 +158,7 @@ class Staging:
         volume_id = present.volume_id
         path = present.stage.staging_path if present.stage else staging_path
         staging = present.mount_at(path)
-        others = [one for one in present.publications if staging is None or one.mount_point != staging.mount_point]
+        others = [one for one in present.publications if not present.is_copy(one, staging)]
         if others:
             places = " and ".join(dict.fromkeys(one.mount_point for one in others))
             raise DeviceInUse(f"volume {volume_id} is still published at {places}; unpublish it first")
