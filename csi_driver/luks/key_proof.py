@@ -49,7 +49,9 @@ def is_key_of(where: str, mapper: DeviceMapper, mapping: Device) -> bool:
         for _ in range(_TRIES):
             for descriptor, buffer in zip((live, second), buffers, strict=True):
                 _read(where, descriptor, buffer)
-            if any(buffers[0][at : at + _BLOCK] == buffers[1][at : at + _BLOCK] for at in range(0, _BYTES, _BLOCK)):
+            if any(
+                buffers[0][at : at + _BLOCK] == buffers[1][at : at + _BLOCK] for at in range(0, len(buffers[0]), _BLOCK)
+            ):
                 return True
             time.sleep(_PAUSE)
     return False
