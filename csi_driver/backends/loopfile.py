@@ -173,15 +173,17 @@ class LoopfileBackend:
     @contextlib.contextmanager
     def storage(self, volume_id: str) -> Iterator[Handle]:
         """The sparse file; a stage that was cut may have left the guard on."""
-        disk = self._volume(volume_id) / _DISK
-        self._loops.unguard(str(disk))
+        disk = self._disk(volume_id)
+        self._loops.unguard(disk)
         try:
-            with open_handle(str(disk), os.O_RDWR) as handle:
-                yield handle
+            handle = open_handle(disk, os.O_RDWR)
         except FileNotFoundError:
             raise DeviceAbsent(f"volume {volume_id} has no backing file {disk}") from None
+        try:
+            with handle:
+                yield handle
         finally:
-            self._loops.guard(str(disk))  # only where it is attached
+            self._loops.guard(disk)  # only where it is attached
 
     def open_storage(self, volume_id: str) -> Handle:
         """The sparse file."""

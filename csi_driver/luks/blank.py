@@ -8,7 +8,6 @@ be data, samples are.
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Final
 
 from csi_driver.host import blockdev
@@ -73,13 +72,21 @@ def written_spans(storage: Place | None, start: int, end: int) -> list[Span] | N
     """The parts between `start` and `end` of the file `storage` to which something was ever written.
 
     None where nobody knows: without a file, on a file system without SEEK_DATA (lseek(2)), or where all of it is data.
+    Raises DeviceUnreadable for any other error: that is no answer.
     """
     if storage is None or not os.path.isfile(storage):
         return None
-    with suppress(OSError), open(storage, "rb", buffering=0) as file:
-        spans = list(_data_of(file.fileno(), start, end))
-        return None if spans == [(start, end)] else spans
-    return None
+    try:
+        with open(storage, "rb", buffering=0) as file:
+            spans = list(_data_of(file.fileno(), start, end))
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return None
+        raise DeviceUnreadable(
+            f"{storage} cannot be asked what was ever written to it ({error.strerror}); nothing was written, look at "
+            f"the kernel log and the storage below it"
+        ) from None
+    return None if spans == [(start, end)] else spans
 
 
 def sample_spans(start: int, end: int) -> Iterator[Span]:
