@@ -204,7 +204,7 @@ class FakeLoops(LoopDevices):
         loop.info = replace(loop.info, size_bytes=os.fstat(loop.backing).st_size)
         self.step("after set_capacity")
 
-    def detach(self, device_path: str) -> None:
+    def detach(self, device_path: str, expected: LoopInfo | None = None) -> None:
         self.step("before detach")
         if device_path in self.bound:
             if self.bound[device_path].users:

@@ -20,7 +20,7 @@ from csi_driver.backends.records import RecordCodec
 from csi_driver.host import ofdlock
 from csi_driver.host.files import Files, read_file
 from csi_driver.host.handle import Handle, open_handle
-from csi_driver.host.loop import AttachedLoop, LoopDevices
+from csi_driver.host.loop import AttachedLoop, LoopDevices, LoopInfo
 from csi_driver.model.errors import (
     Aborted,
     DeviceAbsent,
@@ -211,8 +211,13 @@ class LoopfileBackend:
 
     def device_of(self, volume_id: str) -> AttachedLoop | None:
         """The loop device on the volume's file, found by the file's device and inode."""
-        found = self._find(volume_id)
-        return self._loops.open(found[0]) if found else None
+        for info in self._find(volume_id):
+            with contextlib.suppress(DeviceAbsent):
+                handle = self._loops.open(info.path)
+                if info.same_file(handle.info):
+                    return handle
+                handle.close()  # released since it was found, and another file has the number
+        return None
 
     def is_device_of(self, volume_id: str, number: tuple[int, int]) -> bool:
         """Whether that device is a loop device on this volume's very file (device and inode)."""
@@ -224,8 +229,8 @@ class LoopfileBackend:
 
     def detach(self, volume_id: str) -> None:
         """Detach every loop device on the volume's file."""
-        for path in self._find(volume_id):
-            self._loops.detach(path)
+        for info in self._find(volume_id):
+            self._loops.detach(info.path, info)
         # A volume is unstaged whatever its file system has come to; the guard also goes when it is attached or deleted.
         with contextlib.suppress(FailedPrecondition):
             self._loops.unguard(self._disk(volume_id))
@@ -283,14 +288,14 @@ class LoopfileBackend:
     def _disk(self, volume_id: str) -> str:
         return f"{self._volumes}/{volume_id}/{_DISK}"  # not by pathlib: that costs more than what is done with it
 
-    def _find(self, volume_id: str) -> list[str]:
+    def _find(self, volume_id: str) -> list[LoopInfo]:
         disk = self._disk(volume_id)
         # A free lock proves without a scan that no loop device has the file: an attached one holds the lock.
         with contextlib.suppress(FileNotFoundError):
             descriptor = os.open(disk, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 if ofdlock.is_locked(descriptor):
-                    return [info.path for info in self._loops.find(disk)]
+                    return self._loops.find(disk)
             finally:
                 os.close(descriptor)
         return []

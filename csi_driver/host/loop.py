@@ -174,15 +174,18 @@ class LoopDevices:
         except OSError as error:
             raise _failed("resize", device.name, error) from None
 
-    def detach(self, device_path: str) -> None:
+    def detach(self, device_path: str, expected: LoopInfo | None = None) -> None:
         """Release the loop device and wait until it is free; not bound is fine.
 
-        Raises DeviceInUse when something still has it open after some seconds; the kernel then frees it with the last
-        close. Raises CommandFailed.
+        One that was found as `expected` and has another file by now is somebody else's, and left alone. Raises
+        DeviceInUse when something still has it open after some seconds; the kernel then frees it with the last close.
+        Raises CommandFailed.
         """
         try:
             with self.open(device_path) as handle:
                 before = handle.info
+                if expected is not None and not expected.same_file(before):
+                    return
                 loopcontrol.clear(handle.fd)
         except DeviceAbsent:
             return

@@ -22,7 +22,7 @@ from csi_driver.host import launcher
 from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.files import Files
 from csi_driver.host.handle import Handle
-from csi_driver.host.loop import AttachedLoop, LoopDevices
+from csi_driver.host.loop import AttachedLoop, LoopDevices, LoopInfo
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.workers import LauncherProcess, Workers
 from csi_driver.model.errors import CommandFailed, DeviceInUse, FailedPrecondition, ResourceExhausted
@@ -313,11 +313,11 @@ class FaultyLoops(LoopDevices):
             lambda: CommandFailed(f"could not resize {device}"),
         )
 
-    def detach(self, device_path: str) -> None:
+    def detach(self, device_path: str, expected: LoopInfo | None = None) -> None:
         self._injector.step(
             "loop detach",
             device_path,
-            lambda: super(FaultyLoops, self).detach(device_path),
+            lambda: super(FaultyLoops, self).detach(device_path, expected),
             lambda: DeviceInUse(f"the loop device {device_path} is still open somewhere"),
         )
 

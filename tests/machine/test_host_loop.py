@@ -321,3 +321,15 @@ def test_a_device_that_is_free_and_held_by_somebody_is_passed_over(loops: LoopDe
             assert loop.name != free
     finally:
         os.close(holder)
+
+
+def test_a_number_that_is_another_files_by_now_is_not_released(loops: LoopDevices, image: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.img"
+    with other.open("wb") as file:
+        file.truncate(MIB)
+    with loops.attach(str(image), autoclear=True) as found:
+        expected = found.info
+    with loops.attach(str(other), autoclear=True) as taken:
+        assert taken.name == expected.path, "another number was free"
+        loops.detach(expected.path, expected)
+        assert loops.info(taken.name) == taken.info
