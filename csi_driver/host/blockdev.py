@@ -76,6 +76,16 @@ def size_of(number: tuple[int, int]) -> int:
         raise DeviceAbsent(f"the device {major}:{minor} is not there any more ({error_name(error)})") from None
 
 
+def mapping_name_of(number: tuple[int, int]) -> str | None:
+    """The name below /dev/mapper of the mapped device of that number (sysfs); None for what is none."""
+    major, minor = number
+    try:
+        with open(f"/sys/dev/block/{major}:{minor}/dm/name", encoding="utf-8", errors="replace") as name:
+            return name.read().strip()
+    except OSError:
+        return None
+
+
 def kernel_name(number: tuple[int, int]) -> str:
     """The kernel's name of the block device of that number, such as "dm-3". Raises OSError when there is none."""
     major, minor = number

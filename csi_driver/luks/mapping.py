@@ -85,7 +85,7 @@ class Mappings:
         waited for, up to 3 s. Raises DeviceInUse naming who keeps it busy.
         """
         mapping = self.find(name)
-        if mapping is not None and self._mapper.get(proof_name(name)) is not None:
+        if self.find(proof_name(name)) is not None:
             self._mapper.remove(proof_name(name))  # a resize that was killed has left it on the volume's device
         if mapping is not None and self.is_made_for(mapping, name):
             self._remove(mapping)

@@ -108,6 +108,11 @@ def mapping_name(volume_id: str) -> str:
     return f"luks-{volume_id}"
 
 
+def is_mapping_name(name: str) -> bool:
+    """Whether `mapping_name` may have given that name."""
+    return name.startswith("luks-")
+
+
 def volume_id_for(name: str) -> str:
     """The id of the volume that CreateVolume calls `name`: the name where it is short and safe, else a hash of it.
 

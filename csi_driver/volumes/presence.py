@@ -19,7 +19,7 @@ from csi_driver.host.mounts import Mounts
 from csi_driver.luks.device import dm_uuid
 from csi_driver.luks.mapping import Fit, Mappings, luks_uuid
 from csi_driver.model.errors import DeviceAbsent, DriverError
-from csi_driver.model.volume import VolumeRecord, mapping_name
+from csi_driver.model.volume import VolumeRecord, is_mapping_name, mapping_name
 from csi_driver.volumes.stages import Stage, Stages
 
 
@@ -139,6 +139,18 @@ class Presences:
         """Whether the volume is recorded as staged at that path."""
         stage = self._stages.get(volume_id)
         return stage is not None and stage.staging_path == path
+
+    def other_at(self, volume_id: str, path: str) -> str | None:
+        """The name of the mapping of another volume that is shown at that path, if one is."""
+        found = self._mounts.at(path)
+        if found is None:
+            return None
+        try:
+            number = found.device if found.root == "/" else blockdev.device_number(path)
+        except DriverError:
+            number = found.device
+        name = blockdev.mapping_name_of(number)
+        return name if name not in (None, mapping_name(volume_id)) and is_mapping_name(str(name)) else None
 
     @contextmanager
     def held(self, present: Presence) -> Iterator[Handle]:

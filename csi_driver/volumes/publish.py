@@ -85,6 +85,11 @@ class Publishing:
         """
         if self._presences.is_staging_path(volume_id, target_path):
             raise _refused_target(volume_id, target_path)
+        if (other := self._presences.other_at(volume_id, target_path)) is not None:
+            raise FailedPrecondition(
+                f"volume {volume_id} cannot be unpublished from {target_path}: the mapping {other} of another volume "
+                f"is shown there; unpublish or unstage that one"
+            )
         while True:
             self._unmount(volume_id, target_path)
             try:

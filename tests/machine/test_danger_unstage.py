@@ -371,3 +371,20 @@ def test_a_btrfs_is_mounted_from_a_name_that_means_its_device(node: Node, parame
     for volume in ("one", "two"):
         node.unstage(volume)
         node.delete(volume)
+
+
+@kinds
+def test_what_shows_another_volume_is_not_unpublished(node: Node, capability: Capability) -> None:
+    for volume in (VOLUME, OTHER):
+        node.create(volume, capability=capability)
+        node.stage(volume, capability)
+    target = node.publish(OTHER, capability)
+    places = [target] if capability.block else [target, node.staging_path(OTHER)]
+    for place in places:
+        with pytest.raises(FailedPrecondition, match=rf"{VOLUME} .*{re.escape(str(place))}.*luks-{OTHER} of another"):
+            node.unpublish(target=place)
+        assert node.mounts.at(str(place))
+    node.unpublish(OTHER, target=target)
+    for volume in (VOLUME, OTHER):
+        node.unstage(volume)
+        node.delete(volume)
