@@ -6,10 +6,12 @@ travel in a context variable so that no caller can forget them.
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 
 _held: ContextVar[tuple[int, ...]] = ContextVar("held_descriptors", default=())
+_starting = threading.Lock()
 
 
 def held_descriptors() -> tuple[int, ...]:
@@ -25,3 +27,19 @@ def holding(*descriptors: int) -> Iterator[None]:
         yield
     finally:
         _held.reset(token)
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """For the length of the block a program is being started; one at a time.
+
+    From fork to exec a child has a copy of every descriptor of this process, the locks of other calls among them.
+    """
+    with _starting:
+        yield
+
+
+def await_started() -> None:
+    """Wait until no child of this process has copies of descriptors that it was not given."""
+    with _starting:
+        pass

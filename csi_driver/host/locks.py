@@ -8,7 +8,7 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from csi_driver.host.held import holding
+from csi_driver.host.held import await_started, holding
 from csi_driver.host.holders import Holders, describe
 from csi_driver.model.errors import VolumeBusy
 
@@ -62,7 +62,7 @@ class VolumeLocks:
         while True:
             descriptor = self._open(path)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock(descriptor)
                 # The file may have been removed with its volume between open and flock: then this lock guards nothing.
                 if self._is_current(path, descriptor):
                     return descriptor
@@ -73,6 +73,15 @@ class VolumeLocks:
                 os.close(descriptor)
                 raise
             os.close(descriptor)
+
+    @staticmethod
+    def _lock(descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # A call that has ended may have left a copy of its lock in a child that has not come to its exec.
+            await_started()
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _open(self, path: str) -> int:
         while True:

@@ -22,7 +22,7 @@ from contextvars import ContextVar
 from typing import ParamSpec, Protocol, TypeVar, cast
 
 from csi_driver.host.handle import Handle
-from csi_driver.host.held import held_descriptors
+from csi_driver.host.held import held_descriptors, starting
 from csi_driver.model.errors import CommandFailed, DeadlineExceeded, DriverError
 
 P = ParamSpec("P")
@@ -118,7 +118,7 @@ class Workers:
             if self._control is not None:
                 self._control.close()
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            with theirs:
+            with theirs, starting():
                 self._launcher = self._spawn(theirs, self._warm)
             self._control = ours
 

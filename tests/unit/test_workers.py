@@ -12,12 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 
 import pytest
 
 from csi_driver.host import keyring
 from csi_driver.host.commands import ProgramFailed
+from csi_driver.host.held import held_descriptors
 from csi_driver.host.holders import Holders
 from csi_driver.host.locks import VolumeLocks
 from csi_driver.host.workers import LauncherProcess, Workers, spawn_launcher
@@ -318,6 +320,30 @@ def test_the_volume_of_a_killed_server_stays_locked_until_its_worker_ends(locks:
     wait_for(lambda: ended(worker))
     with locks.hold("pvc-1"):
         pass
+
+
+def test_a_lock_of_which_a_starting_launcher_has_a_copy_is_waited_for(locks: VolumeLocks) -> None:
+    forked = threading.Event()
+
+    def spawn(control: socket.socket, warm: Sequence[str]) -> LauncherProcess:
+        copies = [os.dup(descriptor) for descriptor in held_descriptors()]  # as a fork makes them of all
+        forked.set()
+        time.sleep(0.2)
+        for copy in copies:
+            os.close(copy)  # as the exec does
+        return spawn_launcher(control, warm)
+
+    workers = Workers((), spawn)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            with locks.hold("pvc-1"):
+                started = pool.submit(copy_context().run, workers.start)
+                assert forked.wait(10)
+            with locks.hold("pvc-1"):
+                pass
+            started.result(10)
+    finally:
+        workers.stop()
 
 
 # --- devices ---------------------------------------------------------------------------------------------------------
