@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
 
+from csi_driver.host.files import read_attribute
 from csi_driver.host.handle import Handle
 from csi_driver.host.syscalls import error_name
 from csi_driver.model.errors import CommandFailed, DeviceAbsent, DeviceMismatch, DeviceUnreadable
@@ -70,8 +71,7 @@ def size_of(number: tuple[int, int]) -> int:
     """
     major, minor = number
     try:
-        with open(f"/sys/dev/block/{major}:{minor}/size", encoding="ascii") as sectors:
-            return int(sectors.read()) * 512
+        return int(read_attribute(f"/sys/dev/block/{major}:{minor}/size")) * 512
     except OSError as error:
         raise DeviceAbsent(f"the device {major}:{minor} is not there any more ({error_name(error)})") from None
 
@@ -80,8 +80,7 @@ def mapping_name_of(number: tuple[int, int]) -> str | None:
     """The name below /dev/mapper of the mapped device of that number (sysfs); None for what is none."""
     major, minor = number
     try:
-        with open(f"/sys/dev/block/{major}:{minor}/dm/name", encoding="utf-8", errors="replace") as name:
-            return name.read().strip()
+        return os.fsdecode(read_attribute(f"/sys/dev/block/{major}:{minor}/dm/name").removesuffix(b"\n"))
     except OSError:
         return None
 

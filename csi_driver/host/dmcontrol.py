@@ -4,6 +4,7 @@ Layouts: include/uapi/linux/dm-ioctl.h, version 4.
 """
 
 import fcntl
+import functools
 import os
 import struct
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ _SPEC: Final = struct.Struct("=Q Q i I 16s")
 _NAME_RECORD: Final = struct.Struct("=Q I")
 _UUID_MAX: Final = 128
 _TYPE_MAX: Final = 15
-_FIRST_BUFFER: Final = 16 * 1024
+_FIRST_BUFFER: Final = 4 * 1024
 _LAST_BUFFER: Final = 16 * 1024 * 1024
 
 
@@ -108,35 +109,16 @@ def call(
     """
     _check(command, name, uuid)
     size = max(_FIRST_BUFFER, _HEADER.size + len(data))
-    control = _open_control()
-    try:
-        while size <= _LAST_BUFFER:
-            buffer = bytearray(size)
-            _HEADER.pack_into(
-                buffer,
-                0,
-                4,
-                0,
-                0,
-                size,
-                _HEADER.size,
-                target_count,
-                0,
-                flags,
-                udev,
-                0,
-                0,
-                os.fsencode(name),
-                uuid.encode(),
-            )
-            buffer[_HEADER.size : _HEADER.size + len(data)] = data
-            fcntl.ioctl(control, _request(command), buffer)
-            reply = Reply.parse(buffer)
-            if not reply.flags & Flag.BUFFER_FULL:
-                return reply
-            size *= 4
-    finally:
-        os.close(control)
+    names = os.fsencode(name), uuid.encode()
+    while size <= _LAST_BUFFER:
+        buffer = bytearray(size)
+        _HEADER.pack_into(buffer, 0, 4, 0, 0, size, _HEADER.size, target_count, 0, flags, udev, 0, 0, *names)
+        buffer[_HEADER.size : _HEADER.size + len(data)] = data
+        fcntl.ioctl(_control(), _request(command), buffer)
+        reply = Reply.parse(buffer)
+        if not reply.flags & Flag.BUFFER_FULL:
+            return reply
+        size *= 4
     raise CommandFailed(f"device-mapper has an answer of more than {_LAST_BUFFER} bytes about {name!r}")
 
 
@@ -194,7 +176,9 @@ def _request(command: Command) -> int:
     return 3 << 30 | _HEADER.size << 16 | 0xFD << 8 | command
 
 
-def _open_control() -> int:
+@functools.cache
+def _control() -> int:
+    """The open control node, kept for the life of the process. Raises FailedPrecondition, NoDeviceMapper."""
     try:
         return os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
     except PermissionError:

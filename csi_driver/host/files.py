@@ -17,6 +17,15 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
         os.close(descriptor)
 
 
+def read_attribute(path: str) -> bytes:
+    """What the kernel tells in a file of at most a page (sysfs, fdinfo): one read gives all of it. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, 4096)
+    finally:
+        os.close(descriptor)
+
+
 class Files:
     """Durable writes, renames and removals; one method per step that a crash may cut."""
 

@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Final
 
 from csi_driver.host import blockdev
+from csi_driver.host.files import read_attribute
 from csi_driver.host.handle import Handle
 from csi_driver.host.mountinfo import Mount
 from csi_driver.host.mounts import Mounts
@@ -68,8 +69,7 @@ class FileSystemHealth:
     def _counts_errors(self, mount: Mount) -> bool:
         """Whether ext4 has noted errors since it was last checked (the kernel's Documentation/ABI, sysfs-fs-ext4)."""
         try:
-            with open(f"{self._ext4_folder}/{blockdev.kernel_name(mount.device)}/errors_count", "rb") as counter:
-                return int(counter.read()) > 0
+            return int(read_attribute(f"{self._ext4_folder}/{blockdev.kernel_name(mount.device)}/errors_count")) > 0
         except (OSError, ValueError):
             return False
 

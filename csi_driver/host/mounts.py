@@ -8,7 +8,7 @@ import struct
 from typing import Final
 
 from csi_driver.host import blockdev
-from csi_driver.host.files import read_file
+from csi_driver.host.files import read_attribute, read_file
 from csi_driver.host.handle import Handle, open_handle
 from csi_driver.host.mountinfo import Mount, MountTable
 from csi_driver.host.syscalls import AT_FDCWD, check, error_name, libc, syscall
@@ -168,7 +168,7 @@ class Mounts:
 
 def _mount_id(descriptor: int) -> int:
     """The mount that an open descriptor lies in (proc(5), fdinfo)."""
-    return int(read_file(f"/proc/self/fdinfo/{descriptor}").partition(b"mnt_id:")[2].split(None, 1)[0])
+    return int(read_attribute(f"/proc/self/fdinfo/{descriptor}").partition(b"mnt_id:")[2].split(None, 1)[0])
 
 
 def _bind_read_only(source: Handle, target: bytes) -> None:

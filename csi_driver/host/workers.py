@@ -1,10 +1,11 @@
 """Worker processes: everything that can touch a volume's device or key runs in one.
 
-The server starts one launcher (`csi_driver.host.launcher`), a small single-threaded process that forks workers. For
-each session, the length of one call of the driver, it gives out a worker that serves nobody else meanwhile and inherits
-the volume locks of the call, so a volume stays locked as long as a worker of a killed server is at work on it. Devices
-come with each request, as open descriptors (`csi_driver.host.handle`): while the worker works on one, that one cannot
-become another. A worker that hangs on a device (state D) costs an error, never a thread of the server.
+The server starts one launcher (`csi_driver.host.launcher`), a small single-threaded process that forks workers. A
+worker serves one session at a time, the length of one call of the driver, and inherits the volume locks of the call, so
+a volume stays locked as long as a worker of a killed server is at work on it. Devices come with each request, as open
+descriptors (`csi_driver.host.handle`): while the worker works on one, that one cannot become another. A worker that
+hangs on a device (state D) costs an error, never a thread of the server. One that has ended its session is kept for
+another: a fresh fork pays for every page that it touches, several times what opening a mapping costs.
 """
 
 import contextlib
@@ -28,9 +29,14 @@ from csi_driver.model.errors import CommandFailed, DeadlineExceeded, DriverError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-MESSAGE_BYTES = 128 * 1024
+# Below malloc's first threshold of 128 KiB, above which each receive maps and unmaps memory (mallopt(3)).
+MESSAGE_BYTES = 124 * 1024
 MOST_DESCRIPTORS = 16
+WORD_BYTES = 16
+NEW = b"new"
+STARTED = b"started"
 END = b"end"
+_MOST_IDLE = 2
 _KILL_GRACE_SECONDS = 2.0
 _START_SECONDS = 30.0
 
@@ -94,6 +100,52 @@ def spawn_launcher(control: socket.socket, warm: Sequence[str]) -> LauncherProce
     )
 
 
+class _Worker:
+    """A worker process, by our end of its socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self._pidfd: int | None = None
+
+    def await_start(self, what: str) -> None:
+        """Wait until it runs, the first time. Raises DeadlineExceeded, CommandFailed."""
+        if self._pidfd is not None:
+            return
+        if not _readable(self.connection.fileno(), _START_SECONDS):
+            raise DeadlineExceeded(f"{what} did not start in time: the node is overloaded; the call may be repeated")
+        word, descriptors, _, _ = socket.recv_fds(self.connection, WORD_BYTES, 1)
+        if not word:
+            raise CommandFailed(f"{what} failed: the worker launcher was killed; call again")
+        self._pidfd = descriptors[0]
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process is gone, killed for its memory perhaps (pidfd_open(2))."""
+        return self._pidfd is not None and _readable(self._pidfd, 0)
+
+    def ends_session(self) -> bool:
+        """Tell it that its session has ended; whether it has let go of the locks and waits for another one."""
+        with contextlib.suppress(OSError):
+            self.connection.send(END)
+            return _readable(self.connection.fileno(), _KILL_GRACE_SECONDS) and bool(self.connection.recv(WORD_BYTES))
+        return False
+
+    def kill(self) -> bool:
+        """Kill it; whether it has ended then."""
+        if self._pidfd is None:
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        return _readable(self._pidfd, _KILL_GRACE_SECONDS)
+
+    def close(self) -> None:
+        """Let go of it: it ends when it has ended what it is at."""
+        self.connection.close()
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+
+
 class Workers:
     """Client of the launcher; safe for many threads.
 
@@ -108,26 +160,26 @@ class Workers:
         self._guard = threading.Lock()
         self._launcher: LauncherProcess | None = None
         self._control: socket.socket | None = None
+        self._idle: list[_Worker] = []
         self._session: ContextVar[_Session | None] = ContextVar("worker_session", default=None)
 
     def start(self) -> None:
-        """Start the launcher if it does not run; returns before it is ready."""
+        """Start the launcher if it does not run, with one worker; returns before they are ready."""
         with self._guard:
             if self._launcher is not None and self._launcher.poll() is None:
                 return
-            if self._control is not None:
-                self._control.close()
+            self._let_go()
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs, starting():
                 self._launcher = self._spawn(theirs, self._warm)
             self._control = ours
+            with contextlib.suppress(OSError):  # it has ended already: who needs a worker is told
+                self._idle.append(_new_worker(ours))
 
     def stop(self) -> None:
-        """End the launcher; workers that are still at work end by themselves."""
+        """End the launcher and the idle workers; those that are still at work end by themselves."""
         with self._guard:
-            if self._control is not None:
-                self._control.close()
-                self._control = None
+            self._let_go()
             if self._launcher is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._launcher.wait(_KILL_GRACE_SECONDS)
@@ -139,7 +191,7 @@ class Workers:
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         """Let all calls of the block run in one worker, which inherits the locks held now."""
-        session = _Session(self._launch)
+        session = _Session(self._take, self._give_back)
         token = self._session.set(session)
         try:
             yield
@@ -157,52 +209,71 @@ class Workers:
         """
         session = self._session.get()
         if session is not None:
-            return cast("R", session.call(what, timeout, *pack((what, function, args, kwargs))))
+            return cast("R", session.call(what, timeout, function, args, kwargs))
         with self.session():
             return self.call(what, timeout, function, *args, **kwargs)
 
-    def _launch(self) -> socket.socket:
-        """Ask for a worker; returns our end of its session."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            for _ in range(2):
-                self.start()
-                control = self._control
-                try:
-                    if control is not None:
-                        socket.send_fds(control, [b"worker"], [theirs.fileno(), *held_descriptors()])
-                        return ours
-                except OSError:
-                    # The launcher was killed; a new one serves as well, as it holds no state.
-                    if self._launcher is not None:
-                        with contextlib.suppress(subprocess.TimeoutExpired):
-                            self._launcher.wait(_KILL_GRACE_SECONDS)
-        ours.close()
+    def _take(self) -> _Worker:
+        """An idle worker, the one that worked last, as its memory is its own already; or a new one."""
+        for _ in range(2):
+            self.start()
+            with self._guard:
+                while self._idle:
+                    if not (worker := self._idle.pop()).has_ended:
+                        return worker
+                    worker.close()
+                control, launcher = self._control, self._launcher
+            with contextlib.suppress(OSError):
+                if control is not None:
+                    return _new_worker(control)
+            # The launcher was killed; a new one serves as well, as it holds no state.
+            if launcher is not None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    launcher.wait(_KILL_GRACE_SECONDS)
         raise CommandFailed("no worker process can be started: the launcher does not run; restart the driver")
+
+    def _give_back(self, worker: _Worker) -> None:
+        with self._guard:
+            kept = self._control is not None and len(self._idle) < _MOST_IDLE
+            if kept:
+                self._idle.append(worker)
+        if not kept:
+            worker.close()
+
+    def _let_go(self) -> None:
+        """Of a launcher and its workers, whether they live or not."""
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        while self._idle:
+            self._idle.pop().close()
 
 
 class _Session:
     """One worker, from the first call to `close`; after a killed one the next call gets a new one."""
 
-    def __init__(self, launch: Callable[[], socket.socket]) -> None:
-        self._launch = launch
-        self._socket: socket.socket | None = None
-        self._pidfd: int | None = None
+    def __init__(self, take: Callable[[], _Worker], give_back: Callable[[_Worker], None]) -> None:
+        self._take = take
+        self._give_back = give_back
+        self._worker: _Worker | None = None
+        self._locks: tuple[Handle, ...] = ()
 
-    def call(self, what: str, timeout: float, request: bytes, descriptors: Sequence[int]) -> object:
-        """Send one request and wait for its answer."""
-        if self._socket is None:
-            self._start(what)
+    def call(self, what: str, timeout: float, function: Callable[..., object], args: object, kwargs: object) -> object:
+        """Send one request, the first with the locks, and wait for its answer."""
+        worker = self._worker or self._start(what)
+        locks = self._locks
+        self._locks = ()
+        request, descriptors = pack((what, locks, function, args, kwargs))
         with contextlib.suppress(ConnectionError):  # a worker that died tells by the end of its socket
-            socket.send_fds(self._connected, [request], descriptors)
-        if not self._readable(self._connected.fileno(), timeout):
-            raise self._killed(what)
+            socket.send_fds(worker.connection, [request], descriptors)
+        if not _readable(worker.connection.fileno(), timeout):
+            raise self._killed(what, worker)
         try:
-            message = self._connected.recv(MESSAGE_BYTES)
+            message = worker.connection.recv(MESSAGE_BYTES)
         except ConnectionResetError:  # it died before it had read the request
             message = b""
         if not message:
-            self._abandon()
+            self._abandon(worker)
             raise CommandFailed(f"{what} failed: its worker process was killed before it could answer; call again")
         succeeded, outcome = pickle.loads(message)  # noqa: S301 -- from our own child, over a private socket
         if succeeded:
@@ -213,57 +284,53 @@ class _Session:
 
     def close(self) -> None:
         """End the session; returns when the worker no longer holds the volume locks."""
-        if self._socket is not None:
-            with contextlib.suppress(OSError):
-                self._socket.send(END)
-                if self._readable(self._socket.fileno(), _KILL_GRACE_SECONDS):
-                    self._socket.recv(MESSAGE_BYTES)
-            self._abandon()
+        worker, self._worker = self._worker, None
+        if worker is None:
+            return
+        if worker.ends_session():
+            self._give_back(worker)
+        else:
+            worker.close()
 
-    @property
-    def _connected(self) -> socket.socket:
-        if self._socket is None:
-            raise CommandFailed("the worker session has ended")
-        return self._socket
-
-    def _start(self, what: str) -> None:
-        self._socket = self._launch()
-        if not self._readable(self._socket.fileno(), _START_SECONDS):
-            self._abandon()
-            raise DeadlineExceeded(f"{what} did not start in time: the node is overloaded; the call may be repeated")
-        message, descriptors, _, _ = socket.recv_fds(self._socket, MESSAGE_BYTES, 1)
-        if not message:
-            self._abandon()
-            raise CommandFailed(f"{what} failed: the worker launcher was killed; call again")
-        self._pidfd = descriptors[0]
-
-    def _killed(self, what: str) -> DeadlineExceeded:
-        pidfd, self._pidfd = self._pidfd, None
-        self._abandon()
-        if pidfd is None:
-            return DeadlineExceeded(f"{what} did not end within its time limit")
+    def _start(self, what: str) -> _Worker:
+        worker = self._take()
         try:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            if self._readable(pidfd, _KILL_GRACE_SECONDS):
-                return DeadlineExceeded(f"{what} did not end within its time limit and was killed")
-        finally:
-            os.close(pidfd)
+            worker.await_start(what)
+        except DriverError:
+            worker.close()
+            raise
+        self._worker = worker
+        self._locks = tuple(Handle(descriptor, "lock") for descriptor in held_descriptors())
+        return worker
+
+    def _killed(self, what: str, worker: _Worker) -> DeadlineExceeded:
+        ended = worker.kill()
+        self._abandon(worker)
+        if ended:
+            return DeadlineExceeded(f"{what} did not end within its time limit and was killed")
         return DeadlineExceeded(
             f"{what} did not end within its time limit and cannot be killed: the device does not answer; "
             f"look at the kernel log and the storage below it"
         )
 
-    def _abandon(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-        if self._pidfd is not None:
-            os.close(self._pidfd)
-            self._pidfd = None
+    def _abandon(self, worker: _Worker) -> None:
+        worker.close()
+        self._worker = None
 
-    @staticmethod
-    def _readable(descriptor: int, timeout: float) -> bool:
-        poller = select.poll()
-        poller.register(descriptor, select.POLLIN)
-        return bool(poller.poll(timeout * 1000))
+
+def _new_worker(control: socket.socket) -> _Worker:
+    """Ask the launcher for a worker. Raises OSError when it is gone."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        with theirs:
+            socket.send_fds(control, [NEW], [theirs.fileno()])
+    except OSError:
+        ours.close()
+        raise
+    return _Worker(ours)
+
+
+def _readable(descriptor: int, timeout: float) -> bool:
+    poller = select.poll()
+    poller.register(descriptor, select.POLLIN)
+    return bool(poller.poll(timeout * 1000))

@@ -409,8 +409,8 @@ def test_a_call_in_flight_survives_the_death_of_the_launcher(crew: Crew, tmp_pat
         worker = napping(tmp_path / "note")
         os.kill(crew.launchers[-1], signal.SIGKILL)
         assert call.result(10) == 0
-    wait_for(lambda: ended(worker))
     assert crew.workers.call("luks-test", 10, tasks.identity)[1] == crew.launchers[-1]
+    wait_for(lambda: ended(worker))
 
 
 def test_threads_that_find_the_launcher_dead_start_one_together(crew: Crew) -> None:
