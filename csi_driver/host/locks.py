@@ -40,23 +40,28 @@ class VolumeLocks:
 
         Raises VolumeBusy, naming the process, when another call or an earlier child holds it.
         """
-        descriptor = self._acquire(f"{self._folder}/{volume_id}", volume_id)
+        path = f"{self._folder}/{volume_id}"
+        descriptor = self._acquire(path, volume_id)
         try:
             with holding(descriptor):
                 yield
         finally:
-            try:
-                if not self._is_known(volume_id):
-                    self.forget(volume_id)
-            finally:
-                # Closing is the release: an explicit LOCK_UN would also free the lock under a child that still runs.
-                os.close(descriptor)
+            # Closing is the release: an explicit LOCK_UN would also free the lock under a child that still runs.
+            os.close(descriptor)
+            if not self._is_known(volume_id):
+                self._discard(path, volume_id)
 
-    def forget(self, volume_id: str) -> None:
-        """Remove the lock file of a deleted volume; call it while holding the lock."""
+    def _discard(self, path: str, volume_id: str) -> None:
+        """Remove the file of a volume that is gone, unless its lock is held: by a child that hangs on a device, say."""
         # On a file system that went read-only it stays, and is as good for the next call.
         with contextlib.suppress(OSError):
-            os.unlink(f"{self._folder}/{volume_id}")
+            descriptor = os.open(path, os.O_RDWR | _OPEN_FLAGS)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._is_current(path, descriptor) and not self._is_known(volume_id):
+                    os.unlink(path)
+            finally:
+                os.close(descriptor)
 
     def _acquire(self, path: str, volume_id: str) -> int:
         while True:

@@ -128,12 +128,19 @@ def test_a_lock_file_stays_for_a_volume_that_is_there_and_goes_with_one_that_is_
     assert os.listdir(tmp_path) == ["pvc-1"]
 
 
-def test_a_lock_file_goes_with_its_volume(locks: VolumeLocks, tmp_path: Path) -> None:
+def test_the_lock_file_of_a_gone_volume_stays_while_a_child_of_its_last_call_lives(tmp_path: Path) -> None:
+    """A worker that hangs on the device of a volume that was deleted: the next one of that name must wait for it."""
+    locks = VolumeLocks(tmp_path, Holders(), lambda _: False)
     with locks.hold("pvc-1"):
-        locks.forget("pvc-1")
-        locks.forget("pvc-1")
-    assert not list(tmp_path.iterdir())
+        child = subprocess.Popen(["sleep", "60"], pass_fds=held_descriptors())
+    try:
+        with pytest.raises(VolumeBusy, match=rf"in process {child.pid} \(sleep\)"), locks.hold("pvc-1"):
+            pass
+    finally:
+        child.kill()
+        child.wait(10)
     assert is_free(locks)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_removed_lock_file_does_not_let_a_later_call_in_beside_a_holder_of_the_new_one(
@@ -142,7 +149,7 @@ def test_a_removed_lock_file_does_not_let_a_later_call_in_beside_a_holder_of_the
     """Who opened the file before it was removed with its volume holds a lock on nothing."""
     with locks.hold("pvc-1"):
         late = os.open(tmp_path / "pvc-1", os.O_RDWR)
-        locks.forget("pvc-1")
+        (tmp_path / "pvc-1").unlink()
         with locks.hold("pvc-1"):  # a new volume of that name, as the old call is about to end
             assert os.fstat(late).st_ino != (tmp_path / "pvc-1").stat().st_ino
             assert not is_free(locks)
@@ -177,7 +184,7 @@ class Room:
 
 
 def test_hammered_by_calls_that_delete_the_volume_there_is_never_a_second_holder(tmp_path: Path) -> None:
-    locks, room, end = VolumeLocks(tmp_path, NoHolders()), Room(), time.monotonic() + 1.0
+    locks, room, end = VolumeLocks(tmp_path, NoHolders(), lambda _: False), Room(), time.monotonic() + 1.0
 
     def work() -> None:
         while time.monotonic() < end:
@@ -185,7 +192,6 @@ def test_hammered_by_calls_that_delete_the_volume_there_is_never_a_second_holder
                 room.enter()
                 os.sched_yield()
                 room.leave()
-                locks.forget("pvc-1")  # the last thing that a delete does
             os.sched_yield()
 
     threads = [threading.Thread(target=work) for _ in range(8)]
