@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from csi_driver.host.devicemapper import DeviceMapper
-from csi_driver.host.syscalls import NUMBERS, libc
+from csi_driver.host.syscalls import NUMBERS, libc, syscall
 from csi_driver.rpc.client import CsiClient, RemoteError
 from csi_driver.volumes.capability import AccessMode, Capability
 from tests.headers import run_cryptsetup
@@ -41,7 +41,8 @@ _TEMPORARY = ("/tmp", "/run", "/var/tmp", "/dev/shm")
 _LARGEST_FILE = 16 << 20  # behind that a volume's file holds ciphertext only
 _MIB = 1 << 20
 _MUST_SEE = ("mkfs.ext4", "csi_driver.host.launcher")
-_KEYCTL_READ = 11
+_LINK, _UNLINK, _KEYCTL_READ = 8, 9, 11  # keyctl(2)
+_THREAD_KEYRING, _USER_KEYRING = -1, -4
 _MOUNT = Capability(AccessMode.SINGLE_NODE_WRITER, block=False, fs_type="ext4")
 _BLOCK = Capability(AccessMode.SINGLE_NODE_WRITER, block=True)
 # Work that takes long enough to be seen: a key derivation and an mkfs of some tenths of a second.
@@ -242,8 +243,13 @@ class Canary:
                 self.report.search(self.needles, f"the table of {name}", target.params.encode())
                 if target.type == "crypt" and not re.fullmatch(r":\d+:logon:\S+", target.params.split()[1]):
                     self.report.hits.append(f"a key that is no reference in the table of {name}")
-        for line in Path("/proc/keys").read_text(errors="replace").splitlines():
-            self._search_key(line)
+        # What is in root's keyring is his whose own keyrings lead there: a login's session keyring does, not any does.
+        syscall("keyctl", _LINK, _USER_KEYRING, _THREAD_KEYRING)
+        try:
+            for line in Path("/proc/keys").read_text(errors="replace").splitlines():
+                self._search_key(line)
+        finally:
+            syscall("keyctl", _UNLINK, _USER_KEYRING, _THREAD_KEYRING)
 
     def _search_key(self, line: str) -> None:
         # Fields of /proc/keys (proc(5)): serial, flags, usage, timeout, permissions, uid, gid, type, description.
