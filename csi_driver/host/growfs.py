@@ -72,9 +72,10 @@ def _grow_xfs(descriptor: int, device: Handle) -> bool:
 
 
 def _grow_btrfs(descriptor: int, _device: Handle) -> bool:
+    before = os.fstatvfs(descriptor).f_blocks
     # Of what cannot be changed fcntl takes 1024 bytes at most.
     fcntl.ioctl(descriptor, _BTRFS_RESIZE, bytearray(struct.pack("=q", 0) + b"max".ljust(4088, b"\0")))
-    return True
+    return os.fstatvfs(descriptor).f_blocks > before
 
 
 _GROW: Final = {"ext4": _grow_ext4, "xfs": _grow_xfs, "btrfs": _grow_btrfs}

@@ -1,5 +1,6 @@
 """File systems inside volumes: made once, never again, grown when the volume grows."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -8,7 +9,7 @@ import msgspec
 
 from csi_driver.backends.base import Backend
 from csi_driver.host import blockdev
-from csi_driver.host.commands import Commands
+from csi_driver.host.commands import Commands, ProgramFailed
 from csi_driver.host.fshealth import mount_unless_flagged
 from csi_driver.host.growfs import grow
 from csi_driver.host.handle import Handle
@@ -49,6 +50,9 @@ FSCK: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
 """What checks each file system, with exit code 0 if all is well, and what mends it; the device comes last."""
 PROGRAMS: Mapping[str, Sequence[str]] = {fs: (command[0], FSCK[fs][0][0]) for fs, command in _MKFS.items()}
 """What makes and mends each file system."""
+_MKFS_TRIES = 5
+_MKFS_PAUSE_SECONDS = 0.2
+_MOUNT_CHECK_FAILED = "cannot check mount status"
 _MENDED_BITS = 3  # e2fsck(8): errors corrected, and "the system should be rebooted", which means mounted anew
 
 
@@ -181,15 +185,27 @@ class FileSystems:
         self._prove_unused(backend, volume)
         if record.file_system is FileSystemState.NONE:
             record = backend.update(msgspec.structs.replace(record, file_system=FileSystemState.MAKING))
-        argv = mkfs_command(fs_type, record.parameters.mkfs_options)
-        # mkfs.btrfs tells the kernel the path, which shows it as the mount's source and compares by it ever after.
-        self._commands.run([*argv, device], timeout=self._limits.format_seconds, by_name=fs_type == "btrfs")
+        self._run_mkfs(fs_type, [*mkfs_command(fs_type, record.parameters.mkfs_options), device])
         self._workers.call(
             f"luks-sync of volume {record.id}", self._limits.format_seconds, blockdev.fsync_device, device
         )
         record = backend.update(msgspec.structs.replace(record, file_system=FileSystemState.MADE, made_fs_type=fs_type))
         log.info("file system made", volume_id=record.id, fs_type=fs_type)
         return record
+
+    def _run_mkfs(self, fs_type: str, argv: Sequence[str | Handle]) -> None:
+        for left in reversed(range(_MKFS_TRIES)):
+            try:
+                # mkfs.btrfs tells the kernel the path, which shows it as the mount's source and compares by it later.
+                self._commands.run(argv, timeout=self._limits.format_seconds, by_name=fs_type == "btrfs")
+            except ProgramFailed as failure:
+                # Before it writes it looks up the loop device of each mount of the node, and gives up on one that
+                # another's unmount has just let go of (btrfs-progs 6.2, check_mounted_where).
+                if not left or _MOUNT_CHECK_FAILED not in failure.stderr:
+                    raise
+                time.sleep(_MKFS_PAUSE_SECONDS)
+            else:
+                return
 
     def _prove_unused(self, backend: Backend, volume: Attached) -> None:
         """Whatever the record says: nothing was ever written into it but, while `making`, by a mkfs that was cut."""

@@ -65,6 +65,25 @@ class Healing:
         self._tell(present.volume_id, staging.fs_type, ailment)
         return present
 
+    def restored(self, present: Presence) -> Presence:
+        """What is there of a stage that lacks only its mount, once that is made again; others stay as they are.
+
+        A call that mounted it anew was killed, or somebody unmounted it; and kubelet stages no volume again that it has
+        staged, however often a publication is refused. Raises what `mount` does.
+        """
+        stage = present.stage
+        if stage is None or not present.lacks_only_mount:
+            return present
+        record = self._backend.get(present.volume_id)
+        fs_type = stage.fs_type or record.made_fs_type
+        if fs_type is None:
+            return present
+        options = parse_options(stage.mount_options, fs_type)
+        with self._presences.held(present) as device, self._workers.session():
+            self.mount(record, device, stage.staging_path, fs_type, options)
+        log.warning("a staged volume was not mounted any more", volume_id=record.id, path=stage.staging_path)
+        return self._presences.of(record.id)
+
     def refuse_sick(self, present: Presence) -> None:
         """Nothing grows on a sick file system. Raises FailedPrecondition with the cure, so that kubelet goes on."""
         staging = present.staging

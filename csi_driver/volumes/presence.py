@@ -64,13 +64,23 @@ class Presence:
         return self.number is not None
 
     @property
-    def is_complete(self) -> bool:
-        """Whether all that the recorded stage made is there, and is the volume's own."""
+    def has_device(self) -> bool:
+        """Whether the device that the recorded stage made is there, and is the volume's own."""
         if self.stage is None or self.number is None or self.fit is Fit.STALE:
             return False
-        if self.fit is Fit.ABSENT and self.stage.luks_uuid is not None:
+        return self.fit is Fit.FITS or self.stage.luks_uuid is None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all that the recorded stage made is there, and is the volume's own."""
+        return self.stage is not None and self.has_device and (self.stage.block or self.staging is not None)
+
+    @property
+    def lacks_only_mount(self) -> bool:
+        """Whether of the recorded stage the mount is missing, and nothing else: it is mounted nowhere."""
+        if self.stage is None or self.stage.block or not self.has_device:
             return False
-        return self.stage.block or self.staging is not None
+        return not self.mounts and self.table.at(self.stage.staging_path) is None
 
     def mount_at(self, path: str) -> Mount | None:
         """The topmost mount at that path, if it is of the volume's file system."""

@@ -50,7 +50,7 @@ class Publishing:
     def publish(self, request: PublishRequest) -> None:
         """Bind the volume to the target path, read-only if asked for; repeating it is fine.
 
-        A sick file system is healed first, see `Healing.ensure_well`.
+        A stage that lost its mount gets it again and a sick file system is healed first, see `Healing`.
 
         Raises NotFound, FailedPrecondition (not staged there, staged otherwise, sick for good, ReadWriteOncePod already
         published elsewhere), AlreadyExists (published at this path otherwise).
@@ -58,6 +58,8 @@ class Publishing:
         capabilities.check([request.capability])
         present = self._presences.of(request.volume_id)
         staged = self._require_staged(present, request)
+        present = self._healing.restored(present)
+        _require_complete(present, staged)
         read_only = request.read_only or request.capability.reader_only
         fresh = _make_target(request.target_path, block=staged.block)
         try:
@@ -143,14 +145,17 @@ class Publishing:
                 f"volume {request.volume_id} is staged as {kinds[not staged.block]} and was to be published as "
                 f"{kinds[not request.capability.block]}; unstage it first"
             )
-        if not present.is_complete:
-            what = (
-                f"the device {staged.device} of volume {request.volume_id} is gone or not its own any more"
-                if staged.block or not present.is_open
-                else f"volume {request.volume_id} is no longer mounted at {staged.staging_path}"
-            )
-            raise FailedPrecondition(f"{what}; unstage and stage the volume")
         return staged
+
+
+def _require_complete(present: Presence, staged: Stage) -> None:
+    if not present.is_complete:
+        what = (
+            f"volume {present.volume_id} is no longer mounted at {staged.staging_path}"
+            if present.has_device and not staged.block
+            else f"the device {staged.device} of volume {present.volume_id} is gone or not its own any more"
+        )
+        raise FailedPrecondition(f"{what}; unstage and stage the volume")
 
 
 def _refused_target(volume_id: str, path: str) -> InvalidArgument:

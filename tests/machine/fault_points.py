@@ -396,9 +396,12 @@ def fork_launcher(control: socket.socket, warm: Sequence[str]) -> LauncherProces
         os._exit(code)
 
 
+_OPENED_ONCE = ("/dev/urandom", "/dev/mapper/control")
+"""What libcryptsetup and the driver open once: what a test has opened, the worker goes on with."""
+
+
 def _close_all_but(kept: int) -> None:
     for number in map(int, os.listdir("/proc/self/fd")):
         with contextlib.suppress(OSError):
-            # libcryptsetup opens its random numbers once: what a test has opened, the worker goes on with.
-            if number > 2 and number != kept and os.readlink(f"/proc/self/fd/{number}") != "/dev/urandom":
+            if number > 2 and number != kept and os.readlink(f"/proc/self/fd/{number}") not in _OPENED_ONCE:
                 os.close(number)

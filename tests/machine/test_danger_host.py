@@ -12,11 +12,15 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
+from csi_driver.host import loopcontrol
+from csi_driver.host.commands import Commands, Completed, ProgramFailed
+from csi_driver.host.handle import Handle
+from csi_driver.host.workers import Workers
 from csi_driver.model.errors import FailedPrecondition, NotFound
 from csi_driver.rpc.client import CsiClient, RemoteError
 from csi_driver.volumes.capability import AccessMode, Capability
@@ -250,6 +254,39 @@ def test_a_stopped_launcher_costs_errors_and_no_threads(folder: Path) -> None:
         client.delete_volume(VOLUME)
 
 
+class Unmounting(Commands):
+    """Ends a mount when a program has failed because of it, as another call may end its own."""
+
+    place: Path
+    failures: int = 0
+
+    def run(
+        self, argv: Sequence[str | Handle], *, timeout: float, ok_codes: Sequence[int] = (0,), by_name: bool = False
+    ) -> Completed:
+        try:
+            return super().run(argv, timeout=timeout, ok_codes=ok_codes, by_name=by_name)
+        except ProgramFailed:
+            self.failures += 1
+            run("umount", self.place)
+            raise
+
+
+def test_a_mount_whose_loop_device_was_just_let_go_of_does_not_keep_a_btrfs_from_being_made(
+    folder: Path, workers: Workers
+) -> None:
+    """mkfs.btrfs looks up the loop device of each mount; here the source of one names a loop device that is free."""
+    place = folder / "other"
+    place.mkdir()
+    commands = Unmounting(workers)
+    commands.place = place
+    node = Node(folder, workers, make_commands=lambda _: commands)
+    node.create(size=256 * MIB, capability=BTRFS)
+    run("mount", "-t", "tmpfs", loopcontrol.new_node(), place)
+    node.stage(capability=BTRFS)
+    assert commands.failures == 1
+    node.unstage()
+
+
 ODD: Mapping[str, Callable[[Path], None]] = {
     "fifo": os.mkfifo,
     "empty-file": Path.touch,
@@ -316,9 +353,9 @@ def test_ignition2216_after_a_soft_reboot_the_volume_is_staged_anew(used: Node, 
         run("umount", path)
     if mapping_too:
         used.mapper.remove(used.open_mapping().name)
-    with pytest.raises(FailedPrecondition, match=VOLUME):
-        used.publish()
-    used.stage()
+        with pytest.raises(FailedPrecondition, match=VOLUME):
+            used.publish()
+        used.stage()
     assert (used.publish() / "file").read_text() == "precious"
     used.unpublish()
     used.unstage()

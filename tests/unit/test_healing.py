@@ -1,5 +1,7 @@
 """Sick file systems of staged volumes: made well where nobody else is on them, else told with the cure."""
 
+import dataclasses
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +16,9 @@ from csi_driver.host.patience import within
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.publish import PublishRequest
+from tests.fake_kernel import Killed
 from tests.told_lines import told_lines
-from tests.unit.test_staging_model import MIB, MOUNT, Rig
+from tests.unit.test_staging_model import MIB, MOUNT, Rig, no_fault, one_fault
 
 READ_ONLY = Capability(AccessMode.SINGLE_NODE_WRITER, block=False, mount_flags=("ro",))
 CURE = "end the volume's pods .*`luks-csi volume check enc-1 --repair`"
@@ -123,6 +126,48 @@ def test_with_another_pod_on_it_the_next_one_is_refused(rig: Rig, ailment: Ailme
     rig.unpublish("enc-1")
     publish_elsewhere(rig)
     assert rig.healing.healed() == 2, "thawed, and mounted anew"
+
+
+@pytest.mark.parametrize("ailment", [Ailment.READ_ONLY, Ailment.ERROR_FLAG])
+def test_killed_at_any_step_the_next_publication_finishes_what_kubelet_does_not_stage_again(
+    tmp_path: Path, ailment: Ailment
+) -> None:
+    for number in itertools.count():
+        rig = Rig(tmp_path / str(number))
+        rig.create("enc-1")
+        rig.stage("enc-1")
+        rig.write("enc-1", "a", "written")
+        rig.kernel.ailing[staging(rig).device] = ailment
+        rig.kernel.plan = one_fault("kill", number)
+        try:
+            rig.publish("enc-1")
+        except Killed:
+            rig.kernel.plan = no_fault
+            rig.restart()
+            rig.publish("enc-1")
+        else:
+            break
+        assert staging(rig).fs_type == "ext4"
+        assert rig.kernel.read(rig.device("enc-1")).inside.files == {"a": "written"}
+        assert any(mount.mount_point.endswith("/pods/enc-1") for mount in rig.kernel.mounted)
+        assert not rig.kernel.ailing
+    assert number > 4
+
+
+def test_a_stage_that_somebody_unmounted_is_mounted_again_and_told(rig: Rig) -> None:
+    rig.kernel.mounted.remove(staging(rig))
+    with told_lines() as lines:
+        rig.publish("enc-1")
+    assert staging(rig).fs_type == "ext4"
+    assert "a staged volume was not mounted any more" in [line.event for line in lines]
+
+
+def test_nothing_is_mounted_over_what_has_taken_its_place(rig: Rig) -> None:
+    ours = staging(rig)
+    rig.kernel.mounted[:] = [dataclasses.replace(ours, device=(0, 99), source="stranger")]
+    with pytest.raises(FailedPrecondition, match=r"enc-1 is no longer mounted at .*; unstage and stage the volume"):
+        rig.publish("enc-1")
+    assert [mount.source for mount in rig.kernel.mounted] == ["stranger"]
 
 
 @pytest.mark.parametrize("ailment", Ailment)
