@@ -5,6 +5,7 @@ kubelet does not unstage a volume whose next pod is there already (nbs#2936, vel
 """
 
 import threading
+from contextlib import AbstractContextManager
 
 from csi_driver.backends.base import Backend
 from csi_driver.host.fshealth import Ailment, FileSystemHealth
@@ -79,8 +80,9 @@ class Healing:
         if fs_type is None:
             return present
         options = parse_options(stage.mount_options, fs_type)
-        with self._presences.held(present) as device, self._workers.session():
+        with self._device(present) as device, self._workers.session():
             self.mount(record, device, stage.staging_path, fs_type, options)
+            self._backend.guard(record.id)
         log.warning("a staged volume was not mounted any more", volume_id=record.id, path=stage.staging_path)
         return self._presences.of(record.id)
 
@@ -119,6 +121,12 @@ class Healing:
             finally:
                 # Mended or not: the stage stays as it is recorded, and the next call says the same again.
                 self._file_systems.mount(record, device, stage.staging_path, fs_type, options)
+
+    def _device(self, present: Presence) -> AbstractContextManager[Handle]:
+        """What is mounted, held open."""
+        return (
+            self._presences.held(present) if present.is_open else self._backend.attach(present.volume_id, lasting=False)
+        )
 
     def _tell(self, volume_id: str, fs_type: str, reason: str) -> None:
         with self._guard:

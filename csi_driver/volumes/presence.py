@@ -77,8 +77,13 @@ class Presence:
 
     @property
     def lacks_only_mount(self) -> bool:
-        """Whether of the recorded stage the mount is missing, and nothing else: it is mounted nowhere."""
-        if self.stage is None or self.stage.block or not self.has_device:
+        """Whether of the recorded stage the mount is missing, and nothing else: it is mounted nowhere.
+
+        With its last mount the loop device of an unencrypted volume goes too.
+        """
+        if self.stage is None or self.stage.block:
+            return False
+        if not self.has_device and (self.is_open or self.stage.luks_uuid is not None):
             return False
         return not self.mounts and self.table.at(self.stage.staging_path) is None
 
