@@ -102,6 +102,7 @@ class Kernel:
     """What outlives the driver. `formatting` and `making` see the loop device before luksFormat and mkfs.
 
     `ailing` and `frozen` are mounted file systems by the numbers of their devices; to unmount them ends it.
+    Those `elsewhere` are mounted in another mount namespace too.
     """
 
     loops: FakeLoops = field(default_factory=FakeLoops)
@@ -111,6 +112,7 @@ class Kernel:
     held: list["FakeMappingHandle"] = field(default_factory=list)
     ailing: dict[tuple[int, int], Ailment] = field(default_factory=dict)
     frozen: set[tuple[int, int]] = field(default_factory=set)
+    elsewhere: set[tuple[int, int]] = field(default_factory=set)
     formats: int = 0
     dead: bool = False
     plan: Callable[[str], None] = lambda _: None
@@ -521,6 +523,9 @@ class KernelWorkers(Workers):
 
     def _resume(self, name: str) -> None:
         self._kernel.mappings[name].suspended = False
+
+    def _is_claimed(self, device: Handle) -> bool:
+        return self._kernel.number(device.name) in self._kernel.elsewhere
 
     def _carries_error_flag(self, device: Handle) -> bool:
         return self._kernel.read(device.name).inside.flagged

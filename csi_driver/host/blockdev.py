@@ -102,6 +102,20 @@ def fsync_device(device: Handle) -> None:
         raise _failed(device.name, error) from None
 
 
+def is_claimed(device: Handle) -> bool:
+    """Whether a mounted file system, swap or a device on top has the block device for itself (O_EXCL, open(2)).
+
+    The kernel tells it of every mount namespace. Raises DeviceAbsent, DeviceUnreadable, CommandFailed.
+    """
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            return True
+        raise _failed(device.name, error) from None
+    return False
+
+
 def make_writable(descriptor: int) -> None:
     """Take off the read-only flag that an earlier user of the number has left (blockdev(8)). Raises OSError."""
     if struct.unpack("=i", fcntl.ioctl(descriptor, _BLKROGET, bytes(4)))[0]:

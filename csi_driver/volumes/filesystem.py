@@ -23,7 +23,7 @@ from csi_driver.host.signatures import read_signature
 from csi_driver.host.workers import Workers
 from csi_driver.luks.blank import prove_blank, prove_payload_blank
 from csi_driver.luks.never_mounted import prove_never_mounted
-from csi_driver.model.errors import DeviceInUse, FailedPrecondition, OutOfRange
+from csi_driver.model.errors import DeadlineExceeded, DeviceInUse, FailedPrecondition, OutOfRange
 from csi_driver.model.settings import Limits
 from csi_driver.model.volume import FileSystemState, VolumeRecord
 from csi_driver.volumes.parameters import DEFAULT_FILE_SYSTEM, FILE_SYSTEMS, check_mkfs_options
@@ -53,6 +53,7 @@ PROGRAMS: Mapping[str, Sequence[str]] = {fs: (command[0], FSCK[fs][0][0]) for fs
 _MKFS_TRIES = 5
 _MKFS_PAUSE_SECONDS = 0.2
 _MOUNT_CHECK_FAILED = "cannot check mount status"
+_CHECKED_PER_SECOND = 1 << 30  # of a volume's bytes, by e2fsck: a full one of small files takes some minutes for a TiB
 _MENDED_BITS = 3  # e2fsck(8): errors corrected, and "the system should be rebooted", which means mounted anew
 
 
@@ -125,20 +126,35 @@ class FileSystems:
             return True
         return self._workers.call(what, limit, mount_unless_flagged, self._mounts, *arguments)
 
-    def mend_ext4(self, record: VolumeRecord, device: Handle) -> None:
-        """Check an ext4 that is not mounted and mend what needs no decision: `e2fsck -p`, as kubelet's own mounts do.
+    def refuse_used(self, volume_id: str, device: Handle) -> None:
+        """Raise DeviceInUse, naming who, when the device is mounted in a mount namespace that is not ours, or held."""
+        if self._workers.call(
+            f"luks-read of volume {volume_id}", self._limits.mount_seconds, blockdev.is_claimed, device
+        ):
+            raise DeviceInUse(
+                f"the file system of volume {volume_id} on {device} cannot be checked and mounted anew: it is kept in "
+                f"use by {describe(self._holders.of_mount(device.number))}; end that first"
+            )
 
-        Raises FailedPrecondition, with the cure, where that is not enough.
+    def mend_ext4(self, record: VolumeRecord, device: Handle) -> None:
+        """Check an ext4 that nobody uses and mend what needs no decision: `e2fsck -p`, as kubelet's own mounts do.
+
+        Raises FailedPrecondition, or DeadlineExceeded, with the cure where that is not enough.
         """
-        done = self._commands.run(
-            ["e2fsck", "-f", "-p", device], timeout=self._limits.format_seconds, ok_codes=range(256)
-        )
+        cure = f"end the volume's pods, back it up and run {repair_command(record.id)}"
+        try:
+            done = self._commands.run(
+                ["e2fsck", "-f", "-p", device],
+                timeout=self._limits.format_seconds + record.capacity_bytes / _CHECKED_PER_SECOND,
+                ok_codes=range(256),
+            )
+        except DeadlineExceeded as error:
+            raise DeadlineExceeded(f"{error}; {cure}, which has more time") from None
         if done.code & ~_MENDED_BITS:
             said = (done.stdout.strip() or done.stderr.strip() or "nothing").splitlines()[-1].strip()
             raise FailedPrecondition(
                 f"the ext4 file system of volume {record.id} is damaged and 'e2fsck -p' did not mend it (exit code "
-                f"{done.code}: {said}); end the volume's pods, back it up and run "
-                f"{repair_command(record.id)}"
+                f"{done.code}: {said}); {cure}"
             )
 
     def unmount(self, volume_id: str, mount: Mount) -> None:

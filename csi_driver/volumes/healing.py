@@ -101,6 +101,7 @@ class Healing:
         Raises FailedPrecondition with the cure where it cannot be mended, and what `FileSystems.mount` does.
         """
         if not self._file_systems.mount(record, device, path, fs_type, options, even_flagged=options.read_only):
+            self._file_systems.refuse_used(record.id, device)
             self._file_systems.mend_ext4(record, device)
             self._file_systems.mount(record, device, path, fs_type, options)
             self._tell(record.id, fs_type, Ailment.ERROR_FLAG)
@@ -115,12 +116,11 @@ class Healing:
         with self._presences.held(present) as device, self._workers.session():
             for mount in reversed(present.mounts):  # they may lie one on the other
                 self._file_systems.unmount(record.id, mount)
-            try:
-                if fs_type == "ext4":
-                    self._file_systems.mend_ext4(record, device)
-            finally:
-                # Mended or not: the stage stays as it is recorded, and the next call says the same again.
-                self._file_systems.mount(record, device, stage.staging_path, fs_type, options)
+            # What is not mended stays unmounted: the next publish finds it so, and says the same again.
+            self._file_systems.refuse_used(record.id, device)
+            if fs_type == "ext4":
+                self._file_systems.mend_ext4(record, device)
+            self._file_systems.mount(record, device, stage.staging_path, fs_type, options)
 
     def _device(self, present: Presence) -> AbstractContextManager[Handle]:
         """What is mounted, held open."""

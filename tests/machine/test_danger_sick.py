@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.model.errors import FailedPrecondition
+from csi_driver.model.errors import DeviceInUse, FailedPrecondition
 from csi_driver.volumes.capability import AccessMode, Capability
 from tests.machine.node import CHEAP, EXT4, MIB, SIZE, VOLUME, Node
 from tests.machine.processes import run, sleeping_in, wait_for
@@ -171,6 +171,26 @@ def test_nbs2936_a_process_on_it_is_another_user(node: Node) -> None:
             node.publish(target=second)
         assert node.is_mounted()
         node.publish(target=second)
+        is_well(node, second)
+    node.unpublish(target=second)
+    node.unstage()
+
+
+@pytest.mark.parametrize("name", ["error-flag", "xfs-shut-down"])
+def test_nbs2936_a_mount_in_another_namespace_is_another_user(node: Node, name: str) -> None:
+    """Unmounted here it goes on there: no check may touch it, and to mount it anew changes nothing."""
+    capability, second = SICKNESSES[name].capability, node.target_path("pod-2")
+    with falling_sick(node, SICKNESSES[name], dict(CHEAP)):
+        node.unpublish()
+        with subprocess.Popen(["unshare", "--mount", "--propagation", "private", "sleep", "300"]) as holder:
+            try:
+                wait_for(lambda: Path(f"/proc/{holder.pid}/comm").read_text() == "sleep\n", "the other namespace")
+                for _ in range(2):
+                    with pytest.raises(DeviceInUse, match=rf"volume {VOLUME}.*process {holder.pid} \(sleep\)"):
+                        node.publish(capability=capability, target=second)
+            finally:
+                holder.kill()
+        node.publish(capability=capability, target=second)
         is_well(node, second)
     node.unpublish(target=second)
     node.unstage()

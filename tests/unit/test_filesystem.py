@@ -1,13 +1,22 @@
-"""How mkfs is called."""
+"""How mkfs and e2fsck are called."""
 
+import os
 import struct
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from csi_driver.volumes.filesystem import LEAST_BYTES, mkfs_command
+from csi_driver.host.commands import Commands, Completed
+from csi_driver.host.handle import Handle
+from csi_driver.host.mounts import Mounts
+from csi_driver.host.workers import Workers
+from csi_driver.model.settings import Limits
+from csi_driver.model.volume import VolumeParameters, VolumeRecord
+from csi_driver.volumes.filesystem import LEAST_BYTES, FileSystems, mkfs_command
 from csi_driver.volumes.parameters import FILE_SYSTEMS, check_mkfs_options
+from tests.fake_host import NoHolders
 
 DEVICE = "/dev/mapper/luks-pvc-1"
 
@@ -72,3 +81,30 @@ def test_the_look_for_a_journal_sees_that_there_is_none(tmp_path: Path) -> None:
         disk.truncate(LEAST_BYTES["ext4"] - 4096)
     subprocess.run([*mkfs_command("ext4", ["-b", "4096"]), str(file)], check=True, timeout=30)
     assert not _has_journal(file)
+
+
+class TimedCommands(Commands):
+    """Notes the time that programs have."""
+
+    def __init__(self) -> None:
+        super().__init__(Workers(()))
+        self.seconds = 0.0
+
+    def run(
+        self, argv: Sequence[str | Handle], *, timeout: float, ok_codes: Sequence[int] = (0,), by_name: bool = False
+    ) -> Completed:
+        self.seconds = timeout
+        return Completed(0, "", "")
+
+
+@pytest.mark.parametrize(("tib", "seconds"), [(0, 300), (8, 300 + 8 * 1024)])
+def test_a_check_has_more_time_on_a_larger_volume(tib: int, seconds: float) -> None:
+    """What is killed at the limit begins anew at the next publish, for ever."""
+    commands = TimedCommands()
+    made = FileSystems(Workers(()), commands, Mounts(), NoHolders(), Limits())
+    record = VolumeRecord(
+        id="pvc-1", name="pvc-1", capacity_bytes=tib << 40, parameters=VolumeParameters(), created="now"
+    )
+    with Handle(os.open(os.devnull, os.O_RDONLY), "device") as device:
+        made.mend_ext4(record, device)
+    assert commands.seconds == seconds

@@ -13,7 +13,7 @@ from csi_driver.host.handle import Handle
 from csi_driver.host.mountinfo import Mount
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.patience import within
-from csi_driver.model.errors import CommandFailed, FailedPrecondition
+from csi_driver.model.errors import CommandFailed, DeadlineExceeded, DeviceInUse, FailedPrecondition
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.publish import PublishRequest
 from tests.fake_kernel import Killed
@@ -104,12 +104,38 @@ def test_one_that_cannot_be_mended_is_told_each_time_and_nothing_is_open_after_a
     for _ in range(2):
         with pytest.raises(FailedPrecondition, match=rf"enc-1 is damaged .*exit code 4: UNEXPECTED.*{CURE[:20]}"):
             rig.publish("enc-1")
-        assert staging(rig).fs_type == "ext4", "the stage is as it was"
+        assert not rig.kernel.mounted, "nothing is mounted that a check has left half mended"
     rig.unstage("enc-1")
     with pytest.raises(FailedPrecondition, match=r"enc-1 is damaged"):
         rig.stage("enc-1")
     assert rig.kernel.traces("enc-1") == []
     assert rig.healing.healed() == 0
+
+
+def test_one_that_is_mounted_in_another_mount_namespace_is_neither_checked_nor_mounted(rig: Rig) -> None:
+    flag(rig)
+    number = staging(rig).device
+    rig.kernel.elsewhere.add(number)
+    steps: list[str] = []
+    rig.kernel.plan = steps.append
+    for _ in range(2):
+        with pytest.raises(DeviceInUse, match=r"volume enc-1 .* kept in use by a user that could not be found; end"):
+            rig.publish("enc-1")
+    assert "before e2fsck" not in steps
+    rig.kernel.elsewhere.clear()
+    rig.publish("enc-1")
+    assert "before e2fsck" in steps
+
+
+def test_a_check_that_takes_too_long_says_what_has_more_time(rig: Rig) -> None:
+    def plan(step: str) -> None:
+        if step == "before e2fsck":
+            raise DeadlineExceeded("e2fsck did not end within 300 s and was killed")
+
+    flag(rig)
+    rig.kernel.plan = plan
+    with pytest.raises(DeadlineExceeded, match=r"was killed; end the volume's pods, .*enc-1 --repair`, which has more"):
+        rig.publish("enc-1")
 
 
 @pytest.mark.parametrize("ailment", Ailment)
