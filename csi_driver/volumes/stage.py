@@ -161,7 +161,9 @@ class Staging:
         others = [one for one in present.publications if not present.is_copy(one, staging)]
         if others:
             places = " and ".join(dict.fromkeys(one.mount_point for one in others))
-            raise DeviceInUse(f"volume {volume_id} is still published at {places}; unpublish it first")
+            known = present.stage or staging  # else the staging path may be one of them: its record was lost
+            how, cure = ("published", "unpublish it") if known else ("mounted", "unmount it there")
+            raise DeviceInUse(f"volume {volume_id} is still {how} at {places}; {cure} first")
         with self._workers.session():
             self._encryption.resume(mapping_name(volume_id), present.mapping)
             self._unmount_all(present, path)

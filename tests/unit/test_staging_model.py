@@ -24,7 +24,14 @@ from csi_driver.backends.records import RecordCodec
 from csi_driver.images.store import ImageStore
 from csi_driver.keys.secret import SecretKey, read_secret
 from csi_driver.luks.formats import DATA_OFFSET
-from csi_driver.model.errors import CommandFailed, DriverError, FailedPrecondition, NotFound, Unauthenticated
+from csi_driver.model.errors import (
+    CommandFailed,
+    DeviceInUse,
+    DriverError,
+    FailedPrecondition,
+    NotFound,
+    Unauthenticated,
+)
 from csi_driver.model.settings import Limits, Settings
 from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeRecord
 from csi_driver.volumes.capability import AccessMode, Capability
@@ -365,6 +372,18 @@ def test_a_mapping_that_was_left_suspended_is_resumed_by_whatever_comes_next(
     rig.kernel.mappings["luks-enc-1"].suspended = True
     rig.unstage("enc-1")
     assert rig.kernel.traces("enc-1") == []
+
+
+def test_a_volume_whose_stage_was_lost_is_told_to_be_mounted_and_not_published(folder: Path) -> None:
+    """There is nobody who could unpublish it from its staging path."""
+    rig = Rig(folder)
+    rig.create("enc-1")
+    rig.stage("enc-1")
+    (folder / "stages" / "enc-1").unlink()
+    with pytest.raises(DeviceInUse, match=r"^volume enc-1 is still mounted at /staging/enc-1; unmount it there first$"):
+        rig.delete("enc-1")
+    rig.unstage("enc-1")
+    rig.delete("enc-1")
 
 
 # --- any order of calls and faults -----------------------------------------------------------------------------------
