@@ -278,6 +278,9 @@ class FakeTable(MountTable):
     def of_device(self, number: tuple[int, int], fs_type: str | None = None) -> list[Mount]:
         return [mount for mount in self._mounted if mount.device == number]
 
+    def is_last(self, mount: Mount) -> bool:
+        return self.of_device(mount.device) == [mount]
+
     def of_node(self, number: tuple[int, int]) -> list[Mount]:
         return []
 

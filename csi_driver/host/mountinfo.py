@@ -88,6 +88,11 @@ class MountTable:
         mounts = [_parse(line) for line in _BOUND_NODE.findall(self._content)]
         return [mount for mount in mounts if _block_device(mount.mount_point) == device]
 
+    def is_last(self, mount: Mount) -> bool:
+        """Whether no other mount shows its file system, so that to unmount it ends that."""
+        others = map(_parse, self._lines(b" %d:%d " % mount.device))
+        return not any(other.device == mount.device and other.mount_id != mount.mount_id for other in others)
+
     def place(self, mount: Mount) -> tuple[tuple[int, int], str]:
         """Where it is mounted, by identity: the copies that propagation makes share it (mount_namespaces(7))."""
         parent = self._parent(mount)

@@ -155,15 +155,13 @@ class Presences:
         stage = self._stages.get(volume_id)
         return stage is not None and stage.staging_path == path
 
-    def other_at(self, volume_id: str, path: str) -> str | None:
-        """The name of the mapping of another volume that is shown at that path, if one is."""
-        found = self._mounts.at(path)
-        if found is None:
-            return None
+    @staticmethod
+    def other_on(volume_id: str, mount: Mount) -> str | None:
+        """The name of the mapping of another volume that is shown there, if one is."""
         try:
-            number = found.device if found.root == "/" else blockdev.device_number(path)
+            number = mount.device if mount.root == "/" else blockdev.device_number(mount.mount_point)
         except DriverError:
-            number = found.device
+            number = mount.device
         name = blockdev.mapping_name_of(number)
         return name if name not in (None, mapping_name(volume_id)) and is_mapping_name(str(name)) else None
 

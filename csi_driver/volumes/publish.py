@@ -12,12 +12,13 @@ from csi_driver.backends.base import Backend
 from csi_driver.host.handle import Handle
 from csi_driver.host.holders import Holders, describe
 from csi_driver.host.log import log
-from csi_driver.host.mountinfo import Mount
+from csi_driver.host.mountinfo import Mount, MountTable
 from csi_driver.host.mounts import Mounts
 from csi_driver.model.errors import AlreadyExists, DeviceInUse, FailedPrecondition, InvalidArgument, NotFound
 from csi_driver.volumes import capability as capabilities
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.context import check_context
+from csi_driver.volumes.filesystem import FileSystems
 from csi_driver.volumes.healing import Healing
 from csi_driver.volumes.presence import Presence, Presences
 from csi_driver.volumes.stages import Stage
@@ -39,12 +40,19 @@ class Publishing:
     """Shows staged volumes to pods; callers hold the volume's lock."""
 
     def __init__(
-        self, backend: Backend, presences: Presences, mounts: Mounts, holders: Holders, healing: Healing
+        self,
+        backend: Backend,
+        presences: Presences,
+        mounts: Mounts,
+        holders: Holders,
+        file_systems: FileSystems,
+        healing: Healing,
     ) -> None:
         self._backend = backend
         self._presences = presences
         self._mounts = mounts
         self._holders = holders
+        self._file_systems = file_systems
         self._healing = healing
 
     def publish(self, request: PublishRequest) -> None:
@@ -82,18 +90,15 @@ class Publishing:
     def unpublish(self, volume_id: str, target_path: str) -> None:
         """Unmount the target path and remove it; a path that is not there is fine.
 
-        Raises DeviceInUse naming who keeps it busy, FailedPrecondition when something is in it: what is not ours to
-        remove stays. On a file system that went read-only the empty path stays.
+        Raises DeviceInUse naming who keeps it busy, FailedPrecondition when it shows another volume, or something is in
+        it: what is not ours to remove stays. On a file system that went read-only the empty path stays.
         """
         if self._presences.is_staging_path(volume_id, target_path):
             raise _refused_target(volume_id, target_path)
-        if (other := self._presences.other_at(volume_id, target_path)) is not None:
-            raise FailedPrecondition(
-                f"volume {volume_id} cannot be unpublished from {target_path}: the mapping {other} of another volume "
-                f"is shown there; unpublish or unstage that one"
-            )
         while True:
-            self._unmount(volume_id, target_path)
+            table = self._presences.table()
+            if (mount := table.at(target_path)) is not None:
+                self._unmount(volume_id, mount, table)
             try:
                 return _remove_target(target_path)
             except OSError as error:
@@ -107,13 +112,22 @@ class Publishing:
                     f"at what is in it, it was left alone"
                 ) from None
 
-    def _unmount(self, volume_id: str, target_path: str) -> None:
+    def _unmount(self, volume_id: str, mount: Mount, table: MountTable) -> None:
+        target_path = mount.mount_point
+        if (other := self._presences.other_on(volume_id, mount)) is not None:
+            raise FailedPrecondition(
+                f"volume {volume_id} cannot be unpublished from {target_path}: the mapping {other} of another volume "
+                f"is shown there; unpublish or unstage that one"
+            )
+        if table.is_last(mount):
+            # The staging mount is gone. This ends the file system, which writes back, or does not if it is frozen.
+            return self._file_systems.unmount(volume_id, mount)
         try:
+            # Here it ends one of the places where it is seen: umount2(2) does no I/O then, so no device can hold it up.
             self._mounts.unmount(target_path)
         except DeviceInUse as busy:
-            mount = self._mounts.at(target_path)
-            found = [] if mount is None else self._holders.of_place(mount)
-            if mount is not None and mount.root == "/":  # not of a device's node: all of /dev is on that file system
+            found = self._holders.of_place(mount)
+            if mount.root == "/":  # not of a device's node: all of /dev is on that file system
                 found = found or self._holders.of_mount(mount.device)
             if not found:
                 raise

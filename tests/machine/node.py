@@ -134,7 +134,7 @@ class Node:
             drift,
         )
         self.provisioning = Provisioning(settings, self.store, images, healthy, self.staging.release)
-        self.publishing = Publishing(self.store, presences, self.mounts, holders, healing)
+        self.publishing = Publishing(self.store, presences, self.mounts, holders, file_systems, healing)
         self.expansion = Expansion(self.store, healthy, presences, self.workers, self.encryption, file_systems, healing)
         self.presences, self.healing = presences, healing
         self.usages = Usages(self.store, presences)

@@ -209,6 +209,16 @@ def test_velero2113_a_frozen_volume_can_be_put_down(node: Node, name: str) -> No
     node.unstage()
 
 
+@pytest.mark.parametrize("name", FROZEN)
+def test_velero2113_unpublish_of_the_last_mount_thaws_it(node: Node, name: str) -> None:
+    """Where somebody has unmounted the staging path, it is unpublish that ends the file system."""
+    with falling_sick(node, SICKNESSES[name], dict(CHEAP)):
+        run("umount", node.staging_path())
+        node.unpublish()
+        node.unstage()
+        assert node.closed()
+
+
 @pytest.mark.parametrize("published", [True, False], ids=["published", "staged"])
 def test_democratic_csi392_a_volume_with_its_error_flag_is_not_enlarged_and_kubelet_goes_on(
     node: Node, *, published: bool

@@ -132,7 +132,7 @@ class Rig:
         self.provisioning = Provisioning(
             Settings(node_id="node-1"), self.backend, images, lambda: None, self.staging.release
         )
-        self.publishing = Publishing(self.backend, presences, mounts, NoHolders(), self.healing)
+        self.publishing = Publishing(self.backend, presences, mounts, NoHolders(), made, self.healing)
         self.expansion = Expansion(self.backend, lambda: None, presences, workers, self.encryption, made, self.healing)
 
     # The calls
@@ -384,6 +384,22 @@ def test_a_volume_whose_stage_was_lost_is_told_to_be_mounted_and_not_published(f
         rig.delete("enc-1")
     rig.unstage("enc-1")
     rig.delete("enc-1")
+
+
+@pytest.mark.parametrize("staged", [True, False])
+def test_unpublish_unmounts_in_a_worker_what_nothing_else_shows(folder: Path, *, staged: bool) -> None:
+    """That ends the file system, which writes to its device; to end one place of many does nothing of the kind."""
+    rig = Rig(folder)
+    rig.create("enc-1")
+    rig.stage("enc-1")
+    rig.publish("enc-1")
+    if not staged:
+        rig.kernel.mounted.pop(0)
+    steps: list[str] = []
+    rig.kernel.plan = steps.append
+    rig.unpublish("enc-1")
+    assert ("before unmount_volume" in steps) is not staged
+    assert "after unmount" in steps
 
 
 # --- any order of calls and faults -----------------------------------------------------------------------------------
