@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from csi_driver.host.blockdev import kernel_name
+from csi_driver.host.files import read_attribute
 
 _OCTAL: Final = re.compile(rb"\\([0-7]{3})")
 # A file that is bind-mounted: what device nodes of volumes are. The root of such a line is not "/".
@@ -68,19 +69,16 @@ class MountTable:
 
         btrfs shows a number of its own in the table and, as source, any name that the device ever had: it is asked.
         """
-        found = list(self._lines(b" %d:%d " % number))
-        mounts = [mount for mount in map(_parse, found) if mount.device == number]
+        mounts = [mount for mount in map(_parse, self._lines(b" %d:%d " % number)) if mount.device == number]
         fsid = _btrfs_on(number) if fs_type in (None, "btrfs") else None
         if fsid is None:
             return mounts
         verdicts: dict[tuple[int, int], bool] = {}
-        for line in _BTRFS.findall(self._content):
-            mount = _parse(line)
-            if mount.device not in verdicts:
-                verdicts[mount.device] = _btrfs_at(mount.mount_point) == fsid
-            if verdicts[mount.device]:
-                mounts.append(mount)
-        return mounts
+        found = [_parse(line) for line in _BTRFS.findall(self._content)]
+        for mount in found:
+            if mount.device not in verdicts and (shown := _btrfs_at(mount)) is not None:
+                verdicts[mount.device] = shown == fsid
+        return [*mounts, *(mount for mount in found if verdicts.get(mount.device))]
 
     def of_node(self, number: tuple[int, int]) -> list[Mount]:
         """The places where the node of this block device is bind-mounted, whatever name it was bound by."""
@@ -200,13 +198,20 @@ def _btrfs_on(number: tuple[int, int]) -> str | None:
     return next((fsid for fsid in known if os.path.exists(f"{_BTRFS_FOLDER}/{fsid}/devices/{name}")), None)
 
 
-def _btrfs_at(path: str) -> str | None:
-    """The UUID of the btrfs that is mounted there, asked of the file system itself."""
+def mount_id_of(descriptor: int) -> int:
+    """The mount that an open descriptor lies in (proc(5), fdinfo)."""
+    return int(read_attribute(f"/proc/self/fdinfo/{descriptor}").partition(b"mnt_id:")[2].split(None, 1)[0])
+
+
+def _btrfs_at(mount: Mount) -> str | None:
+    """The UUID of a mounted btrfs, asked of itself; None where another mount lies over it, or it does not answer."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = os.open(mount.mount_point, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None
     try:
+        if mount_id_of(descriptor) != mount.mount_id:
+            return None
         return str(uuid.UUID(bytes=fcntl.ioctl(descriptor, _BTRFS_FS_INFO, bytes(1024))[16:32]))
     except OSError:
         return None

@@ -8,9 +8,9 @@ import struct
 from typing import Final
 
 from csi_driver.host import blockdev
-from csi_driver.host.files import read_attribute, read_file
+from csi_driver.host.files import read_file
 from csi_driver.host.handle import Handle, open_handle
-from csi_driver.host.mountinfo import Mount, MountTable
+from csi_driver.host.mountinfo import Mount, MountTable, mount_id_of
 from csi_driver.host.syscalls import AT_FDCWD, check, error_name, libc, syscall
 from csi_driver.model.errors import (
     CommandFailed,
@@ -58,7 +58,7 @@ class Mounts:
             raise FailedPrecondition(
                 f"{mount.mount_point} cannot be opened ({error_name(error)}); call again"
             ) from None
-        if _mount_id(handle.fd) != mount.mount_id:
+        if mount_id_of(handle.fd) != mount.mount_id:
             handle.close()
             raise FailedPrecondition(f"something else was mounted over {mount.mount_point} meanwhile; unmount that")
         return handle
@@ -164,11 +164,6 @@ class Mounts:
             if folder == "/":
                 return "private"
             folder = os.path.dirname(folder)
-
-
-def _mount_id(descriptor: int) -> int:
-    """The mount that an open descriptor lies in (proc(5), fdinfo)."""
-    return int(read_attribute(f"/proc/self/fdinfo/{descriptor}").partition(b"mnt_id:")[2].split(None, 1)[0])
 
 
 def _bind_read_only(source: Handle, target: bytes) -> None:

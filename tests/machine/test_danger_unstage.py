@@ -358,6 +358,23 @@ def test_kubernetes85476_a_volume_that_a_process_uses_is_not_deleted(node: Node,
     node.delete()
 
 
+def test_a_btrfs_is_known_by_any_of_its_mounts_that_can_be_asked(node: Node) -> None:
+    """The first one may lie below another mount: what is seen at its path is not it."""
+    node.create(size=256 * MIB, capability=BTRFS)
+    node.stage(capability=BTRFS)
+    target = node.publish(capability=BTRFS)
+    run("mount", "--make-private", node.staging_path())  # else the other place would have it too
+    run("mount", "-t", "tmpfs", "over-it", node.staging_path())
+    try:
+        with pytest.raises(DeviceInUse, match=rf"volume {VOLUME} is still published at .*{re.escape(str(target))}"):
+            node.unstage()
+    finally:
+        run("umount", node.staging_path())
+    node.unpublish()
+    node.unstage()
+    assert node.closed()
+
+
 @encrypted_or_plain
 def test_a_btrfs_is_mounted_from_a_name_that_means_its_device(node: Node, parameters: Mapping[str, str]) -> None:
     """mkfs.btrfs tells the kernel the path it got, and one of a descriptor means another device to the next mkfs."""
