@@ -39,7 +39,8 @@ class FileSystemHealth:
         if not mount.super_options.isdisjoint({"ro", "emergency_ro"}):
             return Ailment.READ_ONLY
         if "shutdown" in mount.super_options or (
-            mount.fs_type == "xfs" and within(_LIMIT_SECONDS, lambda: self._is_shut_down(mount))
+            mount.fs_type == "xfs"
+            and within(_LIMIT_SECONDS, lambda: self._is_shut_down(mount), ("open", mount.mount_id))
         ):
             return Ailment.SHUT_DOWN
         return Ailment.ERROR_FLAG if mount.fs_type == "ext4" and self._counts_errors(mount) else None
@@ -53,7 +54,7 @@ class FileSystemHealth:
             except FailedPrecondition:  # it has gone meanwhile
                 return False
 
-        return within(_LIMIT_SECONDS, thaw) or False
+        return within(_LIMIT_SECONDS, thaw, ("thaw", mount.mount_id)) or False
 
     def _is_shut_down(self, mount: Mount) -> bool:
         """Whether its root cannot even be opened (xfs_file_open in the kernel's fs/xfs)."""

@@ -1,11 +1,13 @@
 """Who keeps a device, a file or a file system busy, found in /proc and /sys and told in words.
 
 Everything here is read while it changes: a process that ends meanwhile is left out. Nothing here touches the file
-systems in question (statx(2) with AT_STATX_DONT_SYNC), so a hanging device does not hang the search.
+systems in question (statx(2) with AT_STATX_DONT_SYNC), and what a hanging process or loop device may keep locked is
+waited for but a moment, so a hanging device does not hang the search.
 """
 
 import contextlib
 import ctypes
+import functools
 import os
 import struct
 import time
@@ -15,9 +17,11 @@ from typing import Final
 
 from csi_driver.host import loopcontrol
 from csi_driver.host.mountinfo import Mount, parse_mountinfo
+from csi_driver.host.patience import within
 from csi_driver.host.syscalls import AT_FDCWD, libc
 
 _TIME_LIMIT: Final = 3.0
+_READ_LIMIT: Final = 1.0
 _AT_STATX_DONT_SYNC: Final = 0x4000
 _STATX_BASIC_AND_MNT_ID: Final = 0x7FF | 0x1000
 _S_IFBLK: Final = 0o060000
@@ -48,7 +52,13 @@ def describe(holders: Sequence[Holder], limit: int = 5) -> str:
 
 
 class Holders:
-    """Searches all processes that this one sees; each search ends after a few seconds with what it has found."""
+    """Searches all processes that this one sees; each search ends after a few seconds with what it has found.
+
+    `proc` is where they are seen.
+    """
+
+    def __init__(self, proc: str = "/proc") -> None:
+        self._proc = proc
 
     def of_device(self, major: int, minor: int) -> list[Holder]:
         """Everything that keeps the block device busy.
@@ -58,7 +68,7 @@ class Holders:
         number = os.makedev(major, minor)
         names = _names(major, minor)
         found = [*_devices_on_top(major, minor), *_swap(names)]
-        for process in _processes():
+        for process in _processes(self._proc):
             for link, facts in process.files():
                 if facts.is_block and facts.rdev == number:
                     found.append(process.holder(f"has /dev/{names[0]} open as {link}"))
@@ -71,7 +81,7 @@ class Holders:
         if wanted is None:
             return []
         found = []
-        for process in _processes():
+        for process in _processes(self._proc):
             for link, facts in process.files():
                 if (facts.dev, facts.inode) == (wanted.dev, wanted.inode):
                     found.append(process.holder(f"has {os.fspath(path)} open as {link}"))
@@ -92,13 +102,13 @@ class Holders:
         """Processes with an open file, working folder or root in this very mount, not in others of its file system."""
         return [
             process.holder(f"uses {_link(f'{process.folder}/{link}') or 'a file in it'} as {link}")
-            for process in _processes()
+            for process in _processes(self._proc)
             if (link := next((link for link, facts in process.files() if facts.mount_id == mount.mount_id), None))
         ]
 
     def _mounted(self, major: int, minor: int, names: list[str], *, own: bool) -> Iterator[Holder]:
         seen = set() if own else {_link("/proc/self/ns/mnt")}
-        for process in _processes():
+        for process in _processes(self._proc):
             namespace = _link(f"{process.folder}/ns/mnt")
             if namespace is None or namespace in seen:
                 continue
@@ -110,7 +120,7 @@ class Holders:
 
     def _using(self, major: int, minor: int, names: list[str]) -> Iterator[Holder]:
         by_namespace: dict[str | None, frozenset[int]] = {}
-        for process in _processes():
+        for process in _processes(self._proc):
             namespace = _link(f"{process.folder}/ns/mnt")
             if namespace not in by_namespace:
                 mounts = process.mounts()
@@ -144,10 +154,11 @@ class _Facts:
 @dataclass(frozen=True)
 class _Process:
     pid: int
+    proc: str = "/proc"
 
     @property
     def folder(self) -> str:
-        return f"/proc/{self.pid}"
+        return f"{self.proc}/{self.pid}"
 
     def holder(self, what: str) -> Holder:
         from csi_driver.host.machine import process_facts  # noqa: PLC0415 - psutil, for errors only
@@ -171,18 +182,24 @@ class _Process:
             return []
 
     def maps(self, major: int, minor: int) -> bool:
-        try:
-            return b" %02x:%02x " % (major, minor) in _content(f"{self.folder}/maps")
-        except OSError:
-            return False
+        """Whether it has a file of that device mapped; the kernel keeps its map locked while it waits in it for I/O."""
+        path = f"{self.folder}/maps"
+
+        def look() -> bool:
+            try:
+                return b" %02x:%02x " % (major, minor) in _content(path)
+            except OSError:
+                return False
+
+        return within(_READ_LIMIT, look, path) or False
 
 
-def _processes() -> Iterator[_Process]:
+def _processes(proc: str) -> Iterator[_Process]:
     deadline = time.monotonic() + _TIME_LIMIT
-    for name in sorted(filter(str.isdigit, os.listdir("/proc")), key=int):
+    for name in sorted(filter(str.isdigit, os.listdir(proc)), key=int):
         if time.monotonic() > deadline:
             return
-        yield _Process(int(name))
+        yield _Process(int(name), proc)
 
 
 def _statx(path: bytes) -> _Facts | None:
@@ -254,14 +271,26 @@ class _Loop:
 
 def _loops() -> Iterator[_Loop]:
     for node in loopcontrol.bound_nodes():
-        with contextlib.suppress(OSError):
-            descriptor = os.open(node, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            try:
-                number, status = os.fstat(descriptor).st_rdev, loopcontrol.status(descriptor)
-            finally:
-                os.close(descriptor)
-            if status is not None:
-                yield _Loop(node, (os.major(number), os.minor(number)), status, loopcontrol.backing_file(node))
+        found = within(_READ_LIMIT, functools.partial(_loop, node), node)
+        if found is not None:
+            yield found
+
+
+def _loop(node: str) -> _Loop | None:
+    """What is bound to it; to open one that another process is about to close may wait for its I/O."""
+    try:
+        descriptor = os.open(node, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        number, status = os.fstat(descriptor).st_rdev, loopcontrol.status(descriptor)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    if status is None:
+        return None
+    return _Loop(node, (os.major(number), os.minor(number)), status, loopcontrol.backing_file(node))
 
 
 def _mounts_above(path: str) -> list[Mount]:

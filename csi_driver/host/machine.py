@@ -52,11 +52,15 @@ class OwnProcesses:
 
 
 def process_facts(pid: int) -> ProcessFacts:
-    """Name and state of a process, "?" once it is gone."""
+    """Name and state of a process, "?" once it is gone.
+
+    The name is the kernel's, of 15 bytes at most: for a longer one psutil reads the command line, out of the process's
+    memory, which one that hangs may keep locked.
+    """
     try:
-        process = psutil.Process(pid)
-        return ProcessFacts(str(process.name()), str(process.status()))
-    except psutil.Error:
+        name = os.fsdecode(Path(f"/proc/{pid}/comm").read_bytes().removesuffix(b"\n"))
+        return ProcessFacts(name, str(psutil.Process(pid).status()))
+    except (OSError, psutil.Error):
         return ProcessFacts("?", "?")
 
 

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 from csi_driver.host.holders import Holder, Holders, describe
@@ -64,3 +65,23 @@ def test_an_absent_file_has_no_holders(tmp_path: Path) -> None:
 def test_a_device_that_does_not_exist_has_no_holders() -> None:
     assert Holders().of_device(4095, 1048575) == []
     assert Holders().of_mount((4095, 1048575)) == []
+
+
+def test_a_process_whose_memory_map_nobody_can_read_holds_up_no_search(tmp_path: Path) -> None:
+    """Such is one that waits in a page fault for a device that does not answer; one thread is left with it."""
+    before = threading.active_count()
+    for pid in (1, 2, 3):
+        folder = tmp_path / str(pid)
+        (folder / "ns").mkdir(parents=True)
+        (folder / "ns" / "mnt").symlink_to("mnt:[1]")
+        (folder / "mountinfo").write_bytes(b"")
+    (tmp_path / "2" / "maps").write_bytes(b"7f00-7f01 r--p 00000000 fff:fffff 12 /file\n")
+    (tmp_path / "1" / "maps").write_bytes(b"")
+    os.mkfifo(tmp_path / "3" / "maps")
+    try:
+        for _ in range(4):
+            found = Holders(str(tmp_path)).of_mount((0xFFF, 0xFFFFF))
+            assert [(holder.pid, holder.what) for holder in found] == [(2, "has a file in it mapped into memory")]
+        assert threading.active_count() <= before + 2
+    finally:
+        os.close(os.open(tmp_path / "3" / "maps", os.O_RDWR))

@@ -93,6 +93,18 @@ def test_a_process_is_told_by_name_and_state() -> None:
     assert process_facts(child.pid).name == "?"
 
 
+def test_the_name_of_a_process_is_not_read_out_of_its_memory(tmp_path: Path) -> None:
+    """What is longer than the kernel's own name is to be had there alone, and a process that hangs may lock it."""
+    program = tmp_path / "a-name-longer-than-the-kernels"
+    program.symlink_to("/bin/sleep")
+    with subprocess.Popen([program, "600"]) as child:
+        try:
+            while process_facts(child.pid).name != program.name[:15]:
+                assert not process_facts(child.pid).name.startswith(program.name[:16])
+        finally:
+            child.kill()
+
+
 def test_starting_a_server_loads_no_psutil(tmp_path: Path) -> None:
     code = """
 import sys
