@@ -13,7 +13,7 @@ import pytest
 
 from csi_driver.host.loop import LoopDevices
 from csi_driver.host.workers import Workers
-from csi_driver.luks.blank import prove_blank, prove_payload_blank, prove_unwritten
+from csi_driver.luks.blank import prove_blank, prove_payload_blank, prove_unwritten, written_spans
 from csi_driver.model.errors import (
     DeviceAbsent,
     DeviceBlank,
@@ -28,6 +28,7 @@ from csi_driver.model.errors import (
 from csi_driver.model.volume import EncryptionState, FileSystemState
 from tests.machine.block_backend import BlockBackend, FaultyDevice
 from tests.machine.node import BLANK, DATA_OFFSET, MIB, SIZE, VOLUME, Node, fingerprint
+from tests.machine.processes import run
 
 PV_LABEL = b"LABELONE" + (1).to_bytes(8, "little")
 GPT = b"EFI PART" + b"\0\0\1\0"
@@ -246,6 +247,31 @@ def test_csi_driver_lvm140_a_file_system_before_the_first_format(node: Node, fs_
         node.stage()
     assert node.encryption_state() is EncryptionState.PREPARED
     assert node.closed()
+
+
+def test_a_disk_that_cannot_say_what_was_written_is_no_proof(disk: FaultyDevice, folder: Path) -> None:
+    """An error of lseek(2) was taken for a file system without SEEK_DATA, where samples have to do."""
+    mount_point, storage = folder / "mount", folder / "mount" / "storage"
+    mount_point.mkdir()
+    run("mkfs.ext4", "-q", "-b", "4096", disk.path)
+    run("mount", disk.path, mount_point)
+    with storage.open("wb") as file:  # more pieces than the inode can name: the rest is told by a block of its own
+        for piece in range(64):
+            os.pwrite(file.fileno(), b"x", piece * 64 * 1024)
+        os.ftruncate(file.fileno(), 8 * MIB)
+    run("umount", mount_point)
+    run("mount", "-o", "ro", disk.path, mount_point)
+    try:
+        assert storage.stat().st_size == 8 * MIB
+        disk.fail(0, SIZE + DATA_OFFSET)
+        with pytest.raises(DeviceUnreadable, match=rf"^{storage} cannot be asked what was ever written to it \(Input"):
+            written_spans(storage, 0, 8 * MIB)
+        disk.heal()
+        spans = written_spans(storage, 0, 8 * MIB)
+        assert spans is not None
+        assert len(spans) == 64
+    finally:
+        run("umount", mount_point)
 
 
 def test_a_stage_that_failed_leaves_the_file_as_free_as_it_was(node: Node) -> None:
