@@ -21,6 +21,7 @@ from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.driver import WARM
 from tests.machine.node import BLOCK, CHEAP, DATA_OFFSET, EXT4, MIB, SECRET, SIZE, Node
 from tests.machine.processes import launcher_inside
+from tests.told_lines import told_lines
 
 LARGER = 40 * MIB + 512
 XFS = Capability(AccessMode.SINGLE_NODE_WRITER, block=False, fs_type="xfs")
@@ -87,11 +88,15 @@ def test_kubernetes95367_a_mount_grows_without_a_secret_after_a_restart(
     first.workers.stop()
     second = restart(node, *IN_A_NEW_SESSION)
     assert second.grow(larger) == larger
-    assert second.expand(larger, path=target) == larger
+    with told_lines() as lines:
+        assert second.expand(larger, path=target) == larger
+    assert "file system grown" in [line.event for line in lines]
     is_sized_to_the_byte(second, larger)
     assert file_system_bytes(target) - before > 0.9 * (larger - size)
     assert (target / "file").read_text() == "precious"
-    assert second.expand(larger) == larger, "a repetition"
+    with told_lines() as lines:
+        assert second.expand(larger) == larger, "a repetition"
+    assert "file system grown" not in [line.event for line in lines]
     second.unpublish()
     second.unstage()
     second.stage(capability=capability)
