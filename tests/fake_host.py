@@ -154,7 +154,7 @@ class FakeLoops(LoopDevices):
         status, number = os.fstat(backing), next(n for n in range(1000, 2000) if f"/dev/loop{n}" not in self.bound)
         info = LoopInfo(
             f"/dev/loop{number}", LOOP_MAJOR, number, status.st_dev, status.st_ino, path,
-            read_only=read_only, autoclear=autoclear, direct_io=True, size_bytes=status.st_size,
+            read_only=read_only, autoclear=autoclear, size_bytes=status.st_size,
         )  # fmt: skip
         loop = self.bound[info.path] = FakeLoop(info, backing)
         handle = FakeHandle(self, loop)

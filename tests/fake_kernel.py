@@ -269,9 +269,6 @@ class FakeTable(MountTable):
         super().__init__(b"")
         self._mounted = tuple(mounted)
 
-    def all(self) -> list[Mount]:
-        return list(self._mounted)
-
     def at(self, path: str) -> Mount | None:
         return next((mount for mount in reversed(self._mounted) if mount.mount_point == path), None)
 

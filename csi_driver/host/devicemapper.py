@@ -227,13 +227,6 @@ class DeviceMapper:
                 self.resume(name)
             raise
 
-    def suspend(self, name: str, *, noflush: bool = False) -> None:
-        """Stop I/O: a file system on it is frozen and writes are flushed first; with `noflush` they stay queued."""
-        try:
-            call(Command.DEV_SUSPEND, name, flags=Flag.SUSPEND | (Flag.NOFLUSH if noflush else 0))
-        except OSError as error:
-            raise _failed("suspend", name, error) from None
-
     def resume(self, name: str) -> None:
         """Make a loaded table live, let I/O go on, and see that /dev/mapper/<name> exists."""
         try:

@@ -48,7 +48,6 @@ class LoopInfo:
     backing_path: str
     read_only: bool
     autoclear: bool
-    direct_io: bool
     size_bytes: int
 
     def same_file(self, other: Self | None) -> bool:
@@ -119,11 +118,6 @@ class LoopDevices:
             return self._bound_to(os.stat(path))
         except (FileNotFoundError, NotADirectoryError):
             return []
-
-    def all(self) -> list[LoopInfo]:
-        """All bound loop devices, in the order of their numbers."""
-        infos = (self.info(node) for node in loopcontrol.bound_nodes())
-        return [info for info in infos if info is not None]
 
     def info(self, device_path: str) -> LoopInfo | None:
         """What the loop device is bound to, or None when it is not bound or not there."""
@@ -350,7 +344,6 @@ def _info(path: str, descriptor: int) -> LoopInfo | None:
         backing_path=loopcontrol.backing_file(path) or status.name,
         read_only=bool(status.flags & Flag.READ_ONLY),
         autoclear=bool(status.flags & Flag.AUTOCLEAR),
-        direct_io=bool(status.flags & Flag.DIRECT_IO),
         size_bytes=blockdev.size_bytes(descriptor),
     )
 

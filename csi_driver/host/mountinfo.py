@@ -48,10 +48,6 @@ class MountTable:
     def __init__(self, content: bytes) -> None:
         self._content = content
 
-    def all(self) -> list[Mount]:
-        """All mounts, in the kernel's order."""
-        return parse_mountinfo(self._content)
-
     def at(self, path: str) -> Mount | None:
         """The topmost mount whose mount point is exactly `path` (absolute), or None.
 

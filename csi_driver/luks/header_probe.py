@@ -1,9 +1,6 @@
-"""What the first bytes of a device are: blank, LUKS, or something else. Pure functions over bytes."""
+"""Whether the first bytes of a device are blank, or what a killed luksFormat left. Pure functions over bytes."""
 
-from enum import StrEnum
-
-from csi_driver.luks.header import BINARY_SIZE, HEADER_SIZES, PRIMARY_MAGIC, SECONDARY_MAGIC, is_luks1, parse
-from csi_driver.model.errors import DeviceShort, DriverError
+from csi_driver.luks.header import BINARY_SIZE, HEADER_SIZES, PRIMARY_MAGIC, SECONDARY_MAGIC
 
 METADATA_SIZE = HEADER_SIZES[0]
 """Bytes of one header copy as luksFormat makes it by itself; this driver asks for no other size."""
@@ -13,36 +10,6 @@ _UUID_FIELD = slice(168, 208)  # of the binary header
 _JSON_BYTES = bytes(range(0x20, 0x7F)) + b"\0"
 # 512 random bytes have 221 different values on average with a standard deviation of 4.5
 _LEAST_RANDOM_VALUES = 180
-
-
-class Content(StrEnum):
-    """What a device holds, as far as its first bytes tell."""
-
-    BLANK = "blank"
-    LUKS2 = "LUKS2"
-    DAMAGED_LUKS2 = "damaged LUKS2"
-    LUKS1 = "LUKS1"
-    OTHER = "other data"
-
-
-def classify(area: bytes, where: str) -> Content:
-    """What `area`, the first bytes of a device (HEADER_PROBE of them see every header), holds.
-
-    BLANK means that every byte of `area` is zero. LUKS2 means that its metadata can be read; the magic of either copy
-    without that is DAMAGED_LUKS2. LUKS version 1 is neither blank nor LUKS2 (coreos/ignition PR 1545). Raises
-    DeviceShort when there are not even the bytes of one header copy, about which nothing can be said.
-    """
-    if len(area) < METADATA_SIZE:
-        raise DeviceShort(f"expected at least {METADATA_SIZE} bytes of {where} to look at, found {len(area)}")
-    if is_luks1(area):
-        return Content.LUKS1
-    if area.startswith(PRIMARY_MAGIC) or any(area.startswith(SECONDARY_MAGIC, place) for place in HEADER_SIZES):
-        try:
-            parse(area, where)
-        except DriverError:
-            return Content.DAMAGED_LUKS2
-        return Content.LUKS2
-    return Content.OTHER if area.strip(b"\0") else Content.BLANK
 
 
 def is_blank_or_ours(area: bytes, uuid: str) -> bool:

@@ -16,6 +16,7 @@ from csi_driver.host.loop import AttachedLoop, LoopDevices
 from csi_driver.model.errors import Aborted, DeviceAbsent, NotFound
 from csi_driver.model.volume import VolumeRecord
 from tests.handles import handle_on
+from tests.machine.kernel import suspend
 
 _SECTOR = 512
 
@@ -143,7 +144,7 @@ class FaultyDevice:
 
     def suspend(self) -> None:
         """It does not answer, whoever asks sleeps in state D."""
-        self._mapper.suspend(self.name, noflush=True)
+        suspend(self.name, noflush=True)
 
     def resume(self) -> None:
         """It answers again."""

@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from csi_driver.host.devicemapper import DeviceMapper
-from csi_driver.host.loop import LoopDevices
-from csi_driver.host.mounts import Mounts
 from csi_driver.model.errors import DriverError
 from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeRecord
 from csi_driver.rpc.client import RemoteError
 from tests.machine.crash_log import Expected, Fact, Identity, Step, expected
 from tests.machine.crash_node import Node
+from tests.machine.kernel import bound_loops, mounts
 
 
 class Report(msgspec.Struct):
@@ -197,8 +196,8 @@ def leftovers(node: Node, volumes: set[str]) -> list[str]:
     """
     state = node.state_dir
     found = [f"the mapping {name}" for name in DeviceMapper().names() if name.startswith("luks-")]
-    found += [f"the loop device {loop}" for loop in LoopDevices().all() if _is_below(loop.backing_path, state)]
-    found += [f"the mount {mount}" for mount in Mounts().table().all() if _is_below(mount.mount_point, "/mnt/crash")]
+    found += [f"the loop device {loop}" for loop in bound_loops() if _is_below(loop.backing_path, state)]
+    found += [f"the mount {mount}" for mount in mounts() if _is_below(mount.mount_point, "/mnt/crash")]
     known = {"loopfile/volumes": volumes, "loopfile/new": set(), "loopfile/trash": set(), "locks": volumes}
     for name, allowed in {**known, "stages": set[str]()}.items():
         found += [f"the file {name}/{entry}" for entry in set(os.listdir(state / name)) - allowed]

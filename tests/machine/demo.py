@@ -19,9 +19,9 @@ from csi_driver import __version__
 from csi_driver.host import blockdev
 from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.loop import LoopDevices
-from csi_driver.host.mounts import Mounts
 from csi_driver.rpc.client import CsiClient, RemoteError, RemoteVolume
 from csi_driver.volumes.capability import AccessMode, Capability
+from tests.machine import kernel
 from tests.machine.leaks import Facts, clear, settled
 from tests.machine.server import ServerProcess
 from tests.machine.transcript import Transcript
@@ -280,9 +280,7 @@ class Demo:
     def _check_closed(self, volume: RemoteVolume, statement: str) -> None:
         mapping = DeviceMapper().get(f"luks-{volume.id}")
         loops = LoopDevices().find(str(self._disk(volume)))
-        mounts = [
-            mount.mount_point for mount in Mounts().table().all() if mount.mount_point.startswith(f"{self._folder}/")
-        ]
+        mounts = [mount.mount_point for mount in kernel.mounts() if mount.mount_point.startswith(f"{self._folder}/")]
         keys = settled(lambda: [line for line in self._left() if line.startswith("keys:")])
         found = [*([mapping.path] if mapping else []), *(loop.path for loop in loops), *mounts, *keys]
         self._say.check(statement, found, [])

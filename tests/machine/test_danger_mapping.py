@@ -18,6 +18,7 @@ from csi_driver.host.devicemapper import Device, Target
 from csi_driver.luks.device import dm_uuid
 from csi_driver.model.errors import DeviceInUse, MappingMismatch
 from csi_driver.model.volume import mapping_name
+from tests.machine.kernel import suspend
 from tests.machine.node import DATA_OFFSET, MIB, PASSPHRASE, SIZE, VOLUME, Node
 
 NAME = mapping_name(VOLUME)
@@ -179,7 +180,7 @@ def test_lh9385_a_staged_volume_whose_mapping_became_a_zombie(used: Node) -> Non
 def test_lh11510_a_suspended_mapping_is_resumed_by_the_next_stage(used: Node) -> None:
     """A tool that was killed left it suspended: every write of the pod would hang for good."""
     used.stage()
-    used.mapper.suspend(NAME)
+    suspend(NAME)
     used.stage()
     assert not used.open_mapping().suspended
     is_the_volumes_own(used)
@@ -188,14 +189,14 @@ def test_lh11510_a_suspended_mapping_is_resumed_by_the_next_stage(used: Node) ->
 
 def test_lh11510_a_suspended_zombie_is_closed(used: Node) -> None:
     zombie = used.mapper.create(NAME, uuid_of(used), [Target(0, SECTORS, "error", "")])
-    used.mapper.suspend(NAME, noflush=True)
+    suspend(NAME, noflush=True)
     check_replaced(used, zombie)
 
 
 def test_lh11510_unstage_resumes_a_suspended_mapping(used: Node) -> None:
     used.stage()
     used.write("precious")
-    used.mapper.suspend(NAME)
+    suspend(NAME)
     used.unstage()
     assert used.closed()
     used.stage()

@@ -17,6 +17,7 @@ from csi_driver.host.loop import AttachedLoop, LoopDevices
 from csi_driver.host.mounts import Mounts
 from csi_driver.model.errors import DeviceAbsent, DeviceInUse, DriverError
 from tests.handles import bind_path
+from tests.machine.kernel import bound_loops
 
 MIB = 1 << 20
 
@@ -24,9 +25,9 @@ MIB = 1 << 20
 @pytest.fixture
 def loops() -> Iterator[LoopDevices]:
     devices = LoopDevices()
-    before = devices.all()
+    before = bound_loops()
     yield devices
-    assert devices.all() == before, "a loop device is left over"
+    assert bound_loops() == before, "a loop device is left over"
 
 
 @pytest.fixture

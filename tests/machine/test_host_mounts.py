@@ -16,6 +16,7 @@ from csi_driver.host.mountoptions import parse_options
 from csi_driver.host.mounts import Mounts
 from csi_driver.model.errors import CommandFailed, DeviceAbsent, DeviceInUse, FailedPrecondition, NotFound
 from tests.handles import bind_path, mount_path, mount_tmpfs
+from tests.machine import kernel
 
 MIB = 1 << 20
 OPTIONS = {
@@ -33,9 +34,9 @@ MKFS = {
 @pytest.fixture
 def mounts() -> Iterator[Mounts]:
     found = Mounts()
-    before = found.table().all()
+    before = kernel.mounts()
     yield found
-    assert found.table().all() == before, "a mount is left over"
+    assert kernel.mounts() == before, "a mount is left over"
 
 
 @pytest.fixture

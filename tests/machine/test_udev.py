@@ -16,6 +16,7 @@ from csi_driver.host.dmcontrol import Command, UdevFlag, call, format_table
 from csi_driver.host.loop import AttachedLoop, LoopDevices
 from csi_driver.host.syscalls import udev_is_running
 from tests.machine.guest_init import UDEV_LOG
+from tests.machine.kernel import suspend
 from tests.machine.udev import settle, udevadm
 
 pytestmark = [
@@ -114,7 +115,7 @@ def test_what_a_pod_wrote_is_neither_looked_at_nor_linked(mapper: DeviceMapper, 
         assert os.readlink(device.path) == f"../dm-{device.minor}"
     mapper.reload(NAME, [at(loop, 1, 33)])
     assert seen(device.major, device.minor) == []
-    mapper.suspend(NAME)
+    suspend(NAME)
     mapper.resume(NAME)
     assert seen(device.major, device.minor) == []
     assert os.readlink(device.path) == f"../dm-{device.minor}"
@@ -133,7 +134,7 @@ def test_a_device_whose_content_was_looked_at_is_left_alone_from_the_next_resume
     assert device is not None
     found = seen(device.major, device.minor)
     assert {f"ID_FS_LABEL={LABEL}", f"/dev/disk/by-label/{LABEL}", f"/dev/disk/by-uuid/{FS_UUID}", "reads"} <= {*found}
-    mapper.suspend(NAME)
+    suspend(NAME)
     mapper.resume(NAME)
     assert seen(device.major, device.minor) == ["reads"]
 

@@ -25,8 +25,8 @@ def mountinfo(tmp_path: Path) -> Path:
     return path
 
 
-def test_every_field_of_a_line_is_read(mountinfo: Path) -> None:
-    mount = Mounts(str(mountinfo)).table().all()[2]
+def test_every_field_of_a_line_is_read() -> None:
+    mount = parse_mountinfo(TABLE)[2]
     assert (mount.mount_id, mount.parent_id, mount.device) == (41, 22, (253, 4))
     assert (mount.root, mount.mount_point, mount.fs_type) == ("/", "/pods/a b/mount", "ext4")
     assert mount.source == "/dev/mapper/luks-one"
