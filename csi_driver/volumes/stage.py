@@ -90,8 +90,10 @@ class Staging:
             self._check_same(record, present.stage, request)
             if record.encryption is not None:
                 self._encryption.resume(record.mapping_name, present.mapping)
-            self._healing.ensure_well(present)
+            well = self._healing.ensure_well(present)
             self._backend.guard(record.id)
+            if record.parameters.backing_image is not None:
+                self._grow_clone(record.id, well)  # the call that mounted it may have been cut before it
             if record.encryption is not None:
                 self._drift.look(record, present.stage, request.key)
             return
@@ -202,11 +204,16 @@ class Staging:
         )
         self._stages.put(record.id, stage)
         self._healing.mount(record, device, request.staging_path, fs_type, options)
-        if record.parameters.backing_image is not None and not options.read_only:
-            # It came with the image, and the volume may have been larger from its first moment.
-            mounted = self._presences.of(record.id, record).staging
-            if mounted is not None:
-                self._file_systems.grow(record.id, fs_type, mounted, device)
+        if record.parameters.backing_image is not None:
+            self._grow_clone(record.id, self._presences.of(record.id, record))
+
+    def _grow_clone(self, volume_id: str, present: Presence) -> None:
+        """The file system came with an image, and the volume may have been larger than that from its first moment."""
+        stage, mount = present.stage, present.staging
+        if stage is None or stage.fs_type is None or stage.read_only or mount is None:
+            return
+        with self._presences.held(present) as device:
+            self._file_systems.grow(volume_id, stage.fs_type, mount, device)
 
     def _take_back(self, record: VolumeRecord, staging_path: str) -> None:
         """Unmount after an error: a worker that was killed may have mounted before it could say so."""

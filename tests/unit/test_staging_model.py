@@ -402,6 +402,31 @@ def test_unpublish_unmounts_in_a_worker_what_nothing_else_shows(folder: Path, *,
     assert "after unmount" in steps
 
 
+def test_a_clone_whose_stage_was_cut_before_it_grew_grows_with_the_next_one(folder: Path) -> None:
+    rig = Rig(folder)
+    rig.create("enc-1")
+    rig.stage("enc-1")
+    content = rig.kernel.read(rig.device("enc-1"))
+    content.inside.fs_bytes //= 2  # the image's
+    rig.kernel.write(rig.device("enc-1"), content)
+    rig.unstage("enc-1")
+    record = rig.backend.get("enc-1")
+    parameters = msgspec.structs.replace(record.parameters, backing_image="image-1")
+    rig.backend.update(msgspec.structs.replace(record, parameters=parameters))
+
+    def plan(step: str) -> None:
+        if step == "before grow":
+            raise Killed
+
+    rig.kernel.plan = plan
+    with pytest.raises(Killed):
+        rig.stage("enc-1")
+    rig.kernel.plan = no_fault
+    rig.restart()
+    rig.stage("enc-1")
+    assert rig.kernel.read(rig.device("enc-1")).inside.fs_bytes == rig.kernel.size(rig.device("enc-1"))
+
+
 # --- any order of calls and faults -----------------------------------------------------------------------------------
 
 
