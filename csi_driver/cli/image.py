@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
+from csi_driver.cli.beside import PARAMS, BesideServer
 from csi_driver.cli.output import OUTPUT_OPTION, Output, about, confirm, show_json, show_table, show_text, size_text
 from csi_driver.cli.progress import ProgressLine
 from csi_driver.cli.secret_files import new_secret_options, read_secrets, secret_options
-from csi_driver.cli.serve import read_size, settings_params
+from csi_driver.cli.serve import read_size
 from csi_driver.images.base import Progress
 from csi_driver.images.checkpoint import Operation
 from csi_driver.images.checksum import Checksum
@@ -22,7 +23,7 @@ from csi_driver.luks.formats import SECTOR_SIZES
 from csi_driver.luks.header_metadata import Argon2id, Keyslot, Pbkdf2
 from csi_driver.model.errors import DriverError
 
-_PARAMS = (*settings_params("state_dir"), OUTPUT_OPTION)
+_PARAMS = (*PARAMS, OUTPUT_OPTION)
 
 
 @click.group()
@@ -30,7 +31,7 @@ def image() -> None:
     """Import VM images, clone them plain, encrypted or decrypted, and look at them; needs no server."""
 
 
-@image.command("import", params=[*_PARAMS])
+@image.command("import", cls=BesideServer, params=[*_PARAMS])
 @click.argument("source")
 @click.argument("name")
 @click.option("--checksum", metavar="DIGITS", help="SHA-512 or SHA-256 of the file as it lies there: hexadecimal.")
@@ -50,7 +51,7 @@ def import_(
     _tell(output, "is there", library.import_(wanted, _Meter()))
 
 
-@image.command("clone", params=[*_PARAMS])
+@image.command("clone", cls=BesideServer, params=[*_PARAMS])
 @click.argument("source")
 @click.argument("name")
 @click.option("--encryption", type=click.Choice([each.value for each in Operation]), default=Operation.IGNORE.value,
@@ -85,7 +86,7 @@ def clone(
     _tell(output, "is there", _library(state_dir).clone(wanted, _Meter()))
 
 
-@image.command("list", params=[*_PARAMS])
+@image.command("list", cls=BesideServer, params=[*_PARAMS])
 def list_(output: str, state_dir: Path) -> None:
     """List the images."""
     library = _library(state_dir)
@@ -117,7 +118,7 @@ def _show_images(found: list[ImageRecord], output: str) -> None:
     return show_table(rows, ("IMAGE", "FORMAT", "SIZE", "ENCRYPTED", "BY", "FROM"))
 
 
-@image.command("inspect", params=[*_PARAMS])
+@image.command("inspect", cls=BesideServer, params=[*_PARAMS])
 @click.argument("name")
 def inspect(name: str, output: str, state_dir: Path) -> None:
     """Show an image: format, sizes, where it comes from and, if it is encrypted, what its header says."""
@@ -149,7 +150,7 @@ def inspect(name: str, output: str, state_dir: Path) -> None:
     return show_table(rows)
 
 
-@image.command("delete", params=[*_PARAMS])
+@image.command("delete", cls=BesideServer, params=[*_PARAMS])
 @click.argument("name")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def delete(name: str, output: str, state_dir: Path, *, yes: bool) -> None:
@@ -161,7 +162,7 @@ def delete(name: str, output: str, state_dir: Path, *, yes: bool) -> None:
     return show_text(f"image {name} is deleted")
 
 
-@image.command("export", params=[*_PARAMS])
+@image.command("export", cls=BesideServer, params=[*_PARAMS])
 @click.argument("name")
 @click.argument("path", type=click.Path(path_type=Path))
 def export(name: str, path: Path, output: str, state_dir: Path) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 import click
 
+from csi_driver.cli.beside import PARAMS, BesideServer
 from csi_driver.cli.output import OUTPUT_OPTION, Output, confirm, show_json, show_table, show_text
-from csi_driver.cli.serve import settings_params
 from csi_driver.model.settings import Settings
 from csi_driver.volumes.driver import Driver, build_driver
 
@@ -16,7 +16,7 @@ def orphans() -> None:
     """Show or remove what killed calls left in the state directory; needs no server."""
 
 
-@orphans.command("list", params=[*settings_params("state_dir"), OUTPUT_OPTION])
+@orphans.command("list", cls=BesideServer, params=[*PARAMS, OUTPUT_OPTION])
 def list_(output: str, **settings: Any) -> None:
     """List the leftovers."""
     found = _found(build_driver(Settings(**settings)))
@@ -26,7 +26,7 @@ def list_(output: str, **settings: Any) -> None:
         _show(found)
 
 
-@orphans.command(params=[*settings_params("state_dir"), OUTPUT_OPTION])
+@orphans.command("remove", cls=BesideServer, params=[*PARAMS, OUTPUT_OPTION])
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def remove(output: str, *, yes: bool, **settings: Any) -> None:
     """Remove half-made and half-deleted volumes; what may still hold data is left alone.

@@ -1,7 +1,7 @@
 """Whether the state directory is the one that it was: a disk that is not mounted leaves an empty folder in its place.
 
 <state-dir>/identity        a random id, made once; it tells one state directory from another
-<endpoint>.identity         the same, kept beside the socket: which state directory this driver had when it last started
+<endpoint>.identity         the same and its path, kept beside the socket: which one this driver had at its last start
 """
 
 import os
@@ -22,9 +22,10 @@ NODE_MOUNTS = "/proc/1/mountinfo"
 """The mounts of the node, seen from a container too as long as it shares the node's process ids (proc(5))."""
 
 
-class _Identity(msgspec.Struct, frozen=True):
+class _Identity(msgspec.Struct, frozen=True, omit_defaults=True):
     version: int
     id: str
+    path: str | None = None
 
 
 class StateDirectory:
@@ -56,16 +57,23 @@ class StateDirectory:
         remembered = _read(self._memory)
         if remembered is None:
             self._make()
-        found = _read(self._marker)
-        if found is None or remembered not in (None, found):
-            raise FailedPrecondition(
-                f"the state directory {self._path} is not the one that this driver had: expected the identity "
-                f"{_told(remembered)}, found {_told(found)}; mount its disk there, or, if it is meant to be a new one, "
-                f"remove {self._memory}"
-            )
-        if remembered is None:
-            self._remember(found)
+        found = self._compared(remembered)
+        fresh = _Identity(_VERSION, found.id, str(self._path))
+        if fresh != remembered:
+            self._remember(fresh)
         self._seen = self._look()
+
+    def refuse_other(self) -> None:
+        """For commands beside the server: raise FailedPrecondition when it had another state directory at this path.
+
+        Nothing is made. Where no server has started, or its memory cannot be read, nothing is known.
+        """
+        try:
+            remembered = _read(self._memory)
+        except FailedPrecondition:
+            return
+        if remembered is not None and remembered.path == str(self._path):
+            self._compared(remembered)
 
     def check(self) -> None:
         """Raise FailedPrecondition when the path no longer shows the folder that it did at `start`."""
@@ -75,6 +83,16 @@ class StateDirectory:
                 f"unmounted, or something was mounted over it; undo that, or start the driver anew when its disk is "
                 f"mounted"
             )
+
+    def _compared(self, remembered: _Identity | None) -> _Identity:
+        found = _read(self._marker)
+        if found is None or (remembered is not None and remembered.id != found.id):
+            raise FailedPrecondition(
+                f"the state directory {self._path} is not the one that this driver had: expected the identity "
+                f"{_told(remembered)}, found {_told(found)}; mount its disk there, or, if it is meant to be a new one, "
+                f"remove {self._memory}"
+            )
+        return found
 
     def _look(self) -> tuple[int, int] | None:
         """Device and inode of the marker; None where there is none, or none that can be looked at."""

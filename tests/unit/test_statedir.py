@@ -6,7 +6,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from click.testing import CliRunner
 
+from csi_driver.cli.main import luks_csi
 from csi_driver.host.files import Files
 from csi_driver.host.mounts import Mounts
 from csi_driver.model.errors import FailedPrecondition
@@ -43,7 +45,7 @@ def test_the_first_start_makes_the_folder_and_remembers_it(state: Path, endpoint
     made = msgspec.json.decode((state / "identity").read_bytes())
     assert made["version"] == 1
     assert len(made["id"]) == 36
-    assert memory(endpoint).read_bytes() == (state / "identity").read_bytes()
+    assert msgspec.json.decode(memory(endpoint).read_bytes()) == made | {"path": str(state)}
     started(state, endpoint).check()
     assert msgspec.json.decode((state / "identity").read_bytes()) == made
 
@@ -52,7 +54,8 @@ def test_a_folder_that_has_none_gets_its_identity(state: Path, endpoint: Path) -
     """As version 0.1.0 left it."""
     (state / "loopfile" / "volumes").mkdir(parents=True)
     started(state, endpoint).check()
-    assert memory(endpoint).read_bytes() == (state / "identity").read_bytes()
+    made = msgspec.json.decode((state / "identity").read_bytes())
+    assert msgspec.json.decode(memory(endpoint).read_bytes()) == made | {"path": str(state)}
 
 
 def _hidden(state: Path) -> None:
@@ -95,7 +98,8 @@ def test_a_new_folder_is_taken_once_the_old_one_is_forgotten(state: Path, endpoi
     _empty(state)
     memory(endpoint).unlink()
     started(state, endpoint).check()
-    assert memory(endpoint).read_bytes() == (state / "identity").read_bytes()
+    made = msgspec.json.decode((state / "identity").read_bytes())
+    assert msgspec.json.decode(memory(endpoint).read_bytes()) == made | {"path": str(state)}
 
 
 @pytest.mark.parametrize("change", [_hidden, _empty, _another])
@@ -128,6 +132,40 @@ def test_servers_with_one_folder_and_servers_with_one_folder_of_sockets_do_not_m
     assert (other / "identity").read_bytes() != (state / "identity").read_bytes()
 
 
+@pytest.mark.parametrize(
+    "command",
+    [["image", "list"], ["image", "import", "source", "name"], ["orphans", "list"], ["orphans", "remove", "--yes"]],
+)
+def test_commands_beside_the_server_refuse_an_empty_folder_in_its_place(
+    state: Path, endpoint: Path, tmp_path: Path, command: list[str]
+) -> None:
+    (tmp_path / "source").touch()
+    started(state, endpoint)
+    _hidden(state)
+    argv = [*command, "--state-dir", str(state), "--endpoint", str(endpoint)]
+    state.mkdir()
+    result = CliRunner().invoke(luks_csi, argv)
+    assert isinstance(result.exception, FailedPrecondition)
+    assert str(result.exception).startswith(f"the state directory {state} is not the one that this driver had")
+    assert list(state.iterdir()) == []
+
+
+def test_commands_beside_the_server_know_nothing_of_other_folders(state: Path, endpoint: Path, tmp_path: Path) -> None:
+    started(state, endpoint)
+    for folder in (state, tmp_path / "other"):
+        argv = ["image", "list", "--state-dir", str(folder), "--endpoint", str(endpoint)]
+        result = CliRunner().invoke(luks_csi, argv)
+        assert (result.exit_code, result.output) == (0, "no images\n")
+
+
+def test_what_an_earlier_version_remembered_is_completed(state: Path, endpoint: Path) -> None:
+    started(state, endpoint)
+    complete = memory(endpoint).read_bytes()
+    memory(endpoint).write_bytes((state / "identity").read_bytes())
+    started(state, endpoint).check()
+    assert memory(endpoint).read_bytes() == complete
+
+
 def test_of_two_that_start_at_once_the_first_one_makes_the_identity(state: Path, endpoint: Path) -> None:
     class Overtaken(Files):
         """Another server is faster between the look and the new marker."""
@@ -139,7 +177,7 @@ def test_of_two_that_start_at_once_the_first_one_makes_the_identity(state: Path,
 
     started(state, endpoint, Overtaken()).check()
     assert [path.name for path in state.iterdir()] == ["identity"]
-    assert memory(endpoint).read_bytes() == b'{"version":1,"id":"theirs"}'
+    assert msgspec.json.decode(memory(endpoint).read_bytes())["id"] == "theirs"
 
 
 @pytest.mark.parametrize(
