@@ -85,14 +85,18 @@ class Mappings:
         waited for, up to 3 s. Raises DeviceInUse naming who keeps it busy.
         """
         mapping = self.find(name)
-        if self.find(proof_name(name)) is not None:
-            self._mapper.remove(proof_name(name))  # a resize that was killed has left it on the volume's device
+        self.end_proof(name)
         if mapping is not None and self.is_made_for(mapping, name):
             self._remove(mapping)
         elif mapping is None:
             dmnodes.remove_name(name)  # a kill between removal and this left it, and the number is another's by now
         for known in {uuid, luks_uuid(mapping.uuid, name) if mapping else None} - {None}:
             keyring.unlink_from_user(volume_key_name(str(known)))
+
+    def end_proof(self, name: str) -> None:
+        """Remove the second mapping that a killed resize of this one has left on the volume's device. As `close`."""
+        if self.find(proof_name(name)) is not None:
+            self._mapper.remove(proof_name(name))
 
     def _remove(self, mapping: Device) -> None:
         deadline = time.monotonic() + _CLOSE_SECONDS

@@ -75,7 +75,7 @@ class Encryption:
         if record.encryption is not EncryptionState.ENCRYPTED:
             self._refuse_open_mapping(record)
             if record.encryption is EncryptionState.CLONING:
-                record = self.take_identity(backend, record, device)
+                record = backend.update(self.take_identity(record, device))
             else:
                 record = self._format(backend, record, device, chosen, passphrase)
         identity = _identity(record)
@@ -137,19 +137,22 @@ class Encryption:
 
         `pinned` is where the key was kept when the mapping was opened, if that is known.
         """
-        self._workers.call(
-            f"luks-resize of {_where(record, device)}",
-            self._limits.unlock_seconds,
-            luks.resize_mapping,
-            _where(record, device),
-            device,
-            record.mapping_name,
-            record.capacity_bytes,
-            _identity(record),
-            self._header_limits,
-            passphrase,
-            pinned,
-        )
+        with ExitStack() as undo:
+            undo.callback(attempt, self._mappings.end_proof, record.mapping_name)
+            self._workers.call(
+                f"luks-resize of {_where(record, device)}",
+                self._limits.unlock_seconds,
+                luks.resize_mapping,
+                _where(record, device),
+                device,
+                record.mapping_name,
+                record.capacity_bytes,
+                _identity(record),
+                self._header_limits,
+                passphrase,
+                pinned,
+            )
+            undo.pop_all()
 
     def check_image(
         self, where: str, file: FileIdentity, identity: LuksIdentity, passphrase: Passphrase
@@ -167,10 +170,11 @@ class Encryption:
                 passphrase,
             )
 
-    def take_identity(self, backend: Backend, record: VolumeRecord, clone: Handle) -> VolumeRecord:
+    def take_identity(self, record: VolumeRecord, clone: Handle) -> VolumeRecord:
         """From `cloning` to `encrypted`: the header of the clone, file or device, gets the recorded UUID.
 
-        No key is needed. Repeating is fine wherever it was cut. Errors as `cloned.change_uuid`.
+        Returns the record that says so, which the caller writes. No key is needed. Repeating is fine wherever it was
+        cut. Errors as `cloned.change_uuid`.
         """
         identity = _identity(record)
         where = f"volume {record.id} on {clone}"
@@ -185,9 +189,8 @@ class Encryption:
             identity,
             self._header_limits,
         )
-        record = backend.update(msgspec.structs.replace(record, encryption=EncryptionState.ENCRYPTED, cloned_uuid=None))
         log.info("clone has its own identity", volume_id=record.id, luks_uuid=identity.uuid)
-        return record
+        return msgspec.structs.replace(record, encryption=EncryptionState.ENCRYPTED, cloned_uuid=None)
 
     def _format(
         self,

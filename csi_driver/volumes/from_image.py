@@ -137,15 +137,17 @@ class BackingImages:
         """
         if record.encryption is not EncryptionState.CLONING:
             return record
+        ours = record.revision
         try:
             with backend.storage(record.id) as clone:
-                return self._encryption.take_identity(backend, record, clone)
+                ended = self._encryption.take_identity(record, clone)
+                ours += 1  # written by this call, though perhaps not so that it lasts
+                return backend.update(ended)
         except (DeadlineExceeded, Aborted):
             raise
         except (DriverError, OSError):
             with contextlib.suppress(DriverError, OSError):
-                found = backend.get(record.id)
-                if (found.revision, found.encryption) == (record.revision, EncryptionState.CLONING):
+                if backend.get(record.id).revision <= ours:
                     backend.delete(record.id)
             raise
 

@@ -2,27 +2,34 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import msgspec
 import pytest
 
 from csi_driver.host import keyring
-from csi_driver.host.devicemapper import Target
+from csi_driver.host.devicemapper import DeviceMapper, Target
+from csi_driver.host.handle import Handle
 from csi_driver.host.syscalls import syscall
-from csi_driver.luks.device import volume_key_name
+from csi_driver.host.workers import Workers
+from csi_driver.luks.device import resize_mapping, volume_key_name
 from csi_driver.luks.key_proof import proof_name
-from csi_driver.model.errors import DeviceInUse, FailedPrecondition, NotFound, Unauthenticated
+from csi_driver.model.errors import CommandFailed, DeviceInUse, FailedPrecondition, NotFound, Unauthenticated
 from csi_driver.model.volume import EncryptionState
 from csi_driver.volumes.capability import Capability
+from csi_driver.volumes.driver import WARM
 from tests.headers import run_cryptsetup
 from tests.machine.node import BLOCK, CHEAP, MIB, MOUNT, PASSPHRASE, SECRET, SIZE, VOLUME, Node, fingerprint
 from tests.machine.processes import wait_for
 
+P = ParamSpec("P")
+R = TypeVar("R")
 WRONG = {"CRYPTO_KEY_VALUE": PASSPHRASE[:-1]}
 LARGER = 40 * MIB
 THREAD, USER = -1, -4
@@ -270,6 +277,37 @@ def test_a_key_is_proven_while_a_pod_writes_and_where_a_killed_proof_was_left(no
     with writing_to(mapping.path):
         assert node.expand(LARGER) == LARGER
     node.unstage()
+
+
+def leave_a_proof(below: Handle, name: str) -> None:
+    """In a worker: killed with the second mapping there, on the volume's device as a proof's is."""
+    number = "{}:{}".format(*below.number)
+    DeviceMapper().create(proof_name(name), "left", [Target(0, 8, "linear", f"{number} 0")], read_only=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KilledInProof(Workers):
+    """Has the worker killed in which a mapping is resized."""
+
+    def call(self, what: str, timeout: float, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        below = args[1] if function is resize_mapping else None
+        if isinstance(below, Handle):
+            super().call(what, timeout, leave_a_proof, below, f"luks-{VOLUME}")
+        return super().call(what, timeout, function, *args, **kwargs)
+
+
+def test_a_resize_that_is_killed_in_its_proof_leaves_no_second_mapping(folder: Path) -> None:
+    workers = KilledInProof(WARM)
+    try:
+        node = Node(folder, workers)
+        node.create(capability=BLOCK)
+        node.stage(capability=BLOCK)
+        with pytest.raises(CommandFailed, match="killed before it could answer"):
+            node.expand(LARGER)
+        assert node.mapper.get(proof_name(node.open_mapping().name)) is None
+        node.unstage()
+    finally:
+        workers.stop()
 
 
 def test_the_volume_key_is_in_no_table(used: Node) -> None:

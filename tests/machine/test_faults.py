@@ -8,7 +8,6 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from csi_driver.backends.base import Backend
 from csi_driver.host.commands import Commands
 from csi_driver.host.devicemapper import Device
 from csi_driver.host.handle import Handle
@@ -128,11 +127,11 @@ class _CarelessPresences(Presences):
 class _SameIdentity(Encryption):
     """Takes a clone as it is, with its image's LUKS UUID."""
 
-    def take_identity(self, backend: Backend, record: VolumeRecord, clone: Handle) -> VolumeRecord:
+    def take_identity(self, record: VolumeRecord, clone: Handle) -> VolumeRecord:
         assert record.luks is not None
         assert record.cloned_uuid is not None
         luks = msgspec.structs.replace(record.luks, uuid=record.cloned_uuid)
-        return super().take_identity(backend, msgspec.structs.replace(record, luks=luks), clone)
+        return super().take_identity(msgspec.structs.replace(record, luks=luks), clone)
 
 
 def losing(settings: Settings, injector: Injector) -> Driver:

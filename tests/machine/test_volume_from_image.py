@@ -10,7 +10,6 @@ from typing import ParamSpec, TypeVar, cast
 import msgspec
 import pytest
 
-from csi_driver.backends.base import Backend
 from csi_driver.host.clonefile import FileIdentity, clone_file
 from csi_driver.host.handle import Handle
 from csi_driver.host.loop import LoopDevices
@@ -262,12 +261,11 @@ def test_a_volume_that_was_cut_before_it_had_its_identity_gets_it_at_the_latest_
 class KeepsIdentity(Encryption):
     """A clone is taken as it is, with the image's LUKS UUID."""
 
-    def take_identity(self, backend: Backend, record: VolumeRecord, clone: Handle) -> VolumeRecord:
+    def take_identity(self, record: VolumeRecord, clone: Handle) -> VolumeRecord:
         assert record.luks is not None
         assert record.cloned_uuid is not None
         luks = msgspec.structs.replace(record.luks, uuid=record.cloned_uuid)
-        done = msgspec.structs.replace(record, luks=luks, encryption=EncryptionState.ENCRYPTED, cloned_uuid=None)
-        return backend.update(done)
+        return msgspec.structs.replace(record, luks=luks, encryption=EncryptionState.ENCRYPTED, cloned_uuid=None)
 
 
 def link(where: str, source: FileIdentity, target: str, size: int) -> bool:  # noqa: ARG001 - as clone_file
