@@ -52,7 +52,10 @@ PROGRAMS: Mapping[str, Sequence[str]] = {fs: (command[0], FSCK[fs][0][0]) for fs
 """What makes and mends each file system."""
 _MKFS_TRIES = 5
 _MKFS_PAUSE_SECONDS = 0.2
-_MOUNT_CHECK_FAILED = "cannot check mount status"
+# What mkfs.btrfs may say before it writes: it looks up the loop device of each mount of the node, and gives up on one
+# that another's unmount has just let go of (btrfs-progs 6.2, check_mounted_where); and udev, late with the end of an
+# earlier mapping of that name, takes the name away for a moment.
+_MKFS_PASSING = ("cannot check mount status", "unable to open")
 _CHECKED_PER_SECOND = 1 << 30  # of a volume's bytes, by e2fsck: a full one of small files takes some minutes for a TiB
 _MENDED_BITS = 3  # e2fsck(8): errors corrected, and "the system should be rebooted", which means mounted anew
 
@@ -215,9 +218,7 @@ class FileSystems:
                 # mkfs.btrfs tells the kernel the path, which shows it as the mount's source and compares by it later.
                 self._commands.run(argv, timeout=self._limits.format_seconds, by_name=fs_type == "btrfs")
             except ProgramFailed as failure:
-                # Before it writes it looks up the loop device of each mount of the node, and gives up on one that
-                # another's unmount has just let go of (btrfs-progs 6.2, check_mounted_where).
-                if not left or _MOUNT_CHECK_FAILED not in failure.stderr:
+                if not left or not any(words in failure.stderr for words in _MKFS_PASSING):
                     raise
                 time.sleep(_MKFS_PAUSE_SECONDS)
             else:
