@@ -6,7 +6,7 @@ import click
 
 from csi_driver.cli.logs import configure_logs
 from csi_driver.cli.output import OUTPUT_OPTION, Output, confirm, show_json, show_text
-from csi_driver.cli.secret_files import read_secrets, secret_options
+from csi_driver.cli.secret_files import SecretSource, read_for_volume, secret_options
 from csi_driver.cli.serve import settings_params
 from csi_driver.keys.secret import read_secret
 from csi_driver.model.settings import Limits, LogFormat, Settings
@@ -36,7 +36,7 @@ def check(context: click.Context, /, volume_id: str, output: str, *, repair: boo
     if not is_volume_id(volume_id):
         raise click.BadParameter(f"{volume_id!r} is no id of a volume.", context)
     seconds: float = given.pop("seconds")
-    key = read_secret(read_secrets(given.pop("secret_dir"), given.pop("passphrase_file")))
+    secret = SecretSource(given.pop("secret_dir"), given.pop("passphrase_file"))
     settings = Settings(state_dir=given.pop("state_dir"), limits=Limits(**given))
     if repair:
         question = (
@@ -45,7 +45,9 @@ def check(context: click.Context, /, volume_id: str, output: str, *, repair: boo
         confirm(question, yes=yes)
     driver = (context.obj or build_driver)(settings)
     try:
-        driver.backend.get(volume_id)  # before a lock is made for what is not there
+        record = driver.backend.get(volume_id)  # before a lock is made for what is not there
+        encrypted = record.encryption is not None
+        key = read_secret(read_for_volume(secret, volume_id, encrypted=encrypted, required=True))
         with driver.locks.hold(volume_id):
             checked = driver.checking.check(volume_id, key, repair=repair, seconds=seconds)
     finally:

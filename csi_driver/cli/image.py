@@ -1,6 +1,7 @@
 """`luks-csi image`: VM images on this node; needs no server."""
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import click
 from csi_driver.cli.beside import PARAMS, BesideServer
 from csi_driver.cli.output import OUTPUT_OPTION, Output, about, confirm, show_json, show_table, show_text, size_text
 from csi_driver.cli.progress import ProgressLine
-from csi_driver.cli.secret_files import new_secret_options, read_secrets, secret_options
-from csi_driver.cli.serve import read_size
+from csi_driver.cli.secret_files import SecretSource, new_secret_options, secret_options
+from csi_driver.cli.sizes import read_some
 from csi_driver.images.base import Progress
 from csi_driver.images.checkpoint import Operation
 from csi_driver.images.checksum import Checksum
@@ -72,18 +73,40 @@ def clone(
     The secret is the result's for encrypt and the source's for decrypt; reencrypt takes a new one beside it. A command
     that was cut is gone on with by the same command.
     """
-    if {str(passphrase_file), str(new_passphrase_file)} == {"-"}:
-        raise click.UsageError("Only one passphrase can come from standard input; put the other one into a file.")
-    first = _key(read_secrets(secret_dir, passphrase_file))
-    second = _key(read_secrets(new_secret_dir, new_passphrase_file))
-    if encryption == Operation.ENCRYPT:
-        if second is not None:
-            raise click.UsageError("encrypt takes one secret: --secret-dir or --passphrase-file.")
-        first, second = None, first
-    wanted = Clone(
-        source, name, Operation(encryption), first, second, secret, int(sector_size) if sector_size else None, verify
-    )
+    operation = Operation(encryption)
+    first, second = SecretSource(secret_dir, passphrase_file), SecretSource(new_secret_dir, new_passphrase_file)
+    _check_secrets(operation, first, second)
+    keys = {}
+    if operation.decrypts:
+        keys["key"] = _key(first.read(f"Passphrase of image {source}"))
+    if operation.encrypts:
+        keys["new_key"] = _key(
+            (second if operation.decrypts else first).read(f"New passphrase of image {name}", new=True)
+        )
+    size = int(sector_size) if sector_size else None
+    wanted = Clone(source, name, operation, secret=secret, sector_size=size, verify=verify, **keys)
     _tell(output, "is there", _library(state_dir).clone(wanted, _Meter()))
+
+
+def _check_secrets(operation: Operation, first: SecretSource, second: SecretSource) -> None:
+    """Tell what is missing or too much in the words of the command line. Raises UsageError."""
+    options = "--passphrase-file FILE, - to type it, or with --secret-dir FOLDER"
+    if not (operation.decrypts or operation.encrypts) and (first.is_given or second.is_given):
+        raise click.UsageError(f"{operation} takes no passphrase; leave it out.")
+    if not (operation.decrypts and operation.encrypts) and second.is_given:
+        raise click.UsageError(f"{operation} takes one passphrase: --passphrase-file or --secret-dir.")
+    if (operation.decrypts or operation.encrypts) and not first.is_given:
+        whose = "the source" if operation.decrypts else "the result"
+        raise click.UsageError(f"{operation} needs the passphrase of {whose}; give it with {options}.")
+    if operation.decrypts and operation.encrypts and not second.is_given:
+        raise click.UsageError(
+            f"{operation} needs the new passphrase too; give it with --new-passphrase-file FILE, - to type it, or with "
+            f"--new-secret-dir FOLDER."
+        )
+    if first.is_stdin and second.is_stdin and not sys.stdin.isatty():
+        raise click.UsageError(
+            "Only one passphrase can come from a standard input that is no terminal; put the other one into a file."
+        )
 
 
 @image.command("list", cls=BesideServer, params=[*_PARAMS])
@@ -207,7 +230,7 @@ def _key(entries: Mapping[str, str]) -> SecretKey | None:
 
 def _size(text: str) -> int:
     try:
-        return read_size(text)
+        return read_some(text)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--limit") from None
 

@@ -26,7 +26,8 @@ def configure_logs(log_format: LogFormat, level: str, descriptor: int = 2) -> No
     """Set up the process's log, and lead what libraries log by `logging` to it; `level` is one of LEVELS."""
     terminal = os.isatty(descriptor)
     text = log_format is LogFormat.TEXT or (log_format is LogFormat.AUTO and terminal)
-    render = _text(_coloured if terminal else _plain) if text else _json
+    coloured = terminal and not os.environ.get("NO_COLOR")  # https://no-color.org
+    render = _text(_coloured if coloured else _plain) if text else _json
     number = logging.getLevelNamesMapping()[level.upper()]
     log.set_up(number, _Lines(descriptor, render).write)
     logging.basicConfig(handlers=[_FromLibraries(log)], level=max(number, logging.WARNING), force=True)

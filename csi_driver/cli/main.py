@@ -2,7 +2,8 @@
 
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Final, NoReturn
 
 import click
 
@@ -21,6 +22,9 @@ COMMANDS: Mapping[str, str] = {
     "volume": "csi_driver.cli.volume:volume",
 }
 """Name of each command, and where it is."""
+
+FAILED: Final = 1
+INTERRUPTED: Final = 130  # 128 and the number of SIGINT, as a shell tells it
 
 
 class _LazyGroup(click.Group):
@@ -44,23 +48,52 @@ def luks_csi() -> None:
     """Encrypted volumes for Kubernetes on any storage."""
 
 
-def main() -> None:
-    """Run the command that was asked for.
+def main(arguments: Sequence[str] | None = None, obj: object = None) -> NoReturn:
+    """Run the command of `arguments`, the process's own unless given; `obj` is what tests give it in place of a host.
 
-    A failure is one sentence on standard error, with exit code 2 for a command line or setting that cannot be right
-    and 1 for all else.
+    Exit codes: 0 done, 1 refused, failed or found bad, 2 a command line or setting that cannot be right, 130 ended by
+    Ctrl-C. A failure is one sentence on standard error; with `--output json` a line of JSON.
     """
+    words = [*(sys.argv[1:] if arguments is None else arguments)]
     try:
-        code = luks_csi.main(prog_name="luks-csi", standalone_mode=False)
+        code = luks_csi.main(words, prog_name="luks-csi", standalone_mode=False, obj=obj)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        click.echo(printable(f"luks-csi: {error.format_message()}"), err=True)
-        sys.exit(error.exit_code)
+        what = "INVALID_ARGUMENT" if isinstance(error, click.UsageError) else "FAILED_PRECONDITION"
+        _fail(words, printable(error.format_message()), what, error.exit_code)
     except DriverError as error:
-        click.echo(f"luks-csi: {error}", err=True)
-        sys.exit(1)
+        if _wants_json(words):
+            _fail(words, str(error), _code_of(error), FAILED)
+        answered = getattr(error, "code", None)  # the server's own, of a call to it
+        _fail(words, f"{error} ({answered})" if answered else str(error), "", FAILED)
     except click.Abort:
-        sys.exit(130)  # Ctrl-C, as a shell tells it
+        _fail(words, "interrupted", "CANCELLED", INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(words: Sequence[str], message: str, code: str, exit_code: int) -> NoReturn:
+    if _wants_json(words):
+        from csi_driver.cli.output import show_failure
+
+        show_failure(message, code, exit_code)
+    else:
+        click.echo(f"luks-csi: {message}", err=True)
+    sys.exit(exit_code)
+
+
+def _wants_json(words: Sequence[str]) -> bool:
+    """Whether the command line asks for JSON, however little of it could be read."""
+    return any(
+        word in ("-ojson", "--output=json", "-o=json") or (word in ("-o", "--output") and following == "json")
+        for word, following in zip(words, [*words[1:], ""], strict=True)
+    )
+
+
+def _code_of(error: DriverError) -> str:
+    """The name of its gRPC status: the server's own where a server answered."""
+    from csi_driver.rpc.client import RemoteError
+    from csi_driver.rpc.status import code_of
+
+    return error.code if isinstance(error, RemoteError) else code_of(error).name

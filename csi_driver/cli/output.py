@@ -1,5 +1,6 @@
 """What the commands print: a table for people or JSON for programs; and the question before something is lost."""
 
+import os
 import shutil
 import sys
 import textwrap
@@ -9,6 +10,7 @@ from enum import StrEnum
 import click
 import msgspec
 
+from csi_driver.model.errors import Aborted
 from csi_driver.model.text import printable, without_surrogates
 
 _GAP = "  "
@@ -46,12 +48,18 @@ def show_json(value: object) -> None:
     click.echo(msgspec.json.format(msgspec.json.encode(plain), indent=2))
 
 
+def show_failure(message: str, code: str, exit_code: int) -> None:
+    """Print why a command failed, for programs: one line of JSON, on standard error. `code` is a gRPC status's name."""
+    failure = {"error": {"code": code, "message": message, "exit_code": exit_code}}
+    click.echo(msgspec.json.encode(without_surrogates(failure)), err=True)
+
+
 def show_table(
     rows: Sequence[Sequence[str]], headers: Sequence[str] = (), colours: Mapping[str, str] = _NO_COLOURS
 ) -> None:
     """Print aligned columns; the last one is broken into lines where the terminal ends.
 
-    `colours` are those of cells of the first column.
+    `colours` are those of cells of the first column, on a terminal and without NO_COLOR (https://no-color.org).
     """
     lines = [[*map(printable, line[:-1]), line[-1]] for line in ([headers, *rows] if headers else rows)]
     if not lines:
@@ -61,7 +69,7 @@ def show_table(
     room = max(_LEAST_COLUMN, _width() - indent)
     for line in lines:
         cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
-        if colour := colours.get(line[0]):
+        if not os.environ.get("NO_COLOR") and (colour := colours.get(line[0])):
             cells[0] = click.style(cells[0], fg=colour)
         parts = map(printable, line[-1].split("\n"))
         paragraphs = [piece for part in parts for piece in textwrap.wrap(part, room)] or [""]
@@ -89,12 +97,13 @@ def about(size: int) -> str:
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Ask on a terminal; elsewhere `--yes` must have answered. Raises Abort on a no, UsageError without an answer."""
+    """Ask on a terminal; elsewhere `--yes` must have answered. Raises Aborted on a no, UsageError without an answer."""
     if yes:
         return
     if not sys.stdin.isatty():
         raise click.UsageError(f"{question} There is no terminal to ask on; answer with --yes.")
-    click.confirm(printable(question), abort=True, err=True)
+    if not click.confirm(printable(question), err=True):
+        raise Aborted("nothing was done")
 
 
 def _width() -> int:

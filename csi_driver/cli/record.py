@@ -1,13 +1,12 @@
 """What is recorded of a volume on this node: shown by `luks-csi volume show`, and taken for the newest there is."""
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from csi_driver.cli.output import OUTPUT_OPTION, Output, confirm, show_json, show_text, size_text
 from csi_driver.cli.serve import settings_params
-from csi_driver.model.errors import DriverError, NotFound
+from csi_driver.model.errors import NotFound
 from csi_driver.model.settings import Settings
 from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeRecord, is_volume_id
 
@@ -22,21 +21,6 @@ _FILE_SYSTEM = {
     FileSystemState.MAKING: "being made: the next stage goes on with it",
     FileSystemState.RAW: "never made by this driver, the volume was used as a block device or comes from an image",
 }
-
-
-def read_record(volume_id: str, state_dir: Path) -> tuple[VolumeRecord | None, str]:
-    """The record, or None; and in words where it comes from or why there is none."""
-    from csi_driver.volumes.driver import build_driver
-
-    try:
-        record = build_driver(Settings(state_dir=state_dir)).backend.get(volume_id)
-    except NotFound:
-        return None, f"not shown: {state_dir} holds no such volume; name the server's --state-dir, on its node"
-    except PermissionError:
-        return None, f"not shown: {state_dir} may not be read; run this as root"
-    except (DriverError, OSError) as error:
-        return None, f"not shown: {error}"
-    return record, f"read from {state_dir}"
 
 
 def record_rows(record: VolumeRecord) -> list[tuple[str, str]]:

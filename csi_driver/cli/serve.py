@@ -13,6 +13,7 @@ from click import Option
 
 from csi_driver.cli.loading import loading
 from csi_driver.cli.logs import LEVELS, configure_logs
+from csi_driver.cli.sizes import read_size
 from csi_driver.host.hardening import harden_process
 from csi_driver.model.errors import DriverError
 from csi_driver.model.settings import Limits, LogFormat, Service, Settings
@@ -20,20 +21,11 @@ from csi_driver.rpc.endpoint import endpoint_path, host_and_port
 
 BACKENDS = ("loopfile",)
 
-_UNITS = {"": 1, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
 _LONGEST_SECONDS = 86400
 # CSI bounds the prefix of a topology key, which `Settings.topology_key` makes of the driver's name.
 _LONGEST_TOPOLOGY_PREFIX = 63
 _DOMAIN_NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
 _LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
-
-
-def read_size(text: str) -> int:
-    """Bytes of a size such as 1073741824, 512Mi or 1Gi. Raises ValueError."""
-    found = re.fullmatch(r"([0-9]{1,15})(|[KMGT]i)", text)
-    if found is None:
-        raise ValueError(f"{text!r} is no size; write bytes, or a whole number with Ki, Mi, Gi or Ti")
-    return int(found[1]) * _UNITS[found[2]]
 
 
 def read_node_id(text: str) -> str:

@@ -19,6 +19,7 @@ from csi_driver.luks.mapping import Mappings
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.settings import Settings
 from csi_driver.volumes.check import Checking
+from csi_driver.volumes.condition import Conditions
 from csi_driver.volumes.drift import KeyDrift
 from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.expand import Expansion
@@ -77,6 +78,7 @@ class Driver:
     healing: Healing
     checking: Checking
     usage: Usages
+    conditions: Conditions
     health: Health
 
     def start(self) -> None:
@@ -125,7 +127,8 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
     locks = VolumeLocks(state / "locks", host.holders, backend.has, remade=True)
     encryption = Encryption(host.workers, mappings, settings.limits)
     file_systems = FileSystems(host.workers, commands, host.mounts, host.holders, settings.limits)
-    healing = Healing(seam, presences, host.workers, file_systems, FileSystemHealth(host.mounts))
+    ailments = FileSystemHealth(host.mounts)
+    healing = Healing(seam, presences, host.workers, file_systems, ailments)
     images = BackingImages(ImageStore(state / "images", host.files), host.workers, encryption, settings.limits)
     drift = KeyDrift(seam, stages, encryption)
     staging = Staging(
@@ -146,5 +149,6 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         healing=healing,
         checking=Checking(seam, presences, host.workers, commands, mappings, encryption, file_systems, settings.limits),
         usage=Usages(seam, presences),
+        conditions=Conditions(presences, ailments),
         health=Health(settings, seam, stages, commands, host.mapper, mappings, host.mounts, directory.check),
     )

@@ -98,6 +98,8 @@ class Staging:
                 self._drift.look(record, present.stage, request.key)
             return
         _refuse_link(record, request.staging_path)
+        if record.encryption is None and request.key.passphrase is not None:
+            log.warning("a secret was given for a volume that is not encrypted", volume_id=record.id)
         with self._workers.session():
             self._clear(record, present, request.staging_path)
             try:

@@ -40,7 +40,7 @@ class StateDirectory:
     ) -> None:
         self._path = path
         self._marker = path / _NAME
-        self._memory = endpoint.with_name(f"{endpoint.name}.{_NAME}")
+        self._memory = _memory(endpoint)
         self._files = files
         self._mounts = mounts
         self._node_mounts = node_mounts
@@ -141,11 +141,32 @@ class StateDirectory:
     def _remember(self, found: _Identity) -> None:
         try:
             self._memory.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-            self._files.write(self._memory, msgspec.json.encode(found))
+            named = msgspec.structs.replace(found, path=str(self._path))
+            self._files.write(self._memory, msgspec.json.encode(named))
         except OSError as error:
             raise FailedPrecondition(
                 f"{self._memory} cannot be written ({error_name(error)}); choose an endpoint in a writable folder"
             ) from None
+
+
+def server_state_dir(endpoint: Path, told: Path | None, usual: Path) -> Path:
+    """The state directory of the server at `endpoint`: `told` if given, else the one it remembers, else the usual one.
+
+    Raises FailedPrecondition when that is not the one that the server had when it last started.
+    """
+    remembered = _read(_memory(endpoint))
+    folder = told or Path((remembered.path if remembered else "") or usual)
+    if remembered is not None:
+        found = _read(folder / _NAME)
+        if found is None or found.id != remembered.id:
+            raise FailedPrecondition(
+                f"{folder} is not the state directory of the server at {endpoint}; name that with --state-dir"
+            )
+    return folder
+
+
+def _memory(endpoint: Path) -> Path:
+    return endpoint.with_name(f"{endpoint.name}.{_NAME}")
 
 
 def _read(path: Path) -> _Identity | None:

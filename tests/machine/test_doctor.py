@@ -7,7 +7,8 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from csi_driver.cli.doctor import doctor
-from csi_driver.cli.record import read_record, record_rows
+from csi_driver.cli.node_view import see
+from csi_driver.cli.record import record_rows
 from csi_driver.host.mounts import Mounts
 from csi_driver.model.volume import volume_id_for
 from tests.handles import mount_tmpfs
@@ -56,10 +57,12 @@ def test_a_file_system_that_the_kernel_does_not_know_is_not_known() -> None:
 
 def test_the_record_of_a_formatted_volume_is_shown(node: Node) -> None:
     node.staged_once()
-    record, source = read_record(volume_id_for("pvc-1"), node.state)
-    assert record is not None
-    assert source == f"read from {node.state}"
-    rows = dict(record_rows(record))
+    seen = see(volume_id_for("pvc-1"), Path("/run/nobody.sock"), node.state)
+    assert seen.record is not None
+    assert seen.source == f"read from {node.state}"
+    assert seen.condition is not None
+    assert seen.condition.is_closed
+    rows = dict(record_rows(seen.record))
     assert rows["encryption"] == "encrypted"
     assert rows["LUKS UUID"] == node.header().uuid
     assert rows["file system"] == "ext4"

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from csi_driver import __version__
 from csi_driver.cli.main import COMMANDS, luks_csi
-from csi_driver.cli.serve import read_driver_name, read_node_id, read_size, serve, settings_of
+from csi_driver.cli.serve import read_driver_name, read_node_id, serve, settings_of
 from csi_driver.model.settings import Limits, LogFormat, Service, Settings
 
 # Field, option, text, value.
@@ -140,17 +140,6 @@ def test_driver_names(text: str) -> None:
 def test_driver_names_that_csi_or_kubernetes_forbid_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="domain name"):
         read_driver_name(text)
-
-
-@pytest.mark.parametrize(("text", "size"), [("0", 0), ("5", 5), ("1Ki", 1024), ("3Mi", 3 << 20), ("2Ti", 2 << 40)])
-def test_sizes(text: str, size: int) -> None:
-    assert read_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "Gi", "1.5Gi", "-1", "1 Gi", "1G", "\u0661"])
-def test_sizes_that_are_none_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="no size"):
-        read_size(text)
 
 
 # The command as a process

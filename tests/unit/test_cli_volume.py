@@ -2,27 +2,34 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from csi_driver.backends.records import RecordCodec
+from csi_driver.cli.node_view import Seen, see
+from csi_driver.cli.remote import Reach, connect
 from csi_driver.cli.serve import serve
-from csi_driver.cli.volume import connect, volume
+from csi_driver.cli.volume import volume
 from csi_driver.model.volume import EncryptionState, FileSystemState, LuksIdentity, VolumeParameters, VolumeRecord
 from csi_driver.rpc.client import CsiClient, RemoteError, RemoteVolume
 from csi_driver.volumes.capability import AccessMode, Capability
+from csi_driver.volumes.condition import Condition
 from csi_driver.volumes.context import volume_context
 from csi_driver.volumes.usage import Usage
+from tests.cli import run_cli
 
 MIB = 1 << 20
 DATA = RemoteVolume("data", 256 * MIB, {"encrypted": "true", "backend": "loopfile"}, {"topology.x/node": "n1"})
 PASSPHRASE = "correct horse battery"
 NOTHING: Mapping[str, str] = {}
+CLOSED = Condition(None, (), None, "closed")
+IN_USE = Condition("/stage", ("/pod", "/other"), healthy=True, health="well")
 
 
 class FakeClient(CsiClient):
@@ -30,6 +37,8 @@ class FakeClient(CsiClient):
         self.made: list[tuple[object, ...]] = []
         self.there = [DATA]
         self.refusing: RemoteError | None = None
+        self.seen: dict[str, Condition] = {}
+        self.record: VolumeRecord | None = None
         self.counts = [Usage("bytes", 1000, 250, 700), Usage("inodes", 10, 1, 9)]
 
     def close(self) -> None:
@@ -112,8 +121,13 @@ def client() -> FakeClient:
     return FakeClient()
 
 
-def run(client: FakeClient, *arguments: object, stdin: str | bytes | None = None) -> Result:
-    return CliRunner().invoke(volume, [str(each) for each in arguments], input=stdin, obj=lambda _: client)
+def run(client: FakeClient, *arguments: object, stdin: str | bytes | None = None, look: bool = False) -> Result:
+    """A command, with what `client` tells of the server and, unless it is to look itself, of the node."""
+
+    def told(volume_id: str, _endpoint: Path, _state_dir: Path | None) -> Seen:
+        return Seen(client.record, "told by the test", client.seen.get(volume_id, CLOSED))
+
+    return run_cli("volume", *arguments, stdin=stdin, obj=Reach(lambda _: client, see if look else told))
 
 
 def calls(client: FakeClient) -> list[tuple[object, ...]]:
@@ -121,14 +135,19 @@ def calls(client: FakeClient) -> list[tuple[object, ...]]:
     return client.made[:-1]
 
 
-def test_list_shows_a_line_for_each_volume(client: FakeClient) -> None:
-    client.there.append(RemoteVolume("odd", 1000, {"encrypted": "false", "backend": "loopfile"}, {}))
+def test_list_shows_a_line_for_each_volume_and_where_it_is(client: FakeClient) -> None:
+    client.there += [RemoteVolume(name, 1000, {"encrypted": "false"}, {}) for name in ("odd", "sick")]
+    client.seen = {"data": IN_USE, "sick": Condition("/sick", (), healthy=False, health="went read-only; mend it")}
     done = run(client, "list")
     assert done.exit_code == 0
-    assert [line.split() for line in done.stdout.splitlines()] == [
-        ["VOLUME", "CAPACITY", "ENCRYPTED", "BACKEND", "PLACE"],
-        ["data", "256Mi", "true", "loopfile", "topology.x/node=n1"],
-        ["odd", "1000", "false", "loopfile", "anywhere"],
+    assert [re.split("  +", line.strip()) for line in done.stdout.splitlines()] == [
+        ["VOLUME", "CAPACITY", "ENCRYPTED", "STATE", "WHERE AND HOW"],
+        ["data", "256Mi", "yes", "published", "staged at /stage"],
+        ["published at /pod"],
+        ["published at /other"],
+        ["odd", "1000", "no", "closed", "-"],
+        ["sick", "1000", "no", "SICK", "went read-only; mend it"],
+        ["staged at /sick"],
     ]
 
 
@@ -138,15 +157,64 @@ def test_list_without_volumes_says_so(client: FakeClient) -> None:
     assert json.loads(run(client, "list", "--output", "json").stdout) == []
 
 
-def test_json_has_the_field_names_of_the_csi_specification(client: FakeClient) -> None:
-    assert json.loads(run(client, "list", "-o", "json").stdout) == [
-        {
-            "volume_id": "data",
-            "capacity_bytes": 256 * MIB,
-            "volume_context": {"encrypted": "true", "backend": "loopfile"},
-            "accessible_topology": {"topology.x/node": "n1"},
-        }
-    ]
+VOLUME = {
+    "volume_id": "data",
+    "capacity_bytes": 256 * MIB,
+    "volume_context": {"encrypted": "true", "backend": "loopfile"},
+    "accessible_topology": {"topology.x/node": "n1"},
+    "staged_at": "/stage",
+    "published_at": ["/pod", "/other"],
+    "healthy": True,
+    "health": "well",
+    "record": None,
+    "record_source": "told by the test",
+}
+"""The schema of the noun, with the field names of the CSI specification where it has them."""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("list",),
+        ("show", "data"),
+        ("create", "data", "--size", "256Mi", "--encrypted"),
+        ("delete", "data", "--yes"),
+        ("stage", "data", "{}/stage", "--passphrase-file", "-"),
+        ("unstage", "data", "/stage"),
+        ("publish", "data", "/stage", "/pod"),
+        ("unpublish", "data", "/pod"),
+        ("expand", "data", "/pod", "--size", "512Mi"),
+    ],
+)
+def test_every_command_that_tells_of_a_volume_has_its_one_schema(
+    client: FakeClient, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    client.seen = {"data": IN_USE}
+    done = run(client, *(word.format(tmp_path) for word in words), "-o", "json", stdin=PASSPHRASE)
+    found = json.loads(done.stdout)
+    (found,) = found if words == ("list",) else [found]
+    assert {**found, "volume_context": {}, "accessible_topology": {}} == {
+        **VOLUME,
+        "volume_context": {},
+        "accessible_topology": {},
+    }
+    if words[0] != "create":
+        assert found == VOLUME
+
+
+def test_what_the_node_does_not_show_is_null_in_json_and_said_in_the_list(client: FakeClient) -> None:
+    blind = Reach(lambda _: client, lambda *_: Seen(None, "not shown: elsewhere", None, "no root"))
+    (found,) = json.loads(run_cli("volume", "list", "-o", "json", obj=blind).stdout)
+    assert (found["staged_at"], found["published_at"], found["healthy"]) == (None, None, None)
+    assert found["health"] == "not seen: no root"
+    assert "unknown  not seen: no root" in run_cli("volume", "list", obj=blind).stdout
+    for words in (("unstage", "data", "/s"), ("unpublish", "data", "/s"), ("expand", "data", "/s", "--size", "1Gi")):
+        done = run_cli("volume", *words, obj=blind)
+        assert (done.exit_code, done.stderr) == (
+            1,
+            "luks-csi: where volume data is cannot be seen: no root\n",
+        )
+    assert calls(client) == [("close",)] * (len(client.made) - 1)
 
 
 def test_create_sends_sizes_parameters_and_capability(client: FakeClient) -> None:
@@ -169,6 +237,11 @@ def test_create_of_a_plain_volume_says_that_it_is_not_encrypted(client: FakeClie
     [
         (["create", "data"], "Missing option '--size'"),
         (["create", "data", "--size", "1GB"], "'1GB' is no size"),
+        (["create", "data", "--size", "0"], "write at least one byte"),
+        (["create", "data", "--size", "1Gi", "--limit", "0Mi"], "write at least one byte"),
+        (["expand", "data", "--size", "0"], "write at least one byte"),
+        (["create", "Data", "--size", "1Gi"], "'Data' cannot be a volume's name here; use at most 64 small letters"),
+        (["create", "data", "--size", "1Gi", "--passphrase-file", "-"], "add --encrypted"),
         (["create", "data", "--size", "1Gi", "-p", "encrypted"], "must be NAME=VALUE"),
         (["create", "data", "--size", "1Gi", "-p", "a=1", "-p", "a=2"], "must be NAME=VALUE"),
         (["create", "data", "--size", "1Gi", "--encrypted", "-p", "encrypted=false"], "disagree"),
@@ -193,7 +266,7 @@ def test_what_the_server_refuses_is_told_with_its_code_and_ends_with_1(client: F
     done = run(client, "create", "data", "--size", "1Gi")
     assert done.exit_code == 1
     assert done.stdout == ""
-    assert done.stderr == "Error: no room for volume data in /var/lib/luks-csi (RESOURCE_EXHAUSTED)\n"
+    assert done.stderr == "luks-csi: no room for volume data in /var/lib/luks-csi (RESOURCE_EXHAUSTED)\n"
     assert client.made[-1] == ("close",)
 
 
@@ -251,7 +324,7 @@ def test_a_secret_that_csi_cannot_carry_is_refused_without_showing_it(
     assert "binary" not in done.output
     assert "xxx" not in done.output
     assert str(tmp_path / "key") in done.stderr
-    assert client.made == []
+    assert calls(client) == []
 
 
 def test_both_sources_of_a_secret_exclude_each_other(client: FakeClient, tmp_path: Path) -> None:
@@ -269,6 +342,7 @@ def test_a_failed_stage_takes_the_folder_away_that_it_made_and_no_other(client: 
 
 
 def test_paths_are_made_absolute_where_the_user_stands(client: FakeClient) -> None:
+    client.seen["data"] = Condition(f"{Path.cwd()}/stage", (f"{Path.cwd()}/pod",), healthy=True, health="well")
     run(client, "unstage", "data", "stage")
     run(client, "publish", "data", "stage", "pod", "--read-only", "--block")
     run(client, "unpublish", "data", "pod/../pod")
@@ -284,8 +358,9 @@ def test_paths_are_made_absolute_where_the_user_stands(client: FakeClient) -> No
 def test_expand_reaches_the_node_only_where_a_path_is_given(client: FakeClient) -> None:
     done = run(client, "expand", "data", "--size", "512Mi")
     assert calls(client) == [("expand", "data", 512 * MIB)]
-    assert "give PATH to enlarge it where it is staged" in done.stdout
+    assert "where it is staged give PATH" in done.stdout
     client.made.clear()
+    client.seen["data"] = IN_USE
     run(client, "expand", "data", "/pod", "--size", "512Mi")
     assert calls(client) == [("expand", "data", 512 * MIB), ("expand_on_node", "data", Path("/pod"), 512 * MIB, {})]
 
@@ -332,9 +407,10 @@ def recorded(state_dir: Path) -> VolumeRecord:
 def test_show_tells_what_is_recorded_on_the_node(client: FakeClient, tmp_path: Path) -> None:
     record = recorded(tmp_path)
     client.there = [RemoteVolume("data", 256 * MIB, volume_context(record, "loopfile"), {})]
-    lines = run(client, "show", "data", "--state-dir", tmp_path).stdout
+    lines = run(client, "show", "data", "--state-dir", tmp_path, look=True).stdout
     for part in (
         "268435456 bytes",
+        "health        closed",
         f"read from {tmp_path}",
         "6a6e4b1b-e6e2-48d6-85e4-92e6dace1387",
         "aes-xts-plain64, key of 512 bits, sectors of 512 bytes",
@@ -343,22 +419,25 @@ def test_show_tells_what_is_recorded_on_the_node(client: FakeClient, tmp_path: P
         "shop/data",
     ):
         assert part in lines
-    found = json.loads(run(client, "show", "data", "--state-dir", tmp_path, "-o", "json").stdout)
+    found = json.loads(run(client, "show", "data", "--state-dir", tmp_path, "-o", "json", look=True).stdout)
     assert found["record"]["luks"]["data_offset"] == 16 * MIB
     assert found["record_source"] == f"read from {tmp_path}"
 
 
 def test_show_elsewhere_says_that_the_record_is_not_shown(client: FakeClient, tmp_path: Path) -> None:
-    lines = run(client, "show", "data", "--state-dir", tmp_path).stdout
+    lines = run(client, "show", "data", "--state-dir", tmp_path, look=True).stdout
     assert f"not shown: {tmp_path} holds no such volume" in " ".join(lines.split())
     assert "LUKS UUID" not in lines
-    assert json.loads(run(client, "show", "data", "--state-dir", tmp_path, "-o", "json").stdout)["record"] is None
+    assert (
+        json.loads(run(client, "show", "data", "--state-dir", tmp_path, "-o", "json", look=True).stdout)["record"]
+        is None
+    )
 
 
 def test_show_of_a_damaged_record_says_what_is_wrong(client: FakeClient, tmp_path: Path) -> None:
     recorded(tmp_path)
     (tmp_path / "loopfile/volumes/data/record.json").write_bytes(b"{")
-    lines = run(client, "show", "data", "--state-dir", tmp_path).stdout
+    lines = run(client, "show", "data", "--state-dir", tmp_path, look=True).stdout
     assert "not shown: the volume record" in lines
 
 
@@ -384,6 +463,86 @@ def test_a_client_is_made_only_where_a_socket_answers(tmp_path: Path) -> None:
         server.bind(str(tmp_path / "csi.sock"))
         server.listen()
         connect(tmp_path / "csi.sock").close()
-    result = CliRunner().invoke(volume, ["list", "--endpoint", str(tmp_path / "csi.sock")])
+    result = run_cli("volume", "list", "--endpoint", tmp_path / "csi.sock")
     assert result.exit_code == 1
     assert "its server has ended" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ("unstage", "data", "/wrong"),
+            "volume data is not staged at /wrong: it is staged at /stage, published at /pod",
+        ),
+        (("unstage", "data", "/pod"), "volume data is not staged at /pod"),
+        (("unstage", "gone", "/stage"), "volume gone does not exist"),
+        (("unstage", "closed", "/stage"), "volume closed is not staged at /stage: it is not staged; nothing was done"),
+        (("unpublish", "data", "/wrong"), "volume data is not published at /wrong: it is staged at /stage"),
+        (("unpublish", "data", "/stage"), "volume data is not published at /stage"),
+        (("unpublish", "nope", "/pod"), "volume nope does not exist"),
+        (("expand", "data", "/wrong", "--size", "1Gi"), "volume data is neither staged nor published at /wrong"),
+        (("expand", "nope", "--size", "1Gi"), "volume nope does not exist"),
+    ],
+)
+def test_wrong_paths_and_names_change_nothing_and_are_told(
+    client: FakeClient, words: tuple[str, ...], sentence: str
+) -> None:
+    client.there.append(RemoteVolume("closed", 1000, {}, {}))
+    client.seen["data"] = IN_USE
+    done = run(client, *words)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert sentence in done.stderr
+    assert calls(client) == []
+
+
+def test_a_volume_is_taken_down_without_its_record_and_through_a_link(client: FakeClient, tmp_path: Path) -> None:
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "link").symlink_to("stage")
+    client.there = []
+    client.seen["data"] = Condition(f"{tmp_path}/stage", (), healthy=False, health="open")
+    assert run(client, "unstage", "data", tmp_path / "link").exit_code == 0
+    client.seen["data"] = Condition(None, (), healthy=False, health="open, and no stage is recorded; unstage it")
+    assert run(client, "unstage", "data", "/anywhere").exit_code == 0
+    assert calls(client)[-1] == ("unstage", "data", Path("/anywhere"))
+
+
+def test_a_secret_for_a_volume_that_is_not_encrypted_is_refused(client: FakeClient, tmp_path: Path) -> None:
+    client.there = [RemoteVolume("data", 256 * MIB, {"encrypted": "false"}, {})]
+    for words in (("stage", "data", tmp_path / "stage"), ("expand", "data", "--size", "1Gi")):
+        done = run(client, *words, "--passphrase-file", "-", stdin=PASSPHRASE)
+        assert (done.exit_code, done.stdout) == (1, "")
+        assert "volume data is not encrypted, so a passphrase protects nothing in it" in done.stderr
+    assert calls(client) == [("close",)]
+    assert not (tmp_path / "stage").exists()
+
+
+def test_an_encrypted_volume_wants_its_passphrase_in_the_words_of_the_command_line(client: FakeClient) -> None:
+    done = run(client, "stage", "data", "/stage")
+    assert "volume data is encrypted: give its passphrase with --passphrase-file FILE" in done.stderr
+    assert calls(client) == []
+
+
+def test_an_empty_passphrase_is_told(client: FakeClient, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("\n")
+    for source in (tmp_path / "key", "-"):
+        done = run(client, "stage", "data", tmp_path / "stage", "--passphrase-file", source, stdin="\n")
+        assert done.exit_code == 1
+        assert "is empty" in done.stderr
+    assert calls(client) == [("close",)]
+
+
+def test_failures_are_json_where_that_is_asked_for(client: FakeClient) -> None:
+    client.refusing = RemoteError("RESOURCE_EXHAUSTED", "no room for volume data")
+    for words, code, exit_code in (
+        (("create", "data", "--size", "1Gi", "-o", "json"), "RESOURCE_EXHAUSTED", 1),
+        (("--output=json", "unstage", "data", "/x"), "INVALID_ARGUMENT", 2),
+        (("unstage", "data", "/x", "--output", "json"), "NOT_FOUND", 1),
+        (("unstage", "data", "/x", "-ojson", "--nonsense"), "INVALID_ARGUMENT", 2),
+        (("delete", "data", "-o", "json"), "INVALID_ARGUMENT", 2),
+    ):
+        done = run(client, *words)
+        failure = json.loads(done.stderr)["error"]
+        assert (failure["code"], failure["exit_code"], done.exit_code) == (code, exit_code, exit_code)
+        assert failure["message"]
+        assert (done.stdout, done.stderr.count("\n")) == ("", 1)

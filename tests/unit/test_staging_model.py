@@ -35,6 +35,7 @@ from csi_driver.model.errors import (
 from csi_driver.model.settings import Limits, Settings
 from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeRecord
 from csi_driver.volumes.capability import AccessMode, Capability
+from csi_driver.volumes.condition import Conditions
 from csi_driver.volumes.drift import KeyDrift
 from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.expand import ExpandRequest, Expansion
@@ -115,6 +116,7 @@ class Rig:
         made = self.file_systems = FileSystems(workers, commands, mounts, NoHolders(), limits)
         images = BackingImages(ImageStore(self.folder / "images", files), workers, self.encryption, limits)
         presences = Presences(self.backend, stages, self.mappings, mounts)
+        self.conditions = Conditions(presences, KernelFileSystemHealth(kernel))
         self.healing = Healing(self.backend, presences, workers, made, KernelFileSystemHealth(kernel))
         self.drift = KeyDrift(self.backend, stages, self.encryption)
         self.staging = Staging(

@@ -12,7 +12,7 @@ from csi_driver.cli.main import luks_csi
 from csi_driver.host.files import Files
 from csi_driver.host.mounts import Mounts
 from csi_driver.model.errors import FailedPrecondition
-from csi_driver.volumes.statedir import StateDirectory
+from csi_driver.volumes.statedir import StateDirectory, server_state_dir
 
 NOBODY = "/dev/null"
 """A table of mounts with nothing in it."""
@@ -56,6 +56,20 @@ def test_a_folder_that_has_none_gets_its_identity(state: Path, endpoint: Path) -
     started(state, endpoint).check()
     made = msgspec.json.decode((state / "identity").read_bytes())
     assert msgspec.json.decode(memory(endpoint).read_bytes()) == made | {"path": str(state)}
+
+
+def test_a_person_at_the_endpoint_finds_the_servers_state_directory_and_no_other(
+    state: Path, endpoint: Path, tmp_path: Path
+) -> None:
+    usual = tmp_path / "usual"
+    assert server_state_dir(endpoint, None, usual) == usual, "nothing is remembered"
+    assert server_state_dir(endpoint, state, usual) == state
+    started(state, endpoint)
+    assert server_state_dir(endpoint, None, usual) == state
+    started(usual, tmp_path / "other.sock")
+    for wrong in (usual, tmp_path / "none"):
+        with pytest.raises(FailedPrecondition, match="is not the state directory of the server"):
+            server_state_dir(endpoint, wrong, usual)
 
 
 def _hidden(state: Path) -> None:
