@@ -16,11 +16,12 @@ from csi_driver.model.errors import (
     AlreadyExists,
     CommandFailed,
     DeviceInUse,
+    DriverError,
     FailedPrecondition,
     NotFound,
     ResourceExhausted,
 )
-from csi_driver.model.volume import VolumeRecord, mapping_name
+from csi_driver.model.volume import FileSystemState, VolumeRecord, mapping_name
 from csi_driver.volumes import capability as capabilities
 from csi_driver.volumes.capability import Capability
 from csi_driver.volumes.context import check_context
@@ -206,16 +207,24 @@ class Staging:
         )
         self._stages.put(record.id, stage)
         self._healing.mount(record, device, request.staging_path, fs_type, options)
-        if record.parameters.backing_image is not None:
-            self._grow_clone(record.id, self._presences.of(record.id, record))
+        if volume.record.file_system in (FileSystemState.MADE, FileSystemState.RAW):
+            self._grow(record, self._presences.of(record.id, record))
 
-    def _grow_clone(self, volume_id: str, present: Presence) -> None:
-        """The file system came with an image, and the volume may have been larger than that from its first moment."""
+    def _grow(self, record: VolumeRecord, present: Presence) -> None:
+        """Let a file system that was there before fill a device that has grown meanwhile, or was larger than its image.
+
+        One that cannot grow keeps nobody from the data in it; a volume made of an image is refused at its first use.
+        """
         stage, mount = present.stage, present.staging
         if stage is None or stage.fs_type is None or stage.read_only or mount is None:
             return
-        with self._presences.held(present) as device:
-            self._file_systems.grow(volume_id, stage.fs_type, mount, device)
+        try:
+            with self._presences.held(present) as device:
+                self._file_systems.grow(record.id, stage.fs_type, mount, device)
+        except DriverError as error:
+            if record.parameters.backing_image is not None:
+                raise
+            log.warning("a file system could not be grown when it was staged", volume_id=record.id, error=str(error))
 
     def _take_back(self, record: VolumeRecord, staging_path: str) -> None:
         """Unmount after an error: a worker that was killed may have mounted before it could say so."""

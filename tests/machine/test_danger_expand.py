@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -223,15 +223,33 @@ def test_spec445_a_wrong_secret_changes_nothing(used: Node, *, grown_before: boo
     used.unstage()
 
 
-def test_lh11120_expanded_while_unstaged(used: Node) -> None:
-    """Offline: the next stage shows the new size, and the file system fills it when kubelet asks."""
-    used.grow(LARGER)
-    used.stage()
-    is_sized_to_the_byte(used, LARGER)
-    assert used.expand(LARGER) == LARGER
-    assert file_system_bytes(used.staging_path()) > 0.9 * LARGER
-    assert used.read() == "precious"
-    used.unstage()
+@pytest.mark.parametrize(
+    ("capability", "size", "larger"),
+    [(EXT4, SIZE, LARGER), (XFS, 304 * MIB, 352 * MIB + 4096), (BTRFS, 256 * MIB, 320 * MIB + 4096)],
+    ids=["ext4", "xfs", "btrfs"],
+)
+@pytest.mark.parametrize("parameters", [CHEAP, {}], ids=["encrypted", "plain"])
+def test_lh11120_expanded_while_unstaged(
+    node: Node, capability: Capability, size: int, larger: int, parameters: Mapping[str, str]
+) -> None:
+    """Offline: the next stage shows the new size, device and file system."""
+    node.create(size=size, capability=capability, parameters=parameters)
+    node.stage(capability=capability)
+    node.write()
+    before = file_system_bytes(node.staging_path())
+    node.unstage()
+    node.grow(larger)
+    with told_lines() as lines:
+        node.stage(capability=capability)
+        assert file_system_bytes(node.staging_path()) - before > 0.9 * (larger - size)
+        assert node.read() == "precious"
+        node.unstage()
+        node.stage(capability=capability)
+    assert [line.event for line in lines].count("file system grown") == 1, "a second stage finds it grown"
+    if parameters:
+        is_sized_to_the_byte(node, larger)
+    assert node.expand(larger) == larger
+    node.unstage()
 
 
 def test_lh12366_a_full_file_system_grows_while_it_is_written(used: Node) -> None:

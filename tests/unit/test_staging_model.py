@@ -58,6 +58,7 @@ from tests.fake_kernel import (
     Killed,
     content_of,
 )
+from tests.told_lines import told_lines
 
 MIB = 1 << 20
 MOUNT = Capability(AccessMode.SINGLE_NODE_WRITER, block=False)
@@ -427,6 +428,30 @@ def test_a_clone_whose_stage_was_cut_before_it_grew_grows_with_the_next_one(fold
     rig.restart()
     rig.stage("enc-1")
     assert rig.kernel.read(rig.device("enc-1")).inside.fs_bytes == rig.kernel.size(rig.device("enc-1"))
+
+
+@pytest.mark.parametrize("name", ["enc-1", "plain-1"])
+def test_what_grew_while_it_was_closed_is_filled_by_the_next_stage_if_it_can_be(folder: Path, name: str) -> None:
+    def cannot_grow(step: str) -> None:
+        if step == "before grow":
+            raise CommandFailed(INJECTED)
+
+    rig = Rig(folder)
+    rig.create(name)
+    rig.stage(name)
+    rig.write(name, "file", "precious")
+    rig.unstage(name)
+    rig.provisioning.expand(name, 96 * MIB, 0)
+    rig.kernel.plan = cannot_grow
+    with told_lines() as lines:
+        rig.stage(name, key=KEY if is_encrypted(name) else NO_KEY)
+    assert rig.kernel.read(rig.device(name)).inside.fs_bytes == 64 * MIB
+    assert [line.fields["error"] for line in lines if line.level == "warning"] == [INJECTED]
+    rig.unstage(name)
+    rig.kernel.plan = no_fault
+    rig.stage(name)
+    inside = rig.kernel.read(rig.device(name)).inside
+    assert (inside.fs_bytes, inside.files) == (96 * MIB, {"file": "precious"})
 
 
 # --- any order of calls and faults -----------------------------------------------------------------------------------
