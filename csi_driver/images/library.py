@@ -117,7 +117,7 @@ class ImageLibrary:
         """
         source = self._store.get(wanted.source)
         check_clone(source, wanted)
-        with self._made(wanted.name) as folder:
+        with self._made(wanted.name) as folder, self._store.reading(wanted.source, f"image {wanted.name}"):
             file = self._store.file(wanted.source)
             where = f"image {wanted.source}"
             kept = wanted.operation is Operation.IGNORE  # the file is copied as it is, whatever its format
@@ -153,7 +153,11 @@ class ImageLibrary:
         file, where = self._store.file(name), f"image {name}"
         job = Job(Operation.IGNORE, file, SourceIdentity.of(file, where), ImageFormat.RAW, where)
         target = Target(path.parent / f".{path.name}.export")
-        with contextlib.closing(RawReader(str(file), where)) as reader, meter("exporting", reader.size) as progress:
+        with (
+            self._store.reading(name, f"the file {path}"),
+            contextlib.closing(RawReader(str(file), where)) as reader,
+            meter("exporting", reader.size) as progress,
+        ):
             run_pass(reader, target, job, progress, publish=lambda result: self._put(result.part, path))
         target.discard()
 
@@ -170,7 +174,7 @@ class ImageLibrary:
             self._files.rename(part, path)  # a file system without links
 
     def delete(self, name: str) -> None:
-        """Remove an image, and what a cut call has left of it. Raises NotFound, VolumeBusy."""
+        """Remove an image, and what a cut call has left of it. Raises NotFound, VolumeBusy, DeviceInUse (read)."""
         check_name(name)
         self._store.start()
         with self._lock(name):

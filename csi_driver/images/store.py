@@ -3,27 +3,31 @@
 ready/<name>/{image,record.json}    complete, renamed in at the end, never changed
 new/<name>/                         being made; what a killed call left there is for its repetition
 trash/<name>/                       being removed
+reads/                              who reads an image at this moment: a locked file each
 """
 
 import contextlib
+import os
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
+from csi_driver.host import ofdlock
 from csi_driver.host.files import Files, read_file
 from csi_driver.host.syscalls import error_name
 from csi_driver.images.base import ImageFormat
 from csi_driver.images.target import lock_of
-from csi_driver.model.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from csi_driver.model.errors import Aborted, AlreadyExists, DeviceInUse, FailedPrecondition, InvalidArgument, NotFound
 from csi_driver.model.volume import LuksIdentity
 
 VERSION: Final = 1
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
-_FILE, _RECORD = "image", "record.json"
+_FILE, _RECORD, _READS = "image", "record.json", "reads"
 
 
 class Provenance(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,19 +132,83 @@ class ImageStore:
         self._files.rename(folder, ready)
         self._tidy(ready)
 
+    @contextlib.contextmanager
+    def reading(self, name: str, what: str) -> Iterator[None]:
+        """Keep an image from being deleted for the length of the block, in which it is read for `what`.
+
+        Raises Aborted when it is being deleted.
+        """
+        with self._opened(self.file(name), os.O_RDONLY) as descriptor, self._told(name, what):
+            if descriptor is None or not ofdlock.try_share(descriptor):
+                raise Aborted(f"image {name} is being deleted; call again when that has ended")
+            yield
+
+    @contextlib.contextmanager
+    def _told(self, name: str, what: str) -> Iterator[None]:
+        """Say who reads the image, for as long as this process lives; one that was killed says no more."""
+        with self._usable():
+            (self._folder / _READS).mkdir(mode=0o700, exist_ok=True)
+            descriptor, mark = tempfile.mkstemp(dir=self._folder / _READS)
+            os.write(descriptor, f"{name} {what}".encode())
+            ofdlock.try_share(descriptor)
+        try:
+            yield
+        finally:
+            self._files.remove(Path(mark))
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def _unread(self, name: str) -> Iterator[None]:
+        """Nobody reads the image, and nobody begins to, for the length of the block. Raises DeviceInUse."""
+        with self._opened(self.file(name), os.O_RDWR) as descriptor:
+            if descriptor is not None and not ofdlock.try_claim(descriptor):
+                readers = " and ".join(self._readers(name)) or "somebody"
+                raise DeviceInUse(
+                    f"image {name} is being read for {readers} and was not deleted; delete it when that has ended, or "
+                    f"stop that first"
+                )
+            yield
+
+    def _readers(self, name: str) -> Iterator[str]:
+        for mark in self._below(_READS):
+            path = self._folder / _READS / mark
+            with self._opened(path, os.O_RDWR) as descriptor:
+                if descriptor is None:
+                    continue
+                if ofdlock.try_claim(descriptor):
+                    self._files.remove(path)  # its process was killed
+                    continue
+                image, _, what = os.read(descriptor, 1 << 16).decode(errors="replace").partition(" ")
+                if image == name:
+                    yield what
+
+    @contextlib.contextmanager
+    def _opened(self, path: Path, flags: int) -> Iterator[int | None]:
+        try:
+            with self._usable():
+                descriptor = os.open(path, flags | os.O_CLOEXEC)
+        except FileNotFoundError:
+            yield None
+            return
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
     def discard(self, name: str) -> None:
         """Remove what is in the making."""
         self._files.remove_folder(self._folder / "new" / name)
 
     def delete(self, name: str) -> None:
-        """Remove an image and what is in the making of it. Raises NotFound."""
+        """Remove an image and what is in the making of it. Raises NotFound, DeviceInUse naming who reads it."""
         check_name(name)
         if not self.exists(name):
             raise NotFound(f"image {name} does not exist in {self._folder}")
         ready, trash = self._folder / "ready" / name, self._folder / "trash" / name
         self._files.remove_folder(trash)
         if ready.exists():
-            self._files.rename(ready, trash)
+            with self._unread(name):
+                self._files.rename(ready, trash)
         self._files.remove_folder(trash)
         self.discard(name)
         self._files.remove(lock_of(self._folder / "new" / name))

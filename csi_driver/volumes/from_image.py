@@ -158,15 +158,16 @@ class BackingImages:
                 f"on this node; the call is repeated"
             )
         try:
-            shared = self._workers.call(
-                f"luks-clone of {image.where} for volume {volume_id}",
-                self._limits.format_seconds + image.file.size / _SLOWEST,
-                clone_file,
-                image.where,
-                image.file,
-                path,
-                size,
-            )
+            with self._store.reading(image.name, f"volume {volume_id}"):
+                shared = self._workers.call(
+                    f"luks-clone of {image.where} for volume {volume_id}",
+                    self._limits.format_seconds + image.file.size / _SLOWEST,
+                    clone_file,
+                    image.where,
+                    image.file,
+                    path,
+                    size,
+                )
         finally:
             self._clones.release()
         log.info("volume cloned from an image", volume_id=volume_id, image=image.name, shared=shared)

@@ -5,6 +5,7 @@ import hashlib
 import mmap
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from csi_driver.cli.main import luks_csi
+from csi_driver.host import ofdlock
 from csi_driver.host.files import Files
 from csi_driver.images.base import MIB, Progress
 from csi_driver.images.checkpoint import Operation
@@ -24,7 +26,9 @@ from csi_driver.images.requests import Clone, Import
 from csi_driver.images.store import ImageRecord, ImageStore
 from csi_driver.keys.secret import SecretKey, read_secret
 from csi_driver.model.errors import (
+    Aborted,
     AlreadyExists,
+    DeviceInUse,
     DriverError,
     FailedPrecondition,
     InvalidArgument,
@@ -317,6 +321,63 @@ def test_a_removal_that_was_cut_is_told_of_and_ends(library: ImageLibrary, raw: 
     assert library.unfinished() == ["disk"]
     bring(library, raw)
     assert left(folder) == []
+    assert library.unfinished() == []
+
+
+def test_what_is_read_is_not_deleted_and_the_reader_is_named(library: ImageLibrary, raw: Path, tmp_path: Path) -> None:
+    refused = []
+
+    def meter(what: str, total: int | None) -> AbstractContextManager[Progress]:
+        with pytest.raises(DeviceInUse) as told:
+            library.delete("disk")
+        refused.append((what, str(told.value)))
+        return unmetered(what, total)
+
+    bring(library, raw)
+    library.clone(Clone("disk", "copy"), meter)
+    library.export("disk", tmp_path / "out", meter)
+    assert [what for what, _ in refused] == ["copying", "exporting"]
+    rest = "and was not deleted; delete it when that has ended, or stop that first"
+    assert [said for _, said in refused] == [
+        f"image disk is being read for image copy {rest}",
+        f"image disk is being read for the file {tmp_path}/out {rest}",
+    ]
+    assert os.listdir(library.file("disk").parents[2] / "reads") == []
+    assert sorted(path.name for path in library.file("copy").parent.iterdir()) == ["image", "record.json"]
+    assert library.file("copy").read_bytes() == (tmp_path / "out").read_bytes() == CONTENT
+    library.delete("disk")
+
+
+def test_what_a_killed_clone_has_left_keeps_nobody_from_deleting_its_source(library: ImageLibrary, raw: Path) -> None:
+    bring(library, raw)
+    folder = library.file("disk").parents[2]
+    killed = f"""
+import os, signal
+from pathlib import Path
+from csi_driver.host.files import Files
+from csi_driver.images.store import ImageStore
+with ImageStore(Path({str(folder)!r}), Files()).reading("disk", "image killed"):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", killed], check=False, timeout=30)
+    assert len(os.listdir(folder / "reads")) == 1
+
+    def meter(what: str, total: int | None) -> AbstractContextManager[Progress]:
+        with pytest.raises(DeviceInUse, match="is being read for image copy and was not deleted"):
+            library.delete("disk")
+        return unmetered(what, total)
+
+    library.clone(Clone("disk", "copy"), meter)
+    assert os.listdir(folder / "reads") == []
+    library.delete("disk")
+
+
+def test_an_image_that_is_being_deleted_is_not_begun_with(library: ImageLibrary, raw: Path) -> None:
+    bring(library, raw)
+    with library.file("disk").open("r+b") as file:
+        assert ofdlock.try_claim(file.fileno())
+        with pytest.raises(Aborted, match="image disk is being deleted"):
+            library.clone(Clone("disk", "copy"), unmetered)
     assert library.unfinished() == []
 
 

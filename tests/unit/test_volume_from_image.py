@@ -33,6 +33,7 @@ from csi_driver.model.errors import (
     AlreadyExists,
     DeadlineExceeded,
     DeviceBlank,
+    DeviceInUse,
     DriverError,
     FailedPrecondition,
     InvalidArgument,
@@ -614,7 +615,9 @@ def test_an_image_that_is_replaced_or_deleted_meanwhile_is_noticed(rig: Rig, par
 
     def delete(step: str) -> None:
         if step == "before clone_file":
-            rig.delete_image(name)
+            with pytest.raises(DeviceInUse, match=rf"image {name} is being read for volume pvc-1 and was not deleted"):
+                rig.delete_image(name)
+            shutil.rmtree(rig.image_file(name).parent)  # by somebody who does not ask
 
     for change, said in ((replace, r"was replaced by another one; call again"), (delete, r"went away; call again")):
         with pytest.raises(Aborted, match=said):
