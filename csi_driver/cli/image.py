@@ -3,6 +3,8 @@
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 import click
@@ -18,11 +20,12 @@ from csi_driver.images.checksum import Checksum
 from csi_driver.images.destinations import Connector
 from csi_driver.images.library import ImageLibrary
 from csi_driver.images.requests import MOST_BYTES, Clone, Import
-from csi_driver.images.store import ImageRecord
+from csi_driver.images.store import ImageRecord, Provenance
 from csi_driver.keys.secret import SecretKey, read_secret
 from csi_driver.luks.formats import SECTOR_SIZES
 from csi_driver.luks.header_metadata import Argon2id, Keyslot, Pbkdf2
-from csi_driver.model.errors import DriverError
+from csi_driver.model.errors import DriverError, NotFound
+from csi_driver.model.volume import LuksIdentity
 
 _PARAMS = (*PARAMS, OUTPUT_OPTION)
 
@@ -49,7 +52,7 @@ def import_(
     """
     wanted = Import(name, source, Checksum.parse(checksum) if checksum else None, secret, _size(limit))
     library = _library(state_dir, Connector(allow_local=allow_local))
-    _tell(output, "is there", library.import_(wanted, _Meter()))
+    _tell(output, library, library.import_(wanted, _Meter()))
 
 
 @image.command("clone", cls=BesideServer, params=[*_PARAMS])
@@ -85,7 +88,8 @@ def clone(
         )
     size = int(sector_size) if sector_size else None
     wanted = Clone(source, name, operation, secret=secret, sector_size=size, verify=verify, **keys)
-    _tell(output, "is there", _library(state_dir).clone(wanted, _Meter()))
+    library = _library(state_dir)
+    _tell(output, library, library.clone(wanted, _Meter()))
 
 
 def _check_secrets(operation: Operation, first: SecretSource, second: SecretSource) -> None:
@@ -113,32 +117,81 @@ def _check_secrets(operation: Operation, first: SecretSource, second: SecretSour
 def list_(output: str, state_dir: Path) -> None:
     """List the images."""
     library = _library(state_dir)
-    found = list[ImageRecord]()
-    failed = False
-    for name in library.names():
-        try:
-            found.append(library.get(name))
-        except DriverError as error:  # of one image, the others are fine
-            show_text(f"luks-csi: {error}", err=True)
-            failed = True
-    _show_images(found, output)
-    for name in library.unfinished():
-        show_text(f"unfinished: {name}; the command that made it goes on, luks-csi image delete removes it", err=True)
-    if failed:
+    found = [_look(library, name) for name in sorted({*library.names(), *library.unfinished()})]
+    if output == Output.JSON:
+        show_json(found)
+    elif not found:
+        show_text("no images")
+    else:
+        show_table([_row(each) for each in found], ("IMAGE", "STATE", "FORMAT", "SIZE", "ENCRYPTED", "FROM"))
+    if any(each.state is State.DAMAGED for each in found):
         raise click.exceptions.Exit(1)
 
 
-def _show_images(found: list[ImageRecord], output: str) -> None:
-    if output == Output.JSON:
-        return show_json(found)
-    if not found:
-        return show_text("no images")
-    rows = [
-        (each.name, each.format, size_text(each.size), "yes" if each.luks else "no", each.provenance.operation,
-         each.provenance.source)
-        for each in found
-    ]  # fmt: skip
-    return show_table(rows, ("IMAGE", "FORMAT", "SIZE", "ENCRYPTED", "BY", "FROM"))
+class State(StrEnum):
+    """How far an image is."""
+
+    READY = "ready"
+    UNFINISHED = "unfinished"
+    DAMAGED = "damaged"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """An image for programs: the one schema of that noun. Sizes in bytes; None is what is not known of it.
+
+    `error` tells why one is damaged. `key_slots` has what opening each slot of an encrypted one takes.
+    """
+
+    name: str
+    state: State
+    error: str | None = None
+    format: str | None = None
+    size: int | None = None
+    file_size: int | None = None
+    luks: LuksIdentity | None = None
+    key_slots: Mapping[str, Mapping[str, str | int]] | None = None
+    secret: str | None = None
+    created: str | None = None
+    provenance: Provenance | None = None
+    file: str | None = None
+
+
+def _document(library: ImageLibrary, record: ImageRecord) -> Document:
+    """A complete image. Errors as `ImageLibrary.header`."""
+    slots = library.header(record.name).keyslots if record.luks else {}
+    return Document(
+        name=record.name,
+        state=State.READY,
+        format=record.format,
+        size=record.size,
+        file_size=record.file_size,
+        luks=record.luks,
+        key_slots={number: _slot(slot) for number, slot in slots.items()},
+        secret=record.secret,
+        created=record.created,
+        provenance=record.provenance,
+        file=str(library.file(record.name)),
+    )
+
+
+def _look(library: ImageLibrary, name: str) -> Document:
+    """Whatever there is of that name: of one damaged image the others are fine."""
+    try:
+        return _document(library, library.get(name))
+    except NotFound:
+        return Document(name=name, state=State.UNFINISHED)
+    except DriverError as error:
+        return Document(name=name, state=State.DAMAGED, error=str(error))
+
+
+def _row(found: Document) -> tuple[str, ...]:
+    if found.provenance is None or found.size is None:
+        goes_on = "the command that made it goes on with it, luks-csi image delete removes it"
+        return found.name, found.state, "-", "-", "-", found.error or goes_on
+    encrypted = "yes" if found.luks else "no"
+    came = f"{found.provenance.operation} from {found.provenance.source}"
+    return found.name, found.state, str(found.format), size_text(found.size), encrypted, came
 
 
 @image.command("inspect", cls=BesideServer, params=[*_PARAMS])
@@ -147,10 +200,10 @@ def inspect(name: str, output: str, state_dir: Path) -> None:
     """Show an image: format, sizes, where it comes from and, if it is encrypted, what its header says."""
     library = _library(state_dir)
     record = library.get(name)
-    file = library.file(name)
-    slots = {number: _slot(slot) for number, slot in library.header(name).keyslots.items()} if record.luks else {}
+    found, file = _document(library, record), library.file(name)
     if output == Output.JSON:
-        return show_json({"image": record, "file": str(file), "key_slots": slots})
+        return show_json(found)
+    slots = found.key_slots or {}
     rows = [
         ("image", record.name),
         ("format", record.format),
@@ -179,9 +232,11 @@ def inspect(name: str, output: str, state_dir: Path) -> None:
 def delete(name: str, output: str, state_dir: Path, *, yes: bool) -> None:
     """Delete an image, or what a cut command has left of it."""
     confirm(f"Delete image {name}?", yes=yes)
-    _library(state_dir).delete(name)
+    library = _library(state_dir)
+    found = _look(library, name)
+    library.delete(name)
     if output == Output.JSON:
-        return show_json({"image": name})
+        return show_json(found)
     return show_text(f"image {name} is deleted")
 
 
@@ -190,9 +245,10 @@ def delete(name: str, output: str, state_dir: Path, *, yes: bool) -> None:
 @click.argument("path", type=click.Path(path_type=Path))
 def export(name: str, path: Path, output: str, state_dir: Path) -> None:
     """Copy an image's file, as it is, to a new file at PATH; one that is encrypted stays so."""
-    _library(state_dir).export(name, path.absolute(), _Meter())
+    library = _library(state_dir)
+    library.export(name, path.absolute(), _Meter())
     if output == Output.JSON:
-        return show_json({"image": name, "path": str(path)})
+        return show_json(_look(library, name))
     return show_text(f"image {name} is at {path}")
 
 
@@ -235,8 +291,8 @@ def _size(text: str) -> int:
         raise click.BadParameter(str(error), param_hint="--limit") from None
 
 
-def _tell(output: str, said: str, record: ImageRecord) -> None:
+def _tell(output: str, library: ImageLibrary, record: ImageRecord) -> None:
     if output == Output.JSON:
-        return show_json(record)
+        return show_json(_look(library, record.name))
     kind = "encrypted image" if record.luks else "image"
-    return show_text(f"{kind} {record.name} of {size_text(record.size)} {said}")
+    return show_text(f"{kind} {record.name} of {size_text(record.size)} is there")

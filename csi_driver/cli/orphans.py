@@ -21,7 +21,7 @@ def list_(output: str, **settings: Any) -> None:
     """List the leftovers."""
     found = _found(build_driver(Settings(**settings)))
     if output == Output.JSON:
-        show_json(found)
+        show_json([_document(path, removed=False) for path in found])
     else:
         _show(found)
 
@@ -46,11 +46,18 @@ def remove(output: str, *, yes: bool, **settings: Any) -> None:
         raise _unreadable(driver, error) from None
     kept = [path for path in found if path not in removed]
     if output == Output.JSON:
-        show_json({"removed": removed, "kept": kept})
+        show_json(
+            [*(_document(path, removed=True) for path in removed), *(_document(path, removed=False) for path in kept)]
+        )
     else:
         show_table([*(("removed", path) for path in removed), *(("kept", path) for path in kept)])
         if not found:
             show_text("no leftovers")
+
+
+def _document(path: str, *, removed: bool) -> dict[str, str | bool]:
+    """A leftover for programs: the one schema of that noun."""
+    return {"path": path, "removed": removed}
 
 
 def _found(driver: Driver) -> list[str]:

@@ -171,7 +171,14 @@ class Health:
 
         def look() -> str:
             if not path.exists():
-                raise FailedPrecondition(f"{path} is not there; start the driver, which makes it, or name another one")
+                self._check_state()  # it was there when this driver was started
+                above = next(parent for parent in path.parents if parent.exists())
+                if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+                    raise FailedPrecondition(
+                        f"{path} is not there and user {os.geteuid()} cannot make it in {above}; run this as root, or "
+                        f"name another one"
+                    )
+                return f"{path} is not there yet; the first start of the driver makes it"
             if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK) or os.statvfs(path).f_flag & os.ST_RDONLY:
                 raise FailedPrecondition(f"{path} is no folder that user {os.geteuid()} can write")
             self._check_state()
@@ -336,7 +343,11 @@ class Health:
 
     def _orphans(self) -> Finding:
         def look() -> str:
-            if orphans := self._backend.orphans():
+            try:
+                orphans = self._backend.orphans()
+            except FileNotFoundError:
+                return "none; no driver was started here yet"
+            if orphans:
                 raise FailedPrecondition(
                     f"left by killed calls: {', '.join(orphans[:5])}{' and others' * (len(orphans) > 5)}"
                 )
@@ -373,8 +384,6 @@ def _finding(name: str, look: Callable[[], str], advice: str, *, fatal: bool = T
         found = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
         if error.errno in (errno.EPERM, errno.EACCES):
             advice = "run this as root"
-        elif error.errno == errno.ENOENT:
-            advice = "start the driver, which makes it, or name another state directory"
         return Finding(name, ok=False, fatal=fatal, found=found, advice=advice)
 
 

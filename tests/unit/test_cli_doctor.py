@@ -67,25 +67,42 @@ def test_long_findings_are_broken_where_the_terminal_ends() -> None:
         assert len(line) <= 100
 
 
-def test_a_state_directory_that_is_not_there_is_a_finding(tmp_path: Path) -> None:
-    done = CliRunner().invoke(doctor, ["--state-dir", str(tmp_path / "none"), "-o", "json"])
-    assert done.exit_code == 1
-    found = {finding["name"]: finding for finding in json.loads(done.stdout)}
-    assert not found["state directory"]["ok"]
-    assert found["state directory"]["found"] == f"{tmp_path}/none is not there"
-    assert "start the driver" in found["state directory"]["advice"]
+def looked_at(state_dir: Path) -> dict[str, dict[str, object]]:
+    done = CliRunner().invoke(doctor, ["--state-dir", str(state_dir), "-o", "json"])
+    return {finding["name"]: finding for finding in json.loads(done.stdout)}
+
+
+def test_before_the_first_start_nothing_is_amiss_with_a_state_directory_that_can_be_made(tmp_path: Path) -> None:
+    found = looked_at(tmp_path / "lib" / "none")
+    assert found["state directory"]["ok"]
+    assert found["state directory"]["found"] == (
+        f"{tmp_path}/lib/none is not there yet; the first start of the driver makes it"
+    )
     assert found["libcryptsetup"]["ok"], found["libcryptsetup"]
     assert found["programs"]["ok"], found["programs"]
     assert "orphans" not in found
-    assert not (tmp_path / "none").exists()
+    assert not (tmp_path / "lib").exists()
+    assert looked_at(tmp_path)["orphans"]["found"] == "none; no driver was started here yet"
 
 
-def test_what_was_never_served_from_is_told_without_a_traceback(tmp_path: Path) -> None:
-    done = CliRunner().invoke(doctor, ["--state-dir", str(tmp_path), "-o", "json"])
-    found = {finding["name"]: finding for finding in json.loads(done.stdout)}
-    assert found["state directory"]["ok"]
-    assert "No such file or directory" in found["orphans"]["found"]
-    assert "start the driver" in found["orphans"]["advice"]
+def test_a_state_directory_that_cannot_be_made_is_a_finding(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    found = looked_at(tmp_path / "file" / "none")["state directory"]
+    assert (found["ok"], found["fatal"]) == (False, True)
+    assert "cannot make it in" in str(found["found"])
+    assert "name another one" in str(found["advice"])
+
+
+def test_a_state_directory_that_goes_away_while_the_driver_runs_is_a_finding(tmp_path: Path) -> None:
+    driver = build_driver(Settings(state_dir=tmp_path / "state", endpoint=tmp_path / "csi.sock"))
+    driver.start()
+    (tmp_path / "state").rename(tmp_path / "gone")
+    try:
+        found = next(finding for finding in driver.health.findings() if finding.name == "state directory")
+    finally:
+        driver.stop()
+    assert not found.ok
+    assert "is not the one that this driver was started with" in found.found
 
 
 def test_secrets_that_no_longer_open_their_staged_volumes_are_named(tmp_path: Path) -> None:
@@ -128,7 +145,9 @@ def test_doctor_counts_orphans(state: Path) -> None:
 def test_orphans_are_listed(state: Path) -> None:
     expected = [f"{state}/loopfile/{name}" for name in ("new/half-made", "trash/half-deleted", "volumes/nameless")]
     assert run_orphans(state, "list").stdout.splitlines() == expected
-    assert json.loads(run_orphans(state, "list", "-o", "json").stdout) == expected
+    assert json.loads(run_orphans(state, "list", "-o", "json").stdout) == [
+        {"path": path, "removed": False} for path in expected
+    ]
 
 
 def test_orphans_are_removed_when_told_so_and_what_may_hold_data_stays(state: Path) -> None:
@@ -140,6 +159,9 @@ def test_orphans_are_removed_when_told_so_and_what_may_hold_data_stays(state: Pa
         ["kept", f"{state}/loopfile/volumes/nameless"],
     ]
     assert [path.name for path in (state / "loopfile").glob("*/*")] == ["nameless"]
+    assert json.loads(run_orphans(state, "remove", "--yes", "-o", "json").stdout) == [
+        {"path": f"{state}/loopfile/volumes/nameless", "removed": False}
+    ]
     assert [path.name for path in (state / "locks").iterdir()] == ["nameless"]
 
 
@@ -169,4 +191,4 @@ def test_no_leftovers_is_said(tmp_path: Path) -> None:
         (tmp_path / "loopfile" / folder).mkdir(parents=True)
     assert run_orphans(tmp_path, "list").stdout == "no leftovers\n"
     assert run_orphans(tmp_path, "remove").stdout == "no leftovers\n"
-    assert json.loads(run_orphans(tmp_path, "remove", "-o", "json").stdout) == {"removed": [], "kept": []}
+    assert json.loads(run_orphans(tmp_path, "remove", "-o", "json").stdout) == []

@@ -1,6 +1,7 @@
 """The docs name what there is: no parameter, option, error or finding is missing in them, and none is invented."""
 
 import ast
+import dataclasses
 import inspect
 import re
 from collections.abc import Iterator
@@ -10,15 +11,21 @@ import click
 import pytest
 
 from csi_driver.cli import main as cli
+from csi_driver.cli.image import Document
+from csi_driver.cli.node_view import Seen
+from csi_driver.cli.remote import document
 from csi_driver.cli.serve import serve
 from csi_driver.host import mountoptions
 from csi_driver.keys import secret
 from csi_driver.luks import formats
 from csi_driver.model import errors
 from csi_driver.rpc import metrics, server
+from csi_driver.rpc.client import RemoteVolume
 from csi_driver.rpc.status import code_of
 from csi_driver.volumes import health, image_source, parameters
 from csi_driver.volumes.capability import AccessMode
+from csi_driver.volumes.check import Checked
+from csi_driver.volumes.condition import Condition
 from csi_driver.volumes.image_source import _KEYS
 from csi_driver.volumes.parameters import _CHECKED, _IGNORED, _MKFS_FLAGS, _READERS
 
@@ -151,6 +158,20 @@ def test_every_access_mode_is_told() -> None:
 def test_every_command_and_no_other_is_told() -> None:
     there = {f"luks-csi {name}" for name, command in commands() if not isinstance(command, click.Group)}
     same(first_names(section(page("configuration.md"), "Commands")), there)
+
+
+def test_every_key_of_json_is_told() -> None:
+    told = section(page("command-line.md"), "Output for programs")
+    parts = dict(zip(*[iter(re.split(r"^### (.*)\n", told, flags=re.MULTILINE)[1:])] * 2, strict=True))
+    nowhere = Condition(None, (), None, "closed")
+    volume = document(RemoteVolume("data", 1, {}, {}), Seen(None, "", nowhere))
+    same(first_names(parts["Volumes"]), set(volume))
+    same(first_names(parts["Images"]), {field.name for field in dataclasses.fields(Document)})
+    others = {cells[0]: code_names(cells[2]) for cells in rows(parts["Others"])}
+    kinds = {"finding": health.Finding, "check": Checked}
+    for noun, kind in kinds.items():
+        assert others.pop(noun) == [field.name for field in dataclasses.fields(kind)]
+    assert others.keys() == {"leftover", "usage"}, "tested where they are printed"
 
 
 def test_every_setting_is_told_with_its_variable_and_default() -> None:

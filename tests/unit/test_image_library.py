@@ -1,9 +1,12 @@
 """The use cases of images, and the catalog: what is visible when, and what is refused before any work."""
 
+import dataclasses
 import gzip
 import hashlib
+import json
 import mmap
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,9 +15,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from click.testing import CliRunner
+from click.testing import Result
 
-from csi_driver.cli.main import luks_csi
+from csi_driver.cli.image import Document
 from csi_driver.host import ofdlock
 from csi_driver.host.files import Files
 from csi_driver.images.base import MIB, Progress
@@ -29,12 +32,12 @@ from csi_driver.model.errors import (
     Aborted,
     AlreadyExists,
     DeviceInUse,
-    DriverError,
     FailedPrecondition,
     InvalidArgument,
     ResourceExhausted,
     Unauthenticated,
 )
+from tests.cli import run_cli
 from tests.image_server import serving
 from tests.machine.image_lab import unmetered
 from tests.small_folder import in_a_small_folder
@@ -384,29 +387,89 @@ def test_an_image_that_is_being_deleted_is_not_begun_with(library: ImageLibrary,
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
+Command = Callable[..., Result]
+
+
 @pytest.fixture
-def command(tmp_path: Path) -> Callable[..., tuple[int, str]]:
-    def run(*arguments: str) -> tuple[int, str]:
-        result = CliRunner().invoke(luks_csi, ["image", *arguments, "--state-dir", str(tmp_path / "state")])
-        said = str(result.exception) if isinstance(result.exception, DriverError) else ""
-        return result.exit_code, result.output + said
+def command(tmp_path: Path) -> Command:
+    def run(*words: str, stdin: str | None = None) -> Result:
+        return run_cli("image", *words, "--state-dir", tmp_path / "state", stdin=stdin)
 
     return run
 
 
-def test_one_damaged_record_hides_no_other_image(
-    library: ImageLibrary, raw: Path, command: Callable[..., tuple[int, str]]
+def test_the_list_has_what_is_unfinished_and_what_is_damaged(
+    library: ImageLibrary, raw: Path, command: Command
 ) -> None:
     bring(library, raw)
     bring(library, raw, "other")
     folder = library.file("other").parent
     (folder / "record.json").write_text("{")
     (folder.parents[1] / "new" / "half").mkdir()
-    code, said = command("list")
-    assert code == 1
-    assert "disk" in said
-    assert "record.json cannot be read" in said
-    assert "unfinished: half" in said
+    done = command("list")
+    assert done.exit_code == 1
+    lines = [re.split("  +", line) for line in done.stdout.splitlines() if not line.startswith(" ")]
+    assert [line[:5] for line in lines] == [
+        ["IMAGE", "STATE", "FORMAT", "SIZE", "ENCRYPTED"],
+        ["disk", "ready", "raw", "1250Ki", "no"],
+        ["half", "unfinished", "-", "-", "-"],
+        ["other", "damaged", "-", "-", "-"],
+    ]
+    done = command("list", "-o", "json")
+    assert done.exit_code == 1
+    found = {each["name"]: each for each in json.loads(done.stdout)}
+    assert {name: each["state"] for name, each in found.items()} == {
+        "disk": "ready", "half": "unfinished", "other": "damaged",
+    }  # fmt: skip
+    assert "record.json cannot be read" in found["other"]["error"]
+
+
+def test_every_command_that_tells_of_an_image_has_its_one_schema(
+    library: ImageLibrary, raw: Path, tmp_path: Path, command: Command
+) -> None:
+    bring(library, raw, "first")
+    every = {
+        "import": (str(raw), "disk"),
+        "clone": ("disk", "sealed", "--encryption", "encrypt", "--passphrase-file", "-"),
+        "list": (),
+        "inspect": ("sealed",),
+        "export": ("sealed", str(tmp_path / "out")),
+        "delete": ("sealed", "--yes"),
+    }
+    for word, arguments in every.items():
+        done = command(word, *arguments, "-o", "json", stdin="a passphrase")
+        found = json.loads(done.stdout)
+        for each in found if word == "list" else [found]:
+            assert list(each) == [field.name for field in dataclasses.fields(Document)], word
+            assert each["state"] == "ready"
+            assert (each["key_slots"] == {}) == (each["luks"] is None) == (each["name"] != "sealed")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("ignore", "--passphrase-file", "-"), "ignore takes no passphrase"),
+        (("encrypt",), "encrypt needs the passphrase of the result; give it with --passphrase-file FILE"),
+        (("decrypt",), "decrypt needs the passphrase of the source"),
+        (("encrypt", "--passphrase-file", "-", "--new-passphrase-file", "-"), "encrypt takes one passphrase"),
+        (("encrypt", "--new-passphrase-file", "-"), "encrypt takes one passphrase"),
+        (("reencrypt", "--passphrase-file", "-"), "reencrypt needs the new passphrase too"),
+        (
+            ("reencrypt", "--passphrase-file", "-", "--new-passphrase-file", "-"),
+            "Only one passphrase can come from a standard input that is no terminal",
+        ),
+    ],
+)
+def test_a_passphrase_that_is_missing_or_too_much_is_told_by_its_option(
+    command: Command, words: tuple[str, ...], said: str
+) -> None:
+    done = command("clone", "disk", "copy", "--encryption", *words, stdin="a passphrase")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert said in done.stderr
+
+
+def test_a_size_limit_of_nothing_is_refused(command: Command) -> None:
+    assert "at least one byte" in command("import", "x", "disk", "--limit", "0").stderr
 
 
 def test_a_state_directory_that_cannot_be_used_is_one_sentence(tmp_path: Path) -> None:
