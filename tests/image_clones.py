@@ -17,6 +17,7 @@ from csi_driver.images.checkpoint import Job, Operation, SourceIdentity
 from csi_driver.images.clone import run_pass
 from csi_driver.images.luks_reader import LuksReader
 from csi_driver.images.source import RawReader
+from csi_driver.images.stopping import Told, untold
 from csi_driver.images.stream import Pace
 from csi_driver.images.target import Disk, Encryption, PassResult, Target
 from csi_driver.luks.formats import LuksFormat
@@ -88,6 +89,7 @@ def clone(
     pace: Pace = SMALL,
     threads: int = 2,
     verify: bool = False,
+    stopping: Told = untold,
 ) -> PassResult:
     """One pass from `source`, read as `operation` asks for; `before` each read."""
     identity = SourceIdentity.of(source, WHERE)
@@ -103,6 +105,7 @@ def clone(
             threads=threads,
             verify=verify,
             pace=pace,
+            stopping=stopping,
         )
 
 

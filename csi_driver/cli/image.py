@@ -11,7 +11,7 @@ import click
 
 from csi_driver.cli.beside import PARAMS, BesideServer
 from csi_driver.cli.output import OUTPUT_OPTION, Output, about, confirm, show_json, show_table, show_text, size_text
-from csi_driver.cli.progress import ProgressLine
+from csi_driver.cli.progress import ProgressLine, tell_stopping
 from csi_driver.cli.secret_files import SecretSource, new_secret_options, secret_options
 from csi_driver.cli.sizes import read_some
 from csi_driver.images.base import Progress
@@ -277,7 +277,7 @@ class _Meter:
 
 
 def _library(state_dir: Path, connector: Connector | None = None) -> ImageLibrary:
-    return ImageLibrary(Path(state_dir) / "images", connector)
+    return ImageLibrary(Path(state_dir) / "images", connector, tell_stopping)
 
 
 def _key(entries: Mapping[str, str]) -> SecretKey | None:

@@ -1,6 +1,7 @@
 """`luks-csi`: the group of commands, each loaded only when it is called."""
 
 import importlib
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Final, NoReturn
@@ -9,7 +10,7 @@ import click
 
 from csi_driver import __version__
 from csi_driver.cli.loading import loading
-from csi_driver.model.errors import DriverError
+from csi_driver.model.errors import DriverError, Stopped
 from csi_driver.model.text import printable
 
 COMMANDS: Mapping[str, str] = {
@@ -24,7 +25,7 @@ COMMANDS: Mapping[str, str] = {
 """Name of each command, and where it is."""
 
 FAILED: Final = 1
-INTERRUPTED: Final = 130  # 128 and the number of SIGINT, as a shell tells it
+INTERRUPTED: Final = 128 + signal.SIGINT  # as a shell tells it
 
 
 class _LazyGroup(click.Group):
@@ -63,6 +64,8 @@ def main(arguments: Sequence[str] | None = None, obj: object = None) -> NoReturn
     except click.ClickException as error:
         what = "INVALID_ARGUMENT" if isinstance(error, click.UsageError) else "FAILED_PRECONDITION"
         _fail(words, printable(error.format_message()), what, error.exit_code)
+    except Stopped as error:
+        _fail(words, str(error), "CANCELLED", 128 + signal.Signals[error.signal])
     except DriverError as error:
         if _wants_json(words):
             _fail(words, str(error), _code_of(error), FAILED)

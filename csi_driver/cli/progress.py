@@ -1,5 +1,7 @@
 """How far a long command is: one line that is written over on a terminal, a line now and then elsewhere."""
 
+import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +14,13 @@ from csi_driver.model.text import printable
 _BAR: Final = 24
 _SECONDS_ON_A_TERMINAL: Final = 0.1
 _SECONDS_ELSEWHERE: Final = 10.0
+
+
+def tell_stopping(descriptor: int = 2) -> None:
+    """Say at once that Ctrl-C was heard. From a signal handler: standard error's own buffer may be in use just now."""
+    begin = "\r\x1b[K" if os.isatty(descriptor) else ""
+    with contextlib.suppress(OSError):
+        os.write(descriptor, f"{begin}stopping at the next checkpoint; again stops now\n".encode())
 
 
 class ProgressLine:

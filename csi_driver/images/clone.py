@@ -26,7 +26,7 @@ from csi_driver.images.checkpoint import (
     store_checkpoint,
 )
 from csi_driver.images.later import Later
-from csi_driver.images.stopping import Stop, stop_signals
+from csi_driver.images.stopping import Stop, Told, stop_signals, untold
 from csi_driver.images.stream import USUAL_PACE, Checker, Chunk, Copier, Crew, Layout, Ledger, Pace, Worker, chunks_of
 from csi_driver.images.target import (
     BLOCK,
@@ -45,12 +45,12 @@ from csi_driver.luks.bulk import SectorCipher, sector_cipher
 from csi_driver.luks.formats import check_capacity
 from csi_driver.luks.image_header import VolumeKey, limits_of, padded, read_image_header, write_image_header
 from csi_driver.model.errors import (
-    Aborted,
     DeadlineExceeded,
     DriverError,
     FailedPrecondition,
     InvalidArgument,
     ResourceExhausted,
+    Stopped,
     Unauthenticated,
 )
 from csi_driver.model.volume import LuksIdentity
@@ -73,24 +73,25 @@ def run_pass(
     verify: bool = False,
     publish: Publish | None = None,
     pace: Pace = USUAL_PACE,
+    stopping: Told = untold,
 ) -> PassResult:
     """Copy the payload of `reader` into the part of `target`, or go on where an earlier run was cut.
 
     `threads` is four per core, 16 at most, unless given. `verify` reads the finished part back from the disk and
     compares. `publish` is called with the result while the target is still locked. SIGINT and SIGTERM stop the pass
-    behind a checkpoint; a second one stops it at once. An `ignore` copy of a whole file shares its blocks where the
-    file system can, unless it is to be verified.
+    behind a checkpoint, `stopping` is told; a second one stops it at once. An `ignore` copy of a whole file shares its
+    blocks where the file system can, unless it is to be verified.
 
     Raises InvalidArgument (empty image, no key to encrypt with), OutOfRange (too long for the cipher), VolumeBusy,
     ResourceExhausted (no room; nothing is left but what an earlier run had begun), FailedPrecondition (the source was
     changed; nothing is left), CommandFailed (the target cannot be written, or reads back otherwise; nothing is left),
-    and with the part left to go on with: Unauthenticated (another passphrase than the part's), Aborted (stopped),
-    DeviceUnreadable (source), DeadlineExceeded.
+    with the part left to go on with: Unauthenticated (another passphrase than the part's), Stopped, DeviceUnreadable
+    (source), DeadlineExceeded.
     """
     _check(reader, target, job)
     with hold(target, job.where) as lock:
         threads = threads or min(_THREADS_PER_CORE * len(os.sched_getaffinity(0)), _MOST_THREADS)
-        result = _Pass(reader, target, job, progress, threads, pace, lock).run(verify=verify)
+        result = _Pass(reader, target, job, progress, threads, pace, lock).run(stopping, verify=verify)
         if publish:
             publish(result)
         return result
@@ -130,8 +131,9 @@ class _Pass:
             reader.size, pace.chunk, chosen.data_offset if chosen else 0, chosen.sector_size if chosen else 1
         )
 
-    def run(self, *, verify: bool) -> PassResult:
+    def run(self, stopping: Told, *, verify: bool) -> PassResult:
         """All of it."""
+        self._stop.told = stopping
         try:
             with contextlib.ExitStack() as stack:
                 return self._run(stack, verify=verify)
@@ -144,7 +146,7 @@ class _Pass:
                 self._lock.keep()
 
     def _run(self, stack: contextlib.ExitStack, *, verify: bool) -> PassResult:
-        self._stop = stack.enter_context(stop_signals())
+        stack.enter_context(stop_signals(self._stop))
         found = self._resume(stack)
         if found is None and not verify and self._reflinked():
             return self._result(None, 0)
@@ -389,11 +391,9 @@ class _Pass:
         with contextlib.suppress(OSError):  # the error that led here tells more
             self._target.discard()
 
-    def _stopped(self, state: str) -> Aborted:
-        job = self._job
-        return Aborted(
-            f"{job.operation} of {job.where} was stopped by {self._stop.name}: {state}; run it again to go on"
-        )
+    def _stopped(self, state: str) -> Stopped:
+        job, name = self._job, self._stop.name
+        return Stopped(f"{job.operation} of {job.where} was stopped by {name}: {state}; run it again to go on", name)
 
     def _errors(self, done: str) -> contextlib.AbstractContextManager[None]:
         return target_errors(self._job.where, self._target.folder, done)

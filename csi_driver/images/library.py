@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from csi_driver.images.luks_reader import LuksReader
 from csi_driver.images.qemu import QemuReader
 from csi_driver.images.requests import Clone, Import, check_clone, check_secret, chosen_format, passphrase_of
 from csi_driver.images.source import RawReader, open_regular
+from csi_driver.images.stopping import Told, untold
 from csi_driver.images.store import ImageRecord, ImageStore, Provenance, check_name
 from csi_driver.images.target import Encryption, PassResult, Target
 from csi_driver.images.unwrap import unwrap
@@ -52,12 +54,13 @@ class Meter(Protocol):
 
 
 class ImageLibrary:
-    """The images below `folder`."""
+    """The images below `folder`; `stopping` is told when a signal asks long work to end."""
 
-    def __init__(self, folder: Path, connector: Connector | None = None) -> None:
+    def __init__(self, folder: Path, connector: Connector | None = None, stopping: Told = untold) -> None:
         self._files = Files()
         self._store = ImageStore(folder, self._files)
         self._connector = connector or Connector()
+        self._run = functools.partial(run_pass, stopping=stopping)
         self._locks = VolumeLocks(self._store.locks, Holders(), self._store.exists)
 
     def names(self) -> list[str]:
@@ -135,7 +138,7 @@ class ImageLibrary:
                 reader = self._reader(source, file, wanted, where)
                 stack.callback(reader.close)
                 progress = stack.enter_context(meter(_DOING[wanted.operation], reader.size))
-                run_pass(
+                self._run(
                     reader,
                     target,
                     job,
@@ -158,7 +161,7 @@ class ImageLibrary:
             contextlib.closing(RawReader(str(file), where)) as reader,
             meter("exporting", reader.size) as progress,
         ):
-            run_pass(reader, target, job, progress, publish=lambda result: self._put(result.part, path))
+            self._run(reader, target, job, progress, publish=lambda result: self._put(result.part, path))
         target.discard()
 
     def _put(self, part: Path, path: Path) -> None:
@@ -238,7 +241,7 @@ class ImageLibrary:
             return made
         job = Job(Operation.IGNORE, source, before, ImageFormat.RAW, where)
         with contextlib.closing(RawReader(wanted.source, where)) as reader, meter("copying", reader.size) as progress:
-            return run_pass(reader, Target(folder), job, progress).part
+            return self._run(reader, Target(folder), job, progress).part
 
     def _unwrapped(self, path: Path, folder: Path, wanted: Import, meter: Meter, where: str) -> Path:
         descriptor = open_regular(str(path), where)

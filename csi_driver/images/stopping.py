@@ -7,18 +7,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 
+Told = Callable[[], None]
+"""Tells that the end was asked for. It runs in a signal handler, between any two steps of the main thread."""
+
+
+def untold() -> None:
+    """Nobody is told."""
+
 
 @dataclass
 class Stop:
-    """The signal that asked for the end, or nothing."""
+    """`name` is that of the signal which asked for the end, or nothing; `told` is called when it does."""
 
+    told: Told = untold
     name: str = ""
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Stop]:
+def stop_signals(stop: Stop) -> Iterator[None]:
     """Note SIGINT and SIGTERM, once each way: the next one does what it did before. Only the main thread sees them."""
-    stop = Stop()
     before: dict[int, Callable[[int, FrameType | None], object] | int] = {}
 
     def restore() -> None:
@@ -28,12 +35,13 @@ def stop_signals() -> Iterator[Stop]:
     def note(number: int, _: FrameType | None) -> None:
         stop.name = signal.Signals(number).name
         restore()
+        stop.told()
 
     try:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     before[number] = signal.signal(number, note) or signal.SIG_DFL
-        yield stop
+        yield
     finally:
         restore()

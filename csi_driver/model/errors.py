@@ -21,7 +21,8 @@ device, what was expected and found, what to do. It never holds a secret.
     │   ├── MappingMismatch    an open mapping that is not ours to use
     │   └── DeviceInUse        somebody keeps a device or mount busy
     ├── Aborted                a state that passes by itself
-    │   └── VolumeBusy         another call, or an earlier child, is at work on this volume
+    │   ├── VolumeBusy         another call, or an earlier child, is at work on this volume
+    │   └── Stopped            a signal asked long work to end
     ├── InvalidToken           a paging token we did not give out (the CSI spec wants ABORTED)
     ├── ResourceExhausted      no space; wrong node for a node-local volume
     ├── DeadlineExceeded       a command ran out of time, a device hangs
@@ -112,6 +113,14 @@ class Aborted(DriverError):
 
 class VolumeBusy(Aborted):
     """Another call, or a child of an earlier one, is at work on this volume."""
+
+
+class Stopped(Aborted):
+    """A signal asked long work to end, and it did where it can go on later. `signal` is its name, such as SIGINT."""
+
+    def __init__(self, text: str, signal: str = "SIGINT") -> None:
+        super().__init__(text)
+        self.signal = signal
 
 
 class InvalidToken(DriverError):

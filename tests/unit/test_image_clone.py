@@ -23,7 +23,6 @@ from csi_driver.images.stream import Layout, chunks_of
 from csi_driver.images.target import Disk, Encryption, PartFile, PassResult, Target, hold
 from csi_driver.luks.image_header import VolumeKey
 from csi_driver.model.errors import (
-    Aborted,
     CommandFailed,
     DeviceUnreadable,
     DriverError,
@@ -32,6 +31,7 @@ from csi_driver.model.errors import (
     NotFound,
     OutOfRange,
     ResourceExhausted,
+    Stopped,
     Unauthenticated,
     VolumeBusy,
 )
@@ -510,8 +510,15 @@ def test_a_signal_stops_behind_a_checkpoint_and_the_next_run_goes_on(
 
     name = signal.Signals(number).name
     rare = replace(SMALL, checkpoint_bytes=1 << 40)
-    with pytest.raises(Aborted, match=rf"encrypt of image debian-12 was stopped by {name}: \d+ % of it are done; run"):
-        clone(ENCRYPT, source, folder, ENCRYPTED, progress=progress, before=read, pace=rare)
+    told: list[bool] = []
+    with pytest.raises(
+        Stopped, match=rf"encrypt of image debian-12 was stopped by {name}: \d+ % of it are done; run"
+    ) as e:
+        clone(
+            ENCRYPT, source, folder, ENCRYPTED, progress=progress, before=read, pace=rare,
+            stopping=lambda: told.append(sent.is_set()),
+        )  # fmt: skip
+    assert (e.value.signal, told) == (name, [False]), "at once, by the signal itself"
     assert signal.getsignal(number) is before
     assert durable_chunks(folder) >= 10
     assert clone(ENCRYPT, source, folder, ENCRYPTED).resumed >= 10
