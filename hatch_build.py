@@ -1,8 +1,8 @@
 """Build hook: makes what is not committed, by each build, editable or not. `python hatch_build.py` makes it alone.
 
 - The gRPC stubs and their types from `protos/`, in `csi_driver/rpc/`.
-- `csi_driver/luks/libbulk.so` from `bulk.c` beside it, where there is a C compiler. Without one the package works all
-  the same, slower (`csi_driver/luks/bulk.py`).
+- `csi_driver/luks/libbulk.so` from `bulk.c` beside it, where there is a C compiler. Without one a library that is there
+  and fits its source stays; without any the package works all the same, slower (`csi_driver/luks/bulk.py`).
 """
 
 import os

@@ -10,6 +10,7 @@ import click
 
 from csi_driver import __version__
 from csi_driver.cli.loading import loading
+from csi_driver.cli.words import for_people
 from csi_driver.model.errors import DriverError, Stopped
 from csi_driver.model.text import printable
 
@@ -67,10 +68,11 @@ def main(arguments: Sequence[str] | None = None, obj: object = None) -> NoReturn
     except Stopped as error:
         _fail(words, str(error), "CANCELLED", 128 + signal.Signals[error.signal])
     except DriverError as error:
+        said = for_people(str(error))
         if _wants_json(words):
-            _fail(words, str(error), _code_of(error), FAILED)
+            _fail(words, said, _code_of(error), FAILED)
         answered = getattr(error, "code", None)  # the server's own, of a call to it
-        _fail(words, f"{error} ({answered})" if answered else str(error), "", FAILED)
+        _fail(words, f"{said} ({answered})" if answered else said, "", FAILED)
     except click.Abort:
         _fail(words, "interrupted", "CANCELLED", INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
