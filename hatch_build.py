@@ -2,9 +2,11 @@
 
 - The gRPC stubs and their types from `protos/`, in `csi_driver/rpc/`.
 - `csi_driver/luks/libbulk.so` from `bulk.c` beside it, where there is a C compiler. Without one a library that is there
-  and fits its source stays; without any the package works all the same, slower (`csi_driver/luks/bulk.py`).
+  stays, and is used if it was made of that source; without any the package works all the same, slower
+  (`csi_driver/luks/bulk.py`).
 """
 
+import hashlib
 import os
 import shlex
 import shutil
@@ -54,22 +56,24 @@ def generate(root: Path) -> None:
 
 
 def compile_bulk(root: Path, compiler_command: str) -> bool:
-    """Compile bulk.c under `root`; False, with the reason on stderr, when that cannot be."""
-    target = root / BULK
-    target.unlink(missing_ok=True)  # never one that does not fit its source
+    """Compile bulk.c under `root`; whether there is a library then. What cannot be done is told on stderr."""
+    target, source = root / BULK, root / BULK_SOURCE
     compiler = shlex.split(compiler_command)
     if shutil.which(compiler[0]) is None:
         complaint = f"there is no C compiler {compiler[0]}"
     else:
         new = target.with_suffix(f".{os.getpid()}")
-        command = [*compiler, *BULK_FLAGS, "-o", str(new), str(root / BULK_SOURCE)]
+        digest = f'-DBULK_DIGEST="{hashlib.sha256(source.read_bytes()).hexdigest()}"'  # bulk.py compares it
+        command = [*compiler, *BULK_FLAGS, digest, "-o", str(new), str(source)]
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
         if done.returncode == 0:
             new.replace(target)
             return True
         complaint = f"{compiler[0]} ended with status {done.returncode}: {done.stderr.strip()}"
-    print(f"luks-csi: {BULK} is left out, so images are encrypted more slowly: {complaint}", file=sys.stderr)  # noqa: T201 - a build says so
-    return False
+    there = target.exists()
+    result = "stays as it is" if there else "is left out, so images are encrypted more slowly"
+    print(f"luks-csi: {BULK} {result}: {complaint}", file=sys.stderr)  # noqa: T201 - a build says so
+    return there
 
 
 class MakeHook(BuildHookInterface[Any]):

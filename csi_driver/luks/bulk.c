@@ -18,6 +18,13 @@
 #error "IVs and tweaks are little-endian numbers, and are handled as the machine's own"
 #endif
 
+#ifndef BULK_DIGEST
+#define BULK_DIGEST ""
+#endif
+
+/* Of this source, put in by the build: bulk.py uses no library that was made of another one. */
+const char bulk_digest[] = BULK_DIGEST;
+
 enum {
     SECTOR = 512,      /* IVs count these, whatever the sector size */
     BLOCKS = 512,      /* of 16 bytes: the 8 KiB that are worked on at a time, half of a first-level cache at least */

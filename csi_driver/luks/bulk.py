@@ -23,6 +23,7 @@ from csi_driver.model.errors import CommandFailed, FailedPrecondition, InvalidAr
 
 LIBRARY: Final = "libcrypto.so.3"
 COMPILED: Final = os.path.join(os.path.dirname(__file__), "libbulk.so")
+SOURCE: Final = os.path.join(os.path.dirname(__file__), "bulk.c")
 
 _UNIT: Final = 512
 _BLOCK: Final = 16
@@ -126,7 +127,7 @@ def sector_cipher(cipher: str, key: bytes, sector_size: int, *, compiled: bool |
         narrow=iv == "plain",
     )
     ctypes.memmove(ctypes.addressof(parameters), material, len(material))
-    use_compiled = os.path.exists(COMPILED) if compiled is None else compiled
+    use_compiled = _is_there() if compiled is None else compiled
     return SectorCipher(_compiled() if use_compiled else _sector_by_sector(), parameters)
 
 
@@ -227,6 +228,20 @@ class _SectorBySector:
             yield context
         finally:
             library.EVP_CIPHER_CTX_free(context)
+
+
+def fits(library: str, source: str) -> bool:
+    """Whether a library is there and was made of that source: a build without a compiler leaves an older one."""
+    try:
+        with open(library, "rb") as compiled, open(source, "rb") as text:
+            return hashlib.sha256(text.read()).hexdigest().encode() in compiled.read()
+    except FileNotFoundError:
+        return False
+
+
+@cache
+def _is_there() -> bool:
+    return fits(COMPILED, SOURCE)
 
 
 _compiled = cache(_Compiled)

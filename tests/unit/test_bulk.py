@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hatch_build
-from csi_driver.luks.bulk import SectorCipher, sector_cipher
+from csi_driver.luks.bulk import COMPILED, SOURCE, SectorCipher, fits, sector_cipher
 from csi_driver.model.errors import InvalidArgument
 from tests.bulk_cases import CASES, DATA, DIGESTS, FIRST, WAYS, Case, digest, done
 
@@ -177,17 +177,35 @@ def test_the_compiled_part_compiles_without_a_warning(tmp_path: Path) -> None:
     subprocess.run(command, check=True, timeout=60)
 
 
-def test_a_package_without_a_compiler_is_built_without_the_compiled_part(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("compiler", "words"),
+    [("no-such-cc", "there is no C compiler no-such-cc"), ("false", "false ended with status 1")],
+)
+def test_a_build_without_a_compiler_says_so_and_leaves_a_library_alone_that_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], compiler: str, words: str
 ) -> None:
     source = tmp_path / hatch_build.BULK_SOURCE
     source.parent.mkdir(parents=True)
     source.write_text("no C at all")
-    for compiler, words in (
-        ("no-such-cc", "there is no C compiler no-such-cc"),
-        ("false", "false ended with status 1"),
-    ):
-        (tmp_path / hatch_build.BULK).touch()  # of an older source
-        assert not hatch_build.compile_bulk(tmp_path, compiler)
-        assert words in capsys.readouterr().err
-        assert [path.name for path in source.parent.iterdir()] == [source.name]
+    assert not hatch_build.compile_bulk(tmp_path, compiler)
+    said = capsys.readouterr().err
+    assert f"libbulk.so is left out, so images are encrypted more slowly: {words}" in said
+    (tmp_path / hatch_build.BULK).write_text("of an older build")
+    assert hatch_build.compile_bulk(tmp_path, compiler)
+    assert f"libbulk.so stays as it is: {words}" in capsys.readouterr().err
+    assert (tmp_path / hatch_build.BULK).read_text() == "of an older build"
+    assert sorted(path.name for path in source.parent.iterdir()) == ["bulk.c", "libbulk.so"]
+
+
+@needs_compiler
+def test_only_a_library_of_the_source_beside_it_is_used(tmp_path: Path) -> None:
+    source, library = tmp_path / hatch_build.BULK_SOURCE, tmp_path / hatch_build.BULK
+    source.parent.mkdir(parents=True)
+    shutil.copyfile(ROOT / hatch_build.BULK_SOURCE, source)
+    assert not fits(str(library), str(source))
+    assert hatch_build.compile_bulk(tmp_path, "cc")
+    assert fits(str(library), str(source))
+    source.write_text(source.read_text() + "/* newer */")
+    assert not fits(str(library), str(source))
+    assert fits(COMPILED, SOURCE)
+    assert sector_cipher("aes-xts-plain64", bytes(range(64)), 512).compiled
