@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from csi_driver.cli.logs import configure_logs
+from csi_driver.cli.names import volume_names
 from csi_driver.cli.output import OUTPUT_OPTION, Output, confirm, show_json, show_text
 from csi_driver.cli.secret_files import SecretSource, read_for_volume, secret_options
 from csi_driver.cli.serve import settings_params
@@ -17,7 +18,7 @@ _HOUR = 3600.0
 
 
 @click.command(params=[*settings_params(*_SETTINGS), OUTPUT_OPTION])
-@click.argument("volume_id", metavar="VOLUME")
+@click.argument("volume_id", metavar="VOLUME", shell_complete=volume_names)
 @click.option("--repair", is_flag=True, help="Mend what is found, as far as the file system's program can.")
 @click.option("--seconds", type=click.FloatRange(1, 30 * 24 * _HOUR), default=24 * _HOUR, show_default=True,
               help="Time limit of each run of that program.")  # fmt: skip

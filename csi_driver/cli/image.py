@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from csi_driver.cli.beside import PARAMS, BesideServer
+from csi_driver.cli.names import image_names
 from csi_driver.cli.output import OUTPUT_OPTION, Output, about, confirm, show_json, show_table, show_text, size_text
 from csi_driver.cli.progress import ProgressLine, tell_stopping
 from csi_driver.cli.secret_files import SecretSource, new_secret_options, secret_options
@@ -56,7 +57,7 @@ def import_(
 
 
 @image.command("clone", cls=BesideServer, params=[*_PARAMS])
-@click.argument("source")
+@click.argument("source", shell_complete=image_names)
 @click.argument("name")
 @click.option("--encryption", type=click.Choice([each.value for each in Operation]), default=Operation.IGNORE.value,
               show_default=True, help="ignore copies as it is; reencrypt gives another key.")  # fmt: skip
@@ -195,7 +196,7 @@ def _row(found: Document) -> tuple[str, ...]:
 
 
 @image.command("inspect", cls=BesideServer, params=[*_PARAMS])
-@click.argument("name")
+@click.argument("name", shell_complete=image_names)
 def inspect(name: str, output: str, state_dir: Path) -> None:
     """Show an image: format, sizes, where it comes from and, if it is encrypted, what its header says."""
     library = _library(state_dir)
@@ -227,7 +228,7 @@ def inspect(name: str, output: str, state_dir: Path) -> None:
 
 
 @image.command("delete", cls=BesideServer, params=[*_PARAMS])
-@click.argument("name")
+@click.argument("name", shell_complete=image_names)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def delete(name: str, output: str, state_dir: Path, *, yes: bool) -> None:
     """Delete an image, or what a cut command has left of it."""
@@ -241,7 +242,7 @@ def delete(name: str, output: str, state_dir: Path, *, yes: bool) -> None:
 
 
 @image.command("export", cls=BesideServer, params=[*_PARAMS])
-@click.argument("name")
+@click.argument("name", shell_complete=image_names)
 @click.argument("path", type=click.Path(path_type=Path))
 def export(name: str, path: Path, output: str, state_dir: Path) -> None:
     """Copy an image's file, as it is, to a new file at PATH; one that is encrypted stays so."""

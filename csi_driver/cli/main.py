@@ -15,9 +15,11 @@ from csi_driver.model.errors import DriverError, Stopped
 from csi_driver.model.text import printable
 
 COMMANDS: Mapping[str, str] = {
+    "completion": "csi_driver.cli.manual:completion",
     "controller": "csi_driver.cli.controller:controller",
     "doctor": "csi_driver.cli.doctor:doctor",
     "image": "csi_driver.cli.image:image",
+    "man": "csi_driver.cli.manual:man",
     "orphans": "csi_driver.cli.orphans:orphans",
     "register": "csi_driver.cli.register:register",
     "serve": "csi_driver.cli.serve:serve",
@@ -47,7 +49,7 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, message="luks-csi %(version)s")
 def luks_csi() -> None:
-    """Encrypted volumes for Kubernetes on any storage."""
+    """Encrypted volumes for Kubernetes on any storage, and encrypted VM images."""
 
 
 def main(arguments: Sequence[str] | None = None, obj: object = None) -> NoReturn:

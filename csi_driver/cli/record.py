@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from csi_driver.cli.names import volume_names
 from csi_driver.cli.output import OUTPUT_OPTION, Output, confirm, show_json, show_text, size_text
 from csi_driver.cli.serve import settings_params
 from csi_driver.model.errors import NotFound
@@ -43,7 +44,7 @@ def record_rows(record: VolumeRecord) -> list[tuple[str, str]]:
 
 
 @click.command("accept-record", params=[*settings_params("state_dir"), OUTPUT_OPTION])
-@click.argument("volume_id", metavar="VOLUME")
+@click.argument("volume_id", metavar="VOLUME", shell_complete=volume_names)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def accept_record(volume_id: str, output: str, *, yes: bool, **settings: Any) -> None:
     """Take a volume's record from a backup, though a newer one was written; on its node, without a server.

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from csi_driver.cli.check import check
+from csi_driver.cli.names import volume_names
 from csi_driver.cli.node_view import Seen
 from csi_driver.cli.output import Output, confirm, show_json, show_table, show_text, size_text
 from csi_driver.cli.record import accept_record, record_rows
@@ -77,7 +78,7 @@ def list_(remote: Remote) -> None:
 
 
 @command(volume, "show")
-@click.argument("volume_id", metavar="VOLUME")
+@click.argument("volume_id", metavar="VOLUME", shell_complete=volume_names)
 def show(remote: Remote, volume_id: str) -> None:
     """Show a volume: what the server tells and, on its node, where it is, how it is and what is recorded."""
     found = remote.client.volume(volume_id)
@@ -135,7 +136,7 @@ def create(
 
 
 @command(volume, "delete")
-@click.argument("volume_id", metavar="VOLUME")
+@click.argument("volume_id", metavar="VOLUME", shell_complete=volume_names)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def delete(remote: Remote, volume_id: str, *, yes: bool) -> None:
     """Delete a volume and all that is in it."""

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import click
 
+from csi_driver.cli.names import volume_names
 from csi_driver.cli.output import Output, about, show_json, show_table, size_text
 from csi_driver.cli.remote import (
     Remote,
@@ -27,7 +28,7 @@ from csi_driver.volumes.condition import Condition
 _FORMATTED: Final = (EncryptionState.CLONING, EncryptionState.ENCRYPTED)
 
 
-@click.argument("volume_id", metavar="VOLUME")
+@click.argument("volume_id", metavar="VOLUME", shell_complete=volume_names)
 @click.argument("path", callback=absolute)
 @capability_options
 @secret_options
@@ -45,7 +46,7 @@ def stage(remote: Remote, volume_id: str, path: Path, secret: SecretSource, **us
     remote.tell(f"volume {found.id} is staged at {path}", found)
 
 
-@click.argument("volume_id", metavar="VOLUME")
+@click.argument("volume_id", metavar="VOLUME", shell_complete=volume_names)
 @click.argument("path", callback=absolute)
 def unstage(remote: Remote, volume_id: str, path: Path) -> None:
     """Unmount a volume from PATH, where it was staged, and close it; needs no key."""
@@ -56,7 +57,7 @@ def unstage(remote: Remote, volume_id: str, path: Path) -> None:
     _tell(remote, f"volume {volume_id} is closed", volume_id)
 
 
-@click.argument("volume_id", metavar="VOLUME")
+@click.argument("volume_id", metavar="VOLUME", shell_complete=volume_names)
 @click.argument("staging_path", callback=absolute)
 @click.argument("target_path", callback=absolute)
 @click.option("--read-only", is_flag=True, help="Without the right to write.")
@@ -70,7 +71,7 @@ def publish(
     remote.tell(f"volume {volume_id} is published at {target_path}", found)
 
 
-@click.argument("volume_id", metavar="VOLUME")
+@click.argument("volume_id", metavar="VOLUME", shell_complete=volume_names)
 @click.argument("target_path", callback=absolute)
 def unpublish(remote: Remote, volume_id: str, target_path: Path) -> None:
     """Take a volume away from TARGET_PATH, where it was published; it stays staged."""
@@ -81,7 +82,7 @@ def unpublish(remote: Remote, volume_id: str, target_path: Path) -> None:
     _tell(remote, f"volume {volume_id} is no longer at {target_path}", volume_id)
 
 
-@click.argument("volume_id", metavar="VOLUME")
+@click.argument("volume_id", metavar="VOLUME", shell_complete=volume_names)
 @click.argument("path", callback=absolute, required=False)
 @size_option("--size", required=True, meaning="The new capacity, at least: bytes, or 512Mi, 1Gi, 1G.")
 @secret_options
@@ -106,7 +107,7 @@ def expand(remote: Remote, volume_id: str, path: Path | None, size: int, secret:
     _tell(remote, f"volume {volume_id} has {size_text(capacity)}; {where}", volume_id)
 
 
-@click.argument("volume_id", metavar="VOLUME")
+@click.argument("volume_id", metavar="VOLUME", shell_complete=volume_names)
 @click.argument("path", callback=absolute)
 def stats(remote: Remote, volume_id: str, path: Path) -> None:
     """Tell how full a volume is that is staged or published at PATH."""

@@ -94,7 +94,7 @@ class Staging:
             well = self._healing.ensure_well(present)
             self._backend.guard(record.id)
             if record.parameters.backing_image is not None:
-                self._grow_clone(record.id, well)  # the call that mounted it may have been cut before it
+                self._grow(record, well)  # the call that mounted it may have been cut before it
             if record.encryption is not None:
                 self._drift.look(record, present.stage, request.key)
             return
