@@ -30,7 +30,7 @@ MACHINE_PYTEST := $(PY) -m pytest -p no:cacheprovider
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check sanity faults crashes storm danger canary cluster-test bench bench-images format clean venv system lock \
+.PHONY: help demo shell test check sanity faults crashes storm danger canary cluster-test bench bench-images format clean venv system lock \
     images images-demo images-matrix images-kills images-hostile images-limits
 
 help: ## this list
@@ -38,6 +38,9 @@ help: ## this list
 
 demo: venv system ## an encrypted volume from creation to clean-up, on real dm-crypt
 	@$(GUEST) $(PY) -m tests.machine.demo
+
+shell: venv system ## a guest with device-mapper, luks-csi and a disk, to try things by hand
+	@$(PY) -m tests.machine.shell
 
 test: check $(CSI_SANITY) $(KUBERNETES_BIN) ## every test, seeded handfuls of the long ones
 	@tools/system.sh cluster

@@ -186,7 +186,7 @@ def _control() -> int:
     except OSError as error:
         raise NoDeviceMapper(
             f"this host has no device-mapper, {_CONTROL} cannot be opened ({error_name(error)}); load the kernel "
-            f"module dm_mod or run on a host that has it"
+            f"module dm_mod, run on a host that has it, or try things in the guest of `make shell`, in the source tree"
         ) from None
 
 

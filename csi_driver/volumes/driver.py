@@ -11,12 +11,13 @@ from csi_driver.host.files import Files
 from csi_driver.host.fshealth import FileSystemHealth
 from csi_driver.host.holders import Holders
 from csi_driver.host.locks import VolumeLocks
+from csi_driver.host.log import log
 from csi_driver.host.loop import LoopDevices
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.workers import Workers
 from csi_driver.images.store import ImageStore
 from csi_driver.luks.mapping import Mappings
-from csi_driver.model.errors import FailedPrecondition
+from csi_driver.model.errors import DriverError, FailedPrecondition
 from csi_driver.model.settings import Settings
 from csi_driver.volumes.check import Checking
 from csi_driver.volumes.condition import Conditions
@@ -96,6 +97,11 @@ class Driver:
                 f"the state directory {self.settings.state_dir} cannot be made ({error.strerror}); make it a writable "
                 f"folder"
             ) from None
+
+        try:
+            self.mappings.names()
+        except DriverError as error:
+            log.warning("no encrypted volume can be staged on this host", error=str(error))
 
     def warm_up(self) -> None:
         """Start the worker launcher ahead of the first call that needs it."""

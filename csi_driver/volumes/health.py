@@ -247,7 +247,10 @@ class Health:
 
     def _space(self) -> Finding:
         def look() -> str:
-            space = self._backend.space()
+            try:
+                space = self._backend.space()
+            except FileNotFoundError:
+                return "not looked at; no driver was started here yet"
             if space.available == 0:
                 raise FailedPrecondition(
                     f"nothing is free above the floor of {self._settings.free_space_floor / _GIB:g} GiB"

@@ -19,15 +19,18 @@ import sys
 import termios
 from collections.abc import Iterator
 
-JOB, STATUS = "job.json", "status"  # files of the host's scratch folder, besides the streams'
+JOB, STATUS, STDIN = "job.json", "status", "stdin"  # files of the host's scratch folder, besides the streams'
 STATE, OUT = "/mnt/state", "/mnt/out"
 SHADOWED = {"/run": "755", "/mnt": "755", "/tmp": "1777", "/var/tmp": "1777"}  # the guest's own, and their modes
+
+HOST_NAME = b"guest"
 
 UDEVD = "/lib/systemd/systemd-udevd"
 UDEV_LOG = "/run/guest/udevd.log"
 
 _HOST = "/run/guest/host"  # the scratch folder, writable
 _BIN = "/run/guest/bin"
+_TERMINAL = "/dev/tty1"  # the kernel's con1
 _MODULES = "/usr/lib/uml/modules"
 # The block modes come first: dm-crypt's own dependencies ask for them while they load, and asking costs a process.
 _AT_BOOT = ("ecb", "cbc", "ctr", "xts", "dm_crypt", "loop", "af_alg", "algif_skcipher")
@@ -48,7 +51,7 @@ Stream = tuple[str, list[int], tuple[int, int] | None]
 class Job:
     """What the host wants from this boot; `out` is a folder of the host that it may write, `own` are the guest's own
     besides SHADOWED, `shown` are those that it must see though they lie under such, `sync` asks that the disk is synced
-    at the end, `udev` for a udevd.
+    at the end, `udev` for a udevd. `terminal` has the rows and columns of the one that is the command's own, if any is.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Job:
         shown: list[str],
         sync: bool,
         udev: bool,
+        terminal: tuple[int, int] | None,
     ) -> None:
         self.command = command
         self.cwd = cwd
@@ -73,6 +77,7 @@ class Job:
         self.shown = shown
         self.sync = sync
         self.udev = udev
+        self.terminal = terminal
 
     def dump(self) -> bytes:
         return marshal.dumps(vars(self))
@@ -98,6 +103,7 @@ def mount(source: str, target: str, fstype: str, flags: int = 0, data: str = "")
 
 
 def _make_system(scratch: str, job: Job) -> None:
+    _check(_libc.sethostname(HOST_NAME, len(HOST_NAME)), "sethostname")
     mount("proc", "/proc", "proc")
     mount("sysfs", "/sys", "sysfs")
     mount("cgroup2", "/sys/fs/cgroup", "cgroup2")
@@ -240,9 +246,13 @@ def _open(terminal: tuple[int, int] | None) -> tuple[int, int]:
     settings[1] &= ~termios.OPOST
     settings[3] &= ~termios.ECHO
     termios.tcsetattr(theirs, termios.TCSANOW, settings)
-    size = b"".join(number.to_bytes(2, sys.byteorder) for number in (*terminal, 0, 0))
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, size)
+    _set_size(theirs, terminal)
     return ours, theirs
+
+
+def _set_size(terminal: int, shape: tuple[int, int]) -> None:
+    size = b"".join(number.to_bytes(2, sys.byteorder) for number in (*shape, 0, 0))
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
 
 
 def _copy(source: int, target: int) -> bool:
@@ -273,9 +283,15 @@ def _spawn(job: Job, writers: dict[int, int]) -> int:
     os.chdir(job.cwd)
     os.environ["PATH"] = job.env["PATH"]  # where the command is looked for
     actions: list[tuple[int, int, str, int, int] | tuple[int, int, int]] = [
-        (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)
+        (os.POSIX_SPAWN_OPEN, 0, f"{_HOST}/{STDIN}", os.O_RDONLY, 0)
     ]
     actions += [(os.POSIX_SPAWN_DUP2, writer, descriptor) for descriptor, writer in writers.items()]
+    if job.terminal:
+        console = os.open(_TERMINAL, os.O_RDWR | os.O_NOCTTY)
+        _set_size(console, job.terminal)
+        os.close(console)
+        # The leader of a session that has none gets the terminal that it opens for its own (tty(4)).
+        actions = [(os.POSIX_SPAWN_OPEN, number, _TERMINAL, os.O_RDWR, 0) for number in range(3)]
     ignored = [signal.SIGPIPE, signal.SIGXFSZ]  # by Python, not by what it starts
     return os.posix_spawnp(job.command[0], job.command, job.env, file_actions=actions, setsid=True, setsigdef=ignored)
 

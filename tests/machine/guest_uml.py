@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
-from tests.machine.guest_init import JOB, OUT, SHADOWED, STATE, STATUS, UDEVD, Job, Stream
+from tests.machine.guest_init import JOB, OUT, SHADOWED, STATE, STATUS, STDIN, UDEVD, Job, Stream
 
 _KERNEL = "linux.uml"
 _HERE = Path(__file__).parent
@@ -58,7 +58,8 @@ class GuestConfig:
     host that appears as /mnt/out. `env` adds to the environment. `tap` is a tap interface of the host that becomes
     vec0, with the address `mac`. `own` are further folders in which the guest sees nothing of the host but has
     something empty of its own, and `shown` what it must see in spite of that. `kernel_log` gets what the kernel says,
-    boot after boot. `udev`: a systemd-udevd looks after /dev.
+    boot after boot. `udev`: a systemd-udevd looks after /dev. `terminal` is a descriptor above 2 of one that is to be
+    the command's own, `stdin` what the command reads where it has none.
     """
 
     memory: int = 2 << 30
@@ -74,6 +75,8 @@ class GuestConfig:
     shown: Sequence[Path] = ()
     kernel_log: Path | None = None
     udev: bool = False
+    terminal: int | None = None
+    stdin: bytes = b""
 
 
 def missing() -> str | None:
@@ -124,20 +127,21 @@ def _environment(extra: Mapping[str, str], *, out: bool, udev: bool) -> dict[str
     }
 
 
+def _shape(descriptor: int) -> tuple[int, int] | None:
+    """Rows and columns of a terminal."""
+    if not os.isatty(descriptor):
+        return None
+    columns, rows = os.get_terminal_size(descriptor)
+    return rows, columns
+
+
 def _streams() -> list[Stream]:
     """As the caller's own: one stream if both outputs go to one place, so that their order is kept; a terminal if it
     is one, so that the command colours its output.
     """
-
-    def shape(descriptor: int) -> tuple[int, int] | None:
-        if not os.isatty(descriptor):
-            return None
-        columns, rows = os.get_terminal_size(descriptor)
-        return rows, columns
-
     if os.path.sameopenfile(1, 2):
-        return [("stdout", [1, 2], shape(1))]
-    return [(name, [number], shape(number)) for number, name in _FILES.items()]
+        return [("stdout", [1, 2], _shape(1))]
+    return [(name, [number], _shape(number)) for number, name in _FILES.items()]
 
 
 def _members(group: int) -> Iterator[int]:
@@ -214,7 +218,9 @@ class Guest:
             shown=_shown(config),
             sync=config.sync,
             udev=config.udev,
+            terminal=None if config.terminal is None else _shape(config.terminal),
         )
+        (self._scratch / STDIN).write_bytes(config.stdin)
         (self._scratch / JOB).write_bytes(job.dump())
         init = self._scratch / "init"
         init.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{_HERE / "guest_init.py"}" "{self._scratch}"\n')
@@ -233,6 +239,8 @@ class Guest:
 
     def _kernel(self, init: Path) -> list[str]:
         tap, mac = self._config.tap, self._config.mac
+        terminal = self._config.terminal
+        console = [] if terminal is None else [f"con1=fd:{terminal},fd:{terminal}"]
         network = [f"vec0:transport=tap,ifname={tap},depth=128,gro=1,mac={mac}"] if tap else []
         return [
             shutil.which(_KERNEL, path=system_path()) or _KERNEL,
@@ -247,6 +255,7 @@ class Guest:
             f"init={init}",
             "con=null",
             "con0=null,fd:1",
+            *console,
             "oops=panic",
             "noreboot",
             *network,
@@ -274,6 +283,7 @@ class Guest:
             cwd=self._scratch,
             env=self._kernel_environment(),
             start_new_session=True,
+            pass_fds=() if self._config.terminal is None else (self._config.terminal,),
         )
 
     def _end_group(self, leader: subprocess.Popen[bytes]) -> None:

@@ -82,7 +82,11 @@ def test_before_the_first_start_nothing_is_amiss_with_a_state_directory_that_can
     assert found["programs"]["ok"], found["programs"]
     assert "orphans" not in found
     assert not (tmp_path / "lib").exists()
-    assert looked_at(tmp_path)["orphans"]["found"] == "none; no driver was started here yet"
+    found = looked_at(tmp_path)
+    assert (found["orphans"]["ok"], found["orphans"]["found"]) == (True, "none; no driver was started here yet")
+    assert (found["free space"]["ok"], found["free space"]["found"]) == (
+        True, "not looked at; no driver was started here yet",
+    )  # fmt: skip
 
 
 def test_a_state_directory_that_cannot_be_made_is_a_finding(tmp_path: Path) -> None:
