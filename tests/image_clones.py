@@ -27,7 +27,7 @@ WHERE = "image debian-12"
 PASSPHRASE = Passphrase(b"correct horse battery staple")
 OTHER_PASSPHRASE = Passphrase(b"another one")
 CHEAP = LuksFormat(pbkdf="pbkdf2", iterations=1000, memory_kib=0)
-SMALL = Pace(chunk=64 * 1024, checkpoint_bytes=256 * 1024)
+SMALL = Pace(chunk=64 * 1024, stride=1, checkpoint_bytes=256 * 1024)
 HEADER = 16 * MIB
 ENCRYPTED = Encryption(CHEAP, PASSPHRASE)
 

@@ -22,9 +22,11 @@ from csi_driver.luks.formats import LuksFormat
 from csi_driver.model.errors import DeviceUnreadable, FailedPrecondition, NotFound
 from csi_driver.model.volume import LuksIdentity
 
-VERSION: Final = 1
+VERSION: Final = 2
 DIGEST_BYTES: Final = 32
 """SHA-256."""
+
+_ALL_DIGESTS: Final = 1  # the version that knew no other checkpoints
 
 _TICK_SECONDS = 0.02
 
@@ -116,7 +118,10 @@ def check_source(job: Job) -> None:
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All that decides the target's bytes but its key. `payload` and `chunk` in bytes."""
+    """All that decides the target's bytes but its key. `payload` and `chunk` in bytes.
+
+    `verify`: the digest of every chunk is kept, as the finished part is to be compared with them.
+    """
 
     source: SourceIdentity
     source_format: ImageFormat
@@ -124,24 +129,34 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     payload: int
     chunk: int
     format: LuksFormat | None
+    verify: bool = True
+
+    def continues(self, found: Self) -> bool:
+        """Whether a part of the plan `found` is one of this plan, too: it may have more digests than are needed."""
+        return found == self or (found.verify and msgspec.structs.replace(found, verify=False) == self)
 
 
 class Checkpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The leading chunks of `plan` that are durable: one digest of DIGEST_BYTES each. `luks` is the part's header."""
+    """The leading `chunks` of `plan` are durable. `luks` is the part's header.
+
+    `digests` are those of the last chunks of them, DIGEST_BYTES each: of all where the plan says `verify`.
+    """
 
     version: int
     plan: Plan
     luks: LuksIdentity | None
     digests: bytes
+    chunks: int = 0
 
     @property
-    def chunks(self) -> int:
-        """How many chunks are durable."""
-        return len(self.digests) // DIGEST_BYTES
+    def first(self) -> int:
+        """The first chunk with a digest."""
+        return self.chunks - len(self.digests) // DIGEST_BYTES
 
     def digest(self, index: int) -> bytes:
-        """The digest of one of them."""
-        return self.digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
+        """The digest of one of them, from `first` on."""
+        at = (index - self.first) * DIGEST_BYTES
+        return self.digests[at : at + DIGEST_BYTES]
 
 
 def load_checkpoint(path: Path) -> Checkpoint | None:
@@ -150,8 +165,11 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
         found = msgspec.json.decode(read_file(path), type=Checkpoint)
     except (FileNotFoundError, msgspec.MsgspecError):
         return None
-    whole = found.version == VERSION and len(found.digests) % DIGEST_BYTES == 0
-    return found if whole else None
+    if found.version == _ALL_DIGESTS:
+        found = msgspec.structs.replace(found, version=VERSION, chunks=len(found.digests) // DIGEST_BYTES)
+    whole = found.version == VERSION and len(found.digests) % DIGEST_BYTES == 0 and found.first >= 0
+    complete = found.first == 0 or not found.plan.verify
+    return found if whole and complete else None
 
 
 def store_checkpoint(files: Files, path: Path, checkpoint: Checkpoint) -> None:

@@ -26,11 +26,23 @@ from csi_driver.images.checkpoint import (
     store_checkpoint,
 )
 from csi_driver.images.later import Later
+from csi_driver.images.part_header import cipher_of, unlock, write_header
 from csi_driver.images.stopping import Stop, Told, stop_signals, untold
-from csi_driver.images.stream import USUAL_PACE, Checker, Chunk, Copier, Crew, Layout, Ledger, Pace, Worker, chunks_of
+from csi_driver.images.stream import (
+    READ_BACK,
+    USUAL_PACE,
+    Checker,
+    Chunk,
+    Copier,
+    Crew,
+    Layout,
+    Ledger,
+    Pace,
+    Worker,
+    chunks_of,
+)
 from csi_driver.images.target import (
     BLOCK,
-    Encryption,
     Lock,
     NoRoom,
     PartFile,
@@ -41,21 +53,18 @@ from csi_driver.images.target import (
     hold,
     target_errors,
 )
-from csi_driver.luks.bulk import SectorCipher, sector_cipher
+from csi_driver.luks.bulk import SectorCipher
 from csi_driver.luks.formats import check_capacity
-from csi_driver.luks.image_header import VolumeKey, limits_of, padded, read_image_header, write_image_header
+from csi_driver.luks.image_header import VolumeKey, padded
 from csi_driver.model.errors import (
     DeadlineExceeded,
     DriverError,
-    FailedPrecondition,
     InvalidArgument,
     ResourceExhausted,
     Stopped,
-    Unauthenticated,
 )
 from csi_driver.model.volume import LuksIdentity
 
-_READ_BACK: Final = 4  # chunks before the place where a pass goes on that are compared with the checkpoint first
 _HEADER_SECONDS: Final = 10.0  # how long the end of a run waits for a header in the making
 _THREADS_PER_CORE: Final = 4  # some wait for a disk while others compute
 _MOST_THREADS: Final = 16  # each has a chunk in memory, and no disk keeps up with more
@@ -91,7 +100,7 @@ def run_pass(
     _check(reader, target, job)
     with hold(target, job.where) as lock:
         threads = threads or min(_THREADS_PER_CORE * len(os.sched_getaffinity(0)), _MOST_THREADS)
-        result = _Pass(reader, target, job, progress, threads, pace, lock).run(stopping, verify=verify)
+        result = _Pass(reader, target, job, progress, threads, pace, lock, verify=verify).run(stopping)
         if publish:
             publish(result)
         return result
@@ -114,7 +123,16 @@ class _Pass:
     """One run, under the target's lock."""
 
     def __init__(
-        self, reader: Reader, target: Target, job: Job, progress: Progress, threads: int, pace: Pace, lock: Lock
+        self,
+        reader: Reader,
+        target: Target,
+        job: Job,
+        progress: Progress,
+        threads: int,
+        pace: Pace,
+        lock: Lock,
+        *,
+        verify: bool,
     ) -> None:
         self._reader = reader
         self._target = target
@@ -126,17 +144,22 @@ class _Pass:
         self._stop = Stop()
         self._header: Later[LuksIdentity] | None = None
         chosen = target.encryption.format if target.encryption else None
-        self._plan = Plan(job.identity, job.source_format, job.operation, reader.size, pace.chunk, chosen)
+        self._plan = Plan(job.identity, job.source_format, job.operation, reader.size, pace.chunk, chosen, verify)
         self._layout = Layout(
-            reader.size, pace.chunk, chosen.data_offset if chosen else 0, chosen.sector_size if chosen else 1
+            payload=reader.size,
+            chunk=pace.chunk,
+            offset=chosen.data_offset if chosen else 0,
+            sector=chosen.sector_size if chosen else 1,
+            stride=pace.stride,
+            verify=verify,
         )
 
-    def run(self, stopping: Told, *, verify: bool) -> PassResult:
+    def run(self, stopping: Told) -> PassResult:
         """All of it."""
         self._stop.told = stopping
         try:
             with contextlib.ExitStack() as stack:
-                return self._run(stack, verify=verify)
+                return self._run(stack)
         except (NoRoom, TargetFailed, SourceChanged):
             self._discard()
             raise
@@ -145,7 +168,8 @@ class _Pass:
             if self._header is not None and not self._header.has_ended(_HEADER_SECONDS):
                 self._lock.keep()
 
-    def _run(self, stack: contextlib.ExitStack, *, verify: bool) -> PassResult:
+    def _run(self, stack: contextlib.ExitStack) -> PassResult:
+        verify = self._plan.verify
         stack.enter_context(stop_signals(self._stop))
         found = self._resume(stack)
         if found is None and not verify and self._reflinked():
@@ -170,7 +194,6 @@ class _Pass:
             size=self._layout.end,
             payload=self._layout.payload,
             luks=checkpoint.luks if checkpoint else None,
-            digests=checkpoint.digests if checkpoint else b"",
             resumed=resumed,
             reflinked=checkpoint is None,
         )
@@ -180,38 +203,25 @@ class _Pass:
         target = self._target
         with self._errors("read back"):
             checkpoint = load_checkpoint(target.checkpoint)
-            if checkpoint is None or checkpoint.plan != self._plan or not target.part.exists():
+            if checkpoint is None or not self._plan.continues(checkpoint.plan) or not target.part.exists():
                 return None
+            checkpoint = msgspec.structs.replace(checkpoint, plan=self._plan)
         with contextlib.ExitStack() as mine:
             part = self._open(mine, new=False)
             if checkpoint.chunks > self._layout.chunks:
                 return None
             cipher = None
             if target.encryption:
-                key = self._unlock(target.encryption, part, checkpoint)
+                key = unlock(self._job.where, target, target.encryption, part, checkpoint)
                 if key is None:
                     return None
                 with key:
-                    cipher = self._cipher(target.encryption, key)
-            if self._differing(part, checkpoint, max(0, checkpoint.chunks - _READ_BACK)) is not None:
+                    cipher = cipher_of(target.encryption.format, key)
+            if self._differing(part, checkpoint, max(checkpoint.first, checkpoint.chunks - READ_BACK)) is not None:
                 return None
             self._check_room(part.allocated)
             stack.push(mine.pop_all())
             return part, checkpoint, cipher
-
-    def _unlock(self, encryption: Encryption, part: PartFile, checkpoint: Checkpoint) -> VolumeKey | None:
-        where = f"the unfinished copy of {self._job.where}"
-        try:
-            image = read_image_header(where, part.read_at, part.size, limits_of(encryption.format))
-        except FailedPrecondition:
-            return None
-        if image.identity != checkpoint.luks:
-            return None
-        try:
-            return image.volume_key(encryption.passphrase)
-        except Unauthenticated as error:
-            name = self._target.folder.name
-            raise Unauthenticated(f"{error}, or begin anew after luks-csi image delete {name}") from None
 
     def _begin(self, stack: contextlib.ExitStack) -> _Begun:
         """A new part, reserved, and the checkpoint that says so; one with a header comes with the first chunks.
@@ -227,16 +237,15 @@ class _Pass:
             if target.encryption:
                 part.reserve(0, self._layout.end)
                 key = VolumeKey.fresh(target.encryption.format.key_bits)
-                cipher = self._cipher(target.encryption, key)
-                self._header = Later(
-                    "image-header", partial(self._write_header, target.encryption, key), self._pace.patience
-                )
+                cipher = cipher_of(target.encryption.format, key)
+                make = partial(write_header, self._job.where, target, target.encryption, self._layout.payload, key)
+                self._header = Later("image-header", make, self._pace.patience)
             else:
                 for extent in self._reader.extents():
                     if not extent.zero:
                         part.reserve(extent.offset, extent.length)
                 part.sync()
-            checkpoint = Checkpoint(VERSION, self._plan, None, b"")
+            checkpoint = Checkpoint(VERSION, self._plan, None, b"", 0)
             if not target.encryption:
                 self._store(checkpoint)
             undo.pop_all()
@@ -258,16 +267,6 @@ class _Pass:
         part = PartFile(self._target, self._job.where, new=new)
         stack.callback(part.close)
         return part
-
-    def _cipher(self, encryption: Encryption, key: VolumeKey) -> SectorCipher:
-        return sector_cipher(encryption.format.cipher, bytes(key.value), encryption.format.sector_size)
-
-    def _write_header(self, encryption: Encryption, key: VolumeKey) -> LuksIdentity:
-        with key, self._errors("written"):
-            return write_image_header(
-                self._job.where, str(self._target.part), encryption.format, self._layout.payload,
-                encryption.passphrase, key,
-            )  # fmt: skip
 
     def _identity(self) -> LuksIdentity | None:
         """That of the header, which is whole and durable then; without one nothing of the part stays."""
@@ -317,7 +316,7 @@ class _Pass:
         """Copy the chunks that are not durable yet. Returns the checkpoint that says that all are."""
         layout, pace = self._layout, self._pace
         chunks = chunks_of(self._reader, layout, checkpoint.chunks, self._job.where)
-        ledger = Ledger(layout, checkpoint.digests)
+        ledger = Ledger(layout, checkpoint)
         latest = time.monotonic()
         with self._crew(part, chunks, lambda: Copier(self._reader, part, layout, cipher)) as crew:
             try:
@@ -344,7 +343,7 @@ class _Pass:
                 raise
         checkpoint = self._secure(part, checkpoint, ledger)
         if ledger.chunks < layout.chunks:
-            raise self._stopped(f"{ledger.done * 100 // layout.payload} % of it are done")
+            raise self._stopped(f"{checkpoint.chunks * layout.chunk * 100 // layout.payload} % of it are done")
         return checkpoint
 
     def _secure(self, part: PartFile, checkpoint: Checkpoint, ledger: Ledger) -> Checkpoint:
@@ -352,7 +351,7 @@ class _Pass:
         part.sync()
         check_source(self._job)
         checkpoint = msgspec.structs.replace(
-            checkpoint, luks=self._identity() or checkpoint.luks, digests=bytes(ledger.digests)
+            checkpoint, luks=self._identity() or checkpoint.luks, digests=bytes(ledger.digests), chunks=ledger.chunks
         )
         self._store(checkpoint)
         return checkpoint

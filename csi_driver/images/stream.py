@@ -12,7 +12,7 @@ from itertools import count
 from typing import Final, Protocol, Self
 
 from csi_driver.images.base import CHUNK, MIB, Extent, Reader
-from csi_driver.images.checkpoint import DIGEST_BYTES
+from csi_driver.images.checkpoint import DIGEST_BYTES, Checkpoint
 from csi_driver.images.target import BLOCK, PartFile
 from csi_driver.luks.bulk import SectorCipher
 from csi_driver.luks.image_header import padded
@@ -23,14 +23,18 @@ _HOLE: Final = 64 * 1024
 """Zeros of a plain image become a hole in pieces of this size."""
 _TICK_SECONDS: Final = 0.2
 
+READ_BACK: Final = 4
+"""Chunks before the place where a pass goes on that are compared with the checkpoint first."""
+
 
 @dataclass(frozen=True)
 class Pace:
-    """Bytes of a chunk, a multiple of BLOCK; bytes and seconds from one checkpoint to the next at most; seconds that
-    one chunk may take.
+    """Bytes of a chunk, a multiple of BLOCK; chunks between the places where a checkpoint may stand; bytes and seconds
+    from one checkpoint to the next, and on to such a place; seconds that one chunk may take.
     """
 
     chunk: int = CHUNK
+    stride: int = 64
     checkpoint_bytes: int = 256 * MIB
     checkpoint_seconds: float = 5.0
     patience: float = 300.0
@@ -50,12 +54,16 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where chunks lie. All in bytes; a plain target has offset 0 and sectors of 1."""
+    """Where chunks lie, in bytes; a plain target has offset 0 and sectors of 1. And which of them are hashed: all to
+    `verify`, else those that a checkpoint can end with, which stands every `stride` chunks and at the end.
+    """
 
     payload: int
     chunk: int
     offset: int
     sector: int
+    stride: int = 1
+    verify: bool = False
 
     @property
     def chunks(self) -> int:
@@ -78,6 +86,14 @@ class Layout:
     def place(self, index: int) -> int:
         """Where that lies in the target."""
         return self.offset + index * self.chunk
+
+    def secured(self, chunks: int) -> int:
+        """How many of the leading `chunks` a checkpoint can speak of."""
+        return chunks if chunks == self.chunks else chunks - chunks % self.stride
+
+    def hashed(self, index: int) -> bool:
+        """Whether the digest of a chunk may ever be read."""
+        return self.verify or self.secured(min(index + READ_BACK, self.chunks)) > index
 
 
 def chunks_of(reader: Reader, layout: Layout, first: int, where: str) -> Iterator[Chunk]:
@@ -119,7 +135,7 @@ class Copier:
         self._zero_digests: dict[int, bytes] = {}
 
     def __call__(self, chunk: Chunk) -> bytes:
-        """Copy one; returns the SHA-256 of what the target then holds of it."""
+        """Copy one; returns the SHA-256 of what the target then holds of it, or nothing where nobody asks for it."""
         stored = self._layout.stored(chunk.index)
         place = self._layout.place(chunk.index)
         buffer = self._buffer[: padded(stored, BLOCK)]
@@ -131,7 +147,7 @@ class Copier:
             self._write_plain(chunk, self._fill(chunk, buffer), place)
         else:
             return self._digest_of_zeros(stored)  # a hole of the part
-        return hashlib.sha256(buffer[:stored]).digest()
+        return hashlib.sha256(buffer[:stored]).digest() if self._layout.hashed(chunk.index) else b""
 
     def _fill(self, chunk: Chunk, buffer: memoryview) -> memoryview:
         """The payload of a chunk, zeros around it."""
@@ -261,22 +277,33 @@ class Crew:
 
 
 class Ledger:
-    """What came from the threads: digests of the leading chunks, in order, and bytes of payload in all."""
+    """What came from the threads: the leading chunks that are done, their digests, and bytes of payload in all.
 
-    def __init__(self, layout: Layout, digests: bytes) -> None:
+    It begins with what `found` says. All digests are kept to verify, else those of the last READ_BACK chunks.
+    """
+
+    def __init__(self, layout: Layout, found: Checkpoint) -> None:
         self._layout = layout
         self._ahead: dict[int, bytes] = {}
-        self.digests = bytearray(digests)
-        self.chunks = len(digests) // DIGEST_BYTES
+        self._leading = found.chunks
+        self._fresh = bytearray()
+        self.digests = bytearray(found.digests)
+        self.chunks = found.chunks
         self.done = self.chunks * layout.chunk
 
     def add(self, index: int, digest: bytes) -> None:
         """A chunk is done; they come in any order."""
         self._ahead[index] = digest
         self.done += self._layout.length(index)
-        while self.chunks in self._ahead:
-            self.digests += self._ahead.pop(self.chunks)
-            self.chunks += 1
+        while self._leading in self._ahead:
+            self._fresh += self._ahead.pop(self._leading)
+            self._leading += 1
+            if self._layout.secured(self._leading) == self._leading:
+                self.digests += self._fresh
+                if not self._layout.verify:
+                    del self.digests[: -READ_BACK * DIGEST_BYTES]
+                self._fresh.clear()
+                self.chunks = self._leading
 
 
 def _runs(buffer: memoryview, begin: int, end: int) -> Iterator[tuple[int, int, bool]]:

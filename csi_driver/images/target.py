@@ -125,15 +125,13 @@ class Target:
 class PassResult:
     """A whole and durable copy at `part`: its length and that of the payload, and its LUKS2 identity if encrypted.
 
-    `digests` holds the SHA-256 of each chunk as it lies in the file, one after the other; it is empty for a
-    `reflinked` copy, which shares the source's blocks. `resumed` is how many chunks an earlier run had made.
+    A `reflinked` copy shares the source's blocks. `resumed` is how many chunks an earlier run had made.
     """
 
     part: Path
     size: int
     payload: int
     luks: LuksIdentity | None
-    digests: bytes
     resumed: int
     reflinked: bool
 
