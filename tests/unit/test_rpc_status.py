@@ -28,6 +28,7 @@ TABLE = {
     errors.DeviceInUse: Code.FAILED_PRECONDITION,
     errors.Aborted: Code.ABORTED,
     errors.VolumeBusy: Code.ABORTED,
+    errors.Stopped: Code.ABORTED,
     errors.InvalidToken: Code.ABORTED,
     errors.ResourceExhausted: Code.RESOURCE_EXHAUSTED,
     errors.DeadlineExceeded: Code.DEADLINE_EXCEEDED,
