@@ -30,7 +30,7 @@ MACHINE_PYTEST := $(PY) -m pytest -p no:cacheprovider
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo shell test check sanity faults crashes storm danger canary cluster-test bench bench-images format clean venv system lock \
+.PHONY: help demo shell test test-danger test-machine check sanity faults crashes storm danger canary cluster-test bench bench-images format clean venv system lock \
     images images-demo images-matrix images-kills images-hostile images-limits
 
 help: ## this list
@@ -45,9 +45,17 @@ shell: venv system ## a guest with device-mapper, luks-csi and a disk, to try th
 test: check $(CSI_SANITY) $(KUBERNETES_BIN) ## every test, seeded handfuls of the long ones
 	@tools/system.sh cluster
 	$(PY) -m pytest tests/contract
-	$(GUEST) $(MACHINE_PYTEST) tests/machine
+	@$(MAKE) -j2 --output-sync=target --no-print-directory test-danger test-machine
 	$(GUEST_FOR) --udev -- $(MACHINE_PYTEST) tests/machine/test_udev.py
 	$(PY) -m tests.cluster tests/cluster/test_smoke.py tests/cluster/test_examples.py
+
+# Each guest has one processor: the device tests run in two at once.
+DANGER := $(wildcard tests/machine/test_danger_*.py)
+test-danger: venv system
+	$(GUEST) $(MACHINE_PYTEST) $(DANGER)
+
+test-machine: venv system
+	$(GUEST) $(MACHINE_PYTEST) $(filter-out $(DANGER),$(wildcard tests/machine/test_*.py))
 
 check: venv system ## linters, types, layers, unit tests
 	.venv/bin/ruff check
