@@ -174,10 +174,7 @@ class Health:
                 self._check_state()  # it was there when this driver was started
                 above = next(parent for parent in path.parents if parent.exists())
                 if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-                    raise FailedPrecondition(
-                        f"{path} is not there and user {os.geteuid()} cannot make it in {above}; run this as root, or "
-                        f"name another one"
-                    )
+                    raise FailedPrecondition(f"{path} is not there and cannot be made in {above}; name another folder")
                 return f"{path} is not there yet; the first start of the driver makes it"
             if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK) or os.statvfs(path).f_flag & os.ST_RDONLY:
                 raise FailedPrecondition(f"{path} is no folder that user {os.geteuid()} can write")

@@ -93,8 +93,8 @@ def test_a_state_directory_that_cannot_be_made_is_a_finding(tmp_path: Path) -> N
     (tmp_path / "file").touch()
     found = looked_at(tmp_path / "file" / "none")["state directory"]
     assert (found["ok"], found["fatal"]) == (False, True)
-    assert "cannot make it in" in str(found["found"])
-    assert "name another one" in str(found["advice"])
+    assert f"is not there and cannot be made in {tmp_path}/file" in str(found["found"])
+    assert found["advice"] == "name another folder"
 
 
 def test_a_state_directory_that_goes_away_while_the_driver_runs_is_a_finding(tmp_path: Path) -> None:

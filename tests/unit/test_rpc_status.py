@@ -27,6 +27,7 @@ TABLE = {
     errors.MappingMismatch: Code.FAILED_PRECONDITION,
     errors.DeviceInUse: Code.FAILED_PRECONDITION,
     errors.Aborted: Code.ABORTED,
+    errors.Stopped: Code.ABORTED,
     errors.VolumeBusy: Code.ABORTED,
     errors.Stopped: Code.ABORTED,
     errors.InvalidToken: Code.ABORTED,
