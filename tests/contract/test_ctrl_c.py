@@ -23,7 +23,8 @@ SIZE = 512 * MIB
 SLOW = ("--encryption", "encrypt", "--passphrase-file", "key")
 # Nice: on a busy machine it is the command that waits, and not who presses the keys.
 _FOREGROUND = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's job in the background ignores it, and so would all below
 os.setsid()
 os.nice(15)
 fcntl.ioctl(2, termios.TIOCSCTTY, 0)
