@@ -224,6 +224,71 @@ def vhdx() -> bytes:
     return checksummed(bytes(content))
 
 
+# vhd: footer, dynamic header, block table, then a bitmap of a sector and a block; fixed: the disk and the footer
+
+VHD_HEADER, VHD_TABLE, VHD_BLOCK = 512, 1536, 64 * 1024
+
+
+def vhd_footer(kind: int = 3, size: int = len(DISK), dynamic_at: int = VHD_HEADER, creator: bytes = b"win ") -> bytes:
+    """The sector that every vhd ends with, its checksum right."""
+    fields = (b"conectix", 2, 0x10000, dynamic_at, 0, creator, 0x60001, b"Wi2k", size, size, 0x00010411, kind, 0)
+    footer = struct.pack(">8sIIQI4sI4sQQIII16sB", *fields, b"u" * 16, 0).ljust(512, b"\0")
+    return vhd_checksummed(footer, 64)
+
+
+def vhd_checksummed(area: bytes, at: int) -> bytes:
+    """`area` with the checksum right that lies at `at`."""
+    blanked = patched(area, (at, ">I", 0))
+    return patched(blanked, (at, ">I", ~sum(blanked) & 0xFFFFFFFF))
+
+
+def vhd_fixed() -> bytes:
+    """A vhd of fixed size."""
+    return DISK + vhd_footer(2, dynamic_at=(1 << 64) - 1)
+
+
+def vhd(*header: Field, footer: bytes | None = None) -> bytes:
+    """A dynamic vhd with blocks of 64 KiB; `header` changes its dynamic header."""
+    footer = vhd_footer() if footer is None else footer
+    blocks = -(-len(DISK) // VHD_BLOCK)
+    fields = (b"cxsparse", (1 << 64) - 1, VHD_TABLE, 0x10000, blocks, VHD_BLOCK)
+    dynamic = patched(struct.pack(">8sQQIII", *fields).ljust(1024, b"\0"), *header)
+    table, data, first = [(1 << 32) - 1] * 128, b"", 4
+    for number, piece in _pieces(VHD_BLOCK):
+        table[number] = first + len(data) // 512
+        data += b"\xff" * 16 + bytes(496) + piece.ljust(VHD_BLOCK, b"\0")
+    return footer + vhd_checksummed(dynamic, 36) + struct.pack(">128I", *table) + data + footer
+
+
+# vdi: header, block table, blocks of 1 MiB
+
+VDI_TABLE = 512
+
+
+def vdi() -> bytes:
+    """A dynamic vdi with one block."""
+    fields = (0xBEDA107F, 0x10001, 400, 1, 0, b"", VDI_TABLE, 1024, b"", 512, 0, len(DISK), MIB, 0, 1, 1)
+    header = b"<<< made here >>>\n".ljust(64, b"\0") + struct.pack("<IIIII256sII12sIIQIIII", *fields)
+    return (header.ljust(512, b"\0") + bytes(512) + DISK).ljust(1024 + MIB, b"\0")
+
+
+# LUKS1, as the specification lays it out
+
+
+def luks1(*fields: Field, cipher: bytes = b"aes", mode: bytes = b"xts-plain64", hash_name: bytes = b"sha256") -> bytes:
+    """The 4 KiB before the first key slot, of which one is in use; its data begins at 1 MiB."""
+    uuid = b"6f1c2b1e-0a55-4c3e-9d3c-5a3c8b0f7d21"
+    head = struct.pack(
+        ">6sH32s32s32sII20s32sI40s", b"LUKS\xba\xbe", 1, cipher, mode, hash_name, 2048, 64, b"d" * 20, b"s" * 32, 1000,
+        uuid,
+    )  # fmt: skip
+    slots = b"".join(
+        struct.pack(">II32sII", 0xDEAD if number else 0xAC71F3, 1000, b"s" * 32, 8 + number * 504, 4000)
+        for number in range(8)
+    )
+    return patched((head + slots).ljust(4096, b"\0"), *fields)
+
+
 def checksummed(content: bytes) -> bytes:
     """A vhdx with the checksums of headers and region tables right again."""
     changed = bytearray(content)

@@ -7,7 +7,7 @@ import gzip
 import lzma
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,15 +31,24 @@ from tests.image_builders import (
     REGIONS,
     SECTOR_AT,
     SIZE_AT,
+    VDI_TABLE,
+    VHD_BLOCK,
+    VHD_HEADER,
+    VHD_TABLE,
     Field,
     Make,
     checksummed,
     descriptor,
     file_of,
     guid,
+    luks1,
     patched,
     qcow2,
     qcow2_extended,
+    vdi,
+    vhd,
+    vhd_fixed,
+    vhd_footer,
     vhdx,
     vmdk,
     vmdk_stream,
@@ -159,9 +168,38 @@ def _ending(content: bytes) -> Make:
     return file_of("disk.img", lambda: bytes(MIB) + content.ljust(512, b"\0"))
 
 
-def _vhd_footer() -> bytes:
-    footer = b"conectix" + struct.pack(">IIQ", 2, 0x10000, (1 << 64) - 1).ljust(504, b"\0")
-    return patched(footer, (64, ">I", ~sum(footer) & 0xFFFFFFFF))
+def _vhd(*fields: Field, header: Sequence[Field] = (), **footer: Any) -> Make:
+    """A dynamic vhd; what is changed in its footer or dynamic header has a right checksum, `fields` do not."""
+    return file_of("disk.vhd", lambda: patched(vhd(*header, footer=vhd_footer(**footer)), *fields))
+
+
+def _vdi(*fields: Field) -> Make:
+    return file_of("disk.vdi", lambda: patched(vdi(), *fields))
+
+
+def _luks1(*fields: Field, size: int = 2 * MIB, **names: bytes) -> Make:
+    return file_of("disk.luks", lambda: luks1(*fields, **names).ljust(MIB, b"\0").ljust(size, b"\0")[:size])
+
+
+def _text(content: bytes) -> Make:
+    return file_of("disk.img", lambda: content)
+
+
+def _unbound(metadata: headers.Metadata) -> None:
+    metadata["keyslots"]["3"] = metadata["keyslots"]["0"]
+    metadata["digests"]["1"] = metadata["digests"]["0"] | {"keyslots": ["3"], "segments": []}
+
+
+def _ignored_slot(metadata: headers.Metadata) -> None:
+    metadata["keyslots"]["0"]["priority"] = 0
+
+
+def _half_reencrypted(metadata: headers.Metadata) -> None:
+    _reencrypting(metadata)
+    area = {"type": "none", "offset": "290816", "size": "4096"}
+    metadata["keyslots"]["1"] = {
+        "type": "reencrypt", "key_size": 1, "mode": "reencrypt", "direction": "forward", "area": area,
+    }  # fmt: skip
 
 
 HOSTILE = [
@@ -315,7 +353,24 @@ HOSTILE = [
     Hostile(
         "vhdx cut in its data", file_of("disk.vhdx", lambda: vhdx()[: BLOCK + len(DISK) - 1]), "disk .* past the end"
     ),
-    Hostile("LUKS1", _starting(b"LUKS\xba\xbe\x00\x01aes"), "LUKS version 1"),
+    Hostile(
+        "LUKS1 with a cipher that is none of ours", _luks1(cipher=b"serpent"), "LUKS1 .*found 'serpent-xts-plain64'"
+    ),
+    Hostile("LUKS1 with a name that never ends", _luks1(cipher=b"a" * 32), "LUKS1 .*expected a cipher"),
+    Hostile("LUKS1 with a weak hash", _luks1(hash_name=b"md5"), "LUKS1 .*found 'md5'"),
+    Hostile("LUKS1 without a key slot", _luks1((208, ">I", 0xDEAD)), "LUKS1 without data or without a key slot"),
+    Hostile("LUKS1 with a key slot in no state", _luks1((208, ">I", 1)), "key slot 0 to be in use or free"),
+    Hostile("LUKS1 with a key slot elsewhere", _luks1((248, ">I", 1 << 31)), "area of key slot 0 within"),
+    Hostile("LUKS1 with few stripes", _luks1((252, ">I", 1)), "expected 4000 stripes"),
+    Hostile("LUKS1 with a huge key", _luks1((108, ">I", 1 << 31)), "LUKS1 with a header that must not be used"),
+    Hostile("LUKS1 without a UUID", _luks1((168, "40s", b"")), "expected a UUID"),
+    Hostile("LUKS1 detached", _luks1((104, ">I", 0)), "detached LUKS1 header"),
+    Hostile("LUKS1 header alone", _luks1(size=MIB), "LUKS1 header without data"),
+    Hostile("LUKS1 cut in its header", _luks1(size=4000), "LUKS1 header, found 4000"),
+    Hostile("LUKS1 cut within a sector", _luks1(size=2 * MIB - 100), "LUKS1 .*expected whole sectors of 512"),
+    Hostile("LUKS2 with an unbound key slot", _forged(_unbound), "`cryptsetup luksKillSlot FILE 3`"),
+    Hostile("LUKS2 with a key slot that is not in use", _forged(_ignored_slot), "`cryptsetup config FILE --key-slot 0"),
+    Hostile("LUKS2 half reencrypted", _forged(_half_reencrypted), "`cryptsetup reencrypt --resume-only"),
     Hostile("LUKS2 with one damaged header", _luks(_damaged(headers.HDR_SIZE)), "damaged or outdated secondary header"),
     Hostile(
         "LUKS2 with both damaged", _luks(lambda area: _damaged(0)(_damaged(headers.HDR_SIZE)(area))), "both damaged"
@@ -331,9 +386,33 @@ HOSTILE = [
     Hostile("LUKS2 over the limit", _luks(size=headers.DATA_OFFSET + MOST_BYTES + 512), "at most 8388608 are allowed"),
     Hostile("nothing", file_of("disk.img", bytes), "is empty"),
     Hostile("raw over the limit", file_of("disk.img", lambda: bytes(MOST_BYTES + 1)), "at most 8388608 are allowed"),
-    Hostile("vdi", _starting(b"<<< Disk Image >>>\n".ljust(64, b"\0") + b"\x7f\x10\xda\xbe\1\0\1\0"), "a vdi disk"),
-    Hostile("vhd, dynamic", _starting(_vhd_footer()), "a vhd disk; convert"),
-    Hostile("vhd, fixed", _ending(_vhd_footer()), "a vhd disk of fixed size"),
+    Hostile("vhd, differencing", _vhd(kind=4), "differencing vhd"),
+    Hostile("vhd with a parent", _vhd(header=[(40, "16s", b"p" * 16)]), "a vhd with a parent"),
+    Hostile("vhd of a type that is none", _vhd(kind=5), "vhd of type 5"),
+    Hostile("vhd with a wrong footer checksum", _vhd((8, ">I", 9)), "first footer has a wrong checksum"),
+    Hostile("vhd with a wrong header checksum", _vhd((VHD_HEADER + 28, ">I", 5)), "dynamic header whose checksum"),
+    Hostile("vhd with its header elsewhere", _vhd(dynamic_at=FAR), "dynamic vhd header .* past the end"),
+    Hostile("vhd with its table elsewhere", _vhd(header=[(16, ">Q", FAR)]), "vhd block table .* past the end"),
+    Hostile("vhd with a short table", _vhd(header=[(28, ">I", 1)]), "1 entries in its block table, expected 4"),
+    Hostile("vhd with a huge table", _vhd(header=[(28, ">I", 1 << 31)]), "2147483648 entries in its block table"),
+    Hostile("vhd with odd blocks", _vhd(header=[(32, ">I", 3000)]), "blocks of 3000 bytes"),
+    Hostile("vhd with a block elsewhere", _vhd((VHD_TABLE, ">I", 1 << 31)), "block at offset 0 .* past the end"),
+    Hostile("vhd over the limit", _vhd(size=FAR), "at most 8388608 are allowed"),
+    Hostile("vhd without a disk", _vhd(size=0), "virtual size is 0 bytes"),
+    Hostile("vhd cut in its data", file_of("disk.vhd", lambda: vhd()[: -VHD_BLOCK - 512]), "disk .* past the end"),
+    Hostile("vhd, fixed, cut at its start", file_of("disk.vhd", lambda: vhd_fixed()[512:]), "footer tells a disk of"),
+    Hostile("vhd, dynamic, cut at its start", file_of("disk.vhd", lambda: vhd()[512:]), "does not begin like one"),
+    Hostile("vdi with a parent", _vdi((440, "16s", b"p" * 16)), "lacks what its parent has"),
+    Hostile("vdi that is a snapshot", _vdi((76, "<I", 4)), "of type 4 that lacks"),
+    Hostile("vdi of version 1.0", _vdi((68, "<I", 0x10000)), "version 1.0, expected 1.1"),
+    Hostile("vdi with odd blocks", _vdi((376, "<I", 2 * MIB)), "blocks of 2097152 and 0"),
+    Hostile("vdi with its table elsewhere", _vdi((340, "<I", 1 << 31)), "vdi block table .* past the end"),
+    Hostile("vdi with its table between sectors", _vdi((340, "<I", 513)), "between two sectors"),
+    Hostile("vdi with a short table", _vdi((384, "<I", 0)), "0 blocks, expected 1"),
+    Hostile("vdi with a block elsewhere", _vdi((VDI_TABLE, "<I", 1 << 30)), "block at offset 0 .* past the end"),
+    Hostile("vdi over the limit", _vdi((368, "<Q", FAR)), "at most 8388608 are allowed"),
+    Hostile("vdi cut in its header", file_of("disk.vdi", lambda: vdi()[:400]), "vdi header .* past the end"),
+    Hostile("vdi cut in its data", file_of("disk.vdi", lambda: vdi()[: 1023 + len(DISK)]), "disk .* past the end"),
     Hostile("Parallels", _starting(b"WithoutFreeSpace\2"), "a Parallels disk"),
     Hostile("Parallels, extended", _starting(b"WithouFreSpacExt\2"), "a Parallels disk"),
     Hostile("qed", _starting(b"QED\0\0\0\1\0"), "a qed disk"),
@@ -347,18 +426,49 @@ HOSTILE = [
     Hostile("an error page", file_of("disk.img", lambda: b"\n<!DOCTYPE html><title>404</title>"), "page of text"),
     Hostile("bzip2", _starting(b"BZh91AY&SY"), "compressed with bzip2"),
     Hostile("lz4", _starting(b"\x04\x22\x4d\x18"), "compressed with lz4"),
-    Hostile("zip", _starting(b"PK\3\4"), "a zip archive"),
+    Hostile("lzma alone", file_of("disk.img", lambda: lzma.compress(DISK, lzma.FORMAT_ALONE)), "as lzma alone"),
+    Hostile("lzip", _starting(b"LZIP\1\x0c"), "compressed with lzip"),
+    Hostile("lzop", _starting(b"\x89LZO\0\r\n\x1a\n"), "compressed with lzop"),
+    Hostile("compress", _starting(b"\x1f\x9d\x90"), "compressed with compress"),
     Hostile("7z", _starting(b"7z\xbc\xaf\x27\x1c"), "a 7z archive"),
-    Hostile("tar", _starting(b"disk.ovf".ljust(257, b"\0") + b"ustar\x0000"), "a tar archive"),
-    Hostile("gzip in gzip", file_of("disk.img", lambda: gzip.compress(DISK)), "compressed with gzip a second time"),
-    Hostile("xz in gzip", file_of("disk.img", lambda: lzma.compress(DISK)), "compressed with xz a second time"),
-    Hostile("zstd in gzip", _starting(b"\x28\xb5\x2f\xfd"), "compressed with zstd a second time"),
+    Hostile("rar", _starting(b"Rar!\x1a\7\1\0"), "a rar archive"),
+    Hostile("cab", _starting(b"MSCF\0\0\0\0"), "a cabinet archive"),
+    Hostile("cpio", _starting(b"070701000A0B"), "a cpio archive"),
+    Hostile("ar", _starting(b"!<arch>\ndebian-binary"), "an ar archive"),
+    Hostile("rpm", _starting(b"\xed\xab\xee\xdb\3"), "an RPM package"),
+    Hostile("xar", _starting(b"xar!\0\x1c\0\1"), "a xar archive"),
+    Hostile("zip without files", _starting(b"PK\5\6"), "a zip archive that is empty"),
+    Hostile(
+        "tar, damaged", _starting(b"disk.ovf".ljust(257, b"\0") + b"ustar\x0000"), "tar archive whose first header"
+    ),
+    Hostile("VMA", _starting(b"VMA\0\0\0\0\1"), "a backup of Proxmox"),
+    Hostile("WIM", _starting(b"MSWIM\0\0\0"), "a Windows image"),
+    Hostile("partclone", _starting(b"partclone-image\0"), "a backup of partclone"),
+    Hostile("ntfsclone", _starting(b"\0ntfsclone-image"), "a backup of ntfsclone"),
+    Hostile("E01", _starting(b"EVF\t\r\n\xff\0"), "an EnCase image"),
+    Hostile("AFF", _starting(b"AFF10\r\n\0"), "an AFF image"),
+    Hostile("ASIF", _starting(b"shdw\0"), "an Apple sparse image"),
+    Hostile("sparseimage", _starting(b"sprs\0"), "an Apple sparseimage"),
+    Hostile("dmg, encrypted", _starting(b"encrcdsa\0"), "an encrypted dmg"),
+    Hostile("a saved state", _starting(b"QEVM\0\0\0\3"), "a state of a virtual machine"),
+    Hostile("ELF", _starting(b"\x7fELF\2\1\1\0"), "an ELF program"),
+    Hostile("PDF", _starting(b"%PDF-1.7\n"), "a PDF document"),
+    Hostile("a Git LFS pointer", _text(b"version https://git-lfs.github.com/spec/v1\nsize 5\n"), "a Git LFS pointer"),
+    Hostile("a JSON error", _text(b'{"errors":[{"status":404}]}\n'), "a JSON text"),
+    Hostile("a list of checksums", _text(b"# of today\n" + b"ab" * 32 + b" *disk.img\n"), "a list of checksums"),
+    Hostile("a list of checksums as BSD has it", _text(b"SHA256 (disk.img) = ab\n"), "a list of checksums"),
+    Hostile("a sentence", _text(b"404 page not found\n"), "a text that begins with '404 page not found'"),
+    Hostile("a text in another language", _text("não há nada".encode() * 9000), "a text that begins with 'não há nada"),
+    Hostile("gzip in gzip", file_of("disk.img", lambda: gzip.compress(DISK)), "packed with gzip a second time"),
+    Hostile("xz in gzip", file_of("disk.img", lambda: lzma.compress(DISK)), "packed with xz a second time"),
+    Hostile("zstd in gzip", _starting(b"\x28\xb5\x2f\xfd"), "packed with zstd a second time"),
 ]
 """(name, maker, sentence): what must never be taken for an image."""
 
 GOOD = [
     Good("raw", file_of("disk.img", lambda: DISK), ImageFormat.RAW, len(DISK), DISK),
-    Good("raw of one byte", file_of("disk.img", lambda: b"x"), ImageFormat.RAW, 1, b"x"),
+    Good("raw of one byte", file_of("disk.img", lambda: b"\1"), ImageFormat.RAW, 1, b"\1"),
+    Good("raw that begins with text", file_of("disk.img", lambda: b"text" * 99 + b"\0"), ImageFormat.RAW, 397, None),
     Good(
         "iso",
         file_of("cd.iso", lambda: bytes(0x8001) + b"CD001\1\0"),
@@ -391,6 +501,24 @@ GOOD = [
         ImageFormat.VHDX,
         len(DISK),
         DISK,
+    ),
+    Good("vhd, dynamic", _vhd(), ImageFormat.VHD, len(DISK), DISK),
+    Good("vhd, fixed", file_of("disk.vhd", vhd_fixed), ImageFormat.RAW, len(DISK), DISK),
+    Good("vdi", _vdi(), ImageFormat.VDI, len(DISK), DISK),
+    Good(
+        "vdi with a block that was never written",
+        _vdi((VDI_TABLE, "<I", (1 << 32) - 1)),
+        ImageFormat.VDI,
+        len(DISK),
+        bytes(len(DISK)),
+    ),
+    Good("LUKS1", _luks1(), ImageFormat.LUKS1, MIB, None),
+    Good(
+        "LUKS1 of before 2016",
+        _luks1((108, ">I", 32), hash_name=b"sha1", mode=b"cbc-essiv:sha256"),
+        ImageFormat.LUKS1,
+        MIB,
+        None,
     ),
     Good("LUKS2", _luks(), ImageFormat.LUKS2, MIB, None),
 ]

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from csi_driver.cli.beside import PARAMS, BesideServer
+from csi_driver.cli.download_access import download_options, read_headers, read_source
 from csi_driver.cli.names import image_names
 from csi_driver.cli.output import OUTPUT_OPTION, Output, about, confirm, show_json, show_table, show_text, size_text
 from csi_driver.cli.progress import ProgressLine, tell_stopping
@@ -43,16 +44,25 @@ def image() -> None:
 @click.option("--secret", metavar="NAMESPACE/NAME", help="The secret that opens an image which is encrypted already.")
 @click.option("--limit", default=size_text(MOST_BYTES), show_default=True, metavar="SIZE", help="At most so large.")
 @click.option("--allow-local", is_flag=True, help="Download from loopback, link-local and metadata addresses too.")
+@download_options
 def import_(
     source: str, name: str, checksum: str | None, secret: str | None, limit: str, output: str, *, allow_local: bool,
-    state_dir: Path,
+    state_dir: Path, header_file: Path | None, netrc_file: Path | None, credentials_dir: Path | None,
+    cacert: Path | None,
 ) -> None:  # fmt: skip
-    """Bring the image at SOURCE, a file or an http(s) URL, in as NAME.
+    """Bring the image at SOURCE in as NAME: a file, an http(s) URL, @FILE with such a URL in it, or - for a pipe.
 
-    Raw, iso, qcow2, vmdk, vhdx and LUKS2, also as .gz, .xz or .zst. A cut download is gone on with by the same command.
+    Raw, iso, qcow2, vmdk, vhdx, vhd, vdi, LUKS2 and LUKS1, also as .gz, .xz, .zst, or alone in a .zip, .tar or .ova. A
+    cut download is gone on with by the same command.
     """
-    wanted = Import(name, source, Checksum.parse(checksum) if checksum else None, secret, _size(limit))
-    library = _library(state_dir, Connector(allow_local=allow_local))
+    if source == "-" and sys.stdin.isatty():
+        raise click.UsageError("- reads the image from standard input, which is a terminal; pipe the image in.")
+    url = read_source(source)
+    wanted = Import(
+        name, url, Checksum.parse(checksum) if checksum else None, secret, _size(limit),
+        sys.stdin.buffer if source == "-" else None, read_headers(url, header_file, netrc_file, credentials_dir),
+    )  # fmt: skip
+    library = _library(state_dir, Connector(allow_local=allow_local, cacert=cacert))
     _tell(output, library, library.import_(wanted, _Meter()))
 
 
@@ -278,7 +288,10 @@ class _Meter:
 
 
 def _library(state_dir: Path, connector: Connector | None = None) -> ImageLibrary:
-    return ImageLibrary(Path(state_dir) / "images", connector, tell_stopping)
+    def warn(told: str) -> None:
+        show_text(f"warning: {told}", err=True)
+
+    return ImageLibrary(Path(state_dir) / "images", connector, tell_stopping, warn)
 
 
 def _key(entries: Mapping[str, str]) -> SecretKey | None:

@@ -20,7 +20,10 @@ class ImageFormat(StrEnum):
     QCOW2 = "qcow2"
     VMDK = "vmdk"
     VHDX = "vhdx"
+    VHD = "vhd"
+    VDI = "vdi"
     LUKS2 = "luks2"
+    LUKS1 = "luks1"
 
 
 @dataclass(frozen=True)

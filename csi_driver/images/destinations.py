@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -94,6 +95,11 @@ class Destination:
         port = "" if self.port == _PORTS[self.scheme] else f":{self.port}"
         return f"{self.scheme}://{host}{port}{self.target}"
 
+    @property
+    def origin(self) -> tuple[str, str, int]:
+        """Scheme, host and port: who gets what is meant for this server (RFC 6454)."""
+        return self.scheme, self.host, self.port
+
     def __str__(self) -> str:
         """The URL without its query."""
         return self.url.partition("?")[0]
@@ -157,7 +163,8 @@ def resolve(host: str, port: int) -> Sequence[SocketAddress]:
 class Connector:
     """Opens connections to allowed addresses only; `allow_local` lifts that. No proxy, whatever the environment says.
 
-    `tls` replaces the usual trust: the system's certificates, host names checked.
+    `tls` replaces the usual trust: the system's certificates, host names checked. `cacert` is a file of certificates
+    (PEM) in the place of the system's.
     """
 
     def __init__(
@@ -165,12 +172,13 @@ class Connector:
         *,
         allow_local: bool = False,
         tls: ssl.SSLContext | None = None,
+        cacert: Path | None = None,
         patience: Patience | None = None,
         resolve: Resolve = resolve,
         judge: Judge = refusal,
     ) -> None:
         self._judge: Judge = (lambda _: None) if allow_local else judge
-        self._tls = tls
+        self._tls = tls or (_trusting(cacert) if cacert else None)
         self._patience = patience or Patience()
         self._resolve = resolve
 
@@ -187,7 +195,7 @@ class Connector:
             except ssl.SSLCertVerificationError as error:
                 raise InvalidArgument(
                     f"the certificate of {to.host} does not hold ({error.verify_message}); "
-                    f"use a URL whose server has a trusted certificate"
+                    f"use a URL whose server has a trusted certificate, or --cacert for one of your own"
                 ) from None
             except OSError as error:
                 failure = error
@@ -231,6 +239,15 @@ class Connector:
         except BaseException:
             plain.close()
             raise
+
+
+def _trusting(certificates: Path) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=str(certificates))
+    except OSError as error:  # ssl.SSLError is one
+        raise InvalidArgument(
+            f"the certificates in {certificates} cannot be used ({error.strerror or error}); expected PEM"
+        ) from None
 
 
 class Connection:

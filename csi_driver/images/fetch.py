@@ -5,7 +5,7 @@ import email.utils
 import http.client
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +26,7 @@ from csi_driver.model.errors import (
 FetchProgress = Callable[[int, int | None], None]
 """Called with the bytes that are here and the bytes there are, if the server says. May raise to end the download."""
 
+_NONE: Final[Mapping[str, str]] = {}
 _MOST_REDIRECTS = 5
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
 _TRY_AGAIN: Final = (408, 425, 429)
@@ -49,6 +50,7 @@ def fetch(
     connector: Connector,
     *,
     expected: Checksum | None = None,
+    headers: Mapping[str, str] = _NONE,
     progress: FetchProgress = lambda _done, _total: None,
     retries: int = 3,
     backoff_seconds: float = 10.0,
@@ -58,6 +60,7 @@ def fetch(
     After a failure that may pass, it goes on after `backoff_seconds`, `retries` times, then raises Unavailable; what is
     here stays for the next call with this URL and path. It goes on by Range only if the server proves that the file is
     still the same (strong ETag, else Last-Modified), else it starts anew. Waiting is bounded by the connector.
+    `headers` go to the server that `url` names, behind a redirect to another one no more: they may be credentials.
 
     Raises InvalidArgument (URL or address refused, larger than `most_bytes`, empty, wrong checksum) and
     ResourceExhausted, after which nothing is left; NotFound, FailedPrecondition (other refusals of the server),
@@ -65,7 +68,7 @@ def fetch(
     """
     first = parse_url(url)
     with Part.open(path, first, expected.algorithm if expected else Algorithm.SHA512) as part:
-        download = _Download(first, part, most_bytes, connector, progress, close_is_end=expected is not None)
+        download = _Download(first, part, most_bytes, connector, progress, headers, close_is_end=expected is not None)
         for attempt in range(retries + 1):
             try:
                 download.run()
@@ -100,6 +103,7 @@ class _Download:
         most_bytes: int,
         connector: Connector,
         progress: FetchProgress,
+        headers: Mapping[str, str],
         *,
         close_is_end: bool,
     ) -> None:
@@ -108,6 +112,7 @@ class _Download:
         self._most_bytes = most_bytes
         self._connector = connector
         self._progress = progress
+        self._headers = headers
         self._close_is_end = close_is_end
 
     def run(self) -> None:
@@ -136,7 +141,7 @@ class _Download:
     @contextlib.contextmanager
     def _response(self) -> Iterator[http.client.HTTPResponse]:
         """The response behind the redirects, its connection open for the length of the block."""
-        headers = self._part.range_headers()
+        ours = self._part.range_headers()
         to = self._first
         for _ in range(_MOST_REDIRECTS + 1):
             try:
@@ -144,6 +149,7 @@ class _Download:
             except OSError as error:
                 raise _Passing(f"{to.host} could not be connected to ({_told(error)})") from error
             with contextlib.closing(connection):
+                headers = {**self._headers, **ours} if to.origin == self._first.origin else ours
                 try:
                     response = connection.get(to, headers, self._most_bytes)
                 except (OSError, http.client.HTTPException) as error:
@@ -166,6 +172,11 @@ class _Download:
             raise _Passing("the server has fewer bytes than were received of it")
         if status == 206 and self._part.resumable:
             return self._continue(response)
+        if status in (401, 403, 407):
+            raise FailedPrecondition(
+                f"the server refused {self._first} with status {status}; give credentials (--header-file, --netrc-file "
+                f"or --credentials-dir), or a URL that is signed anew"
+            )
         if status != 200:
             raise FailedPrecondition(
                 f"the server refused {self._first} with status {status}; check the URL and who may read it"

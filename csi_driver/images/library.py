@@ -3,32 +3,32 @@
 import contextlib
 import errno
 import functools
-import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, Protocol, assert_never
+from typing import Final, assert_never
 
 from csi_driver.host.files import Files
 from csi_driver.host.holders import Holders
 from csi_driver.host.locks import VolumeLocks
 from csi_driver.host.syscalls import error_name
-from csi_driver.images.base import ImageFormat, Progress, Reader
+from csi_driver.images.base import ImageFormat, Reader
+from csi_driver.images.bring import Bringer, Meter, is_url
 from csi_driver.images.checkpoint import Job, Operation, SourceIdentity
-from csi_driver.images.checksum import Checksum, checksum_of
+from csi_driver.images.checksum import Checksum
 from csi_driver.images.clone import run_pass
 from csi_driver.images.destinations import Connector, parse_url
-from csi_driver.images.fetch import fetch
-from csi_driver.images.formats import ANY_COST, HEAD_BYTES, check_source, detect_wrapping, inspect
+from csi_driver.images.formats import Inspected, check_source
 from csi_driver.images.luks_reader import LuksReader
+from csi_driver.images.luksfile import ANY_COST
 from csi_driver.images.qemu import QemuReader
 from csi_driver.images.requests import Clone, Import, check_clone, check_secret, chosen_format, passphrase_of
 from csi_driver.images.source import RawReader, open_regular
 from csi_driver.images.stopping import Told, untold
 from csi_driver.images.store import ImageRecord, ImageStore, Provenance, check_name
 from csi_driver.images.target import Encryption, PassResult, Target
-from csi_driver.images.unwrap import unwrap
+from csi_driver.images.unwrap import Warn
 from csi_driver.luks.header import PRIMARY_MAGIC, Header
 from csi_driver.luks.image_header import ImageHeader, read_image_header
 from csi_driver.model.errors import (
@@ -42,25 +42,25 @@ from csi_driver.model.errors import (
 )
 from csi_driver.model.volume import LuksIdentity
 
-_URL: Final = ("http://", "https://")
 _NO_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK)
 
 
-class Meter(Protocol):
-    """Shows how far each part of the work is."""
-
-    def __call__(self, what: str, total: int | None) -> contextlib.AbstractContextManager[Progress]:
-        """For the length of the block `what` is under way, of `total` bytes if that is known."""
-
-
 class ImageLibrary:
-    """The images below `folder`; `stopping` is told when a signal asks long work to end."""
+    """The images below `folder`; `stopping` is told when a signal asks long work to end, `warn` what is odd about an image
+    that is taken.
+    """
 
-    def __init__(self, folder: Path, connector: Connector | None = None, stopping: Told = untold) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        connector: Connector | None = None,
+        stopping: Told = untold,
+        warn: Warn = lambda _: None,
+    ) -> None:
         self._files = Files()
         self._store = ImageStore(folder, self._files)
-        self._connector = connector or Connector()
         self._run = functools.partial(run_pass, stopping=stopping)
+        self._bringer = Bringer(self._files, connector or Connector(), warn, self._run)
         self._locks = VolumeLocks(self._store.locks, Holders(), self._store.exists)
 
     def names(self) -> list[str]:
@@ -93,19 +93,14 @@ class ImageLibrary:
 
         Raises AlreadyExists, VolumeBusy, and what `fetch`, `unwrap`, `inspect` and `run_pass` raise.
         """
-        check_source(wanted.source)
+        if wanted.stream is None:
+            check_source(wanted.source)
         check_secret(wanted.secret)
-        is_url = wanted.source.lower().startswith(_URL)
-        provenance = Provenance(
-            operation="import",
-            source=str(parse_url(wanted.source)) if is_url else str(Path(wanted.source).absolute()),
-            checksum=_text(wanted.checksum),
-        )
         with self._made(wanted.name) as folder:
             where = f"image {wanted.name}"
             try:
-                made = (self._downloaded if is_url else self._copied)(wanted, folder, meter, where)
-                record = self._recorded(wanted, made, where, provenance)
+                made, found = self._bringer.bring(wanted, folder, meter, where)
+                record = _recorded(wanted, made, found, where)
             except (InvalidArgument, InvalidHeader):
                 self._store.discard(wanted.name)
                 raise
@@ -205,79 +200,6 @@ class ImageLibrary:
                 raise VolumeBusy(f"another call is at work on image {name}; call again when it has ended") from None
             yield
 
-    def _downloaded(self, wanted: Import, folder: Path, meter: Meter, where: str) -> Path:
-        # A whole one stays for a repetition of this very call, not for one with another URL or checksum.
-        asked = f"{wanted.source} {_text(wanted.checksum)}"
-        path = folder / f"download-{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
-        if not path.exists():
-            with _Total(meter, "downloading") as progress:
-                fetch(
-                    wanted.source, path, wanted.most_bytes, self._connector, expected=wanted.checksum, progress=progress
-                )
-        return self._unwrapped(path, folder, wanted, meter, where)
-
-    def _copied(self, wanted: Import, folder: Path, meter: Meter, where: str) -> Path:
-        source = Path(wanted.source)
-        SourceIdentity.of(source, where)  # says so if it is not there
-        descriptor = open_regular(wanted.source, where)
-        try:
-            with _reading(wanted.source, where):
-                os.fsync(descriptor)
-            before = SourceIdentity.of(source, where)
-            if wanted.checksum:
-                with meter("checking", before.size) as progress, _reading(wanted.source, where):
-                    wanted.checksum.require(checksum_of(descriptor, wanted.checksum.algorithm, progress), wanted.source)
-            with _reading(wanted.source, where):
-                packed = detect_wrapping(os.pread(descriptor, HEAD_BYTES, 0))
-            if packed is None:
-                inspect(descriptor, where, wanted.most_bytes)  # refused before it is copied; the copy decides
-        finally:
-            os.close(descriptor)
-        if packed:
-            made = self._unwrapped(source, folder, wanted, meter, where)
-            if SourceIdentity.of(source, where) != before:
-                self._files.remove(made)
-                raise FailedPrecondition(f"{source} was changed while it was read; import it again")
-            return made
-        job = Job(Operation.IGNORE, source, before, ImageFormat.RAW, where)
-        with contextlib.closing(RawReader(wanted.source, where)) as reader, meter("copying", reader.size) as progress:
-            return self._run(reader, Target(folder), job, progress).part
-
-    def _unwrapped(self, path: Path, folder: Path, wanted: Import, meter: Meter, where: str) -> Path:
-        descriptor = open_regular(str(path), where)
-        try:
-            wrapping = detect_wrapping(os.pread(descriptor, HEAD_BYTES, 0))
-            if wrapping is None:
-                return path
-            made = folder / "unpacked"
-            with meter("unpacking", os.fstat(descriptor).st_size) as progress:
-                unwrap(descriptor, wrapping, made, wanted.most_bytes, where, progress)
-            return made
-        finally:
-            os.close(descriptor)
-
-    @staticmethod
-    def _recorded(wanted: Import, made: Path, where: str, provenance: Provenance) -> ImageRecord:
-        """What the file is."""
-        descriptor = open_regular(str(made), where)
-        try:
-            found = inspect(descriptor, where, wanted.most_bytes)
-            if found.luks is None and wanted.secret is not None:
-                raise InvalidArgument(f"{where} is not encrypted, but a secret was named for it; leave that out")
-            size = found.virtual_size if found.luks is None else _header(descriptor, where).payload
-            return ImageRecord(
-                name=wanted.name,
-                format=found.format,
-                size=size,
-                file_size=os.fstat(descriptor).st_size,
-                luks=found.luks,
-                secret=wanted.secret,
-                created=_now(),
-                provenance=provenance,
-            )
-        finally:
-            os.close(descriptor)
-
     def _reader(self, source: ImageRecord, file: Path, wanted: Clone, where: str) -> Reader:
         match wanted.operation:
             case Operation.IGNORE:
@@ -309,27 +231,6 @@ class ImageLibrary:
         return Encryption(chosen_format(wanted), passphrase_of(wanted.new_key, where))
 
 
-class _Total:
-    """A download's progress: its total is known once the server has answered."""
-
-    def __init__(self, meter: Meter, what: str) -> None:
-        self._meter = meter
-        self._what = what
-        self._stack = contextlib.ExitStack()
-        self._progress: Progress | None = None
-
-    def __enter__(self) -> Callable[[int, int | None], None]:
-        return self._advance
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def _advance(self, done: int, total: int | None) -> None:
-        if self._progress is None:
-            self._progress = self._stack.enter_context(self._meter(self._what, total))
-        self._progress(done)
-
-
 _DOING: Final = {
     Operation.IGNORE: "copying",
     Operation.ENCRYPT: "encrypting",
@@ -347,6 +248,35 @@ def _refuse_encrypted(reader: Reader, where: str) -> None:
             f"{where} is recorded as not encrypted and its disk begins like LUKS; export that disk as raw and import "
             f"it, then use reencrypt or ignore"
         )
+
+
+def _recorded(wanted: Import, made: Path, found: Inspected, where: str) -> ImageRecord:
+    """What a file is that was brought in."""
+    if found.luks is None and wanted.secret is not None:
+        raise InvalidArgument(f"{where} is not encrypted, but a secret was named for it; leave that out")
+    size = found.virtual_size
+    if found.luks is not None:
+        descriptor = open_regular(str(made), where)
+        try:
+            size = _header(descriptor, where).payload
+        finally:
+            os.close(descriptor)
+    return ImageRecord(
+        name=wanted.name,
+        format=found.format,
+        size=size,
+        file_size=found.length,
+        luks=found.luks,
+        secret=wanted.secret,
+        created=_now(),
+        provenance=Provenance(operation="import", source=_told_source(wanted), checksum=_text(wanted.checksum)),
+    )
+
+
+def _told_source(wanted: Import) -> str:
+    if wanted.stream is not None:
+        return "standard input"
+    return str(parse_url(wanted.source)) if is_url(wanted.source) else str(Path(wanted.source).absolute())
 
 
 def _cloned(source: ImageRecord, wanted: Clone, result: PassResult) -> ImageRecord:
@@ -370,14 +300,6 @@ def _header(descriptor: int, where: str) -> ImageHeader:
         return os.pread(descriptor, length, offset)
 
     return read_image_header(where, read, os.fstat(descriptor).st_size, ANY_COST)
-
-
-@contextlib.contextmanager
-def _reading(source: str, where: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CommandFailed(f"{source} cannot be read for {where} ({error.strerror}); check its storage") from None
 
 
 def _text(checksum: Checksum | None) -> str | None:

@@ -1,4 +1,4 @@
-"""The payload of an encrypted image: what lies behind its LUKS2 header, decrypted in memory as it is read."""
+"""The payload of an encrypted image: what lies behind its LUKS header, decrypted in memory as it is read."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -6,11 +6,12 @@ from typing import Final
 
 from csi_driver.images.base import Extent, Reader
 from csi_driver.luks.bulk import sector_cipher
+from csi_driver.luks.formats import READABLE_HASHES
 from csi_driver.luks.header_rules import DEFAULT_LIMITS, Limits
 from csi_driver.luks.image_header import padded, read_image_header
 from csi_driver.model.secret import Passphrase
 
-MOST_COST: Final = replace(DEFAULT_LIMITS, memory_kib=1 << 20)
+MOST_COST: Final = replace(DEFAULT_LIMITS, memory_kib=1 << 20, hashes=READABLE_HASHES)
 """What one unlock of an image may cost: cryptsetup's own choice takes up to 1 GiB (luksFormat, --pbkdf-memory)."""
 
 _UNIT: Final = 512

@@ -36,8 +36,16 @@ _MOST_HEADER: Final = 512
 _MOST_NAME: Final = 1023
 _MOST_L1_ENTRIES: Final = 32 * MIB // 8
 _MOST_REFCOUNT_BYTES: Final = 8 * MIB
-_FLATTEN: Final = "make one image of it with `qemu-img convert -O qcow2` where its other files are"
-_REPAIR: Final = "repair it with `qemu-img check -r all`"
+_QCOW: Final = "`qemu-img convert -f qcow -O qcow2 FILE NEW`"
+_PLAIN: Final = "`qemu-img convert -f qcow2 -O qcow2 FILE NEW`"
+_FLATTEN: Final = f"make one image of it where its other files are: {_PLAIN}"
+_REPAIR: Final = "repair it with `qemu-img check -f qcow2 -r all FILE`"
+_DECRYPT: Final = {
+    "LUKS": "`qemu-img convert --object secret,id=key,file=PASSPHRASE --image-opts "
+    "driver=qcow2,file.filename=FILE,encrypt.key-secret=key -O qcow2 NEW`",
+    "AES": "`qemu-img convert --object secret,id=key,file=PASSPHRASE --image-opts "
+    "driver=qcow2,file.filename=FILE,encrypt.format=aes,encrypt.key-secret=key -O qcow2 NEW`",
+}
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,7 @@ def _read_header(image: ImageFile) -> _Header:
         if not _HEADER.size + _HEADER_3.size <= length <= _MOST_HEADER:
             raise image.refusal(f"it is a qcow2 with a header of {length} bytes, expected 104 to 512; it is damaged")
     elif header.version != 2:
-        raise image.refusal(f"it is a qcow image of version {header.version}, expected 2 or 3; convert it to qcow2")
+        raise image.refusal(f"it is a qcow image of version {header.version}, expected 2 or 3; convert it: {_QCOW}")
     if not 9 <= header.cluster_bits <= 21:
         raise image.refusal(
             f"it is a qcow2 with clusters of 2^{header.cluster_bits} bytes, expected 2^9 to 2^21; it is damaged"
@@ -119,11 +127,12 @@ def _check_features(image: ImageFile, header: _Header) -> None:
     if header.encryption or _EXTENSION_ENCRYPTION in extensions:
         method = _ENCRYPTIONS.get(header.encryption, f"method {header.encryption}")
         raise image.refusal(
-            f"it is a qcow2 encrypted by QEMU ({method}), which is not LUKS2; decrypt it with `qemu-img convert`"
+            f"it is a qcow2 encrypted by QEMU ({method}), which is not LUKS2; decrypt it with "
+            f"{_DECRYPT.get(method, 'the program that made it')}"
         )
     if unknown := header.features & ~_KNOWN_FEATURES:
         raise image.refusal(
-            f"it is a qcow2 with unknown incompatible features ({unknown:#x}); convert it to plain qcow2"
+            f"it is a qcow2 with unknown incompatible features ({unknown:#x}); convert it with the QEMU that made it"
         )
     if header.features & _CORRUPT:
         raise image.refusal(f"it is a qcow2 that is marked corrupt; {_REPAIR}")
@@ -133,7 +142,7 @@ def _check_features(image: ImageFile, header: _Header) -> None:
     if compression not in _COMPRESSIONS or bool(compression) != bool(header.features & _COMPRESSION):
         raise image.refusal(
             f"it is a qcow2 with compression type {compression}, which its features contradict or nobody knows; "
-            "convert it to plain qcow2"
+            "convert it with the QEMU that made it"
         )
 
 

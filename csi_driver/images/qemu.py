@@ -1,4 +1,4 @@
-"""The payload of a qcow2, vmdk or vhdx image, by a qemu-nbd that is locked up (`csi_driver.images.sandbox`).
+"""The payload of a qcow2, vmdk, vhdx, vhd or vdi image, by a qemu-nbd that is locked up (`csi_driver.images.sandbox`).
 
 The file's headers were checked before (csi_driver.images.formats); its format is named to qemu-nbd, which probes
 nothing. What checks may have missed meets a program that can read this one file and write none.
@@ -25,7 +25,16 @@ from csi_driver.model.errors import DeviceUnreadable, DriverError, FailedPrecond
 
 PROGRAM: Final = "/usr/bin/qemu-nbd"
 
-_FORMATS: Final = frozenset({ImageFormat.QCOW2, ImageFormat.VMDK, ImageFormat.VHDX})
+# How the format is named to qemu-nbd. Which of a vhd's two sizes counts, qemu would guess by who made it.
+_OPENED: Final = {
+    ImageFormat.QCOW2: ("--format=qcow2", IMAGE),
+    ImageFormat.VMDK: ("--format=vmdk", IMAGE),
+    ImageFormat.VHDX: ("--format=vhdx", IMAGE),
+    ImageFormat.VHD: (
+        "--image-opts", f"driver=vpc,force_size_calc=current_size,file.driver=file,file.filename={IMAGE}",
+    ),
+    ImageFormat.VDI: ("--format=vdi", IMAGE),
+}  # fmt: skip
 # qemu-nbd allocates a buffer for each request. By default one of this size is given back to the kernel each time, and
 # getting its pages anew is a third of the time; larger ones, kept, fragment its memory (mallopt(3)).
 _REQUEST_BYTES: Final = 1 << 20
@@ -53,7 +62,7 @@ class QemuReader:
     may take `timeout` seconds. The size is the format's: a multiple of 512 bytes. qemu tells no holes of a vhdx: it is
     all data.
 
-    The constructor raises InvalidArgument when qemu-nbd refuses the file or it is no regular file of one of the three
+    The constructor raises InvalidArgument when qemu-nbd refuses the file or it is no regular file of one of these
     formats, FailedPrecondition where no sandbox can be made (not root, qemu-nbd missing, no namespaces), and
     DeviceUnreadable.
     """
@@ -68,7 +77,7 @@ class QemuReader:
         timeout: float = 60.0,
         program: str = PROGRAM,
     ) -> None:
-        if image_format not in _FORMATS:
+        if image_format not in _OPENED:
             raise InvalidArgument(f"{where} is {image_format} and needs no qemu-nbd; read it as it is")
         self._where = where
         self._format = image_format
@@ -84,7 +93,7 @@ class QemuReader:
             undo.callback(self.close)
             self._descriptor = open_regular(path, where)
             self._resources.callback(os.close, self._descriptor)
-            argv = (program, "--read-only", f"--format={image_format}", f"--shared={connections}", IMAGE)
+            argv = (program, "--read-only", f"--shared={connections}", *_OPENED[image_format])
             self._connect(argv, files, connections)
             undo.pop_all()
 

@@ -1,8 +1,9 @@
 """What is asked of the image library, and what of it is refused before any work."""
 
 import re
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import BinaryIO, Final
 
 from csi_driver.images.checkpoint import Operation
 from csi_driver.images.checksum import Checksum
@@ -24,7 +25,8 @@ _SECRET_NAME: Final = re.compile(r"[a-z0-9][-a-z0-9]{0,62}/[a-z0-9][-a-z0-9.]{0,
 class Import:
     """`source` is a path or an http(s) URL; `checksum` is of the file as it lies there, wrapping included.
 
-    `secret` (namespace/name) may be told for an image that is encrypted already.
+    `secret` (namespace/name) may be told for an image that is encrypted already. `stream` is read in the place of a
+    source. `headers` are sent to the server of the URL, and may be credentials.
     """
 
     name: str
@@ -32,6 +34,8 @@ class Import:
     checksum: Checksum | None = None
     secret: str | None = None
     most_bytes: int = MOST_BYTES
+    stream: BinaryIO | None = None
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)

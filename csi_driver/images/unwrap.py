@@ -1,4 +1,4 @@
-"""Image files out of .gz, .xz and .zst: as a stream, in bounded memory, holes where the image has zeros."""
+"""Image files out of .gz, .xz, .zst, .zip and .tar: as a stream, in bounded memory, holes where the image has zeros."""
 
 import errno
 import lzma
@@ -11,6 +11,7 @@ from typing import IO, Final, Protocol, cast
 import zstandard
 
 from csi_driver.host.files import Files
+from csi_driver.images.archive import untarred, unzipped
 from csi_driver.images.base import MIB, Progress
 from csi_driver.images.formats import Wrapping
 from csi_driver.images.room import EVERY, check_room
@@ -20,24 +21,39 @@ _PIECE = MIB
 _READ = 256 << 10
 _HOLE = 64 << 10
 _ZEROS: Final = bytes(_HOLE)
+_ARCHIVES: Final = {Wrapping.ZIP: unzipped, Wrapping.TAR: untarred}
 _MOST_MEMORY = 128 * MIB
 """For a decoder: what `xz -9` and `zstd --ultra -22` need, and what zstd(1) itself allows."""
 
 
-def unwrap(source: int, wrapping: Wrapping, path: Path, most_bytes: int, where: str, progress: Progress) -> int:
+Warn = Callable[[str], None]
+"""Called with a sentence about an image that is taken all the same."""
+
+
+def unwrap(
+    source: int,
+    wrapping: Wrapping,
+    path: Path,
+    most_bytes: int,
+    where: str,
+    progress: Progress,
+    warn: Warn = lambda _: None,
+) -> int:
     """Unpack the file open at `source` to a new `path`, seen when it is whole and fsynced; returns its bytes.
 
-    `where` names the image in errors. `progress` gets the bytes of the source that are done. One call per path at a
-    time. Raises InvalidArgument (more than `most_bytes` come out, nothing comes out, damaged, truncated, something
-    behind the end, a decoder that would need more than 128 MiB), ResourceExhausted, DeviceUnreadable (the source),
-    CommandFailed (the target), and what `progress` raises; then nothing is left.
+    `where` names the image in errors. `progress` gets the bytes of the source that are done. What follows the end of
+    a gzip stream is left out and told to `warn`, as gzip(1) does. One call per path at a time.
+
+    Raises InvalidArgument (more than `most_bytes` come out, nothing comes out, damaged, truncated, something behind the
+    end, a decoder that would need more than 128 MiB, an archive of more than one image), ResourceExhausted,
+    DeviceUnreadable (the source), CommandFailed (the target), and what `progress` raises; then nothing is left.
     """
     files = Files()
     fresh = path.with_name(f".{path.name}.new")
     try:
         target = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            size = _write(target, _unpacked(source, wrapping, where, progress), most_bytes, where)
+            size = _write(target, _unpacked(source, wrapping, where, progress, warn), most_bytes, where)
             os.fsync(target)
         finally:
             os.close(target)
@@ -52,16 +68,15 @@ def unwrap(source: int, wrapping: Wrapping, path: Path, most_bytes: int, where: 
     return size
 
 
-def _unpacked(source: int, wrapping: Wrapping, where: str, progress: Progress) -> Iterator[bytes | memoryview]:
+def _unpacked(
+    source: int, wrapping: Wrapping, where: str, progress: Progress, warn: Warn
+) -> Iterator[bytes | memoryview]:
     """What comes out, in pieces of at most 1 MiB; a memoryview holds until the next one is asked for."""
+    if wrapping in _ARCHIVES:
+        yield from _ARCHIVES[wrapping](source, where, progress)
+        return
     try:
-        match wrapping:
-            case Wrapping.GZIP:
-                yield from _members(_pieces(source, where, progress), _Gzip, b"\x1f\x8b")
-            case Wrapping.XZ:
-                yield from _members(_pieces(source, where, progress), _xz, b"\xfd7zXZ\0", padding=4)
-            case Wrapping.ZSTD:
-                yield from _zstd(_pieces(source, where, progress))
+        yield from _decompressed(_pieces(source, where, progress), wrapping, where, warn)
     except _Bad as error:
         raise InvalidArgument(f"{where} is refused: its {wrapping} stream {error}; fetch or pack it again") from error
     except (zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
@@ -73,6 +88,18 @@ def _unpacked(source: int, wrapping: Wrapping, where: str, progress: Progress) -
         raise InvalidArgument(
             f"{where} is refused: its {wrapping} stream is damaged ({error}); fetch or pack it again"
         ) from error
+
+
+def _decompressed(pieces: Iterator[bytes], wrapping: Wrapping, where: str, warn: Warn) -> Iterator[bytes | memoryview]:
+    match wrapping:
+        case Wrapping.GZIP:
+            if (yield from _members(pieces, _Gzip, b"\x1f\x8b")):
+                warn(f"behind the gzip stream of {where} stands something else, which is left out")
+        case Wrapping.XZ:
+            if (yield from _members(pieces, _xz, b"\xfd7zXZ\0", padding=4)):
+                raise _Bad(_FOLLOWED)
+        case _:
+            yield from _zstd(pieces)
 
 
 class _Bad(Exception):
@@ -135,28 +162,37 @@ def _xz() -> lzma.LZMADecompressor:
     return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MOST_MEMORY)
 
 
-def _members(pieces: Iterator[bytes], fresh: Callable[[], _Decoder], magic: bytes, padding: int = 0) -> Iterator[bytes]:
-    """Unpack members one behind the other; multiples of `padding` zeros may stand behind each (xz file format, 2.2)."""
+def _members(
+    pieces: Iterator[bytes], fresh: Callable[[], _Decoder], magic: bytes, padding: int = 0
+) -> Generator[bytes, None, bytes]:
+    """Unpack members one behind the other; multiples of `padding` zeros may stand behind each (xz file format, 2.2).
+
+    Without `padding` zeros may stand behind the last one only, as for gzip(1). Returns the begin of what else stands
+    behind that.
+    """
     decoder = fresh()
-    zeros = 0
+    left, zeros = b"", 0
     for piece in pieces:
-        left = piece
+        left += piece
         while left or not (decoder.eof or decoder.needs_input):
             if decoder.eof:
-                rest = left.lstrip(b"\0") if padding else left
+                rest = left.lstrip(b"\0")
                 zeros += len(left) - len(rest)
-                if not rest:
-                    break
-                if not magic.startswith(rest[: len(magic)]) or (padding and zeros % padding):
-                    raise _Bad(_FOLLOWED)
-                decoder, zeros, left = fresh(), 0, rest
+                left = rest
+                misplaced = zeros % padding if padding else zeros
+                if not magic.startswith(left[: len(magic)]) or (left and misplaced):
+                    return left
+                if len(left) < len(magic):
+                    break  # more of it is to come
+                decoder, zeros = fresh(), 0
             out = decoder.decompress(left, _PIECE)
             left = decoder.unused_data if decoder.eof else b""
             yield out
-    if not decoder.eof:
+    if left or not decoder.eof:
         raise _Bad(_TRUNCATED)
     if padding and zeros % padding:
         raise _Bad(_FOLLOWED)
+    return b""
 
 
 def _zstd(pieces: Iterator[bytes]) -> Iterator[memoryview]:

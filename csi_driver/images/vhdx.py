@@ -96,7 +96,8 @@ def _check_headers(image: ImageFile) -> _Region:
         )
     if log.strip(b"\0"):
         raise image.refusal(
-            "it is a vhdx with a log that must be replayed, it was not closed cleanly; mount and unmount it in Hyper-V"
+            "it is a vhdx with a log that must be replayed, it was not closed cleanly; run `qemu-img check -f vhdx -r "
+            "all FILE`"
         )
     return _Region(offset, length)
 

@@ -36,7 +36,7 @@ _PARENT: Final = re.compile(r"parentCID[ \t]*=[ \t]*(\w*)", re.IGNORECASE)
 _EXTENT: Final = re.compile(
     r'^[ \t]*(?:RW|RDONLY|NOACCESS)[ \t]+\d+[ \t]+(\w+)(?:[ \t]+"([^"\r\n]*))?', re.MULTILINE | re.IGNORECASE
 )
-_REPACK: Final = "make one image of it with `qemu-img convert -O qcow2` where its other files are"
+_REPACK: Final = "make one image of it where its other files are: `qemu-img convert -f vmdk -O qcow2 FILE NEW`"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,10 @@ def virtual_size(image: ImageFile) -> int:
     if not header.capacity:
         raise image.refusal(f"it is a vmdk without a disk, its descriptor names other files; {_REPACK}")
     if header.descriptor != 1 or not 0 < header.descriptor_length <= _MOST_DESCRIPTOR_SECTORS:
-        raise image.refusal(f"it is a vmdk extent without a descriptor behind its header, a part of a disk; {_REPACK}")
+        raise image.refusal(
+            f"it is a vmdk extent without a descriptor behind its header, a part of a disk; {_REPACK}, FILE being the "
+            "descriptor"
+        )
     kind = _check_descriptor(image, header.descriptor_length * SECTOR)
     _check_header(image, header, kind)
     if header.directory == _AT_END:
@@ -104,7 +107,9 @@ def _check_descriptor(image: ImageFile, length: int) -> str:
 
 def _check_header(image: ImageFile, header: _Header, kind: str) -> None:
     if header.version not in {1, 2, 3}:
-        raise image.refusal(f"it is a vmdk of version {header.version}, expected 1 to 3; convert it to qcow2")
+        raise image.refusal(
+            f"it is a vmdk of version {header.version}, expected 1 to 3; convert it with the program that made it"
+        )
     if header.line_ends != _LINE_ENDS:
         raise image.refusal("it is a vmdk whose line ends were changed on its way; fetch it again, as binary data")
     if header.unclean:
@@ -123,7 +128,7 @@ def _check_header(image: ImageFile, header: _Header, kind: str) -> None:
     image.require_size(header.capacity * SECTOR)
     if header.tables > _MOST_TABLES:
         raise image.refusal(
-            f"it is a vmdk with {header.tables} grain tables, expected at most {_MOST_TABLES}; convert it"
+            f"it is a vmdk with {header.tables} grain tables, expected at most {_MOST_TABLES}; give it larger grains"
         )
     image.require(0, header.overhead * SECTOR, "vmdk metadata")
     if header.flags & _REDUNDANT and header.directory != _AT_END:

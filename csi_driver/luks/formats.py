@@ -34,6 +34,8 @@ PLAIN_IV_LIMIT: Final = 2 << 40
 """A `plain` IV counts 512-byte sectors in 32 bits and repeats past 2 TiB (cryptsetup FAQ 5.14)."""
 
 HASHES: Final = ("sha256", "sha384", "sha512")
+READABLE_HASHES: Final = (*HASHES, "sha1")
+"""Those of images that others made: SHA-1 was cryptsetup's choice up to 2016, and is not broken for key derivation."""
 SECTOR_SIZES: Final = (512, 1024, 2048, 4096)
 PBKDFS: Final = ("argon2id", "argon2i", "pbkdf2")
 

@@ -28,6 +28,7 @@ from csi_driver.model.volume import LuksIdentity
 
 _STRIPES = 4000
 _ALIGNMENT = 4096
+_LUKS1_DIGEST_BYTES = 20  # of any hash; it stays so when it becomes LUKS2 (cryptsetup-convert(8))
 _MOST_KEYSLOTS_BYTES = 128 << 20  # LUKS2 itself has no larger key slot area
 
 
@@ -36,7 +37,8 @@ class Limits:
     """The most that opening a volume may cost. A device on the storage says what it costs; the node says what it has.
 
     memory_kib, time, cpus: Argon2's memory in KiB, passes and lanes. iterations: of PBKDF2, in key slots and digest.
-    keyslots: how many key slots there may be, since a wrong key is tried on each.
+    keyslots: how many key slots there may be, since a wrong key is tried on each. hashes: those that key slots and
+    digest may be made with.
     """
 
     memory_kib: int = ARGON2_DEFAULT_MEMORY_KIB
@@ -44,6 +46,7 @@ class Limits:
     cpus: int = 4
     iterations: int = PBKDF2_MOST_ITERATIONS
     keyslots: int = 8
+    hashes: tuple[str, ...] = HASHES
 
 
 DEFAULT_LIMITS = Limits()
@@ -155,8 +158,9 @@ def _digest(header: Header, expected: LuksIdentity, limits: Limits) -> Iterator[
                 f"found {_listed(digest.keyslots) or 'none'}"
             )
         yield from _pbkdf2("digest", digest, limits)
-        if len(digest.digest) != (length := hashlib.new(digest.hash).digest_size):
-            yield f"expected a digest of {length} bytes, found {len(digest.digest)}"
+        lengths = (hashlib.new(digest.hash).digest_size, _LUKS1_DIGEST_BYTES)
+        if len(digest.digest) not in lengths:
+            yield f"expected a digest of {lengths[0]} bytes, found {len(digest.digest)}"
     if expected.digest is not None and header.key_digest != expected.digest:
         yield f"expected the volume key digest {expected.digest}, found {header.key_digest}"
 
@@ -184,8 +188,8 @@ def _keyslot(name: str, slot: Keyslot, expected: LuksIdentity, limits: Limits) -
         )
     if slot.af.stripes != _STRIPES:
         yield f"expected {_STRIPES} stripes in {name}, found {slot.af.stripes}"
-    if slot.af.hash not in HASHES:
-        yield f"expected one of the hashes {_listed(HASHES)} in {name}, found {slot.af.hash!r}"
+    if slot.af.hash not in limits.hashes:
+        yield f"expected one of the hashes {_listed(limits.hashes)} in {name}, found {slot.af.hash!r}"
     if isinstance(slot.kdf, Pbkdf2):
         yield from _pbkdf2(name, slot.kdf, limits)
     else:
@@ -193,8 +197,8 @@ def _keyslot(name: str, slot: Keyslot, expected: LuksIdentity, limits: Limits) -
 
 
 def _pbkdf2(name: str, kdf: Pbkdf2 | Digest, limits: Limits) -> Iterator[str]:
-    if kdf.hash not in HASHES:
-        yield f"expected one of the hashes {_listed(HASHES)} in {name}, found {kdf.hash!r}"
+    if kdf.hash not in limits.hashes:
+        yield f"expected one of the hashes {_listed(limits.hashes)} in {name}, found {kdf.hash!r}"
     yield from _salt(name, kdf.salt)
     yield from _within(f"PBKDF2 iterations in {name}", kdf.iterations, PBKDF2_LEAST_ITERATIONS, limits.iterations)
 

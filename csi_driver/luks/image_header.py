@@ -1,4 +1,4 @@
-"""The LUKS2 header of an image file: written with a volume key of our own, read, checked and opened.
+"""The LUKS header of an image file: LUKS2 written with a volume key of our own, LUKS2 and LUKS1 read and opened.
 
 An image is a plain LUKS2 device. One token in its header, of type `luks-csi`, says how long the payload is, as the last
 sector may be padded. A header is unauthenticated, so the token is believed only about that padding: what it says is
@@ -18,10 +18,11 @@ import msgspec
 from csi_driver.host import blockdev
 from csi_driver.luks.device import SEALS, write_at
 from csi_driver.luks.formats import CIPHER_KEY_BITS, LuksFormat
-from csi_driver.luks.header import BINARY_SIZE, HEADER_PROBE, Copy, Header, parse, repaired
+from csi_driver.luks.header import BINARY_SIZE, HEADER_PROBE, Copy, Header, is_luks1, parse, repaired
 from csi_driver.luks.header_metadata import refusal
 from csi_driver.luks.header_rules import DEFAULT_LIMITS, Limits, validate
 from csi_driver.luks.libcryptsetup import crypt_device
+from csi_driver.luks.luks1 import parse_luks1
 from csi_driver.model.errors import DeviceUnreadable, InvalidHeader
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import LuksIdentity
@@ -97,7 +98,7 @@ class ImageHeader:
                 write_at(copy, piece, offset)
             fcntl.fcntl(copy, fcntl.F_ADD_SEALS, SEALS)
             with crypt_device(self.where, f"/proc/self/fd/{copy}") as device:
-                device.load()
+                device.load(1 if is_luks1(self.pieces[0]) else 2)
                 return VolumeKey(device.volume_key(passphrase))
         finally:
             os.close(copy)
@@ -106,7 +107,8 @@ class ImageHeader:
 def read_image_header(where: str, read: ReadAt, size: int, limits: Limits = DEFAULT_LIMITS) -> ImageHeader:
     """The header of an image of `size` bytes, checked by every rule for volumes; its UUID and cipher are its own.
 
-    Raises DeviceUnreadable, DeviceBlank, ForeignSignature (no LUKS2), InvalidHeader, DeviceShort (data cut off).
+    LUKS1 is read too, in LUKS2's words. Raises DeviceUnreadable, DeviceBlank, ForeignSignature (no LUKS),
+    InvalidHeader, DeviceShort (data cut off).
     """
     area, header = _read_header(where, read, size)
     identity = _identity(where, header)
@@ -165,6 +167,8 @@ def padded(length: int, unit: int) -> int:
 
 def _read_header(where: str, read: ReadAt, size: int) -> tuple[bytes, Header]:
     area = _read(where, read, 0, min(size, _USUAL_HEADER))
+    if is_luks1(area):
+        return area, parse_luks1(area, where)
     try:
         return area, parse(area, where)
     except InvalidHeader:
@@ -202,6 +206,8 @@ def _identity(where: str, header: Header) -> LuksIdentity:
 
 def _payload(area: bytes, header: Header, identity: LuksIdentity, size: int) -> int:
     data = (size - identity.data_offset) // identity.sector_size * identity.sector_size
+    if not header.tokens:
+        return data
     start = BINARY_SIZE + (0 if header.source is Copy.PRIMARY else header.hdr_size)
     text = area[start : start - BINARY_SIZE + header.hdr_size].rstrip(b"\0")
     with suppress(msgspec.MsgspecError):

@@ -116,9 +116,10 @@ class CryptDevice:
             self._library.crypt_free(self._handle)
             self._handle = ctypes.c_void_p()
 
-    def load(self) -> None:
-        """Read the LUKS2 header."""
-        self._check(self._library.crypt_load(self._handle, b"LUKS2", None), "read the LUKS2 header")
+    def load(self, version: int = 2) -> None:
+        """Read the header of that LUKS version."""
+        code = self._library.crypt_load(self._handle, b"LUKS%d" % version, None)
+        self._check(code, f"read the LUKS{version} header")
 
     def format(
         self, chosen: LuksFormat, uuid: str, passphrase: Passphrase, volume_key: bytearray | None = None

@@ -197,11 +197,12 @@ class BackingImages:
 def _check_format(image: ImageRecord, *, encrypted: bool) -> None:
     if image.format in (ImageFormat.RAW, ImageFormat.LUKS2):
         return
-    way = (
-        "clone it with encrypt and name that clone"
-        if encrypted
-        else "import its disk as raw, or clone it with encrypt and that clone with decrypt, and name the last one"
-    )
+    if image.luks:
+        way = f"clone it with {'reencrypt' if encrypted else 'decrypt'} and name that clone"
+    elif encrypted:
+        way = "clone it with encrypt and name that clone"
+    else:
+        way = "import its disk as raw, or clone it with encrypt and that clone with decrypt, and name the last one"
     raise InvalidArgument(
         f"image {image.name} is a {image.format} file and a volume starts from raw or luks2 only; {way}"
     )

@@ -35,6 +35,8 @@ KINDS: Final = {
     "vmdk-sparse": ("-O", "vmdk", "-o", "subformat=monolithicSparse"),
     "vmdk-stream": ("-O", "vmdk", "-o", "subformat=streamOptimized"),
     "vhdx": ("-O", "vhdx"),
+    "vhd": ("-O", "vpc", "-o", "subformat=dynamic,force_size"),
+    "vdi": ("-O", "vdi"),
 }
 
 _PIECE: Final = 4 * MIB

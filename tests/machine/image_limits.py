@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import Final
 
 from csi_driver.images.base import MIB, Progress
+from csi_driver.images.bring import Meter
 from csi_driver.images.checkpoint import Operation
 from csi_driver.images.destinations import Connector
-from csi_driver.images.library import ImageLibrary, Meter
+from csi_driver.images.library import ImageLibrary
 from csi_driver.images.requests import Clone, Import
 from csi_driver.keys.secret import SecretKey
 from csi_driver.model.errors import DriverError, NotFound, ResourceExhausted

@@ -8,8 +8,8 @@ import pytest
 
 from csi_driver.host.files import Files
 from csi_driver.images.base import MIB
+from csi_driver.images.bring import Meter
 from csi_driver.images.checkpoint import Operation, SourceChanged
-from csi_driver.images.library import Meter
 from csi_driver.images.requests import Clone
 from csi_driver.images.store import ImageRecord, ImageStore
 from tests.machine.image_kills import Build, Lab

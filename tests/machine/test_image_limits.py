@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from csi_driver.images.base import MIB
+from csi_driver.images.bring import Meter
 from csi_driver.images.checkpoint import Operation
 from csi_driver.images.destinations import Connector
-from csi_driver.images.library import ImageLibrary, Meter
+from csi_driver.images.library import ImageLibrary
 from csi_driver.images.requests import Clone
 from csi_driver.images.store import ImageRecord
 from csi_driver.model.errors import ResourceExhausted, VolumeBusy

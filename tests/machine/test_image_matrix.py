@@ -5,8 +5,8 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+from csi_driver.images.bring import Meter
 from csi_driver.images.checkpoint import Operation
-from csi_driver.images.library import Meter
 from csi_driver.images.requests import Clone
 from csi_driver.images.store import ImageRecord
 from csi_driver.images.target import Encryption

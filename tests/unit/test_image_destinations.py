@@ -201,6 +201,17 @@ def test_https_is_fetched_resumed_and_never_left_for_http(tmp_path: Path, certif
     assert len(server.requests) == 3
 
 
+def test_a_file_of_certificates_is_trusted_in_the_place_of_the_systems(tmp_path: Path, certificate: Path) -> None:
+    with serving(CONTENT, served_by(certificate)) as server:
+        connector = Connector(
+            allow_local=True,
+            cacert=Path(f"{certificate}.crt"),
+            resolve=lambda _host, _port: [("127.0.0.1", server.port)],
+        )
+        fetch("https://images.example/a", tmp_path / "a", 4 * MIB, connector, retries=0)
+    assert (tmp_path / "a").read_bytes() == CONTENT
+
+
 def test_certificates_are_verified_and_not_tried_again(tmp_path: Path, certificate: Path) -> None:
     with serving(CONTENT, served_by(certificate)) as server:
         with pytest.raises(InvalidArgument, match=r"certificate of images\.example does not hold \(self.signed"):

@@ -101,7 +101,7 @@ def test_a_whole_download_of_a_cut_call_serves_that_call_alone(
     library: ImageLibrary, tmp_path: Path, other: str
 ) -> None:
     """The first call was killed while it unpacked: the download is whole and nothing else is."""
-    first, packed = gzip.compress(b"another image" * 5000), gzip.compress(CONTENT)
+    first, packed = gzip.compress(b"\0another image" * 5000), gzip.compress(CONTENT)
     checksums = [Checksum.parse(hashlib.sha256(each).hexdigest()) for each in (first, packed)]
     places = ("/a", "/b") if other == "url" else ("/a", "/a")
     with serving(first) as server:

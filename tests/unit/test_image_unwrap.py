@@ -40,7 +40,7 @@ PACK: dict[Wrapping, Callable[[bytes], bytes]] = {
     Wrapping.XZ: lambda content: lzma.compress(content, preset=0),
     Wrapping.ZSTD: zstd,
 }
-EACH = pytest.mark.parametrize("wrapping", list(Wrapping))
+EACH = pytest.mark.parametrize("wrapping", PACK)
 
 
 def unpack(
@@ -49,6 +49,7 @@ def unpack(
     folder: Path,
     most_bytes: int = 64 * MIB,
     progress: Callable[[int], None] = lambda _: None,
+    warn: Callable[[str], None] = pytest.fail,
 ) -> bytes:
     """What comes out; the size that is told and what is left in the folder are checked."""
     source, path = folder / "source", folder / "image"
@@ -56,7 +57,7 @@ def unpack(
     path.unlink(missing_ok=True)
     try:
         with source.open("rb") as opened:
-            size = unwrap(opened.fileno(), wrapping, path, most_bytes, "image ubuntu", progress)
+            size = unwrap(opened.fileno(), wrapping, path, most_bytes, "image ubuntu", progress, warn)
     except BaseException:
         assert os.listdir(folder) == ["source"], "nothing is left of what failed"
         raise
@@ -82,7 +83,7 @@ def test_what_was_packed_comes_out(tmp_path: Path, wrapping: Wrapping, content: 
 
 
 @given(
-    wrapping=st.sampled_from(list(Wrapping)),
+    wrapping=st.sampled_from(list(PACK)),
     runs=st.lists(
         st.tuples(st.booleans(), st.sampled_from([1, 511, 4096, HOLE - 1, HOLE, HOLE + 1, MIB - 1, MIB, MIB + 1])),
         min_size=1,
@@ -174,8 +175,28 @@ def test_what_follows_the_end_is_refused(tmp_path: Path, wrapping: Wrapping, res
     if wrapping is Wrapping.XZ and rest == bytes(4):  # the padding that its format allows
         assert unpack(packed + rest, wrapping, tmp_path) == NOISE[:size]
         return
+    if wrapping is Wrapping.GZIP:  # gzip(1) takes it, and tells what is no zeros
+        told: list[str] = []
+        assert unpack(packed + rest, wrapping, tmp_path, warn=told.append) == NOISE[:size]
+        assert len(told) == bool(rest.strip(b"\0"))
+        assert all("image ubuntu stands something else, which is left out" in sentence for sentence in told)
+        return
     with pytest.raises(InvalidArgument, match=r"has something behind its end|ends before its end"):
         unpack(packed + rest, wrapping, tmp_path)
+
+
+@pytest.mark.parametrize("rest", [b"\0\0more", b"\x1f\x8c", bytes(5) + gzip.compress(b"more")])
+@pytest.mark.parametrize("short", range(-3, 4))
+def test_what_follows_a_gzip_stream_is_what_gzip_takes_it_for(tmp_path: Path, rest: bytes, short: int) -> None:
+    """Wherever the pieces end that are read, of 256 KiB."""
+    stored = gzip.compress(NOISE[:200_000], 0)
+    first = gzip.compress(NOISE[: 262_144 - len(stored) - 41 + short], 0)
+    packed = stored + first
+    assert len(packed + rest) > 262_144 - 30
+    told: list[str] = []
+    found = unpack(packed + rest, Wrapping.GZIP, tmp_path, warn=told.append)
+    command = subprocess.run(["gzip", "-dc"], input=packed + rest, capture_output=True, check=False)
+    assert (found, len(told)) == (command.stdout, command.returncode // 2)
 
 
 @pytest.mark.parametrize("zeros", [1, 3, 5, 6])
