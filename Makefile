@@ -34,8 +34,9 @@ MACHINE_PYTEST := $(PY) -m pytest -p no:cacheprovider
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo shell test test-danger test-machine check sanity faults crashes storm danger canary cluster-test bench bench-images format clean venv system lock \
-    images images-demo images-matrix images-kills images-hostile images-limits
+.PHONY: help demo shell test test-danger test-machine check sanity faults crashes storm danger canary cluster-test bench \
+    bench-images format clean venv system lock fuzz images images-demo images-matrix images-kills images-hostile \
+    images-limits images-random
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -87,7 +88,7 @@ canary: venv system ## no key byte leaves its place
 	@$(GUEST) $(PY) -m tests.machine.canary
 
 images: venv system ## the image suites, a line of each
-	@code=0; for suite in demo limits kills hostile matrix; do \
+	@code=0; for suite in demo limits kills hostile random matrix; do \
 	    said=$$($(MAKE) --no-print-directory images-$$suite) || code=1; \
 	    echo "$$said" | sed -n "\$$s/^\(images-demo: \)*/images-$$suite: /p"; \
 	done; exit $$code
@@ -103,6 +104,15 @@ images-kills: venv system ## kill -9 in each operation, sources that change
 
 images-hostile: venv system ## hostile files and addresses, watched by the kernel
 	@$(GUEST) $(PY) -m tests.machine.image_hostile
+
+images-random: venv system ## images that qemu makes with random options, against qemu-img; as root
+	@$(PY) -m tests.machine.image_random
+
+fuzz: venv system .venv/fuzz ## every header parser under atheris, ten minutes each; TARGET=vhdx SECONDS=60 for less
+	@mkdir -p build/fuzz; code=0; for target in $(or $(TARGET),$$($(PY) -m tests.fuzz_targets)); do \
+	    $(PY) -m tests.fuzz $$target $(or $(SECONDS),600) >build/fuzz/$$target.log 2>&1 || code=1; \
+	    echo "$$target: $$(sed -n 's/^stat:://; /^Done\|^peak_rss\|^SUMMARY/p' build/fuzz/$$target.log | tr '\n' ' ')"; \
+	done; exit $$code
 
 images-limits: venv system ## several at once, full disks
 	@$(GUEST) $(PY) -m tests.machine.image_limits
@@ -135,6 +145,7 @@ lock: ## requirements/*.txt from pyproject.toml; needs uv
 	$(LOCK) --group dev -o requirements/dev.txt pyproject.toml
 	$(LOCK) -c requirements/dev.txt -o requirements/runtime.txt pyproject.toml
 	$(LOCK) -c requirements/dev.txt -o requirements/build.txt --group build
+	$(LOCK) -o requirements/fuzz.txt --group fuzz
 
 LOCK = $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url
 
@@ -143,6 +154,10 @@ LOCK = $(UV) pip compile --quiet --universal --python-version 3.11 --generate-ha
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --require-hashes -r requirements/dev.txt
 	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+.venv/fuzz: requirements/fuzz.txt .venv/installed
+	$(PY) -m pip install --quiet --require-hashes -r requirements/fuzz.txt
 	@touch $@
 
 $(STUBS): $(wildcard protos/*.proto) csi_driver/luks/bulk.c hatch_build.py .venv/installed

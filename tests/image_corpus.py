@@ -457,8 +457,8 @@ HOSTILE = [
     Hostile("a JSON error", _text(b'{"errors":[{"status":404}]}\n'), "a JSON text"),
     Hostile("a list of checksums", _text(b"# of today\n" + b"ab" * 32 + b" *disk.img\n"), "a list of checksums"),
     Hostile("a list of checksums as BSD has it", _text(b"SHA256 (disk.img) = ab\n"), "a list of checksums"),
-    Hostile("a sentence", _text(b"404 page not found\n"), "a text that begins with '404 page not found'"),
-    Hostile("a text in another language", _text("não há nada".encode() * 9000), "a text that begins with 'não há nada"),
+    Hostile("a sentence", _text(b"404 page not found\n"), "a text of 19 bytes"),
+    Hostile("a text in another language", _text("não há nada".encode() * 9000), "a text of 117000 bytes"),
     Hostile("gzip in gzip", file_of("disk.img", lambda: gzip.compress(DISK)), "packed with gzip a second time"),
     Hostile("xz in gzip", file_of("disk.img", lambda: lzma.compress(DISK)), "packed with xz a second time"),
     Hostile("zstd in gzip", _starting(b"\x28\xb5\x2f\xfd"), "packed with zstd a second time"),
@@ -468,6 +468,7 @@ HOSTILE = [
 GOOD = [
     Good("raw", file_of("disk.img", lambda: DISK), ImageFormat.RAW, len(DISK), DISK),
     Good("raw of one byte", file_of("disk.img", lambda: b"\1"), ImageFormat.RAW, 1, b"\1"),
+    Good("raw that ends within a character", file_of("disk.img", lambda: b"\xc3"), ImageFormat.RAW, 1, b"\xc3"),
     Good("raw that begins with text", file_of("disk.img", lambda: b"text" * 99 + b"\0"), ImageFormat.RAW, 397, None),
     Good(
         "iso",

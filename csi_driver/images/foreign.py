@@ -3,14 +3,13 @@
 A list of what people hand in by mistake. Signatures are those of file(1) and of the formats' own specifications.
 """
 
+import codecs
 import re
 from typing import Final
 
 from csi_driver.images.imagefile import SECTOR, ImageFile
 from csi_driver.luks.header import BINARY_SIZE, HEADER_SIZES, SECONDARY_MAGIC
-from csi_driver.luks.header_metadata import shorten
 
-_SHOWN: Final = 60
 _UNPACK: Final = "unpack it and give the image inside"
 _RESTORE: Final = "restore it to a raw disk with the program that made it"
 
@@ -86,6 +85,7 @@ _TEXTS: Final = tuple(
         ),
     )
 )
+_UTF8: Final = codecs.getincrementaldecoder("utf-8")
 # What a text may hold; a disk begins with a boot sector or with zeros.
 _CONTROLS: Final = bytes({*range(32), 127} - {*b"\t\n\r\f\x1b"})
 
@@ -98,12 +98,12 @@ def refuse_foreign(image: ImageFile, head: bytes) -> None:
     for offset, pattern, name, advice in _BINARY:
         if pattern.match(head, offset):
             raise image.refusal(f"it is {name}; {advice}")
-    if _is_text(head):
+    if _is_text(head, whole=len(head) == image.size):
         for text_pattern, name, advice in _TEXTS:
             if text_pattern.match(head):
                 raise image.refusal(f"it is {name}; {advice}")
-        begin = shorten(head[:_SHOWN].decode(errors="replace").strip())
-        raise image.refusal(f"it is a text that begins with {begin!r}; look at what the server answered")
+        # Not repeated: it may be the passphrase by mistake.
+        raise image.refusal(f"it is a text of {image.size} bytes and no disk; look at what is in it")
     tail = image.peek(max(image.size - SECTOR, 0), SECTOR)
     if tail.startswith(b"koly\0\0\0\4\0\0\2\0"):
         raise image.refusal(f"it is a dmg disk; {_by_qemu('dmg')}")
@@ -111,17 +111,12 @@ def refuse_foreign(image: ImageFile, head: bytes) -> None:
         raise image.refusal("it is LUKS2 with its first header wiped; mend it with `cryptsetup repair FILE`")
 
 
-def _is_text(head: bytes) -> bool:
-    """Whether it is UTF-8 without control characters; the last character may be cut."""
-    if head.translate(None, _CONTROLS) != head:
+def _is_text(head: bytes, *, whole: bool) -> bool:
+    """Whether it is UTF-8 without control characters; where it is not the `whole` file, its last character is cut."""
+    try:
+        return head.translate(None, _CONTROLS) == head and bool(_UTF8().decode(head, final=whole))
+    except UnicodeDecodeError:
         return False
-    for cut in range(4):
-        try:
-            head[: len(head) - cut].decode()
-        except UnicodeDecodeError:
-            continue
-        return True
-    return False
 
 
 def _has_luks_copy(image: ImageFile, place: int) -> bool:

@@ -122,11 +122,14 @@ def inspect(descriptor: int, where: str, most_bytes: int) -> Inspected:
     for offset, magic, format, virtual_size in _CONTAINERS:
         if head.startswith(magic, offset):
             return Inspected(format, virtual_size(image), image.size)
-    if fixed := vhd.fixed_size(image):
+    fixed = vhd.fixed_size(image)
+    if fixed is not None:
         image = replace(image, size=fixed)
     if head.startswith(PRIMARY_MAGIC):
         identity, payload = inspect_luks(image)
         return Inspected(ImageFormat.LUKS1 if is_luks1(head) else ImageFormat.LUKS2, payload, image.size, identity)
+    if fixed is not None:  # a disk for sure, whatever is on it
+        return Inspected(ImageFormat.RAW, image.size, image.size)
     if wrapping := detect_wrapping(head):
         raise image.refusal(f"it is packed with {wrapping} a second time; unpack the outer one and give what is in it")
     refuse_foreign(image, head)

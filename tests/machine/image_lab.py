@@ -70,7 +70,7 @@ def make_disk(path: Path, size: int, seed: int) -> Path:
     with path.open("wb") as file:
         for start in _starts(size):
             length = min(64 * 1024, size - start)
-            match draw.randrange(3) if size > 64 * 1024 else 0:
+            match draw.randrange(3) if start else 0:  # what begins with text is taken for no disk
                 case 0:
                     piece = draw.randbytes(length)
                 case 1:

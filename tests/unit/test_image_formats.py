@@ -37,7 +37,7 @@ from tests.image_builders import (
     qcow2,
     vdi,
     vhd,
-    vhd_fixed,
+    vhd_footer,
     vhdx,
     vmdk,
     vmdk_stream,
@@ -278,8 +278,17 @@ def test_a_disk_that_ends_like_a_vhd_by_chance_is_raw() -> None:
 
 
 def test_a_fixed_vhd_is_a_raw_disk_and_a_footer() -> None:
-    found = inspected_bytes(vhd_fixed())
-    assert (found.format, found.length, found.warning) == (ImageFormat.RAW, len(DISK), None)
+    text = b"A disk may begin with anything.\n" * 16
+    for disk in (DISK, text, b"\x1f\x8b\x08".ljust(512, b"\0")):
+        footer = vhd_footer(2, size=len(disk), dynamic_at=(1 << 64) - 1)
+        found = inspected_bytes(disk + footer)
+        assert (found.format, found.length, found.warning) == (ImageFormat.RAW, len(disk), None)
+
+
+def test_a_passphrase_that_is_given_for_an_image_is_not_repeated() -> None:
+    with pytest.raises(InvalidArgument, match="a text of 15 bytes") as caught:
+        inspected_bytes(b"correct horse 1")
+    assert "correct" not in str(caught.value)
 
 
 def test_a_disk_of_half_sectors_is_taken_with_a_warning() -> None:
