@@ -8,7 +8,7 @@ from typing import Any, Final, TypeVar
 
 import click
 
-from csi_driver.cli.secret_files import read_secrets
+from csi_driver.cli.secret_files import SecretSource
 from csi_driver.host.hardening import harden_process
 
 Function = TypeVar("Function", bound=Callable[..., object])
@@ -93,7 +93,7 @@ def _of_netrc(file: Path, source: str) -> tuple[str, str] | None:
 
 
 def _of_secret(folder: Path) -> tuple[str, str]:
-    entries: Mapping[str, str] = read_secrets(folder, None)
+    entries: Mapping[str, str] = SecretSource(folder, None).read()
     for user, password in _PAIRS:
         if user in entries and password in entries:
             return entries[user].rstrip("\n"), entries[password].rstrip("\n")

@@ -39,7 +39,7 @@ def is_url(source: str) -> bool:
 
 
 class Bringer:
-    """Brings images in, copies by `run`, which is `run_pass`. What is worth telling of one that is taken goes to `warn`."""
+    """Brings images in; files are copied by `run`. What is worth telling of one that is taken goes to `warn`."""
 
     def __init__(
         self, files: Files, connector: Connector, warn: Warn, run: Callable[..., PassResult] = run_pass

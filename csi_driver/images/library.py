@@ -46,8 +46,9 @@ _NO_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK)
 
 
 class ImageLibrary:
-    """The images below `folder`; `stopping` is told when a signal asks long work to end, `warn` what is odd about an image
-    that is taken.
+    """The images below `folder`.
+
+    `stopping` is told when a signal asks long work to end, `warn` what is odd about an image that is taken.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ def told() -> list[str]:
 
 @pytest.fixture
 def library(tmp_path: Path, told: list[str]) -> ImageLibrary:
-    return ImageLibrary(tmp_path / "state" / "images", Connector(allow_local=True), told.append)
+    return ImageLibrary(tmp_path / "state" / "images", Connector(allow_local=True), warn=told.append)
 
 
 def left(folder: Path) -> list[str]:
