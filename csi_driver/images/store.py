@@ -3,13 +3,11 @@
 ready/<name>/{image,record.json}    complete, renamed in at the end, never changed
 new/<name>/                         being made; what a killed call left there is for its repetition
 trash/<name>/                       being removed
-reads/                              who reads an image at this moment: a locked file each
 """
 
 import contextlib
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +25,9 @@ from csi_driver.model.volume import LuksIdentity
 VERSION: Final = 1
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
-_FILE, _RECORD, _READS = "image", "record.json", "reads"
+_FILE, _RECORD = "image", "record.json"
+_READS: Final = "luks-csi reads image"
+_LONGEST_NAME: Final = 249  # memfd_create(2)
 
 
 class Provenance(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,49 +138,22 @@ class ImageStore:
 
         Raises Aborted when it is being deleted.
         """
-        with self._opened(self.file(name), os.O_RDONLY) as descriptor, self._told(name, what):
+        with self._opened(self.file(name), os.O_RDONLY) as descriptor, _told(name, what):
             if descriptor is None or not ofdlock.try_share(descriptor):
                 raise Aborted(f"image {name} is being deleted; call again when that has ended")
             yield
-
-    @contextlib.contextmanager
-    def _told(self, name: str, what: str) -> Iterator[None]:
-        """Say who reads the image, for as long as this process lives; one that was killed says no more."""
-        with self._usable():
-            (self._folder / _READS).mkdir(mode=0o700, exist_ok=True)
-            descriptor, mark = tempfile.mkstemp(dir=self._folder / _READS)
-            os.write(descriptor, f"{name} {what}".encode())
-            ofdlock.try_share(descriptor)
-        try:
-            yield
-        finally:
-            self._files.remove(Path(mark))
-            os.close(descriptor)
 
     @contextlib.contextmanager
     def _unread(self, name: str) -> Iterator[None]:
         """Nobody reads the image, and nobody begins to, for the length of the block. Raises DeviceInUse."""
         with self._opened(self.file(name), os.O_RDWR) as descriptor:
             if descriptor is not None and not ofdlock.try_claim(descriptor):
-                readers = " and ".join(self._readers(name)) or "somebody"
+                readers = " and ".join(sorted(set(_readers(name)))) or "somebody"
                 raise DeviceInUse(
                     f"image {name} is being read for {readers} and was not deleted; delete it when that has ended, or "
                     f"stop that first"
                 )
             yield
-
-    def _readers(self, name: str) -> Iterator[str]:
-        for mark in self._below(_READS):
-            path = self._folder / _READS / mark
-            with self._opened(path, os.O_RDWR) as descriptor:
-                if descriptor is None:
-                    continue
-                if ofdlock.try_claim(descriptor):
-                    self._files.remove(path)  # its process was killed
-                    continue
-                image, _, what = os.read(descriptor, 1 << 16).decode(errors="replace").partition(" ")
-                if image == name:
-                    yield what
 
     @contextlib.contextmanager
     def _opened(self, path: Path, flags: int) -> Iterator[int | None]:
@@ -238,6 +211,29 @@ class ImageStore:
                 f"the images in {self._folder} cannot be used ({error_name(error)}); run this as root, and check the "
                 f"state directory"
             ) from None
+
+
+@contextlib.contextmanager
+def _told(name: str, what: str) -> Iterator[None]:
+    """Say who reads the image, by the name of an open descriptor: that ends with this process, however it ends."""
+    shown = os.fsencode(f"{_READS} {name} for {what}")[:_LONGEST_NAME]
+    descriptor = os.memfd_create(os.fsdecode(shown))
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _readers(name: str) -> Iterator[str]:
+    """What the processes of this node read the image for, as they say (proc(5), /proc/pid/fd)."""
+    start = f"/memfd:{_READS} {name} for "
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            for descriptor in os.listdir(f"/proc/{process}/fd"):
+                with contextlib.suppress(OSError):
+                    link = os.readlink(f"/proc/{process}/fd/{descriptor}")
+                    if link.startswith(start):
+                        yield link.removeprefix(start).removesuffix(" (deleted)")
 
 
 def check_name(name: str) -> None:
