@@ -370,6 +370,11 @@ HOSTILE = [
     Hostile("LUKS1 cut within a sector", _luks1(size=2 * MIB - 100), "LUKS1 .*expected whole sectors of 512"),
     Hostile("LUKS2 with an unbound key slot", _forged(_unbound), "`cryptsetup luksKillSlot FILE 3`"),
     Hostile("LUKS2 with a key slot that is not in use", _forged(_ignored_slot), "`cryptsetup config FILE --key-slot 0"),
+    Hostile(
+        "LUKS2 with metadata that is no UTF-8",
+        _luks(lambda area: headers.with_json(area, b'{"keyslots":{"\xc7":{}}}')),
+        "LUKS2 with a header that must not be used",
+    ),
     Hostile("LUKS2 half reencrypted", _forged(_half_reencrypted), "`cryptsetup reencrypt --resume-only"),
     Hostile("LUKS2 with one damaged header", _luks(_damaged(headers.HDR_SIZE)), "damaged or outdated secondary header"),
     Hostile(

@@ -163,7 +163,7 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
     """The checkpoint at `path`; None where there is none, or one that this version cannot read. Raises OSError."""
     try:
         found = msgspec.json.decode(read_file(path), type=Checkpoint)
-    except (FileNotFoundError, msgspec.MsgspecError):
+    except (FileNotFoundError, msgspec.MsgspecError, UnicodeError):
         return None
     if found.version == _ALL_DIGESTS:
         found = msgspec.structs.replace(found, version=VERSION, chunks=len(found.digests) // DIGEST_BYTES)

@@ -99,7 +99,7 @@ def _mend(area: bytes) -> str:
     text = area[BINARY_SIZE : HEADER_SIZES[0]].partition(b"\0")[0]
     try:
         metadata = msgspec.json.decode(text, type=_Metadata)
-    except (msgspec.MsgspecError, RecursionError):
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
         return _ANEW
     if any(slot.type == "reencrypt" for slot in metadata.keyslots.values()):
         return _FINISH

@@ -130,7 +130,7 @@ class Part:
     def _take_up(self) -> None:
         try:
             state = msgspec.json.decode(read_file(_state_of(self._path)), type=_State)
-        except (FileNotFoundError, msgspec.DecodeError):
+        except (FileNotFoundError, msgspec.DecodeError, UnicodeError):
             return self.restart(None, "")
         if state.source != self._source or not 0 < state.received <= os.fstat(self._descriptor).st_size:
             return self.restart(None, "")

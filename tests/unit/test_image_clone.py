@@ -297,6 +297,10 @@ def _swap_header(source: Path, folder: Path) -> None:
         file.write(given.read(HEADER))
 
 
+def _garble(checkpoint: Path) -> None:
+    checkpoint.write_bytes(b'{"plan":"\xc7"}')
+
+
 CHANGES: dict[str, Callable[[Path, Path], Encryption | None]] = {
     "cipher": lambda *_: encrypted(cipher="aes-cbc-plain64", key_bits=256),
     "key size": lambda *_: encrypted(key_bits=256),
@@ -312,6 +316,7 @@ CHANGES: dict[str, Callable[[Path, Path], Encryption | None]] = {
     "part removed": lambda _, folder: os.unlink(folder / "part"),
     "checkpoint removed": lambda _, folder: os.unlink(folder / "checkpoint.json"),
     "checkpoint torn": lambda _, folder: os.truncate(folder / "checkpoint.json", 300),
+    "checkpoint that is no UTF-8": lambda _, folder: _garble(folder / "checkpoint.json"),
     "checkpoint of a later version": lambda _, folder: _later(folder / "checkpoint.json"),
 }
 

@@ -131,7 +131,7 @@ def test_a_part_of_another_url_is_not_taken_up(tmp_path: Path) -> None:
     assert (tmp_path / "a.img").read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("broken", [b"", b"{", b'{"received": 3}', b"\xff\x00", b"[]"])
+@pytest.mark.parametrize("broken", [b"", b"{", b'{"received": 3}', b'{"source":"\xc7"}', b"\xff\x00", b"[]"])
 def test_a_part_without_a_readable_record_starts_anew(tmp_path: Path, broken: bytes) -> None:
     (tmp_path / "a.img.part").write_bytes(b"something")
     (tmp_path / "a.img.part.json").write_bytes(broken)
