@@ -14,6 +14,7 @@ from tests.cluster.sentences import MENDED_SECONDS, SAID_SECONDS, made, restore_
 
 _MIB, _GIB = 1 << 20, 1 << 30
 _CHOICE_SECONDS = 6  # in which a provisioner takes a claim of an Immediate class, if ever
+_MEMORY = "/var/lib/kubelet/plugins/luks.csi.internal/csi.sock.identity"
 _DISK_BYTES = 1200 * _MIB  # the driver leaves a GiB free
 
 
@@ -51,6 +52,7 @@ def _own_disk(driver: Driver, node: Node) -> Iterator[None]:
     file = "/var/lib/kubelet/own-disk.img"
 
     def restart() -> None:
+        node.run(f"rm -f {_MEMORY}")  # another state directory, and it is meant
         driver.wait_other_pod(node, driver.delete_pod(node))
 
     node.run(f"truncate --size={_DISK_BYTES} {file} && mkfs.ext4 -q -m0 {file} && mount -o loop {file} {STATE}")

@@ -253,8 +253,7 @@ def test_the_driver_tells_who_keeps_a_volume_busy(pods: Pods) -> None:
         assert "NodeUnstageVolume" in line
         assert "end that first" in line
         pods.cluster.api.delete("PersistentVolumeClaim", "data", pods.namespace)
-        words = ("code = FailedPrecondition", f"volume {volume.id} cannot be deleted", "unpublish and unstage it first")
-        said(pods, "PersistentVolume", volume.id, *words, namespace="")
+        said(pods, "PersistentVolume", volume.id, "code = FailedPrecondition", sentence, namespace="")
     finally:
         pods.node.run(f"kill {holder}")
     pods.cluster.wait("end of the volume", lambda: not pods.cluster.get("PersistentVolume", volume.id), MENDED_SECONDS)
