@@ -114,7 +114,7 @@ _DISK: Final = file_of("disk.img", lambda: DISK)
 # What is hostile not by what is in the file, but by its name, its place, its wrapping or its checksum.
 COMMANDS: Final = [
     *(
-        Case(f"a source named {source}", None, "begins with '[a-z]+:', which QEMU takes as instructions", source)
+        Case(f"a source named {source}", None, "which QEMU takes as instructions|are not fetched by file:", source)
         for source in ('json:{"driver":"raw","file.filename":"/etc/shadow"}', "nbd://127.0.0.1/", "file:/etc/shadow")
     ),
     *(
