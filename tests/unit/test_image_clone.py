@@ -298,7 +298,7 @@ def _swap_header(source: Path, folder: Path) -> None:
 
 
 def _garble(checkpoint: Path) -> None:
-    checkpoint.write_bytes(b'{"plan":"\xc7"}')
+    checkpoint.write_bytes(b'{"version":2,"plan":{"payload":1,"\xc7":1}}')
 
 
 CHANGES: dict[str, Callable[[Path, Path], Encryption | None]] = {
