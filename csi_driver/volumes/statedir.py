@@ -179,7 +179,7 @@ def _read(path: Path) -> _Identity | None:
             )
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeError) as error:
         said = error_name(error) if isinstance(error, OSError) else "it holds something else"
         raise FailedPrecondition(
             f"{path} cannot be read as the identity of a state directory ({said}); restore it, or remove it if the "

@@ -263,3 +263,10 @@ def test_where_the_mounts_of_the_node_cannot_be_seen_a_mount_cannot_be_required(
     directory = StateDirectory(state, endpoint, Files(), Mounts(), Mounts("/proc/1/none"), require_mount=True)
     with pytest.raises(FailedPrecondition, match="run the driver with the node's process ids"):
         directory.start()
+
+
+def test_an_identity_that_is_no_utf8_is_told(state: Path, endpoint: Path) -> None:
+    started(state, endpoint)
+    (state / "identity").write_bytes(b'{"version":1,"id":"\xc7"}')
+    with pytest.raises(FailedPrecondition, match="cannot be read as the identity of a state directory"):
+        started(state, endpoint)
