@@ -138,11 +138,10 @@ class StateDirectory:
                 f"the state directory {self._path} cannot be made ({error_name(error)}); make it a writable folder"
             ) from None
 
-    def _remember(self, found: _Identity) -> None:
+    def _remember(self, identity: _Identity) -> None:
         try:
             self._memory.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-            named = msgspec.structs.replace(found, path=str(self._path))
-            self._files.write(self._memory, msgspec.json.encode(named))
+            self._files.write(self._memory, msgspec.json.encode(identity))
         except OSError as error:
             raise FailedPrecondition(
                 f"{self._memory} cannot be written ({error_name(error)}); choose an endpoint in a writable folder"
