@@ -117,7 +117,8 @@ class Bringer:
         if packed:
             made = self._unwrapped(source, folder, wanted, meter, where)
             if SourceIdentity.of(source, where) != before:
-                self._files.remove(made)
+                if made != source:  # what is no longer packed is the user's own file
+                    self._files.remove(made)
                 raise FailedPrecondition(f"{source} was changed while it was read; import it again")
             return made
         job = Job(Operation.IGNORE, source, before, ImageFormat.RAW, where)

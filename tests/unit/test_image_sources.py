@@ -14,7 +14,9 @@ from click.testing import CliRunner
 
 from csi_driver.cli.download_access import read_headers, read_source
 from csi_driver.cli.main import luks_csi
+from csi_driver.host.files import Files
 from csi_driver.images.base import ImageFormat
+from csi_driver.images.bring import Bringer, Meter
 from csi_driver.images.checksum import Checksum
 from csi_driver.images.destinations import Connector
 from csi_driver.images.formats import check_source
@@ -265,3 +267,21 @@ def test_certificates_of_ones_own_are_a_file_of_pem(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match=r"certificates in .*/ca cannot be used .*; expected PEM"):
         Connector(cacert=tmp_path / "ca")
     assert os.listdir(tmp_path) == ["ca"]
+
+
+class Overtaken(Bringer):
+    """The source is written anew by somebody, unpacked, after it was seen to be packed."""
+
+    def _unwrapped(self, path: Path, folder: Path, wanted: Import, meter: Meter, where: str) -> Path:
+        path.write_bytes(bytes(1 << 20))
+        return super()._unwrapped(path, folder, wanted, meter, where)
+
+
+def test_a_source_that_is_unpacked_by_somebody_meanwhile_stays_where_it_is(tmp_path: Path) -> None:
+    source = tmp_path / "disk.gz"
+    source.write_bytes(gzip.compress(bytes(1 << 20)))
+    (tmp_path / "new").mkdir()
+    bringer = Overtaken(Files(), Connector(), lambda _: None)
+    with pytest.raises(FailedPrecondition, match="was changed while it was read"):
+        bringer.bring(Import("disk", str(source), None, None, 1 << 30), tmp_path / "new", unmetered, "image disk")
+    assert source.stat().st_size == 1 << 20
