@@ -26,11 +26,11 @@ class Import:
     """`source` is a path or an http(s) URL; `checksum` is of the file as it lies there, wrapping included.
 
     `secret` (namespace/name) may be told for an image that is encrypted already. `stream` is read in the place of a
-    source. `headers` are sent to the server of the URL, and may be credentials.
+    source. `headers` are sent to the server of the URL, and may be credentials, as a signed URL is one.
     """
 
     name: str
-    source: str
+    source: str = field(repr=False)
     checksum: Checksum | None = None
     secret: str | None = None
     most_bytes: int = MOST_BYTES
