@@ -1,5 +1,6 @@
 """What an encryption of an image cannot go below on this machine: its parts, each alone."""
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from statistics import median
 
 from benchmarks.measure import seconds
 from csi_driver.images.base import CHUNK
+from csi_driver.images.source import RawReader, Way
 from csi_driver.images.stream import Buffer
 from csi_driver.luks.bulk import sector_cipher
 
@@ -27,9 +29,10 @@ def floor(folder: Path, size: int, threads: int, start: Callable[[], float]) -> 
         yield f"profile: AES-XTS, sectors of {sector}: {spent:.2f} core-seconds"
     path = folder / "floor"
     for doing, work in (("writing", _write), ("reading", _read)):
-        for way, flag in (("past the page cache", os.O_DIRECT), ("through the page cache", 0)):
+        for way, flag in ((Way.DIRECT, os.O_DIRECT), (Way.CACHED, 0)):
             taken = _median(partial(work, path, size, threads, flag))
             yield f"floor: {doing} alone, {way}, {threads} threads: {taken:.2f} s"
+    yield f"choice: a clone reads {_chosen(path, size, threads)}"
     path.unlink()
 
 
@@ -69,11 +72,27 @@ def _read(path: Path, size: int, threads: int, flag: int) -> float:
         os.close(descriptor)
 
 
+def _chosen(path: Path, size: int, threads: int) -> str:
+    """What the reader of a clone chooses here, each time that it is asked."""
+    chosen = []
+    for _ in range(_TIMES):
+        _read(path, 0, threads, 0)
+        with contextlib.closing(RawReader(str(path), "the floor")) as reader:
+
+            def read(memory: memoryview, place: int, reader: RawReader = reader) -> int:
+                reader.read_into(place, memory)
+                return len(memory)
+
+            _in_threads(threads, size, read)
+            chosen.append(str(reader.choice.chosen))
+    return ", ".join(chosen)
+
+
 def _in_threads(threads: int, size: int, call: Callable[[memoryview, int], int]) -> None:
     """Each thread takes every so many chunks, with a buffer of its own."""
 
     def work(places: Sequence[int]) -> None:
-        memory = Buffer(CHUNK).view
+        memory = Buffer(CHUNK, huge=True).view
         for place in places:
             if call(memory, place) != CHUNK:
                 raise OSError(f"a chunk at {place} came in part only")

@@ -4,7 +4,10 @@ import contextlib
 import errno
 import os
 import stat
+import threading
+import time
 from collections.abc import Iterator
+from enum import StrEnum
 from typing import Final
 
 from csi_driver.host.blockdev import kind
@@ -13,6 +16,52 @@ from csi_driver.images.base import Extent
 from csi_driver.model.errors import DeviceUnreadable, InvalidArgument
 
 _BLOCK: Final = 4096
+_TURN: Final = 8
+"""Reads in a row by one way, then by the other: as many as may be under way at once."""
+_TURNS: Final = 4
+_WORTH: Final = 0.9
+
+
+class Way(StrEnum):
+    """How a file is read."""
+
+    DIRECT = "past the page cache"
+    CACHED = "through the page cache"
+
+
+class WayChoice:
+    """The faster way to read this file from this disk, by its first reads: the ways take turns, then one is taken.
+
+    What is in memory already, or comes from a disk that wants to be read ahead, is had sooner through the page cache;
+    that costs a copy and pushes out what others have there. So it must be a tenth faster. Safe for several threads.
+    """
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._begun = 0
+        self._done = dict.fromkeys(Way, 0)
+        self._cost = dict.fromkeys(Way, 0.0)  # seconds by byte, added up
+        self.chosen: Way | None = None
+
+    def next(self) -> Way:
+        """The way for the next read."""
+        if self.chosen is not None:
+            return self.chosen
+        with self._guard:
+            turn = self._begun // _TURN
+            self._begun += 1
+        return Way.CACHED if turn < _TURNS and turn % 2 else Way.DIRECT
+
+    def tell(self, way: Way, length: int, seconds: float) -> None:
+        """What a read of `length` bytes took."""
+        if self.chosen is not None:
+            return
+        with self._guard:
+            self._done[way] += 1
+            self._cost[way] += seconds / length
+            if all(done >= _TURN * _TURNS // 2 for done in self._done.values()):
+                mean = {each: self._cost[each] / self._done[each] for each in Way}
+                self.chosen = Way.CACHED if mean[Way.CACHED] < mean[Way.DIRECT] * _WORTH else Way.DIRECT
 
 
 def open_regular(path: str, where: str) -> int:
@@ -36,9 +85,9 @@ def open_regular(path: str, where: str) -> int:
 class RawReader:
     """Reads a regular file as it is; its holes are extents of zeros (lseek(2), SEEK_HOLE).
 
-    `where` names the image in errors. An image is read once, and longer than the memory: whole blocks go past the page
-    cache (open(2), O_DIRECT) where the file system can, and what went through it leaves it again (posix_fadvise(2)).
-    Errors of the constructor as `open_regular`. Close it after the last read.
+    `where` names the image in errors. Whole blocks go past the page cache (open(2), O_DIRECT) where the file system can
+    and that is no slower: `choice` has it. An image is read once and longer than the memory: what went through the
+    cache leaves it again (posix_fadvise(2)). Errors of the constructor as `open_regular`. Close it after the last read.
     """
 
     def __init__(self, path: str, where: str) -> None:
@@ -48,6 +97,7 @@ class RawReader:
         with contextlib.suppress(OSError):
             self._direct = os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
         os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        self.choice = WayChoice()
         self._size = os.fstat(self._descriptor).st_size
 
     @property
@@ -88,12 +138,26 @@ class RawReader:
             self._direct = None
 
     def _read(self, buffer: memoryview, offset: int) -> int:
-        if self._direct is not None and offset % _BLOCK == 0 and len(buffer) % _BLOCK == 0:
-            try:
-                return os.preadv(self._direct, [buffer], offset)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise  # else memory that does not fit, or a file system that cannot
+        if self._direct is None or offset % _BLOCK or len(buffer) % _BLOCK:
+            return self._read_cached(buffer, offset)
+        way, started = self.choice.next(), time.monotonic()
+        count = self._read_direct(self._direct, buffer, offset) if way is Way.DIRECT else None
+        if count is None:
+            count = self._read_cached(buffer, offset)
+        self.choice.tell(way, len(buffer), time.monotonic() - started)
+        return count
+
+    @staticmethod
+    def _read_direct(descriptor: int, buffer: memoryview, offset: int) -> int | None:
+        """None for memory that does not fit, or a file system that cannot."""
+        try:
+            return os.preadv(descriptor, [buffer], offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        return None
+
+    def _read_cached(self, buffer: memoryview, offset: int) -> int:
         count = os.preadv(self._descriptor, [buffer], offset)
         os.posix_fadvise(self._descriptor, offset, count, os.POSIX_FADV_DONTNEED)
         return count

@@ -1,14 +1,16 @@
 """RawReader on real files: holes, ends, and files that are none."""
 
 import errno
+import fcntl
 import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from csi_driver.images.base import MIB, Extent
-from csi_driver.images.source import RawReader
+from csi_driver.images.source import RawReader, Way, WayChoice
 from csi_driver.model.errors import DeviceUnreadable, InvalidArgument
 
 WHERE = "image a"
@@ -145,3 +147,59 @@ def resident(path: Path) -> int:
         check(libc.mincore(ctypes.byref(address), ctypes.c_size_t(len(mapped)), pages), "mincore")
         del address
     return sum(page[0] & 1 for page in (bytes(p) for p in pages))
+
+
+def chosen_of(direct: float, cached: float) -> Way | None:
+    """The choice between two ways that take so many seconds for each read of a MiB."""
+    choice, taken = WayChoice(), []
+    while choice.chosen is None:
+        taken.append(choice.next())
+        choice.tell(taken[-1], MIB, direct if taken[-1] is Way.DIRECT else cached)
+    assert taken == [*[Way.DIRECT] * 8, *[Way.CACHED] * 8] * 2
+    assert choice.next() is choice.chosen
+    return choice.chosen
+
+
+@pytest.mark.parametrize(("direct", "cached"), [(1.0, 0.95), (1.0, 1.0), (1.0, 2.0)])
+def test_reads_go_past_the_page_cache_where_that_is_no_slower(direct: float, cached: float) -> None:
+    assert chosen_of(direct, cached) is Way.DIRECT
+
+
+def test_reads_go_through_the_page_cache_where_that_is_faster() -> None:
+    assert chosen_of(direct=1.0, cached=0.8) is Way.CACHED
+
+
+def test_a_read_counts_by_its_length() -> None:
+    choice = WayChoice()
+    for _ in range(16):
+        choice.tell(Way.DIRECT, MIB, 1.0)
+        choice.tell(Way.CACHED, 2 * MIB, 1.5)
+    assert choice.chosen is Way.CACHED
+
+
+def test_reads_that_are_begun_before_the_choice_is_made_go_past_the_page_cache() -> None:
+    choice = WayChoice()
+    taken = [choice.next() for _ in range(40)]
+    assert taken[32:] == [Way.DIRECT] * 8
+    assert choice.chosen is None
+
+
+@pytest.mark.parametrize("way", Way)
+def test_a_file_is_read_by_the_way_that_was_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: Way) -> None:
+    content = os.urandom(MIB)
+    path = tmp_path / "raw"
+    path.write_bytes(content)
+    used, read = [], os.preadv
+
+    def preadv(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        used.append(Way.DIRECT if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT else Way.CACHED)
+        return read(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    reader = RawReader(str(path), WHERE)
+    reader.choice.chosen = way
+    buffer = memoryview(mmap.mmap(-1, MIB))
+    reader.read_into(0, buffer)
+    assert buffer == content
+    assert used == [way]
+    reader.close()
