@@ -24,6 +24,7 @@ _START_SECONDS = 120
 _STOP_SECONDS = 30
 _CALL_SECONDS = 300
 _POLL_SECONDS = 0.001
+_LINES = 40  # of the log of a server that a benchmark has failed on
 _WRITER = csi.VolumeCapability.AccessMode(mode=csi.VolumeCapability.AccessMode.SINGLE_NODE_WRITER)
 CAPABILITY = csi.VolumeCapability(access_mode=_WRITER, mount=csi.VolumeCapability.MountVolume(fs_type="ext4"))
 
@@ -58,6 +59,10 @@ class Running:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            state = self._process.poll()
+            print(f"{self.endpoint} ({'running' if state is None else f'exit code {state}'}):", file=sys.stderr)
+            print(*self._log.read_text(errors="replace").splitlines()[-_LINES:], sep="\n", file=sys.stderr, flush=True)
         for volume in self._volumes:
             # A benchmark that failed leaves some published or staged; of one that ended well none is.
             with suppress(grpc.RpcError):

@@ -19,6 +19,10 @@ from csi_driver.model.errors import CommandFailed, DeviceUnreadable, InvalidArgu
 
 _PIECE = MIB
 _READ = 256 << 10
+_OUT = 64 << 10
+"""What zlib and lzma are asked for at a time: of 1 MiB each piece is new memory for the kernel to clear, and lzma takes
+twice the time.
+"""
 _HOLE = 64 << 10
 _ZEROS: Final = bytes(_HOLE)
 _ARCHIVES: Final = {Wrapping.ZIP: unzipped, Wrapping.TAR: untarred}
@@ -185,7 +189,7 @@ def _members(
                 if len(left) < len(magic):
                     break  # more of it is to come
                 decoder, zeros = fresh(), 0
-            out = decoder.decompress(left, _PIECE)
+            out = decoder.decompress(left, _OUT)
             left = decoder.unused_data if decoder.eof else b""
             yield out
     if left or not decoder.eof:
