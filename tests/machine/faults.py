@@ -31,6 +31,8 @@ LEAST_POINTS = 100
 
 _BUSY_SECONDS = 30.0
 _PAUSE = 0.02
+_FORGIVEN = {("restage", "worker luks-grow")}
+"""Steps whose failure a call outlives: a file system that cannot grow keeps nobody from the data in it."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,8 @@ class Lab:
             raise Lost("the call hung")
         if outcome.died != case.kind.kills_server:
             raise Lost("the server died" if outcome.died else "the server did not die")
-        if not outcome.died and outcome.failure is None:
+        forgiven = (case.point.call, case.point.seam) in _FORGIVEN
+        if not outcome.died and outcome.failure is None and not forgiven:
             raise Lost("the call succeeded though a step of it failed")
         if outcome.failure is not None and not outcome.failure.on_purpose:
             raise Lost(f"the call ended in an error that nobody foresaw: {outcome.failure}")
