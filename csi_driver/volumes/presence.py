@@ -89,8 +89,7 @@ class Presence:
 
     def mount_at(self, path: str) -> Mount | None:
         """The topmost mount at that path, if it is of the volume's file system."""
-        found = (self.table.at(path) or self.table.at(os.path.realpath(path))) if self.mounts else None
-        return found if found in self.mounts else None
+        return _mount_at(self.table, self.mounts, path)
 
     def shows_node(self, path: str) -> bool:
         """Whether what lies at that path is a node of the volume's device, links followed."""
@@ -150,6 +149,11 @@ class Presences:
         """All mounts that this node's pods and the driver see now."""
         return self._mounts.table()
 
+    def mount_on(self, number: tuple[int, int], fs_type: str, path: str) -> Mount | None:
+        """The topmost mount at that path, if it is of the file system on that device."""
+        table = self._mounts.table()
+        return _mount_at(table, tuple(table.of_device(number, fs_type)), path)
+
     def is_staging_path(self, volume_id: str, path: str) -> bool:
         """Whether the volume is recorded as staged at that path."""
         stage = self._stages.get(volume_id)
@@ -191,6 +195,11 @@ class Presences:
             return None
         with found:
             return found.number
+
+
+def _mount_at(table: MountTable, mounts: tuple[Mount, ...], path: str) -> Mount | None:
+    found = (table.at(path) or table.at(os.path.realpath(path))) if mounts else None
+    return found if found in mounts else None
 
 
 def _is_plain(record: VolumeRecord | None, stage: Stage | None) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from csi_driver.backends.base import Backend
 from csi_driver.host.handle import Handle
 from csi_driver.host.log import log
+from csi_driver.host.mountinfo import Mount
 from csi_driver.host.patience import within
 from csi_driver.host.workers import Workers
 from csi_driver.keys.secret import SecretKey
@@ -93,8 +94,9 @@ class Staging:
                 self._encryption.resume(record.mapping_name, present.mapping)
             well = self._healing.ensure_well(present)
             self._backend.guard(record.id)
-            if record.parameters.backing_image is not None:
-                self._grow(record, well)  # the call that mounted it may have been cut before it
+            if record.parameters.backing_image is not None and well.stage is not None and well.staging is not None:
+                with self._presences.held(well) as device:  # the call that mounted it may have been cut before it
+                    self._grow(record, well.stage, well.staging, device)
             if record.encryption is not None:
                 self._drift.look(record, present.stage, request.key)
             return
@@ -208,19 +210,19 @@ class Staging:
         self._stages.put(record.id, stage)
         self._healing.mount(record, device, request.staging_path, fs_type, options)
         if volume.record.file_system in (FileSystemState.MADE, FileSystemState.RAW):
-            self._grow(record, self._presences.of(record.id, record))
+            mount = self._presences.mount_on(device.number, fs_type, request.staging_path)
+            if mount is not None:
+                self._grow(record, stage, mount, device)
 
-    def _grow(self, record: VolumeRecord, present: Presence) -> None:
+    def _grow(self, record: VolumeRecord, stage: Stage, mount: Mount, device: Handle) -> None:
         """Let a file system that was there before fill a device that has grown meanwhile, or was larger than its image.
 
         One that cannot grow keeps nobody from the data in it; a volume made of an image is refused at its first use.
         """
-        stage, mount = present.stage, present.staging
-        if stage is None or stage.fs_type is None or stage.read_only or mount is None:
+        if stage.fs_type is None or stage.read_only:
             return
         try:
-            with self._presences.held(present) as device:
-                self._file_systems.grow(record.id, stage.fs_type, mount, device)
+            self._file_systems.grow(record.id, stage.fs_type, mount, device)
         except DriverError as error:
             if record.parameters.backing_image is not None:
                 raise
