@@ -129,14 +129,16 @@ def test_what_is_open_is_what_its_handle_says_while_names_and_numbers_change_han
         for number in range(rounds):
             os.pwrite(disk.fileno(), number.to_bytes(2, "little") + bytes(510), number * 4096)
         os.fsync(disk.fileno())
-    ended = threading.Event()
+    ended, seen = threading.Event(), threading.Event()
 
     def change() -> None:
-        """Two names that swap two numbers, and never the same content."""
+        """Two names that swap two numbers, and never the same content; the last ones stay until one was opened."""
         try:
             for number in range(rounds):
                 for name in (NAME, "other")[:: 1 - number % 2 * 2]:
                     mapper.create(name, f"{name}-{number}", [linear(loop, 8, number * 8)])
+                if number == rounds - 1:
+                    seen.wait(60)
                 for name in (NAME, "other"):
                     while True:
                         with contextlib.suppress(DeviceInUse):
@@ -153,6 +155,7 @@ def test_what_is_open_is_what_its_handle_says_while_names_and_numbers_change_han
             content = int.from_bytes(os.pread(handle.fd, 2, 0), "little")
             assert handle.device.uuid == f"{NAME}-{content}"
             opened.add(content)
+            seen.set()
     changer.join()
     assert opened
 
