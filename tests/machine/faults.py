@@ -159,16 +159,17 @@ class Lab:
             if call != case.point.call:
                 self._succeed(life, call, self._server())
                 continue
-            before = Facts.now(self._state)
+            before, outlived = Facts.now(self._state), False
             if case.kind is Kind.FOREIGN:
                 self._refuse_foreign(life, call)
             else:
                 outcome = self._server().call(life.request(call), self._fault(case))
                 self._judge(case, outcome)
                 life.watch(outcome.steps)
+                outlived = outcome.succeeded
             if case.kind is Kind.ZOMBIE:
                 life.bereave()
-            if not case.kind.kills_server:
+            if not case.kind.kills_server and not outlived:
                 leaked = settled(partial(self._left_by_failure, before, call))
             self._renew()
             if case.kind is Kind.ABANDON:
