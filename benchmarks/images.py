@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.images_floor import floor
+from benchmarks.images_floor import floor, forget
 from benchmarks.measure import footprint, seconds, side_by_side
 from benchmarks.table import Row, fraction, table, times
 
@@ -76,7 +76,7 @@ class Bench:
         """What it takes by `clock` to clone an image, with the code in `tree` if one is given; the result goes away."""
 
         def run() -> float:
-            self._forget(self.file(source))
+            forget(self.file(source))
             taken = clock(lambda: self.make(source, "result", operation, *options, tree=tree))
             self.delete("result")
             return taken
@@ -92,7 +92,7 @@ class Bench:
         """How long it takes to import a packed image; the result goes away."""
 
         def run() -> float:
-            self._forget(path)
+            forget(path)
             taken = seconds(lambda: self.import_(path, "result"))
             self.delete("result")
             return taken
@@ -197,7 +197,7 @@ class Bench:
         target = self._folder / "other"
 
         def run() -> float:
-            self._forget(source)
+            forget(source)
 
             def work() -> None:
                 make(str(target))
@@ -222,11 +222,6 @@ class Bench:
     def _luks_csi(self, *arguments: str, tree: Path | None = None) -> None:
         environment = {**self._environment, **({"PYTHONPATH": str(tree)} if tree else {})}
         _run(_LUKS_CSI, "image", *arguments, "--state-dir", str(self._state), environment=environment)
-
-    @staticmethod
-    def _forget(path: Path) -> None:
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 Maker = Callable[[], Row]

@@ -36,6 +36,12 @@ def floor(folder: Path, size: int, threads: int, start: Callable[[], float]) -> 
     path.unlink()
 
 
+def forget(path: Path) -> None:
+    """Take what was read of a file out of the page cache."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def _median(measure: Callable[[], float]) -> float:
     return median(measure() for _ in range(_TIMES))
 
@@ -64,9 +70,9 @@ def _write(path: Path, size: int, threads: int, flag: int) -> float:
 
 
 def _read(path: Path, size: int, threads: int, flag: int) -> float:
+    forget(path)
     descriptor = os.open(path, os.O_RDONLY | flag)
     try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         return seconds(lambda: _in_threads(threads, size, lambda memory, at: os.preadv(descriptor, [memory], at)))
     finally:
         os.close(descriptor)
@@ -76,7 +82,7 @@ def _chosen(path: Path, size: int, threads: int) -> str:
     """What the reader of a clone chooses here, each time that it is asked."""
     chosen = []
     for _ in range(_TIMES):
-        _read(path, 0, threads, 0)
+        forget(path)
         with contextlib.closing(RawReader(str(path), "the floor")) as reader:
 
             def read(memory: memoryview, place: int, reader: RawReader = reader) -> int:

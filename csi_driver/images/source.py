@@ -17,7 +17,7 @@ from csi_driver.model.errors import DeviceUnreadable, InvalidArgument
 
 _BLOCK: Final = 4096
 _TURN: Final = 8
-"""Reads in a row by one way, then by the other: as many as may be under way at once."""
+"""Reads in a row by one way, then by the other."""
 _TURNS: Final = 4
 _WORTH: Final = 0.9
 

@@ -21,7 +21,7 @@ _PIECE = MIB
 _READ = 256 << 10
 _OUT = 64 << 10
 """What zlib and lzma are asked for at a time: of 1 MiB each piece is new memory for the kernel to clear, and lzma takes
-twice the time.
+two thirds longer.
 """
 _HOLE = 64 << 10
 _ZEROS: Final = bytes(_HOLE)

@@ -78,13 +78,23 @@ def blocks(tmp_path: Path) -> Iterator[str]:
     return found()
 
 
-def test_it_is_done_from_the_image_to_the_end(
-    cluster: Cluster, driver: Driver, blocks: Iterator[str], tmp_path: Path
-) -> None:
-    assert driver.pod(cluster.node(1))
+@pytest.fixture
+def nothing_left(cluster: Cluster, driver: Driver) -> Iterator[None]:
+    """What the document makes is gone at the end, also where a step of it failed."""
+    yield
+    if cluster.get("Namespace", "vms"):
+        cluster.delete_namespace("vms")
+    cluster.delete({"apiVersion": "storage.k8s.io/v1", "kind": "StorageClass", "metadata": {"name": "disk-encrypted"}})
+    for name in ("disk", "disk-encrypted"):
+        driver.exec(cluster.node(1), ["sh", "-c", f"luks-csi image delete {name} --yes || true"])
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_it_is_done_from_the_image_to_the_end(cluster: Cluster, blocks: Iterator[str], tmp_path: Path) -> None:
     raw, shell = tmp_path / "disk.raw", Shell(cluster, tmp_path)
     raw.write_text(f"{_LINE}\n" * _LINES)
-    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, raw.with_suffix(".qcow2")], check=True)
+    convert = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(raw.with_suffix(".qcow2"))]
+    subprocess.run(convert, check=True, timeout=60)
 
     passphrase, image, disk, vm, seen, end = blocks
     shell.run(passphrase)
