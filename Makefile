@@ -5,7 +5,7 @@ UV ?= uv
 PY := .venv/bin/python
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/luks-csi
 CSI_SANITY := $(CACHE)/bin/csi-sanity-v5.6.0
-STUBS := csi_driver/rpc/pluginregistration_pb2.py
+STUBS := csi_driver/keys/kmsv2_pb2.py
 
 # The binaries of a cluster, named after what they are built from.
 KUBERNETES_BIN := $(CACHE)/kubernetes-$(shell cat tests/cluster/go/*/go.* | sha256sum | cut -c1-12)
@@ -18,13 +18,16 @@ BENCH_BASE := $(CACHE)/bench-$(BENCH_COMMIT)
 BENCH_IMAGES_COMMIT := e5454af0070a5155803b5fc5a1cd358eb739fb6a
 BENCH_IMAGES_BASE := $(CACHE)/bench-$(BENCH_IMAGES_COMMIT)
 
+# A Vault for the tests of keys, of its own modules.
+VAULT_BIN := $(CACHE)/bin/vault-$(shell cat tests/keys/go/vault/* | sha256sum | cut -c1-12)
+
 # Suites that draw at random take these.
 export SEED COUNT
-export CSI_SANITY KUBERNETES_BIN BENCH_BASE BENCH_IMAGES_BASE
+export CSI_SANITY KUBERNETES_BIN VAULT_BIN BENCH_BASE BENCH_IMAGES_BASE
 
 # On the host if that has device-mapper, else in the guest. A page fault is dear there: memory, once had, is kept, but
 # where it is measured. The long image suites take more room and time.
-MEASURED_GUEST := $(PY) -m tests.machine.guest --env SEED --env COUNT --env CSI_SANITY
+MEASURED_GUEST := $(PY) -m tests.machine.guest --env SEED --env COUNT --env CSI_SANITY --env VAULT_BIN
 BENCH_GUEST := $(MEASURED_GUEST) --env BENCH_BASE --disk 32G --timeout 7200
 GUEST_FOR := $(MEASURED_GUEST) --env MALLOC_MMAP_THRESHOLD_=33554432 --env MALLOC_TRIM_THRESHOLD_=268435456
 GUEST := $(GUEST_FOR) --
@@ -34,8 +37,8 @@ MACHINE_PYTEST := $(PY) -m pytest -p no:cacheprovider
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo shell test test-danger test-machine check sanity faults crashes storm danger canary cluster-test bench \
-    bench-images format clean venv system lock fuzz images images-demo images-matrix images-kills images-hostile \
+.PHONY: help demo shell test test-danger test-machine check sanity faults crashes storm danger canary cluster-test keys-test \
+    keys-kills bench bench-images format clean venv system lock fuzz images images-demo images-matrix images-kills images-hostile \
     images-limits images-random
 
 help: ## this list
@@ -47,9 +50,9 @@ demo: venv system ## an encrypted volume from creation to clean-up, on real dm-c
 shell: venv system ## a guest with device-mapper, luks-csi and a disk, to try things by hand
 	@$(PY) -m tests.machine.shell
 
-test: check $(CSI_SANITY) $(KUBERNETES_BIN) ## every test, seeded handfuls of the long ones
+test: check $(CSI_SANITY) $(KUBERNETES_BIN) $(VAULT_BIN) ## every test, seeded handfuls of the long ones
 	@tools/system.sh cluster
-	$(PY) -m pytest tests/contract
+	$(PY) -m pytest tests/contract tests/keys
 	@$(MAKE) -j2 --output-sync=target --no-print-directory test-danger test-machine
 	$(GUEST_FOR) --udev -- $(MACHINE_PYTEST) tests/machine/test_udev.py
 	$(PY) -m tests.cluster tests/cluster/test_smoke.py tests/cluster/test_examples.py
@@ -117,6 +120,14 @@ fuzz: venv system .venv/fuzz ## every header parser under atheris, ten minutes e
 images-limits: venv system ## several at once, full disks
 	@$(GUEST) $(PY) -m tests.machine.image_limits
 
+keys-test: venv system $(KUBERNETES_BIN) $(VAULT_BIN) ## key sources against real servers, and on real dm-crypt
+	@tools/system.sh cluster
+	@$(PY) -m pytest -q --no-header tests/keys
+	@$(GUEST) $(MACHINE_PYTEST) -q --no-header tests/machine/test_keys.py
+
+keys-kills: venv system ## every step of a change of keys fails or is killed
+	@$(GUEST) $(PY) -m tests.machine.keys_kills
+
 cluster-test: venv $(KUBERNETES_BIN) ## a real Kubernetes; ONLY="longhorn nodes" runs some
 	@tools/system.sh cluster
 	@$(PY) -m tests.cluster $(or $(ONLY:%=tests/cluster/test_%.py),tests/cluster)
@@ -133,7 +144,7 @@ format: venv ## mend form and what ruff can mend by itself
 	.venv/bin/ruff check --fix
 
 clean: ## remove what was made, except the cache of built test tools
-	rm -rf .venv build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache csi_driver/rpc/*_pb2* csi_driver/luks/*.so
+	rm -rf .venv build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache csi_driver/*/*_pb2* csi_driver/luks/*.so
 	find csi_driver tests -name __pycache__ -prune -exec rm -rf {} +
 
 venv: $(STUBS) ## the virtual environment, .venv
@@ -142,8 +153,8 @@ system: ## the system packages, those that are missing
 	@tools/system.sh
 
 lock: ## requirements/*.txt from pyproject.toml; needs uv
-	$(LOCK) --group dev -o requirements/dev.txt pyproject.toml
-	$(LOCK) -c requirements/dev.txt -o requirements/runtime.txt pyproject.toml
+	$(LOCK) --all-extras --group dev -o requirements/dev.txt pyproject.toml
+	$(LOCK) --all-extras -c requirements/dev.txt -o requirements/runtime.txt pyproject.toml
 	$(LOCK) -c requirements/dev.txt -o requirements/build.txt --group build
 	$(LOCK) -o requirements/fuzz.txt --group fuzz
 
@@ -177,6 +188,11 @@ VERSION_OF = $(shell sed -n 's|^.*$(1) \(v[0-9.]*\)$$|\1|p' tests/cluster/go/kub
 KUBERNETES_VERSION = $(call VERSION_OF,k8s.io/kubernetes)
 KUBERNETES_LDFLAGS = -s -w $(foreach pair,gitVersion=$(KUBERNETES_VERSION) gitMajor=1 \
     gitMinor=$(word 2,$(subst ., ,$(KUBERNETES_VERSION))),-X k8s.io/component-base/version.$(pair))
+
+$(VAULT_BIN): | .venv/installed
+	mkdir -p $(@D) $(CACHE)/go
+	cd tests/keys/go/vault && $(GO) build -trimpath -ldflags '-s -w' -o $@.new .
+	mv $@.new $@
 
 $(BENCH_BASE) $(BENCH_IMAGES_BASE): | .venv/installed
 	rm -rf $@.new

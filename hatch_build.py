@@ -1,6 +1,6 @@
 """Build hook: makes what is not committed, by each build, editable or not. `python hatch_build.py` makes it alone.
 
-- The gRPC stubs and their types from `protos/`, in `csi_driver/rpc/`.
+- The gRPC stubs and their types from `protos/`, each in the package that speaks it.
 - `csi_driver/luks/libbulk.so` from `bulk.c` beside it, where there is a C compiler. Without one a library that is there
   stays, and is used if it was made of that source; without any the package works all the same, slower
   (`csi_driver/luks/bulk.py`).
@@ -20,8 +20,7 @@ from typing import Any
 from grpc_tools import protoc
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-PACKAGE = "csi_driver/rpc"
-PROTOS = ("csi.proto", "pluginregistration.proto")
+PROTOS = {"csi_driver/rpc": ("csi.proto", "pluginregistration.proto"), "csi_driver/keys": ("kmsv2.proto",)}
 PLUGINS = ("protoc-gen-mypy", "protoc-gen-mypy_grpc")
 BULK_SOURCE = "csi_driver/luks/bulk.c"
 BULK = "csi_driver/luks/libbulk.so"
@@ -31,11 +30,16 @@ BULK_FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-fPIC", "-shared", "-ldl
 
 def generate(root: Path) -> None:
     """Write `NAME_pb2` and `NAME_pb2_grpc`, each as .py and .pyi, under `root`; RuntimeError if that fails."""
+    for package, names in PROTOS.items():
+        _generate(root, package, names)
+
+
+def _generate(root: Path, package: str, names: tuple[str, ...]) -> None:
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
     arguments = [
         "protoc",
         # The virtual path makes the stubs import each other as members of the package.
-        f"-I{PACKAGE}={root / 'protos'}",
+        f"-I{package}={root / 'protos'}",
         f"-I{resources.files('grpc_tools') / '_proto'}",
         f"--python_out={root}",
         f"--grpc_python_out={root}",
@@ -49,9 +53,9 @@ def generate(root: Path) -> None:
             sentence = f"the stubs cannot be made: {name} is not installed; run `make venv`"
             raise RuntimeError(sentence)
         arguments.append(f"--plugin={name}={program}")
-    status = protoc.main([*arguments, *(f"{PACKAGE}/{name}" for name in PROTOS)])
+    status = protoc.main([*arguments, *(f"{package}/{name}" for name in names)])
     if status != 0:
-        sentence = f"the stubs cannot be made: protoc ended with status {status} on {', '.join(PROTOS)}"
+        sentence = f"the stubs cannot be made: protoc ended with status {status} on {', '.join(names)}"
         raise RuntimeError(sentence)
 
 

@@ -18,12 +18,17 @@ from csi_driver.host.loop import AttachedLoop, LoopDevices, LoopInfo
 from csi_driver.host.mountinfo import Mount
 from csi_driver.host.workers import Workers
 from csi_driver.images.store import ImageStore
+from csi_driver.keys.audit import Audit
+from csi_driver.keys.config import KmsConfig
+from csi_driver.keys.kubernetes import Kubernetes
+from csi_driver.keys.sources import KeySources
 from csi_driver.luks.mapping import Mappings
 from csi_driver.model.errors import Aborted, DeviceAbsent, DeviceInUse, NotFound, ResourceExhausted
 from csi_driver.model.settings import Limits
 from csi_driver.model.volume import VolumeRecord
 from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.from_image import BackingImages
+from csi_driver.volumes.keys import VolumeKeys
 
 LOOP_MAJOR = 7
 Step = Callable[[str], None]
@@ -97,7 +102,13 @@ def no_images() -> BackingImages:
     """A node that has no image."""
     limits, workers = Limits(), Workers(())
     encryption = Encryption(workers, Mappings(DeviceMapper(), NoHolders()), limits)
-    return BackingImages(ImageStore(Path("/nonexistent"), Files()), workers, encryption, limits)
+    return BackingImages(ImageStore(Path("/nonexistent"), Files()), workers, encryption, no_kms(), limits)
+
+
+def no_kms() -> VolumeKeys:
+    """Keys of a node without any KMS: secrets alone open its volumes."""
+    nowhere, nobody = Path("/nonexistent"), Kubernetes("", "")
+    return VolumeKeys(KeySources(KmsConfig(nowhere, nobody), nobody, Workers(()), nowhere, Audit(None)), "node-1")
 
 
 @dataclass
@@ -282,6 +293,12 @@ class MemoryBackend:
 
     def open_storage(self, volume_id: str) -> Handle:
         raise DeviceAbsent(f"volume {volume_id} is only in memory")
+
+    def has_header_copy(self, volume_id: str) -> bool:
+        return False
+
+    def keep_header_copy(self, volume_id: str, fill: Fill) -> None:
+        """Nothing is kept."""
 
     def attach(self, volume_id: str, *, lasting: bool) -> Handle:
         raise DeviceAbsent(f"volume {volume_id} is only in memory")

@@ -9,6 +9,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 import msgspec
@@ -443,6 +444,7 @@ class KernelWorkers(Workers):
         limits: object,
         key: Passphrase,
         storage: Handle,
+        token: bytes | None,
     ) -> str:
         if self._kernel.size(device.name) < size:
             raise DeviceShort(f"{where} is too short")
@@ -456,6 +458,9 @@ class KernelWorkers(Workers):
         digest = f"digest {self._kernel.formats}"
         self._kernel.write(device.name, Content(Luks(identity.uuid, key.reveal(), digest)))
         return digest
+
+    def _back_up_header(self, where: str, device: Handle, path: str) -> None:
+        Path(path).write_bytes(b"a header")
 
     def _check_passphrase(
         self, where: str, device: Handle, size: int, identity: LuksIdentity, limits: object, key: Passphrase

@@ -72,6 +72,15 @@ class Backend(Protocol):
         Raises DeviceAbsent.
         """
 
+    def has_header_copy(self, volume_id: str) -> bool:
+        """Whether a copy of the volume's LUKS2 header is kept."""
+
+    def keep_header_copy(self, volume_id: str, fill: Fill) -> None:
+        """Keep beside the record what `fill` writes, durably, at the path that it is told; in place of an earlier copy.
+
+        Raises ResourceExhausted, FailedPrecondition, and what `fill` raises.
+        """
+
     def attach(self, volume_id: str, *, lasting: bool) -> Handle:
         """Show the volume as a block device of this node, checked to be this volume's and held open by the handle.
 

@@ -2,6 +2,7 @@
 
 <folder>/volumes/<id>/disk.img      the ciphertext
 <folder>/volumes/<id>/record.json   the tags; their revision is an extended attribute of the folder too
+<folder>/volumes/<id>/header.luks2  a copy of the LUKS2 header, as it is
 <folder>/new/<id>/                  a volume being made; renamed into volumes/ when it is whole
 <folder>/trash/<id>/                a volume being deleted; renamed out of volumes/ first
 """
@@ -34,6 +35,7 @@ from csi_driver.model.volume import VolumeRecord
 
 _DISK = "disk.img"
 _RECORD = "record.json"
+_HEADER = "header.luks2"
 _MARK = "trusted.luks-csi.revision"  # trusted: only who may administer the host sees or sets it (xattr(7))
 
 
@@ -192,6 +194,26 @@ class LoopfileBackend:
             return open_handle(str(disk), os.O_RDONLY)
         except FileNotFoundError:
             raise DeviceAbsent(f"volume {volume_id} has no backing file {disk}") from None
+
+    def header_copy(self, volume_id: str) -> Path:
+        """Where the copy of the volume's header is kept."""
+        return self._volume(volume_id) / _HEADER
+
+    def has_header_copy(self, volume_id: str) -> bool:
+        """Whether the file is there."""
+        return os.path.exists(f"{self._volumes}/{volume_id}/{_HEADER}")
+
+    def keep_header_copy(self, volume_id: str, fill: Fill) -> None:
+        """Written aside and renamed: there is always a whole one."""
+        path = self._volume(volume_id) / _HEADER
+        fresh = path.with_name(f".{_HEADER}.new")
+        try:
+            with self._space_errors(volume_id):
+                fill(str(fresh))
+                self._files.rename(fresh, path)
+        finally:
+            with contextlib.suppress(OSError):
+                fresh.unlink()
 
     def attach(self, volume_id: str, *, lasting: bool) -> AttachedLoop:
         """One loop device per file, autoclear unless `lasting`."""

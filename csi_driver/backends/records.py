@@ -13,11 +13,12 @@ import msgspec
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.volume import VolumeRecord
 
-VERSION = 1
+VERSION = 2
+_BEFORE_KEYS = 1
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
-MIGRATIONS: Mapping[int, Migration] = MappingProxyType({})
-"""From each older version to the next one. A released version never changes its meaning."""
+MIGRATIONS: Mapping[int, Migration] = MappingProxyType({1: lambda volume: volume})
+"""From each older version to the next one. A released version never changes its meaning. 2 has `key` and `rekey`."""
 
 
 class RecordCodec:
@@ -28,8 +29,9 @@ class RecordCodec:
         self._migrations = migrations
 
     def encode(self, record: VolumeRecord) -> bytes:
-        """Return the record as JSON of the present version."""
-        return msgspec.json.encode({"version": self._version, "volume": record})
+        """Return the record as JSON, of the oldest version that knows all that is in it: older drivers read most."""
+        version = self._version if record.key or record.rekey else min(self._version, _BEFORE_KEYS)
+        return msgspec.json.encode({"version": version, "volume": record})
 
     def decode(self, content: bytes, where: str) -> VolumeRecord:
         """Read a record; `where` names the file in errors.

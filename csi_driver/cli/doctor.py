@@ -9,7 +9,15 @@ from csi_driver.cli.serve import settings_of, settings_params
 from csi_driver.volumes.health import Finding
 
 _COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "red"}
-_LOOKED_AT = ("state_dir", "kubelet_dir", "free_space_floor", "pbkdf_memory_kib", "unlocks_at_once")
+_LOOKED_AT = (
+    "state_dir",
+    "kubelet_dir",
+    "free_space_floor",
+    "pbkdf_memory_kib",
+    "unlocks_at_once",
+    "kms_config",
+    "kms_programs",
+)
 
 
 @click.command(params=[*settings_params(*_LOOKED_AT), OUTPUT_OPTION])

@@ -63,6 +63,17 @@ def _read_folder(text: str) -> Path:
     return path
 
 
+def _read_path(text: str) -> Path:
+    path = _read_folder(text)
+    if text.endswith("/"):
+        raise ValueError(f"{text!r} is the path of a folder and must be a file's")
+    return path
+
+
+def _read_some_path(text: str) -> Path | None:
+    return _read_path(text) if text else None
+
+
 def _seconds(least: int) -> Callable[[str], float]:
     def read(text: str) -> float:
         seconds = float(text) if re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,6})?", text) else -1.0
@@ -164,6 +175,11 @@ _OPTIONS = (
     setting("--log-level", "log_level", _levels, "|".join(LEVELS), Settings.log_level, "The least to be told."),
     setting("--http-address", "http_address", _read_address, "HOST:PORT", "", "Where to show /healthz, /readyz and "
             "/metrics, if at all."),
+    setting("--kms-config", "kms_config", _read_path, "FILE", Settings.kms_config, "The KMS configuration, by ids."),
+    setting("--kms-programs", "kms_programs", _read_folder, "FOLDER", Settings.kms_programs, "Programs that a KMS of "
+            "type exec may be."),
+    setting("--audit-file", "audit_file", _read_some_path, "FILE", "", "Where each use of a key is told too, if at "
+            "all."),
     setting("--format-seconds", "format_seconds", _seconds(1), "SECONDS", Limits.format_seconds, "Limit of luksFormat "
             "and mkfs."),
     setting("--unlock-seconds", "unlock_seconds", _seconds(1), "SECONDS", Limits.unlock_seconds, "Limit of one key "

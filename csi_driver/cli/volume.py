@@ -9,6 +9,7 @@ from csi_driver.cli.names import volume_names
 from csi_driver.cli.node_view import Seen
 from csi_driver.cli.output import Output, confirm, show_json, show_table, show_text, size_text
 from csi_driver.cli.record import accept_record, record_rows
+from csi_driver.cli.recover import restore_header
 from csi_driver.cli.remote import (
     Remote,
     capability_options,
@@ -31,13 +32,14 @@ def volume() -> None:
     """Create, stage, publish, enlarge and remove volumes by hand.
 
     A volume is staged once, which opens and mounts it, and then published to as many places as want to see it. Each
-    command but accept-record and check is a call of the Container Storage Interface to the server at --endpoint.
-    Secrets come from files or standard input only.
+    command but accept-record, check and restore-header is a call of the Container Storage Interface to the server at
+    --endpoint. Secrets come from files or standard input only.
     """
 
 
 volume.add_command(accept_record)
 volume.add_command(check)
+volume.add_command(restore_header)
 for name, function in COMMANDS.items():
     command(volume, name)(function)
 

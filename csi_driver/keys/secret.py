@@ -1,12 +1,13 @@
 """Keys from a Kubernetes secret, in the entries that Longhorn and Ceph-CSI gave their names."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.secret import Passphrase
 
 LONGHORN_VALUE = "CRYPTO_KEY_VALUE"
+PREVIOUS = "CRYPTO_KEY_VALUE_PREVIOUS"
 CEPH_PASSPHRASE = "encryptionPassphrase"  # the name of a secret's entry, not a secret
 PROVIDER = "CRYPTO_KEY_PROVIDER"
 CIPHER = "CRYPTO_KEY_CIPHER"
@@ -19,13 +20,19 @@ _LARGEST_PASSPHRASE_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class SecretKey:
-    """What a secret holds: the passphrase and, in a Longhorn secret, wishes for luksFormat as they stand there."""
+    """What a secret holds: the passphrase and, in a Longhorn secret, wishes for luksFormat as they stand there.
+
+    `previous` is the passphrase that it had before: what it still opens gets the new one. `entries` are all of them,
+    for a KMS that is told to look for its own among them.
+    """
 
     passphrase: Passphrase | None
     cipher: str | None = None
     hash: str | None = None
     key_size: str | None = None
     pbkdf: str | None = None
+    previous: Passphrase | None = None
+    entries: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 
 def read_secret(entries: Mapping[str, str]) -> SecretKey:
@@ -45,6 +52,8 @@ def read_secret(entries: Mapping[str, str]) -> SecretKey:
         hash=entries.get(HASH) or None,
         key_size=entries.get(KEY_SIZE) or None,
         pbkdf=entries.get(PBKDF) or None,
+        previous=_value(PREVIOUS, entries[PREVIOUS]) if PREVIOUS in entries else None,
+        entries=entries,
     )
 
 
@@ -64,15 +73,20 @@ def require_passphrase(key: SecretKey, volume_id: str) -> Passphrase:
 
 def _passphrase(entries: Mapping[str, str]) -> Passphrase | None:
     found: dict[str, str] = {name: entries[name] for name in (LONGHORN_VALUE, CEPH_PASSPHRASE) if name in entries}
-    for name, value in found.items():
-        if not value:
-            raise FailedPrecondition(f"the secret's entry {name} is empty; put the passphrase there")
-        if len(value.encode()) > _LARGEST_PASSPHRASE_BYTES:
-            raise FailedPrecondition(f"the secret's entry {name} is longer than {_LARGEST_PASSPHRASE_BYTES} bytes")
-    if not found:
+    passphrases = [_value(name, value) for name, value in found.items()]
+    if not passphrases:
         return None
     if len(set(found.values())) > 1:
         raise FailedPrecondition(
             f"the secret's entries {LONGHORN_VALUE} and {CEPH_PASSPHRASE} disagree; keep the one that opens the volume"
         )
-    return Passphrase(next(iter(found.values())).encode())
+    return passphrases[0]
+
+
+def _value(name: str, text: str) -> Passphrase:
+    value = text.encode()
+    if not value:
+        raise FailedPrecondition(f"the secret's entry {name} is empty; put the passphrase there")
+    if len(value) > _LARGEST_PASSPHRASE_BYTES:
+        raise FailedPrecondition(f"the secret's entry {name} is longer than {_LARGEST_PASSPHRASE_BYTES} bytes")
+    return Passphrase(value)

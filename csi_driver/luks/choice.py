@@ -35,22 +35,27 @@ class Wishes(Protocol):
         """CRYPTO_PBKDF."""
 
 
-def luks_format(parameters: VolumeParameters, wishes: Wishes, memory_limit_kib: int | None = None) -> LuksFormat:
+def luks_format(
+    parameters: VolumeParameters, wishes: Wishes, memory_limit_kib: int | None = None, *, random_key: bool = False
+) -> LuksFormat:
     """The choice for luksFormat: the parameter, else the secret's wish, else the default.
 
-    The default memory stays below the limit. Raises InvalidArgument when the parameters alone do not go together;
-    FailedPrecondition where more than a new class can mend it: parameter and secret disagree, a wish is not on the
-    allow-list or does not go with the rest, or the memory is above the limit.
+    The default memory stays below the limit. A `random_key` needs no costly derivation: its default is the cheapest.
+    Raises InvalidArgument when the parameters alone do not go together; FailedPrecondition where more than a new class
+    can mend it: parameter and secret disagree, a wish is not on the allow-list or does not go with the rest, or the
+    memory is above the limit.
     """
     try:
-        return _luks_format(parameters, wishes, memory_limit_kib)
+        return _luks_format(parameters, wishes, memory_limit_kib, random_key=random_key)
     except InvalidArgument as error:
         if any((wishes.cipher, wishes.hash, wishes.key_size, wishes.pbkdf)):
             raise FailedPrecondition(f"{error}; the secret's wishes count here too") from None
         raise
 
 
-def _luks_format(parameters: VolumeParameters, wishes: Wishes, memory_limit_kib: int | None) -> LuksFormat:
+def _luks_format(
+    parameters: VolumeParameters, wishes: Wishes, memory_limit_kib: int | None, *, random_key: bool
+) -> LuksFormat:
     wished_cipher = _wish(one_of(*formats.CIPHER_KEY_BITS), "CRYPTO_KEY_CIPHER", wishes.cipher)
     wished_hash = _wish(one_of(*formats.HASHES), "CRYPTO_KEY_HASH", wishes.hash)
     wished_pbkdf = _wish(one_of(*formats.PBKDFS), "CRYPTO_PBKDF", wishes.pbkdf)
@@ -60,8 +65,10 @@ def _luks_format(parameters: VolumeParameters, wishes: Wishes, memory_limit_kib:
     key_bits = key_bits or formats.default_key_bits(cipher)
     formats.check_key_bits(cipher, key_bits)
     hash_name = _agree("hash", parameters.hash, "CRYPTO_KEY_HASH", wished_hash) or LuksFormat.hash
-    pbkdf = _agree("pbkdf", parameters.pbkdf, "CRYPTO_PBKDF", wished_pbkdf) or LuksFormat.pbkdf
-    iterations = parameters.pbkdf_iterations or formats.default_iterations(pbkdf, hash_name)
+    pbkdf = _agree("pbkdf", parameters.pbkdf, "CRYPTO_PBKDF", wished_pbkdf)
+    pbkdf = pbkdf or ("pbkdf2" if random_key and parameters.pbkdf_memory_kib is None else LuksFormat.pbkdf)
+    cheapest = formats.PBKDF2_LEAST_ITERATIONS if random_key and pbkdf == "pbkdf2" else None
+    iterations = parameters.pbkdf_iterations or cheapest or formats.default_iterations(pbkdf, hash_name)
     least, most = (
         (formats.PBKDF2_LEAST_ITERATIONS, formats.PBKDF2_MOST_ITERATIONS)
         if pbkdf == "pbkdf2"

@@ -60,7 +60,7 @@ def change_uuid(where: str, clone: Handle, size: int, old: str, identity: LuksId
     """
     area, header = read_header(where, clone, old)
     with write_errors(where):
-        found = _length(clone)
+        found = length_of(clone)
     if found < size:
         raise DeviceShort(f"{where} is {found} bytes long and {size} are recorded; check the storage below it")
     expected = identity if header.uuid != old else msgspec.structs.replace(identity, uuid=old)
@@ -107,6 +107,7 @@ def _with_uuid(where: str, both: bytes, identity: LuksIdentity) -> bytes:
         os.close(copy)
 
 
-def _length(clone: Handle) -> int:
+def length_of(clone: Handle) -> int:
+    """Bytes of a file or device. Raises OSError."""
     with open(clone, "rb", buffering=0) as file:
         return file.seek(0, os.SEEK_END)

@@ -19,7 +19,7 @@ from csi_driver.luks.header import HEADER_PROBE, Header, parse, repaired
 from csi_driver.luks.header_rules import Limits, validate
 from csi_driver.luks.key_proof import is_key_of
 from csi_driver.luks.libcryptsetup import CryptDevice, crypt_device
-from csi_driver.model.errors import DeviceShort, DeviceUnreadable, FailedPrecondition, InvalidHeader
+from csi_driver.model.errors import DeviceShort, DeviceUnreadable, FailedPrecondition, InvalidHeader, KeyNeeded
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import LuksIdentity
 
@@ -79,16 +79,19 @@ def format_device(
     limits: Limits,
     passphrase: Passphrase,
     storage: Handle,
+    token: bytes | None = None,
 ) -> str:
     """luksFormat, and proof that it is whole: header valid, one key slot, our passphrase opens it, all of it fsynced.
 
     Asks once more that the device holds nothing but, perhaps, an earlier try at this very header; `storage` as in
-    `prove_unwritten`. Returns the hexadecimal digest of the volume key, to be pinned. Errors as `prove_unwritten` and
-    `open_device`.
+    `prove_unwritten`. `token` goes into the header too (`key_token.encode`). Returns the hexadecimal digest of the
+    volume key, to be pinned. Errors as `prove_unwritten` and `open_device`.
     """
     prove_unwritten(where, device, size, identity.uuid, storage)
     with crypt_device(where, device.path) as context:
         context.format(chosen, identity.uuid, passphrase)
+        if token is not None:
+            context.set_token(token)
     blockdev.fsync_device(device)
     with _header_copy(where, device, identity, size, limits, _FORMATTED_SLOTS) as (copy, header):
         with crypt_device(where, device.path, copy) as context:
@@ -164,7 +167,7 @@ def resize_mapping(
                 if kept is None
                 else "the key in the kernel's keyring is not its volume key, somebody has put it there"
             )
-            raise FailedPrecondition(
+            raise KeyNeeded(
                 f"{where} cannot be enlarged while it is open: {fault} and the request brought no secret; unstage and "
                 f"stage the volume, or name a node-expand secret in its StorageClass"
             )
@@ -184,12 +187,12 @@ def read_header(where: str, device: str | os.PathLike[str], changed_from: str | 
 
     Raises DeviceUnreadable, DeviceBlank, ForeignSignature, InvalidHeader.
     """
-    area = _read_area(where, device, 0, _USUAL_HEADER)
+    area = read_area(where, device, 0, _USUAL_HEADER)
     try:
         return area, parse(area, where, changed_from)
     except InvalidHeader:
         # A damaged primary copy: the secondary one may lie anywhere up to 4 MiB.
-        area = _read_area(where, device, 0, HEADER_PROBE)
+        area = read_area(where, device, 0, HEADER_PROBE)
         return area, parse(area, where, changed_from)
 
 
@@ -217,19 +220,27 @@ def _header_copy(
     if found < size:
         raise DeviceShort(f"{where} is {found} bytes long and {size} are recorded; check the storage below it")
     validate(header, identity, found, where, limits=limits, keyslots=keyslots)
-    copy = os.memfd_create("luks-header", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(copy, identity.data_offset)
-        write_at(copy, repaired(area, header)[: 2 * header.hdr_size], 0)
-        for slot in header.keyslots.values():
-            write_at(copy, _read_area(where, device, slot.area.offset, slot.area.size), slot.area.offset)
+    with header_in_memory(where, device, area, header, identity.data_offset) as copy:
         fcntl.fcntl(copy, fcntl.F_ADD_SEALS, SEALS)
         yield f"/proc/self/fd/{copy}", header
+
+
+@contextmanager
+def header_in_memory(where: str, device: Handle, area: bytes, header: Header, length: int) -> Iterator[int]:
+    """A memfd of `length` bytes with that header, both copies as they were parsed, and the areas of its key slots."""
+    copy = os.memfd_create("luks-header", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(copy, length)
+        write_at(copy, repaired(area, header)[: 2 * header.hdr_size], 0)
+        for slot in header.keyslots.values():
+            write_at(copy, read_area(where, device, slot.area.offset, slot.area.size), slot.area.offset)
+        yield copy
     finally:
         os.close(copy)
 
 
-def _read_area(where: str, device: str | os.PathLike[str], offset: int, size: int) -> bytes:
+def read_area(where: str, device: str | os.PathLike[str], offset: int, size: int) -> bytes:
+    """Bytes of a device or file. Raises DeviceUnreadable."""
     try:
         with open(device, "rb", buffering=0) as opened:
             return blockdev.read_at(opened.fileno(), offset, size)

@@ -111,7 +111,7 @@ def read_image_header(where: str, read: ReadAt, size: int, limits: Limits = DEFA
     InvalidHeader, DeviceShort (data cut off).
     """
     area, header = _read_header(where, read, size)
-    identity = _identity(where, header)
+    identity = identity_of(where, header)
     validate(header, identity, size, where, limits=limits)
     if identity.key_bits not in CIPHER_KEY_BITS[identity.cipher]:
         raise refusal(where, f"expected a key that {identity.cipher} takes, found {identity.key_bits} bits")
@@ -136,7 +136,7 @@ def write_image_header(
         os.ftruncate(memory, size)
         with crypt_device(where, f"/proc/self/fd/{memory}") as device:
             device.format(chosen, str(uuid.uuid4()), passphrase, key.value)
-            device.add_token(msgspec.json.encode(_Token(TOKEN_TYPE, (), str(payload))))
+            device.set_token(msgspec.json.encode(_Token(TOKEN_TYPE, (), str(payload))))
         found = read_image_header(
             where, lambda at, length: blockdev.read_at(memory, at, length), size, limits_of(chosen)
         )
@@ -189,7 +189,8 @@ def _read(where: str, read: ReadAt, offset: int, length: int) -> bytes:
     return found
 
 
-def _identity(where: str, header: Header) -> LuksIdentity:
+def identity_of(where: str, header: Header) -> LuksIdentity:
+    """What a header says of itself, in the words of a volume's record. Raises InvalidHeader without a segment 0."""
     segment = header.segments.get("0")
     if segment is None:
         raise refusal(where, f"expected segment 0 alone, found {', '.join(header.segments) or 'none'}")

@@ -86,6 +86,11 @@ def load_library() -> ctypes.CDLL:
     library.crypt_volume_key_get.argtypes = [
         device, number, ctypes.c_void_p, ctypes.POINTER(ctypes.c_size_t), text, ctypes.c_size_t,
     ]  # fmt: skip
+    library.crypt_set_pbkdf_type.argtypes = [device, ctypes.c_void_p]
+    library.crypt_keyslot_add_by_passphrase.argtypes = [
+        device, number, text, ctypes.c_size_t, text, ctypes.c_size_t,
+    ]  # fmt: skip
+    library.crypt_keyslot_destroy.argtypes = [device, number]
     library.crypt_token_json_set.argtypes = [device, number, text]
     library.crypt_set_uuid.argtypes = [device, text]
     # The volume's own flock guards every device; the library's lock files below /run/cryptsetup would only add a
@@ -135,11 +140,7 @@ class CryptDevice:
             self._library.crypt_set_metadata_size(self._handle, formats.HEADER_SIZE, formats.KEYSLOTS_SIZE),
             "set the header's size",
         )
-        pbkdf = _Pbkdf(
-            chosen.pbkdf.encode(), chosen.hash.encode(), 0, chosen.iterations, chosen.memory_kib,
-            0 if chosen.pbkdf == "pbkdf2" else 1, _PBKDF_NO_BENCHMARK,
-        )  # fmt: skip
-        parameters = _Luks2Parameters(pbkdf=ctypes.pointer(pbkdf), sector_size=chosen.sector_size)
+        parameters = _Luks2Parameters(pbkdf=ctypes.pointer(_pbkdf(chosen)), sector_size=chosen.sector_size)
         cipher, _, mode = chosen.cipher.partition("-")
         self._check(
             self._library.crypt_format(
@@ -154,14 +155,31 @@ class CryptDevice:
             "add the key slot",
         )
 
-    def unlock(self, passphrase: Passphrase, flags: int = 0) -> None:
+    def unlock(self, passphrase: Passphrase, flags: int = 0) -> int:
         """Try `passphrase`; with KEYRING_KEY the volume key goes into the calling thread's keyring.
 
-        Raises Unauthenticated when it opens no key slot.
+        Returns the key slot that it opens. Raises Unauthenticated when it opens none.
         """
         secret = passphrase.reveal()
         code = self._library.crypt_activate_by_passphrase(self._handle, None, _ANY_SLOT, secret, len(secret), flags)
         self._check_opened(code, "try the passphrase")
+        return int(code)
+
+    def add_keyslot(self, current: Passphrase, new: Passphrase, chosen: LuksFormat) -> int:
+        """A further key slot, for `new`, with the key derivation of `chosen`; `current` opens one that is there.
+
+        Returns the new slot. Raises Unauthenticated.
+        """
+        pbkdf = _pbkdf(chosen)
+        self._check(self._library.crypt_set_pbkdf_type(self._handle, ctypes.byref(pbkdf)), "set the key derivation")
+        old, fresh = current.reveal(), new.reveal()
+        code = self._library.crypt_keyslot_add_by_passphrase(self._handle, _ANY_SLOT, old, len(old), fresh, len(fresh))
+        self._check_opened(code, "add a key slot")
+        return int(code)
+
+    def destroy_keyslot(self, slot: int) -> None:
+        """Take a key slot out of the header."""
+        self._check(self._library.crypt_keyslot_destroy(self._handle, slot), f"remove key slot {slot}")
 
     def volume_key(self, passphrase: Passphrase) -> bytearray:
         """The volume key, for the caller to wipe. Raises Unauthenticated when `passphrase` opens no key slot."""
@@ -174,9 +192,9 @@ class CryptDevice:
         self._check_opened(code, "read the volume key")
         return key
 
-    def add_token(self, token: bytes) -> None:
-        """Write `token`, JSON with the members `type` and `keyslots`, into the header."""
-        self._check(self._library.crypt_token_json_set(self._handle, _ANY_TOKEN, token), "write the token")
+    def set_token(self, token: bytes | None, place: int = _ANY_TOKEN) -> None:
+        """Write `token`, JSON with the members `type` and `keyslots`, into the header; None removes that of `place`."""
+        self._check(self._library.crypt_token_json_set(self._handle, place, token), "write the token")
 
     def set_uuid(self, uuid: str) -> None:
         """Write another UUID into both copies of the header."""
@@ -204,6 +222,14 @@ class CryptDevice:
         if code == -errno.ENOMEM:
             raise ResourceExhausted(f"{text}; give the driver's pod more memory or choose a smaller pbkdfMemory")
         raise CommandFailed(text)
+
+
+def _pbkdf(chosen: LuksFormat) -> _Pbkdf:
+    threads = 0 if chosen.pbkdf == "pbkdf2" else 1
+    return _Pbkdf(
+        chosen.pbkdf.encode(), chosen.hash.encode(), 0, chosen.iterations, chosen.memory_kib, threads,
+        _PBKDF_NO_BENCHMARK,
+    )  # fmt: skip
 
 
 def _memory(key: bytearray) -> "ctypes.Array[ctypes.c_char]":

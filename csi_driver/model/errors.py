@@ -10,7 +10,10 @@ device, what was expected and found, what to do. It never holds a secret.
     ├── NotFound               unknown volume or path
     ├── AlreadyExists          same name or stage, other properties
     ├── Unauthenticated        the secret is there and opens nothing
+    ├── PermissionDenied       a key management system refuses us
     ├── FailedPrecondition     device, header, host or secret unlike what is recorded or needed
+    │   ├── KeyLost            a key management system has a volume's key no more
+    │   ├── KeyNeeded          the kernel has the volume key no more, and the call brought nothing to open it with
     │   ├── DeviceMismatch     the device is not what its record says
     │   │   ├── DeviceAbsent       it is not there
     │   │   ├── DeviceShort        it is smaller than recorded
@@ -67,8 +70,20 @@ class Unauthenticated(DriverError):
     """The secret is present and opens no key slot."""
 
 
+class PermissionDenied(DriverError):
+    """A key management system knows us and refuses, or does not take our credentials."""
+
+
 class FailedPrecondition(DriverError):
     """Device, header, host or secret are unlike what is recorded or needed; repeating alone does not help."""
+
+
+class KeyLost(FailedPrecondition):
+    """A key management system has the key no more, or it no longer unwraps what was wrapped with it."""
+
+
+class KeyNeeded(FailedPrecondition):
+    """The kernel has the volume key of an open mapping no more, and the call brought nothing that opens its header."""
 
 
 class DeviceMismatch(FailedPrecondition):

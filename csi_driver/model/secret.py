@@ -1,6 +1,11 @@
-"""Key material on its way from a request to the one worker that uses it."""
+"""Key material on its way from a request or a key management system to the one worker that uses it."""
 
+import base64
 import hashlib
+import os
+from typing import Self
+
+_RANDOM_BYTES = 32
 
 
 class Passphrase:
@@ -11,8 +16,13 @@ class Passphrase:
     def __init__(self, value: bytes) -> None:
         self._value = value
 
+    @classmethod
+    def random(cls) -> Self:
+        """A new one: 32 random bytes as base64url text, so that key value stores and people can hold it too."""
+        return cls(base64.urlsafe_b64encode(os.urandom(_RANDOM_BYTES)).rstrip(b"="))
+
     def reveal(self) -> bytes:
-        """Return the bytes; only the worker that hands them to libcryptsetup calls this."""
+        """Return the bytes; only who hands them to libcryptsetup or to a key management system calls this."""
         return self._value
 
     def digest(self, key: bytes) -> bytes:

@@ -52,6 +52,9 @@ class Settings:
     log_format: LogFormat = LogFormat.AUTO
     log_level: str = "info"
     http_address: str | None = None
+    kms_config: Path = Path("/etc/ceph-csi-encryption-kms-config/config.json")
+    kms_programs: Path = Path("/usr/lib/luks-csi/kms")
+    audit_file: Path | None = None
     limits: Limits = Limits()
 
     @property

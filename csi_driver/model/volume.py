@@ -43,6 +43,43 @@ class LuksIdentity(msgspec.Struct, frozen=True, kw_only=True):
     digest: str | None = None
 
 
+class KeyTrail(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Where the passphrase of a volume comes from, never the passphrase: what its key management system has to be told.
+
+    `kms_id` is the entry of the KMS configuration and `type` that entry's type. `name` is what the KMS knows the key
+    by: what it is bound to, or the name of the secret that is kept there. `wrapped` is the wrapped data encryption key,
+    "" where the KMS keeps the key itself. `key_id` and `key_version` are of the key that wrapped it, as far as the KMS
+    tells. `tenant` is the namespace of the volume's claim.
+    """
+
+    kms_id: str
+    type: str
+    name: str = ""
+    wrapped: str = ""
+    key_id: str = ""
+    key_version: str = ""
+    tenant: str = ""
+
+
+class RekeyPhase(StrEnum):
+    """How far a change of a volume's passphrase has come."""
+
+    ADDING = "adding"
+    REMOVING = "removing"
+
+
+class Rekey(msgspec.Struct, frozen=True, kw_only=True):
+    """A change of a volume's passphrase under way (docs/architecture.md, "A new key").
+
+    While `adding`, `other` is the trail of the key that is to come; while `removing`, of the one that was, and `slot`
+    is the key slot that it opens. None for the passphrase of a secret. What counts is the record's `key`.
+    """
+
+    phase: RekeyPhase
+    other: KeyTrail | None = None
+    slot: int | None = None
+
+
 class VolumeParameters(msgspec.Struct, frozen=True, kw_only=True):
     """The StorageClass parameters of a volume, typed; None where the class says nothing.
 
@@ -57,6 +94,9 @@ class VolumeParameters(msgspec.Struct, frozen=True, kw_only=True):
     pbkdf_memory_kib: int | None = None
     pbkdf_iterations: int | None = None
     sector_size: int | None = None
+    kms_id: str | None = None
+    generate_key: bool = False
+    retain_key: bool = False
     discard: bool = False
     no_read_workqueue: bool = False
     no_write_workqueue: bool = False
@@ -74,7 +114,8 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True):
     """All that is recorded of a volume, outside its device. `capacity_bytes` is what a pod sees.
 
     `revision` counts the writes: an update names the revision it was made from (compare-and-swap). `cloned_uuid` is
-    set while `cloning`: the UUID of the header that was cloned, which becomes that of `luks`.
+    set while `cloning`: the UUID of the header that was cloned, which becomes that of `luks`. `key` is set where the
+    passphrase comes from a KMS, `rekey` while it is being changed.
     """
 
     id: str
@@ -84,10 +125,17 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True):
     encryption: EncryptionState | None = None
     luks: LuksIdentity | None = None
     cloned_uuid: str | None = None
+    key: KeyTrail | None = None
+    rekey: Rekey | None = None
     file_system: FileSystemState = FileSystemState.NONE
     made_fs_type: str | None = None
     created: str
     revision: int = 0
+
+    @property
+    def tenant(self) -> str:
+        """The namespace of its claim; "" where nobody said."""
+        return (self.parameters.claim or "").partition("/")[0]
 
     @property
     def mapping_name(self) -> str:

@@ -29,6 +29,13 @@ class Metrics:
             buckets=_BUCKETS,
             registry=self._registry,
         )
+        self._kms = Histogram(
+            "luks_csi_kms_request_duration_seconds",
+            "Duration of the requests to key management systems.",
+            ("kms", "operation", "outcome"),
+            buckets=_BUCKETS,
+            registry=self._registry,
+        )
         self._children: dict[tuple[str, str], Histogram] = {}
         self._registry.register(_Gauges(gauges))
         ProcessCollector(registry=self._registry)
@@ -39,6 +46,10 @@ class Metrics:
         if child is None:
             child = self._children[method, code] = self._durations.labels(method, code)
         child.observe(seconds)
+
+    def observe_kms(self, kms_id: str, operation: str, outcome: str, seconds: float) -> None:
+        """Count one request to a key management system."""
+        self._kms.labels(kms_id, operation, outcome).observe(seconds)
 
     def page(self) -> Page:
         """All of it in Prometheus' text format."""

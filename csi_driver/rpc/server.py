@@ -9,6 +9,7 @@ from http import HTTPStatus
 import grpc
 
 from csi_driver.host.log import log
+from csi_driver.keys.sources import KeySources
 from csi_driver.model.errors import DriverError
 from csi_driver.model.settings import Service, Settings
 from csi_driver.rpc import csi_pb2_grpc
@@ -34,7 +35,8 @@ Gauges = Mapping[str, tuple[str, Callable[[], int]]]
 class Server:
     """Serves on the unix socket of the settings, from `start` to `stop`.
 
-    `add` puts the servicers into a gRPC server, `inner` are concerns next to the methods, `gauges` are metrics.
+    `add` puts the servicers into a gRPC server, `inner` are concerns next to the methods, `gauges` are metrics, and so
+    are the requests to the key sources.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Server:
         add: Sequence[Callable[[grpc.Server], None]],
         inner: Sequence[Concern] = (),
         gauges: Gauges | None = None,
+        sources: KeySources | None = None,
     ) -> None:
         self._settings = settings
         self._endpoint = Endpoint(settings.endpoint)
@@ -64,6 +67,8 @@ class Server:
                 )
 
             metrics = Metrics(gauges or {})
+            if sources is not None:
+                sources.observe = metrics.observe_kms
             pages = {
                 "/healthz": lambda: answer(CsiClient.plugin_info),
                 "/readyz": lambda: answer(CsiClient.probe),
@@ -146,7 +151,7 @@ def driver_server(driver: Driver) -> Server:
         "luks_csi_drifted_secrets": ("Staged volumes whose secret no longer opens them.", health.drifted_secrets),
         "luks_csi_healed_file_systems_total": ("Sick file systems that were made well.", driver.healing.healed),
     }
-    return Server(settings, add, [VolumeLocking(driver.locks)], gauges)
+    return Server(settings, add, [VolumeLocking(driver.locks)], gauges, driver.sources)
 
 
 def central_server(settings: Settings) -> Server:

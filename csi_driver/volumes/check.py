@@ -19,6 +19,7 @@ from csi_driver.model.settings import Limits
 from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeRecord
 from csi_driver.volumes.encryption import Encryption, attempt
 from csi_driver.volumes.filesystem import FSCK, Attached, FileSystems
+from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.presence import Presence, Presences
 from csi_driver.volumes.stage import let_go
 
@@ -55,6 +56,7 @@ class Checking:
         mappings: Mappings,
         encryption: Encryption,
         file_systems: FileSystems,
+        keys: VolumeKeys,
         limits: Limits,
     ) -> None:
         self._backend = backend
@@ -64,6 +66,7 @@ class Checking:
         self._mappings = mappings
         self._encryption = encryption
         self._file_systems = file_systems
+        self._keys = keys
         self._limits = limits
 
     def check(self, volume_id: str, key: SecretKey, *, repair: bool, seconds: float) -> Checked:
@@ -76,13 +79,14 @@ class Checking:
         record = self._backend.get(volume_id)
         _refuse_open(self._presences.of(volume_id, record))
         _refuse_unmade(record)
+        in_hand = self._keys.of(record, key, "check") if record.encryption is not None else None
         with self._workers.session(), ExitStack() as undo:
             undo.callback(attempt, self._backend.detach, volume_id)
             device = self._backend.attach(volume_id, lasting=False)
             undo.callback(let_go, device)
             shown: Handle = device
-            if record.encryption is not None:
-                shown = self._encryption.open(self._backend, record, device, key, undo).mapping
+            if in_hand is not None:
+                shown = self._encryption.open(self._backend, record, device, in_hand, undo).mapping
             self._backend.guard(volume_id)
             checked = self._run(record, Attached(record, device, shown), repair=repair, seconds=seconds)
             shown.close()

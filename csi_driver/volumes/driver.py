@@ -1,5 +1,6 @@
 """The driver as a whole: every collaborator made once and handed to those who need it."""
 
+import os
 from dataclasses import dataclass, field
 
 from csi_driver.backends.base import Backend
@@ -16,6 +17,10 @@ from csi_driver.host.loop import LoopDevices
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.workers import Workers
 from csi_driver.images.store import ImageStore
+from csi_driver.keys.audit import Audit
+from csi_driver.keys.config import KmsConfig
+from csi_driver.keys.kubernetes import Kubernetes
+from csi_driver.keys.sources import KeySources
 from csi_driver.luks.mapping import Mappings
 from csi_driver.model.errors import DriverError, FailedPrecondition
 from csi_driver.model.settings import Settings
@@ -28,9 +33,12 @@ from csi_driver.volumes.filesystem import FileSystems
 from csi_driver.volumes.from_image import BackingImages
 from csi_driver.volumes.healing import Healing
 from csi_driver.volumes.health import Health
+from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.provision import Provisioning
 from csi_driver.volumes.publish import Publishing
+from csi_driver.volumes.recovery import Recovery
+from csi_driver.volumes.rekey import Rekeying
 from csi_driver.volumes.stage import Staging
 from csi_driver.volumes.stages import Stages
 from csi_driver.volumes.statedir import NODE_MOUNTS, StateDirectory
@@ -39,6 +47,8 @@ from csi_driver.volumes.usage import Usages
 WARM = (
     "csi_driver.luks.cloned",
     "csi_driver.luks.device",
+    "csi_driver.luks.recovery",
+    "csi_driver.luks.rekey",
     "csi_driver.host.commands",
     "csi_driver.host.fshealth",
     "csi_driver.host.growfs",
@@ -59,6 +69,7 @@ class Host:
     mapper: DeviceMapper = field(default_factory=DeviceMapper)
     mounts: Mounts = field(default_factory=Mounts)
     holders: Holders = field(default_factory=Holders)
+    sources: KeySources | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,10 @@ class Driver:
     backend: LoopfileBackend
     mappings: Mappings
     encryption: Encryption
+    sources: KeySources
+    keys: VolumeKeys
+    rekeying: Rekeying
+    recovery: Recovery
     provisioning: Provisioning
     staging: Staging
     publishing: Publishing
@@ -108,8 +123,18 @@ class Driver:
         self.workers.start()
 
     def stop(self) -> None:
-        """End the worker launcher; what is staged stays staged."""
+        """End the worker launcher, and close what is open to key sources; what is staged stays staged."""
+        self.sources.close()
         self.workers.stop()
+
+
+def key_sources(settings: Settings, workers: Workers) -> KeySources:
+    """The key sources of a node: its KMS configuration and, in a cluster, the Kubernetes API."""
+    kubernetes = Kubernetes(
+        os.environ.get("KUBERNETES_SERVICE_HOST", ""), os.environ.get("KUBERNETES_SERVICE_PORT", "443")
+    )
+    config = KmsConfig(settings.kms_config, kubernetes)
+    return KeySources(config, kubernetes, workers, settings.kms_programs, Audit(settings.audit_file))
 
 
 def build_driver(settings: Settings, host: Host | None = None) -> Driver:
@@ -132,14 +157,18 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
     commands = Commands(host.workers)
     locks = VolumeLocks(state / "locks", host.holders, backend.has, remade=True)
     encryption = Encryption(host.workers, mappings, settings.limits)
+    sources = host.sources or key_sources(settings, host.workers)
+    keys = VolumeKeys(sources, settings.node_id)
     file_systems = FileSystems(host.workers, commands, host.mounts, host.holders, settings.limits)
     ailments = FileSystemHealth(host.mounts)
     healing = Healing(seam, presences, host.workers, file_systems, ailments)
-    images = BackingImages(ImageStore(state / "images", host.files), host.workers, encryption, settings.limits)
+    images = BackingImages(ImageStore(state / "images", host.files), host.workers, encryption, keys, settings.limits)
     drift = KeyDrift(seam, stages, encryption)
+    rekeying = Rekeying(seam, host.workers, encryption, keys)
     staging = Staging(
-        seam, directory.check, stages, presences, host.workers, encryption, file_systems, mappings, healing, drift
-    )
+        seam, directory.check, stages, presences, host.workers, encryption, file_systems, mappings, healing, drift,
+        keys, rekeying,
+    )  # fmt: skip
     return Driver(
         settings=settings,
         workers=host.workers,
@@ -148,13 +177,21 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         backend=backend,
         mappings=mappings,
         encryption=encryption,
-        provisioning=Provisioning(settings, seam, images, directory.check, staging.release),
+        sources=sources,
+        keys=keys,
+        rekeying=rekeying,
+        recovery=Recovery(seam, presences, host.workers, host.loops, sources, settings.limits),
+        provisioning=Provisioning(settings, seam, images, directory.check, staging.release, keys),
         staging=staging,
         publishing=Publishing(seam, presences, host.mounts, host.holders, file_systems, healing),
-        expansion=Expansion(seam, directory.check, presences, host.workers, encryption, file_systems, healing),
+        expansion=Expansion(seam, directory.check, presences, host.workers, encryption, file_systems, healing, keys),
         healing=healing,
-        checking=Checking(seam, presences, host.workers, commands, mappings, encryption, file_systems, settings.limits),
+        checking=Checking(
+            seam, presences, host.workers, commands, mappings, encryption, file_systems, keys, settings.limits
+        ),
         usage=Usages(seam, presences),
         conditions=Conditions(presences, ailments),
-        health=Health(settings, seam, stages, commands, host.mapper, mappings, host.mounts, directory.check),
+        health=Health(
+            settings, seam, stages, commands, host.mapper, mappings, host.mounts, directory.check, sources.checked
+        ),
     )

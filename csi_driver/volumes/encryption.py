@@ -20,8 +20,8 @@ from csi_driver.host.handle import Handle
 from csi_driver.host.keyring import KeptKey
 from csi_driver.host.log import log
 from csi_driver.host.workers import Workers
-from csi_driver.keys.secret import SecretKey, require_passphrase
-from csi_driver.luks import cloned
+from csi_driver.keys.secret import SecretKey
+from csi_driver.luks import cloned, key_token, rekey
 from csi_driver.luks import device as luks
 from csi_driver.luks.blank import prove_blank
 from csi_driver.luks.choice import luks_format
@@ -29,10 +29,18 @@ from csi_driver.luks.formats import LuksFormat, check_capacity
 from csi_driver.luks.header_metadata import Keyslot
 from csi_driver.luks.header_rules import Limits as HeaderLimits
 from csi_driver.luks.mapping import Fit, Mappings
-from csi_driver.model.errors import DeadlineExceeded, DeviceInUse, DriverError, FailedPrecondition
+from csi_driver.model.errors import (
+    DeadlineExceeded,
+    DeviceInUse,
+    DriverError,
+    FailedPrecondition,
+    KeyNeeded,
+    Unauthenticated,
+)
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.settings import Limits
 from csi_driver.model.volume import EncryptionState, FileSystemState, LuksIdentity, VolumeRecord
+from csi_driver.volumes.keys import KeyInHand
 
 P = ParamSpec("P")
 
@@ -61,23 +69,29 @@ class Encryption:
         backend: Backend,
         record: VolumeRecord,
         device: Handle,
-        key: SecretKey,
+        key: KeyInHand,
         undo: ExitStack,
     ) -> "Opened":
         """Bring the volume to `encrypted` if it never was, and open its mapping.
 
         `undo` gets what closes both again. A mapping that is open and in use is used again if device, UUID and key
         fit; one that nobody uses is opened anew, whatever left it there. Raises FailedPrecondition when the secret
-        lacks a passphrase or disagrees with the volume's parameters.
+        disagrees with the volume's parameters, Unauthenticated.
         """
-        chosen = luks_format(record.parameters, key, self._limits.pbkdf_memory_kib)
-        passphrase = require_passphrase(key, record.id)
+        chosen = self._format_of(record, key.wishes)
+        passphrase = key.passphrase
         if record.encryption is not EncryptionState.ENCRYPTED:
             self._refuse_open_mapping(record)
             if record.encryption is EncryptionState.CLONING:
+                if record.key is not None:
+                    raise FailedPrecondition(
+                        f"volume {record.id} was not made to its end: it has the content of its image and not its own "
+                        f"key yet; make it again, which goes on with it, or delete it"
+                    )
                 record = backend.update(self.take_identity(record, device))
             else:
-                record = self._format(backend, record, device, chosen, passphrase)
+                record = self._format(backend, record, device, chosen, key)
+        self._ensure_header_copy(backend, record, device)
         identity = _identity(record)
         kept = None
         if not self._reuse(record, device, passphrase):
@@ -131,12 +145,22 @@ class Encryption:
             )
 
     def resize(
+        self, record: VolumeRecord, device: Handle, passphrase: Callable[[], Passphrase | None], pinned: KeptKey | None
+    ) -> None:
+        """Let the open mapping show the recorded capacity; the passphrase is asked for where the kernel has no key.
+
+        `pinned` is where the key was kept when the mapping was opened, if that is known. Raises KeyNeeded.
+        """
+        try:
+            self._resize(record, device, None, pinned)
+        except KeyNeeded:
+            if (found := passphrase()) is None:
+                raise
+            self._resize(record, device, found, pinned)
+
+    def _resize(
         self, record: VolumeRecord, device: Handle, passphrase: Passphrase | None, pinned: KeptKey | None
     ) -> None:
-        """Let the open mapping show the recorded capacity; the passphrase serves where the kernel has no key.
-
-        `pinned` is where the key was kept when the mapping was opened, if that is known.
-        """
         with ExitStack() as undo:
             undo.callback(attempt, self._mappings.end_proof, record.mapping_name)
             self._workers.call(
@@ -192,13 +216,103 @@ class Encryption:
         log.info("clone has its own identity", volume_id=record.id, luks_uuid=identity.uuid)
         return msgspec.structs.replace(record, encryption=EncryptionState.ENCRYPTED, cloned_uuid=None)
 
+    def add_passphrase(
+        self,
+        backend: Backend,
+        record: VolumeRecord,
+        device: Handle,
+        current: Passphrase,
+        new: Passphrase,
+        wishes: SecretKey,
+    ) -> int:
+        """Give `new` a key slot beside that of `current`; returns the latter's number. Errors as `rekey`.
+
+        No header is changed of which there is no copy, and none is left whose copy opens with another key.
+        """
+        chosen = self._format_of(record, wishes)
+        self._back_up_header(backend, record, device)
+        with self._unlocking(f"volume {record.id}"):
+            slot = self._workers.call(
+                f"luks-add-key of {_where(record, device)}",
+                self._limits.format_seconds,
+                rekey.add_passphrase,
+                _where(record, device),
+                device,
+                device_size(record),
+                _identity(record),
+                self._header_limits,
+                current,
+                new,
+                chosen,
+            )
+        self._back_up_header(backend, record, device)
+        return slot
+
+    def take_key(
+        self,
+        backend: Backend,
+        record: VolumeRecord,
+        clone: Handle,
+        current: Passphrase,
+        own: Passphrase,
+        wishes: SecretKey,
+    ) -> None:
+        """Let `own` open the header of a clone, file or device, instead of `current`. Repeating is fine."""
+        try:
+            slot = self.add_passphrase(backend, record, clone, current, own, wishes)
+        except Unauthenticated:
+            slot = None  # it was taken out by a call that was cut; that `own` opens the header is proven below
+        self.remove_passphrase(backend, record, clone, slot, own)
+
+    def remove_passphrase(
+        self, backend: Backend, record: VolumeRecord, device: Handle, slot: int | None, keep: Passphrase
+    ) -> None:
+        """Take out a key slot, None for none, with proof that `keep` opens another; our token says the record's key."""
+        with self._unlocking(f"volume {record.id}"):
+            self._workers.call(
+                f"luks-remove-key of {_where(record, device)}",
+                self._limits.format_seconds,
+                rekey.remove_passphrase,
+                _where(record, device),
+                device,
+                device_size(record),
+                _identity(record),
+                self._header_limits,
+                slot,
+                keep,
+                record.key,
+            )
+        self._back_up_header(backend, record, device)
+
+    def _back_up_header(self, backend: Backend, record: VolumeRecord, device: Handle) -> None:
+        """Keep a copy of the header beside the record."""
+
+        def fill(path: str) -> None:
+            where = _where(record, device)
+            self._workers.call(
+                f"luks-backup of {where}", self._limits.mount_seconds, rekey.back_up_header, where, device, path
+            )
+
+        backend.keep_header_copy(record.id, fill)
+
+    def _ensure_header_copy(self, backend: Backend, record: VolumeRecord, device: Handle) -> None:
+        """Keep a copy where there is none; what hinders it is logged, and keeps nobody from the volume."""
+        try:
+            if not backend.has_header_copy(record.id):
+                self._back_up_header(backend, record, device)
+        except (DriverError, OSError) as error:
+            log.warning("the header of a volume could not be backed up", volume_id=record.id, error=str(error))
+
+    def _format_of(self, record: VolumeRecord, wishes: SecretKey) -> LuksFormat:
+        return luks_format(record.parameters, wishes, self._limits.pbkdf_memory_kib, random_key=record.key is not None)
+
     def _format(
         self,
         backend: Backend,
         record: VolumeRecord,
         device: Handle,
         chosen: LuksFormat,
-        passphrase: Passphrase,
+        key: KeyInHand,
     ) -> VolumeRecord:
         where = _where(record, device)
         if record.encryption is EncryptionState.PREPARED:
@@ -245,8 +359,9 @@ class Encryption:
                 chosen,
                 identity,
                 self._header_limits,
-                passphrase,
+                key.passphrase,
                 storage,
+                key_token.encode(key.trail) if key.trail else None,
             )
         record = backend.update(
             msgspec.structs.replace(

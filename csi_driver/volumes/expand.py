@@ -2,16 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from csi_driver.backends.base import Backend
 from csi_driver.host.workers import Workers
 from csi_driver.keys.secret import SecretKey
 from csi_driver.model.errors import FailedPrecondition, NotFound, ResourceExhausted
+from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import VolumeRecord, is_volume_id
 from csi_driver.volumes.capability import Capability
 from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.filesystem import FileSystems
 from csi_driver.volumes.healing import Healing
+from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.presence import Presence, Presences
 from csi_driver.volumes.provision import grow_device
 
@@ -41,6 +44,7 @@ class Expansion:
         encryption: Encryption,
         file_systems: FileSystems,
         healing: Healing,
+        keys: VolumeKeys,
     ) -> None:
         self._backend = backend
         self._check_state = check_state
@@ -49,6 +53,7 @@ class Expansion:
         self._encryption = encryption
         self._file_systems = file_systems
         self._healing = healing
+        self._keys = keys
 
     def expand(self, request: ExpandRequest) -> int:
         """Let pods see the volume's new size, to the byte; returns the capacity. Each step may be repeated.
@@ -78,7 +83,7 @@ class Expansion:
             self._backend.refresh(device)  # the controller may have grown it before
             if record.encryption is not None:
                 self._encryption.resume(record.mapping_name, present.mapping)
-                if request.key.passphrase is not None:  # before anything grows
+                if record.key is None and request.key.passphrase is not None:  # before anything grows
                     self._encryption.verify(record, device, request.key.passphrase)
             try:
                 record = grow_device(self._backend, record, request.required_bytes, request.limit_bytes)
@@ -87,9 +92,17 @@ class Expansion:
                 raise FailedPrecondition(f"{error}, then start the pod anew: it has the old size until then") from None
             self._backend.refresh(device)
             if record.encryption is not None:
-                self._encryption.resize(record, device, request.key.passphrase, present.stage.kept_key)
+                self._encryption.resize(
+                    record, device, partial(self._passphrase, record, request.key), present.stage.kept_key
+                )
             self._grow_file_system(record, present)
         return record.capacity_bytes
+
+    def _passphrase(self, record: VolumeRecord, secret: SecretKey) -> Passphrase | None:
+        """What opens the header, where the kernel has lost the key of the mapping."""
+        if record.key is None and secret.passphrase is None:
+            return None
+        return self._keys.of(record, secret, "expand").passphrase
 
     def _grow_file_system(self, record: VolumeRecord, present: Presence) -> None:
         stage, mount = present.stage, present.staging

@@ -15,12 +15,13 @@ import msgspec
 
 from csi_driver.backends.base import Backend
 from csi_driver.host.clonefile import FileIdentity, clone_file
+from csi_driver.host.handle import Handle
 from csi_driver.host.log import log
 from csi_driver.host.syscalls import error_name
 from csi_driver.host.workers import Workers
 from csi_driver.images.base import ImageFormat
 from csi_driver.images.store import ImageRecord, ImageStore
-from csi_driver.keys.secret import CEPH_PASSPHRASE, LONGHORN_VALUE, SecretKey
+from csi_driver.keys.secret import CEPH_PASSPHRASE, LONGHORN_VALUE, SecretKey, require_passphrase
 from csi_driver.luks.header import PRIMARY_MAGIC
 from csi_driver.luks.header_metadata import Argon2id, Keyslot, Pbkdf2, with_advice
 from csi_driver.model.errors import (
@@ -39,6 +40,7 @@ from csi_driver.model.settings import Limits
 from csi_driver.model.volume import EncryptionState, FileSystemState, LuksIdentity, VolumeParameters, VolumeRecord
 from csi_driver.volumes.encryption import Encryption, device_size
 from csi_driver.volumes.image_source import check_source
+from csi_driver.volumes.keys import VolumeKeys
 
 _SLOWEST: Final = 8 << 20
 """Bytes per second below which a copy counts as hanging."""
@@ -65,10 +67,13 @@ class BackingImage:
 class BackingImages:
     """The images of this node as volumes start from them; callers hold the volume's lock."""
 
-    def __init__(self, store: ImageStore, workers: Workers, encryption: Encryption, limits: Limits) -> None:
+    def __init__(
+        self, store: ImageStore, workers: Workers, encryption: Encryption, keys: VolumeKeys, limits: Limits
+    ) -> None:
         self._store = store
         self._workers = workers
         self._encryption = encryption
+        self._keys = keys
         self._limits = limits
         self._clones = threading.BoundedSemaphore(_CLONES_AT_ONCE)
 
@@ -114,8 +119,8 @@ class BackingImages:
         _check_parameters(image.where, parameters, record.luks, slots)
         return image
 
-    def make(self, backend: Backend, record: VolumeRecord, image: BackingImage) -> VolumeRecord:
-        """Make the volume with the image's content; an encrypted one gets a LUKS UUID of its own.
+    def make(self, backend: Backend, record: VolumeRecord, image: BackingImage, key: SecretKey) -> VolumeRecord:
+        """Make the volume with the image's content; an encrypted one gets a LUKS UUID of its own, and its own key.
 
         After an error there is no volume, but for those that `finish` leaves. Raises ResourceExhausted, Aborted (too
         many at once too), DeviceUnreadable, DeadlineExceeded and what `Encryption.take_identity` raises.
@@ -128,9 +133,9 @@ class BackingImages:
             )
         size = device_size(record)
         record = backend.create(record, size, partial(self._fill, record.id, image, size))
-        return self.finish(backend, record)
+        return self.finish(backend, record, key)
 
-    def finish(self, backend: Backend, record: VolumeRecord) -> VolumeRecord:
+    def finish(self, backend: Backend, record: VolumeRecord, key: SecretKey) -> VolumeRecord:
         """Go on with a clone that was cut, if this is one; one that cannot be ended is removed, nobody has seen it.
 
         It stays where somebody may still be at work on it or has changed its record meanwhile: the call is made again.
@@ -141,6 +146,8 @@ class BackingImages:
         try:
             with backend.storage(record.id) as clone:
                 ended = self._encryption.take_identity(record, clone)
+                if record.key is not None:
+                    self._take_key(backend, record, clone, key)
                 ours += 1  # written by this call, though perhaps not so that it lasts
                 return backend.update(ended)
         except (DeadlineExceeded, Aborted):
@@ -150,6 +157,11 @@ class BackingImages:
                 if backend.get(record.id).revision <= ours:
                     backend.delete(record.id)
             raise
+
+    def _take_key(self, backend: Backend, record: VolumeRecord, clone: Handle, secret: SecretKey) -> None:
+        """Another key slot for the volume's own key, in place of the one that the image's passphrase opens."""
+        own = self._keys.of(record, secret, "create volume").passphrase
+        self._encryption.take_key(backend, record, clone, require_passphrase(secret, record.id), own, secret)
 
     def _fill(self, volume_id: str, image: BackingImage, size: int, path: str) -> None:
         if not self._clones.acquire(blocking=False):

@@ -64,6 +64,7 @@ class Health:
         mappings: Mappings,
         mounts: Mounts,
         check_state: Callable[[], None],
+        checked_keys: Callable[[], list[tuple[str, bool, str]]],
         machine: "Callable[[], Machine] | None" = None,
         key_quota: Callable[[], KeyQuota] = read_key_quota,
     ) -> None:
@@ -75,6 +76,7 @@ class Health:
         self._mappings = mappings
         self._mounts = mounts
         self._check_state = check_state
+        self._checked_keys = checked_keys
         self._machine = machine or _machine
         self._key_quota = key_quota
         self._keys_run_out = False
@@ -115,6 +117,7 @@ class Health:
             self._memory,
             self._swap,
             self._keys,
+            self._kms,
             *kept,
         )
         return [check() for check in checks]
@@ -304,6 +307,15 @@ class Health:
         return _finding(
             "kernel keys", look, "raise kernel.keys.root_maxkeys and kernel.keys.root_maxbytes (sysctl)", fatal=False
         )
+
+    def _kms(self) -> Finding:
+        def look() -> str:
+            found = self._checked_keys()
+            if failed := [f"{kms_id}: {said}" for kms_id, ok, said in found if not ok]:
+                raise FailedPrecondition("; ".join(failed))
+            return ", ".join(f"{kms_id} ({said})" for kms_id, _, said in found) or "none is configured"
+
+        return _finding("KMS", look, "correct the KMS configuration; volumes that are open go on", fatal=False)
 
     def _warn_of_keys(self) -> None:
         finding = self._keys()

@@ -29,6 +29,7 @@ _SECRET_KEYS = frozenset(
 )
 """The provisioner takes these out; who sends a class's parameters by hand may leave them in."""
 
+_KEY_SOURCES = {"encryptionKMSID": "kms_id", "generateKey": "generate_key", "keyReclaimPolicy": "retain_key"}
 _IGNORED = {
     "staleReplicaTimeout": "volumes have no replicas",
     "migratable": "a volume lives on one node",
@@ -55,6 +56,7 @@ block sizes of ext4, as in a larger one there may be no room for a journal.
 Each takes a value: what followed one that takes none (-M of btrfs) would be one more device to format.
 """
 _MKFS_VALUE = re.compile(r"[A-Za-z0-9^=_,.:+-]+")  # nothing that could name a file
+_LONGEST_KMS_ID = 253
 _NO_FILE_SYSTEM = frozenset({"journal_dev", "list-all"})  # values of -O with which mkfs succeeds and makes none
 _NO_JOURNAL = re.compile(r"none|clear|[-^](has_journal|feature_c[+0]*2)", re.IGNORECASE)
 """Values of -O that take ext4's journal away (mke2fs(8); libe2p reads a feature's number too)."""
@@ -87,7 +89,22 @@ def read_parameters(given: Mapping[str, str]) -> VolumeParameters:
     if parameters.fs_type is not None:  # else it comes with the volume's capability
         check_mkfs_options(parameters.fs_type, parameters.mkfs_options)
     image_source.check_together(parameters)
+    _check_key_source(parameters)
     return parameters
+
+
+def _check_key_source(parameters: VolumeParameters) -> None:
+    wished = [name for name, wish in _KEY_SOURCES.items() if getattr(parameters, wish)]
+    if wished and not parameters.encrypted:
+        raise InvalidArgument(f'the parameter {wished[0]} means nothing without encrypted: "true"; add it')
+    if parameters.kms_id is not None and parameters.generate_key:
+        raise InvalidArgument(
+            "the parameters encryptionKMSID and generateKey each say where the key comes from; leave one of them out"
+        )
+    if parameters.retain_key and len(wished) < 2:
+        raise InvalidArgument(
+            "the parameter keyReclaimPolicy means nothing for the passphrase of a secret; leave it out, or name a KMS"
+        )
 
 
 def _value(name: str, text: str) -> tuple[str, object]:
@@ -143,6 +160,17 @@ def _sector_size(text: str) -> int:
     return int(one_of(*map(str, formats.SECTOR_SIZES))(text))
 
 
+def _kms_id(text: str) -> str | None:
+    """Ceph-CSI's words for the passphrase of the secret are nothing, and default."""
+    if len(text) > _LONGEST_KMS_ID or not text.isprintable():
+        raise ValueError(f"an id of the KMS configuration, at most {_LONGEST_KMS_ID} printable characters")
+    return None if text in ("", "default") else text
+
+
+def _retains(text: str) -> bool:
+    return one_of("Delete", "Retain")(text) == "Retain"
+
+
 _file_system = one_of(*FILE_SYSTEMS)
 _READERS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "encrypted": ("encrypted", _boolean),
@@ -153,6 +181,9 @@ _READERS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "pbkdfMemory": ("pbkdf_memory_kib", whole_number(formats.ARGON2_LEAST_MEMORY_KIB, 4 << 20)),
     "pbkdfIterations": ("pbkdf_iterations", whole_number(formats.ARGON2_LEAST_TIME, formats.PBKDF2_MOST_ITERATIONS)),
     "sectorSize": ("sector_size", _sector_size),
+    "encryptionKMSID": ("kms_id", _kms_id),
+    "generateKey": ("generate_key", _boolean),
+    "keyReclaimPolicy": ("retain_key", _retains),
     "discard": ("discard", _boolean),
     "noReadWorkqueue": ("no_read_workqueue", _boolean),
     "noWriteWorkqueue": ("no_write_workqueue", _boolean),
@@ -167,12 +198,6 @@ _READERS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
 }
 _CHECKED: Mapping[str, Callable[[str], str | None]] = {
     "fromBackup": lambda text: "the parameter fromBackup names a backup; this driver restores none" if text else None,
-    "encryptionKMSID": lambda text: (
-        f"the parameter encryptionKMSID is {text!r}, but no key management system is configured; leave it empty and "
-        f"give the passphrase in the secret"
-        if text
-        else None
-    ),
     f"{_KUBERNETES}pvc/name": lambda _: None,
     f"{_KUBERNETES}pvc/namespace": lambda _: None,
     f"{_KUBERNETES}pv/name": lambda _: None,

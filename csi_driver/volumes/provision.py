@@ -37,6 +37,7 @@ from csi_driver.volumes.context import check_context, volume_context
 from csi_driver.volumes.encryption import device_size
 from csi_driver.volumes.filesystem import LEAST_BYTES
 from csi_driver.volumes.from_image import BackingImage, BackingImages
+from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.parameters import DEFAULT_FILE_SYSTEM, check_mkfs_options, read_parameters
 
 DEFAULT_BYTES = 1 << 30
@@ -92,12 +93,14 @@ class Provisioning:
         images: BackingImages,
         check_state: Callable[[], None],
         release: Callable[[str], None],
+        keys: VolumeKeys,
     ) -> None:
         self._settings = settings
         self._backend = backend
         self._images = images
         self._check_state = check_state
         self._release = release
+        self._keys = keys
 
     def create(self, request: CreateRequest) -> VolumeView:
         """Make the volume of that name, or find it. Nothing is formatted yet: the volume is only tagged, or cloned.
@@ -110,7 +113,8 @@ class Provisioning:
             raise InvalidArgument(f"a volume's name must have 1 to {_LONGEST_NAME} bytes and no control characters")
         capabilities.check(request.capabilities)
         parameters = self._parameters(request)
-        chosen = luks_format(parameters, request.key, self._settings.limits.pbkdf_memory_kib)
+        random_key = parameters.kms_id is not None or parameters.generate_key
+        chosen = luks_format(parameters, request.key, self._settings.limits.pbkdf_memory_kib, random_key=random_key)
         self._check_topology(request.topologies)
         volume_id = volume_id_for(request.name)
         _check_range(request.required_bytes, request.limit_bytes)
@@ -120,7 +124,7 @@ class Provisioning:
         except NotFound:
             return self._view(self._make(request, volume_id, parameters, chosen.cipher))
         _check_same(found, request, parameters)
-        return self._view(self._images.finish(self._backend, found))  # it needs its image no more
+        return self._view(self._images.finish(self._backend, found, request.key))  # it needs its image no more
 
     def delete(self, volume_id: str) -> None:
         """Remove the volume; an unknown one is fine, no key is needed.
@@ -130,7 +134,15 @@ class Provisioning:
         """
         self._check_state()
         self._release(volume_id)
+        try:
+            record = self._backend.get(volume_id)
+        except (NotFound, FailedPrecondition):
+            record = None  # nothing tells of a key, and none is needed
         self._backend.delete(volume_id)
+        if record is not None and record.key is not None:
+            for trail in (record.key, record.rekey.other if record.rekey else None):
+                if trail is not None:
+                    self._keys.destroy(record, trail, "delete volume")
         log.info("volume deleted", volume_id=volume_id)
 
     def get(self, volume_id: str) -> VolumeView:
@@ -248,10 +260,11 @@ class Provisioning:
             capacity_bytes=capacity,
             parameters=parameters,
             encryption=EncryptionState.PREPARED if parameters.encrypted else None,
+            key=self._keys.make(volume_id, parameters, request.key),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         if image is not None:
-            record = self._images.make(self._backend, record, image)
+            record = self._images.make(self._backend, record, image, request.key)
         else:
             record = self._backend.create(record, capacity + (formats.DATA_OFFSET if parameters.encrypted else 0))
         log.info("volume created", volume_id=volume_id, capacity_bytes=capacity, encrypted=parameters.encrypted)

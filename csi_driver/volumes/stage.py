@@ -21,16 +21,19 @@ from csi_driver.model.errors import (
     FailedPrecondition,
     NotFound,
     ResourceExhausted,
+    Unauthenticated,
 )
 from csi_driver.model.volume import FileSystemState, VolumeRecord, mapping_name
 from csi_driver.volumes import capability as capabilities
 from csi_driver.volumes.capability import Capability
 from csi_driver.volumes.context import check_context
 from csi_driver.volumes.drift import KeyDrift
-from csi_driver.volumes.encryption import Encryption, attempt, raw_if_unseen
+from csi_driver.volumes.encryption import Encryption, Opened, attempt, raw_if_unseen
 from csi_driver.volumes.filesystem import Attached, FileSystems
 from csi_driver.volumes.healing import Healing
+from csi_driver.volumes.keys import KeyInHand, VolumeKeys
 from csi_driver.volumes.presence import Presence, Presences
+from csi_driver.volumes.rekey import Rekeying
 from csi_driver.volumes.stages import Stage, Stages
 
 _CLOSE_SECONDS = 2.0
@@ -66,6 +69,8 @@ class Staging:
         mappings: Mappings,
         healing: Healing,
         drift: KeyDrift,
+        keys: VolumeKeys,
+        rekeying: Rekeying,
     ) -> None:
         self._backend = backend
         self._check_state = check_state
@@ -77,6 +82,8 @@ class Staging:
         self._mappings = mappings
         self._healing = healing
         self._drift = drift
+        self._keys = keys
+        self._rekeying = rekeying
 
     def stage(self, request: StageRequest) -> None:
         """Make the volume ready on this node, formatting it the first time; repeating a complete stage is cheap.
@@ -97,16 +104,18 @@ class Staging:
             if record.parameters.backing_image is not None and well.stage is not None and well.staging is not None:
                 with self._presences.held(well) as device:  # the call that mounted it may have been cut before it
                     self._grow(record, well.stage, well.staging, device)
-            if record.encryption is not None:
+            if record.encryption is not None and record.key is None:
                 self._drift.look(record, present.stage, request.key)
             return
         _refuse_link(record, request.staging_path)
         if record.encryption is None and request.key.passphrase is not None:
             log.warning("a secret was given for a volume that is not encrypted", volume_id=record.id)
+        # Before anything is attached: a KMS that is down costs a call, and no device.
+        key = self._keys.of(record, request.key, "stage") if record.encryption is not None else None
         with self._workers.session():
             self._clear(record, present, request.staging_path)
             try:
-                self._stage(record, request)
+                self._stage(record, request, key)
             except CommandFailed as error:
                 # A device on a full disk answers with I/O errors, and what works on it knows nothing of the disk.
                 free = self._backend.space().free
@@ -116,7 +125,7 @@ class Staging:
                     f"{error}; the storage below volume {record.id} is full ({free} bytes are free), free space there"
                 ) from error
 
-    def _stage(self, record: VolumeRecord, request: StageRequest) -> None:
+    def _stage(self, record: VolumeRecord, request: StageRequest, key: KeyInHand | None) -> None:
         block = request.capability.block
         with ExitStack() as undo:
             undo.callback(self._stages.remove, record.id)
@@ -128,17 +137,31 @@ class Staging:
             undo.callback(let_go, device)
             with ExitStack() as opened:
                 volume = Attached(record, device, device)
-                if record.encryption is not None:
-                    unlocked = self._encryption.open(self._backend, record, device, request.key, opened)
+                if key is not None:
+                    unlocked = self._open(record, device, request.key, key, opened)
                     volume = Attached(unlocked.record, device, unlocked.mapping, unlocked.kept_key)
                 opened.callback(attempt, self._take_back, volume.record, request.staging_path)
                 self._finish(volume, request)
                 self._backend.guard(record.id)
                 opened.pop_all()
             undo.pop_all()
-            self._drift.opened(record.id, request.key)
+            if record.key is None:
+                self._drift.opened(record.id, request.key)
             volume.shown.close()
             device.close()
+
+    def _open(self, record: VolumeRecord, device: Handle, secret: SecretKey, key: KeyInHand, undo: ExitStack) -> Opened:
+        """Open it, and let a change of its key that was cut, or that the secret asks for, be done."""
+        if record.rekey is not None:
+            record = self._rekeying.renew(record, device, secret)
+            key = self._keys.of(record, secret, "stage") if record.key != key.trail else key
+        try:
+            return self._encryption.open(self._backend, record, device, key, undo)
+        except Unauthenticated:
+            if secret.previous is None or record.key is not None:
+                raise
+        record = self._rekeying.renew(record, device, secret)
+        return self._encryption.open(self._backend, record, device, key, undo)
 
     def unstage(self, volume_id: str, staging_path: str) -> None:
         """Unmount, close the mapping, let go of the device; needs no key, no record, and nothing to be there.

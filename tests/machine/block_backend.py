@@ -66,6 +66,12 @@ class BlockBackend:
     def open_storage(self, volume_id: str) -> Handle:
         return self.attach(volume_id, lasting=False)
 
+    def has_header_copy(self, volume_id: str) -> bool:
+        return True
+
+    def keep_header_copy(self, volume_id: str, fill: Fill) -> None:
+        """Nothing is kept."""
+
     def attach(self, volume_id: str, *, lasting: bool) -> Handle:
         if volume_id not in self.devices:
             raise DeviceAbsent(f"volume {volume_id} has no device")

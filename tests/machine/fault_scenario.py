@@ -20,7 +20,14 @@ from csi_driver.volumes.provision import CreateRequest
 from csi_driver.volumes.publish import PublishRequest
 from csi_driver.volumes.stage import StageRequest
 from tests.machine.fault_points import Begun
-from tests.machine.fault_server import DeleteRequest, GrowRequest, Request, UnpublishRequest, UnstageRequest
+from tests.machine.fault_server import (
+    DeleteRequest,
+    GrowRequest,
+    Request,
+    RotateRequest,
+    UnpublishRequest,
+    UnstageRequest,
+)
 from tests.volume_images import BOOT_FILE, GREETING, SECRET, encrypted_image, make_file_system, put_image
 
 _MIB = 1 << 20
@@ -31,14 +38,16 @@ _DATA = random.Random("what the pod wrote").randbytes(256 * 1024)
 _FOREIGN = random.Random("what somebody else wrote").randbytes(4096)
 _FOREIGN_AT = (0, 12 * _MIB)
 _KEY = read_secret({**SECRET, "CRYPTO_PBKDF": "pbkdf2"})
+_NEW_KEY = read_secret({"CRYPTO_KEY_VALUE": "another passphrase", "CRYPTO_PBKDF": "pbkdf2"})
 _NO_KEY = read_secret({})
 
-FAULTED = ("create", "stage", "publish", "grow", "expand", "unpublish", "unstage", "restage", "delete")
+FAULTED = ("create", "stage", "publish", "grow", "expand", "rotate", "unpublish", "unstage", "restage", "delete")
 """The calls that faults are injected into."""
+_WITH_KMS = ("create", "stage", "expand", "rotate", "delete")
 _AGAIN = ("restage", "publish again", "unpublish again", "unstage again", "delete")
 _USED = ("stage", "publish", "unpublish", "unstage", *_AGAIN)
 _ENLARGED = ("stage", "publish", "grow", "expand", "unpublish", "unstage", *_AGAIN)
-CALLS = ("create", *_ENLARGED)
+CALLS = ("create", "stage", "publish", "grow", "expand", "rotate", "unpublish", "unstage", *_AGAIN)
 """All calls, in their order."""
 LIVES = {
     "create": ("create", "stage", "unstage", "delete"),
@@ -46,6 +55,7 @@ LIVES = {
     "publish": ("stage", "publish", "unpublish", "unstage", "delete"),
     "grow": _ENLARGED,
     "expand": _ENLARGED,
+    "rotate": ("stage", "publish", "rotate", "unpublish", "unstage", *_AGAIN),
     "unpublish": _USED,
     "unstage": _USED,
     "restage": _USED,
@@ -68,10 +78,18 @@ class Scenario:
     encrypted: bool
     block: bool
     from_image: bool = False
+    kms: bool = False
+
+    @property
+    def calls(self) -> tuple[str, ...]:
+        """All its calls, in their order."""
+        return tuple(call for call in CALLS if self.encrypted or call != "rotate")
 
     @property
     def faulted(self) -> tuple[str, ...]:
         """Its calls that faults are injected into: those of a volume from an image that differ from any other's."""
+        if self.kms:
+            return _WITH_KMS
         return ("create", "stage") if self.from_image else FAULTED
 
     @property
@@ -79,6 +97,8 @@ class Scenario:
         """Its StorageClass."""
         if self.from_image:
             return {"encrypted": "true", "backingImage": _IMAGE}
+        if self.kms:
+            return {"encrypted": "true", "encryptionKMSID": "kms"}
         return {"encrypted": "true", "pbkdfIterations": "1000"} if self.encrypted else {}
 
     @property
@@ -92,6 +112,7 @@ SCENARIOS = (
     Scenario("plain mount", encrypted=False, block=False),
     Scenario("plain block", encrypted=False, block=True),
     Scenario("image", encrypted=True, block=False, from_image=True),
+    Scenario("kms", encrypted=True, block=False, kms=True),
 )
 
 
@@ -110,6 +131,7 @@ class Life:
         self._pinned: VolumeRecord | None = None
         self._made = False
         self._size = _SIZE
+        self._key = _NO_KEY if scenario.kms else _KEY
         self._stage.mkdir(parents=True, exist_ok=True)
         self._image = folder / "state/images/ready" / _IMAGE / "image"
         if scenario.from_image and not self._image.exists():
@@ -130,7 +152,7 @@ class Life:
     def inherit(self) -> None:
         """Begin with a copy of the template."""
         self._volume.mkdir(mode=0o700)
-        for name in ("record.json", "disk.img"):
+        for name in ("record.json", "disk.img", *(["header.luks2"] if self._scenario.encrypted else [])):
             _copy(self._template / name, self._volume / name)
         self.watch(())
 
@@ -140,9 +162,9 @@ class Life:
         context = {"encrypted": "true" if scenario.encrypted else "false"}
         match name:
             case "create":
-                return CreateRequest(self._id, _SIZE, 0, (scenario.capability,), scenario.parameters, _KEY)
+                return CreateRequest(self._id, _SIZE, 0, (scenario.capability,), scenario.parameters, self._key)
             case "stage" | "restage":
-                return StageRequest(self._id, str(self._stage), scenario.capability, _KEY, context)
+                return StageRequest(self._id, str(self._stage), scenario.capability, self._key, context)
             case "publish":
                 return PublishRequest(
                     self._id, str(self._stage), str(self._target), scenario.capability, read_only=False, context=context
@@ -151,6 +173,9 @@ class Life:
                 return GrowRequest(self._id, _GROWN)
             case "expand":
                 return ExpandRequest(self._id, str(self._target), _GROWN, 0, _NO_KEY)
+            case "rotate":
+                new = None if scenario.kms else _NEW_KEY.passphrase
+                return RotateRequest(self._id, self._key, new)
             case "unpublish":
                 return UnpublishRequest(self._id, str(self._target))
             case "unstage":
@@ -188,15 +213,16 @@ class Life:
                 self._check_size()
                 self._verify()
                 self._write(_GROWN - len(_DATA), "second")
+            case "rotate":
+                self._check_rotated()
+                self._verify()
             case "publish again":
                 self._check_size()
                 self._verify()
             case "unpublish" | "unpublish again":
-                if self._target.exists():
-                    raise Lost(f"{self._target} is still there")
+                _refuse(self._target)
             case "delete":
-                if self._volume.exists():
-                    raise Lost(f"{self._volume} is still there")
+                _refuse(self._volume)
 
     def end(self) -> None:
         """Remove the folders that kubelet would remove; what is left in them stays."""
@@ -257,6 +283,19 @@ class Life:
             if found != _DATA:
                 raise Lost(f"the {name} data is not what was written")
 
+    def _check_rotated(self) -> None:
+        record = self._record()
+        _, header = read_header(self._id, str(self._volume / "disk.img"))
+        if record is None or record.rekey is not None or len(header.keyslots) != 1:
+            raise Lost(
+                f"the change of its key did not end: {record and record.rekey}, {len(header.keyslots)} key slots"
+            )
+        _, copy = read_header(self._id, str(self._volume / "header.luks2"))
+        if copy.seqid != header.seqid:
+            raise Lost(f"the header's copy has the sequence id {copy.seqid} and the header {header.seqid}")
+        if not self._scenario.kms:
+            self._key = _NEW_KEY
+
     def _check_clone(self) -> None:
         if (self._stage / BOOT_FILE).read_text() != GREETING:
             raise Lost("the volume does not hold what is in its image")
@@ -277,6 +316,11 @@ class Life:
         usage = os.statvfs(self._target)
         if not _LEAST_PART * size < usage.f_blocks * usage.f_frsize <= size:
             raise Lost(f"the file system has {usage.f_blocks * usage.f_frsize} bytes on a volume of {size}")
+
+
+def _refuse(path: Path) -> None:
+    if path.exists():
+        raise Lost(f"{path} is still there")
 
 
 def _copy(source: Path, target: Path) -> None:

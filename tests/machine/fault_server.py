@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csi_driver.cli.logs import configure_logs
+from csi_driver.keys.secret import SecretKey
 from csi_driver.model.errors import DriverError
+from csi_driver.model.secret import Passphrase
 from csi_driver.model.settings import LogFormat, Settings
 from csi_driver.model.volume import volume_id_for
 from csi_driver.volumes.driver import Driver, build_driver
@@ -55,6 +57,15 @@ class UnstageRequest:
 
 
 @dataclass(frozen=True)
+class RotateRequest:
+    """`luks-csi keys rotate`; `new` is the new passphrase where the volume opens with one."""
+
+    volume_id: str
+    secret: SecretKey
+    new: Passphrase | None
+
+
+@dataclass(frozen=True)
 class DeleteRequest:
     """DeleteVolume."""
 
@@ -69,6 +80,7 @@ Request = (
     | ExpandRequest
     | UnpublishRequest
     | UnstageRequest
+    | RotateRequest
     | DeleteRequest
 )
 Build = Callable[[Settings, Injector], Driver]
@@ -226,5 +238,7 @@ def _perform(driver: Driver, request: Request) -> None:
             driver.publishing.unpublish(request.volume_id, request.target_path)
         case UnstageRequest():
             driver.staging.unstage(request.volume_id, request.staging_path)
+        case RotateRequest():
+            driver.rekeying.rotate(request.volume_id, request.secret, request.new)
         case DeleteRequest():
             driver.provisioning.delete(request.volume_id)

@@ -32,12 +32,15 @@ from csi_driver.volumes.expand import ExpandRequest, Expansion
 from csi_driver.volumes.filesystem import FileSystems
 from csi_driver.volumes.from_image import BackingImages
 from csi_driver.volumes.healing import Healing
+from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.provision import CreateRequest, Provisioning, VolumeView
 from csi_driver.volumes.publish import Publishing, PublishRequest
+from csi_driver.volumes.rekey import Rekeying
 from csi_driver.volumes.stage import StageRequest, Staging
 from csi_driver.volumes.stages import Stages
 from csi_driver.volumes.usage import Usages
+from tests.fake_host import no_kms
 from tests.headers import head_of
 
 MIB = 1 << 20
@@ -96,6 +99,7 @@ class Node:
     loops: LoopDevices = field(default_factory=LoopDevices)
     make_mappings: Callable[[DeviceMapper, Holders], Mappings] = Mappings
     make_encryption: Callable[[Workers, Mappings, Limits], Encryption] = Encryption
+    given_keys: VolumeKeys | None = None
 
     def __post_init__(self) -> None:
         self.state = self.folder / "state"
@@ -113,13 +117,17 @@ class Node:
         self.mappings = self.make_mappings(self.mapper, holders)
         self.encryption = self.make_encryption(self.workers, self.mappings, self.limits)
         file_systems = FileSystems(self.workers, self.make_commands(self.workers), self.mounts, holders, self.limits)
-        images = BackingImages(ImageStore(self.state / "images", Files()), self.workers, self.encryption, self.limits)
+        self.keys = self.given_keys or no_kms()
+        images = BackingImages(
+            ImageStore(self.state / "images", Files()), self.workers, self.encryption, self.keys, self.limits
+        )
 
         def healthy() -> None:
             """The state directory is the one that it was."""
 
         presences = Presences(self.store, self.stages, self.mappings, self.mounts)
         healing = Healing(self.store, presences, self.workers, file_systems, FileSystemHealth(self.mounts))
+        self.rekeying = Rekeying(self.store, self.workers, self.encryption, self.keys)
         drift = KeyDrift(self.store, self.stages, self.encryption)
         self.staging = Staging(
             self.store,
@@ -132,10 +140,14 @@ class Node:
             self.mappings,
             healing,
             drift,
+            self.keys,
+            self.rekeying,
         )
-        self.provisioning = Provisioning(settings, self.store, images, healthy, self.staging.release)
+        self.provisioning = Provisioning(settings, self.store, images, healthy, self.staging.release, self.keys)
         self.publishing = Publishing(self.store, presences, self.mounts, holders, file_systems, healing)
-        self.expansion = Expansion(self.store, healthy, presences, self.workers, self.encryption, file_systems, healing)
+        self.expansion = Expansion(
+            self.store, healthy, presences, self.workers, self.encryption, file_systems, healing, self.keys
+        )
         self.presences, self.healing = presences, healing
         self.usages = Usages(self.store, presences)
         self.workers.start()

@@ -15,7 +15,6 @@ from csi_driver.backends.base import Backend
 from csi_driver.host.devicemapper import Target
 from csi_driver.host.handle import Handle
 from csi_driver.host.workers import Workers
-from csi_driver.keys.secret import SecretKey
 from csi_driver.luks import device as luks
 from csi_driver.luks.blank import prove_blank
 from csi_driver.luks.formats import LuksFormat
@@ -26,6 +25,7 @@ from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import EncryptionState, LuksIdentity, VolumeRecord
 from csi_driver.volumes.driver import WARM
 from csi_driver.volumes.encryption import Encryption, Opened
+from csi_driver.volumes.keys import KeyInHand
 from tests.machine import test_danger_blank, test_danger_mapping
 from tests.machine.node import Node
 
@@ -65,7 +65,7 @@ class SkipsTheBlankCheck(Workers):
 class FormatsWhatLooksBlank(Encryption):
     """LH#10416: a device that reads as zeros is formatted, whatever is recorded."""
 
-    def open(self, backend: Backend, record: VolumeRecord, device: Handle, key: SecretKey, undo: ExitStack) -> Opened:
+    def open(self, backend: Backend, record: VolumeRecord, device: Handle, key: KeyInHand, undo: ExitStack) -> Opened:
         try:
             return super().open(backend, record, device, key, undo)
         except DeviceBlank:
@@ -76,7 +76,7 @@ class FormatsWhatLooksBlank(Encryption):
 class ReusesAnyMapping(Encryption):
     """LH#9385, csi-cloudscale PR153: there is a mapping of that name, so it will be the right one."""
 
-    def open(self, backend: Backend, record: VolumeRecord, device: Handle, key: SecretKey, undo: ExitStack) -> Opened:
+    def open(self, backend: Backend, record: VolumeRecord, device: Handle, key: KeyInHand, undo: ExitStack) -> Opened:
         if self._mappings.get(record.mapping_name) is not None:
             undo.callback(self._mappings.close, record.mapping_name)
             mapping = self._mappings.open(record.mapping_name)

@@ -164,6 +164,8 @@ def reusing(settings: Settings, injector: Injector) -> Driver:
         driver.mappings,
         driver.healing,
         drift,
+        driver.keys,
+        driver.rekeying,
     )
     return replace(driver, staging=staging)
 
@@ -173,11 +175,12 @@ def same(settings: Settings, injector: Injector) -> Driver:
     driver = build_driver(settings, host)
     encryption = _SameIdentity(host.workers, driver.mappings, settings.limits)
     images = BackingImages(
-        ImageStore(settings.state_dir / "images", host.files), host.workers, encryption, settings.limits
+        ImageStore(settings.state_dir / "images", host.files), host.workers, encryption, driver.keys, settings.limits
     )
-    return replace(
-        driver, provisioning=Provisioning(settings, driver.backend, images, driver.state.check, driver.staging.release)
+    provisioning = Provisioning(
+        settings, driver.backend, images, driver.state.check, driver.staging.release, driver.keys
     )
+    return replace(driver, provisioning=provisioning)
 
 
 _PLANTED = [

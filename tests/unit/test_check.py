@@ -62,7 +62,9 @@ class Scripted(KernelCommands):
 def checking(rig: Rig, commands: KernelCommands) -> Checking:
     workers = KernelWorkers(rig.kernel)
     presences = Presences(rig.backend, rig.stages, rig.mappings, KernelMounts(rig.kernel))
-    return Checking(rig.backend, presences, workers, commands, rig.mappings, rig.encryption, rig.file_systems, Limits())
+    return Checking(
+        rig.backend, presences, workers, commands, rig.mappings, rig.encryption, rig.file_systems, rig.keys, Limits()
+    )
 
 
 def check(rig: Rig, *codes: int, name: str = "enc-1", repair: bool = False, key: SecretKey = KEY) -> Checked:

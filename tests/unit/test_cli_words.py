@@ -26,9 +26,13 @@ NO_ERRORS = {
 
 
 def sentences() -> Iterator[str]:
-    """Every text of the code below rpc but for docstrings; what is put in is {}. `doctor` speaks to administrators."""
+    """Every text of the code below rpc but for docstrings; what is put in is {}. `doctor`, and what a KMS and its
+    configuration are told of, speak to administrators.
+    """
     for path in sorted(Path(csi_driver.__file__).parent.rglob("*.py")):
         if path.parent.name in {"cli", "rpc"} or path.name == "health.py":
+            continue
+        if path.parent.name == "keys" and path.name != "secret.py":
             continue
         tree = ast.parse(path.read_text())
         passed = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}

@@ -50,6 +50,8 @@ def staging(rig: Rig, free: int) -> Staging:
         rig.mappings,
         rig.healing,
         rig.drift,
+        rig.keys,
+        rig.rekeying,
     )
 
 

@@ -65,7 +65,8 @@ def health() -> Iterator[Build]:
             mappings = Mappings(mapper, Holders())
             return Health(
                 settings, driver.backend, Stages(settings.state_dir, Files()),
-                Commands(driver.workers), mapper, mappings, Mounts(), lambda: None, lambda: machine, lambda: quota,
+                Commands(driver.workers), mapper, mappings, Mounts(), lambda: None, list, lambda: machine,
+                lambda: quota,
             )  # fmt: skip
 
         yield build

@@ -16,7 +16,7 @@ from csi_driver.model.errors import DriverError
 from csi_driver.model.settings import Settings
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.provision import CreateRequest, Provisioning
-from tests.fake_host import FakeLoops, NoHolders, SteppedFiles, no_images
+from tests.fake_host import FakeLoops, NoHolders, SteppedFiles, no_images, no_kms
 
 MIB = 1 << 20
 REQUEST = CreateRequest("pvc-1", MIB, 0, (Capability(AccessMode.SINGLE_NODE_WRITER, block=True),), {}, read_secret({}))
@@ -41,7 +41,8 @@ def create(folder: Path, step: Callable[[str], None]) -> None:
     backend.prepare()
     locks = VolumeLocks(folder / "locks", NoHolders(), backend.has)
     with locks.hold("pvc-1"):
-        Provisioning(Settings(node_id="node-1"), backend, no_images(), lambda: None, lambda _: None).create(REQUEST)
+        made = Provisioning(Settings(node_id="node-1"), backend, no_images(), lambda: None, lambda _: None, no_kms())
+        made.create(REQUEST)
 
 
 def test_a_create_that_fails_leaves_neither_volume_nor_lock(tmp_path: Path) -> None:

@@ -78,6 +78,37 @@ def test_a_valid_parameter_is_typed(parameter: str, text: str, field: str, value
     assert read_parameters({parameter: text}) == msgspec.structs.replace(VolumeParameters(), **{field: value})
 
 
+KEYS = [
+    ({"encryptionKMSID": "vault-1"}, {"kms_id": "vault-1"}),
+    ({"encryptionKMSID": ""}, {}),
+    ({"encryptionKMSID": "default"}, {}),
+    ({"generateKey": "true"}, {"generate_key": True}),
+    ({"generateKey": "false", "encryptionKMSID": "v"}, {"kms_id": "v"}),
+    ({"encryptionKMSID": "v", "keyReclaimPolicy": "Retain"}, {"kms_id": "v", "retain_key": True}),
+    ({"generateKey": "true", "keyReclaimPolicy": "Delete"}, {"generate_key": True}),
+]
+
+
+@pytest.mark.parametrize(("given", "fields"), KEYS)
+def test_where_a_key_comes_from(given: dict[str, str], fields: dict[str, object]) -> None:
+    found = read_parameters({"encrypted": "true", **given})
+    assert found == msgspec.structs.replace(VolumeParameters(encrypted=True), **fields)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"encryptionKMSID": "v"}, "encryptionKMSID means nothing without encrypted"),
+        ({"generateKey": "true", "encrypted": "false"}, "generateKey means nothing without encrypted"),
+        ({"encrypted": "true", "encryptionKMSID": "v", "generateKey": "true"}, "leave one of them out"),
+        ({"encrypted": "true", "keyReclaimPolicy": "Retain"}, "keyReclaimPolicy means nothing"),
+    ],
+)
+def test_what_says_two_things_of_a_key_or_nothing_is_refused(given: dict[str, str], words: str) -> None:
+    with pytest.raises(InvalidArgument, match=words):
+        read_parameters(given)
+
+
 INVALID = [
     *(("encrypted", text) for text in ("", "True", "yes", "1", "on", " true", "true\n")),
     *(("cipher", text) for text in ("", "null", "cipher_null", "cipher_null-ecb", "AES-XTS-PLAIN64", "aes-ecb")),
@@ -95,7 +126,9 @@ INVALID = [
     *(("backingImageDataSourceParameters", text) for text in ("{", "[]", "null", '{"url": 1}', '{"url": "https:/x"}')),
     ("mkfsOptions", "-b '4096"),
     ("fromBackup", "s3://backups/one"),
-    ("encryptionKMSID", "vault"),
+    *(("encryptionKMSID", text) for text in ("v" * 254, "vault\n", "\x1b[31m")),
+    *(("generateKey", text) for text in ("", "yes")),
+    *(("keyReclaimPolicy", text) for text in ("", "retain", "Recycle")),
 ]
 
 
@@ -106,7 +139,8 @@ def test_an_invalid_value_is_refused_and_its_parameter_named(parameter: str, tex
 
 
 def test_every_parameter_has_a_valid_and_an_invalid_case_here() -> None:
-    tested = {case[0] for case in VALID} & {case[0] for case in INVALID}
+    valid = {case[0] for case in VALID} | {name for given, _ in KEYS for name in given}
+    tested = valid & {case[0] for case in INVALID}
     assert set(_READERS) - tested == {"backend"}  # which value is right, the backend knows
 
 

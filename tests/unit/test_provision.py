@@ -32,7 +32,7 @@ from csi_driver.model.volume import (
 )
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.provision import Capacity, CreateRequest, Provisioning
-from tests.fake_host import MemoryBackend, no_images
+from tests.fake_host import MemoryBackend, no_images, no_kms
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -47,7 +47,7 @@ KEY = read_secret({"CRYPTO_KEY_VALUE": "secret"})
 
 def provisioning(backend: MemoryBackend | None = None, limits: Limits = DEFAULT_LIMITS) -> Provisioning:
     settings = Settings(node_id="node-1", limits=limits)
-    return Provisioning(settings, backend or MemoryBackend(), no_images(), lambda: None, lambda _: None)
+    return Provisioning(settings, backend or MemoryBackend(), no_images(), lambda: None, lambda _: None, no_kms())
 
 
 def request(  # one keyword for each field of the message

@@ -9,11 +9,23 @@ from hypothesis import strategies as st
 
 from csi_driver.backends.records import MIGRATIONS, VERSION, RecordCodec
 from csi_driver.model.errors import FailedPrecondition
-from csi_driver.model.volume import EncryptionState, FileSystemState, LuksIdentity, VolumeParameters, VolumeRecord
+from csi_driver.model.volume import (
+    EncryptionState,
+    FileSystemState,
+    KeyTrail,
+    LuksIdentity,
+    Rekey,
+    RekeyPhase,
+    VolumeParameters,
+    VolumeRecord,
+)
 
 WHERE = "/state/volumes/pvc-1/record.json"
 TEXTS = st.text(max_size=20)
 WHOLE = st.integers(0, (1 << 63) - 1)
+KEYS = st.builds(
+    KeyTrail, kms_id=TEXTS, type=TEXTS, name=TEXTS, wrapped=TEXTS, key_id=TEXTS, key_version=TEXTS, tenant=TEXTS
+)
 RECORDS = st.builds(
     VolumeRecord,
     id=TEXTS,
@@ -29,6 +41,9 @@ RECORDS = st.builds(
         pbkdf_memory_kib=st.none() | WHOLE,
         pbkdf_iterations=st.none() | WHOLE,
         sector_size=st.none() | WHOLE,
+        kms_id=st.none() | TEXTS,
+        generate_key=st.booleans(),
+        retain_key=st.booleans(),
         discard=st.booleans(),
         no_read_workqueue=st.booleans(),
         no_write_workqueue=st.booleans(),
@@ -50,6 +65,9 @@ RECORDS = st.builds(
         digest=st.none() | TEXTS,
     ),
     file_system=st.sampled_from(FileSystemState),
+    key=st.none() | KEYS,
+    rekey=st.none()
+    | st.builds(Rekey, phase=st.sampled_from(RekeyPhase), other=st.none() | KEYS, slot=st.none() | WHOLE),
     made_fs_type=st.none() | TEXTS,
     created=TEXTS,
     revision=WHOLE,
@@ -63,6 +81,7 @@ RECORD = VolumeRecord(
     luks=LuksIdentity(uuid="u", cipher="aes-xts-plain64", key_bits=512, sector_size=512, data_offset=16 << 20),
     created="2026-11-20T00:00:00+00:00",
 )
+KEYED = msgspec.structs.replace(RECORD, key=KeyTrail(kms_id="vault", type="vault", name="pvc-1"))
 
 
 @given(RECORDS)
@@ -75,9 +94,15 @@ def test_every_older_version_can_be_read() -> None:
 
 
 def test_a_file_says_its_version() -> None:
-    document = msgspec.json.decode(RecordCodec().encode(RECORD))
+    document = msgspec.json.decode(RecordCodec().encode(KEYED))
     assert document["version"] == VERSION
     assert document["volume"]["encryption"] == "formatting"
+
+
+def test_a_record_is_written_in_the_oldest_version_that_knows_what_is_in_it() -> None:
+    assert msgspec.json.decode(RecordCodec().encode(RECORD))["version"] == 1
+    changing = msgspec.structs.replace(RECORD, rekey=Rekey(phase=RekeyPhase.ADDING))
+    assert msgspec.json.decode(RecordCodec().encode(changing))["version"] == VERSION
 
 
 @given(st.binary(max_size=100) | st.text(max_size=100).map(str.encode))
@@ -150,7 +175,7 @@ def test_a_field_of_another_type_is_no_record(field: str, value: object) -> None
 
 
 def test_a_newer_version_is_left_to_the_newer_driver() -> None:
-    newer = RecordCodec(version=VERSION + 1).encode(RECORD)
+    newer = RecordCodec(version=VERSION + 1).encode(KEYED)
     with pytest.raises(FailedPrecondition, match=rf"version {VERSION + 1}, written by a newer driver .*run the newer"):
         RecordCodec().decode(newer, WHERE)
 
@@ -173,7 +198,7 @@ def test_an_older_version_is_carried_forward_step_by_step() -> None:
         RECORD, created="unknown", name="pvc-1 of unknown"
     )
     assert steps == [2, 3]
-    assert codec.decode(codec.encode(RECORD), WHERE) == RECORD
+    assert codec.decode(codec.encode(KEYED), WHERE) == KEYED
     assert steps == [2, 3]
 
 

@@ -45,9 +45,10 @@ from csi_driver.volumes.healing import Healing
 from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.provision import CreateRequest, Provisioning
 from csi_driver.volumes.publish import Publishing, PublishRequest
+from csi_driver.volumes.rekey import Rekeying
 from csi_driver.volumes.stage import StageRequest, Staging
 from csi_driver.volumes.stages import Stages
-from tests.fake_host import NoHolders, SteppedFiles
+from tests.fake_host import NoHolders, SteppedFiles, no_kms
 from tests.fake_kernel import (
     Kernel,
     KernelCommands,
@@ -115,10 +116,12 @@ class Rig:
         stages = self.stages = Stages(self.folder / "stages", files)
         self.encryption = Encryption(workers, self.mappings, limits)
         made = self.file_systems = FileSystems(workers, commands, mounts, NoHolders(), limits)
-        images = BackingImages(ImageStore(self.folder / "images", files), workers, self.encryption, limits)
+        keys = self.keys = no_kms()
+        images = BackingImages(ImageStore(self.folder / "images", files), workers, self.encryption, keys, limits)
         presences = Presences(self.backend, stages, self.mappings, mounts)
         self.conditions = Conditions(presences, KernelFileSystemHealth(kernel))
         self.healing = Healing(self.backend, presences, workers, made, KernelFileSystemHealth(kernel))
+        self.rekeying = Rekeying(self.backend, workers, self.encryption, keys)
         self.drift = KeyDrift(self.backend, stages, self.encryption)
         self.staging = Staging(
             self.backend,
@@ -131,12 +134,16 @@ class Rig:
             self.mappings,
             self.healing,
             self.drift,
+            keys,
+            self.rekeying,
         )
         self.provisioning = Provisioning(
-            Settings(node_id="node-1"), self.backend, images, lambda: None, self.staging.release
+            Settings(node_id="node-1"), self.backend, images, lambda: None, self.staging.release, keys
         )
         self.publishing = Publishing(self.backend, presences, mounts, NoHolders(), made, self.healing)
-        self.expansion = Expansion(self.backend, lambda: None, presences, workers, self.encryption, made, self.healing)
+        self.expansion = Expansion(
+            self.backend, lambda: None, presences, workers, self.encryption, made, self.healing, keys
+        )
 
     # The calls
 

@@ -49,7 +49,7 @@ from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.from_image import BackingImages
 from csi_driver.volumes.provision import Capacity, CreateRequest, Provisioning
 from tests import headers
-from tests.fake_host import FakeLoops, NoHolders, Step, SteppedFiles, undisturbed
+from tests.fake_host import FakeLoops, NoHolders, Step, SteppedFiles, no_kms, undisturbed
 from tests.fake_kernel import Killed
 from tests.image_clones import HEADER, PASSPHRASE, make_source
 from tests.volume_images import SECRET, Made, encrypted_image, put_image
@@ -105,9 +105,9 @@ class Rig:
         self.backend = LoopfileBackend(self.state / "loopfile", self.floor, files, self.loops, RecordCodec())
         self.backend.prepare()
         encryption = Encryption(workers, Mappings(DeviceMapper(), NoHolders()), limits)
-        self.images = BackingImages(ImageStore(self.state / "images", files), workers, encryption, limits)
+        self.images = BackingImages(ImageStore(self.state / "images", files), workers, encryption, no_kms(), limits)
         self.provisioning = Provisioning(
-            Settings(node_id="node-1", limits=limits), self.backend, self.images, lambda: None, lambda _: None
+            Settings(node_id="node-1", limits=limits), self.backend, self.images, lambda: None, lambda _: None, no_kms()
         )
 
     def again(self, step: Step = undisturbed) -> "Rig":

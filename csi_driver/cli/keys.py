@@ -1,0 +1,174 @@
+"""`luks-csi keys`: where the keys of volumes come from, and new ones for them; on their node, beside its server."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from csi_driver.cli.beside import PARAMS, BesideServer
+from csi_driver.cli.logs import configure_logs
+from csi_driver.cli.names import volume_names
+from csi_driver.cli.output import OUTPUT_OPTION, Output, confirm, show_json, show_table, show_text
+from csi_driver.cli.secret_files import SecretSource, new_secret_options, secret_options
+from csi_driver.cli.serve import settings_params
+from csi_driver.keys.secret import read_secret
+from csi_driver.model.errors import DriverError
+from csi_driver.model.settings import Limits, LogFormat, Settings
+from csi_driver.model.volume import VolumeRecord, is_volume_id
+from csi_driver.volumes.driver import Driver
+from csi_driver.volumes.rekey import Rekeyed
+
+_LIMITS = ("format_seconds", "unlock_seconds", "mount_seconds", "pbkdf_memory_kib")
+_PARAMS = [
+    *PARAMS,
+    *settings_params("kms_config", "kms_programs", "audit_file", *_LIMITS),
+    OUTPUT_OPTION,
+]
+
+
+@click.group()
+def keys() -> None:
+    """Show where the keys of volumes come from, and change them; on the volumes' node, without a server."""
+
+
+@keys.command("status", cls=BesideServer, params=[*_PARAMS])
+@click.argument("volume_ids", metavar="[VOLUME…]", nargs=-1, shell_complete=volume_names)
+@click.pass_context
+def status(context: click.Context, /, volume_ids: tuple[str, ...], output: str, **given: Any) -> None:
+    """Show of each encrypted volume where its key comes from, which key of a KMS wraps it, and a change under way."""
+    with _driver(context, given) as driver:
+        found = [driver.backend.get(each) for each in volume_ids or driver.backend.ids()]
+    documents = [_document(record) for record in found if record.encryption is not None]
+    if output == Output.JSON:
+        show_json(documents)
+    elif documents:
+        rows = [tuple(str(each[name] or "-") for name in _COLUMNS) for each in documents]
+        show_table(rows, ("VOLUME", "KMS", "TYPE", "KEY", "VERSION", "CHANGE"))
+    else:
+        show_text("no encrypted volumes")
+
+
+@keys.command("check", cls=BesideServer, params=[*_PARAMS])
+@click.pass_context
+def check(context: click.Context, /, output: str, **given: Any) -> None:
+    """Ask each KMS of the configuration whether it works; the exit code is 1 when one does not."""
+    with _driver(context, given) as driver:
+        found = driver.sources.checked()
+    if output == Output.JSON:
+        show_json([{"kms": kms_id, "ok": ok, "found": said} for kms_id, ok, said in found])
+    elif found:
+        show_table([("ok" if ok else "FAIL", kms_id, said) for kms_id, ok, said in found])
+    else:
+        show_text("no KMS is configured")
+    if not all(ok for _, ok, _ in found):
+        context.exit(1)
+
+
+@keys.command("rotate", cls=BesideServer, params=[*_PARAMS])
+@click.argument("volume_id", metavar="VOLUME", shell_complete=volume_names)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@secret_options
+@new_secret_options
+@click.pass_context
+def rotate(context: click.Context, /, volume_id: str, output: str, *, yes: bool, **given: Any) -> None:
+    """Give a volume another key, while it is in use or not: of its KMS, or a new passphrase for the one it has.
+
+    The old one's key slot goes when the new one was proven to open the volume. The data is not encrypted anew.
+    """
+    secret, new = _secrets(given)
+    confirm(f"Give volume {volume_id} another key?", yes=yes)
+    with _driver(context, given) as driver:
+        present = read_secret(secret.read(f"Passphrase of volume {volume_id}"))
+        fresh = read_secret(new.read(f"New passphrase of volume {volume_id}", new=True)).passphrase
+        done = _under_lock(driver, volume_id, lambda: driver.rekeying.rotate(volume_id, present, fresh))
+    _tell(done, output, f"volume {volume_id} has another key", f"volume {volume_id} has the new passphrase already")
+
+
+@keys.command("rewrap", cls=BesideServer, params=[*_PARAMS])
+@click.argument("volume_ids", metavar="[VOLUME…]", nargs=-1, shell_complete=volume_names)
+@click.option("--all", "every", is_flag=True, help="All volumes of this node whose key a KMS wraps.")
+@secret_options
+@click.pass_context
+def rewrap(context: click.Context, /, volume_ids: tuple[str, ...], output: str, *, every: bool, **given: Any) -> None:
+    """Wrap the keys of volumes anew, by the newest key of their KMS; the volumes may be in use.
+
+    One that fails is told and does not keep the others from it; the exit code is 1 then.
+    """
+    if every is bool(volume_ids):
+        raise click.UsageError("Name volumes, or all of them with --all.")
+    secret, _ = _secrets(given)
+    failed = False
+    documents = []
+    with _driver(context, given) as driver:
+        present = read_secret(secret.read("Passphrase of the KMS"))
+        chosen = volume_ids or [each for each in driver.backend.ids() if driver.backend.get(each).key is not None]
+        for each in chosen:
+            try:
+                done = _under_lock(driver, each, lambda each=each: driver.rekeying.rewrap(each, present))  # type: ignore[misc]
+            except DriverError as error:
+                failed = True
+                documents.append({"volume": each, "changed": False, "error": str(error)})
+                continue
+            documents.append({"volume": each, "changed": done.changed, "error": None})
+    if output == Output.JSON:
+        show_json(documents)
+    for one in documents if output != Output.JSON else ():
+        how = "is wrapped anew" if one["changed"] else "was wrapped by the newest key already"
+        show_text(f"volume {one['volume']}: {one['error'] or f'its key {how}'}", err=bool(one["error"]))
+    if failed:
+        context.exit(1)
+
+
+_COLUMNS = ("volume", "kms", "type", "key", "key_version", "change")
+
+
+def _document(record: VolumeRecord) -> dict[str, str | None]:
+    """Where a volume's key comes from, for programs: the one schema of that noun."""
+    trail = record.key
+    return {
+        "volume": record.id,
+        "kms": trail.kms_id if trail else None,
+        "type": trail.type if trail else "secret",
+        "key": (trail.key_id or trail.name) if trail else None,
+        "key_version": trail.key_version if trail else None,
+        "change": record.rekey.phase.value if record.rekey else None,
+    }
+
+
+def _tell(done: Rekeyed, output: str, changed: str, unchanged: str) -> None:
+    if output == Output.JSON:
+        show_json(_document(done.record) | {"changed": done.changed})
+    else:
+        show_text(changed if done.changed else unchanged)
+
+
+def _secrets(given: dict[str, Any]) -> tuple[SecretSource, SecretSource]:
+    secret = SecretSource(given.pop("secret_dir"), given.pop("passphrase_file"))
+    return secret, SecretSource(given.pop("new_secret_dir", None), given.pop("new_passphrase_file", None))
+
+
+def _under_lock(driver: Driver, volume_id: str, call: Callable[[], Rekeyed]) -> Rekeyed:
+    if not is_volume_id(volume_id):
+        raise click.ClickException(f"{volume_id!r} is no volume's id")
+    driver.backend.get(volume_id)  # before a lock is made for what is not there
+    with driver.locks.hold(volume_id):
+        return call()
+
+
+@contextmanager
+def _driver(context: click.Context, given: dict[str, Any]) -> Iterator[Driver]:
+    from csi_driver.volumes.driver import build_driver
+
+    configure_logs(LogFormat.AUTO, "warning")
+    limits = Limits(**{name: given.pop(name) for name in _LIMITS})
+    driver = (context.obj or build_driver)(Settings(**given, limits=limits))
+    try:
+        yield driver
+    except OSError as error:
+        raise click.ClickException(
+            f"{driver.settings.state_dir} cannot be used ({error.strerror}: {error.filename}); run this as root, on "
+            f"the node, with the --state-dir of its server"
+        ) from None
+    finally:
+        driver.stop()

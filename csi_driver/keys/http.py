@@ -1,0 +1,203 @@
+"""Plain HTTP to a key management system: JSON out, JSON in, errors as sentences that name the KMS.
+
+Bodies and headers carry keys and tokens: neither is ever quoted. What the server itself says is quoted only where
+nothing secret was sent.
+"""
+
+import os
+import ssl
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+
+from csi_driver.keys.base import SECONDS
+from csi_driver.keys.extras import load
+from csi_driver.keys.retries import retried
+from csi_driver.model.errors import FailedPrecondition, PermissionDenied, Unavailable
+
+_LARGEST_ANSWER: Final = 1 << 20
+_MOST_QUOTED: Final = 200
+_NONE: Final[Mapping[str, str]] = {}
+_PASSING: Final = frozenset({408, 412, 425, 429})
+"""412 is Vault's, of a standby that has not heard of a write yet."""
+
+
+@dataclass(frozen=True)
+class Tls:
+    """How a server is trusted. `ca`, `certificate` and `key` are PEM texts; without `ca` the system's decide."""
+
+    ca: str | None = None
+    certificate: str | None = None
+    key: str | None = None
+    verify: bool = True
+    server_name: str | None = None
+
+    def context(self, where: str) -> ssl.SSLContext:
+        """A context for clients. Raises FailedPrecondition when a certificate or the key cannot be used."""
+        try:
+            context = ssl.create_default_context(cadata=self.ca)
+        except (ssl.SSLError, ValueError):
+            raise FailedPrecondition(f"the CA certificate for {where} is none; it must be PEM text") from None
+        if not self.verify:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        if self.certificate is not None:
+            with ExitStack() as stack:
+                paths = [_in_memory(each or "", stack) for each in (self.certificate, self.key)]
+                try:
+                    context.load_cert_chain(*paths)
+                except (ssl.SSLError, OSError):
+                    raise FailedPrecondition(
+                        f"the client certificate and key for {where} cannot be used together; both must be PEM texts"
+                    ) from None
+        return context
+
+
+class HttpService:
+    """A server of JSON over HTTP at `base`; connections are kept. `where` names the KMS in errors."""
+
+    def __init__(self, where: str, extra: str, base: str, tls: Tls, seconds: float = SECONDS) -> None:
+        self._where = where
+        self._extra = extra
+        self._base = base.rstrip("/")
+        self._seconds = seconds
+        self._httpx = load("httpx2", where, extra)
+        self._extensions = {"sni_hostname": tls.server_name} if tls.server_name else {}
+        self._client = self._httpx.Client(verify=tls.context(where), timeout=seconds, follow_redirects=False)
+
+    def ask(
+        self,
+        method: str,
+        path: str,
+        document: object = None,
+        headers: Mapping[str, str] = _NONE,
+        *,
+        again: bool = True,
+        quotes: bool = False,
+    ) -> dict[str, Any] | None:
+        """The answer's JSON object, {} for an answer without a body, None for 404.
+
+        `again` asks once more after what passes by itself; `quotes` lets an error repeat what the server says. Raises
+        Unavailable, PermissionDenied (401, 403), FailedPrecondition (certificate, other refusals).
+        """
+
+        def once() -> dict[str, Any] | None:
+            return self._once(method, path, document, headers, quotes=quotes)
+
+        return retried(self._where, self._extra, once) if again else once()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def _once(
+        self, method: str, path: str, document: object, headers: Mapping[str, str], *, quotes: bool
+    ) -> dict[str, Any] | None:
+        body = None if document is None else msgspec.json.encode(document)
+        sent = ({"Content-Type": "application/json"} if body is not None else {}) | dict(headers)
+        try:
+            with self._client.stream(
+                method, f"{self._base}/{path}", content=body, headers=sent, extensions=self._extensions
+            ) as response:
+                status, content = response.status_code, self._content(response)
+        except (self._httpx.HTTPError, self._httpx.InvalidURL, self._httpx.StreamError) as error:
+            raise self._unreachable(error) from None
+        if status == 404:
+            return None
+        if status >= 300:
+            raise self._refused(status, content if quotes else b"")
+        if not content.strip():
+            return {}
+        try:
+            answer = msgspec.json.decode(content)
+        except (msgspec.DecodeError, RecursionError):
+            answer = None
+        if not isinstance(answer, dict):
+            raise Unavailable(
+                f"{self._where} answered with something that is no JSON object or ends early; check its address, the "
+                f"call may be repeated"
+            )
+        return answer
+
+    def _content(self, response: Any) -> bytes:
+        """The body, bounded in size and time: httpx bounds each read alone."""
+        end = time.monotonic() + self._seconds
+        pieces, size = [], 0
+        for piece in response.iter_raw():
+            pieces.append(piece)
+            size += len(piece)
+            if size > _LARGEST_ANSWER:
+                raise FailedPrecondition(
+                    f"{self._where} answers with more than {_LARGEST_ANSWER} bytes; check its address"
+                )
+            if time.monotonic() > end:
+                raise Unavailable(self._slow())
+        return b"".join(pieces)
+
+    def _slow(self) -> str:
+        return f"{self._where} did not answer within {self._seconds:g} s; look at the server, the call may be repeated"
+
+    def _unreachable(self, error: Exception) -> Exception:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                return FailedPrecondition(
+                    f"{self._where} shows a certificate that is not trusted ({cause.verify_message}); give its CA, or "
+                    f"the name that is in the certificate, in the KMS configuration"
+                )
+            if isinstance(cause, ssl.SSLError):
+                reason = cause.reason or "unknown reason"
+                return FailedPrecondition(
+                    f"the TLS connection to {self._where} failed ({reason.lower().replace('_', ' ')}); check its "
+                    f"address and the certificates in the KMS configuration"
+                )
+            cause = cause.__cause__ or cause.__context__
+        if isinstance(error, self._httpx.TimeoutException):
+            return Unavailable(self._slow())
+        if isinstance(error, self._httpx.InvalidURL | self._httpx.UnsupportedProtocol):
+            return FailedPrecondition(f"the address of {self._where} is no http or https URL; correct it")
+        if isinstance(error, self._httpx.ConnectError):
+            return Unavailable(
+                f"{self._where} cannot be reached ({error}); check its address and that it runs, the call may be "
+                f"repeated"
+            )
+        return Unavailable(
+            f"the connection to {self._where} broke off ({type(error).__name__}); the call may be repeated"
+        )
+
+    def _refused(self, status: int, content: bytes) -> Exception:
+        said = _said(content)
+        if status in (401, 403):
+            return PermissionDenied(
+                f"{self._where} refuses (HTTP {status}{said}); check the credentials, the role and its policy"
+            )
+        if status == 429:
+            return Unavailable(f"{self._where} has too many requests (HTTP 429{said}); the call may be repeated")
+        if status in _PASSING or status >= 500:
+            return Unavailable(f"{self._where} failed (HTTP {status}{said}); look at its log, the call may be repeated")
+        return FailedPrecondition(f"{self._where} does not take the request (HTTP {status}{said}); check its entry")
+
+
+def _said(content: bytes) -> str:
+    """The server's own words, as Vault and Kubernetes put them."""
+    try:
+        answer = msgspec.json.decode(content)
+    except (msgspec.DecodeError, RecursionError):
+        return ""
+    words: object = None
+    if isinstance(answer, dict):
+        errors = answer.get("errors")
+        words = errors[0] if isinstance(errors, list) and errors else answer.get("message")
+    return f": {words[:_MOST_QUOTED].strip()}" if isinstance(words, str) and words.strip() else ""
+
+
+def _in_memory(text: str, stack: ExitStack) -> str:
+    """A path that shows the text, which is nowhere but in memory, while the stack is open."""
+    descriptor = os.memfd_create("luks-csi-tls", os.MFD_CLOEXEC)
+    stack.callback(os.close, descriptor)
+    os.write(descriptor, text.encode())
+    return f"/proc/self/fd/{descriptor}"

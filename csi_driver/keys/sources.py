@@ -1,0 +1,175 @@
+"""All key sources by the type of their entry: found, made, kept for a while, and each use of them told.
+
+A source is kept for minutes, so that connections and logins serve more than one volume, and as long as its entry and
+what came with the request are the same. It keeps no DEK.
+"""
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, TypeVar
+
+import msgspec
+
+from csi_driver.host.workers import Workers
+from csi_driver.keys.audit import Audit
+from csi_driver.keys.base import EntryReader, KeyRequest, KeySource, TenantNeeded
+from csi_driver.keys.config import KmsConfig
+from csi_driver.keys.generated import GeneratedKeys
+from csi_driver.keys.kubernetes import Kubernetes
+from csi_driver.keys.types import BUILDERS, Surroundings
+from csi_driver.model.errors import DriverError, FailedPrecondition
+from csi_driver.model.secret import Passphrase
+from csi_driver.model.volume import KeyTrail
+
+T = TypeVar("T")
+
+GENERATED: Final = "kubernetes-secret"
+"""The type of keys that are made without a KMS; no entry has it."""
+
+_MOST_KEPT: Final = 64
+_KEPT_SECONDS: Final = 300.0
+
+
+Observe = Callable[[str, str, str, float], None]
+"""Takes the KMS's id, the operation, its outcome and its seconds."""
+
+
+class KeySources:
+    """Makes, fetches, rewraps and destroys DEKs; safe for many threads.
+
+    `programs` is the folder of the programs that entries of type exec may name. Each use is told to `audit`, and to
+    `observe` once that was set.
+    """
+
+    def __init__(
+        self, config: KmsConfig, kubernetes: Kubernetes, workers: Workers, programs: Path, audit: Audit
+    ) -> None:
+        self._config = config
+        self._kubernetes = kubernetes
+        self._workers = workers
+        self._programs = programs
+        self._audit = audit
+        self._digest_key = os.urandom(32)
+        self._kept: dict[bytes, tuple[float, KeySource]] = {}
+        self._lock = threading.Lock()
+        self.observe: Observe = lambda *_: None
+
+    def create(self, kms_id: str | None, name: str, request: KeyRequest, purpose: str) -> KeyTrail:
+        """A new DEK under `name`; kms_id None is a secret made for it. Nothing is asked twice if this is repeated."""
+        kind, source = self._source(kms_id, request)
+        made = self._told("create", purpose, request, kms_id, name, lambda: source.create(name))
+        return msgspec.structs.replace(made, kms_id=kms_id or "", type=kind, tenant=request.tenant)
+
+    def fetch(self, trail: KeyTrail, request: KeyRequest, purpose: str) -> Passphrase:
+        """The DEK of a volume."""
+        source = self._source_of(trail, request)
+        return self._told("fetch", purpose, request, trail.kms_id, trail.name, lambda: source.fetch(trail), trail)
+
+    def rewrap(self, trail: KeyTrail, request: KeyRequest) -> KeyTrail:
+        """The same DEK under the newest key of its KMS."""
+        source = self._source_of(trail, request)
+        return self._told("rewrap", "rewrap", request, trail.kms_id, trail.name, lambda: source.rewrap(trail), trail)
+
+    def destroy(self, trail: KeyTrail, request: KeyRequest, purpose: str) -> None:
+        """Forget a DEK of which nothing is left."""
+        source = self._source_of(trail, request)
+        self._told("destroy", purpose, request, trail.kms_id, trail.name, lambda: source.destroy(trail), trail)
+
+    def tell(self, request: KeyRequest, purpose: str) -> None:
+        """Tell the use of a passphrase that came in a secret."""
+        self._audit.record(
+            volume=request.volume_id, claim_namespace=request.tenant, kms="", key="secret", operation="use",
+            purpose=purpose, outcome="OK",
+        )  # fmt: skip
+
+    def checked(self) -> list[tuple[str, bool, str]]:
+        """Each entry of the configuration: its id, whether it works, and what was found."""
+        found = []
+        for kms_id in self._config.ids():
+            try:
+                kind, source = self._source(kms_id, KeyRequest(volume_id=""))
+                found.append((kms_id, True, f"{kind}: {source.check()}"))
+            except TenantNeeded:
+                found.append((kms_id, True, "asked in the name of each claim's namespace, so not tried"))
+            except DriverError as error:
+                found.append((kms_id, False, str(error)))
+        return found
+
+    def close(self) -> None:
+        """Close what is open to any KMS; whoever asks again opens it again."""
+        with self._lock:
+            kept, self._kept = self._kept, {}
+        for _, source in kept.values():
+            source.close()
+        self._kubernetes.close()
+
+    def _source_of(self, trail: KeyTrail, request: KeyRequest) -> KeySource:
+        kms_id = None if trail.type == GENERATED else trail.kms_id
+        kind, source = self._source(kms_id, KeyRequest(request.volume_id, trail.tenant, request.secret))
+        if kind != trail.type:
+            raise FailedPrecondition(
+                f"the key of volume {request.volume_id} is of the KMS {kms_id!r}, which was of type {trail.type} and "
+                f"is of type {kind} now; give the new one another id in the KMS configuration"
+            )
+        return source
+
+    def _source(self, kms_id: str | None, request: KeyRequest) -> tuple[str, KeySource]:
+        if kms_id is None:
+            return GENERATED, GeneratedKeys(self._kubernetes)
+        kind, entry = self._config.entry(kms_id)
+        if kind not in BUILDERS:
+            raise FailedPrecondition(
+                f"the KMS {kms_id!r} is of type {kind!r}, which this driver does not know; known are "
+                f"{', '.join(sorted(BUILDERS))}"
+            )
+        key = hashlib.blake2b(
+            msgspec.json.encode([kms_id, dict(entry), request.tenant, dict(request.secret.entries)], order="sorted"),
+            key=self._digest_key,
+        ).digest()
+        now = time.monotonic()
+        with self._lock:
+            made_at, source = self._kept.pop(key, (-_KEPT_SECONDS, None))
+            if source is not None and now - made_at < _KEPT_SECONDS:
+                self._kept[key] = made_at, source  # the last one is the one used last
+                return kind, source
+        reader = EntryReader(f"KMS {kms_id} ({kind})", entry)
+        source = BUILDERS[kind](Surroundings(reader, entry, request, self._kubernetes, self._workers, self._programs))
+        with self._lock:
+            self._kept[key] = now, source
+            while len(self._kept) > _MOST_KEPT:
+                self._kept.pop(next(iter(self._kept)))
+        return kind, source
+
+    def _told(
+        self,
+        operation: str,
+        purpose: str,
+        request: KeyRequest,
+        kms_id: str | None,
+        name: str,
+        call: Callable[[], T],
+        trail: KeyTrail | None = None,
+    ) -> T:
+        started, outcome = time.perf_counter(), "OK"
+        try:
+            result = call()
+            trail = result if isinstance(result, KeyTrail) else trail
+            return result
+        except BaseException as error:
+            outcome = type(error).__name__
+            raise
+        finally:
+            self.observe(kms_id or "", operation, outcome, time.perf_counter() - started)
+            self._audit.record(
+                volume=request.volume_id,
+                claim_namespace=request.tenant,
+                kms=kms_id or GENERATED,
+                key=" ".join(filter(None, (name, *((trail.key_id, trail.key_version) if trail else ())))),
+                operation=operation,
+                purpose=purpose,
+                outcome=outcome,
+            )

@@ -1,0 +1,217 @@
+"""The types of KMS entries, each with what makes a source of one; modules and clients are loaded when asked for."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from csi_driver.host.workers import Workers
+from csi_driver.keys.base import Entry, EntryReader, KeyRequest, KeySource, TenantNeeded, Wrapping
+from csi_driver.keys.kubernetes import SERVICE_ACCOUNT, Kubernetes
+from csi_driver.keys.secret import CEPH_PASSPHRASE
+from csi_driver.model.errors import FailedPrecondition
+from csi_driver.model.secret import Passphrase
+
+if TYPE_CHECKING:
+    from csi_driver.keys.vault import Login, Vault
+
+_OIDC_TOKEN: Final = Path("/run/secrets/tokens/oidc-token")  # where Ceph-CSI's manifests mount it
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a source is made of."""
+
+    reader: EntryReader
+    entry: Entry
+    request: KeyRequest
+    kubernetes: Kubernetes
+    workers: Workers
+    programs: Path
+
+
+Builder = Callable[[Surroundings], KeySource]
+
+
+def _metadata(made: Surroundings) -> KeySource:
+    from csi_driver.keys.metadata import MetadataWrapper, passphrase_of  # noqa: PLC0415
+
+    reader, request = made.reader, made.request
+    name = reader.text("secretName", "")
+
+    def passphrase() -> Passphrase:
+        if name:
+            namespace = reader.text("secretNamespace", "") or _tenant(made)
+            return passphrase_of(made.kubernetes.secret(namespace, name), f"the secret {namespace}/{name}")
+        if request.secret.passphrase is None:
+            raise FailedPrecondition(
+                f"{reader.where} names no secret and the request brought no {CEPH_PASSPHRASE}; add secretName to the "
+                f"KMS configuration, or the passphrase to the secret that the StorageClass names for provisioner and "
+                f"node-stage"
+            )
+        return request.secret.passphrase
+
+    return Wrapping(MetadataWrapper(reader.where, passphrase))
+
+
+def _vault(made: Surroundings) -> KeySource:
+    from csi_driver.keys.vault_kv import VaultKv  # noqa: PLC0415
+
+    reader = made.reader
+    root = reader.text("vaultPassphraseRoot", "").removeprefix("/v1/")
+    mount = root or reader.text("vaultBackendPath", "secret")
+    return VaultKv(_own_vault(made), reader, mount, reader.text("vaultPassphrasePath", ""))
+
+
+def _vault_transit(made: Surroundings) -> KeySource:
+    from csi_driver.keys.vault_transit import VaultTransit  # noqa: PLC0415
+
+    return Wrapping(VaultTransit(_own_vault(made), made.reader))
+
+
+def _own_vault(made: Surroundings) -> "Vault":
+    """A Vault where the driver's own service account logs in."""
+    from csi_driver.keys import vault  # noqa: PLC0415
+
+    reader, entries = made.reader, made.request.secret.entries
+    from_api = vault.secret_finder(
+        reader, made.kubernetes, made.kubernetes.namespace if made.kubernetes.is_here else ""
+    )
+
+    def find(name: str, entry: str) -> str:
+        return entries[name] if name in entries else from_api(name, entry)
+
+    token = Path(reader.text("vaultTokenPath", str(SERVICE_ACCOUNT / "token")))
+    login = vault.kubernetes_login(reader, "/v1/auth/kubernetes/login", lambda: vault.read_token(token))
+    return vault.Vault(reader, vault.tls_of(reader, find), login)
+
+
+def _vault_tokens(made: Surroundings) -> KeySource:
+    from csi_driver.keys import vault  # noqa: PLC0415
+
+    reader = _tenant_reader(made, service_account=False)
+    tenant, name = made.request.tenant, reader.text("tenantTokenName", "ceph-csi-kms-token")
+    token = made.kubernetes.secret(tenant, name).get("token", "").strip()
+    if not token:
+        raise FailedPrecondition(
+            f"the secret {tenant}/{name} of {reader.where} has no entry token; put a Vault token there"
+        )
+    return _tenant_kv(made, reader, vault.Login(token))
+
+
+def _vault_tenant_sa(made: Surroundings) -> KeySource:
+    from csi_driver.keys import vault  # noqa: PLC0415
+
+    reader = _tenant_reader(made, service_account=True)
+    tenant, account = made.request.tenant, reader.text("tenantSAName", "ceph-csi-vault-sa")
+    audience = reader.text("vaultAudience", "") or None
+
+    def token() -> str:
+        return made.kubernetes.service_account_token(tenant, account, audience)
+
+    return _tenant_kv(made, reader, vault.kubernetes_login(reader, "kubernetes", token))
+
+
+def _tenant_reader(made: Surroundings, *, service_account: bool) -> EntryReader:
+    from csi_driver.keys import vault  # noqa: PLC0415
+
+    reader, tenant = made.reader, _tenant(made)
+    plain = vault.plain_entry(made.entry)
+    entry = vault.tenant_entry(reader.where, plain, tenant, made.kubernetes, service_account=service_account)
+    return EntryReader(f"{reader.where} for the namespace {tenant}", entry)
+
+
+def _tenant_kv(made: Surroundings, reader: EntryReader, login: "Login") -> KeySource:
+    from csi_driver.keys import vault  # noqa: PLC0415
+    from csi_driver.keys.vault_kv import VaultKv  # noqa: PLC0415
+
+    find = vault.secret_finder(reader, made.kubernetes, made.request.tenant, made.kubernetes.namespace)
+    kept = vault.Vault(reader, vault.tls_of(reader, find), login)
+    return VaultKv(kept, reader, reader.text("vaultBackendPath", "secret"), "")
+
+
+def _aws(made: Surroundings) -> KeySource:
+    from csi_driver.keys.aws import Account, AwsWrapper  # noqa: PLC0415
+
+    reader, kubernetes = made.reader, made.kubernetes
+    name, region = reader.text("KMS_SECRET_NAME", "ceph-csi-aws-credentials"), reader.text("AWS_REGION")
+    endpoint = reader.text("AWS_ENDPOINT_URL", "") or None
+
+    def account() -> Account:
+        secret = kubernetes.secret(kubernetes.namespace, name)
+        entries = EntryReader(f"the secret {kubernetes.namespace}/{name} of {reader.where}", secret)
+        credentials = {
+            "aws_access_key_id": entries.text("AWS_ACCESS_KEY_ID"),
+            "aws_secret_access_key": entries.text("AWS_SECRET_ACCESS_KEY"),
+        }
+        if session := entries.text("AWS_SESSION_TOKEN", ""):
+            credentials["aws_session_token"] = session
+        return Account(region, entries.text("AWS_CMK_ARN"), credentials, endpoint)
+
+    return Wrapping(AwsWrapper(reader.where, account))
+
+
+def _tenant(made: Surroundings) -> str:
+    if not made.request.tenant:
+        raise TenantNeeded(
+            f"{made.reader.where} is asked in the name of each claim's namespace, and this volume was made without "
+            f"one; run csi-provisioner with --extra-create-metadata"
+        )
+    return made.request.tenant
+
+
+def _aws_sts(made: Surroundings) -> KeySource:
+    from csi_driver.keys.aws import Account, AwsWrapper, assume_role  # noqa: PLC0415
+    from csi_driver.keys.vault import read_token  # noqa: PLC0415
+
+    reader, tenant = made.reader, _tenant(made)
+    name = reader.text("secretName", "ceph-csi-aws-credentials")
+    endpoint = reader.text("AWS_ENDPOINT_URL", "") or None
+    token = Path(reader.text("tokenPath", str(_OIDC_TOKEN)))
+
+    def account() -> Account:
+        secret = made.kubernetes.secret(tenant, name)
+        entries = EntryReader(f"the secret {tenant}/{name} of {reader.where}", secret)
+        found = Account(entries.text("awsRegion"), entries.text("awsCMKARN"), {}, endpoint)
+        credentials = assume_role(reader.where, found, entries.text("awsRoleARN"), read_token(token))
+        return Account(found.region, found.key, credentials, endpoint)
+
+    return Wrapping(AwsWrapper(reader.where, account))
+
+
+def _kmip(made: Surroundings) -> KeySource:
+    from csi_driver.keys.kmip import KmipWrapper, Server, server_of  # noqa: PLC0415
+
+    reader, kubernetes = made.reader, made.kubernetes
+    name = reader.text("KMIP_SECRET_NAME", "ceph-csi-kmip-credentials")
+
+    def server() -> Server:
+        return server_of(reader, kubernetes.secret(kubernetes.namespace, name), f"{kubernetes.namespace}/{name}")
+
+    return Wrapping(KmipWrapper(reader.where, server))
+
+
+def _plugin(made: Surroundings) -> KeySource:
+    from csi_driver.keys.plugin import PluginWrapper  # noqa: PLC0415
+
+    return Wrapping(PluginWrapper(made.reader))
+
+
+def _exec(made: Surroundings) -> KeySource:
+    from csi_driver.keys.exec import ExecWrapper  # noqa: PLC0415
+
+    return Wrapping(ExecWrapper(made.reader, made.workers, made.programs))
+
+
+BUILDERS: Final[Mapping[str, Builder]] = {
+    "aws-metadata": _aws,
+    "aws-sts-metadata": _aws_sts,
+    "exec": _exec,
+    "kmip": _kmip,
+    "kms-plugin": _plugin,
+    "metadata": _metadata,
+    "vault": _vault,
+    "vaulttenantsa": _vault_tenant_sa,
+    "vaulttokens": _vault_tokens,
+    "vaulttransit": _vault_transit,
+}

@@ -1,0 +1,209 @@
+"""Vault: the way to a server, who we are there, and the configuration that Ceph-CSI gave names.
+
+HTTP API: https://developer.hashicorp.com/vault/api-docs. A login is never repeated on an error: some auth methods count
+failures, and five of them lock a role for everybody.
+"""
+
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote
+
+from csi_driver.keys.base import Entry, EntryReader
+from csi_driver.keys.config import TYPE_FIELDS
+from csi_driver.keys.http import HttpService, Tls
+from csi_driver.keys.kubernetes import Kubernetes
+from csi_driver.model.errors import FailedPrecondition, PermissionDenied
+
+EXTRA: Final = "vault"
+_STANDARD: Final = {
+    "VAULT_ADDR": "vaultAddress",
+    "VAULT_BACKEND": "vaultBackend",
+    "VAULT_BACKEND_PATH": "vaultBackendPath",
+    "VAULT_DESTROY_KEYS": "vaultDestroyKeys",
+    "VAULT_CACERT": "vaultCAFromSecret",
+    "VAULT_TLS_SERVER_NAME": "vaultTLSServerName",
+    "VAULT_CLIENT_CERT": "vaultClientCertFromSecret",
+    "VAULT_CLIENT_KEY": "vaultClientCertKeyFromSecret",
+    "VAULT_AUTH_NAMESPACE": "vaultAuthNamespace",
+    "VAULT_NAMESPACE": "vaultNamespace",
+}
+"""Entries that say KMS_PROVIDER name things as Vault's own environment variables do."""
+
+_TENANT_OPTIONS: Final = frozenset(
+    {
+        "vaultAddress", "vaultBackend", "vaultBackendPath", "vaultAuthNamespace", "vaultNamespace", "vaultDestroyKeys",
+        "vaultTLSServerName", "vaultCAFromSecret", "vaultCAVerify",
+    }
+)  # fmt: skip
+"""What a ConfigMap in the namespace of a claim may set."""
+_TENANT_SA_OPTIONS: Final = _TENANT_OPTIONS | {"tenantSAName", "vaultAuthPath", "vaultRole"}
+
+_EARLY: Final = 0.7  # of a token's life, after which there is a new login
+
+
+def plain_entry(entry: Entry) -> Entry:
+    """An entry by Ceph-CSI's names, whichever it has."""
+    if TYPE_FIELDS[1] not in entry:
+        return entry
+    plain: dict[str, object] = {_STANDARD[name]: value for name, value in entry.items() if name in _STANDARD}
+    skip = str(entry.get("VAULT_SKIP_VERIFY", "")).lower()
+    return plain | ({"vaultCAVerify": "false"} if skip in ("1", "t", "true") else {})
+
+
+def tenant_entry(where: str, entry: Entry, tenant: str, kubernetes: Kubernetes, *, service_account: bool) -> Entry:
+    """An entry as it is for the claims of a namespace.
+
+    What the entry says of it in `tenants` comes before the entry, and of the namespace's own ConfigMap what it may say
+    comes before both.
+    """
+    tenants = entry.get("tenants")
+    own = tenants.get(tenant, {}) if isinstance(tenants, dict) else {}
+    if not isinstance(own, dict):
+        raise FailedPrecondition(f"what {where} says of the tenant {tenant} is no JSON object; correct it")
+    merged = {**entry, **own}
+    name = EntryReader(where, merged).text("tenantConfigName", "ceph-csi-kms-config")
+    theirs = (kubernetes.config_map(tenant, name) if tenant else None) or {}
+    allowed = _TENANT_SA_OPTIONS if service_account else _TENANT_OPTIONS
+    return {**merged, **{option: value for option, value in theirs.items() if option in allowed}}
+
+
+def tls_of(reader: EntryReader, find: Callable[[str, str], str]) -> Tls:
+    """How the server is trusted; `find` gets a secret's name and its entry and returns the PEM text."""
+
+    def pem(field: str, entry: str) -> str | None:
+        name = reader.text(field, "")
+        return find(name, entry) if name else None
+
+    return Tls(
+        ca=pem("vaultCAFromSecret", "cert"),
+        certificate=pem("vaultClientCertFromSecret", "cert"),
+        key=pem("vaultClientCertKeyFromSecret", "key"),
+        verify=reader.truth("vaultCAVerify", default=True),
+        server_name=reader.text("vaultTLSServerName", "") or None,
+    )
+
+
+def secret_finder(reader: EntryReader, kubernetes: Kubernetes, *namespaces: str) -> Callable[[str, str], str]:
+    """Finds the entry of a secret in the first of the namespaces that has it."""
+
+    def find(name: str, entry: str) -> str:
+        for namespace in namespaces:
+            if namespace and (found := kubernetes.find_secret(namespace, name)) is not None:
+                if not (text := found.get(entry)):
+                    raise FailedPrecondition(
+                        f"the secret {namespace}/{name} that {reader.where} names has no entry {entry}; add it"
+                    )
+                return text
+        raise FailedPrecondition(
+            f"the secret {name} that {reader.where} names is in none of the namespaces {', '.join(namespaces)}; make it"
+        )
+
+    return find
+
+
+class Login:
+    """Who we are at a Vault: a token that is given, or one that a login brings and that ends."""
+
+    def __init__(self, token: str = "", path: str = "", document: Callable[[], Mapping[str, str]] = dict) -> None:
+        self._token = token
+        self._until = float("inf") if token else 0.0
+        self._path = path
+        self._document = document
+        self._lock = threading.Lock()
+
+    def token(self, login: Callable[[str, Mapping[str, str]], dict[str, Any]]) -> str:
+        """The token; `login` posts a document to a path of the API."""
+        with self._lock:
+            if time.monotonic() >= self._until:
+                auth = login(self._path, self._document()).get("auth") or {}
+                self._token = str(auth.get("client_token", ""))
+                self._until = time.monotonic() + _EARLY * float(auth.get("lease_duration") or 0)
+            return self._token
+
+    def forget(self) -> bool:
+        """The token was refused; whether another login may bring a better one."""
+        with self._lock:
+            self._until = min(self._until, 0.0) if self._path else self._until
+            return bool(self._path)
+
+
+def kubernetes_login(reader: EntryReader, default_path: str | None, jwt: Callable[[], str]) -> Login:
+    """A login by a service account's token (Vault's auth method kubernetes)."""
+    mount = auth_mount(reader.text("vaultAuthPath", default_path))
+    role = reader.text("vaultRole", "csi-kubernetes" if default_path else None)
+    return Login(path=f"auth/{mount}/login", document=lambda: {"role": role, "jwt": jwt()})
+
+
+def read_token(path: Path) -> str:
+    """The text of a token file. Raises FailedPrecondition."""
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        raise FailedPrecondition(
+            f"the service account token {path} cannot be read; install the driver with deploy/kubernetes/kms, which "
+            f"mounts it"
+        ) from None
+
+
+def auth_mount(path: str) -> str:
+    """The mount of an auth method: "kubernetes" of "/v1/auth/kubernetes/login", and of itself."""
+    found = re.search(r"(?:^|/)auth/(.+?)(?:/login)?/?$", path)
+    return "/".join(quote(part, safe="") for part in (found.group(1) if found else path).strip("/").split("/"))
+
+
+class Vault:
+    """A Vault server as one entry of the configuration reaches it."""
+
+    def __init__(self, reader: EntryReader, tls: Tls, login: Login) -> None:
+        self.where = f"{reader.where} at {reader.text('vaultAddress')}"
+        self._namespace = reader.text("vaultNamespace", "")
+        self._auth_namespace = reader.text("vaultAuthNamespace", self._namespace)
+        self._login = login
+        self._service = HttpService(self.where, EXTRA, reader.text("vaultAddress"), tls)
+
+    def ask(self, method: str, path: str, document: object = None, *, quotes: bool = True) -> dict[str, Any] | None:
+        """The answer of the API below /v1; None for 404. `quotes` as in `HttpService.ask`, and errors as it."""
+
+        def once() -> dict[str, Any] | None:
+            headers = {"X-Vault-Token": self._login.token(self._log_in), "X-Vault-Request": "true"}
+            return self._service.ask(
+                method, f"v1/{path}", document, headers | _namespace(self._namespace), quotes=quotes
+            )
+
+        try:
+            return once()
+        except PermissionDenied:
+            if not self._login.forget():
+                raise
+        return once()  # the token had ended, or its role has another policy since
+
+    def health(self) -> str:
+        """What it says of itself: whether it is unsealed, and its version."""
+        found = self._service.ask("GET", "v1/sys/health?standbyok=true&perfstandbyok=true", quotes=True) or {}
+        self._login.token(self._log_in)
+        return f"Vault {found.get('version', 'of an unknown version')} takes our login"
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._service.close()
+
+    def _log_in(self, path: str, document: Mapping[str, str]) -> dict[str, Any]:
+        found = self._service.ask(
+            "POST", f"v1/{path}", document, _namespace(self._auth_namespace), again=False, quotes=False
+        )
+        if found is None:
+            raise FailedPrecondition(f"{self.where} has nothing at {path}; correct vaultAuthPath")
+        return found
+
+
+def _namespace(name: str) -> dict[str, str]:
+    return {"X-Vault-Namespace": name} if name else {}
+
+
+def joined(*parts: str) -> str:
+    """A path of the API: each part encoded, none empty."""
+    return "/".join(quote(each, safe="") for part in parts for each in part.split("/") if each)

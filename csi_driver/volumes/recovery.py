@@ -1,0 +1,135 @@
+"""Recovery without Kubernetes: a volume's header put back from its copy, and any volume opened by header and key."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Final
+
+from csi_driver.backends.base import Backend
+from csi_driver.host.handle import Handle, open_handle
+from csi_driver.host.log import log
+from csi_driver.host.loop import LoopDevices
+from csi_driver.host.workers import Workers
+from csi_driver.keys.base import KeyRequest
+from csi_driver.keys.secret import SecretKey
+from csi_driver.keys.sources import KeySources
+from csi_driver.luks import recovery
+from csi_driver.luks.device import Opening
+from csi_driver.luks.header_rules import Limits as HeaderLimits
+from csi_driver.model.errors import DeviceAbsent, DeviceInUse, FailedPrecondition
+from csi_driver.model.secret import Passphrase
+from csi_driver.model.settings import Limits
+from csi_driver.model.volume import EncryptionState
+from csi_driver.volumes.encryption import device_size
+from csi_driver.volumes.presence import Presences
+
+_ADVICE: Final = "give its passphrase with --passphrase-file or --secret-dir"
+
+
+class Recovery:
+    """Works on what is left of volumes; callers hold the lock of a volume that is named."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        presences: Presences,
+        workers: Workers,
+        loops: LoopDevices,
+        sources: KeySources,
+        limits: Limits,
+    ) -> None:
+        self._backend = backend
+        self._presences = presences
+        self._workers = workers
+        self._loops = loops
+        self._sources = sources
+        self._limits = limits
+        self._header_limits = HeaderLimits(memory_kib=limits.pbkdf_memory_kib)
+
+    def restore_header(self, volume_id: str, copy: Path) -> None:
+        """Write that copy of a volume's header back to it.
+
+        Raises DeviceInUse while it is open, FailedPrecondition for a volume that was never formatted, and where the
+        copy is not of this very volume: ForeignSignature, InvalidHeader, DeviceBlank; DeviceShort.
+        """
+        record = self._backend.get(volume_id)
+        if record.encryption is not EncryptionState.ENCRYPTED or record.luks is None:
+            raise FailedPrecondition(f"volume {volume_id} was never formatted, so it has no header to restore")
+        if self._presences.of(volume_id, record).is_open:
+            raise DeviceInUse(f"volume {volume_id} is open; unstage it before its header is restored")
+        if not copy.is_file():
+            raise FailedPrecondition(
+                f"there is no copy of the header of volume {volume_id} at {copy}; name another one"
+            )
+        with self._workers.session(), self._backend.storage(volume_id) as storage:
+            self._workers.call(
+                f"luks-restore of volume {volume_id}",
+                self._limits.mount_seconds,
+                recovery.restore_header,
+                f"volume {volume_id}",
+                storage,
+                device_size(record),
+                record.luks,
+                self._header_limits,
+                str(copy),
+            )
+        log.info("header restored", volume_id=volume_id, copy=str(copy))
+
+    def open(self, device: Path, name: str, header: Path | None, secret: SecretKey, *, read_only: bool) -> str:
+        """Open a volume's device, or the file that is below it, as the mapping `name`; returns the mapping's path.
+
+        The key comes from `secret`, else from the KMS that our token in the header names. Nothing is written. Raises
+        DeviceAbsent, Unauthenticated, MappingMismatch (the name is taken), and what header and KMS raise.
+        """
+        where = str(device)
+        with self._workers.session(), ExitStack() as stack:
+            opened = stack.enter_context(self._device(device, read_only=read_only))
+            copy = stack.enter_context(_file(header)) if header is not None else opened
+            found = self._workers.call(
+                f"luks-read of {copy}", self._limits.mount_seconds, recovery.look, str(copy), copy, self._header_limits
+            )
+            passphrase = self._passphrase(where, found, secret)
+            self._workers.call(
+                f"luks-open of {where}",
+                self._limits.unlock_seconds,
+                recovery.open_with_header,
+                where,
+                opened,
+                copy,
+                found.identity,
+                self._header_limits,
+                passphrase,
+                Opening(name),
+                read_only=read_only,
+            )
+        log.info("volume opened for recovery", device=where, mapping=name, luks_uuid=found.identity.uuid)
+        return f"/dev/mapper/{name}"
+
+    def _passphrase(self, where: str, found: recovery.Found, secret: SecretKey) -> Passphrase:
+        if found.trail is None or (secret.passphrase is not None and found.trail.type != "metadata"):
+            if secret.passphrase is None:
+                raise FailedPrecondition(f"the header of {where} names no KMS, so a passphrase opens it; {_ADVICE}")
+            return secret.passphrase
+        return self._sources.fetch(found.trail, KeyRequest(where, found.trail.tenant, secret), "recover")
+
+    @contextmanager
+    def _device(self, path: Path, *, read_only: bool) -> Iterator[Handle]:
+        if not path.exists():
+            raise DeviceAbsent(f"there is nothing at {path}; name the volume's device, or the file below it")
+        if path.is_file():
+            with self._loops.attach(str(path), autoclear=True, read_only=read_only) as loop:
+                yield loop
+            return
+        with open_handle(os.path.realpath(path), os.O_RDONLY if read_only else os.O_RDWR) as handle:
+            yield handle
+
+
+@contextmanager
+def _file(path: Path) -> Iterator[Handle]:
+    try:
+        handle = open_handle(os.path.realpath(path), os.O_RDONLY)
+    except OSError as error:
+        raise FailedPrecondition(f"the header {path} cannot be read ({error.strerror}); name another one") from None
+    with handle:
+        yield handle

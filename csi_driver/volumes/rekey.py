@@ -1,0 +1,200 @@
+"""Another key for a volume, staged or not: a new passphrase beside the old one first, the old one out last.
+
+Each step is durable before the next, and the record says which key counts (docs/architecture.md, "A new key"):
+
+    adding      the old one opens the volume; the new one may have a key slot
+    removing    the new one was proven to open it and counts; the old one's key slot, if it is there, is to go
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import msgspec
+
+from csi_driver.backends.base import Backend
+from csi_driver.host.handle import Handle
+from csi_driver.host.log import log
+from csi_driver.host.workers import Workers
+from csi_driver.keys.secret import SecretKey
+from csi_driver.model.errors import DriverError, FailedPrecondition, InvalidArgument, Unauthenticated
+from csi_driver.model.secret import Passphrase
+from csi_driver.model.volume import EncryptionState, KeyTrail, Rekey, RekeyPhase, VolumeRecord
+from csi_driver.volumes.encryption import Encryption, attempt
+from csi_driver.volumes.keys import VolumeKeys
+
+
+@dataclass(frozen=True)
+class Rekeyed:
+    """What came of it: the volume's record by now, and whether its key is another one than before."""
+
+    record: VolumeRecord
+    changed: bool
+
+
+class Rekeying:
+    """Changes the keys of volumes; callers hold the volume's lock."""
+
+    def __init__(self, backend: Backend, workers: Workers, encryption: Encryption, keys: VolumeKeys) -> None:
+        self._backend = backend
+        self._workers = workers
+        self._encryption = encryption
+        self._keys = keys
+
+    def rotate(self, volume_id: str, secret: SecretKey, new: Passphrase | None) -> Rekeyed:
+        """Give the volume a new key: of its KMS, or `new` where `secret` holds the present passphrase.
+
+        What an earlier call could not end is ended first. Raises InvalidArgument, FailedPrecondition (never formatted),
+        Unauthenticated, and what sources and devices raise; the volume opens with its recorded key after any error.
+        """
+        record = self._usable(volume_id)
+        if (record.key is None) is (new is None):
+            raise InvalidArgument(
+                f"volume {volume_id} has a key of its KMS, which makes the new one; leave the new passphrase out"
+                if record.key is not None
+                else f"volume {volume_id} opens with a passphrase; give the new one too"
+            )
+        with self._device(volume_id) as device, self._workers.session():
+            if record.key is None:
+                return self._change_passphrase(record, device, secret, new)
+            record = self._end(record, device, secret)
+            return Rekeyed(self._change_key(record, device, secret), changed=True)
+
+    def rewrap(self, volume_id: str, secret: SecretKey) -> Rekeyed:
+        """Wrap the volume's key anew, by the newest key of its KMS; its key slot stays. Errors as `rotate`."""
+        record = self._usable(volume_id)
+        if record.key is None:
+            raise FailedPrecondition(f"volume {volume_id} opens with a secret's passphrase; there is nothing to wrap")
+        fresh = self._keys.rewrap(record, record.key, secret)
+        changed = fresh != record.key
+        if changed:
+            record = self._backend.update(msgspec.structs.replace(record, key=fresh))
+        with self._device(volume_id) as device, self._workers.session():
+            passphrase = self._keys.fetch(record, fresh, secret, "rewrap")
+            self._encryption.remove_passphrase(self._backend, record, device, None, passphrase)
+        if changed:
+            log.info("key wrapped anew", volume_id=volume_id, kms=fresh.kms_id, key_version=fresh.key_version)
+        return Rekeyed(record, changed)
+
+    def renew(self, record: VolumeRecord, device: Handle, secret: SecretKey) -> VolumeRecord:
+        """End a change that was cut, as far as `secret` lets it, and begin the one that the secret asks for.
+
+        It asks by CRYPTO_KEY_VALUE_PREVIOUS: where that opens the volume and the new passphrase does not. Called while
+        a volume is staged, with its device. What hinders it is logged and no error: some key opens the volume.
+        """
+        try:
+            return self._renewed(record, device, secret)
+        except (DriverError, OSError) as error:
+            log.warning("a key could not be changed when its volume was staged", volume_id=record.id, error=str(error))
+            return self._backend.get(record.id)
+
+    def _renewed(self, record: VolumeRecord, device: Handle, secret: SecretKey) -> VolumeRecord:
+        if record.encryption is not EncryptionState.ENCRYPTED:
+            return record
+        if record.key is not None:
+            return self._end(record, device, secret) if record.rekey else record
+        if secret.passphrase is None or (secret.previous is None and record.rekey is None):
+            return record
+        if secret.previous is not None:
+            return self._change_passphrase(record, device, secret, secret.passphrase).record
+        if record.rekey is not None and record.rekey.phase is RekeyPhase.REMOVING:
+            return self._remove(record, device, secret.passphrase)
+        return record  # what was begun with another secret is ended by whoever brings both passphrases
+
+    def _change_passphrase(
+        self, record: VolumeRecord, device: Handle, secret: SecretKey, new: Passphrase | None
+    ) -> Rekeyed:
+        """From one passphrase of secrets to another; both are in hand, so a cut one is simply done again."""
+        old = secret.previous if new is secret.passphrase else secret.passphrase
+        if old is None or new is None:
+            raise FailedPrecondition(
+                f"volume {record.id} opens with a passphrase; give the one that it has and the new one"
+            )
+        if record.rekey is None:
+            try:
+                self._encryption.verify(record, device, old)
+            except Unauthenticated:
+                self._encryption.verify(record, device, new)
+                return Rekeyed(record, changed=False)  # it was changed already
+        if record.rekey is None or record.rekey.phase is RekeyPhase.ADDING:
+            record = self._note(record, Rekey(phase=RekeyPhase.ADDING))
+            try:
+                slot = self._encryption.add_passphrase(self._backend, record, device, old, new, secret)
+            except Unauthenticated:
+                self._note(record, None)
+                raise
+            record = self._note(record, Rekey(phase=RekeyPhase.REMOVING, slot=slot))
+        record = self._remove(record, device, new)
+        log.info("passphrase changed", volume_id=record.id)
+        return Rekeyed(record, changed=True)
+
+    def _change_key(self, record: VolumeRecord, device: Handle, secret: SecretKey) -> VolumeRecord:
+        old = _trail(record)
+        new = self._keys.successor(record, old, secret)
+        record = self._note(record, Rekey(phase=RekeyPhase.ADDING, other=new))
+        return self._end(record, device, secret)
+
+    def _end(self, record: VolumeRecord, device: Handle, secret: SecretKey) -> VolumeRecord:
+        """Go on with a change from key to key, wherever it was cut."""
+        if record.rekey is None:
+            return record
+        other = record.rekey.other
+        if record.rekey.phase is RekeyPhase.ADDING:
+            if other is None:
+                raise FailedPrecondition(
+                    f"the record of volume {record.id} tells of a new key and names none; restore it from a backup"
+                )
+            old = _trail(record)
+            current = self._keys.fetch(record, old, secret, "rotate")
+            fresh = self._keys.fetch(record, other, secret, "rotate")
+            slot = self._encryption.add_passphrase(self._backend, record, device, current, fresh, secret)
+            record = self._backend.update(
+                msgspec.structs.replace(record, key=other, rekey=Rekey(phase=RekeyPhase.REMOVING, other=old, slot=slot))
+            )
+            other = old
+        keep = self._keys.fetch(record, _trail(record), secret, "rotate")
+        removed = record.rekey.slot if record.rekey else None
+        self._encryption.remove_passphrase(self._backend, record, device, removed, keep)
+        if other is not None:
+            self._keys.destroy(record, other, "rotate")
+        record = self._note(record, None)
+        log.info("key changed", volume_id=record.id, key=_trail(record).name)
+        return record
+
+    def _remove(self, record: VolumeRecord, device: Handle, keep: Passphrase) -> VolumeRecord:
+        slot = record.rekey.slot if record.rekey else None
+        self._encryption.remove_passphrase(self._backend, record, device, slot, keep)
+        return self._note(record, None)
+
+    def _note(self, record: VolumeRecord, rekey: Rekey | None) -> VolumeRecord:
+        if record.rekey == rekey:
+            return record
+        return self._backend.update(msgspec.structs.replace(record, rekey=rekey))
+
+    def _usable(self, volume_id: str) -> VolumeRecord:
+        record = self._backend.get(volume_id)
+        if record.encryption is None:
+            raise FailedPrecondition(f"volume {volume_id} is not encrypted, so it has no key")
+        if record.encryption is not EncryptionState.ENCRYPTED:
+            raise FailedPrecondition(f"volume {volume_id} was never staged, so it has no key slot yet; stage it first")
+        return record
+
+    @contextmanager
+    def _device(self, volume_id: str) -> Iterator[Handle]:
+        """The volume's device: as it is attached, or attached for as long as this takes."""
+        attached = self._backend.device_of(volume_id)
+        with ExitStack() as stack:
+            if attached is None:
+                stack.callback(attempt, self._backend.detach, volume_id)
+                attached = self._backend.attach(volume_id, lasting=False)
+            with attached:
+                yield attached
+
+
+def _trail(record: VolumeRecord) -> KeyTrail:
+    if record.key is None:
+        raise FailedPrecondition(
+            f"the record of volume {record.id} tells of a change from key to key and names none; restore it from a "
+            f"backup"
+        )
+    return record.key

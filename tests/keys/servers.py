@@ -1,0 +1,219 @@
+"""Servers of key management systems, real ones, each a process of its own on a free port of this machine.
+
+Vault is built from its own modules (tests/keys/go), moto stands for AWS, PyKMIP's server for KMIP. A plug-in of
+Kubernetes' KMS v2 is a gRPC server in the test's own process: there is nothing else to one.
+"""
+
+import contextlib
+import http.client
+import json
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from kmip.core import enums
+from kmip.pie.client import ProxyKmipClient
+
+from csi_driver.keys import kmsv2_pb2 as kms
+from csi_driver.keys.base import EntryReader
+from csi_driver.keys.kmip import connected, proxy_on, server_of
+from csi_driver.keys.kmsv2_pb2_grpc import KeyManagementServiceServicer, add_KeyManagementServiceServicer_to_server
+from tests.cluster.pki import Authority
+
+VAULT_BIN = "VAULT_BIN"
+_START_SECONDS = 60
+_STOP_SECONDS = 10
+HOST = "127.0.0.1"
+
+
+def free_port() -> int:
+    """A TCP port that nobody has at this moment."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def process(argv: Sequence[str], log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A program that runs as long as the block; its output goes to `log`."""
+    with open(log, "ab") as output:
+        running = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ | environment
+        )
+    try:
+        yield running
+    finally:
+        running.terminate()
+        try:
+            running.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            running.kill()
+            running.wait(_STOP_SECONDS)
+
+
+def wait_for_port(port: int, running: subprocess.Popen[bytes], log: Path) -> None:
+    """Until somebody listens there."""
+    deadline = time.monotonic() + _START_SECONDS
+    while running.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout=1):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no server on port {port}: {log.read_text(errors='replace')[-2000:]}")
+
+
+@dataclass
+class Vault:
+    """A Vault in memory, unsealed; `ask` asks as its root."""
+
+    port: int
+    root: str
+    ca: str | None = None
+
+    @property
+    def address(self) -> str:
+        return f"http{'s' if self.ca else ''}://{HOST}:{self.port}"
+
+    def ask(self, method: str, path: str, document: object = None) -> dict[str, Any]:
+        """The answer; AssertionError unless it is a success."""
+        if self.ca:
+            context = ssl.create_default_context(cadata=self.ca)
+            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+                HOST, self.port, timeout=20, context=context
+            )
+        else:
+            connection = http.client.HTTPConnection(HOST, self.port, timeout=20)
+        with contextlib.closing(connection):
+            body = None if document is None else json.dumps(document)
+            connection.request(method, f"/v1/{path}", body, {"X-Vault-Token": self.root})
+            response = connection.getresponse()
+            content = response.read()
+        assert response.status < 300, f"{method} {path}: {response.status} {content!r}"
+        answer: dict[str, Any] = json.loads(content) if content else {}
+        return answer
+
+    def token(self, *rules: tuple[str, str], ttl: str = "1h") -> str:
+        """A token that may do these: (path, capabilities between commas)."""
+        policy = "\n".join(f'path "{path}" {{ capabilities = {json.dumps(may.split(","))} }}' for path, may in rules)
+        name = f"p{abs(hash(policy))}"
+        self.ask("PUT", f"sys/policies/acl/{name}", {"policy": policy})
+        made = self.ask("POST", "auth/token/create", {"policies": [name], "ttl": ttl})
+        return str(made["auth"]["client_token"])
+
+
+@contextmanager
+def vault(folder: Path, authority: Authority | None = None) -> Iterator[Vault]:
+    """A Vault, with TLS where an authority is given."""
+    port = free_port()
+    log = folder / f"vault-{port}.log"
+    tls: list[str] = []
+    if authority is not None:
+        authority.issue("vault", "vault", names=[f"IP:{HOST}", "DNS:vault.test"])
+        tls = [authority.file("vault.crt"), authority.file("vault.key")]
+    with process([os.environ[VAULT_BIN], f"{HOST}:{port}", *tls], log) as running:
+        wait_for_port(port, running, log)
+        line = next(each for each in log.read_text().splitlines() if each.startswith(HOST))
+        yield Vault(port, line.split()[1], Path(authority.certificate).read_text() if authority else None)
+
+
+@contextmanager
+def aws(folder: Path) -> Iterator[str]:
+    """moto's server; its address."""
+    port, log = free_port(), folder / "moto.log"
+    with process([sys.executable, "-m", "moto.server", "-p", str(port)], log) as running:
+        wait_for_port(port, running, log)
+        yield f"http://{HOST}:{port}"
+
+
+@dataclass(frozen=True)
+class KmipServer:
+    """PyKMIP's server, and the entries of a secret for it but the key's identifier."""
+
+    endpoint: str
+    entries: dict[str, str]
+
+
+@contextmanager
+def kmip(folder: Path, authority: Authority) -> Iterator[KmipServer]:
+    """PyKMIP's server with a certificate of the authority, which wants one of its clients."""
+    port, log = free_port(), folder / "kmip.log"
+    authority.issue("kmip", "kmip", names=[f"IP:{HOST}"])
+    authority.issue("kmip-client", "luks-csi")
+    arguments = [str(folder), str(port), authority.file("kmip.crt"), authority.file("kmip.key"), authority.certificate]
+    with process([sys.executable, "-m", "tests.keys.kmip_server", *arguments], log) as running:
+        wait_for_port(port, running, log)
+        files = {"CA_CERT": authority.certificate, "CLIENT_CERT": authority.file("kmip-client.crt")}
+        files["CLIENT_KEY"] = authority.file("kmip-client.key")
+        yield KmipServer(f"{HOST}:{port}", {entry: Path(path).read_text() for entry, path in files.items()})
+
+
+@contextmanager
+def kmip_client(kmip: KmipServer) -> Iterator[ProxyKmipClient]:
+    """PyKMIP's client over our connection: the driver's own has no way to make keys."""
+    reader = EntryReader("KMS kmip", {"KMIP_ENDPOINT": kmip.endpoint})
+    server = server_of(reader, kmip.entries | {"UNIQUE_IDENTIFIER": "1"}, "secret")
+    version = enums.KMIPVersion.KMIP_1_4
+    client = ProxyKmipClient(hostname=HOST, port=1, config_file=os.devnull, kmip_version=version)
+    with connected(reader.where, server) as connection:
+        client.proxy = proxy_on(reader.where, server, connection, enums)
+        vars(client)["_is_open"] = True
+        yield client
+        client.proxy.socket = None
+
+
+@dataclass
+class Plugin(KeyManagementServiceServicer):
+    """A plug-in of Kubernetes' KMS v2 as they are written: AES-GCM under keys by id; `fail` makes it refuse."""
+
+    keys: dict[str, bytes] = field(default_factory=lambda: {"key-1": os.urandom(32)})
+    newest: str = "key-1"
+    healthz: str = "ok"
+    fail: grpc.StatusCode | None = None
+    wait: float = 0.0
+
+    def Status(self, request: kms.StatusRequest, context: grpc.ServicerContext) -> kms.StatusResponse:
+        self._refuse(context)
+        return kms.StatusResponse(version="v2", healthz=self.healthz, key_id=self.newest)
+
+    def Encrypt(self, request: kms.EncryptRequest, context: grpc.ServicerContext) -> kms.EncryptResponse:
+        self._refuse(context)
+        nonce = os.urandom(12)
+        sealed = AESGCM(self.keys[self.newest]).encrypt(nonce, request.plaintext, None)
+        return kms.EncryptResponse(ciphertext=sealed, key_id=self.newest, annotations={"nonce.test.local": nonce})
+
+    def Decrypt(self, request: kms.DecryptRequest, context: grpc.ServicerContext) -> kms.DecryptResponse:
+        self._refuse(context)
+        if request.key_id not in self.keys:
+            context.abort(grpc.StatusCode.NOT_FOUND, f"there is no key {request.key_id}")
+        nonce = request.annotations["nonce.test.local"]
+        plaintext = AESGCM(self.keys[request.key_id]).decrypt(nonce, request.ciphertext, None)
+        return kms.DecryptResponse(plaintext=plaintext)
+
+    def _refuse(self, context: grpc.ServicerContext) -> None:
+        time.sleep(self.wait)
+        if self.fail is not None:
+            context.abort(self.fail, "as the test wants it")
+
+
+@contextmanager
+def plugin(folder: Path) -> Iterator[tuple[Plugin, str]]:
+    """A plug-in and its endpoint."""
+    servicer, path = Plugin(), folder / "plugin.sock"
+    server = grpc.server(ThreadPoolExecutor(4))
+    add_KeyManagementServiceServicer_to_server(servicer, server)
+    server.add_insecure_port(f"unix:{path}")
+    server.start()
+    try:
+        yield servicer, f"unix://{path}"
+    finally:
+        server.stop(0).wait(_STOP_SECONDS)

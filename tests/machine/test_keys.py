@@ -1,0 +1,474 @@
+"""Volumes with keys of their own on real dm-crypt: their life, other keys while in use, what a KMS's failure leaves."""
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import boto3
+import grpc
+import msgspec
+import pytest
+from kmip.core import enums
+
+from csi_driver.host.blockdev import size_bytes
+from csi_driver.host.keyring import unlink_from_user
+from csi_driver.host.loop import LoopDevices
+from csi_driver.host.workers import Workers
+from csi_driver.keys.aws import Account, AwsWrapper
+from csi_driver.keys.base import EntryReader, KeySource, Wrapping
+from csi_driver.keys.http import Tls
+from csi_driver.keys.kmip import KmipWrapper, server_of
+from csi_driver.keys.metadata import MetadataWrapper
+from csi_driver.keys.plugin import PluginWrapper
+from csi_driver.keys.secret import read_secret
+from csi_driver.keys.vault import Login, Vault
+from csi_driver.keys.vault_kv import VaultKv
+from csi_driver.keys.vault_transit import VaultTransit
+from csi_driver.luks import key_token
+from csi_driver.luks.device import read_header, volume_key_name
+from csi_driver.luks.header import Header
+from csi_driver.model.errors import (
+    DeviceInUse,
+    FailedPrecondition,
+    ForeignSignature,
+    KeyLost,
+    Unauthenticated,
+    Unavailable,
+)
+from csi_driver.model.secret import Passphrase
+from csi_driver.model.settings import Limits
+from csi_driver.model.volume import EncryptionState, KeyTrail, Rekey, RekeyPhase
+from csi_driver.volumes.keys import VolumeKeys
+from csi_driver.volumes.recovery import Recovery
+from tests import volume_images
+from tests.cluster.pki import Authority
+from tests.keys import servers
+from tests.keys.given import GivenSources
+from tests.machine.node import BLANK, MIB, SECRET, SIZE, VOLUME, Node, fingerprint
+from tests.volume_images import BOOT_FILE, GREETING, encrypted_image, make_file_system, put_image
+
+NONE: dict[str, str] = {}
+OF_KMS = {"encrypted": "true", "encryptionKMSID": "kms"}
+OTHER = {"CRYPTO_KEY_VALUE": "another passphrase"}
+
+
+def with_keys(folder: Path, workers: Workers, sources: GivenSources) -> Node:
+    return Node(folder, workers, given_keys=VolumeKeys(sources, "node-1"))
+
+
+def rotate(node: Node, secret: Mapping[str, str] = NONE, new: Mapping[str, str] = NONE) -> bool:
+    with node.locks.hold(VOLUME):
+        return node.rekeying.rotate(VOLUME, read_secret(secret), read_secret(new).passphrase).changed
+
+
+def rewrap(node: Node) -> bool:
+    with node.locks.hold(VOLUME):
+        return node.rekeying.rewrap(VOLUME, read_secret({})).changed
+
+
+def trail_of(node: Node) -> KeyTrail:
+    found = node.record().key
+    assert found is not None
+    return found
+
+
+def token_of(node: Node) -> KeyTrail | None:
+    area, header = read_header("the test's volume", str(node.disk()))
+    return key_token.read(area, header)
+
+
+def header_copy(node: Node) -> Header:
+    return read_header("the copy", str(node.disk().with_name("header.luks2")))[1]
+
+
+def opens(path: Path, passphrase: Passphrase, header: Path | None = None) -> bool:
+    """Whether the real cryptsetup opens it."""
+    argv = ["cryptsetup", "open", "--test-passphrase", "--key-file", "-", str(path)]
+    argv += ["--header", str(header)] if header else []
+    done = subprocess.run(argv, input=passphrase.reveal(), check=False, capture_output=True, timeout=60)
+    return done.returncode == 0
+
+
+# --- servers, one of each kind for the whole module -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], KeySource]]:
+    """Makes a source of a kind; its server starts with the first one."""
+    folder = tmp_path_factory.mktemp("kms")
+    with ExitStack() as stack:
+        made: dict[str, KeySource] = {}
+
+        def source(kind: str) -> KeySource:
+            if kind not in made:
+                made[kind] = MAKERS[kind](folder, stack)
+                stack.callback(made[kind].close)
+            return made[kind]
+
+        yield source
+
+
+def _vault(folder: Path, stack: ExitStack) -> tuple[Vault, EntryReader, servers.Vault]:
+    server = stack.enter_context(servers.vault(folder))
+    reader = EntryReader("KMS kms (vault)", {"vaultAddress": server.address, "vaultTransitKey": "csi"})
+    return Vault(reader, Tls(), Login(server.root)), reader, server
+
+
+def _kv(folder: Path, stack: ExitStack) -> KeySource:
+    vault, reader, server = _vault(folder, stack)
+    server.ask("POST", "sys/mounts/secret", {"type": "kv", "options": {"version": "2"}})
+    return VaultKv(vault, reader, "secret", "csi")
+
+
+def _transit(folder: Path, stack: ExitStack) -> KeySource:
+    vault, reader, server = _vault(folder, stack)
+    server.ask("POST", "sys/mounts/transit", {"type": "transit"})
+    server.ask("POST", "transit/keys/csi", {"derived": True})
+    return Wrapping(VaultTransit(vault, reader))
+
+
+def _aws(folder: Path, stack: ExitStack) -> KeySource:
+    address = stack.enter_context(servers.aws(folder))
+    credentials = {"aws_access_key_id": "access", "aws_secret_access_key": "secret"}
+    client = boto3.client("kms", region_name="eu-central-1", endpoint_url=address, **credentials)
+    key = client.create_key()["KeyMetadata"]["Arn"]
+    client.close()
+    return Wrapping(AwsWrapper("KMS kms (aws)", lambda: Account("eu-central-1", key, credentials, address)))
+
+
+def _kmip(folder: Path, stack: ExitStack) -> KeySource:
+    server = stack.enter_context(servers.kmip(folder, Authority(folder / "pki")))
+    reader = EntryReader("KMS kms (kmip)", {"KMIP_ENDPOINT": server.endpoint})
+    with servers.kmip_client(server) as client:
+        uses = [enums.CryptographicUsageMask.ENCRYPT, enums.CryptographicUsageMask.DECRYPT]
+        key = client.create(enums.CryptographicAlgorithm.AES, 256, cryptographic_usage_mask=uses)
+        client.activate(key)
+    found = server_of(reader, server.entries | {"UNIQUE_IDENTIFIER": str(key)}, "secret")
+    return Wrapping(KmipWrapper(reader.where, lambda: found))
+
+
+def _plugin(folder: Path, stack: ExitStack) -> KeySource:
+    _, endpoint = stack.enter_context(servers.plugin(folder))
+    return Wrapping(PluginWrapper(EntryReader("KMS kms (kms-plugin)", {"endpoint": endpoint})))
+
+
+def _metadata(_folder: Path, _stack: ExitStack) -> KeySource:
+    return Wrapping(MetadataWrapper("KMS kms (metadata)", lambda: Passphrase(b"a passphrase of the class")))
+
+
+MAKERS = {
+    "metadata": _metadata,
+    "vault": _kv,
+    "vaulttransit": _transit,
+    "aws-metadata": _aws,
+    "kmip": _kmip,
+    "kms-plugin": _plugin,
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_the_life_of_a_volume_with_a_key_of_its_own(
+    kind: str, running: Callable[[str], KeySource], folder: Path, workers: Workers
+) -> None:
+    source = running(kind)
+    sources = GivenSources(kms=source)
+    node = with_keys(folder, workers, sources)
+    node.create(parameters=OF_KMS, secret=NONE)
+    made = trail_of(node)
+    assert node.encryption_state() is EncryptionState.PREPARED
+    assert fingerprint(node.disk()) == BLANK
+    node.stage(secret=NONE)
+    node.write()
+    (slot,) = node.header().keyslots.values()
+    assert getattr(slot.kdf, "iterations", 0) == 1000
+    assert token_of(node) == made
+    assert opens(node.disk(), source.fetch(made))
+
+    node = with_keys(folder, workers, sources)  # the driver after a restart
+    node.stage(secret=NONE)
+    node.expand(2 * SIZE)
+    assert size_bytes(f"/dev/mapper/luks-{VOLUME}") == 2 * SIZE
+    assert rotate(node)
+    changed = trail_of(node)
+    assert changed.name != made.name
+    assert len(node.header().keyslots) == 1
+    assert node.read() == "precious"
+    rewrap(node)
+    assert trail_of(node).name == changed.name
+    assert token_of(node) == trail_of(node)
+    assert source.fetch(trail_of(node)) == source.fetch(changed)
+    node.unstage()
+    assert node.closed()
+
+    node.stage(secret=NONE)
+    assert node.read() == "precious"
+    node.unstage()
+    assert opens(node.disk(), source.fetch(trail_of(node)), node.disk().with_name("header.luks2"))
+    last = trail_of(node)
+    node.delete()
+    if not last.wrapped:
+        for trail in (made, last):
+            with pytest.raises(KeyLost):
+                source.fetch(trail)
+
+
+# --- a KMS that fails -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Iterator[tuple[servers.Plugin, GivenSources]]:
+    with servers.plugin(tmp_path) as (servicer, endpoint):
+        sources = GivenSources(kms=Wrapping(PluginWrapper(EntryReader("KMS kms", {"endpoint": endpoint}))))
+        yield servicer, sources
+        sources.given["kms"].close()
+
+
+def test_a_kms_that_is_down_leaves_nothing_made_and_nothing_formatted(
+    plugin: tuple[servers.Plugin, GivenSources], folder: Path, workers: Workers
+) -> None:
+    kms, sources = plugin
+    node = with_keys(folder, workers, sources)
+    kms.fail = grpc.StatusCode.UNAVAILABLE
+    with pytest.raises(Unavailable, match="KMS kms at unix"):
+        node.create(parameters=OF_KMS, secret=NONE)
+    assert not node.disk().exists()
+    kms.fail = None
+    node.create(parameters=OF_KMS, secret=NONE)
+    kms.fail = grpc.StatusCode.UNAVAILABLE
+    with pytest.raises(Unavailable, match="KMS kms at unix"):
+        node.stage(secret=NONE)
+    assert node.encryption_state() is EncryptionState.PREPARED
+    assert fingerprint(node.disk()) == BLANK
+    assert node.closed()
+
+
+def test_open_volumes_go_on_while_their_kms_is_down(
+    plugin: tuple[servers.Plugin, GivenSources], folder: Path, workers: Workers
+) -> None:
+    kms, sources = plugin
+    node = with_keys(folder, workers, sources)
+    node.create(parameters=OF_KMS, secret=NONE)
+    node.stage(secret=NONE)
+    kms.fail = grpc.StatusCode.UNAVAILABLE
+    node.stage(secret=NONE)  # kubelet repeats it
+    node.publish()
+    node.expand(2 * SIZE)
+    node.unpublish()
+    node.unstage()
+    with pytest.raises(Unavailable):
+        node.stage(secret=NONE)
+    node.delete()
+    assert not node.disk().exists()
+
+
+def test_an_expansion_asks_the_kms_where_the_kernel_has_lost_the_key(
+    plugin: tuple[servers.Plugin, GivenSources], folder: Path, workers: Workers
+) -> None:
+    _, sources = plugin
+    node = with_keys(folder, workers, sources)
+    node.create(parameters=OF_KMS, secret=NONE)
+    node.stage(secret=NONE)
+    luks = node.record().luks
+    assert luks is not None
+    assert unlink_from_user(volume_key_name(luks.uuid))
+    node.expand(2 * SIZE)
+    assert size_bytes(f"/dev/mapper/luks-{VOLUME}") == 2 * SIZE
+    node.unstage()
+
+
+def test_a_key_that_is_gone_is_told_and_the_data_stays(
+    plugin: tuple[servers.Plugin, GivenSources], folder: Path, workers: Workers
+) -> None:
+    kms, sources = plugin
+    node = with_keys(folder, workers, sources)
+    node.create(parameters=OF_KMS, secret=NONE)
+    node.stage(secret=NONE)
+    node.write()
+    node.unstage()
+    kept, before = kms.keys.pop("key-1"), fingerprint(node.disk())
+    with pytest.raises(KeyLost, match="has the key no more"):
+        node.stage(secret=NONE)
+    assert fingerprint(node.disk()) == before
+    kms.keys["key-1"] = kept
+    node.stage(secret=NONE)
+    assert node.read() == "precious"
+    node.unstage()
+
+
+# --- another passphrase -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("staged", [True, False])
+def test_a_passphrase_is_changed_in_use_and_closed(used: Node, *, staged: bool) -> None:
+    if staged:
+        used.stage()
+    assert rotate(used, SECRET, OTHER)
+    assert not rotate(used, SECRET, OTHER)  # repeating is fine
+    assert len(used.header().keyslots) == 1
+    assert header_copy(used).seqid == used.header().seqid
+    if staged:
+        assert used.read() == "precious"
+        used.unstage()
+    with pytest.raises(Unauthenticated):
+        used.stage()
+    used.stage(secret=OTHER)
+    assert used.read() == "precious"
+    used.unstage()
+
+
+def test_a_wrong_old_passphrase_changes_nothing(used: Node) -> None:
+    before = fingerprint(used.disk())
+    with pytest.raises(Unauthenticated):
+        rotate(used, {"CRYPTO_KEY_VALUE": "wrong"}, OTHER)
+    assert fingerprint(used.disk()) == before
+    assert used.record().rekey is None
+
+
+def test_the_same_passphrase_again_is_refused(used: Node) -> None:
+    with pytest.raises(FailedPrecondition, match="is the one that it has"):
+        rotate(used, SECRET, SECRET)
+    used.stage()
+    used.unstage()
+
+
+def test_a_secret_with_the_previous_passphrase_changes_it_at_the_next_stage(used: Node) -> None:
+    both = {**OTHER, "CRYPTO_KEY_VALUE_PREVIOUS": SECRET["CRYPTO_KEY_VALUE"]}
+    used.stage(secret=both)
+    assert used.read() == "precious"
+    assert used.record().rekey is None
+    assert len(used.header().keyslots) == 1
+    used.unstage()
+    used.stage(secret=both)  # the old one may stay in the secret
+    used.unstage()
+    with pytest.raises(Unauthenticated):
+        used.stage()
+
+
+def test_a_previous_passphrase_that_opens_nothing_is_no_help(used: Node) -> None:
+    with pytest.raises(Unauthenticated):
+        used.stage(secret={**OTHER, "CRYPTO_KEY_VALUE_PREVIOUS": "wrong too"})
+    assert used.closed()
+    used.stage()
+    used.unstage()
+
+
+def test_key_slots_that_somebody_else_made_stay(used: Node) -> None:
+    _add_slot(used, b"an administrator's")
+    assert rotate(used, SECRET, OTHER)
+    assert len(used.header().keyslots) == 2
+    assert opens(used.disk(), Passphrase(b"an administrator's"))
+    assert opens(used.disk(), Passphrase(OTHER["CRYPTO_KEY_VALUE"].encode()))
+    assert not opens(used.disk(), Passphrase(SECRET["CRYPTO_KEY_VALUE"].encode()))
+
+
+def test_what_an_old_key_slot_left_is_overwritten(used: Node) -> None:
+    (slot,) = used.header().keyslots.values()
+    with used.disk().open("rb") as disk:
+        before = os.pread(disk.fileno(), slot.area.size, slot.area.offset)
+    old_header = used.disk().with_name("old-header")
+    old_header.write_bytes(used.disk().with_name("header.luks2").read_bytes())
+    rotate(used, SECRET, OTHER)
+    with used.disk().open("rb") as disk:
+        assert os.pread(disk.fileno(), slot.area.size, slot.area.offset) != before
+    old_header.unlink()
+
+
+def test_a_record_that_forgot_its_slot_takes_no_other_one(used: Node) -> None:
+    """A slot that is not the old passphrase's is never removed: the proof is what the new one opens."""
+    record = used.record()
+    (slot,) = used.header().keyslots
+    used.store.update(msgspec.structs.replace(record, rekey=Rekey(phase=RekeyPhase.REMOVING, slot=int(slot))))
+    used.stage()  # with the passphrase that opens the slot that is to go
+    assert used.read() == "precious"
+    assert len(used.header().keyslots) == 1
+    used.unstage()
+
+
+def _add_slot(node: Node, passphrase: bytes) -> None:
+    argv = ["cryptsetup", "luksAddKey", "--batch-mode", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"]
+    old = node.folder / "old"
+    old.write_text(SECRET["CRYPTO_KEY_VALUE"])
+    argv += ["--key-file", str(old), str(node.disk()), "-"]
+    subprocess.run(argv, input=passphrase, check=True, capture_output=True, timeout=60)
+    old.unlink()
+
+
+# --- an image, recovery -----------------------------------------------------------------------------------------------
+
+
+def test_a_volume_from_an_encrypted_image_gets_a_key_of_its_own(
+    plugin: tuple[servers.Plugin, GivenSources], folder: Path, workers: Workers
+) -> None:
+    _, sources = plugin
+    node = with_keys(folder, workers, sources)
+    image = encrypted_image(make_file_system(folder / "image.raw", 8 * MIB), folder / "image")
+    put_image(node.state, "installed", image)
+    node.create(parameters={**OF_KMS, "backingImage": "installed"}, secret=volume_images.SECRET)
+    assert node.encryption_state() is EncryptionState.ENCRYPTED
+    assert len(node.header().keyslots) == 1
+    node.stage(secret=NONE)
+    assert (node.staging_path() / BOOT_FILE).read_text() == GREETING
+    node.unstage()
+    assert not opens(node.disk(), Passphrase(volume_images.SECRET["CRYPTO_KEY_VALUE"].encode()))
+
+
+def recovery(node: Node, sources: GivenSources) -> Recovery:
+    return Recovery(node.store, node.presences, node.workers, LoopDevices(), sources, Limits())
+
+
+def test_a_damaged_header_is_put_back_from_its_copy(used: Node) -> None:
+    copy = used.disk().with_name("header.luks2")
+    with used.disk().open("r+b") as disk:
+        disk.write(bytes(64 * 1024))
+    made = recovery(used, GivenSources())
+    made.restore_header(VOLUME, copy)
+    used.stage()
+    assert used.read() == "precious"
+    with pytest.raises(DeviceInUse, match="is open"):
+        made.restore_header(VOLUME, copy)
+    used.unstage()
+
+
+def test_a_copy_of_another_volumes_header_is_refused(used: Node) -> None:
+    used.staged_once("pvc-2")
+    before = fingerprint(used.disk())
+    with pytest.raises(ForeignSignature):
+        recovery(used, GivenSources()).restore_header(VOLUME, used.disk("pvc-2").with_name("header.luks2"))
+    assert fingerprint(used.disk()) == before
+
+
+def test_a_volume_is_opened_by_its_file_a_copy_of_its_header_and_its_kms_alone(
+    plugin: tuple[servers.Plugin, GivenSources], folder: Path, workers: Workers
+) -> None:
+    _, sources = plugin
+    node = with_keys(folder, workers, sources)
+    node.create(parameters=OF_KMS, secret=NONE)
+    node.stage(secret=NONE)
+    node.write()
+    node.unstage()
+    copy = folder / "header"
+    copy.write_bytes(node.disk().with_name("header.luks2").read_bytes())
+    with node.disk().open("r+b") as disk:
+        disk.write(bytes(64 * 1024))
+    with _recovered(node, sources, copy) as path:
+        mounted = folder / "mounted"
+        mounted.mkdir()
+        subprocess.run(["mount", "-o", "ro", path, str(mounted)], check=True, timeout=60)
+        try:
+            assert (mounted / "file").read_text() == "precious"
+        finally:
+            subprocess.run(["umount", str(mounted)], check=True, timeout=60)
+
+
+@contextmanager
+def _recovered(node: Node, sources: GivenSources, header: Path | None) -> Iterator[str]:
+    path = recovery(node, sources).open(node.disk(), "recovered", header, read_secret({}), read_only=True)
+    luks = node.record().luks
+    assert luks is not None
+    try:
+        yield path
+    finally:
+        node.mapper.remove("recovered")
+        unlink_from_user(volume_key_name(luks.uuid))

@@ -1,0 +1,179 @@
+"""What a server of keys may answer: each its sentence and its class, and nothing secret in any of them."""
+
+import http.server
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from csi_driver.keys.http import HttpService, Tls
+from csi_driver.model.errors import DriverError, FailedPrecondition, PermissionDenied, Unavailable
+
+TOKEN = "s.a-token-that-nobody-may-see"
+SECRET = "a DEK that nobody may see"
+
+Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
+
+
+class Server:
+    """Answers as told, in turn; the last answer stays."""
+
+    def __init__(self, answers: list[Answer]) -> None:
+        self.answers = answers
+        self.asked = 0
+
+    def answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        self.asked += 1
+        self.answers[min(self.asked, len(self.answers)) - 1](handler)
+
+
+@contextmanager
+def serving(*answers: Answer) -> Iterator[tuple[Server, HttpService]]:
+    told = Server(list(answers))
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.answer(self)
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    service = HttpService("KMS v (vault)", "vault", f"http://127.0.0.1:{server.server_address[1]}", Tls(), seconds=0.5)
+    try:
+        yield told, service
+    finally:
+        service.close()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def status(code: int, content: bytes = b"", **headers: str) -> Answer:
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.send_response(code)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(content)
+
+    return answer
+
+
+def slow(handler: http.server.BaseHTTPRequestHandler) -> None:
+    time.sleep(1.5)
+    handler.close_connection = True
+
+
+def truncated(handler: http.server.BaseHTTPRequestHandler) -> None:
+    status(200, b'{"data": {"ciph', **{"Content-Length": "500"})(handler)
+    handler.close_connection = True
+
+
+def ask(service: HttpService, *, again: bool = True, quotes: bool = True) -> object:
+    headers = {"X-Vault-Token": TOKEN}
+    return service.ask("POST", "v1/x", {"plaintext": SECRET}, headers, again=again, quotes=quotes)
+
+
+ECHO = json.dumps({"errors": [f"cannot wrap {SECRET} for {TOKEN}"]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "words"),
+    [
+        (status(400, b'{"errors": ["no such key"]}'), FailedPrecondition, "does not take the request.*no such key"),
+        (status(401), PermissionDenied, "refuses .HTTP 401"),
+        (status(403, b'{"errors": ["permission denied"]}'), PermissionDenied, "permission denied"),
+        (status(429), Unavailable, "too many requests"),
+        (status(500, b'{"errors": ["internal error"]}'), Unavailable, "failed .HTTP 500: internal error"),
+        (status(503, b"<html>"), Unavailable, "HTTP 503"),
+        (status(307, Location="http://elsewhere/"), FailedPrecondition, "HTTP 307"),
+        (status(200, b"<html>hello</html>"), Unavailable, "no JSON object or ends early"),
+        (status(200, b"[1]"), Unavailable, "no JSON object"),
+        (truncated, Unavailable, "broke off|ends early"),
+        (status(200, b'"' + b"x" * (2 << 20) + b'"'), FailedPrecondition, "more than"),
+        (slow, Unavailable, "did not answer within"),
+    ],
+)
+def test_each_answer_has_its_sentence(answer: Answer, kind: type[DriverError], words: str) -> None:
+    with serving(answer) as (_, service), pytest.raises(kind, match=words) as told:
+        ask(service, again=False)
+    assert "KMS v (vault)" in str(told.value)
+    assert TOKEN not in str(told.value)
+    assert SECRET not in str(told.value)
+
+
+def test_what_the_server_says_is_not_quoted_where_something_secret_was_sent() -> None:
+    with serving(status(400, ECHO)) as (_, service), pytest.raises(FailedPrecondition) as told:
+        ask(service, quotes=False)
+    assert SECRET not in str(told.value)
+
+
+def test_what_passes_by_itself_is_asked_again() -> None:
+    with serving(status(503), status(429), status(200, b'{"ok": 1}')) as (told, service):
+        assert ask(service) == {"ok": 1}
+    assert told.asked == 3
+
+
+@pytest.mark.parametrize("code", [400, 403, 404])
+def test_what_is_final_is_asked_once(code: int) -> None:
+    with serving(status(code)) as (told, service):
+        if code == 404:
+            assert ask(service) is None
+        else:
+            with pytest.raises(DriverError):
+                ask(service)
+    assert told.asked == 1
+
+
+def test_a_login_is_never_repeated() -> None:
+    with serving(status(500)) as (told, service), pytest.raises(Unavailable):
+        ask(service, again=False)
+    assert told.asked == 1
+
+
+def test_nobody_there_is_told() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        service = HttpService("KMS v", "vault", f"http://127.0.0.1:{closed.getsockname()[1]}", Tls(), seconds=1)
+        with pytest.raises(Unavailable, match="cannot be reached"):
+            ask(service, again=False)
+        service.close()
+
+
+@pytest.mark.parametrize("base", ["ftp://x", "vault:8200", "http://[::1"])
+def test_what_is_no_address_is_told(base: str) -> None:
+    service = HttpService("KMS v", "vault", base, Tls(), seconds=1)
+    with pytest.raises(FailedPrecondition, match="no http or https URL"):
+        ask(service, again=False)
+    service.close()
+
+
+def test_plain_http_behind_https_is_told() -> None:
+    with serving(status(200, b"{}")) as (_, service):
+        base = service._base.replace("http:", "https:")  # noqa: SLF001 - its address
+        https = HttpService("KMS v", "vault", base, Tls(), seconds=1)
+        with pytest.raises(FailedPrecondition, match="the TLS connection to KMS v failed"):
+            ask(https, again=False)
+        https.close()
+
+
+@pytest.mark.parametrize(
+    "pem", ["", "no certificate", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"]
+)
+def test_a_ca_that_is_none_is_told(pem: str) -> None:
+    if pem:
+        with pytest.raises(FailedPrecondition, match="CA certificate for KMS v is none"):
+            Tls(ca=pem).context("KMS v")
+
+
+def test_a_client_certificate_without_its_key_is_told() -> None:
+    with pytest.raises(FailedPrecondition, match="client certificate and key"):
+        Tls(certificate="no certificate", key="no key").context("KMS v")
