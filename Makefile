@@ -38,7 +38,7 @@ MACHINE_PYTEST := $(PY) -m pytest -p no:cacheprovider
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo shell test test-danger test-machine check sanity faults crashes storm danger canary cluster-test keys-test \
-    keys-kills bench bench-images format clean venv system lock fuzz images images-demo images-matrix images-kills images-hostile \
+    keys-kills bench bench-keys bench-images format clean venv system lock fuzz images images-demo images-matrix images-kills images-hostile \
     images-limits images-random
 
 help: ## this list
@@ -135,6 +135,9 @@ cluster-test: venv $(KUBERNETES_BIN) ## a real Kubernetes; ONLY="longhorn nodes"
 bench: venv system $(BENCH_BASE) ## times beside their bounds, and beside an older commit; then with udev
 	@code=0; $(BENCH_GUEST) -- $(PY) -m benchmarks || code=1; \
 	echo; echo 'with udev:'; $(BENCH_GUEST) --udev -- $(PY) -m benchmarks before || code=1; exit $$code
+
+bench-keys: venv system ## a node with 50 keys of a KMS comes back; a stage with each KMS
+	@$(BENCH_GUEST) -- $(PY) -m benchmarks keys
 
 bench-images: venv system $(BENCH_IMAGES_BASE) ## the image engine beside cp, qemu-img and cryptsetup
 	@$(PY) -m benchmarks.images

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import before, calls, many, restart, scale, staging
+from benchmarks import before, calls, keys, many, restart, scale, staging
 from benchmarks.table import Row, table
 
 _GROUPS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
@@ -20,7 +20,10 @@ _GROUPS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
     "many": many.rows,
     "restart": restart.rows,
     "before": before.rows,
+    "keys": keys.rows,
 }
+_APART = {"keys"}
+"""Measured when named alone: `make bench-keys`."""
 
 
 def main(names: Sequence[str]) -> int:
@@ -30,7 +33,7 @@ def main(names: Sequence[str]) -> int:
         return 2
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir=os.environ.get("MACHINE_STATE"), prefix="bench-") as folder:
-        for name in names or _GROUPS:
+        for name in names or [name for name in _GROUPS if name not in _APART]:
             for row in _GROUPS[name](Path(folder)):
                 print(f"{name}: {row.what}: {row.cells()[3]}", file=sys.stderr, flush=True)
                 rows.append(row)

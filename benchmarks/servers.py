@@ -29,6 +29,14 @@ _WRITER = csi.VolumeCapability.AccessMode(mode=csi.VolumeCapability.AccessMode.S
 CAPABILITY = csi.VolumeCapability(access_mode=_WRITER, mount=csi.VolumeCapability.MountVolume(fs_type="ext4"))
 
 
+CHEAP: Mapping[str, str] = {"encrypted": "true", "pbkdf": "pbkdf2", "pbkdfIterations": "1000"}
+"""A class for random keys."""
+
+
+def _secrets(key: str) -> dict[str, str]:
+    return {"CRYPTO_KEY_VALUE": key} if key else {}
+
+
 def random_key() -> str:
     """32 random bytes of text."""
     return secrets.token_urlsafe(24)
@@ -105,10 +113,16 @@ class Running:
         self.stop()
         return self.start()
 
-    def new_volume(self, name: str, folder: Path, size: int) -> "Volume":
-        """Create a volume, and below `folder` the folder that kubelet would make to stage it."""
-        made = self.client.create(name, size).volume
-        volume = Volume(self, made.volume_id, folder, random_key(), dict(made.volume_context))
+    def new_volume(
+        self, name: str, folder: Path, size: int, parameters: Mapping[str, str] = CHEAP, key: str | None = None
+    ) -> "Volume":
+        """Create a volume, and below `folder` the folder that kubelet would make to stage it.
+
+        Its secret has `key`, by default a random one; "" is no secret.
+        """
+        key = random_key() if key is None else key
+        made = self.client.create(name, size, parameters, key).volume
+        volume = Volume(self, made.volume_id, folder, key, dict(made.volume_context))
         volume.staging_path.mkdir(parents=True, exist_ok=True)
         self._volumes.append(volume)
         return volume
@@ -120,14 +134,14 @@ class Running:
         return False
 
 
-def our_server(folder: Path, tree: Path | None = None) -> Running:
+def our_server(folder: Path, tree: Path | None = None, options: Sequence[str] = ()) -> Running:
     """`luks-csi serve`, as it is installed; of another `tree` with its stubs built, where one is given."""
     program = str(Path(sys.executable).with_name("luks-csi"))
     return Running(
         folder,
         [
             program, "serve", "--state-dir", str(folder / "state"), "--node-id", "bench", "--free-space-floor", "64Mi",
-            "--threads", str(THREADS), "--log-format", "json", "--endpoint",
+            "--threads", str(THREADS), "--log-format", "json", *options, "--endpoint",
         ],
         tree,
     )  # fmt: skip
@@ -155,13 +169,16 @@ class Client:
         """Probe."""
         self._identity.Probe(csi.ProbeRequest(), timeout=_CALL_SECONDS)
 
-    def create(self, name: str, size: int) -> csi.CreateVolumeResponse:
-        """CreateVolume, encrypted; its key derivation is cheap, as is right for a random key."""
+    def create(
+        self, name: str, size: int, parameters: Mapping[str, str] = CHEAP, key: str = ""
+    ) -> csi.CreateVolumeResponse:
+        """CreateVolume, encrypted; by default its key derivation is cheap, as is right for a random key."""
         request = csi.CreateVolumeRequest(
             name=name,
             capacity_range=csi.CapacityRange(required_bytes=size),
             volume_capabilities=[CAPABILITY],
-            parameters={"encrypted": "true", "pbkdf": "pbkdf2", "pbkdfIterations": "1000"},
+            parameters=parameters,
+            secrets=_secrets(key),
         )
         return self.controller.CreateVolume(request, timeout=_CALL_SECONDS)
 
@@ -201,7 +218,7 @@ class Volume:
             volume_id=self.id,
             staging_target_path=str(self.staging_path),
             volume_capability=CAPABILITY,
-            secrets={"CRYPTO_KEY_VALUE": self.key},
+            secrets=_secrets(self.key),
             volume_context=self.context,
         )
         self.server.client.node.NodeStageVolume(request, timeout=_CALL_SECONDS)

@@ -79,14 +79,14 @@ def driver(cluster: Cluster) -> Iterator[Driver]:
 
 @contextmanager
 def installed(cluster: Cluster, overlay: str) -> Iterator[None]:
-    """Have `deploy/kubernetes/names/OVERLAY` instead of the default, for a module whose fixture this is in: all names
-    share one namespace. Claims and pods must be gone before and after.
+    """Have `deploy/kubernetes/OVERLAY` instead of the default, for a module whose fixture this is in: all of them share
+    one namespace. Claims and pods must be gone before and after.
     """
     default = cluster.get("CSIDriver", NAME) is not None
     if default:
         cluster.uninstall(DEPLOY)
     try:
-        folder = DEPLOY / "names" / overlay
+        folder = DEPLOY / overlay
         cluster.install(folder)
         try:
             yield

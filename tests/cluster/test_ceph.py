@@ -35,7 +35,7 @@ def _filled(cluster: Cluster) -> Json:
 @pytest.fixture(scope="module", autouse=True)
 def ceph(cluster: Cluster) -> Iterator[None]:
     """The driver under Ceph-CSI's name, the class and its secret."""
-    with installed(cluster, "ceph"), applied(cluster, _SECRET, _filled(cluster)):
+    with installed(cluster, "names/ceph"), applied(cluster, _SECRET, _filled(cluster)):
         yield
 
 
@@ -79,11 +79,11 @@ def test_expansion_wants_the_class_to_allow_it_and_then_uses_its_secret(cluster:
     assert "system:serviceaccount:luks-csi:luks-csi-controller" in readers
 
 
-def test_a_class_that_names_a_kms_is_refused_in_the_claims_events(cluster: Cluster) -> None:
+def test_a_class_that_names_a_kms_of_nowhere_is_told_in_the_claims_events(cluster: Cluster) -> None:
     named = _filled(cluster)
     named["metadata"]["name"] = "csi-rbd-kms"
     named["parameters"]["encryptionKMSID"] = "vault-1"
     with applied(cluster, named), workload(cluster, "csi-rbd-kms") as used:
         used.create()
-        used.wait_claim_event("code = InvalidArgument", "encryptionKMSID", "vault-1")
+        used.wait_claim_event("code = FailedPrecondition", "no KMS is configured")
         assert used.claim["status"]["phase"] == "Pending"

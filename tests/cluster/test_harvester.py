@@ -18,7 +18,7 @@ _CLASS, _PASSPHRASE = "harvester-longhorn-encryption", "Some secret value here"
 def harvester(cluster: Cluster) -> Iterator[None]:
     """The driver under Longhorn's name; namespace, secret and class."""
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": _NAMESPACE}}
-    with installed(cluster, "longhorn"), applied(cluster, namespace, MANIFESTS / "harvester.yaml"):
+    with installed(cluster, "names/longhorn"), applied(cluster, namespace, MANIFESTS / "harvester.yaml"):
         yield
 
 

@@ -26,7 +26,7 @@ def longhorn(cluster: Cluster) -> Iterator[None]:
     """The driver under Longhorn's name, its namespace and its classes."""
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": _NAMESPACE}}
     classes = [MANIFESTS / file for file in _CLASSES.values()]
-    with installed(cluster, "longhorn"), applied(cluster, namespace, *classes):
+    with installed(cluster, "names/longhorn"), applied(cluster, namespace, *classes):
         yield
 
 

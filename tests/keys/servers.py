@@ -62,11 +62,11 @@ def process(argv: Sequence[str], log: Path, **environment: str) -> Iterator[subp
             running.wait(_STOP_SECONDS)
 
 
-def wait_for_port(port: int, running: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for_port(port: int, running: subprocess.Popen[bytes], log: Path, host: str = HOST) -> None:
     """Until somebody listens there."""
     deadline = time.monotonic() + _START_SECONDS
     while running.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout=1):
+        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
             return
         time.sleep(0.05)
     raise AssertionError(f"no server on port {port}: {log.read_text(errors='replace')[-2000:]}")
@@ -76,23 +76,24 @@ def wait_for_port(port: int, running: subprocess.Popen[bytes], log: Path) -> Non
 class Vault:
     """A Vault in memory, unsealed; `ask` asks as its root."""
 
+    host: str
     port: int
     root: str
     ca: str | None = None
 
     @property
     def address(self) -> str:
-        return f"http{'s' if self.ca else ''}://{HOST}:{self.port}"
+        return f"http{'s' if self.ca else ''}://{self.host}:{self.port}"
 
     def ask(self, method: str, path: str, document: object = None) -> dict[str, Any]:
         """The answer; AssertionError unless it is a success."""
         if self.ca:
             context = ssl.create_default_context(cadata=self.ca)
             connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                HOST, self.port, timeout=20, context=context
+                self.host, self.port, timeout=20, context=context
             )
         else:
-            connection = http.client.HTTPConnection(HOST, self.port, timeout=20)
+            connection = http.client.HTTPConnection(self.host, self.port, timeout=20)
         with contextlib.closing(connection):
             body = None if document is None else json.dumps(document)
             connection.request(method, f"/v1/{path}", body, {"X-Vault-Token": self.root})
@@ -112,18 +113,18 @@ class Vault:
 
 
 @contextmanager
-def vault(folder: Path, authority: Authority | None = None) -> Iterator[Vault]:
-    """A Vault, with TLS where an authority is given."""
+def vault(folder: Path, authority: Authority | None = None, host: str = HOST) -> Iterator[Vault]:
+    """A Vault at an address of this machine, with TLS where an authority is given."""
     port = free_port()
     log = folder / f"vault-{port}.log"
     tls: list[str] = []
     if authority is not None:
-        authority.issue("vault", "vault", names=[f"IP:{HOST}", "DNS:vault.test"])
+        authority.issue("vault", "vault", names=[f"IP:{host}"])
         tls = [authority.file("vault.crt"), authority.file("vault.key")]
-    with process([os.environ[VAULT_BIN], f"{HOST}:{port}", *tls], log) as running:
-        wait_for_port(port, running, log)
-        line = next(each for each in log.read_text().splitlines() if each.startswith(HOST))
-        yield Vault(port, line.split()[1], Path(authority.certificate).read_text() if authority else None)
+    with process([os.environ[VAULT_BIN], f"{host}:{port}", *tls], log) as running:
+        wait_for_port(port, running, log, host)
+        line = next(each for each in log.read_text().splitlines() if each.startswith(host))
+        yield Vault(host, port, line.split()[1], Path(authority.certificate).read_text() if authority else None)
 
 
 @contextmanager

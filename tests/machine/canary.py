@@ -1,16 +1,17 @@
 """`make canary`: no byte of a key leaves its place while a real server works.
 
-A server with debug logs creates, stages, publishes, expands, unstages and deletes volumes, refuses wrong keys and odd
-secrets. Watched meanwhile: arguments and environment of every process. Searched afterwards: logs, error texts, all
-files of the state directory and of every place for temporary files, tables of mappings, readable keys, core dumps.
-What is looked for are any six bytes in a row of a passphrase, as UTF-8, UTF-16, hexadecimal and base64, and the volume
-keys.
+A server with debug logs creates, stages, publishes, expands, unstages and deletes volumes, also one with a key of a
+KMS, which is changed in use; it refuses wrong keys and odd secrets. Watched meanwhile: arguments and environment of
+every process. Searched afterwards: logs, error texts, all files of the state directory and of every place for temporary
+files, tables of mappings, readable keys, core dumps. What is looked for are any six bytes in a row of a passphrase, as
+UTF-8, UTF-16, hexadecimal and base64, and the volume keys.
 """
 
 import base64
 import binascii
 import contextlib
 import ctypes
+import json
 import os
 import re
 import secrets
@@ -30,6 +31,7 @@ from csi_driver.host.syscalls import NUMBERS, libc, syscall
 from csi_driver.rpc.client import CsiClient, RemoteError
 from csi_driver.volumes.capability import AccessMode, Capability
 from tests.headers import run_cryptsetup
+from tests.keys.program import program
 from tests.machine.processes import has_ended, wait_for
 from tests.machine.server import ServerProcess
 
@@ -51,6 +53,8 @@ _CLASS = {
     "mkfsOptions": "-i 1024 -I 256 -E lazy_itable_init=0",
 }  # fmt: skip
 
+
+_OF_KMS = {"encrypted": "true", "encryptionKMSID": "kms"}
 
 Call = Callable[[], object]
 Dumped = Callable[[int], bool]
@@ -211,6 +215,39 @@ class Canary:
         self._search_kernel()
         self._tried(lambda: client.unstage("pvc-1", stage))
         self._tried(lambda: client.delete_volume("pvc-1"))
+        self._work_with_kms(client, stage)
+
+    def _work_with_kms(self, client: CsiClient, stage: Path) -> None:
+        volume = client.create_volume("pvc-2", [_MOUNT], 64 * _MIB, parameters=_OF_KMS, secrets={})
+        self._learn_kms_key()
+        self._tried(lambda: client.stage(volume, stage, _MOUNT, {}))
+        self._tried(lambda: client.expand_on_node("pvc-2", stage, 96 * _MIB, {}))
+        program = str(Path(sys.executable).with_name("luks-csi"))
+        options = [*kms_options(self._folder), "--state-dir", str(self._server.state_dir)]
+        options += ["--endpoint", str(self._server.endpoint)]
+        done = subprocess.run(
+            [program, "keys", "rotate", "pvc-2", "--yes", *options], check=False, capture_output=True, timeout=60
+        )
+        self._texts.append((done.stdout + done.stderr).decode())
+        self._learn_kms_key()
+        self._search_files()
+        self._tried(lambda: client.unstage("pvc-2", stage))
+        self._tried(lambda: client.delete_volume("pvc-2"))
+
+    def _learn_kms_key(self) -> None:
+        """The volume's own key as the program of the KMS unwraps it, by a pipe that nobody else reads."""
+        record = json.loads((self._server.state_dir / "loopfile/volumes/pvc-2/record.json").read_text())
+        trail = record["volume"]["key"]
+        asked = {"operation": "unwrap", "name": trail["name"], "wrapped": trail["wrapped"]}
+        done = subprocess.run(
+            [str(self._folder / "wrap-key")],
+            input=json.dumps(asked),
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        self.needles.add_text("a key of a KMS", base64.b64decode(json.loads(done.stdout)["key"]).decode())
 
     def _tried(self, call: Call) -> None:
         """A call whose success is another suite's business: here only its words count."""
@@ -367,10 +404,20 @@ def _core_trap(folder: Path) -> Iterator[Dumped]:
         setting.write_text(before)
 
 
+def kms_options(folder: Path) -> list[str]:
+    """Options for a KMS that is a program in `folder`."""
+    return [
+        "--kms-config", str(folder / "kms.json"), "--kms-programs", str(folder),
+        "--audit-file", str(folder / "audit.jsonl"),
+    ]  # fmt: skip
+
+
 def watch(folder: Path, plant: str | None = None) -> Report:
     """Run a server, the real one or one with a planted leak, and search."""
+    program(folder)
+    (folder / "kms.json").write_text('{"kms": {"encryptionKMSType": "exec", "program": "wrap-key"}}')
     planted = (sys.executable, "-m", "tests.machine.canary_plants", plant or "")
-    options = ("--log-level", "debug")
+    options = ("--log-level", "debug", *kms_options(folder))
     with ServerProcess(folder, *options, program=planted) if plant else ServerProcess(folder, *options) as server:
         return Canary(folder, server).run(cores=plant in (None, "core"))
 

@@ -66,6 +66,7 @@ def _format(
     __: Limits,
     passphrase: Passphrase,
     ___: Handle,
+    _token: bytes | None,
 ) -> str:
     with crypt_device(where, device.path) as context:
         context.format(chosen, identity.uuid, passphrase)

@@ -42,6 +42,7 @@ def careless_format(
     _: HeaderLimits,
     key: Passphrase,
     _storage: Handle,
+    _token: bytes | None,
 ) -> str:
     """luksFormat without a look at what is there."""
     with crypt_device(where, device.path) as context:

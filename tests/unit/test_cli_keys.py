@@ -1,0 +1,130 @@
+"""`luks-csi keys` and `luks-csi recover`: what they tell and refuse; what they do is tested on devices."""
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from csi_driver.backends.records import RecordCodec
+from csi_driver.model.volume import EncryptionState, KeyTrail, Rekey, RekeyPhase, VolumeParameters, VolumeRecord
+from tests.cli import run_cli
+
+TRAIL = KeyTrail(
+    kms_id="vault-1", type="vaulttransit", name="pvc-1", wrapped="vault:v3:x", key_id="transit/csi", key_version="3"
+)
+PLAIN = VolumeRecord(id="plain", name="plain", capacity_bytes=1, parameters=VolumeParameters(), created="now")
+SECRET = msgspec.structs.replace(
+    PLAIN, id="of-a-secret", encryption=EncryptionState.ENCRYPTED, rekey=Rekey(phase=RekeyPhase.REMOVING, slot=0)
+)
+OF_KMS = msgspec.structs.replace(PLAIN, id="of-a-kms", encryption=EncryptionState.ENCRYPTED, key=TRAIL)
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> list[str]:
+    """Options for a state directory with three volumes, and without any KMS."""
+    for record in (PLAIN, SECRET, OF_KMS):
+        folder = tmp_path / "state/loopfile/volumes" / record.id
+        folder.mkdir(parents=True)
+        (folder / "record.json").write_bytes(RecordCodec().encode(record))
+    (tmp_path / "state/locks").mkdir()
+    return [
+        "--state-dir", str(tmp_path / "state"), "--endpoint", str(tmp_path / "csi.sock"),
+        "--kms-config", str(tmp_path / "kms.json"),
+    ]  # fmt: skip
+
+
+def test_status_tells_where_keys_come_from_and_never_what_they_are(state: list[str]) -> None:
+    done = run_cli("keys", "status", *state, "-o", "json")
+    assert json.loads(done.stdout) == [
+        {
+            "volume": "of-a-kms",
+            "kms": "vault-1",
+            "type": "vaulttransit",
+            "key": "transit/csi",
+            "key_version": "3",
+            "change": None,
+        },
+        {
+            "volume": "of-a-secret",
+            "kms": None,
+            "type": "secret",
+            "key": None,
+            "key_version": None,
+            "change": "removing",
+        },
+    ]
+    table = run_cli("keys", "status", "of-a-kms", *state).stdout
+    assert "of-a-kms" in table
+    assert "transit/csi" in table
+    assert TRAIL.wrapped not in table + done.stdout
+
+
+def test_status_of_what_is_not_there(state: list[str]) -> None:
+    done = run_cli("keys", "status", "nope", *state)
+    assert (done.exit_code, "nope does not exist" in done.stderr) == (1, True)
+
+
+def test_without_any_kms_there_is_nothing_to_check(state: list[str]) -> None:
+    assert run_cli("keys", "check", *state).stdout == "no KMS is configured\n"
+
+
+def test_each_kms_is_told_and_one_that_fails_ends_with_1(state: list[str]) -> None:
+    Path(state[-1]).write_text('{"a": {"encryptionKMSType": "abacus"}, "b": {"encryptionKMSType": "metadata"}}')
+    done = run_cli("keys", "check", *state, "-o", "json")
+    assert done.exit_code == 1
+    assert [(one["kms"], one["ok"]) for one in json.loads(done.stdout)] == [("a", False), ("b", False)]
+    assert "FAIL" in run_cli("keys", "check", *state).stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("rewrap",), "Name volumes, or all of them with --all"),
+        (("rewrap", "--all", "of-a-kms"), "Name volumes, or all of them with --all"),
+        (("rotate", "of-a-kms"), "--yes"),
+        (("rotate",), "Missing argument"),
+    ],
+)
+def test_a_command_line_that_cannot_be_right(state: list[str], words: tuple[str, ...], said: str) -> None:
+    done = run_cli("keys", *words, *state)
+    assert done.exit_code == 2
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("volume", "said"),
+    [
+        ("plain", "is not encrypted, so it has no key"),
+        ("nope", "does not exist"),
+        ("NOPE", "is no volume's id"),
+        ("of-a-secret", "opens with a passphrase; give the new one too"),
+    ],
+)
+def test_what_cannot_be_rotated_is_told(state: list[str], volume: str, said: str) -> None:
+    done = run_cli("keys", "rotate", volume, "--yes", *state)
+    assert done.exit_code == 1
+    assert said in done.stderr
+
+
+def test_a_volume_that_fails_keeps_no_other_from_being_wrapped_anew(state: list[str]) -> None:
+    done = run_cli("keys", "rewrap", "of-a-secret", "of-a-kms", *state, "-o", "json")
+    assert done.exit_code == 1
+    found = json.loads(done.stdout)
+    assert [(one["volume"], one["changed"]) for one in found] == [("of-a-secret", False), ("of-a-kms", False)]
+    assert "there is nothing to wrap" in found[0]["error"]
+    assert "no KMS is configured" in found[1]["error"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "control"])
+def test_recover_takes_no_name_that_cannot_be_a_mappings(tmp_path: Path, name: str) -> None:
+    device = tmp_path / "disk.img"
+    device.touch()
+    done = run_cli("recover", device, name)
+    assert done.exit_code == 2
+    assert "name of a mapping" in done.stderr
+
+
+def test_a_header_is_restored_to_a_volume_that_is_there_alone(state: list[str]) -> None:
+    done = run_cli("volume", "restore-header", "nope", "--yes", *state[:4])
+    assert (done.exit_code, "does not exist" in done.stderr) == (1, True)
