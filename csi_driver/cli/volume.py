@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from csi_driver.cli.adopt import adopt
 from csi_driver.cli.check import check
 from csi_driver.cli.names import volume_names
 from csi_driver.cli.node_view import Seen
@@ -32,12 +33,13 @@ def volume() -> None:
     """Create, stage, publish, enlarge and remove volumes by hand.
 
     A volume is staged once, which opens and mounts it, and then published to as many places as want to see it. Each
-    command but accept-record, check and restore-header is a call of the Container Storage Interface to the server at
-    --endpoint. Secrets come from files or standard input only.
+    command but accept-record, adopt, check and restore-header is a call of the Container Storage Interface to the
+    server at --endpoint. Secrets come from files or standard input only.
     """
 
 
 volume.add_command(accept_record)
+volume.add_command(adopt)
 volume.add_command(check)
 volume.add_command(restore_header)
 for name, function in COMMANDS.items():

@@ -43,6 +43,9 @@ PBKDF2_LEAST_ITERATIONS: Final = 1000
 PBKDF2_MOST_ITERATIONS: Final = 10_000_000
 ARGON2_LEAST_TIME: Final = 4
 ARGON2_MOST_TIME: Final = 64
+ARGON2_READABLE_TIME: Final = 1024
+"""Passes of headers that others made. cryptsetup takes as many as fit into two seconds: with Ceph-CSI's 32 MiB that was
+98 on a slow machine. Where it takes too long, an unlock's time limit ends it."""
 ARGON2_LEAST_MEMORY_KIB: Final = 32
 ARGON2_DEFAULT_MEMORY_KIB: Final = 64 * 1024
 

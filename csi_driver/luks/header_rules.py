@@ -14,7 +14,7 @@ from csi_driver.luks.formats import (
     ARGON2_DEFAULT_MEMORY_KIB,
     ARGON2_LEAST_MEMORY_KIB,
     ARGON2_LEAST_TIME,
-    ARGON2_MOST_TIME,
+    ARGON2_READABLE_TIME,
     CIPHER_KEY_BITS,
     HASHES,
     PBKDF2_LEAST_ITERATIONS,
@@ -42,7 +42,7 @@ class Limits:
     """
 
     memory_kib: int = ARGON2_DEFAULT_MEMORY_KIB
-    time: int = ARGON2_MOST_TIME
+    time: int = ARGON2_READABLE_TIME
     cpus: int = 4
     iterations: int = PBKDF2_MOST_ITERATIONS
     keyslots: int = 8

@@ -24,6 +24,7 @@ from csi_driver.keys.sources import KeySources
 from csi_driver.luks.mapping import Mappings
 from csi_driver.model.errors import DriverError, FailedPrecondition
 from csi_driver.model.settings import Settings
+from csi_driver.volumes.adoption import Adoption
 from csi_driver.volumes.check import Checking
 from csi_driver.volumes.condition import Conditions
 from csi_driver.volumes.drift import KeyDrift
@@ -87,6 +88,7 @@ class Driver:
     keys: VolumeKeys
     rekeying: Rekeying
     recovery: Recovery
+    adoption: Adoption
     provisioning: Provisioning
     staging: Staging
     publishing: Publishing
@@ -180,6 +182,7 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         sources=sources,
         keys=keys,
         rekeying=rekeying,
+        adoption=Adoption(seam, host.workers, encryption, sources, settings.limits),
         recovery=Recovery(seam, presences, host.workers, host.loops, sources, settings.limits),
         provisioning=Provisioning(settings, seam, images, directory.check, staging.release, keys),
         staging=staging,

@@ -85,7 +85,7 @@ class Recovery:
         where = str(device)
         with self._workers.session(), ExitStack() as stack:
             opened = stack.enter_context(self._device(device, read_only=read_only))
-            copy = stack.enter_context(_file(header)) if header is not None else opened
+            copy = stack.enter_context(opened_file(header)) if header is not None else opened
             found = self._workers.call(
                 f"luks-read of {copy}", self._limits.mount_seconds, recovery.look, str(copy), copy, self._header_limits
             )
@@ -126,10 +126,11 @@ class Recovery:
 
 
 @contextmanager
-def _file(path: Path) -> Iterator[Handle]:
+def opened_file(path: Path) -> Iterator[Handle]:
+    """A file with a LUKS2 header, held open for reading. Raises FailedPrecondition."""
     try:
         handle = open_handle(os.path.realpath(path), os.O_RDONLY)
     except OSError as error:
-        raise FailedPrecondition(f"the header {path} cannot be read ({error.strerror}); name another one") from None
+        raise FailedPrecondition(f"the file {path} cannot be read ({error.strerror}); name another one") from None
     with handle:
         yield handle

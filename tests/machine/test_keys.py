@@ -30,6 +30,7 @@ from csi_driver.luks import key_token
 from csi_driver.luks.device import read_header, volume_key_name
 from csi_driver.luks.header import Header
 from csi_driver.model.errors import (
+    AlreadyExists,
     DeviceInUse,
     FailedPrecondition,
     ForeignSignature,
@@ -40,6 +41,7 @@ from csi_driver.model.errors import (
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.settings import Limits
 from csi_driver.model.volume import EncryptionState, KeyTrail, Rekey, RekeyPhase
+from csi_driver.volumes.adoption import Adoption, AdoptRequest
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.recovery import Recovery
 from tests import volume_images
@@ -472,3 +474,82 @@ def _recovered(node: Node, sources: GivenSources, header: Path | None) -> Iterat
     finally:
         node.mapper.remove("recovered")
         unlink_from_user(volume_key_name(luks.uuid))
+
+
+# --- volumes of others ------------------------------------------------------------------------------------------------
+
+
+def foreign(folder: Path, passphrase: bytes, *options: str) -> Path:
+    """A LUKS2 file as cryptsetup makes it by hand, with a file system and a file in it."""
+    inside = make_file_system(folder / "inside", 8 * MIB)
+    path = folder / "foreign.img"
+    path.touch()
+    os.truncate(path, 24 * MIB)
+    fast = ("--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000")
+    argv = ["cryptsetup", "-q", "luksFormat", "--type", "luks2", *(options or fast), "--key-file", "-", str(path)]
+    subprocess.run(argv, input=passphrase, check=True, capture_output=True, timeout=60)
+    argv = ["cryptsetup", "open", "--key-file", "-", str(path), "foreign"]
+    subprocess.run(argv, input=passphrase, check=True, capture_output=True, timeout=60)
+    try:
+        subprocess.run(
+            ["dd", f"if={inside}", "of=/dev/mapper/foreign", "bs=1M", "conv=fsync"], check=True, capture_output=True
+        )
+    finally:
+        subprocess.run(["cryptsetup", "close", "foreign"], check=True, timeout=60)
+    return path
+
+
+def adoption(node: Node, sources: GivenSources) -> Adoption:
+    return Adoption(node.store, node.workers, node.encryption, sources, node.limits)
+
+
+def test_a_volume_that_was_made_by_hand_is_adopted(node: Node) -> None:
+    path = foreign(
+        node.folder, b"by hand", "--sector-size", "512", "--pbkdf-memory", "32768", "--pbkdf-force-iterations", "4"
+    )
+    before = path.read_bytes()
+    secret = {"CRYPTO_KEY_VALUE": "by hand"}
+    made = adoption(node, GivenSources()).adopt(AdoptRequest(VOLUME, path, read_secret(secret)))
+    assert made.capacity_bytes == 8 * MIB
+    assert path.read_bytes() == before
+    node.stage(secret=secret)
+    assert (node.staging_path() / BOOT_FILE).read_text() == GREETING
+    node.expand(16 * MIB)
+    node.unstage()
+    with pytest.raises(AlreadyExists):
+        adoption(node, GivenSources()).adopt(AdoptRequest(VOLUME, path, read_secret(secret)))
+    assert rotate(node, secret, OTHER)
+    node.stage(secret=OTHER)
+    node.unstage()
+
+
+def test_a_volume_of_ceph_csi_is_adopted_with_its_wrapped_key(folder: Path, workers: Workers) -> None:
+    wrapper = MetadataWrapper("KMS kms (metadata)", lambda: Passphrase(b"a passphrase of the class"))
+    handle = "0001-0009-rook-ceph-0000000000000001-8a710f4c"
+    dek = Passphrase(b"MDEyMzQ1Njc4OWFiY2RlZjAxMjM=")
+    path = foreign(folder, dek.reveal(), "--hash", "sha256", "--sector-size", "512", "--pbkdf-memory", "32768")
+    trail = KeyTrail(kms_id="kms", type="given", name=handle, wrapped=wrapper.wrap(handle, dek).text)
+    sources = GivenSources(kms=Wrapping(wrapper))
+    node = with_keys(folder, workers, sources)
+    adoption(node, sources).adopt(AdoptRequest(VOLUME, path, read_secret({}), trail))
+    node.stage(secret=NONE)
+    assert (node.staging_path() / BOOT_FILE).read_text() == GREETING
+    assert rotate(node)
+    node.unstage()
+    node.stage(secret=NONE)
+    node.unstage()
+
+
+def test_what_cannot_be_adopted_makes_no_volume(node: Node) -> None:
+    path = foreign(node.folder, b"by hand")
+    made = adoption(node, GivenSources())
+    for request, kind in (
+        (AdoptRequest(VOLUME, path, read_secret({"CRYPTO_KEY_VALUE": "wrong"})), Unauthenticated),
+        (AdoptRequest(VOLUME, path, read_secret({})), FailedPrecondition),
+        (AdoptRequest(VOLUME, node.folder / "inside", read_secret(SECRET)), ForeignSignature),
+        (AdoptRequest(VOLUME, node.folder / "nothing", read_secret(SECRET)), FailedPrecondition),
+    ):
+        with pytest.raises(kind):
+            made.adopt(request)
+    assert not node.store.has(VOLUME)
+    assert not list((node.state / "loopfile" / "new").iterdir())

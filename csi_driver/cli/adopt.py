@@ -1,0 +1,89 @@
+"""`luks-csi volume adopt`: a LUKS2 volume of another driver, or made by hand, becomes one of ours."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from csi_driver.cli.beside import PARAMS, BesideServer
+from csi_driver.cli.logs import configure_logs
+from csi_driver.cli.output import OUTPUT_OPTION, Output, show_json, show_text, size_text
+from csi_driver.cli.secret_files import SecretSource, secret_options
+from csi_driver.cli.serve import settings_params
+from csi_driver.keys.secret import read_secret
+from csi_driver.model.settings import Limits, LogFormat, Settings
+from csi_driver.model.volume import KeyTrail, volume_id_for
+
+_LIMITS = ("format_seconds", "unlock_seconds", "mount_seconds", "pbkdf_memory_kib")
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.command(
+    cls=BesideServer,
+    params=[
+        *PARAMS,
+        *settings_params("free_space_floor", "kms_config", "kms_programs", "audit_file", *_LIMITS),
+        OUTPUT_OPTION,
+    ],
+)
+@click.argument("name")
+@click.argument("file", type=_FILE)
+@click.option("--kms", "kms_id", metavar="ID", help="The KMS that has its key, by the id in --kms-config.")
+@click.option("--kms-type", metavar="TYPE", help="The type of that KMS.")
+@click.option(
+    "--kms-name", metavar="NAME", default="", help="What the KMS knows the key by: the id it had as a volume."
+)
+@click.option("--wrapped", type=_FILE, help="The wrapped key, where the KMS does not keep it (rbd.csi.ceph.com/dek).")
+@click.option(
+    "--tenant", metavar="NAMESPACE", default="", help="The namespace of its claim, for a KMS that asks by it."
+)
+@secret_options
+@click.pass_context
+def adopt(
+    context: click.Context,
+    /,
+    name: str,
+    file: Path,
+    kms_id: str | None,
+    kms_type: str | None,
+    kms_name: str,
+    wrapped: Path | None,
+    tenant: str,
+    output: str,
+    **given: Any,
+) -> None:
+    """Make a volume NAME of a LUKS2 FILE: a backing file, or a copy of a device. Without a server, on the node.
+
+    The file is copied and stays as it is. Its header must be one that this driver opens, and its key must open it. It
+    comes from the passphrase that is given, or from a KMS.
+    """
+    from csi_driver.volumes.adoption import AdoptRequest
+    from csi_driver.volumes.driver import build_driver
+
+    configure_logs(LogFormat.AUTO, "warning")
+    if volume_id_for(name) != name:
+        raise click.BadParameter(f"{name!r} cannot be a volume's name here.", context)
+    if (kms_id is None) is not (kms_type is None) or (kms_id is None and (wrapped or kms_name)):
+        raise click.UsageError("--kms and --kms-type go together, and --kms-name and --wrapped with them.")
+    secret = SecretSource(given.pop("secret_dir"), given.pop("passphrase_file"))
+    trail = None
+    if kms_id is not None and kms_type is not None:
+        text = wrapped.read_text().strip() if wrapped else ""
+        trail = KeyTrail(kms_id=kms_id, type=kms_type, name=kms_name, wrapped=text, tenant=tenant)
+    limits = Limits(**{field: given.pop(field) for field in _LIMITS})
+    driver = (context.obj or build_driver)(Settings(**given, limits=limits))
+    try:
+        key = read_secret(secret.read(f"Passphrase of {file}"))
+        with driver.locks.hold(name):
+            made = driver.adoption.adopt(AdoptRequest(name, file.absolute(), key, trail))
+    except OSError as error:
+        raise click.ClickException(
+            f"{driver.settings.state_dir} cannot be used ({error.strerror}: {error.filename}); run this as root, on "
+            f"the node, where its server has run"
+        ) from None
+    finally:
+        driver.stop()
+    if output == Output.JSON:
+        show_json(made)
+    else:
+        show_text(f"encrypted volume {made.id} of {size_text(made.capacity_bytes)} is there, with what is in {file}")

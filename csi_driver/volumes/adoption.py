@@ -1,0 +1,129 @@
+"""`luks-csi volume adopt`: a LUKS2 volume that Ceph-CSI, Longhorn or somebody by hand has made becomes one of ours.
+
+Its file is copied, by shared blocks where the file system can, and stays as it is. Nothing in the copy is changed: key
+slots, UUID and data are the file's. The new volume is `raw`, so nothing is ever formatted in it.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from csi_driver.backends.base import Backend
+from csi_driver.host.clonefile import FileIdentity, clone_file
+from csi_driver.host.log import log
+from csi_driver.host.syscalls import error_name
+from csi_driver.host.workers import Workers
+from csi_driver.keys.base import KeyRequest
+from csi_driver.keys.secret import SecretKey, require_passphrase
+from csi_driver.keys.sources import KeySources
+from csi_driver.luks import recovery
+from csi_driver.luks.header_rules import Limits as HeaderLimits
+from csi_driver.model.errors import AlreadyExists, FailedPrecondition
+from csi_driver.model.settings import Limits
+from csi_driver.model.volume import (
+    EncryptionState,
+    FileSystemState,
+    KeyTrail,
+    VolumeParameters,
+    VolumeRecord,
+    volume_id_for,
+)
+from csi_driver.volumes.encryption import Encryption
+from csi_driver.volumes.recovery import opened_file
+
+_LEAST_BYTES: Final = 1 << 20
+_SLOWEST: Final = 8 << 20  # bytes per second, below which a copy counts as hanging
+
+
+@dataclass(frozen=True)
+class AdoptRequest:
+    """A name for the volume, the file with its LUKS2 header and data, and what opens it: a secret's passphrase or,
+    with `trail`, a key of a KMS. Without either the token in its header is asked, which our own volumes have.
+    """
+
+    name: str
+    file: Path
+    secret: SecretKey
+    trail: KeyTrail | None = None
+
+
+class Adoption:
+    """Makes volumes of LUKS2 files; callers hold the volume's lock."""
+
+    def __init__(
+        self, backend: Backend, workers: Workers, encryption: Encryption, sources: KeySources, limits: Limits
+    ) -> None:
+        self._backend = backend
+        self._workers = workers
+        self._encryption = encryption
+        self._sources = sources
+        self._limits = limits
+        self._header_limits = HeaderLimits(memory_kib=limits.pbkdf_memory_kib)
+
+    def adopt(self, request: AdoptRequest) -> VolumeRecord:
+        """Look at the file, prove that the key opens it, then make the volume, wholly or not at all.
+
+        Raises AlreadyExists, FailedPrecondition (no file, too small), InvalidHeader (what this driver does not open),
+        Unauthenticated, ResourceExhausted, Aborted (the file was changed meanwhile), and what a KMS raises.
+        """
+        volume_id, where = volume_id_for(request.name), f"the file {request.file}"
+        if self._backend.has(volume_id):
+            raise AlreadyExists(f"volume {volume_id} exists already; choose another name")
+        try:
+            file = FileIdentity.of(request.file)
+        except OSError as error:
+            raise FailedPrecondition(
+                f"{where} cannot be looked at ({error_name(error)}); name a file of LUKS2"
+            ) from None
+        with self._workers.session():
+            with opened_file(request.file) as header:
+                found = self._workers.call(
+                    f"luks-read of {where}",
+                    self._limits.mount_seconds,
+                    recovery.look,
+                    where,
+                    header,
+                    self._header_limits,
+                )
+            luks, trail = found.identity, request.trail
+            if trail is None and request.secret.passphrase is None:
+                trail = found.trail
+            passphrase = (
+                require_passphrase(request.secret, volume_id)
+                if trail is None
+                else self._sources.fetch(trail, KeyRequest(volume_id, trail.tenant, request.secret), "adopt")
+            )
+            self._encryption.check_image(where, file, luks, passphrase)
+            capacity = (file.size - luks.data_offset) // luks.sector_size * luks.sector_size
+            if capacity < _LEAST_BYTES:
+                raise FailedPrecondition(
+                    f"{where} holds {max(capacity, 0)} bytes and a volume has at least {_LEAST_BYTES}"
+                )
+            record = VolumeRecord(
+                id=volume_id,
+                name=request.name,
+                capacity_bytes=capacity,
+                parameters=VolumeParameters(encrypted=True, kms_id=trail.kms_id if trail else None),
+                encryption=EncryptionState.ENCRYPTED,
+                luks=luks,
+                key=trail,
+                file_system=FileSystemState.RAW,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+            )
+            size = luks.data_offset + capacity
+            record = self._backend.create(record, size, partial(self._fill, where, file, size))
+        log.info("volume adopted", volume_id=volume_id, file=str(request.file), luks_uuid=luks.uuid)
+        return record
+
+    def _fill(self, where: str, file: FileIdentity, size: int, path: str) -> None:
+        self._workers.call(
+            f"luks-clone of {where}",
+            self._limits.format_seconds + file.size / _SLOWEST,
+            clone_file,
+            where,
+            file,
+            path,
+            size,
+        )
