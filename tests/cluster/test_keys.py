@@ -8,6 +8,7 @@ import pytest
 
 from tests.cluster.api import Json
 from tests.cluster.cluster import Cluster
+from tests.cluster.commands import ClusterError
 from tests.cluster.documents import Workload, applied, workload
 from tests.cluster.driver import DEPLOY, NAMESPACE, Driver, installed, storage_class
 from tests.cluster.settings import HOST
@@ -74,7 +75,10 @@ def kms(cluster: Cluster, vault: servers.Vault) -> Iterator[Driver]:
         driver = Driver(cluster)
 
         def both_work() -> bool:
-            said = driver.exec(cluster.node(), ["luks-csi", "keys", "check", "-o", "json"])
+            try:
+                said = driver.exec(cluster.node(), ["luks-csi", "keys", "check", "-o", "json"])
+            except ClusterError:
+                return False  # it is not mounted yet, or one of them fails
             return [(one["kms"], one["ok"]) for one in json.loads(said)] == [("of-a-secret", True), ("vault-1", True)]
 
         cluster.wait("configuration of the KMS in the driver's pod", both_work, _MOUNTED_SECONDS)
