@@ -13,7 +13,8 @@ from csi_driver.keys.secret import read_secret
 from csi_driver.model.settings import Limits, LogFormat, Settings
 from csi_driver.model.volume import is_volume_id
 
-_SETTINGS = ("state_dir", "unlock_seconds", "mount_seconds", "pbkdf_memory_kib")
+_LIMITS = ("unlock_seconds", "mount_seconds", "pbkdf_memory_kib")
+_SETTINGS = ("state_dir", "kms_config", "kms_programs", "audit_file", *_LIMITS)
 _HOUR = 3600.0
 
 
@@ -38,7 +39,8 @@ def check(context: click.Context, /, volume_id: str, output: str, *, repair: boo
         raise click.BadParameter(f"{volume_id!r} is no id of a volume.", context)
     seconds: float = given.pop("seconds")
     secret = SecretSource(given.pop("secret_dir"), given.pop("passphrase_file"))
-    settings = Settings(state_dir=given.pop("state_dir"), limits=Limits(**given))
+    limits = Limits(**{name: given.pop(name) for name in _LIMITS})
+    settings = Settings(**given, limits=limits)
     if repair:
         question = (
             f"Mend the file system of volume {volume_id}? It may cost what is damaged: have a backup of disk.img."
@@ -48,7 +50,7 @@ def check(context: click.Context, /, volume_id: str, output: str, *, repair: boo
     try:
         record = driver.backend.get(volume_id)  # before a lock is made for what is not there
         encrypted = record.encryption is not None
-        key = read_secret(read_for_volume(secret, volume_id, encrypted=encrypted, required=True))
+        key = read_secret(read_for_volume(secret, volume_id, encrypted=encrypted, required=record.key is None))
         with driver.locks.hold(volume_id):
             checked = driver.checking.check(volume_id, key, repair=repair, seconds=seconds)
     finally:

@@ -40,7 +40,8 @@ def stage(remote: Remote, volume_id: str, path: Path, secret: SecretSource, **us
     wanted, found = read_capability(**usage), remote.client.volume(volume_id)
     record = remote.look(found.id).record
     new = record is None or record.encryption not in _FORMATTED  # where nobody knows, a slip must not pass
-    secrets = read_for_volume(secret, found.id, encrypted=is_encrypted(found), required=True, new=new)
+    required = record is None or record.key is None  # a KMS has the key of the others
+    secrets = read_for_volume(secret, found.id, encrypted=is_encrypted(found), required=required, new=new)
     with _folder(path):
         remote.client.stage(found, path, wanted, secrets)
     remote.tell(f"volume {found.id} is staged at {path}", found)

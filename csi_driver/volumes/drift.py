@@ -33,7 +33,7 @@ class KeyDrift:
     def opened(self, volume_id: str, key: SecretKey) -> None:
         """The volume was just opened with that secret."""
         if key.passphrase is not None:
-            self._seen[volume_id] = self._digest(key.passphrase), True
+            self._seen[volume_id] = self._digest(key), True
 
     def forget(self, volume_id: str) -> None:
         """The volume is not staged any more."""
@@ -47,11 +47,14 @@ class KeyDrift:
         """
         if key.passphrase is None:
             return
-        digest = self._digest(key.passphrase)
+        digest = self._digest(key)
         seen, opens = self._seen.get(record.id, (b"", False))
         if seen != digest:
             try:
-                opens = self._opens(record, key.passphrase)
+                # A previous passphrase that opens it is no drift: the next stage changes it.
+                opens = self._opens(record, key.passphrase) or (
+                    key.previous is not None and self._opens(record, key.previous)
+                )
             except DriverError as error:
                 log.warning("the secret of a staged volume could not be tried", volume_id=record.id, error=str(error))
                 return
@@ -75,5 +78,5 @@ class KeyDrift:
                 return False
             return True
 
-    def _digest(self, passphrase: Passphrase) -> bytes:
-        return passphrase.digest(self._digest_key)
+    def _digest(self, key: SecretKey) -> bytes:
+        return b"".join(each.digest(self._digest_key) for each in (key.passphrase, key.previous) if each is not None)

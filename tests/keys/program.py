@@ -30,10 +30,13 @@ else:
 """
 
 
-def program(folder: Path, name: str = "wrap-key") -> Path:
-    """Make the program in `folder`; it needs nothing but Python's own library, and starts fast."""
+def program(folder: Path, name: str = "wrap-key", secret: bytes = b"") -> Path:
+    """Make the program in `folder`; it needs nothing but Python's own library, and starts fast.
+
+    Its key is `secret`, by default a random one.
+    """
     key = folder / f"{name}.key"
-    key.write_bytes(os.urandom(32))
+    key.write_bytes(secret or os.urandom(32))
     path = folder / name
     path.write_text(_PROGRAM.format(python=sys.executable, key=str(key)))
     path.chmod(0o755)

@@ -152,6 +152,8 @@ class _Checker:
                 self._report.lost.append(
                     f"volume {volume.id} is staged and recorded as {record.encryption}, {record.file_system}"
                 )
+        if volume.kind.kms and (record is None or record.rekey or self._node.key_slots(volume.id) != 1):
+            self._report.lost.append(f"volume {volume.id} is staged and a change of its key did not end")
         identity, usable = self._node.identity(volume.id, volume.kind), self._node.usable(volume.id, volume.kind)
         self._compare(volume, known, identity)
         if usable < volume.usable or (volume.kind.block and usable < volume.capacity):
@@ -202,7 +204,7 @@ def leftovers(node: Node, volumes: set[str]) -> list[str]:
     for name, allowed in {**known, "stages": set[str]()}.items():
         found += [f"the file {name}/{entry}" for entry in set(os.listdir(state / name)) - allowed]
     for volume in volumes & set(os.listdir(state / "loopfile" / "volumes")):
-        extra = set(os.listdir(state / "loopfile" / "volumes" / volume)) - {"record.json", "disk.img"}
+        extra = set(os.listdir(state / "loopfile" / "volumes" / volume)) - {"record.json", "disk.img", "header.luks2"}
         found += [f"the file {entry} of volume {volume}" for entry in extra]
     return [f"{thing} is left" for thing in found]
 

@@ -23,6 +23,8 @@ class Kind(StrEnum):
     EXT4 = "ext4"
     XFS = "xfs"
     BLOCK = "block"
+    KMS_EXT4 = "kms-ext4"
+    KMS_BLOCK = "kms-block"
     PLAIN_EXT4 = "plain-ext4"
     PLAIN_BLOCK = "plain-block"
 
@@ -31,12 +33,16 @@ class Kind(StrEnum):
         return not self.startswith("plain-")
 
     @property
+    def kms(self) -> bool:
+        return self.startswith("kms-")
+
+    @property
     def block(self) -> bool:
         return self.endswith("block")
 
     @property
     def fs_type(self) -> str | None:
-        return None if self.block else self.removeprefix("plain-")
+        return None if self.block else self.removeprefix("plain-").removeprefix("kms-")
 
 
 class Step(StrEnum):

@@ -12,6 +12,7 @@ from typing import Self
 import msgspec
 
 from csi_driver.host import blockdev
+from csi_driver.keys.secret import read_secret
 from csi_driver.luks.device import read_header
 from csi_driver.model.errors import DriverError, NotFound
 from csi_driver.model.settings import Settings
@@ -20,6 +21,7 @@ from csi_driver.rpc.client import CsiClient, RemoteError, RemoteVolume
 from csi_driver.rpc.server import driver_server
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.driver import Driver, Host, build_driver
+from tests.keys.program import program
 from tests.machine.crash_log import Identity, Kind
 
 _CALL_SECONDS = 60.0
@@ -29,6 +31,11 @@ _PAUSE = 0.02
 _SECRET = {"CRYPTO_KEY_VALUE": "the passphrase of the crash tests"}
 _PARAMETERS = {"pbkdf": "pbkdf2", "pbkdfIterations": "1000"}  # nobody guesses passphrases here
 _PODS = Path("/mnt/crash")
+_KMS = Path("/run/crash-kms")
+
+
+def _secret(kind: Kind) -> dict[str, str]:
+    return {} if kind.kms else _SECRET
 
 
 class Node:
@@ -43,7 +50,13 @@ class Node:
             kubelet_dir=Path("/mnt"),
             free_space_floor=0,
             grace_seconds=_CALL_SECONDS,
+            kms_config=_KMS / "config.json",
+            kms_programs=_KMS,
         )
+        # The KMS outlives each crash: its key is always the same.
+        _KMS.mkdir(exist_ok=True)
+        program(_KMS, secret=b"the key of the KMS in crash tests")
+        settings.kms_config.write_text('{"kms": {"encryptionKMSType": "exec", "program": "wrap-key"}}')
         self._settings = settings
         # Each replayed disk is one of its own, and none of them is to be held against the one before.
         Path("/run/csi.sock.identity").unlink(missing_ok=True)
@@ -71,12 +84,14 @@ class Node:
     def create(self, name: str, kind: Kind, capacity: int) -> int:
         """Returns the capacity in bytes."""
         parameters = {"encrypted": "true", **_PARAMETERS} if kind.encrypted else {}
-        wanted = [_capability(kind)]
-        return self._client.create_volume(name, wanted, capacity, parameters=parameters, secrets=_SECRET).capacity_bytes
+        if kind.kms:
+            parameters = {"encrypted": "true", "encryptionKMSID": "kms"}
+        wanted, secret = [_capability(kind)], _secret(kind)
+        return self._client.create_volume(name, wanted, capacity, parameters=parameters, secrets=secret).capacity_bytes
 
     def stage(self, volume: str, kind: Kind) -> None:
         self.staging(volume).mkdir(parents=True, exist_ok=True)
-        self._client.stage(self._remote(volume), self.staging(volume), _capability(kind), _SECRET)
+        self._client.stage(self._remote(volume), self.staging(volume), _capability(kind), _secret(kind))
 
     def publish(self, volume: str, kind: Kind) -> Path:
         """Returns where the volume is seen then."""
@@ -87,6 +102,16 @@ class Node:
         """Grow the volume, and what a pod sees of it; returns the capacity in bytes."""
         granted = self._client.expand_volume(volume, capacity)
         return self._client.expand_on_node(volume, self.target(volume), capacity) if published else granted
+
+    def rotate(self, volume: str) -> None:
+        """Another key for a volume of a KMS, as `luks-csi keys rotate` does it beside the server."""
+        with self.driver.locks.hold(volume):
+            self.driver.rekeying.rotate(volume, read_secret({}), None)
+
+    def key_slots(self, volume: str) -> int:
+        """How many its header has."""
+        disk = self.state_dir / "loopfile" / "volumes" / volume / "disk.img"
+        return len(read_header(f"volume {volume}", str(disk))[1].keyslots)
 
     def unpublish(self, volume: str) -> None:
         """Repeated while it is busy: who writes and who starts programs is one process here, and a child has what its

@@ -42,7 +42,9 @@ LEAST_STEPS = 15
 DEVICE_BYTES = 512 << 20
 LOG_BYTES = 2 << 30
 COMMAND_SECONDS = 120
-KINDS = {Kind.EXT4: 4, Kind.BLOCK: 3, Kind.PLAIN_EXT4: 1, Kind.PLAIN_BLOCK: 1}
+KINDS = {
+    Kind.EXT4: 4, Kind.BLOCK: 3, Kind.KMS_EXT4: 2, Kind.KMS_BLOCK: 1, Kind.PLAIN_EXT4: 1, Kind.PLAIN_BLOCK: 1,
+}  # fmt: skip
 
 _MAPPING = "logged"
 _MOUNTED = Path("/mnt/logged")

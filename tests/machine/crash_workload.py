@@ -32,7 +32,10 @@ GIVE_UP_SECONDS = 300  # a workload that nobody crashed
 _MIB = 1 << 20
 _MOST_RECORDS = 60
 _GROWTHS = 3
-KINDS = {Kind.EXT4: 40, Kind.BLOCK: 35, Kind.PLAIN_EXT4: 10, Kind.PLAIN_BLOCK: 8, Kind.XFS: 7}
+KINDS = {
+    Kind.EXT4: 30, Kind.BLOCK: 25, Kind.KMS_EXT4: 12, Kind.KMS_BLOCK: 8, Kind.PLAIN_EXT4: 10, Kind.PLAIN_BLOCK: 8,
+    Kind.XFS: 7,
+}  # fmt: skip
 
 
 class State(Enum):
@@ -94,9 +97,10 @@ class Walker:
                 fresh = not volume.formatted
                 self._one_of(volume, (self._stage, 10), (self._expand, 2), (self._delete, 1 if fresh else 4))
             case State.STAGED:
-                self._one_of(volume, (self._publish, 8), (self._unstage, 2))
+                self._one_of(volume, (self._publish, 8), (self._rotate, 2 * volume.kind.kms), (self._unstage, 2))
             case State.PUBLISHED:
-                self._one_of(volume, (self._write, 10), (self._expand, 2), (self._unpublish, 3))
+                rotate = (self._rotate, 3 * volume.kind.kms)
+                self._one_of(volume, (self._write, 10), rotate, (self._expand, 2), (self._unpublish, 3))
             case State.DELETING:
                 self._delete(volume)
 
@@ -174,6 +178,9 @@ class Walker:
         volume.capacity = self._node.expand(volume.id, wanted, published=published)
         usable = self._node.usable(volume.id, volume.kind) if published else 0
         self._tell(Fact(Step.EXPANDED, volume.id, volume.kind, volume.capacity, usable))
+
+    def _rotate(self, volume: Held) -> None:
+        self._node.rotate(volume.id)
 
     def _unpublish(self, volume: Held) -> None:
         self._node.unpublish(volume.id)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.keys.secret import SecretKey
+from csi_driver.keys.secret import SecretKey, read_secret
 from csi_driver.model.errors import DeadlineExceeded
 from csi_driver.model.secret import Passphrase
 from tests.told_lines import told_lines
@@ -38,6 +38,14 @@ def test_a_secret_that_drifted_is_tried_once_and_told_each_time(rig: Rig) -> Non
     assert rig.stages.drifted() == ["enc-1"]
     assert tried_and_told(rig, KEY) == (1, [])
     assert rig.stages.drifted() == []
+
+
+def test_a_new_passphrase_beside_the_one_that_opens_it_is_no_drift(rig: Rig) -> None:
+    changed = read_secret({"CRYPTO_KEY_VALUE": "new", "CRYPTO_KEY_VALUE_PREVIOUS": "right"})
+    assert tried_and_told(rig, changed) == (2, [])
+    assert tried_and_told(rig, changed) == (0, [])
+    neither = read_secret({"CRYPTO_KEY_VALUE": "new", "CRYPTO_KEY_VALUE_PREVIOUS": "wrong"})
+    assert tried_and_told(rig, neither) == (2, [TOLD])
 
 
 def test_a_call_without_a_passphrase_tells_nothing(rig: Rig) -> None:
