@@ -10,6 +10,7 @@ from csi_driver.cli.logs import configure_logs
 from csi_driver.cli.output import OUTPUT_OPTION, Output, show_json, show_text, size_text
 from csi_driver.cli.secret_files import SecretSource, secret_options
 from csi_driver.cli.serve import settings_params
+from csi_driver.host.hardening import harden_process
 from csi_driver.keys.secret import read_secret
 from csi_driver.model.settings import Limits, LogFormat, Settings
 from csi_driver.model.volume import KeyTrail, volume_id_for
@@ -61,6 +62,7 @@ def adopt(
     from csi_driver.volumes.driver import build_driver
 
     configure_logs(LogFormat.AUTO, "warning")
+    harden_process()
     if volume_id_for(name) != name:
         raise click.BadParameter(f"{name!r} cannot be a volume's name here.", context)
     if (kms_id is None) is not (kms_type is None) or (kms_id is None and (wrapped or kms_name)):

@@ -12,6 +12,7 @@ from csi_driver.cli.names import volume_names
 from csi_driver.cli.output import OUTPUT_OPTION, Output, confirm, show_json, show_table, show_text
 from csi_driver.cli.secret_files import SecretSource, new_secret_options, secret_options
 from csi_driver.cli.serve import settings_params
+from csi_driver.host.hardening import harden_process
 from csi_driver.keys.secret import read_secret
 from csi_driver.model.errors import DriverError
 from csi_driver.model.settings import Limits, LogFormat, Settings
@@ -37,16 +38,24 @@ def keys() -> None:
 @click.pass_context
 def status(context: click.Context, /, volume_ids: tuple[str, ...], output: str, **given: Any) -> None:
     """Show of each encrypted volume where its key comes from, which key of a KMS wraps it, and a change under way."""
+    found, failed = [], False
     with _driver(context, given) as driver:
-        found = [driver.backend.get(each) for each in volume_ids or driver.backend.ids()]
+        for each in volume_ids or driver.backend.ids():
+            try:
+                found.append(driver.backend.get(each))
+            except DriverError as error:
+                failed = True
+                show_text(str(error), err=True)
     documents = [_document(record) for record in found if record.encryption is not None]
     if output == Output.JSON:
         show_json(documents)
     elif documents:
         rows = [tuple(str(each[name] or "-") for name in _COLUMNS) for each in documents]
         show_table(rows, ("VOLUME", "KMS", "TYPE", "KEY", "VERSION", "CHANGE"))
-    else:
+    elif not failed:
         show_text("no encrypted volumes")
+    if failed:
+        context.exit(1)
 
 
 @keys.command("check", cls=BesideServer, params=[*_PARAMS])
@@ -102,13 +111,15 @@ def rewrap(context: click.Context, /, volume_ids: tuple[str, ...], output: str, 
     documents = []
     with _driver(context, given) as driver:
         present = read_secret(secret.read("Passphrase of the KMS"))
-        chosen = volume_ids or [each for each in driver.backend.ids() if driver.backend.get(each).key is not None]
-        for each in chosen:
+        for each in volume_ids or driver.backend.ids():
             try:
+                if every and driver.backend.get(each).key is None:
+                    continue
                 done = _under_lock(driver, each, lambda each=each: driver.rekeying.rewrap(each, present))  # type: ignore[misc]
-            except DriverError as error:
+            except (DriverError, OSError) as error:
                 failed = True
-                documents.append({"volume": each, "changed": False, "error": str(error)})
+                said = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
+                documents.append({"volume": each, "changed": False, "error": said})
                 continue
             documents.append({"volume": each, "changed": done.changed, "error": None})
     if output == Output.JSON:
@@ -161,6 +172,7 @@ def _driver(context: click.Context, given: dict[str, Any]) -> Iterator[Driver]:
     from csi_driver.volumes.driver import build_driver
 
     configure_logs(LogFormat.AUTO, "warning")
+    harden_process()
     limits = Limits(**{name: given.pop(name) for name in _LIMITS})
     driver = (context.obj or build_driver)(Settings(**given, limits=limits))
     try:

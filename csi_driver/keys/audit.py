@@ -44,7 +44,8 @@ class Audit:
         try:
             if os.fstat(descriptor).st_size + len(content) > self._most_bytes:
                 with contextlib.suppress(FileNotFoundError):  # another process was faster
-                    os.replace(path, path.with_name(f"{path.name}.1"))
+                    if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                        os.replace(path, path.with_name(f"{path.name}.1"))
                 os.close(descriptor)
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             os.write(descriptor, content)

@@ -4,7 +4,6 @@ boto3 tries again by a budget of its own that time does not refill (measured on 
 """
 
 import base64
-import binascii
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -69,14 +68,13 @@ class AwsWrapper:
         def ask(client: Any, key_id: str) -> Any:
             return client.encrypt(KeyId=key_id, Plaintext=key.reveal(), EncryptionContext=_context(name))
 
-        found = self._ask(ask)
-        return Wrapped(base64.b64encode(found["CiphertextBlob"]).decode(), str(found["KeyId"]))
+        return self._wrapped(self._ask(ask))
 
     def unwrap(self, trail: KeyTrail) -> Passphrase:
         def ask(client: Any, _key_id: str) -> Any:
             return client.decrypt(CiphertextBlob=_blob(trail, self._where), EncryptionContext=_context(trail.name))
 
-        return Passphrase(self._ask(ask)["Plaintext"])
+        return Passphrase(self._member(self._ask(ask), "Plaintext"))
 
     def rewrap_there(self, trail: KeyTrail) -> Wrapped:
         def ask(client: Any, key_id: str) -> Any:
@@ -88,36 +86,49 @@ class AwsWrapper:
                 DestinationEncryptionContext=context,
             )
 
-        found = self._ask(ask)
-        return Wrapped(base64.b64encode(found["CiphertextBlob"]).decode(), str(found["KeyId"]))
+        return self._wrapped(self._ask(ask))
 
     def check(self) -> str:
-        state = self._ask(lambda client, key_id: client.describe_key(KeyId=key_id))["KeyMetadata"]["KeyState"]
+        found = self._ask(lambda client, key_id: client.describe_key(KeyId=key_id))
+        state = self._member(self._member(found, "KeyMetadata"), "KeyState")
         if state != "Enabled":
             raise KeyLost(f"the key of {self._where} is {state}; enable it, or restore it before it is deleted")
         return "its key is enabled"
 
     def close(self) -> None:
-        self._drop()
-
-    def _drop(self) -> None:
         made, self._made = self._made, None
         if made is not None:
             made[0].close()
 
+    def _wrapped(self, found: Any) -> Wrapped:
+        blob = self._member(found, "CiphertextBlob")
+        return Wrapped(base64.b64encode(blob).decode(), str(self._member(found, "KeyId")))
+
+    def _member(self, found: Any, name: str) -> Any:
+        """A member of an answer; boto3 makes of one that ends early one without members."""
+        if name not in found:
+            raise Unavailable(f"{self._where} answered without {name}; check its address, the call may be repeated")
+        return found[name]
+
+    def _forget(self, made: tuple[Any, str]) -> None:
+        """Make another client the next time; others may be asking by this one, so it is not closed here."""
+        if self._made is made:
+            self._made = None
+
     def _ask(self, call: Callable[[Any, str], Any]) -> Any:
         def once() -> Any:
-            if self._made is None:
+            made = self._made
+            if made is None:
                 account = self._account()
-                self._made = account.client(self._where, "kms"), account.key
+                made = self._made = account.client(self._where, "kms"), account.key
             exceptions = load("botocore.exceptions", self._where, EXTRA)
             try:
-                return call(*self._made)
+                return call(*made)
             except exceptions.ClientError as error:
-                self._drop()  # its credentials may have ended
+                self._forget(made)  # its credentials may have ended
                 raise _refusal(self._where, error.response) from None
             except exceptions.BotoCoreError as error:
-                self._drop()
+                self._forget(made)
                 raise _unreachable(self._where, error, exceptions) from None
 
         return retried(self._where, EXTRA, once)
@@ -157,7 +168,7 @@ def _context(name: str) -> dict[str, str]:
 def _blob(trail: KeyTrail, where: str) -> bytes:
     try:
         return base64.b64decode(trail.wrapped, validate=True)
-    except binascii.Error:
+    except ValueError:
         raise KeyLost(
             f"the wrapped key in the volume's record is none of {where}; restore the record from a backup"
         ) from None

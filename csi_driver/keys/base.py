@@ -27,6 +27,7 @@ Entry = Mapping[str, object]
 SECONDS: Final = 10.0
 """How long one request to a KMS may take, unless its entry says otherwise."""
 
+_MOST_NAMED: Final = 1024
 _MOST_WRAPPED: Final = 4096  # it must fit into the LUKS2 header's JSON area, beside the key slots
 _TRUTH: Final = {"true": True, "1": True, "t": True, "false": False, "0": False, "f": False}
 
@@ -40,8 +41,8 @@ class KeyRequest:
     secret: SecretKey = field(default_factory=lambda: SecretKey(None))
 
 
-class TenantNeeded(FailedPrecondition):
-    """A KMS that is asked in the name of a claim's namespace, and none is known."""
+class RequestNeeded(FailedPrecondition):
+    """A KMS that is asked with what a request brings, the namespace of a claim or a secret, which this one did not."""
 
 
 class KeySource(Protocol):
@@ -135,6 +136,8 @@ def _trail(name: str, wrapped: Wrapped) -> KeyTrail:
             f"the KMS wrapped a key into {len(wrapped.text)} characters, and at most {_MOST_WRAPPED} of printable "
             f"ASCII can be kept; use another key or plug-in there"
         )
+    if max(len(wrapped.key_id), len(wrapped.key_version)) > _MOST_NAMED:
+        raise FailedPrecondition(f"the KMS names its key by more than {_MOST_NAMED} characters; use another one there")
     return KeyTrail(
         kms_id="", type="", name=name, wrapped=wrapped.text, key_id=wrapped.key_id, key_version=wrapped.key_version
     )

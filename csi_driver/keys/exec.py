@@ -5,7 +5,6 @@ that the server forks nothing, and with an empty environment.
 """
 
 import base64
-import binascii
 import os
 import subprocess
 from pathlib import Path
@@ -53,7 +52,7 @@ class ExecWrapper:
         told = {"wrapped": trail.wrapped, "key_id": trail.key_id, "key_version": trail.key_version}
         try:
             key = base64.b64decode(str(self._ask("unwrap", trail.name, told).get("key", "")), validate=True)
-        except binascii.Error:
+        except ValueError:
             key = b""
         if not key:
             raise FailedPrecondition(f"the program of {self._where} gave no key in base64; correct it")

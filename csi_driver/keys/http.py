@@ -9,7 +9,7 @@ import ssl
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
@@ -18,6 +18,7 @@ from csi_driver.keys.base import SECONDS
 from csi_driver.keys.extras import load
 from csi_driver.keys.retries import retried
 from csi_driver.model.errors import FailedPrecondition, PermissionDenied, Unavailable
+from csi_driver.model.text import one_line
 
 _LARGEST_ANSWER: Final = 1 << 20
 _MOST_QUOTED: Final = 200
@@ -32,7 +33,7 @@ class Tls:
 
     ca: str | None = None
     certificate: str | None = None
-    key: str | None = None
+    key: str | None = field(default=None, repr=False)
     verify: bool = True
     server_name: str | None = None
 
@@ -98,7 +99,8 @@ class HttpService:
         self, method: str, path: str, document: object, headers: Mapping[str, str], *, quotes: bool
     ) -> dict[str, Any] | None:
         body = None if document is None else msgspec.json.encode(document)
-        sent = ({"Content-Type": "application/json"} if body is not None else {}) | dict(headers)
+        sent = {"Accept-Encoding": "identity"} | ({"Content-Type": "application/json"} if body is not None else {})
+        sent |= headers
         try:
             with self._client.stream(
                 method, f"{self._base}/{path}", content=body, headers=sent, extensions=self._extensions
@@ -192,7 +194,7 @@ def _said(content: bytes) -> str:
     if isinstance(answer, dict):
         errors = answer.get("errors")
         words = errors[0] if isinstance(errors, list) and errors else answer.get("message")
-    return f": {words[:_MOST_QUOTED].strip()}" if isinstance(words, str) and words.strip() else ""
+    return f": {one_line(words, _MOST_QUOTED)}" if isinstance(words, str) and words.strip() else ""
 
 
 def _in_memory(text: str, stack: ExitStack) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
-from csi_driver.keys.base import EntryReader, Wrapped
+from csi_driver.keys.base import SECONDS, EntryReader, Wrapped
 from csi_driver.keys.binding import bound, unbound
 from csi_driver.keys.extras import load
 from csi_driver.keys.http import Tls
@@ -22,12 +22,12 @@ from csi_driver.keys.metadata import Sealed, read_sealed
 from csi_driver.keys.retries import retried
 from csi_driver.model.errors import DriverError, FailedPrecondition, KeyLost, PermissionDenied, Unavailable
 from csi_driver.model.secret import Passphrase
+from csi_driver.model.text import one_line
 from csi_driver.model.volume import KeyTrail
 
 EXTRA: Final = "kmip"
 _PORT: Final = 5696
 _IV_BYTES: Final = 16
-_SECONDS: Final = 10.0
 _ENTRIES: Final = ("CA_CERT", "CLIENT_CERT", "CLIENT_KEY", "UNIQUE_IDENTIFIER")
 _MOST_QUOTED: Final = 200
 _LOST: Final = frozenset({"ITEM_NOT_FOUND", "OBJECT_NOT_FOUND", "OBJECT_DESTROYED", "OBJECT_ARCHIVED"})
@@ -44,7 +44,7 @@ class Server:
     port: int
     key_id: str
     tls: Tls = field(repr=False)
-    seconds: float = _SECONDS
+    seconds: float = SECONDS
 
 
 def server_of(reader: EntryReader, secret: Mapping[str, str], secret_name: str) -> Server:
@@ -67,7 +67,7 @@ def server_of(reader: EntryReader, secret: Mapping[str, str], secret_name: str) 
             key=secret["CLIENT_KEY"],
             server_name=reader.text("TLS_SERVER_NAME", "") or None,
         ),
-        reader.seconds("READ_TIMEOUT", _SECONDS),
+        reader.seconds("READ_TIMEOUT", SECONDS),
     )
 
 
@@ -199,7 +199,7 @@ def _unreachable(where: str, server: Server, error: OSError) -> DriverError:
 def _refusal(where: str, found: Mapping[str, Any], *, quotes: bool) -> DriverError:
     reason = getattr(found.get("result_reason"), "name", "unknown")
     message = found.get("result_message")
-    said = f"{reason}: {message[:_MOST_QUOTED]}" if quotes and isinstance(message, str) and message else reason
+    said = f"{reason}: {one_line(message, _MOST_QUOTED)}" if quotes and isinstance(message, str) and message else reason
     if reason in _LOST:
         return KeyLost(f"{where} has the key no more ({said}); restore it there, or the record from a backup")
     if reason in _STATES:

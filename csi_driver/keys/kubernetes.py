@@ -76,8 +76,8 @@ class Kubernetes:
             raise FailedPrecondition(f"there is no service account {namespace}/{name}; make it for the KMS")
         return str(made.get("status", {}).get("token", ""))
 
-    def keep_secret(self, namespace: str, name: str, entries: Mapping[str, str], owner: str) -> bool:
-        """Make an immutable secret of ours for `owner`; False where one of that name is there already.
+    def keep_secret(self, namespace: str, name: str, entries: Mapping[str, str], owner: str) -> None:
+        """Make an immutable secret of ours for `owner`; one of that name that is there already stays as it is.
 
         A finalizer keeps it from being deleted by mistake: `drop_secret` takes it away.
         """
@@ -97,11 +97,10 @@ class Kubernetes:
         }
         path = f"api/v1/namespaces/{_safe(namespace)}/secrets"
         if self._get(namespace, "secrets", name) is not None:
-            return False
+            return
         made = self._ask("POST", path, document, quotes=False)
         if made is None:
             raise FailedPrecondition(f"there is no namespace {namespace}; make it for the keys of volumes")
-        return True
 
     def drop_secret(self, namespace: str, name: str) -> None:
         """Delete such a secret; absent is fine."""

@@ -18,7 +18,7 @@ from csi_driver.keys.kmsv2_pb2_grpc import KeyManagementServiceStub
 from csi_driver.keys.retries import retried
 from csi_driver.model.errors import DriverError, FailedPrecondition, KeyLost, PermissionDenied, Unavailable
 from csi_driver.model.secret import Passphrase
-from csi_driver.model.text import printable
+from csi_driver.model.text import one_line, printable
 from csi_driver.model.volume import KeyTrail
 
 T = TypeVar("T")
@@ -104,6 +104,6 @@ class PluginWrapper:
 
 def _refusal(where: str, error: Any, *, quotes: bool) -> DriverError:
     code, details = error.code(), error.details() or ""  # what a call raises is the call too
-    said = f" ({code.name}{f': {details[:_MOST_QUOTED]}' if quotes and details else ''})"
+    said = f" ({code.name}{f': {one_line(details, _MOST_QUOTED)}' if quotes and details else ''})"
     kind, words = _ERRORS.get(code, (FailedPrecondition, "does not take the request; look at its log"))
     return kind(f"{where} {words}{said}")

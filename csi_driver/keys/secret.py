@@ -52,7 +52,7 @@ def read_secret(entries: Mapping[str, str]) -> SecretKey:
         hash=entries.get(HASH) or None,
         key_size=entries.get(KEY_SIZE) or None,
         pbkdf=entries.get(PBKDF) or None,
-        previous=_value(PREVIOUS, entries[PREVIOUS]) if PREVIOUS in entries else None,
+        previous=_value(PREVIOUS, entries[PREVIOUS]) if entries.get(PREVIOUS) else None,
         entries=entries,
     )
 

@@ -16,7 +16,7 @@ import msgspec
 
 from csi_driver.host.workers import Workers
 from csi_driver.keys.audit import Audit
-from csi_driver.keys.base import EntryReader, KeyRequest, KeySource, TenantNeeded
+from csi_driver.keys.base import EntryReader, KeyRequest, KeySource, RequestNeeded
 from csi_driver.keys.config import KmsConfig
 from csi_driver.keys.generated import GeneratedKeys
 from csi_driver.keys.kubernetes import Kubernetes
@@ -67,7 +67,16 @@ class KeySources:
     def fetch(self, trail: KeyTrail, request: KeyRequest, purpose: str) -> Passphrase:
         """The DEK of a volume."""
         source = self._source_of(trail, request)
-        return self._told("fetch", purpose, request, trail.kms_id, trail.name, lambda: source.fetch(trail), trail)
+
+        def fetched() -> Passphrase:
+            key = source.fetch(trail)
+            if not key.reveal():  # libcryptsetup would take it, and then anybody could open the volume
+                raise FailedPrecondition(
+                    f"the KMS {trail.kms_id!r} gave an empty key for {trail.name}; check its entry"
+                )
+            return key
+
+        return self._told("fetch", purpose, request, trail.kms_id, trail.name, fetched, trail)
 
     def rewrap(self, trail: KeyTrail, request: KeyRequest) -> KeyTrail:
         """The same DEK under the newest key of its KMS."""
@@ -93,8 +102,8 @@ class KeySources:
             try:
                 kind, source = self._source(kms_id, KeyRequest(volume_id=""))
                 found.append((kms_id, True, f"{kind}: {source.check()}"))
-            except TenantNeeded:
-                found.append((kms_id, True, "asked in the name of each claim's namespace, so not tried"))
+            except RequestNeeded:
+                found.append((kms_id, True, "asked with what each claim brings, so not tried"))
             except DriverError as error:
                 found.append((kms_id, False, str(error)))
         return found
@@ -139,6 +148,8 @@ class KeySources:
         reader = EntryReader(f"KMS {kms_id} ({kind})", entry)
         source = BUILDERS[kind](Surroundings(reader, entry, request, self._kubernetes, self._workers, self._programs))
         with self._lock:
+            for old in [each for each, (made_at, _) in self._kept.items() if now - made_at >= _KEPT_SECONDS]:
+                del self._kept[old]
             self._kept[key] = now, source
             while len(self._kept) > _MOST_KEPT:
                 self._kept.pop(next(iter(self._kept)))

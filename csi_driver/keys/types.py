@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from csi_driver.host.workers import Workers
-from csi_driver.keys.base import Entry, EntryReader, KeyRequest, KeySource, TenantNeeded, Wrapping
+from csi_driver.keys.base import Entry, EntryReader, KeyRequest, KeySource, RequestNeeded, Wrapping
 from csi_driver.keys.kubernetes import SERVICE_ACCOUNT, Kubernetes
 from csi_driver.keys.secret import CEPH_PASSPHRASE
 from csi_driver.model.errors import FailedPrecondition
@@ -44,7 +44,7 @@ def _metadata(made: Surroundings) -> KeySource:
             namespace = reader.text("secretNamespace", "") or _tenant(made)
             return passphrase_of(made.kubernetes.secret(namespace, name), f"the secret {namespace}/{name}")
         if request.secret.passphrase is None:
-            raise FailedPrecondition(
+            raise RequestNeeded(
                 f"{reader.where} names no secret and the request brought no {CEPH_PASSPHRASE}; add secretName to the "
                 f"KMS configuration, or the passphrase to the secret that the StorageClass names for provisioner and "
                 f"node-stage"
@@ -153,7 +153,7 @@ def _aws(made: Surroundings) -> KeySource:
 
 def _tenant(made: Surroundings) -> str:
     if not made.request.tenant:
-        raise TenantNeeded(
+        raise RequestNeeded(
             f"{made.reader.where} is asked in the name of each claim's namespace, and this volume was made without "
             f"one; run csi-provisioner with --extra-create-metadata"
         )

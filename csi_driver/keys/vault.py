@@ -16,7 +16,7 @@ from csi_driver.keys.base import Entry, EntryReader
 from csi_driver.keys.config import TYPE_FIELDS
 from csi_driver.keys.http import HttpService, Tls
 from csi_driver.keys.kubernetes import Kubernetes
-from csi_driver.model.errors import FailedPrecondition, PermissionDenied
+from csi_driver.model.errors import DriverError, FailedPrecondition, PermissionDenied
 
 EXTRA: Final = "vault"
 _STANDARD: Final = {
@@ -114,20 +114,32 @@ class Login:
         self._path = path
         self._document = document
         self._lock = threading.Lock()
+        self._failed: tuple[float, DriverError] | None = None
 
     def token(self, login: Callable[[str, Mapping[str, str]], dict[str, Any]]) -> str:
-        """The token; `login` posts a document to a path of the API."""
+        """The token; `login` posts a document to a path of the API.
+
+        One caller logs in for all, and those who waited for it meanwhile share its error.
+        """
+        came = time.monotonic()
         with self._lock:
+            if self._failed is not None and self._failed[0] > came:
+                raise type(self._failed[1])(str(self._failed[1]))
             if time.monotonic() >= self._until:
-                auth = login(self._path, self._document()).get("auth") or {}
+                try:
+                    auth = login(self._path, self._document()).get("auth") or {}
+                except DriverError as error:
+                    self._failed = time.monotonic(), error
+                    raise
                 self._token = str(auth.get("client_token", ""))
                 self._until = time.monotonic() + _EARLY * float(auth.get("lease_duration") or 0)
             return self._token
 
-    def forget(self) -> bool:
-        """The token was refused; whether another login may bring a better one."""
+    def forget(self, token: str) -> bool:
+        """That token was refused; whether another login may bring a better one."""
         with self._lock:
-            self._until = min(self._until, 0.0) if self._path else self._until
+            if self._path and token == self._token:
+                self._until = 0.0
             return bool(self._path)
 
 
@@ -168,18 +180,17 @@ class Vault:
     def ask(self, method: str, path: str, document: object = None, *, quotes: bool = True) -> dict[str, Any] | None:
         """The answer of the API below /v1; None for 404. `quotes` as in `HttpService.ask`, and errors as it."""
 
-        def once() -> dict[str, Any] | None:
-            headers = {"X-Vault-Token": self._login.token(self._log_in), "X-Vault-Request": "true"}
-            return self._service.ask(
-                method, f"v1/{path}", document, headers | _namespace(self._namespace), quotes=quotes
-            )
+        def with_token(token: str) -> dict[str, Any] | None:
+            headers = {"X-Vault-Token": token, "X-Vault-Request": "true"} | _namespace(self._namespace)
+            return self._service.ask(method, f"v1/{path}", document, headers, quotes=quotes)
 
+        token = self._login.token(self._log_in)
         try:
-            return once()
+            return with_token(token)
         except PermissionDenied:
-            if not self._login.forget():
+            if not self._login.forget(token):
                 raise
-        return once()  # the token had ended, or its role has another policy since
+        return with_token(self._login.token(self._log_in))  # the token had ended, or its role has another policy since
 
     def health(self) -> str:
         """What it says of itself: whether it is unsealed, and its version."""

@@ -34,7 +34,10 @@ class VaultTransit:
 
     def unwrap(self, trail: KeyTrail) -> Passphrase:
         found = self._ask("decrypt", {"ciphertext": trail.wrapped, "context": _context(trail.name)})
-        return Passphrase(base64.b64decode(str(found.get("plaintext", ""))))
+        try:
+            return Passphrase(base64.b64decode(str(found.get("plaintext", "")), validate=True))
+        except ValueError:
+            raise FailedPrecondition(f"{self._vault.where} gave a key that is no base64; check its address") from None
 
     def rewrap_there(self, trail: KeyTrail) -> Wrapped:
         return self._wrapped(self._ask("rewrap", {"ciphertext": trail.wrapped, "context": _context(trail.name)}))

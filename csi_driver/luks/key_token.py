@@ -1,7 +1,7 @@
 """Our token in a volume's LUKS2 header: the trail of its key, so that header and KMS are enough to open it again.
 
-A header is unauthenticated, so the token is believed by `luks-csi recover` alone, which has nothing else; a volume that
-is in use follows its record.
+A header is unauthenticated, so the token is believed by `luks-csi recover` and `volume adopt` alone, which have nothing
+else, and which try what comes of it on the volume; a volume that is in use follows its record.
 """
 
 from typing import Final

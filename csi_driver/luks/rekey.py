@@ -23,7 +23,7 @@ from csi_driver.luks.header_rules import Limits, validate
 from csi_driver.luks.libcryptsetup import CryptDevice, crypt_device
 from csi_driver.model.errors import DeviceShort, FailedPrecondition, Unauthenticated
 from csi_driver.model.secret import Passphrase
-from csi_driver.model.volume import KeyTrail, LuksIdentity
+from csi_driver.model.volume import KeyTrail, LuksIdentity, NamedSlot
 
 _PIECE = 1 << 20
 
@@ -37,7 +37,7 @@ def add_passphrase(
     current: Passphrase,
     new: Passphrase,
     chosen: LuksFormat,
-) -> int:
+) -> NamedSlot:
     """Give `new` a key slot of its own, proven to open; `current` opens one that is there, and keeps it.
 
     Returns the key slot of `current`. Repeating is fine: a slot that `new` opens already is enough. Raises
@@ -62,7 +62,15 @@ def add_passphrase(
     with _edited(where, device, size, identity, limits) as edit:
         if edit.context.unlock(new) == old_slot:
             raise FailedPrecondition(f"the key slots of {where} were changed by somebody else meanwhile; look at them")
-    return old_slot
+    return NamedSlot(number=old_slot, salt=edit.header.keyslots[str(old_slot)].kdf.salt.hex())
+
+
+def prove(
+    where: str, device: Handle, size: int, identity: LuksIdentity, limits: Limits, passphrase: Passphrase
+) -> None:
+    """Try `passphrase` on the header of a file or device. Errors as `add_passphrase`."""
+    with _edited(where, device, size, identity, limits) as edit:
+        edit.context.unlock(passphrase)
 
 
 def remove_passphrase(
@@ -71,23 +79,25 @@ def remove_passphrase(
     size: int,
     identity: LuksIdentity,
     limits: Limits,
-    slot: int | None,
+    slot: NamedSlot | None,
     keep: Passphrase,
     trail: KeyTrail | None,
 ) -> None:
     """Take out a key slot, if it is there, after proof that `keep` opens another one; and let our token say `trail`.
 
-    `slot` None takes none out. What an earlier one left on the device is overwritten. No other token is touched. Errors
-    as `add_passphrase`.
+    `slot` None takes none out, and neither does a number that another key slot has by now. What an earlier one left on
+    the device is overwritten. No other token is touched. Errors as `add_passphrase`.
     """
     with _edited(where, device, size, identity, limits) as edit:
-        if edit.context.unlock(keep) == slot:
-            raise FailedPrecondition(
-                f"the passphrase that counts opens key slot {slot} of {where}, which was to be removed; nothing was "
-                f"changed, look at its key slots"
-            )
-        if slot is not None and str(slot) in edit.header.keyslots:
-            edit.context.destroy_keyslot(slot)
+        kept = edit.context.unlock(keep)
+        there = edit.header.keyslots.get(str(slot.number)) if slot else None
+        if slot is not None and there is not None and there.kdf.salt.hex() == slot.salt:
+            if kept == slot.number:
+                raise FailedPrecondition(
+                    f"the passphrase that counts opens key slot {kept} of {where}, which was to be removed; nothing "
+                    f"was changed, look at its key slots"
+                )
+            edit.context.destroy_keyslot(slot.number)
         if key_token.read(edit.area, edit.header) != trail:
             for place in key_token.places(edit.header):
                 edit.context.set_token(None, place)

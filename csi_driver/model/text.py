@@ -15,6 +15,11 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(one if one.isprintable() else _written_out(one) for one in text)
 
 
+def one_line(text: str, most: int) -> str:
+    """What somebody else's program said, as a part of a sentence of ours: `printable`, at most so many characters."""
+    return printable(" ".join(text.split()))[:most]
+
+
 def shortened(text: str) -> str:
     """`text`, or if it is longer than LONGEST its beginning and end, and what it had between them."""
     if len(text) * 4 <= LONGEST or len(data := text.encode(errors="backslashreplace")) <= LONGEST:

@@ -49,7 +49,8 @@ class KeyTrail(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     `kms_id` is the entry of the KMS configuration and `type` that entry's type. `name` is what the KMS knows the key
     by: what it is bound to, or the name of the secret that is kept there. `wrapped` is the wrapped data encryption key,
     "" where the KMS keeps the key itself. `key_id` and `key_version` are of the key that wrapped it, as far as the KMS
-    tells. `tenant` is the namespace of the volume's claim.
+    tells. `tenant` is the namespace of the volume's claim. A `foreign` key was not made for this volume but came with
+    what it was adopted from, which may still need it.
     """
 
     kms_id: str
@@ -59,6 +60,7 @@ class KeyTrail(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     key_id: str = ""
     key_version: str = ""
     tenant: str = ""
+    foreign: bool = False
 
 
 class RekeyPhase(StrEnum):
@@ -66,6 +68,13 @@ class RekeyPhase(StrEnum):
 
     ADDING = "adding"
     REMOVING = "removing"
+
+
+class NamedSlot(msgspec.Struct, frozen=True, kw_only=True):
+    """A key slot of a LUKS2 header: its number, which another may get later, and its salt, in hexadecimal."""
+
+    number: int
+    salt: str
 
 
 class Rekey(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,7 +86,7 @@ class Rekey(msgspec.Struct, frozen=True, kw_only=True):
 
     phase: RekeyPhase
     other: KeyTrail | None = None
-    slot: int | None = None
+    slot: NamedSlot | None = None
 
 
 class VolumeParameters(msgspec.Struct, frozen=True, kw_only=True):

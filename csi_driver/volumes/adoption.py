@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from csi_driver.backends.base import Backend
 from csi_driver.host.clonefile import FileIdentity, clone_file
 from csi_driver.host.log import log
@@ -17,7 +19,7 @@ from csi_driver.host.syscalls import error_name
 from csi_driver.host.workers import Workers
 from csi_driver.keys.base import KeyRequest
 from csi_driver.keys.secret import SecretKey, require_passphrase
-from csi_driver.keys.sources import KeySources
+from csi_driver.keys.sources import GENERATED, KeySources
 from csi_driver.luks import recovery
 from csi_driver.luks.header_rules import Limits as HeaderLimits
 from csi_driver.model.errors import AlreadyExists, FailedPrecondition
@@ -90,6 +92,8 @@ class Adoption:
             luks, trail = found.identity, request.trail
             if trail is None and request.secret.passphrase is None:
                 trail = found.trail
+            if trail is not None:
+                trail = msgspec.structs.replace(trail, foreign=True)
             passphrase = (
                 require_passphrase(request.secret, volume_id)
                 if trail is None
@@ -105,7 +109,11 @@ class Adoption:
                 id=volume_id,
                 name=request.name,
                 capacity_bytes=capacity,
-                parameters=VolumeParameters(encrypted=True, kms_id=trail.kms_id if trail else None),
+                parameters=VolumeParameters(
+                    encrypted=True,
+                    kms_id=(trail.kms_id or None) if trail else None,
+                    generate_key=trail is not None and trail.type == GENERATED,
+                ),
                 encryption=EncryptionState.ENCRYPTED,
                 luks=luks,
                 key=trail,

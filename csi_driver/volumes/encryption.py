@@ -39,7 +39,7 @@ from csi_driver.model.errors import (
 )
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.settings import Limits
-from csi_driver.model.volume import EncryptionState, FileSystemState, LuksIdentity, VolumeRecord
+from csi_driver.model.volume import EncryptionState, FileSystemState, LuksIdentity, NamedSlot, VolumeRecord
 from csi_driver.volumes.keys import KeyInHand
 
 P = ParamSpec("P")
@@ -91,7 +91,6 @@ class Encryption:
                 record = backend.update(self.take_identity(record, device))
             else:
                 record = self._format(backend, record, device, chosen, key)
-        self._ensure_header_copy(backend, record, device)
         identity = _identity(record)
         kept = None
         if not self._reuse(record, device, passphrase):
@@ -116,6 +115,7 @@ class Encryption:
         mapping = self._mappings.open(record.mapping_name)
         undo.callback(mapping.close)
         self._check_opened(record, device, mapping)
+        self._ensure_header_copy(backend, record, device)  # of a header that has opened
         return Opened(record, mapping, kept)
 
     def resume(self, mapping_name: str, mapping: Device | None) -> None:
@@ -224,12 +224,25 @@ class Encryption:
         current: Passphrase,
         new: Passphrase,
         wishes: SecretKey,
-    ) -> int:
-        """Give `new` a key slot beside that of `current`; returns the latter's number. Errors as `rekey`.
+    ) -> NamedSlot:
+        """Give `new` a key slot beside that of `current`; returns the latter. Errors as `rekey`.
 
-        No header is changed of which there is no copy, and none is left whose copy opens with another key.
+        No header is changed of which there is no copy, and none is left whose copy opens with another key. A copy gives
+        way to what was just opened alone: it may be the last good header.
         """
         chosen = self._format_of(record, wishes)
+        with self._unlocking(f"volume {record.id}"):
+            self._workers.call(
+                f"luks-unlock of {_where(record, device)}",
+                self._limits.unlock_seconds,
+                rekey.prove,
+                _where(record, device),
+                device,
+                device_size(record),
+                _identity(record),
+                self._header_limits,
+                current,
+            )
         self._back_up_header(backend, record, device)
         with self._unlocking(f"volume {record.id}"):
             slot = self._workers.call(
@@ -265,7 +278,7 @@ class Encryption:
         self.remove_passphrase(backend, record, clone, slot, own)
 
     def remove_passphrase(
-        self, backend: Backend, record: VolumeRecord, device: Handle, slot: int | None, keep: Passphrase
+        self, backend: Backend, record: VolumeRecord, device: Handle, slot: NamedSlot | None, keep: Passphrase
     ) -> None:
         """Take out a key slot, None for none, with proof that `keep` opens another; our token says the record's key."""
         with self._unlocking(f"volume {record.id}"):

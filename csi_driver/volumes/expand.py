@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from csi_driver.backends.base import Backend
+from csi_driver.host.handle import Handle
 from csi_driver.host.workers import Workers
 from csi_driver.keys.secret import SecretKey
-from csi_driver.model.errors import FailedPrecondition, NotFound, ResourceExhausted
+from csi_driver.model.errors import FailedPrecondition, NotFound, ResourceExhausted, Unauthenticated
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import VolumeRecord, is_volume_id
 from csi_driver.volumes.capability import Capability
@@ -84,7 +85,7 @@ class Expansion:
             if record.encryption is not None:
                 self._encryption.resume(record.mapping_name, present.mapping)
                 if record.key is None and request.key.passphrase is not None:  # before anything grows
-                    self._encryption.verify(record, device, request.key.passphrase)
+                    self._verify(record, device, request.key, request.key.passphrase)
             try:
                 record = grow_device(self._backend, record, request.required_bytes, request.limit_bytes)
             except ResourceExhausted as error:
@@ -97,6 +98,15 @@ class Expansion:
                 )
             self._grow_file_system(record, present)
         return record.capacity_bytes
+
+    def _verify(self, record: VolumeRecord, device: Handle, secret: SecretKey, passphrase: Passphrase) -> None:
+        """The secret's passphrase opens the volume, or the one that it had before: the next stage changes that."""
+        try:
+            self._encryption.verify(record, device, passphrase)
+        except Unauthenticated:
+            if secret.previous is None:
+                raise
+            self._encryption.verify(record, device, secret.previous)
 
     def _passphrase(self, record: VolumeRecord, secret: SecretKey) -> Passphrase | None:
         """What opens the header, where the kernel has lost the key of the mapping."""

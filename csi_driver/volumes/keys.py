@@ -1,13 +1,14 @@
 """Which passphrase opens a volume: that of the secret that came with the call, or its own from a KMS."""
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 
 from csi_driver.host.log import log
 from csi_driver.keys.base import KeyRequest
 from csi_driver.keys.secret import SecretKey, require_passphrase
-from csi_driver.keys.sources import KeySources
+from csi_driver.keys.sources import GENERATED, KeySources
 from csi_driver.model.errors import DriverError
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import KeyTrail, VolumeParameters, VolumeRecord
@@ -48,8 +49,13 @@ class VolumeKeys:
     def successor(self, record: VolumeRecord, trail: KeyTrail, secret: SecretKey) -> KeyTrail:
         """A new key of the same source for a volume whose key that is."""
         match = _GENERATION.match(trail.name)
-        base, number = (match.group(1), int(match.group(2))) if match else (f"{record.id}.{self._node}", 1)
-        kms_id = None if record.parameters.generate_key and not trail.kms_id else trail.kms_id
+        # The name of a foreign key has successors that are another volume's.
+        base, number = (
+            (match.group(1), int(match.group(2)))
+            if match and not trail.foreign
+            else (f"{record.id}.{os.urandom(4).hex()}", 0)
+        )
+        kms_id = None if trail.type == GENERATED else trail.kms_id
         request = KeyRequest(record.id, trail.tenant, secret)
         return self._sources.create(kms_id, f"{base}.{number + 1}", request, "rotate")
 
@@ -70,8 +76,11 @@ class VolumeKeys:
         return self._sources.rewrap(trail, _request(record, secret))
 
     def destroy(self, record: VolumeRecord, trail: KeyTrail, purpose: str) -> None:
-        """Forget a key that opens nothing any more; where it cannot be forgotten now it stays, which is logged."""
-        if record.parameters.retain_key:
+        """Forget a key that opens nothing any more; where it cannot be forgotten now it stays, which is logged.
+
+        A foreign one stays: it opens what the volume was adopted from.
+        """
+        if record.parameters.retain_key or trail.foreign:
             log.info("key kept", volume_id=record.id, kms=trail.kms_id or trail.type, key=trail.name)
             return
         try:

@@ -136,8 +136,13 @@ class Provisioning:
         self._release(volume_id)
         try:
             record = self._backend.get(volume_id)
-        except (NotFound, FailedPrecondition):
-            record = None  # nothing tells of a key, and none is needed
+        except NotFound:
+            record = None
+        except FailedPrecondition as error:
+            record = None  # no key is needed
+            log.warning(
+                "a key of its own stays in its KMS, if the volume had one", volume_id=volume_id, error=str(error)
+            )
         self._backend.delete(volume_id)
         if record is not None and record.key is not None:
             for trail in (record.key, record.rekey.other if record.rekey else None):

@@ -1,5 +1,6 @@
 """Recovery without Kubernetes: a volume's header put back from its copy, and any volume opened by header and key."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -80,7 +81,8 @@ class Recovery:
         """Open a volume's device, or the file that is below it, as the mapping `name`; returns the mapping's path.
 
         The key comes from `secret`, else from the KMS that our token in the header names. Nothing is written. Raises
-        DeviceAbsent, Unauthenticated, MappingMismatch (the name is taken), and what header and KMS raise.
+        DeviceAbsent, DeviceInUse (it is open or mounted), Unauthenticated, MappingMismatch (the name is taken), and
+        what header and KMS raise.
         """
         where = str(device)
         with self._workers.session(), ExitStack() as stack:
@@ -118,10 +120,25 @@ class Recovery:
         if not path.exists():
             raise DeviceAbsent(f"there is nothing at {path}; name the volume's device, or the file below it")
         if path.is_file():
+            if bound := self._loops.find(str(path)):
+                raise DeviceInUse(
+                    f"{path} is in use by {', '.join(each.path for each in bound)}; unstage its volume first (luks-csi "
+                    f"volume unstage), or open a copy"
+                )
             with self._loops.attach(str(path), autoclear=True, read_only=read_only) as loop:
                 yield loop
             return
-        with open_handle(os.path.realpath(path), os.O_RDONLY if read_only else os.O_RDWR) as handle:
+        real = os.path.realpath(path)
+        try:
+            open_handle(real, os.O_RDONLY | os.O_EXCL).close()  # which a mapping or a mount of it forbids: open(2)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            raise DeviceInUse(
+                f"{path} is in use by a mapping or a mount; unstage its volume first (luks-csi volume unstage), or "
+                f"open a copy"
+            ) from None
+        with open_handle(real, os.O_RDONLY if read_only else os.O_RDWR) as handle:
             yield handle
 
 

@@ -67,10 +67,11 @@ class Rekeying:
             raise FailedPrecondition(f"volume {volume_id} opens with a secret's passphrase; there is nothing to wrap")
         fresh = self._keys.rewrap(record, record.key, secret)
         changed = fresh != record.key
-        if changed:
-            record = self._backend.update(msgspec.structs.replace(record, key=fresh))
         with self._device(volume_id) as device, self._workers.session():
             passphrase = self._keys.fetch(record, fresh, secret, "rewrap")
+            if changed:  # what was wrapped anew counts when it was unwrapped and has opened the volume, not before
+                self._encryption.verify(record, device, passphrase)
+                record = self._backend.update(msgspec.structs.replace(record, key=fresh))
             self._encryption.remove_passphrase(self._backend, record, device, None, passphrase)
         if changed:
             log.info("key wrapped anew", volume_id=volume_id, kms=fresh.kms_id, key_version=fresh.key_version)
@@ -93,9 +94,10 @@ class Rekeying:
             return record
         if record.key is not None:
             return self._end(record, device, secret) if record.rekey else record
-        if secret.passphrase is None or (secret.previous is None and record.rekey is None):
+        previous = secret.previous if secret.previous != secret.passphrase else None
+        if secret.passphrase is None or (previous is None and record.rekey is None):
             return record
-        if secret.previous is not None:
+        if previous is not None:
             return self._change_passphrase(record, device, secret, secret.passphrase).record
         if record.rekey is not None and record.rekey.phase is RekeyPhase.REMOVING:
             return self._remove(record, device, secret.passphrase)
@@ -104,26 +106,37 @@ class Rekeying:
     def _change_passphrase(
         self, record: VolumeRecord, device: Handle, secret: SecretKey, new: Passphrase | None
     ) -> Rekeyed:
-        """From one passphrase of secrets to another; both are in hand, so a cut one is simply done again."""
+        """From one passphrase of secrets to another; both are in hand, so a cut one is simply done again.
+
+        One that was cut while it was `removing` ends with whichever of the two opens another key slot than the one that
+        is to go: the secret may have been changed once more since.
+        """
         old = secret.previous if new is secret.passphrase else secret.passphrase
         if old is None or new is None:
             raise FailedPrecondition(
                 f"volume {record.id} opens with a passphrase; give the one that it has and the new one"
             )
+        if old == new:
+            raise FailedPrecondition(f"the new passphrase of volume {record.id} is the one that it has; give another")
+        ended = record.rekey is not None and record.rekey.phase is RekeyPhase.REMOVING
+        if ended:
+            try:
+                record = self._remove(record, device, new)
+            except (Unauthenticated, FailedPrecondition):
+                record = self._remove(record, device, old)
         if record.rekey is None:
             try:
                 self._encryption.verify(record, device, old)
             except Unauthenticated:
                 self._encryption.verify(record, device, new)
-                return Rekeyed(record, changed=False)  # it was changed already
-        if record.rekey is None or record.rekey.phase is RekeyPhase.ADDING:
-            record = self._note(record, Rekey(phase=RekeyPhase.ADDING))
-            try:
-                slot = self._encryption.add_passphrase(self._backend, record, device, old, new, secret)
-            except Unauthenticated:
-                self._note(record, None)
-                raise
-            record = self._note(record, Rekey(phase=RekeyPhase.REMOVING, slot=slot))
+                return Rekeyed(record, changed=ended)  # it was changed already
+        record = self._note(record, Rekey(phase=RekeyPhase.ADDING))
+        try:
+            slot = self._encryption.add_passphrase(self._backend, record, device, old, new, secret)
+        except (Unauthenticated, FailedPrecondition):
+            self._note(record, None)
+            raise
+        record = self._note(record, Rekey(phase=RekeyPhase.REMOVING, slot=slot))
         record = self._remove(record, device, new)
         log.info("passphrase changed", volume_id=record.id)
         return Rekeyed(record, changed=True)

@@ -17,7 +17,7 @@ from csi_driver.host.keyring import unlink_from_user
 from csi_driver.host.loop import LoopDevices
 from csi_driver.host.workers import Workers
 from csi_driver.keys.aws import Account, AwsWrapper
-from csi_driver.keys.base import EntryReader, KeySource, Wrapping
+from csi_driver.keys.base import EntryReader, KeySource, Wrapped, Wrapping
 from csi_driver.keys.http import Tls
 from csi_driver.keys.kmip import KmipWrapper, server_of
 from csi_driver.keys.metadata import MetadataWrapper
@@ -40,7 +40,7 @@ from csi_driver.model.errors import (
 )
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.settings import Limits
-from csi_driver.model.volume import EncryptionState, KeyTrail, Rekey, RekeyPhase
+from csi_driver.model.volume import EncryptionState, KeyTrail, NamedSlot, Rekey, RekeyPhase
 from csi_driver.volumes.adoption import Adoption, AdoptRequest
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.recovery import Recovery
@@ -377,21 +377,114 @@ def test_what_an_old_key_slot_left_is_overwritten(used: Node) -> None:
     old_header.unlink()
 
 
-def test_a_record_that_forgot_its_slot_takes_no_other_one(used: Node) -> None:
+def slot_of(node: Node, number: int = 0) -> NamedSlot:
+    return NamedSlot(number=number, salt=node.header().keyslots[str(number)].kdf.salt.hex())
+
+
+def cut(node: Node, phase: RekeyPhase, slot: NamedSlot | None = None) -> None:
+    """Let the record say that a change was cut there."""
+    node.store.update(msgspec.structs.replace(node.record(), rekey=Rekey(phase=phase, slot=slot)))
+
+
+def test_a_record_that_names_the_slot_that_counts_takes_none(used: Node) -> None:
     """A slot that is not the old passphrase's is never removed: the proof is what the new one opens."""
-    record = used.record()
-    (slot,) = used.header().keyslots
-    used.store.update(msgspec.structs.replace(record, rekey=Rekey(phase=RekeyPhase.REMOVING, slot=int(slot))))
+    cut(used, RekeyPhase.REMOVING, slot_of(used))
     used.stage()  # with the passphrase that opens the slot that is to go
     assert used.read() == "precious"
     assert len(used.header().keyslots) == 1
     used.unstage()
 
 
-def _add_slot(node: Node, passphrase: bytes) -> None:
+def test_a_number_that_somebody_elses_key_slot_has_got_is_not_removed(used: Node) -> None:
+    """A change cut behind the removal; then an administrator's key slot gets the number that has become free."""
+    old = slot_of(used)
+    assert rotate(used, SECRET, OTHER)
+    cut(used, RekeyPhase.REMOVING, old)
+    _add_slot(used, b"an administrator's", OTHER)
+    assert slot_of(used).salt != old.salt
+    used.stage(secret=OTHER)
+    used.unstage()
+    assert used.record().rekey is None
+    assert opens(used.disk(), Passphrase(b"an administrator's"))
+
+
+@pytest.mark.parametrize("removed", [True, False])
+@pytest.mark.parametrize("third", [{"CRYPTO_KEY_VALUE": "a third one"}, SECRET])
+def test_a_secret_that_is_changed_once_more_behind_a_cut_ends_at_what_it_says(
+    used: Node, third: Mapping[str, str], *, removed: bool
+) -> None:
+    old = slot_of(used)
+    if removed:
+        assert rotate(used, SECRET, OTHER)
+    else:
+        _add_slot(used, OTHER["CRYPTO_KEY_VALUE"].encode())
+    cut(used, RekeyPhase.REMOVING, old)
+    used.stage(secret={**third, "CRYPTO_KEY_VALUE_PREVIOUS": OTHER["CRYPTO_KEY_VALUE"]})
+    assert used.read() == "precious"
+    used.unstage()
+    assert used.record().rekey is None
+    assert len(used.header().keyslots) == 1
+    used.stage(secret=third)
+    used.unstage()
+
+
+def test_a_change_that_cannot_be_leaves_no_trace_in_the_record(used: Node) -> None:
+    with pytest.raises(FailedPrecondition, match="is the one that it has"):
+        rotate(used, SECRET, SECRET)
+    assert used.record().rekey is None
+
+
+def test_a_header_that_does_not_open_replaces_no_copy(used: Node) -> None:
+    """A key slot's area is gone, which no checksum of the header tells: the copy is the last that opens."""
+    copy = used.disk().with_name("header.luks2")
+    good = copy.read_bytes()
+    (slot,) = used.header().keyslots.values()
+    with used.disk().open("r+b") as disk:
+        disk.seek(slot.area.offset)
+        disk.write(bytes(slot.area.size))
+    with pytest.raises(Unauthenticated):
+        rotate(used, SECRET, OTHER)
+    assert copy.read_bytes() == good
+    copy.unlink()
+    with pytest.raises(Unauthenticated):
+        used.stage()
+    assert not copy.exists()
+
+
+def test_a_wrapping_counts_once_it_has_opened_the_volume(folder: Path, workers: Workers) -> None:
+    class Wrong(MetadataWrapper):
+        """Wraps anew into what is another key."""
+
+        def wrap(self, name: str, key: Passphrase) -> Wrapped:
+            return super().wrap(name, Passphrase(key.reveal() + self.more))
+
+        more = b""
+
+    wrapper = Wrong("KMS kms (metadata)", lambda: Passphrase(b"a passphrase"))
+    node = with_keys(folder, workers, GivenSources(kms=Wrapping(wrapper)))
+    node.create(parameters=OF_KMS, secret=NONE)
+    node.stage(secret=NONE)
+    node.unstage()
+    before, wrapper.more = trail_of(node), b"x"
+    with pytest.raises(Unauthenticated):
+        rewrap(node)
+    assert trail_of(node) == before
+    node.stage(secret=NONE)
+    node.unstage()
+
+
+def test_an_expansion_takes_the_passphrase_that_the_secret_had_before(used: Node) -> None:
+    used.stage()
+    used.expand(SIZE + 16 * MIB, secret={**OTHER, "CRYPTO_KEY_VALUE_PREVIOUS": SECRET["CRYPTO_KEY_VALUE"]})
+    with pytest.raises(Unauthenticated):
+        used.expand(SIZE + 32 * MIB, secret=OTHER)
+    used.unstage()
+
+
+def _add_slot(node: Node, passphrase: bytes, secret: Mapping[str, str] = SECRET) -> None:
     argv = ["cryptsetup", "luksAddKey", "--batch-mode", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"]
     old = node.folder / "old"
-    old.write_text(SECRET["CRYPTO_KEY_VALUE"])
+    old.write_text(secret["CRYPTO_KEY_VALUE"])
     argv += ["--key-file", str(old), str(node.disk()), "-"]
     subprocess.run(argv, input=passphrase, check=True, capture_output=True, timeout=60)
     old.unlink()
@@ -430,6 +523,18 @@ def test_a_damaged_header_is_put_back_from_its_copy(used: Node) -> None:
     assert used.read() == "precious"
     with pytest.raises(DeviceInUse, match="is open"):
         made.restore_header(VOLUME, copy)
+    used.unstage()
+
+
+def test_what_is_in_use_is_not_opened_a_second_time(used: Node) -> None:
+    used.stage()
+    (loop,) = LoopDevices().find(str(used.disk()))
+    made = recovery(used, GivenSources())
+    for path in (used.disk(), Path(loop.path), Path("/dev/mapper") / used.record().mapping_name):
+        for read_only in (True, False):
+            with pytest.raises(DeviceInUse, match="is in use by"):
+                made.open(path, "recovered", None, read_secret(SECRET), read_only=read_only)
+    assert used.read() == "precious"
     used.unstage()
 
 
@@ -538,7 +643,9 @@ def test_a_volume_of_ceph_csi_is_adopted_with_its_wrapped_key(folder: Path, work
     adoption(node, sources).adopt(AdoptRequest(VOLUME, path, read_secret({}), trail))
     node.stage(secret=NONE)
     assert (node.staging_path() / BOOT_FILE).read_text() == GREETING
+    assert trail_of(node).foreign
     assert rotate(node)
+    assert not trail_of(node).foreign
     node.unstage()
     node.stage(secret=NONE)
     node.unstage()

@@ -10,8 +10,14 @@ from contextlib import contextmanager
 
 import pytest
 
+from csi_driver.keys.aws import AwsWrapper
+from csi_driver.keys.base import EntryReader, KeyRequest, Wrapping
 from csi_driver.keys.http import HttpService, Tls
+from csi_driver.keys.vault import Login, Vault
+from csi_driver.keys.vault_transit import VaultTransit
 from csi_driver.model.errors import DriverError, FailedPrecondition, PermissionDenied, Unavailable
+from csi_driver.model.volume import KeyTrail
+from tests.keys.given import GivenSources
 
 TOKEN = "s.a-token-that-nobody-may-see"
 SECRET = "a DEK that nobody may see"
@@ -25,6 +31,7 @@ class Server:
     def __init__(self, answers: list[Answer]) -> None:
         self.answers = answers
         self.asked = 0
+        self.address = ""
 
     def answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
         handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
@@ -46,7 +53,8 @@ def serving(*answers: Answer) -> Iterator[tuple[Server, HttpService]]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    service = HttpService("KMS v (vault)", "vault", f"http://127.0.0.1:{server.server_address[1]}", Tls(), seconds=0.5)
+    told.address = f"http://127.0.0.1:{server.server_address[1]}"
+    service = HttpService("KMS v (vault)", "vault", told.address, Tls(), seconds=0.5)
     try:
         yield told, service
     finally:
@@ -177,3 +185,107 @@ def test_a_ca_that_is_none_is_told(pem: str) -> None:
 def test_a_client_certificate_without_its_key_is_told() -> None:
     with pytest.raises(FailedPrecondition, match="client certificate and key"):
         Tls(certificate="no certificate", key="no key").context("KMS v")
+
+
+def test_an_answer_is_asked_for_as_it_is() -> None:
+    """What a proxy would compress nobody here decompresses."""
+    seen: list[str | None] = []
+
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        seen.append(handler.headers["Accept-Encoding"])
+        status(200, b"{}")(handler)
+
+    with serving(answer) as (_, service):
+        assert ask(service) == {}
+    assert seen == ["identity"]
+
+
+def test_what_the_server_says_is_one_line() -> None:
+    said = json.dumps({"errors": ["1 error occurred:\n\t* permission denied\x1b[0m\n\n"]}).encode()
+    with serving(status(403, said)) as (_, service), pytest.raises(PermissionDenied) as caught:
+        ask(service)
+    assert r"1 error occurred: * permission denied\x1b[0m)" in str(caught.value)
+
+
+def test_a_private_key_is_not_shown() -> None:
+    assert SECRET not in repr(Tls(certificate="public", key=SECRET))
+
+
+def vault_of(server: Server) -> Vault:
+    login = Login(path="auth/kubernetes/login", document=lambda: {"role": "r", "jwt": TOKEN})
+    return Vault(EntryReader("KMS v (vault)", {"vaultAddress": server.address}), Tls(), login)
+
+
+def test_a_refused_login_to_vault_is_asked_once() -> None:
+    with serving(status(403, b'{"errors": ["permission denied"]}')) as (server, _):
+        vault = vault_of(server)
+        with pytest.raises(PermissionDenied):
+            vault.ask("POST", "secret/data/x", {})
+        vault.close()
+    assert server.asked == 1
+
+
+def test_a_token_that_has_ended_is_asked_for_anew_once() -> None:
+    token = status(200, b'{"auth": {"client_token": "t", "lease_duration": 600}}')
+    with serving(token, status(403), token, status(200, b"{}")) as (server, _):
+        vault = vault_of(server)
+        assert vault.ask("POST", "secret/data/x", {}) == {}
+        vault.close()
+    assert server.asked == 4
+
+
+def test_those_who_wait_for_a_login_share_its_error() -> None:
+    login = Login(path="auth/kubernetes/login", document=dict)
+    inside, go = threading.Event(), threading.Event()
+    asked, errors = [], []
+
+    def post(*_: object) -> dict[str, object]:
+        asked.append(1)
+        inside.set()
+        go.wait(30)
+        raise Unavailable("the KMS does not answer")
+
+    def one() -> None:
+        try:
+            login.token(post)
+        except Unavailable as error:
+            errors.append(str(error))
+
+    first = threading.Thread(target=one)
+    first.start()
+    inside.wait(30)
+    second = threading.Thread(target=one)
+    second.start()
+    go.set()  # where the second one comes late it asks itself, and hears the same
+    first.join()
+    second.join()
+    assert errors == ["the KMS does not answer"] * 2
+
+
+@pytest.mark.parametrize("plaintext", ["", "!!!not base64", "QUJD\u00e4"])
+def test_what_transit_gives_is_a_key_or_an_error(plaintext: str) -> None:
+    answer = status(200, json.dumps({"data": {"plaintext": plaintext}}).encode())
+    with serving(answer) as (server, _):
+        vault = Vault(EntryReader("KMS v (vault)", {"vaultAddress": server.address}), Tls(), Login(TOKEN))
+        transit = VaultTransit(vault, EntryReader("KMS v (vault)", {"vaultTransitKey": "k"}))
+        given = GivenSources(v=Wrapping(transit))
+        trail = KeyTrail(kms_id="v", type="given", name="pvc-1", wrapped="vault:v1:x")
+        with pytest.raises(FailedPrecondition, match=r"no base64|empty key"):
+            given.fetch(trail, KeyRequest("pvc-1"), "stage")
+        vault.close()
+
+
+def test_aws_answers_that_end_early_pass_by_themselves() -> None:
+    class Client:
+        def decrypt(self, **_: object) -> dict[str, object]:
+            return {"ResponseMetadata": {}}
+
+    class Accounts:
+        key = "arn"
+
+        def client(self, *_: object) -> Client:
+            return Client()
+
+    wrapper = AwsWrapper("KMS a (aws-metadata)", Accounts)  # type: ignore[arg-type]
+    with pytest.raises(Unavailable, match="without Plaintext"):
+        wrapper.unwrap(KeyTrail(kms_id="a", type="aws-metadata", wrapped="QUJD"))

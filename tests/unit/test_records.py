@@ -14,6 +14,7 @@ from csi_driver.model.volume import (
     FileSystemState,
     KeyTrail,
     LuksIdentity,
+    NamedSlot,
     Rekey,
     RekeyPhase,
     VolumeParameters,
@@ -24,8 +25,17 @@ WHERE = "/state/volumes/pvc-1/record.json"
 TEXTS = st.text(max_size=20)
 WHOLE = st.integers(0, (1 << 63) - 1)
 KEYS = st.builds(
-    KeyTrail, kms_id=TEXTS, type=TEXTS, name=TEXTS, wrapped=TEXTS, key_id=TEXTS, key_version=TEXTS, tenant=TEXTS
+    KeyTrail,
+    kms_id=TEXTS,
+    type=TEXTS,
+    name=TEXTS,
+    wrapped=TEXTS,
+    key_id=TEXTS,
+    key_version=TEXTS,
+    tenant=TEXTS,
+    foreign=st.booleans(),
 )
+SLOTS = st.builds(NamedSlot, number=WHOLE, salt=TEXTS)
 RECORDS = st.builds(
     VolumeRecord,
     id=TEXTS,
@@ -67,7 +77,7 @@ RECORDS = st.builds(
     file_system=st.sampled_from(FileSystemState),
     key=st.none() | KEYS,
     rekey=st.none()
-    | st.builds(Rekey, phase=st.sampled_from(RekeyPhase), other=st.none() | KEYS, slot=st.none() | WHOLE),
+    | st.builds(Rekey, phase=st.sampled_from(RekeyPhase), other=st.none() | KEYS, slot=st.none() | SLOTS),
     made_fs_type=st.none() | TEXTS,
     created=TEXTS,
     revision=WHOLE,
