@@ -190,6 +190,7 @@ def test_a_worker_that_is_killed_as_it_gets_a_session_does_no_lasting_harm(crew:
         time.sleep(0.1)
         signal_all(stopped, signal.SIGKILL)
         call.result(10)
+    wait_for(lambda: all(ended(pid) for pid in stopped))  # a signal may be slower than the next call
     assert crew.workers.call("luks-test", 10, tasks.identity)[1] == launcher
 
 
