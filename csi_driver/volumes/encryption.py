@@ -34,12 +34,13 @@ from csi_driver.model.errors import (
     DeviceInUse,
     DriverError,
     FailedPrecondition,
+    KeyLost,
     KeyNeeded,
     Unauthenticated,
 )
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.settings import Limits
-from csi_driver.model.volume import EncryptionState, FileSystemState, LuksIdentity, NamedSlot, VolumeRecord
+from csi_driver.model.volume import EncryptionState, FileSystemState, KeyTrail, LuksIdentity, NamedSlot, VolumeRecord
 from csi_driver.volumes.keys import KeyInHand
 
 P = ParamSpec("P")
@@ -93,30 +94,34 @@ class Encryption:
                 record = self._format(backend, record, device, chosen, key)
         identity = _identity(record)
         kept = None
-        if not self._reuse(record, device, passphrase):
-            undo.callback(attempt, self._mappings.close, record.mapping_name, identity.uuid)
-            parameters = record.parameters
-            opening = luks.Opening(
-                record.mapping_name, parameters.discard, parameters.no_read_workqueue, parameters.no_write_workqueue
-            )
-            with self._unlocking(f"volume {record.id}"):
-                kept = self._workers.call(
-                    f"luks-open of {_where(record, device)}",
-                    self._limits.unlock_seconds,
-                    luks.open_device,
-                    _where(record, device),
-                    device,
-                    device_size(record),
-                    identity,
-                    self._header_limits,
-                    passphrase,
-                    opening,
-                )
+        with _told_of_a_kms(_where(record, device), key.trail):
+            if not self._reuse(record, device, passphrase):
+                undo.callback(attempt, self._mappings.close, record.mapping_name, identity.uuid)
+                kept = self._open(record, device, passphrase)
         mapping = self._mappings.open(record.mapping_name)
         undo.callback(mapping.close)
         self._check_opened(record, device, mapping)
         self._ensure_header_copy(backend, record, device)  # of a header that has opened
         return Opened(record, mapping, kept)
+
+    def _open(self, record: VolumeRecord, device: Handle, passphrase: Passphrase) -> KeptKey | None:
+        parameters = record.parameters
+        opening = luks.Opening(
+            record.mapping_name, parameters.discard, parameters.no_read_workqueue, parameters.no_write_workqueue
+        )
+        with self._unlocking(f"volume {record.id}"):
+            return self._workers.call(
+                f"luks-open of {_where(record, device)}",
+                self._limits.unlock_seconds,
+                luks.open_device,
+                _where(record, device),
+                device,
+                device_size(record),
+                _identity(record),
+                self._header_limits,
+                passphrase,
+                opening,
+            )
 
     def resume(self, mapping_name: str, mapping: Device | None) -> None:
         """Let I/O flow again through a mapping that a killed resize left suspended."""
@@ -437,6 +442,20 @@ class Encryption:
             yield
         finally:
             self._unlocks.release()
+
+
+@contextmanager
+def _told_of_a_kms(where: str, trail: KeyTrail | None) -> Iterator[None]:
+    """Nobody has a secret to put right where a KMS gave what opens nothing."""
+    try:
+        yield
+    except Unauthenticated:
+        if trail is None:
+            raise
+        raise KeyLost(
+            f"the key {trail.name} of {f'the KMS {trail.kms_id}' if trail.kms_id else trail.type} opens no key slot of "
+            f"{where}; restore the key that it was there, or the volume's header or record from a backup"
+        ) from None
 
 
 def attempt(undo: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:

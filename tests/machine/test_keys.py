@@ -473,6 +473,30 @@ def test_a_wrapping_counts_once_it_has_opened_the_volume(folder: Path, workers: 
     node.unstage()
 
 
+def test_a_key_that_opens_nothing_is_told_by_its_name(folder: Path, workers: Workers) -> None:
+    class Other(MetadataWrapper):
+        """Gives what is another key."""
+
+        def unwrap(self, trail: KeyTrail) -> Passphrase:
+            return Passphrase(super().unwrap(trail).reveal() + self.more)
+
+        more = b""
+
+    wrapper = Other("KMS kms (metadata)", lambda: Passphrase(b"a passphrase"))
+    node = with_keys(folder, workers, GivenSources(kms=Wrapping(wrapper)))
+    node.create(parameters=OF_KMS, secret=NONE)
+    node.stage(secret=NONE)
+    node.unstage()
+    wrapper.more = b"x"
+    with pytest.raises(
+        KeyLost, match=r"^the key pvc-1\.[0-9a-f]{8}\.1 of the KMS kms opens no key slot of volume pvc-1"
+    ):
+        node.stage(secret=NONE)
+    wrapper.more = b""
+    node.stage(secret=NONE)
+    node.unstage()
+
+
 def test_an_expansion_takes_the_passphrase_that_the_secret_had_before(used: Node) -> None:
     used.stage()
     used.expand(SIZE + 16 * MIB, secret={**OTHER, "CRYPTO_KEY_VALUE_PREVIOUS": SECRET["CRYPTO_KEY_VALUE"]})
