@@ -124,6 +124,8 @@ def rewrap(context: click.Context, /, volume_ids: tuple[str, ...], output: str, 
             documents.append({"volume": each, "changed": done.changed, "error": None})
     if output == Output.JSON:
         show_json(documents)
+    elif not documents:
+        show_text("no KMS wraps the key of a volume here")
     for one in documents if output != Output.JSON else ():
         how = "is wrapped anew" if one["changed"] else "was wrapped by the newest key already"
         show_text(f"volume {one['volume']}: {one['error'] or f'its key {how}'}", err=bool(one["error"]))

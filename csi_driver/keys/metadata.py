@@ -62,8 +62,9 @@ class MetadataWrapper:
 
     def unwrap(self, trail: KeyTrail) -> Passphrase:
         sealed = read_sealed(trail.wrapped, self._where)
+        cipher = self._cipher(trail.name)
         try:
-            return Passphrase(self._cipher(trail.name).decrypt(sealed.nonce, sealed.dek, None))
+            return Passphrase(cipher.decrypt(sealed.nonce, sealed.dek, None))
         except Exception:  # noqa: BLE001 - InvalidTag, or ValueError for a nonce of another length
             raise KeyLost(
                 f"the passphrase of {self._where} does not unwrap the key of {trail.name}; put the one with which the "

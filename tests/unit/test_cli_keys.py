@@ -1,6 +1,7 @@
 """`luks-csi keys` and `luks-csi recover`: what they tell and refuse; what they do is tested on devices."""
 
 import json
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -136,6 +137,11 @@ def test_a_volume_that_fails_keeps_no_other_from_being_wrapped_anew(state: list[
     assert [(one["volume"], one["changed"]) for one in found] == [("of-a-secret", False), ("of-a-kms", False)]
     assert "there is nothing to wrap" in found[0]["error"]
     assert "no KMS is configured" in found[1]["error"]
+
+
+def test_where_no_kms_wraps_anything_that_is_told(state: list[str]) -> None:
+    shutil.rmtree(Path(state[1]) / "loopfile/volumes/of-a-kms")
+    assert run_cli("keys", "rewrap", "--all", *state).stdout == "no KMS wraps the key of a volume here\n"
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "control"])

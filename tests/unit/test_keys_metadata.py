@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from csi_driver.keys.base import Wrapping
 from csi_driver.keys.metadata import MetadataWrapper
-from csi_driver.model.errors import KeyLost
+from csi_driver.model.errors import FailedPrecondition, KeyLost, Unavailable
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import KeyTrail
 
@@ -71,3 +71,20 @@ def test_another_passphrase_or_volume_unwraps_nothing(passphrase: str, volume: s
 def test_what_is_no_wrapped_key_is_told(text: str) -> None:
     with pytest.raises(KeyLost, match="restore the record from a backup"):
         wrapper("p").unwrap(KeyTrail(kms_id="kms", type="metadata", name=VOLUME, wrapped=text))
+
+
+@pytest.mark.parametrize("error", [Unavailable("the API does not answer"), FailedPrecondition("there is no secret")])
+def test_what_hinders_the_passphrase_is_told_as_it_is(error: Exception) -> None:
+    """And not as a key that is lost: one passes by itself."""
+    answers: list[Passphrase | Exception] = [Passphrase(b"a passphrase"), error]
+
+    def passphrase() -> Passphrase:
+        found = answers.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    wrapper = MetadataWrapper("KMS a (metadata)", passphrase)
+    wrapped = wrapper.wrap("pvc-1", Passphrase(b"a DEK")).text
+    with pytest.raises(type(error), match=f"^{error}$"):
+        wrapper.unwrap(KeyTrail(kms_id="a", type="metadata", name="pvc-1", wrapped=wrapped))
