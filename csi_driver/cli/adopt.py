@@ -85,6 +85,12 @@ def adopt(
         ) from None
     finally:
         driver.stop()
+    if made.key is not None and not made.key.wrapped:
+        show_text(
+            f"volume {made.id} opens with the key of what it was copied from: give it one of its own (luks-csi keys "
+            f"rotate {made.id}, once it was staged) before that is deleted or gets another key",
+            err=True,
+        )
     if output == Output.JSON:
         show_json(made)
     else:

@@ -4,7 +4,8 @@ boto3 tries again by a budget of its own that time does not refill (measured on 
 """
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -120,45 +121,57 @@ class AwsWrapper:
             made = self._made
             if made is None:
                 account = self._account()
-                made = self._made = account.client(self._where, "kms"), account.key
-            exceptions = load("botocore.exceptions", self._where, EXTRA)
+                with _told(self._where):
+                    made = self._made = account.client(self._where, "kms"), account.key
             try:
-                return call(*made)
-            except exceptions.ClientError as error:
+                with _told(self._where):
+                    return call(*made)
+            except DriverError:
                 self._forget(made)  # its credentials may have ended
-                raise _refusal(self._where, error.response) from None
-            except exceptions.BotoCoreError as error:
-                self._forget(made)
-                raise _unreachable(self._where, error, exceptions) from None
+                raise
 
         return retried(self._where, EXTRA, once)
 
 
 def assume_role(where: str, account: Account, role: str, token: str) -> dict[str, str]:
     """Credentials of a role for who shows a web identity token (STS, AssumeRoleWithWebIdentity)."""
-    exceptions = load("botocore.exceptions", where, EXTRA)
     unsigned = load("botocore", where, EXTRA).UNSIGNED
     config = load("botocore.config", where, EXTRA).Config(
         signature_version=unsigned, connect_timeout=SECONDS, read_timeout=SECONDS, retries={"total_max_attempts": 1}
     )
-    client = (
-        load("boto3", where, EXTRA)
-        .session.Session()
-        .client("sts", region_name=account.region, endpoint_url=account.endpoint, config=config)
-    )
-    try:
+    with _told(where):
+        client = (
+            load("boto3", where, EXTRA)
+            .session.Session()
+            .client("sts", region_name=account.region, endpoint_url=account.endpoint, config=config)
+        )
         found = client.assume_role_with_web_identity(RoleArn=role, RoleSessionName=SESSION, WebIdentityToken=token)[
             "Credentials"
         ]
+        return {
+            "aws_access_key_id": found["AccessKeyId"],
+            "aws_secret_access_key": found["SecretAccessKey"],
+            "aws_session_token": found["SessionToken"],
+        }
+
+
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Errors of boto3 as ours. No text of its own is taken over: of an answer that it cannot read it quotes all."""
+    exceptions = load("botocore.exceptions", where, EXTRA)
+    try:
+        yield
+    except DriverError:
+        raise
     except exceptions.ClientError as error:
         raise _refusal(where, error.response) from None
     except exceptions.BotoCoreError as error:
         raise _unreachable(where, error, exceptions) from None
-    return {
-        "aws_access_key_id": found["AccessKeyId"],
-        "aws_secret_access_key": found["SecretAccessKey"],
-        "aws_session_token": found["SessionToken"],
-    }
+    except Exception as error:  # noqa: BLE001 - whatever boto3 makes of an answer, or of an address, that is none
+        raise Unavailable(
+            f"{where} cannot be asked or answered with what cannot be read ({type(error).__name__}); check its "
+            f"address, the call may be repeated"
+        ) from None
 
 
 def _context(name: str) -> dict[str, str]:

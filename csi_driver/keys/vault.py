@@ -127,12 +127,14 @@ class Login:
                 raise type(self._failed[1])(str(self._failed[1]))
             if time.monotonic() >= self._until:
                 try:
-                    auth = login(self._path, self._document()).get("auth") or {}
+                    found = login(self._path, self._document()).get("auth")
                 except DriverError as error:
                     self._failed = time.monotonic(), error
                     raise
+                auth = found if isinstance(found, dict) else {}
+                seconds = auth.get("lease_duration")
                 self._token = str(auth.get("client_token", ""))
-                self._until = time.monotonic() + _EARLY * float(auth.get("lease_duration") or 0)
+                self._until = time.monotonic() + _EARLY * (seconds if isinstance(seconds, int | float) else 0)
             return self._token
 
     def forget(self, token: str) -> bool:

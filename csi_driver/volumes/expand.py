@@ -80,12 +80,13 @@ class Expansion:
             raise FailedPrecondition(
                 f"volume {record.id} is recorded as staged and its device is not attached; unstage and stage it"
             )
+        opened = None
         with device, self._workers.session():
             self._backend.refresh(device)  # the controller may have grown it before
             if record.encryption is not None:
                 self._encryption.resume(record.mapping_name, present.mapping)
                 if record.key is None and request.key.passphrase is not None:  # before anything grows
-                    self._verify(record, device, request.key, request.key.passphrase)
+                    opened = self._verify(record, device, request.key, request.key.passphrase)
             try:
                 record = grow_device(self._backend, record, request.required_bytes, request.limit_bytes)
             except ResourceExhausted as error:
@@ -94,25 +95,27 @@ class Expansion:
             self._backend.refresh(device)
             if record.encryption is not None:
                 self._encryption.resize(
-                    record, device, partial(self._passphrase, record, request.key), present.stage.kept_key
+                    record, device, partial(self._passphrase, record, request.key, opened), present.stage.kept_key
                 )
             self._grow_file_system(record, present)
         return record.capacity_bytes
 
-    def _verify(self, record: VolumeRecord, device: Handle, secret: SecretKey, passphrase: Passphrase) -> None:
-        """The secret's passphrase opens the volume, or the one that it had before: the next stage changes that."""
+    def _verify(self, record: VolumeRecord, device: Handle, secret: SecretKey, passphrase: Passphrase) -> Passphrase:
+        """What opens the volume: the secret's passphrase, or the one that it had before, until the next stage."""
         try:
             self._encryption.verify(record, device, passphrase)
         except Unauthenticated:
             if secret.previous is None:
                 raise
             self._encryption.verify(record, device, secret.previous)
+            return secret.previous
+        return passphrase
 
-    def _passphrase(self, record: VolumeRecord, secret: SecretKey) -> Passphrase | None:
-        """What opens the header, where the kernel has lost the key of the mapping."""
-        if record.key is None and secret.passphrase is None:
+    def _passphrase(self, record: VolumeRecord, secret: SecretKey, opened: Passphrase | None) -> Passphrase | None:
+        """What opens the header, where the kernel has lost the key of the mapping; `opened` was seen to."""
+        if record.key is None and opened is None:
             return None
-        return self._keys.of(record, secret, "expand").passphrase
+        return opened or self._keys.of(record, secret, "expand").passphrase
 
     def _grow_file_system(self, record: VolumeRecord, present: Presence) -> None:
         stage, mount = present.stage, present.staging

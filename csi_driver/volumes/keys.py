@@ -1,7 +1,6 @@
 """Which passphrase opens a volume: that of the secret that came with the call, or its own from a KMS."""
 
 import hashlib
-import os
 import re
 from dataclasses import dataclass
 
@@ -30,7 +29,7 @@ class VolumeKeys:
 
     def __init__(self, sources: KeySources, node_id: str) -> None:
         self._sources = sources
-        self._node = hashlib.sha256(node_id.encode()).hexdigest()[:8]
+        self._node = _short(node_id)
 
     def make(self, volume_id: str, parameters: VolumeParameters, secret: SecretKey) -> KeyTrail | None:
         """The key of a volume that is about to be made; None where a secret opens it.
@@ -53,7 +52,7 @@ class VolumeKeys:
         base, number = (
             (match.group(1), int(match.group(2)))
             if match and not trail.foreign
-            else (f"{record.id}.{os.urandom(4).hex()}", 0)
+            else (f"{record.id}.{_short(f'{record.created} {trail.name}')}", 0)
         )
         kms_id = None if trail.type == GENERATED else trail.kms_id
         request = KeyRequest(record.id, trail.tenant, secret)
@@ -87,6 +86,11 @@ class VolumeKeys:
             self._sources.destroy(trail, _request(record, SecretKey(None)), purpose)
         except DriverError as error:
             log.warning("a key was left in its KMS", volume_id=record.id, key=trail.name, error=str(error))
+
+
+def _short(text: str) -> str:
+    """A part of a key's name that stands for that text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _request(record: VolumeRecord, secret: SecretKey) -> KeyRequest:

@@ -65,13 +65,17 @@ class Rekeying:
         record = self._usable(volume_id)
         if record.key is None:
             raise FailedPrecondition(f"volume {volume_id} opens with a secret's passphrase; there is nothing to wrap")
-        fresh = self._keys.rewrap(record, record.key, secret)
-        changed = fresh != record.key
+        fresh, rekey = self._keys.rewrap(record, record.key, secret), record.rekey
+        if rekey is not None and rekey.phase is RekeyPhase.ADDING and rekey.other is not None:
+            other = self._keys.rewrap(record, rekey.other, secret)  # a change that was cut must still find its key
+            self._keys.fetch(record, other, secret, "rewrap")
+            rekey = msgspec.structs.replace(rekey, other=other)
+        changed = (fresh, rekey) != (record.key, record.rekey)
         with self._device(volume_id) as device, self._workers.session():
             passphrase = self._keys.fetch(record, fresh, secret, "rewrap")
             if changed:  # what was wrapped anew counts when it was unwrapped and has opened the volume, not before
                 self._encryption.verify(record, device, passphrase)
-                record = self._backend.update(msgspec.structs.replace(record, key=fresh))
+                record = self._backend.update(msgspec.structs.replace(record, key=fresh, rekey=rekey))
             self._encryption.remove_passphrase(self._backend, record, device, None, passphrase)
         if changed:
             log.info("key wrapped anew", volume_id=volume_id, kms=fresh.kms_id, key_version=fresh.key_version)
@@ -122,8 +126,11 @@ class Rekeying:
         if ended:
             try:
                 record = self._remove(record, device, new)
-            except (Unauthenticated, FailedPrecondition):
-                record = self._remove(record, device, old)
+            except (Unauthenticated, FailedPrecondition) as error:
+                try:
+                    record = self._remove(record, device, old)
+                except Unauthenticated:
+                    raise error from None
         if record.rekey is None:
             try:
                 self._encryption.verify(record, device, old)
@@ -133,7 +140,7 @@ class Rekeying:
         record = self._note(record, Rekey(phase=RekeyPhase.ADDING))
         try:
             slot = self._encryption.add_passphrase(self._backend, record, device, old, new, secret)
-        except (Unauthenticated, FailedPrecondition):
+        except Unauthenticated:
             self._note(record, None)
             raise
         record = self._note(record, Rekey(phase=RekeyPhase.REMOVING, slot=slot))

@@ -94,9 +94,23 @@ def children(pid: int) -> list[int]:
     return found
 
 
+_BEFORE: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def _others() -> None:
+    """Servers that other tests of this run have, which are no wardens."""
+    _BEFORE.clear()
+    _BEFORE.update(children(os.getpid()))
+
+
+def wardens() -> list[int]:
+    return [pid for pid in children(os.getpid()) if pid not in _BEFORE]
+
+
 def processes() -> tuple[int, int]:
     """Pids of the one warden of this process, and of its program."""
-    (warden,) = children(os.getpid())
+    (warden,) = wardens()
     (program,) = children(warden)
     return warden, program
 
@@ -350,7 +364,7 @@ def test_what_qemu_nbd_refuses_is_an_image_that_is_refused(tmp_path: Path) -> No
     path.write_bytes(b"QFI\xfb" + random.Random(4).randbytes(1 << 16))
     with pytest.raises(InvalidArgument, match=r"image a cannot be read as qcow2: qemu-nbd ended with exit code 1: "):
         QemuReader(str(path), ImageFormat.QCOW2, WHERE)
-    assert children(os.getpid()) == []
+    assert wardens() == []
 
 
 def test_a_backing_file_is_out_of_reach(tmp_path: Path, content: Path) -> None:

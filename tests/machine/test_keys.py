@@ -3,7 +3,7 @@
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import boto3
@@ -495,6 +495,39 @@ def test_a_key_that_opens_nothing_is_told_by_its_name(folder: Path, workers: Wor
     wrapper.more = b""
     node.stage(secret=NONE)
     node.unstage()
+
+
+def test_wrapping_anew_takes_along_the_key_that_is_to_come(folder: Path, workers: Workers) -> None:
+    """Else the old key of the KMS cannot go without the change that was cut losing its own."""
+    passphrases = [Passphrase(b"old"), Passphrase(b"new")]
+
+    class Newest(MetadataWrapper):
+        """Unwraps by any of its passphrases, wraps by the last one."""
+
+        def unwrap(self, trail: KeyTrail) -> Passphrase:
+            for each in passphrases:
+                with suppress(KeyLost):
+                    return MetadataWrapper("KMS kms (metadata)", lambda each=each: each).unwrap(trail)  # type: ignore[misc]
+            raise KeyLost("gone")
+
+    sources = GivenSources(kms=Wrapping(Newest("KMS kms (metadata)", lambda: passphrases[-1])))
+    node = with_keys(folder, workers, sources)
+    newest = passphrases.pop()
+    node.create(parameters=OF_KMS, secret=NONE)
+    node.stage(secret=NONE)
+    node.write()
+    node.unstage()
+    record = node.record()
+    other = VolumeKeys(sources, "node-1").successor(record, trail_of(node), read_secret({}))
+    node.store.update(msgspec.structs.replace(record, rekey=Rekey(phase=RekeyPhase.ADDING, other=other)))
+    passphrases.append(newest)
+    assert rewrap(node)
+    del passphrases[0]
+    node.stage(secret=NONE)  # which ends the change
+    assert node.read() == "precious"
+    node.unstage()
+    assert node.record().rekey is None
+    assert trail_of(node).name == other.name
 
 
 def test_an_expansion_takes_the_passphrase_that_the_secret_had_before(used: Node) -> None:

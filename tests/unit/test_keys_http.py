@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
+import stamina
 
-from csi_driver.keys.aws import AwsWrapper
+from csi_driver.keys.aws import Account, AwsWrapper
 from csi_driver.keys.base import EntryReader, KeyRequest, Wrapping
+from csi_driver.keys.extras import load
 from csi_driver.keys.http import HttpService, Tls
 from csi_driver.keys.vault import Login, Vault
 from csi_driver.keys.vault_transit import VaultTransit
@@ -275,10 +277,37 @@ def test_what_transit_gives_is_a_key_or_an_error(plaintext: str) -> None:
         vault.close()
 
 
-def test_aws_answers_that_end_early_pass_by_themselves() -> None:
+@pytest.fixture
+def once() -> Iterator[None]:
+    """Nothing is tried again."""
+    stamina.set_testing(True, attempts=1)
+    yield
+    stamina.set_testing(False)
+
+
+@pytest.mark.usefixtures("once")
+@pytest.mark.parametrize(
+    ("answer", "kind", "words"),
+    [
+        ({"ResponseMetadata": {}}, Unavailable, "without Plaintext"),
+        (ValueError(SECRET), Unavailable, "cannot be read .ValueError"),
+        (KeyError(SECRET), Unavailable, "cannot be read .KeyError"),
+        (
+            load("botocore.parsers", "a test", "aws").ResponseParserError(SECRET),
+            Unavailable,
+            "cannot be read .ResponseParserError",
+        ),
+        (PermissionDenied("no"), PermissionDenied, "no"),
+    ],
+)
+def test_aws_answers_that_are_none_pass_by_themselves_and_are_not_quoted(
+    answer: dict[str, object] | Exception, kind: type[DriverError], words: str
+) -> None:
     class Client:
         def decrypt(self, **_: object) -> dict[str, object]:
-            return {"ResponseMetadata": {}}
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
 
     class Accounts:
         key = "arn"
@@ -287,5 +316,19 @@ def test_aws_answers_that_end_early_pass_by_themselves() -> None:
             return Client()
 
     wrapper = AwsWrapper("KMS a (aws-metadata)", Accounts)  # type: ignore[arg-type]
-    with pytest.raises(Unavailable, match="without Plaintext"):
+    with pytest.raises(kind, match=words) as caught:
         wrapper.unwrap(KeyTrail(kms_id="a", type="aws-metadata", wrapped="QUJD"))
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.usefixtures("once")
+def test_an_address_of_aws_that_is_none_is_told() -> None:
+    account = Account("eu-central-1", "arn", {"aws_access_key_id": "a", "aws_secret_access_key": SECRET}, "foo")
+    with pytest.raises(Unavailable, match="check its address"):
+        AwsWrapper("KMS a (aws-metadata)", lambda: account).check()
+
+
+@pytest.mark.parametrize("auth", ["text", 5, None, {"client_token": "t", "lease_duration": "soon"}])
+def test_a_login_that_is_none_is_no_crash(auth: object) -> None:
+    login = Login(path="auth/kubernetes/login", document=dict)
+    assert login.token(lambda *_: {"auth": auth}) in ("", "t")
