@@ -173,11 +173,16 @@ class Vault:
     """A Vault server as one entry of the configuration reaches it."""
 
     def __init__(self, reader: EntryReader, tls: Tls, login: Login) -> None:
-        self.where = f"{reader.where} at {reader.text('vaultAddress')}"
+        address = reader.text("vaultAddress")
+        if "@" in address:  # it is a part of errors
+            raise FailedPrecondition(
+                f"the field vaultAddress of {reader.where} must be an address alone, without a user or a password"
+            )
+        self.where = f"{reader.where} at {address}"
         self._namespace = reader.text("vaultNamespace", "")
         self._auth_namespace = reader.text("vaultAuthNamespace", self._namespace)
         self._login = login
-        self._service = HttpService(self.where, EXTRA, reader.text("vaultAddress"), tls)
+        self._service = HttpService(self.where, EXTRA, address, tls)
 
     def ask(self, method: str, path: str, document: object = None, *, quotes: bool = True) -> dict[str, Any] | None:
         """The answer of the API below /v1; None for 404. `quotes` as in `HttpService.ask`, and errors as it."""

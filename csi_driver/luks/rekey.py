@@ -68,8 +68,8 @@ def add_passphrase(
 def prove(
     where: str, device: Handle, size: int, identity: LuksIdentity, limits: Limits, passphrase: Passphrase
 ) -> None:
-    """Try `passphrase` on the header of a file or device. Errors as `add_passphrase`."""
-    with _edited(where, device, size, identity, limits) as edit:
+    """Try `passphrase` on the header of a file or device, changing nothing. Errors as `add_passphrase`."""
+    with _loaded(where, device, size, identity, limits) as edit:
         edit.context.unlock(passphrase)
 
 
@@ -127,32 +127,47 @@ def back_up_header(where: str, device: Handle, path: str) -> None:
 
 @dataclass(frozen=True)
 class _Edit:
-    """A header as it was, in the bytes that it was parsed from, and in the library's hands."""
+    """A header as it was, in the bytes that it was parsed from, and in the library's hands: its copy in `memory`.
+
+    `length` is that of the device, in bytes.
+    """
 
     area: bytes
     header: Header
     context: CryptDevice
+    memory: int
+    length: int
 
 
 @contextmanager
-def _edited(where: str, device: Handle, size: int, identity: LuksIdentity, limits: Limits) -> Iterator[_Edit]:
-    """The checked header for changes, written to the device when the block ends without an error and changed it."""
+def _loaded(where: str, device: Handle, size: int, identity: LuksIdentity, limits: Limits) -> Iterator[_Edit]:
+    """The checked header; what is done to it stays in memory."""
     area, before = read_header(where, device)
     with write_errors(where):
         found = length_of(device)
     if found < size:
         raise DeviceShort(f"{where} is {found} bytes long and {size} are recorded; check the storage below it")
     validate(before, identity, found, where, limits=limits)
-    with header_in_memory(where, device, area, before, identity.data_offset) as memory:
-        with crypt_device(where, f"/proc/self/fd/{memory}") as context:
-            context.load()
-            yield _Edit(area, before, context)
-        changed = blockdev.read_at(memory, 0, 2 * before.hdr_size)
+    with (
+        header_in_memory(where, device, area, before, identity.data_offset) as memory,
+        crypt_device(where, f"/proc/self/fd/{memory}") as context,
+    ):
+        context.load()
+        yield _Edit(area, before, context, memory, found)
+
+
+@contextmanager
+def _edited(where: str, device: Handle, size: int, identity: LuksIdentity, limits: Limits) -> Iterator[_Edit]:
+    """The checked header for changes, written to the device when the block ends without an error and changed it."""
+    with _loaded(where, device, size, identity, limits) as edit:
+        yield edit
+        before = edit.header
+        changed = blockdev.read_at(edit.memory, 0, 2 * before.hdr_size)
         after = parse(changed, where)
         if after.seqid != before.seqid or before.damaged_copy is not None:
-            validate(after, identity, found, where, limits=limits)
+            validate(after, identity, edit.length, where, limits=limits)
             areas = {
-                int(slot.area.offset): blockdev.read_at(memory, slot.area.offset, slot.area.size)
+                int(slot.area.offset): blockdev.read_at(edit.memory, slot.area.offset, slot.area.size)
                 for key, slot in after.keyslots.items()
                 if before.keyslots.get(key) != slot
             }

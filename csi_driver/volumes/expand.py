@@ -115,7 +115,8 @@ class Expansion:
         """What opens the header, where the kernel has lost the key of the mapping; `opened` was seen to."""
         if record.key is None and opened is None:
             return None
-        return opened or self._keys.of(record, secret, "expand").passphrase
+        found = self._keys.of(record, secret, "expand").passphrase
+        return opened or found
 
     def _grow_file_system(self, record: VolumeRecord, present: Presence) -> None:
         stage, mount = present.stage, present.staging
