@@ -70,7 +70,7 @@ check: venv system ## linters, types, layers, unit tests
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 	.venv/bin/lint-imports
-	$(PY) -m pytest tests/unit
+	$(PY) -m pytest -n 2 tests/unit
 
 sanity: venv system $(CSI_SANITY) ## csi-sanity against the server, mount and block
 	@$(GUEST) $(PY) -m tests.machine.sanity

@@ -72,7 +72,7 @@ def show_table(
         if not os.environ.get("NO_COLOR") and (colour := colours.get(line[0])):
             cells[0] = click.style(cells[0], fg=colour)
         parts = map(printable, line[-1].split("\n"))
-        paragraphs = [piece for part in parts for piece in textwrap.wrap(part, room)] or [""]
+        paragraphs = [piece for part in parts for piece in _wrapped(part, room)] or [""]
         click.echo((_GAP.join([*cells, paragraphs[0]])).rstrip())
         for piece in paragraphs[1:]:
             click.echo(" " * indent + piece)
@@ -104,6 +104,11 @@ def confirm(question: str, *, yes: bool) -> None:
         raise click.UsageError(f"{question} There is no terminal to ask on; answer with --yes.")
     if not click.confirm(printable(question), err=True):
         raise Aborted("nothing was done")
+
+
+def _wrapped(text: str, room: int) -> list[str]:
+    """The text in lines; a path or the name of a volume stays whole, as it is there to be copied."""
+    return textwrap.wrap(text, room, break_on_hyphens=False, break_long_words=False)
 
 
 def _width() -> int:

@@ -33,6 +33,12 @@ def test_tables_show_names_written_out_and_stay_aligned(capsys: pytest.CaptureFi
     ]
 
 
+def test_what_people_copy_from_a_table_stays_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    path = f"/var/lib/{'luks-csi-' * 20}/pvc-6a6e4b1b-e6e2-48d6-85e4-92e6dace1387"
+    show_table([("removed", path), ("kept", f"look at {path} first")])
+    assert capsys.readouterr().out.split() == ["removed", path, "kept", "look", "at", path, "first"]
+
+
 def test_colours_are_ours_alone(capsys: pytest.CaptureFixture[str]) -> None:
     show_table([("ok", "\x1b[31mx"), ("warn", "y")], colours={"ok": "green"})
     assert capsys.readouterr().out == f"{click.unstyle('ok')}    \\x1b[31mx\nwarn  y\n", "no terminal, no colours"

@@ -407,10 +407,10 @@ def recorded(state_dir: Path) -> VolumeRecord:
 def test_show_tells_what_is_recorded_on_the_node(client: FakeClient, tmp_path: Path) -> None:
     record = recorded(tmp_path)
     client.there = [RemoteVolume("data", 256 * MIB, volume_context(record, "loopfile"), {})]
-    lines = run(client, "show", "data", "--state-dir", tmp_path, look=True).stdout
+    lines = " ".join(run(client, "show", "data", "--state-dir", tmp_path, look=True).stdout.split())
     for part in (
         "268435456 bytes",
-        "health        closed",
+        "health closed",
         f"read from {tmp_path}",
         "6a6e4b1b-e6e2-48d6-85e4-92e6dace1387",
         "aes-xts-plain64, key of 512 bits, sectors of 512 bytes",
