@@ -10,7 +10,6 @@ import msgspec
 
 from csi_driver.backends.base import Fill, Space
 from csi_driver.host import ofdlock
-from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.files import Files
 from csi_driver.host.handle import Handle
 from csi_driver.host.holders import Holder, Holders
@@ -22,13 +21,12 @@ from csi_driver.keys.audit import Audit
 from csi_driver.keys.config import KmsConfig
 from csi_driver.keys.kubernetes import Kubernetes
 from csi_driver.keys.sources import KeySources
-from csi_driver.luks.mapping import Mappings
 from csi_driver.model.errors import Aborted, DeviceAbsent, DeviceInUse, NotFound, ResourceExhausted
 from csi_driver.model.settings import Limits
 from csi_driver.model.volume import VolumeRecord
-from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.from_image import BackingImages
 from csi_driver.volumes.keys import VolumeKeys
+from csi_driver.volumes.keyslots import KeySlots
 
 LOOP_MAJOR = 7
 Step = Callable[[str], None]
@@ -101,8 +99,9 @@ class SteppedFiles(Files):
 def no_images() -> BackingImages:
     """A node that has no image."""
     limits, workers = Limits(), Workers(())
-    encryption = Encryption(workers, Mappings(DeviceMapper(), NoHolders()), limits)
-    return BackingImages(ImageStore(Path("/nonexistent"), Files()), workers, encryption, no_kms(), limits)
+    return BackingImages(
+        ImageStore(Path("/nonexistent"), Files()), workers, KeySlots(workers, limits), no_kms(), limits
+    )
 
 
 def no_kms() -> VolumeKeys:

@@ -32,7 +32,7 @@ from csi_driver.model.volume import (
     VolumeRecord,
     volume_id_for,
 )
-from csi_driver.volumes.encryption import Encryption
+from csi_driver.volumes.keyslots import KeySlots
 from csi_driver.volumes.recovery import opened_file
 
 _LEAST_BYTES: Final = 1 << 20
@@ -55,11 +55,11 @@ class Adoption:
     """Makes volumes of LUKS2 files; callers hold the volume's lock."""
 
     def __init__(
-        self, backend: Backend, workers: Workers, encryption: Encryption, sources: KeySources, limits: Limits
+        self, backend: Backend, workers: Workers, slots: KeySlots, sources: KeySources, limits: Limits
     ) -> None:
         self._backend = backend
         self._workers = workers
-        self._encryption = encryption
+        self._slots = slots
         self._sources = sources
         self._limits = limits
         self._header_limits = HeaderLimits(memory_kib=limits.pbkdf_memory_kib)
@@ -99,7 +99,7 @@ class Adoption:
                 if trail is None
                 else self._sources.fetch(trail, KeyRequest(volume_id, trail.tenant, request.secret), "adopt")
             )
-            self._encryption.check_image(where, file, luks, passphrase)
+            self._slots.check_image(where, file, luks, passphrase)
             capacity = (file.size - luks.data_offset) // luks.sector_size * luks.sector_size
             if capacity < _LEAST_BYTES:
                 raise FailedPrecondition(

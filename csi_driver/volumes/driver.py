@@ -35,6 +35,7 @@ from csi_driver.volumes.from_image import BackingImages
 from csi_driver.volumes.healing import Healing
 from csi_driver.volumes.health import Health
 from csi_driver.volumes.keys import VolumeKeys
+from csi_driver.volumes.keyslots import KeySlots
 from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.provision import Provisioning
 from csi_driver.volumes.publish import Publishing
@@ -158,15 +159,16 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
     presences = Presences(seam, stages, mappings, host.mounts)
     commands = Commands(host.workers)
     locks = VolumeLocks(state / "locks", host.holders, backend.has, remade=True)
-    encryption = Encryption(host.workers, mappings, settings.limits)
+    slots = KeySlots(host.workers, settings.limits)
+    encryption = Encryption(host.workers, mappings, slots, settings.limits)
     sources = host.sources or key_sources(settings, host.workers)
     keys = VolumeKeys(sources, settings.node_id)
     file_systems = FileSystems(host.workers, commands, host.mounts, host.holders, settings.limits)
     ailments = FileSystemHealth(host.mounts)
     healing = Healing(seam, presences, host.workers, file_systems, ailments)
-    images = BackingImages(ImageStore(state / "images", host.files), host.workers, encryption, keys, settings.limits)
-    drift = KeyDrift(seam, stages, encryption)
-    rekeying = Rekeying(seam, host.workers, encryption, keys)
+    images = BackingImages(ImageStore(state / "images", host.files), host.workers, slots, keys, settings.limits)
+    drift = KeyDrift(seam, stages, slots)
+    rekeying = Rekeying(seam, host.workers, slots, keys)
     staging = Staging(
         seam, directory.check, stages, presences, host.workers, encryption, file_systems, mappings, healing, drift,
         keys, rekeying,
@@ -182,12 +184,14 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         sources=sources,
         keys=keys,
         rekeying=rekeying,
-        adoption=Adoption(seam, host.workers, encryption, sources, settings.limits),
+        adoption=Adoption(seam, host.workers, slots, sources, settings.limits),
         recovery=Recovery(seam, presences, host.workers, host.loops, sources, settings.limits),
         provisioning=Provisioning(settings, seam, images, directory.check, staging.release, keys),
         staging=staging,
         publishing=Publishing(seam, presences, host.mounts, host.holders, file_systems, healing),
-        expansion=Expansion(seam, directory.check, presences, host.workers, encryption, file_systems, healing, keys),
+        expansion=Expansion(
+            seam, directory.check, presences, host.workers, encryption, slots, file_systems, healing, keys
+        ),
         healing=healing,
         checking=Checking(
             seam, presences, host.workers, commands, mappings, encryption, file_systems, keys, settings.limits

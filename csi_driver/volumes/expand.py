@@ -16,6 +16,7 @@ from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.filesystem import FileSystems
 from csi_driver.volumes.healing import Healing
 from csi_driver.volumes.keys import VolumeKeys
+from csi_driver.volumes.keyslots import KeySlots
 from csi_driver.volumes.presence import Presence, Presences
 from csi_driver.volumes.provision import grow_device
 
@@ -43,6 +44,7 @@ class Expansion:
         presences: Presences,
         workers: Workers,
         encryption: Encryption,
+        slots: KeySlots,
         file_systems: FileSystems,
         healing: Healing,
         keys: VolumeKeys,
@@ -52,6 +54,7 @@ class Expansion:
         self._presences = presences
         self._workers = workers
         self._encryption = encryption
+        self._slots = slots
         self._file_systems = file_systems
         self._healing = healing
         self._keys = keys
@@ -103,11 +106,11 @@ class Expansion:
     def _verify(self, record: VolumeRecord, device: Handle, secret: SecretKey, passphrase: Passphrase) -> Passphrase:
         """What opens the volume: the secret's passphrase, or the one that it had before, until the next stage."""
         try:
-            self._encryption.verify(record, device, passphrase)
+            self._slots.verify(record, device, passphrase)
         except Unauthenticated:
             if secret.previous is None:
                 raise
-            self._encryption.verify(record, device, secret.previous)
+            self._slots.verify(record, device, secret.previous)
             return secret.previous
         return passphrase
 

@@ -38,9 +38,9 @@ from csi_driver.model.errors import (
 )
 from csi_driver.model.settings import Limits
 from csi_driver.model.volume import EncryptionState, FileSystemState, LuksIdentity, VolumeParameters, VolumeRecord
-from csi_driver.volumes.encryption import Encryption, device_size
 from csi_driver.volumes.image_source import check_source
 from csi_driver.volumes.keys import VolumeKeys
+from csi_driver.volumes.keyslots import KeySlots, device_size
 
 _SLOWEST: Final = 8 << 20
 """Bytes per second below which a copy counts as hanging."""
@@ -67,12 +67,10 @@ class BackingImage:
 class BackingImages:
     """The images of this node as volumes start from them; callers hold the volume's lock."""
 
-    def __init__(
-        self, store: ImageStore, workers: Workers, encryption: Encryption, keys: VolumeKeys, limits: Limits
-    ) -> None:
+    def __init__(self, store: ImageStore, workers: Workers, slots: KeySlots, keys: VolumeKeys, limits: Limits) -> None:
         self._store = store
         self._workers = workers
-        self._encryption = encryption
+        self._slots = slots
         self._keys = keys
         self._limits = limits
         self._clones = threading.BoundedSemaphore(_CLONES_AT_ONCE)
@@ -106,7 +104,7 @@ class BackingImages:
                 f"csi.storage.k8s.io/provisioner-secret-name and -namespace of the StorageClass too"
             )
         try:
-            slots = self._encryption.check_image(image.where, file, record.luks, key.passphrase)
+            slots = self._slots.check_image(image.where, file, record.luks, key.passphrase)
         except InvalidHeader as error:
             raise with_advice(
                 error,
@@ -123,7 +121,7 @@ class BackingImages:
         """Make the volume with the image's content; an encrypted one gets a LUKS UUID of its own, and its own key.
 
         After an error there is no volume, but for those that `finish` leaves. Raises ResourceExhausted, Aborted (too
-        many at once too), DeviceUnreadable, DeadlineExceeded and what `Encryption.take_identity` raises.
+        many at once too), DeviceUnreadable, DeadlineExceeded and what `KeySlots.take_identity` raises.
         """
         record = msgspec.structs.replace(record, file_system=FileSystemState.RAW)
         if image.luks is not None:
@@ -145,7 +143,7 @@ class BackingImages:
         ours = record.revision
         try:
             with backend.storage(record.id) as clone:
-                ended = self._encryption.take_identity(record, clone)
+                ended = self._slots.take_identity(record, clone)
                 if record.key is not None:
                     self._take_key(backend, record, clone, key)
                 ours += 1  # written by this call, though perhaps not so that it lasts
@@ -161,7 +159,7 @@ class BackingImages:
     def _take_key(self, backend: Backend, record: VolumeRecord, clone: Handle, secret: SecretKey) -> None:
         """Another key slot for the volume's own key, in place of the one that the image's passphrase opens."""
         own = self._keys.of(record, secret, "create volume").passphrase
-        self._encryption.take_key(backend, record, clone, require_passphrase(secret, record.id), own, secret)
+        self._slots.take_key(backend, record, clone, require_passphrase(secret, record.id), own, secret)
 
     def _fill(self, volume_id: str, image: BackingImage, size: int, path: str) -> None:
         if not self._clones.acquire(blocking=False):

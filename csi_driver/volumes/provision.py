@@ -34,10 +34,10 @@ from csi_driver.model.volume import (
 from csi_driver.volumes import capability as capabilities
 from csi_driver.volumes.capability import Capability
 from csi_driver.volumes.context import check_context, volume_context
-from csi_driver.volumes.encryption import device_size
 from csi_driver.volumes.filesystem import LEAST_BYTES
 from csi_driver.volumes.from_image import BackingImage, BackingImages
 from csi_driver.volumes.keys import VolumeKeys
+from csi_driver.volumes.keyslots import device_size
 from csi_driver.volumes.parameters import DEFAULT_FILE_SYSTEM, check_mkfs_options, read_parameters
 
 DEFAULT_BYTES = 1 << 30

@@ -22,7 +22,7 @@ from csi_driver.model.errors import DeviceAbsent, DeviceInUse, FailedPreconditio
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.settings import Limits
 from csi_driver.model.volume import EncryptionState
-from csi_driver.volumes.encryption import device_size
+from csi_driver.volumes.keyslots import device_size
 from csi_driver.volumes.presence import Presences
 
 _ADVICE: Final = "give its passphrase with --passphrase-file or --secret-dir"

@@ -20,8 +20,9 @@ from csi_driver.keys.secret import SecretKey
 from csi_driver.model.errors import DriverError, FailedPrecondition, InvalidArgument, Unauthenticated
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import EncryptionState, KeyTrail, Rekey, RekeyPhase, VolumeRecord
-from csi_driver.volumes.encryption import Encryption, attempt
+from csi_driver.volumes.encryption import attempt
 from csi_driver.volumes.keys import VolumeKeys
+from csi_driver.volumes.keyslots import KeySlots
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,10 @@ class Rekeyed:
 class Rekeying:
     """Changes the keys of volumes; callers hold the volume's lock."""
 
-    def __init__(self, backend: Backend, workers: Workers, encryption: Encryption, keys: VolumeKeys) -> None:
+    def __init__(self, backend: Backend, workers: Workers, slots: KeySlots, keys: VolumeKeys) -> None:
         self._backend = backend
         self._workers = workers
-        self._encryption = encryption
+        self._slots = slots
         self._keys = keys
 
     def rotate(self, volume_id: str, secret: SecretKey, new: Passphrase | None) -> Rekeyed:
@@ -74,9 +75,9 @@ class Rekeying:
         with self._device(volume_id) as device, self._workers.session():
             passphrase = self._keys.fetch(record, fresh, secret, "rewrap")
             if changed:  # what was wrapped anew counts when it was unwrapped and has opened the volume, not before
-                self._encryption.verify(record, device, passphrase)
+                self._slots.verify(record, device, passphrase)
                 record = self._backend.update(msgspec.structs.replace(record, key=fresh, rekey=rekey))
-            self._encryption.remove_passphrase(self._backend, record, device, None, passphrase)
+            self._slots.remove_passphrase(self._backend, record, device, None, passphrase)
         if changed:
             log.info("key wrapped anew", volume_id=volume_id, kms=fresh.kms_id, key_version=fresh.key_version)
         return Rekeyed(record, changed)
@@ -133,13 +134,13 @@ class Rekeying:
                     raise error from None
         if record.rekey is None:
             try:
-                self._encryption.verify(record, device, old)
+                self._slots.verify(record, device, old)
             except Unauthenticated:
-                self._encryption.verify(record, device, new)
+                self._slots.verify(record, device, new)
                 return Rekeyed(record, changed=ended)  # it was changed already
         record = self._note(record, Rekey(phase=RekeyPhase.ADDING))
         try:
-            slot = self._encryption.add_passphrase(self._backend, record, device, old, new, secret)
+            slot = self._slots.add_passphrase(self._backend, record, device, old, new, secret)
         except Unauthenticated:
             self._note(record, None)
             raise
@@ -167,14 +168,14 @@ class Rekeying:
             old = _trail(record)
             current = self._keys.fetch(record, old, secret, "rotate")
             fresh = self._keys.fetch(record, other, secret, "rotate")
-            slot = self._encryption.add_passphrase(self._backend, record, device, current, fresh, secret)
+            slot = self._slots.add_passphrase(self._backend, record, device, current, fresh, secret)
             record = self._backend.update(
                 msgspec.structs.replace(record, key=other, rekey=Rekey(phase=RekeyPhase.REMOVING, other=old, slot=slot))
             )
             other = old
         keep = self._keys.fetch(record, _trail(record), secret, "rotate")
         removed = record.rekey.slot if record.rekey else None
-        self._encryption.remove_passphrase(self._backend, record, device, removed, keep)
+        self._slots.remove_passphrase(self._backend, record, device, removed, keep)
         if other is not None:
             self._keys.destroy(record, other, "rotate")
         record = self._note(record, None)
@@ -183,7 +184,7 @@ class Rekeying:
 
     def _remove(self, record: VolumeRecord, device: Handle, keep: Passphrase) -> VolumeRecord:
         slot = record.rekey.slot if record.rekey else None
-        self._encryption.remove_passphrase(self._backend, record, device, slot, keep)
+        self._slots.remove_passphrase(self._backend, record, device, slot, keep)
         return self._note(record, None)
 
     def _note(self, record: VolumeRecord, rekey: Rekey | None) -> VolumeRecord:

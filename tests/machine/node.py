@@ -33,6 +33,7 @@ from csi_driver.volumes.filesystem import FileSystems
 from csi_driver.volumes.from_image import BackingImages
 from csi_driver.volumes.healing import Healing
 from csi_driver.volumes.keys import VolumeKeys
+from csi_driver.volumes.keyslots import KeySlots
 from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.provision import CreateRequest, Provisioning, VolumeView
 from csi_driver.volumes.publish import Publishing, PublishRequest
@@ -98,7 +99,8 @@ class Node:
     make_commands: Callable[[Workers], Commands] = Commands
     loops: LoopDevices = field(default_factory=LoopDevices)
     make_mappings: Callable[[DeviceMapper, Holders], Mappings] = Mappings
-    make_encryption: Callable[[Workers, Mappings, Limits], Encryption] = Encryption
+    make_slots: Callable[[Workers, Limits], KeySlots] = KeySlots
+    make_encryption: Callable[[Workers, Mappings, KeySlots, Limits], Encryption] = Encryption
     given_keys: VolumeKeys | None = None
 
     def __post_init__(self) -> None:
@@ -115,11 +117,12 @@ class Node:
         self.locks = VolumeLocks(self.state / "locks", holders, self.store.has, remade=True)
         self.stages = Stages(self.state / "stages", Files())
         self.mappings = self.make_mappings(self.mapper, holders)
-        self.encryption = self.make_encryption(self.workers, self.mappings, self.limits)
+        self.slots = self.make_slots(self.workers, self.limits)
+        self.encryption = self.make_encryption(self.workers, self.mappings, self.slots, self.limits)
         file_systems = FileSystems(self.workers, self.make_commands(self.workers), self.mounts, holders, self.limits)
         self.keys = self.given_keys or no_kms()
         images = BackingImages(
-            ImageStore(self.state / "images", Files()), self.workers, self.encryption, self.keys, self.limits
+            ImageStore(self.state / "images", Files()), self.workers, self.slots, self.keys, self.limits
         )
 
         def healthy() -> None:
@@ -127,8 +130,8 @@ class Node:
 
         presences = Presences(self.store, self.stages, self.mappings, self.mounts)
         healing = Healing(self.store, presences, self.workers, file_systems, FileSystemHealth(self.mounts))
-        self.rekeying = Rekeying(self.store, self.workers, self.encryption, self.keys)
-        drift = KeyDrift(self.store, self.stages, self.encryption)
+        self.rekeying = Rekeying(self.store, self.workers, self.slots, self.keys)
+        drift = KeyDrift(self.store, self.stages, self.slots)
         self.staging = Staging(
             self.store,
             healthy,
@@ -146,7 +149,7 @@ class Node:
         self.provisioning = Provisioning(settings, self.store, images, healthy, self.staging.release, self.keys)
         self.publishing = Publishing(self.store, presences, self.mounts, holders, file_systems, healing)
         self.expansion = Expansion(
-            self.store, healthy, presences, self.workers, self.encryption, file_systems, healing, self.keys
+            self.store, healthy, presences, self.workers, self.encryption, self.slots, file_systems, healing, self.keys
         )
         self.presences, self.healing = presences, healing
         self.usages = Usages(self.store, presences)

@@ -19,9 +19,9 @@ from csi_driver.model.settings import Settings
 from csi_driver.model.volume import VolumeRecord
 from csi_driver.volumes.drift import KeyDrift
 from csi_driver.volumes.driver import Driver, build_driver
-from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.filesystem import FileSystems
 from csi_driver.volumes.from_image import BackingImages
+from csi_driver.volumes.keyslots import KeySlots
 from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.provision import Provisioning
 from csi_driver.volumes.stage import Staging
@@ -124,7 +124,7 @@ class _CarelessPresences(Presences):
         return Fit.FITS
 
 
-class _SameIdentity(Encryption):
+class _SameIdentity(KeySlots):
     """Takes a clone as it is, with its image's LUKS UUID."""
 
     def take_identity(self, record: VolumeRecord, clone: Handle) -> VolumeRecord:
@@ -152,7 +152,7 @@ def reusing(settings: Settings, injector: Injector) -> Driver:
     stages = Stages(settings.state_dir / "stages", host.files)
     made = FileSystems(host.workers, Commands(host.workers), host.mounts, host.holders, settings.limits)
     presences = _CarelessPresences(driver.backend, stages, driver.mappings, host.mounts)
-    drift = KeyDrift(driver.backend, stages, driver.encryption)
+    drift = KeyDrift(driver.backend, stages, KeySlots(host.workers, settings.limits))
     staging = Staging(
         driver.backend,
         driver.state.check,
@@ -173,9 +173,9 @@ def reusing(settings: Settings, injector: Injector) -> Driver:
 def same(settings: Settings, injector: Injector) -> Driver:
     host = faulty_host(injector)
     driver = build_driver(settings, host)
-    encryption = _SameIdentity(host.workers, driver.mappings, settings.limits)
+    slots = _SameIdentity(host.workers, settings.limits)
     images = BackingImages(
-        ImageStore(settings.state_dir / "images", host.files), host.workers, encryption, driver.keys, settings.limits
+        ImageStore(settings.state_dir / "images", host.files), host.workers, slots, driver.keys, settings.limits
     )
     provisioning = Provisioning(
         settings, driver.backend, images, driver.state.check, driver.staging.release, driver.keys

@@ -662,7 +662,7 @@ def foreign(folder: Path, passphrase: bytes, *options: str) -> Path:
 
 
 def adoption(node: Node, sources: GivenSources) -> Adoption:
-    return Adoption(node.store, node.workers, node.encryption, sources, node.limits)
+    return Adoption(node.store, node.workers, node.slots, sources, node.limits)
 
 
 def test_a_volume_that_was_made_by_hand_is_adopted(node: Node) -> None:

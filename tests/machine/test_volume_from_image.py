@@ -21,7 +21,7 @@ from csi_driver.model.errors import DriverError, FailedPrecondition, Unauthentic
 from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeRecord
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.driver import WARM
-from csi_driver.volumes.encryption import Encryption
+from csi_driver.volumes.keyslots import KeySlots
 from tests import headers
 from tests.fake_kernel import Killed
 from tests.machine.image_lab import digest_of, mounted
@@ -258,7 +258,7 @@ def test_a_volume_that_was_cut_before_it_had_its_identity_gets_it_at_the_latest_
 # --- these tests can fail --------------------------------------------------------------------------------------------
 
 
-class KeepsIdentity(Encryption):
+class KeepsIdentity(KeySlots):
     """A clone is taken as it is, with the image's LUKS UUID."""
 
     def take_identity(self, record: VolumeRecord, clone: Handle) -> VolumeRecord:
@@ -278,7 +278,7 @@ def link(where: str, source: FileIdentity, target: str, size: int) -> bool:  # n
 
 def test_an_identity_that_is_not_changed_is_noticed(stocked: Node, workers: Workers) -> None:
     with pytest.raises(AssertionError, match="a LUKS UUID of their own"):
-        check_own(Node(stocked.folder, workers, make_encryption=KeepsIdentity))
+        check_own(Node(stocked.folder, workers, make_slots=KeepsIdentity))
 
 
 def test_a_volume_that_is_the_images_own_file_is_noticed(stocked: Node, planted: Plant) -> None:

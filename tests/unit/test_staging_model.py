@@ -42,6 +42,7 @@ from csi_driver.volumes.expand import ExpandRequest, Expansion
 from csi_driver.volumes.filesystem import FileSystems
 from csi_driver.volumes.from_image import BackingImages
 from csi_driver.volumes.healing import Healing
+from csi_driver.volumes.keyslots import KeySlots
 from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.provision import CreateRequest, Provisioning
 from csi_driver.volumes.publish import Publishing, PublishRequest
@@ -114,15 +115,16 @@ class Rig:
         self.backend = LoopfileBackend(self.folder / "loopfile", 0, files, kernel.loops, RecordCodec())
         self.mappings = KernelMappings(kernel)
         stages = self.stages = Stages(self.folder / "stages", files)
-        self.encryption = Encryption(workers, self.mappings, limits)
+        slots = KeySlots(workers, limits)
+        self.encryption = Encryption(workers, self.mappings, slots, limits)
         made = self.file_systems = FileSystems(workers, commands, mounts, NoHolders(), limits)
         keys = self.keys = no_kms()
-        images = BackingImages(ImageStore(self.folder / "images", files), workers, self.encryption, keys, limits)
+        images = BackingImages(ImageStore(self.folder / "images", files), workers, slots, keys, limits)
         presences = Presences(self.backend, stages, self.mappings, mounts)
         self.conditions = Conditions(presences, KernelFileSystemHealth(kernel))
         self.healing = Healing(self.backend, presences, workers, made, KernelFileSystemHealth(kernel))
-        self.rekeying = Rekeying(self.backend, workers, self.encryption, keys)
-        self.drift = KeyDrift(self.backend, stages, self.encryption)
+        self.rekeying = Rekeying(self.backend, workers, slots, keys)
+        self.drift = KeyDrift(self.backend, stages, slots)
         self.staging = Staging(
             self.backend,
             lambda: None,
@@ -142,7 +144,7 @@ class Rig:
         )
         self.publishing = Publishing(self.backend, presences, mounts, NoHolders(), made, self.healing)
         self.expansion = Expansion(
-            self.backend, lambda: None, presences, workers, self.encryption, made, self.healing, keys
+            self.backend, lambda: None, presences, workers, self.encryption, slots, made, self.healing, keys
         )
 
     # The calls

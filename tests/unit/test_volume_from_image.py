@@ -19,7 +19,6 @@ import pytest
 from csi_driver.backends.loopfile import LoopfileBackend
 from csi_driver.backends.records import RecordCodec
 from csi_driver.cli.record import record_rows
-from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.workers import Workers
 from csi_driver.images.base import MIB, ImageFormat
 from csi_driver.images.luks_reader import LuksReader
@@ -27,7 +26,6 @@ from csi_driver.images.source import RawReader
 from csi_driver.images.store import ImageStore, Provenance
 from csi_driver.keys.secret import read_secret
 from csi_driver.luks.header import parse
-from csi_driver.luks.mapping import Mappings
 from csi_driver.model.errors import (
     Aborted,
     AlreadyExists,
@@ -45,11 +43,11 @@ from csi_driver.model.errors import (
 from csi_driver.model.settings import Limits, Settings
 from csi_driver.model.volume import EncryptionState, FileSystemState, LuksIdentity, VolumeRecord
 from csi_driver.volumes.capability import AccessMode, Capability
-from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.from_image import BackingImages
+from csi_driver.volumes.keyslots import KeySlots
 from csi_driver.volumes.provision import Capacity, CreateRequest, Provisioning
 from tests import headers
-from tests.fake_host import FakeLoops, NoHolders, Step, SteppedFiles, no_kms, undisturbed
+from tests.fake_host import FakeLoops, Step, SteppedFiles, no_kms, undisturbed
 from tests.fake_kernel import Killed
 from tests.image_clones import HEADER, PASSPHRASE, make_source
 from tests.volume_images import SECRET, Made, encrypted_image, put_image
@@ -104,8 +102,8 @@ class Rig:
         files, workers, limits = SteppedFiles(told), InlineWorkers(told), self.limits
         self.backend = LoopfileBackend(self.state / "loopfile", self.floor, files, self.loops, RecordCodec())
         self.backend.prepare()
-        encryption = Encryption(workers, Mappings(DeviceMapper(), NoHolders()), limits)
-        self.images = BackingImages(ImageStore(self.state / "images", files), workers, encryption, no_kms(), limits)
+        slots = KeySlots(workers, limits)
+        self.images = BackingImages(ImageStore(self.state / "images", files), workers, slots, no_kms(), limits)
         self.provisioning = Provisioning(
             Settings(node_id="node-1", limits=limits), self.backend, self.images, lambda: None, lambda _: None, no_kms()
         )
