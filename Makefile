@@ -125,8 +125,9 @@ keys-test: venv system $(KUBERNETES_BIN) $(VAULT_BIN) ## key sources against rea
 	@$(PY) -m pytest -q --no-header tests/keys
 	@$(GUEST) $(MACHINE_PYTEST) -q --no-header tests/machine/test_keys.py
 
-keys-kills: venv system ## every step of a change of keys fails or is killed
+keys-kills: venv system ## every step of a change of keys, volume keys too, fails or is killed
 	@$(GUEST) $(PY) -m tests.machine.keys_kills
+	@$(GUEST) $(PY) -m tests.machine.conversion_kills
 
 cluster-test: venv $(KUBERNETES_BIN) ## a real Kubernetes; ONLY="longhorn nodes" runs some
 	@tools/system.sh cluster

@@ -189,7 +189,10 @@ class FakeLoops(LoopDevices):
         self.step("after unguard")
 
     def find(self, path: str) -> list[LoopInfo]:
-        status = os.stat(path)
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
+            return []
         infos = [loop.info for loop in self.bound.values()]
         return [one for one in infos if (one.backing_device, one.backing_inode) == (status.st_dev, status.st_ino)]
 
@@ -292,6 +295,18 @@ class MemoryBackend:
 
     def open_storage(self, volume_id: str) -> Handle:
         raise DeviceAbsent(f"volume {volume_id} is only in memory")
+
+    def make_next(self, volume_id: str, size: int) -> None:
+        raise NotImplementedError
+
+    def attach_next(self, volume_id: str) -> Handle:
+        raise NotImplementedError
+
+    def has_next(self, volume_id: str) -> bool:
+        return False
+
+    def take_next(self, volume_id: str) -> None:
+        raise NotImplementedError
 
     def has_header_copy(self, volume_id: str) -> bool:
         return False

@@ -246,8 +246,8 @@ class KernelMappings(Mappings):
     def names(self) -> list[str]:
         return sorted(self._kernel.mappings)
 
-    def backing(self, mapping: Device) -> tuple[int, int] | None:
-        return mapping.backing[0]
+    def backings(self, mapping: Device) -> frozenset[tuple[int, int]]:
+        return frozenset(mapping.backing)
 
     def close(self, name: str, uuid: str | None = None) -> None:
         self._kernel.step("before close")

@@ -72,6 +72,24 @@ class Backend(Protocol):
         Raises DeviceAbsent.
         """
 
+    def make_next(self, volume_id: str, size: int) -> None:
+        """Make blank storage of `size` bytes that may take the place of the volume's own; an earlier one goes.
+
+        Raises ResourceExhausted, FailedPrecondition.
+        """
+
+    def attach_next(self, volume_id: str) -> Handle:
+        """Show that storage as a block device, as `attach` does the volume's own. Raises DeviceAbsent, DeviceInUse."""
+
+    def has_next(self, volume_id: str) -> bool:
+        """Whether that storage is there."""
+
+    def take_next(self, volume_id: str) -> None:
+        """Put it in the place of the volume's own, which goes, in one durable step; devices on it stay what they are.
+
+        Raises FailedPrecondition.
+        """
+
     def has_header_copy(self, volume_id: str) -> bool:
         """Whether a copy of the volume's LUKS2 header is kept."""
 
@@ -100,7 +118,10 @@ class Backend(Protocol):
         """The attached device of the volume, if there is one, held open."""
 
     def is_device_of(self, volume_id: str, number: tuple[int, int]) -> bool:
-        """Whether the block device of that number is the volume's: by identity of what is below, not by name."""
+        """Whether the block device of that number is the volume's: by identity of what is below, not by name.
+
+        That of the storage which is to take its place is the volume's too.
+        """
 
     def detach(self, volume_id: str) -> None:
         """Let go of a lasting device, and of the guard; absent is fine, also when the volume is gone."""

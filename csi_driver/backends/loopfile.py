@@ -1,6 +1,7 @@
 """The embedded backend: each volume a sparse file of this node, shown through a loop device.
 
 <folder>/volumes/<id>/disk.img      the ciphertext
+<folder>/volumes/<id>/next.img      the ciphertext under another volume key, while it is moved there
 <folder>/volumes/<id>/record.json   the tags; their revision is an extended attribute of the folder too
 <folder>/volumes/<id>/header.luks2  a copy of the LUKS2 header, as it is
 <folder>/new/<id>/                  a volume being made; renamed into volumes/ when it is whole
@@ -34,8 +35,11 @@ from csi_driver.model.errors import (
 from csi_driver.model.volume import VolumeRecord
 
 _DISK = "disk.img"
+_NEXT = "next.img"
 _RECORD = "record.json"
 _HEADER = "header.luks2"
+_BLOCK = 512  # of st_blocks: inode(7)
+_MOVING = 64 << 20  # what is on its way from one file to the other, and what the file system needs for that
 _MARK = "trusted.luks-csi.revision"  # trusted: only who may administer the host sees or sets it (xattr(7))
 
 
@@ -195,6 +199,34 @@ class LoopfileBackend:
         except FileNotFoundError:
             raise DeviceAbsent(f"volume {volume_id} has no backing file {disk}") from None
 
+    def make_next(self, volume_id: str, size: int) -> None:
+        """A sparse file beside the volume's own."""
+        path = self._volume(volume_id) / _NEXT
+        self._loops.unguard(str(path))
+        with self._space_errors(volume_id):
+            self._files.remove(path)
+            disk = (self._volume(volume_id) / _DISK).stat()
+            # What is moved is freed where it was: in the end there is no more than the new one, all of it written.
+            self._check_room(volume_id, max(0, size - disk.st_blocks * _BLOCK) + _MOVING, "free space there")
+            self._files.set_size(path, size, new=True)
+
+    def attach_next(self, volume_id: str) -> AttachedLoop:
+        """As `attach`, autoclear."""
+        return self._loops.attach(str(self._volume(volume_id) / _NEXT), autoclear=True)
+
+    def has_next(self, volume_id: str) -> bool:
+        """Whether the file is there."""
+        return os.path.exists(f"{self._volumes}/{volume_id}/{_NEXT}")
+
+    def take_next(self, volume_id: str) -> None:
+        """rename(2). A loop device on the old file keeps that until its last user ends."""
+        disk, fresh = self._volume(volume_id) / _DISK, self._volume(volume_id) / _NEXT
+        for path in (disk, fresh):
+            self._loops.unguard(str(path))
+        with self._space_errors(volume_id):
+            self._files.rename(fresh, disk)
+        self._loops.guard(str(disk))  # only where it is attached
+
     def header_copy(self, volume_id: str) -> Path:
         """Where the copy of the volume's header is kept."""
         return self._volume(volume_id) / _HEADER
@@ -225,7 +257,8 @@ class LoopfileBackend:
 
     def guard(self, volume_id: str) -> None:
         """Loop lets a file be bound twice, and then two mappings tear it: the file system must refuse."""
-        self._loops.guard(self._disk(volume_id))
+        for path in self._files_of(volume_id):
+            self._loops.guard(path)
 
     def refresh(self, device: Handle) -> None:
         """LOOP_SET_CAPACITY."""
@@ -233,7 +266,7 @@ class LoopfileBackend:
 
     def device_of(self, volume_id: str) -> AttachedLoop | None:
         """The loop device on the volume's file, found by the file's device and inode."""
-        for info in self._find(volume_id):
+        for info in self._find(self._disk(volume_id)):
             with contextlib.suppress(DeviceAbsent):
                 handle = self._loops.open(info.path)
                 if info.same_file(handle.info):
@@ -243,19 +276,23 @@ class LoopfileBackend:
 
     def is_device_of(self, volume_id: str, number: tuple[int, int]) -> bool:
         """Whether that device is a loop device on this volume's very file (device and inode)."""
-        try:
-            disk = os.stat(self._disk(volume_id))
-        except FileNotFoundError:
-            return False
-        return self._loops.file_of(*number) == (disk.st_dev, disk.st_ino)
+        found = self._loops.file_of(*number)
+        for path in self._files_of(volume_id) if found is not None else ():
+            with contextlib.suppress(FileNotFoundError):
+                disk = os.stat(path)
+                if found == (disk.st_dev, disk.st_ino):
+                    return True
+        return False
 
     def detach(self, volume_id: str) -> None:
-        """Detach every loop device on the volume's file."""
-        for info in self._find(volume_id):
-            self._loops.detach(info.path, info)
-        # A volume is unstaged whatever its file system has come to; the guard also goes when it is attached or deleted.
-        with contextlib.suppress(FailedPrecondition):
-            self._loops.unguard(self._disk(volume_id))
+        """Detach every loop device on the volume's files."""
+        for path in self._files_of(volume_id):
+            for info in self._find(path):
+                self._loops.detach(info.path, info)
+            # A volume is unstaged whatever its file system has come to; the guard goes also when it is attached or
+            # deleted.
+            with contextlib.suppress(FailedPrecondition):
+                self._loops.unguard(path)
 
     def space(self) -> Space:
         """What statvfs says, less the floor. Files are sparse: this is room now, not room promised."""
@@ -301,7 +338,8 @@ class LoopfileBackend:
 
     def _remove(self, folder: Path) -> None:
         _refuse_folders(folder)
-        self._loops.unguard(str(folder / _DISK))  # a power cut leaves the guard on
+        for name in (_DISK, _NEXT):
+            self._loops.unguard(str(folder / name))  # a power cut leaves the guard on
         self._files.remove_folder(folder)
 
     def _volume(self, volume_id: str) -> Path:
@@ -310,8 +348,11 @@ class LoopfileBackend:
     def _disk(self, volume_id: str) -> str:
         return f"{self._volumes}/{volume_id}/{_DISK}"  # not by pathlib: that costs more than what is done with it
 
-    def _find(self, volume_id: str) -> list[LoopInfo]:
-        disk = self._disk(volume_id)
+    def _files_of(self, volume_id: str) -> tuple[str, ...]:
+        disk, fresh = self._disk(volume_id), f"{self._volumes}/{volume_id}/{_NEXT}"
+        return (disk, fresh) if os.path.exists(fresh) else (disk,)
+
+    def _find(self, disk: str) -> list[LoopInfo]:
         # A free lock proves without a scan that no loop device has the file: an attached one holds the lock.
         with contextlib.suppress(FileNotFoundError):
             descriptor = os.open(disk, os.O_RDONLY | os.O_CLOEXEC)
@@ -324,8 +365,7 @@ class LoopfileBackend:
 
     def _check_unused(self, volume_id: str) -> None:
         # A scan, unlike `_find`: a loop device that somebody else bound holds no lock.
-        disk = self._volume(volume_id) / _DISK
-        if found := [info.path for info in self._loops.find(str(disk))] if disk.exists() else []:
+        if found := [info.path for path in self._files_of(volume_id) for info in self._loops.find(path)]:
             raise DeviceInUse(
                 f"volume {volume_id} cannot be deleted: its file is still attached as {', '.join(found)}; "
                 f"unpublish and unstage it first"

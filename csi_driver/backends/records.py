@@ -18,7 +18,10 @@ _BEFORE_KEYS = 1
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 MIGRATIONS: Mapping[int, Migration] = MappingProxyType({1: lambda volume: volume})
-"""From each older version to the next one. A released version never changes its meaning. 2 has `key` and `rekey`."""
+"""From each older version to the next one. A released version never changes its meaning.
+
+2 has `key`, `rekey` and `conversion`.
+"""
 
 
 class RecordCodec:
@@ -30,7 +33,7 @@ class RecordCodec:
 
     def encode(self, record: VolumeRecord) -> bytes:
         """Return the record as JSON, of the oldest version that knows all that is in it: older drivers read most."""
-        version = self._version if record.key or record.rekey else min(self._version, _BEFORE_KEYS)
+        version = self._version if record.key or record.rekey or record.conversion else min(self._version, _BEFORE_KEYS)
         return msgspec.json.encode({"version": version, "volume": record})
 
     def decode(self, content: bytes, where: str) -> VolumeRecord:

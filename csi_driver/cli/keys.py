@@ -46,7 +46,9 @@ def status(context: click.Context, /, volume_ids: tuple[str, ...], output: str, 
             except DriverError as error:
                 failed = True
                 show_text(str(error), err=True)
-    documents = [_document(record) for record in found if record.encryption is not None]
+    documents = [
+        _document(record) for record in found if record.encryption is not None or record.conversion is not None
+    ]
     if output == Output.JSON:
         show_json(documents)
     elif documents:
@@ -145,8 +147,14 @@ def _document(record: VolumeRecord) -> dict[str, str | None]:
         "type": trail.type if trail else "secret",
         "key": (trail.key_id or trail.name) if trail else None,
         "key_version": trail.key_version if trail else None,
-        "change": record.rekey.phase.value if record.rekey else None,
+        "change": _change(record),
     }
+
+
+def _change(record: VolumeRecord) -> str | None:
+    if record.conversion is not None:
+        return f"volume key, {record.conversion.done * 100 // record.capacity_bytes} %"
+    return record.rekey.phase.value if record.rekey else None
 
 
 def _tell(done: Rekeyed, output: str, changed: str, unchanged: str) -> None:

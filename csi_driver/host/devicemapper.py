@@ -227,6 +227,24 @@ class DeviceMapper:
                 self.resume(name)
             raise
 
+    def load(self, name: str, targets: Sequence[Target]) -> None:
+        """Load a table beside the live one, which it replaces at the next `resume`. Errors as `reload`."""
+        device = self.get(name)
+        if device is None:
+            raise FailedPrecondition(f"the mapping {name} is not there, so no table can be loaded into it")
+        _load(name, targets, read_only=device.read_only)
+
+    def clear(self, name: str) -> None:
+        """Drop a table that is loaded and not live."""
+        _clear(name)
+
+    def suspend(self, name: str) -> None:
+        """Wait for the I/O under way, and let none pass until `resume`. A file system on it is not frozen before."""
+        try:
+            call(Command.DEV_SUSPEND, name, flags=Flag.SUSPEND | Flag.SKIP_LOCKFS)
+        except OSError as error:
+            raise _failed("suspend", name, error) from None
+
     def resume(self, name: str) -> None:
         """Make a loaded table live, let I/O go on, and see that /dev/mapper/<name> exists."""
         try:

@@ -52,6 +52,7 @@ class Flag(IntFlag):
     SUSPEND = 1 << 1
     STATUS_TABLE = 1 << 4
     BUFFER_FULL = 1 << 8
+    SKIP_LOCKFS = 1 << 10
     NOFLUSH = 1 << 11
     SECURE_DATA = 1 << 15
 

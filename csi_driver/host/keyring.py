@@ -55,6 +55,15 @@ def find_user(description: str) -> KeptKey | None:
     return None if box is None or key is None else KeptKey(key, box)
 
 
+def add_to_thread(description: str, key: bytearray) -> None:
+    """Put a key into the calling thread's keyring, as libcryptsetup does; dm-crypt takes it by this name.
+
+    The kernel has a copy, so the caller wipes his. Raises FailedPrecondition (quota), CommandFailed.
+    """
+    if _call(description, "add_key", b"logon", description.encode(), key, len(key), _THREAD_KEYRING) is None:
+        raise CommandFailed(f"the key {description} could not be put into this thread's keyring; call again")
+
+
 def link_to_user(description: str) -> KeptKey:
     """Keep the key of the calling thread's keyring in root's user keyring, and take it out of the thread's.
 
@@ -119,6 +128,15 @@ def unlink_from_user(description: str) -> bool:
     """
     box = _member(_USER_KEYRING, "keyring", _box_name(description))
     return box is not None and _keyctl(description, _UNLINK, box, _USER_KEYRING) is not None
+
+
+def unlink_all(prefix: str) -> None:
+    """Take every key whose name begins so out of root's user keyring. Raises CommandFailed."""
+    for box in _members(_USER_KEYRING, prefix):
+        found = _described(box)
+        ours = len(found) == 5 and (found[0], found[1]) == ("keyring", str(os.geteuid()))
+        if ours and found[4].startswith(_box_name(prefix)):
+            _keyctl(prefix, _UNLINK, box, _USER_KEYRING)
 
 
 def clear_thread() -> None:

@@ -41,6 +41,12 @@ class Opening:
 
     def target(self, number: tuple[int, int], device_bytes: int, identity: LuksIdentity) -> Target:
         """The table of the mapping on that device: all that lies behind the header, in whole sectors of the volume."""
+        payload = device_bytes - identity.data_offset
+        end = payload - payload % identity.sector_size
+        return self.segment(number, identity, volume_key_name(identity.uuid), 0, end)
+
+    def segment(self, number: tuple[int, int], identity: LuksIdentity, key_name: str, start: int, end: int) -> Target:
+        """The part of a mapping from byte `start` to `end` that lies, at the same place, on that device."""
         options = [
             name
             for name, wanted in (
@@ -51,13 +57,15 @@ class Opening:
             )
             if wanted
         ]
-        payload = device_bytes - identity.data_offset
-        key = f":{identity.key_bits // 8}:logon:{volume_key_name(identity.uuid)}"
+        key = f":{identity.key_bits // 8}:logon:{key_name}"
         major, minor = number
-        words = [identity.cipher, key, "0", f"{major}:{minor}", str(identity.data_offset // _SECTOR)]
+        first = start // _SECTOR
+        words = [
+            identity.cipher, key, str(first), f"{major}:{minor}", str(identity.data_offset // _SECTOR + first),
+        ]  # fmt: skip
         if options:
             words += [str(len(options)), *options]
-        return Target(0, (payload - payload % identity.sector_size) // _SECTOR, "crypt", " ".join(words))
+        return Target(first, end // _SECTOR - first, "crypt", " ".join(words))
 
 
 def dm_uuid(name: str, uuid: str) -> str:
@@ -67,7 +75,18 @@ def dm_uuid(name: str, uuid: str) -> str:
 
 def volume_key_name(uuid: str) -> str:
     """Description under which libcryptsetup keeps the key of a device's data segment in keyrings."""
-    return f"cryptsetup:{uuid}-d0"
+    return f"{key_prefix(uuid)}d0"
+
+
+def key_prefix(uuid: str) -> str:
+    """How the names of all keys of a device in keyrings begin."""
+    return f"cryptsetup:{uuid}-"
+
+
+def key_name_of(target: Target) -> str:
+    """The name of the key that a crypt target uses; "" for one that was not opened by a keyring."""
+    _, _, name = target.params.split(" ")[1].partition(":logon:")
+    return name
 
 
 def format_device(
@@ -115,7 +134,7 @@ def open_device(
     change after it was checked. The table is ours, as cryptsetup writes it: it names the very device that is open here.
     Raises DeviceBlank, ForeignSignature, InvalidHeader, DeviceShort, DeviceUnreadable, Unauthenticated.
     """
-    with _checked(where, device, identity, size, limits) as context:
+    with checked(where, device, identity, size, limits) as context:
         context.unlock(passphrase, libcryptsetup.KEYRING_KEY)
     found = blockdev.size_bytes(device.fd)
     DeviceMapper().create(
@@ -124,11 +143,23 @@ def open_device(
     return keyring.link_to_user(volume_key_name(identity.uuid))
 
 
+def put_key(context: CryptDevice, passphrase: Passphrase, key_name: str) -> None:
+    """Put the volume key that `passphrase` opens into the calling thread's keyring, by that name.
+
+    libcryptsetup's own way has one name for it. Raises Unauthenticated.
+    """
+    key = context.volume_key(passphrase)
+    try:
+        keyring.add_to_thread(key_name, key)
+    finally:
+        key[:] = bytes(len(key))
+
+
 def check_passphrase(
     where: str, device: Handle, size: int, identity: LuksIdentity, limits: Limits, passphrase: Passphrase
 ) -> None:
     """Validate the header and try the passphrase, opening nothing. Errors as `open_device`."""
-    with _checked(where, device, identity, size, limits) as context:
+    with checked(where, device, identity, size, limits) as context:
         context.unlock(passphrase)
 
 
@@ -159,7 +190,8 @@ def resize_mapping(
     (target,) = mapping.targets
     if target.length * _SECTOR >= size:
         return  # a growth that was cut may have left the device longer than recorded: what was shown is never taken
-    kept = keyring.link_into_thread(volume_key_name(identity.uuid), pinned)
+    key_name = key_name_of(target)
+    kept = keyring.link_into_thread(key_name, pinned)
     if kept is None or not is_key_of(where, mapper, mapping):
         if passphrase is None:
             fault = (
@@ -172,8 +204,8 @@ def resize_mapping(
                 f"stage the volume, or name a node-expand secret in its StorageClass"
             )
         keyring.clear_thread()
-        with _checked(where, device, identity, found, limits) as context:
-            context.unlock(passphrase, libcryptsetup.KEYRING_KEY)
+        with checked(where, device, identity, found, limits) as context:
+            put_key(context, passphrase, key_name)
         if not is_key_of(where, mapper, mapping):
             raise FailedPrecondition(
                 f"{where} cannot be enlarged while it is open: the volume key in its LUKS2 header is not that of its "
@@ -197,8 +229,8 @@ def read_header(where: str, device: str | os.PathLike[str], changed_from: str | 
 
 
 @contextmanager
-def _checked(where: str, device: Handle, identity: LuksIdentity, size: int, limits: Limits) -> Iterator[CryptDevice]:
-    """The library's context on a validated copy of the header."""
+def checked(where: str, device: Handle, identity: LuksIdentity, size: int, limits: Limits) -> Iterator[CryptDevice]:
+    """The library's context on a validated copy of the header. Errors as `open_device`."""
     copied = _header_copy(where, device, identity, size, limits)
     with copied as (copy, _), crypt_device(where, device.path, copy) as context:
         context.load()

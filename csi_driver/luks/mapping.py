@@ -8,11 +8,12 @@ from csi_driver.host import dmnodes, keyring
 from csi_driver.host.devicemapper import Device, DeviceMapper, MappingHandle
 from csi_driver.host.dmcontrol import NoDeviceMapper
 from csi_driver.host.holders import Holders, describe
-from csi_driver.luks.device import UUID_PREFIX, dm_uuid, volume_key_name
+from csi_driver.luks.device import UUID_PREFIX, dm_uuid, key_prefix
 from csi_driver.luks.key_proof import proof_name
 from csi_driver.model.errors import DeviceInUse, MappingMismatch
 
 _CLOSE_SECONDS = 3.0
+_MOST_TARGETS = 2
 
 
 class Fit(StrEnum):
@@ -67,19 +68,22 @@ class Mappings:
                 f"the device /dev/mapper/{name} has the UUID {mapping.uuid or '(none)'} and was not opened by this "
                 f"driver; remove it with `dmsetup remove {name}` if nothing needs it"
             )
-        if mapping.uuid != dm_uuid(name, uuid) or self.backing(mapping) is None:
+        if mapping.uuid != dm_uuid(name, uuid) or not self.backings(mapping):
             return Fit.STALE
         return Fit.FITS
 
-    def backing(self, mapping: Device) -> tuple[int, int] | None:
-        """Major and minor number of the live device below a crypt mapping; None when there is none."""
-        if len(mapping.targets) != 1 or mapping.targets[0].type != "crypt" or len(mapping.backing) != 1:
-            return None
-        major, minor = mapping.backing[0]
-        return (major, minor) if os.path.exists(f"/sys/dev/block/{major}:{minor}") else None
+    def backings(self, mapping: Device) -> frozenset[tuple[int, int]]:
+        """Major and minor number of the live device below a crypt mapping; none when it is gone or there is no such.
+
+        Two while a volume is moved under another volume key.
+        """
+        if not 1 <= len(mapping.targets) <= _MOST_TARGETS or {each.type for each in mapping.targets} != {"crypt"}:
+            return frozenset()
+        there = all(os.path.exists(f"/sys/dev/block/{major}:{minor}") for major, minor in mapping.backing)
+        return frozenset(mapping.backing if there and len(mapping.backing) == len(mapping.targets) else ())
 
     def close(self, name: str, uuid: str | None = None) -> None:
-        """Close the mapping and forget its volume key, also that of `uuid`; absent is fine, no key is needed.
+        """Close the mapping and forget its volume keys, also those of `uuid`; absent is fine, no key is needed.
 
         Somebody else's device that has taken the name stays. Something that merely glances at the device (udev) is
         waited for, up to 3 s. Raises DeviceInUse naming who keeps it busy.
@@ -91,7 +95,7 @@ class Mappings:
         elif mapping is None:
             dmnodes.remove_name(name)  # a kill between removal and this left it, and the number is another's by now
         for known in {uuid, luks_uuid(mapping.uuid, name) if mapping else None} - {None}:
-            keyring.unlink_from_user(volume_key_name(str(known)))
+            keyring.unlink_all(key_prefix(str(known)))
 
     def end_proof(self, name: str) -> None:
         """Remove the second mapping that a killed resize of this one has left on the volume's device. As `close`."""

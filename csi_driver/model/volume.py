@@ -89,6 +89,18 @@ class Rekey(msgspec.Struct, frozen=True, kw_only=True):
     slot: NamedSlot | None = None
 
 
+class Conversion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A volume whose content is being moved under another volume key (docs/architecture.md, "A new volume key").
+
+    `luks` is what the header of the storage that takes its place says. `done` bytes of the content, from its start on,
+    lie there and there alone. `key` is the trail that the volume is to have, where it was not encrypted before.
+    """
+
+    luks: LuksIdentity
+    done: int = 0
+    key: KeyTrail | None = None
+
+
 class VolumeParameters(msgspec.Struct, frozen=True, kw_only=True):
     """The StorageClass parameters of a volume, typed; None where the class says nothing.
 
@@ -124,7 +136,7 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     `revision` counts the writes: an update names the revision it was made from (compare-and-swap). `cloned_uuid` is
     set while `cloning`: the UUID of the header that was cloned, which becomes that of `luks`. `key` is set where the
-    passphrase comes from a KMS, `rekey` while it is being changed.
+    passphrase comes from a KMS, `rekey` while it is being changed, `conversion` while the volume key is.
     """
 
     id: str
@@ -136,6 +148,7 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True):
     cloned_uuid: str | None = None
     key: KeyTrail | None = None
     rekey: Rekey | None = None
+    conversion: Conversion | None = None
     file_system: FileSystemState = FileSystemState.NONE
     made_fs_type: str | None = None
     created: str
@@ -153,10 +166,15 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing is ever formatted, made or given another identity by what it says."""
-        return self.encryption in (None, EncryptionState.ENCRYPTED) and self.file_system in (
-            FileSystemState.MADE,
-            FileSystemState.RAW,
+        """Whether nothing is ever formatted, made, moved or given another identity by what it says."""
+        return (
+            self.conversion is None
+            and self.encryption in (None, EncryptionState.ENCRYPTED)
+            and self.file_system
+            in (
+                FileSystemState.MADE,
+                FileSystemState.RAW,
+            )
         )
 
 
@@ -168,6 +186,11 @@ def mapping_name(volume_id: str) -> str:
 def is_mapping_name(name: str) -> bool:
     """Whether `mapping_name` may have given that name."""
     return name.startswith("luks-")
+
+
+def volume_of(mapping: str) -> str:
+    """The id of the volume whose mapping has that name."""
+    return mapping.removeprefix("luks-")
 
 
 def volume_id_for(name: str) -> str:

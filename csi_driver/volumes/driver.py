@@ -15,6 +15,7 @@ from csi_driver.host.locks import VolumeLocks
 from csi_driver.host.log import log
 from csi_driver.host.loop import LoopDevices
 from csi_driver.host.mounts import Mounts
+from csi_driver.host.regularly import Regularly
 from csi_driver.host.workers import Workers
 from csi_driver.images.store import ImageStore
 from csi_driver.keys.audit import Audit
@@ -27,6 +28,7 @@ from csi_driver.model.settings import Settings
 from csi_driver.volumes.adoption import Adoption
 from csi_driver.volumes.check import Checking
 from csi_driver.volumes.condition import Conditions
+from csi_driver.volumes.conversion import Conversions
 from csi_driver.volumes.drift import KeyDrift
 from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.expand import Expansion
@@ -51,6 +53,7 @@ WARM = (
     "csi_driver.luks.device",
     "csi_driver.luks.recovery",
     "csi_driver.luks.rekey",
+    "csi_driver.luks.two_keys",
     "csi_driver.host.commands",
     "csi_driver.host.fshealth",
     "csi_driver.host.growfs",
@@ -59,6 +62,9 @@ WARM = (
     "csi_driver.luks.libcryptsetup:load_library_if_present",
 )
 """What workers need, loaded ahead in their launcher."""
+
+
+_STANDING_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,7 @@ class Driver:
     sources: KeySources
     keys: VolumeKeys
     rekeying: Rekeying
+    conversions: Conversions
     recovery: Recovery
     adoption: Adoption
     provisioning: Provisioning
@@ -99,6 +106,7 @@ class Driver:
     usage: Usages
     conditions: Conditions
     health: Health
+    standing: Regularly
 
     def start(self) -> None:
         """Make the folders. The worker launcher starts with the first call, or with `warm_up`.
@@ -122,11 +130,13 @@ class Driver:
             log.warning("no encrypted volume can be staged on this host", error=str(error))
 
     def warm_up(self) -> None:
-        """Start the worker launcher ahead of the first call that needs it."""
+        """Start the worker launcher ahead of the first call that needs it, and let go on what a killed step stopped."""
         self.workers.start()
+        self.standing.start()
 
     def stop(self) -> None:
         """End the worker launcher, and close what is open to key sources; what is staged stays staged."""
+        self.standing.stop()
         self.sources.close()
         self.workers.stop()
 
@@ -173,6 +183,9 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         seam, directory.check, stages, presences, host.workers, encryption, file_systems, mappings, healing, drift,
         keys, rekeying,
     )  # fmt: skip
+    conversions = Conversions(
+        seam, locks, presences, stages, host.workers, host.mapper, encryption, slots, keys, settings.limits
+    )
     return Driver(
         settings=settings,
         workers=host.workers,
@@ -184,6 +197,7 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         sources=sources,
         keys=keys,
         rekeying=rekeying,
+        conversions=conversions,
         adoption=Adoption(seam, host.workers, slots, sources, settings.limits),
         recovery=Recovery(seam, presences, host.workers, host.loops, sources, settings.limits),
         provisioning=Provisioning(settings, seam, images, directory.check, staging.release, keys),
@@ -201,4 +215,5 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         health=Health(
             settings, seam, stages, commands, host.mapper, mappings, host.mounts, directory.check, sources.checked
         ),
+        standing=Regularly("standing volumes", conversions.go_on_all, _STANDING_SECONDS),
     )

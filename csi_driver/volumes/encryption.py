@@ -36,17 +36,23 @@ from csi_driver.model.settings import Limits
 from csi_driver.model.volume import EncryptionState, FileSystemState, KeyTrail, LuksIdentity, VolumeRecord
 from csi_driver.volumes.keys import KeyInHand
 from csi_driver.volumes.keyslots import KeySlots, device_size, recorded_identity, where_is
+from csi_driver.volumes.stages import Stage
+from csi_driver.volumes.two_keys import TwoKeys, opening_of
 
 P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
 class Opened:
-    """An open volume: its record by now, the mapping held open, and where a fresh one's key is kept."""
+    """An open volume: its record by now, the mapping held open, and where a fresh one's keys are kept.
+
+    There is a next one while the volume key is being changed.
+    """
 
     record: VolumeRecord
     mapping: MappingHandle
     kept_key: KeptKey | None
+    kept_next: KeptKey | None = None
 
 
 class Encryption:
@@ -56,7 +62,17 @@ class Encryption:
         self._workers = workers
         self._mappings = mappings
         self._slots = slots
+        self.two_keys = TwoKeys(workers, slots, limits)
         self._limits = limits
+
+    def ended(self, backend: Backend, record: VolumeRecord) -> VolumeRecord:
+        """The volume's record, once a move to another volume key that was cut at its very end has ended.
+
+        Before its device is attached, as it becomes another one. Raises what `TwoKeys.finish` does.
+        """
+        if record.conversion is None or record.conversion.done < record.capacity_bytes:
+            return record
+        return self.two_keys.finish(backend, record)
 
     def open(
         self,
@@ -86,22 +102,24 @@ class Encryption:
             else:
                 record = self._format(backend, record, device, chosen, key)
         identity = recorded_identity(record)
-        kept = None
+        kept: KeptKey | None = None
+        kept_next: KeptKey | None = None
         with _told_of_a_kms(where_is(record, device), key.trail):
-            if not self._reuse(record, device, passphrase):
+            reused = self._reuse(backend, record, device, passphrase)
+            if not reused:
                 undo.callback(attempt, self._mappings.close, record.mapping_name, identity.uuid)
+            if record.conversion is not None:
+                kept, kept_next = self.two_keys.open(backend, record, device, passphrase, fresh=not reused)
+            elif not reused:
                 kept = self._open(record, device, passphrase)
         mapping = self._mappings.open(record.mapping_name)
         undo.callback(mapping.close)
-        self._check_opened(record, device, mapping)
-        self._slots.ensure_header_copy(backend, record, device)  # of a header that has opened
-        return Opened(record, mapping, kept)
+        self._check_opened(backend, record, device, mapping)
+        if record.conversion is None:
+            self._slots.ensure_header_copy(backend, record, device)  # of a header that has opened
+        return Opened(record, mapping, kept, kept_next)
 
     def _open(self, record: VolumeRecord, device: Handle, passphrase: Passphrase) -> KeptKey | None:
-        parameters = record.parameters
-        opening = luks.Opening(
-            record.mapping_name, parameters.discard, parameters.no_read_workqueue, parameters.no_write_workqueue
-        )
         with self._slots.unlocking(f"volume {record.id}"):
             return self._workers.call(
                 f"luks-open of {where_is(record, device)}",
@@ -113,19 +131,28 @@ class Encryption:
                 recorded_identity(record),
                 self._slots.header_limits,
                 passphrase,
-                opening,
+                opening_of(record),
             )
 
-    def resume(self, mapping_name: str, mapping: Device | None) -> None:
-        """Let I/O flow again through a mapping that a killed resize left suspended."""
-        if mapping is not None and mapping.suspended:
-            self._workers.call(
-                f"luks-resume of the mapping {mapping_name}",
-                self._limits.mount_seconds,
-                DeviceMapper().resume,
-                mapping_name,
-            )
-            log.warning("a mapping that was left suspended was resumed", mapping=mapping_name)
+    def resume(
+        self, backend: Backend, record: VolumeRecord | None, mapping: Device | None, stage: Stage | None
+    ) -> None:
+        """Let I/O flow again through a mapping that a killed resize, or a step to another volume key, left suspended.
+
+        The record is needed in the second case. Raises what `TwoKeys.go_on` does.
+        """
+        if mapping is None or not mapping.suspended:
+            return
+        if record is not None and record.conversion is not None:
+            self.two_keys.go_on(backend, record, mapping, stage)
+            return
+        self._workers.call(
+            f"luks-resume of the mapping {mapping.name}",
+            self._limits.mount_seconds,
+            DeviceMapper().resume,
+            mapping.name,
+        )
+        log.warning("a mapping that was left suspended was resumed", mapping=mapping.name)
 
     def resize(
         self, record: VolumeRecord, device: Handle, passphrase: Callable[[], Passphrase | None], pinned: KeptKey | None
@@ -228,16 +255,16 @@ class Encryption:
         log.info("volume formatted", volume_id=record.id, device=device.name, luks_uuid=identity.uuid)
         return record
 
-    def _reuse(self, record: VolumeRecord, device: Handle, passphrase: Passphrase) -> bool:
+    def _reuse(self, backend: Backend, record: VolumeRecord, device: Handle, passphrase: Passphrase) -> bool:
         """Whether an open mapping serves; one that does not is closed."""
         identity = recorded_identity(record)
         mapping = self._mappings.get(record.mapping_name)
         fit = self._mappings.fit(mapping, record.mapping_name, identity.uuid)
         if mapping is None:
             return False
-        usable = fit is Fit.FITS and self._mappings.backing(mapping) == device.number
-        if usable:
-            self.resume(record.mapping_name, mapping)
+        usable = fit is Fit.FITS and self._lies_on(backend, record, mapping, device)
+        if usable and record.conversion is None:
+            self.resume(backend, record, mapping, None)
         if not usable or mapping.open_count == 0:
             try:
                 self._mappings.close(record.mapping_name, identity.uuid)
@@ -249,13 +276,21 @@ class Encryption:
                     f"volume's, and it is in use: {busy}"
                 ) from None
             return False
-        self._slots.verify(record, device, passphrase)
+        if record.conversion is None:
+            self._slots.verify(record, device, passphrase)
         return True
 
-    def _check_opened(self, record: VolumeRecord, device: Handle, mapping: MappingHandle) -> None:
+    def _lies_on(self, backend: Backend, record: VolumeRecord, mapping: Device, device: Handle) -> bool:
+        """Whether the mapping is over the volume's device, or over both while it has two."""
+        backings = self._mappings.backings(mapping)
+        if record.conversion is None:
+            return backings == {device.number}
+        return all(backend.is_device_of(record.id, each) for each in backings)
+
+    def _check_opened(self, backend: Backend, record: VolumeRecord, device: Handle, mapping: MappingHandle) -> None:
         """The mapping that is held is the one of this volume, on the device that is held."""
         fit = self._mappings.fit(mapping.device, record.mapping_name, recorded_identity(record).uuid)
-        if fit is not Fit.FITS or self._mappings.backing(mapping.device) != device.number:
+        if fit is not Fit.FITS or not self._lies_on(backend, record, mapping.device, device):
             raise FailedPrecondition(
                 f"the mapping {record.mapping_name} of {where_is(record, device)} was opened and is another one now; "
                 f"is another program closing it?"

@@ -87,7 +87,7 @@ class Expansion:
         with device, self._workers.session():
             self._backend.refresh(device)  # the controller may have grown it before
             if record.encryption is not None:
-                self._encryption.resume(record.mapping_name, present.mapping)
+                self._encryption.resume(self._backend, record, present.mapping, present.stage)
                 if record.key is None and request.key.passphrase is not None:  # before anything grows
                     opened = self._verify(record, device, request.key, request.key.passphrase)
             try:

@@ -64,13 +64,15 @@ _MENDED_BITS = 3  # e2fsck(8): errors corrected, and "the system should be reboo
 class Attached:
     """A volume whose devices are held open: `below` what its backend shows, `shown` what pods get to see of it.
 
-    They differ where it is encrypted: then `kept_key` is where the volume key of a fresh mapping waits for a resize.
+    They differ where it is encrypted: then `kept_key` is where the volume key of a fresh mapping waits for a resize,
+    and `kept_next` where the one does that is to take its place.
     """
 
     record: VolumeRecord
     below: Handle
     shown: Handle
     kept_key: KeptKey | None = None
+    kept_next: KeptKey | None = None
 
 
 class FileSystems:

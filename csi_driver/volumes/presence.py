@@ -140,10 +140,10 @@ class Presences:
 
     def fit(self, volume_id: str, mapping: Device, uuid: str) -> Fit:
         """Whether that mapping, opened for the volume, is of that LUKS UUID and on the volume's own live device."""
-        backing = self._mappings.backing(mapping)
-        if mapping.uuid != dm_uuid(mapping.name, uuid) or backing is None:
+        backings = self._mappings.backings(mapping)
+        if mapping.uuid != dm_uuid(mapping.name, uuid) or not backings:
             return Fit.STALE
-        return Fit.FITS if self._backend.is_device_of(volume_id, backing) else Fit.STALE
+        return Fit.FITS if all(self._backend.is_device_of(volume_id, each) for each in backings) else Fit.STALE
 
     def table(self) -> MountTable:
         """All mounts that this node's pods and the driver see now."""

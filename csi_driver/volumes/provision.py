@@ -144,8 +144,9 @@ class Provisioning:
                 "a key of its own stays in its KMS, if the volume had one", volume_id=volume_id, error=str(error)
             )
         self._backend.delete(volume_id)
-        if record is not None and record.key is not None:
-            for trail in (record.key, record.rekey.other if record.rekey else None):
+        if record is not None:
+            others = record.rekey.other if record.rekey else None, record.conversion.key if record.conversion else None
+            for trail in (record.key, *others):
                 if trail is not None:
                     self._keys.destroy(record, trail, "delete volume")
         log.info("volume deleted", volume_id=volume_id)
@@ -300,6 +301,11 @@ def grow_device(backend: Backend, record: VolumeRecord, required_bytes: int, lim
         formats.check_capacity(record.luks.cipher if record.luks else record.parameters.cipher or "", capacity)
     if capacity <= record.capacity_bytes:
         return record
+    if record.conversion is not None:
+        raise FailedPrecondition(
+            f"volume {record.id} is being moved to another volume key and cannot be enlarged meanwhile; let luks-csi "
+            f"volume reencrypt {record.id} run to its end on its node, then this succeeds"
+        )
     grown = msgspec.structs.replace(record, capacity_bytes=capacity)
     header_to_come = formats.DATA_OFFSET if record.encryption and record.luks is None else 0
     backend.grow(record.id, device_size(grown) + header_to_come)

@@ -57,6 +57,11 @@ class Recovery:
         record = self._backend.get(volume_id)
         if record.encryption is not EncryptionState.ENCRYPTED or record.luks is None:
             raise FailedPrecondition(f"volume {volume_id} was never formatted, so it has no header to restore")
+        if record.conversion is not None:
+            raise FailedPrecondition(
+                f"volume {volume_id} is being moved to another volume key and has two headers; let luks-csi volume "
+                f"reencrypt {volume_id} run to its end first"
+            )
         if self._presences.of(volume_id, record).is_open:
             raise DeviceInUse(f"volume {volume_id} is open; unstage it before its header is restored")
         if not copy.is_file():

@@ -95,7 +95,7 @@ class Rekeying:
             return self._backend.get(record.id)
 
     def _renewed(self, record: VolumeRecord, device: Handle, secret: SecretKey) -> VolumeRecord:
-        if record.encryption is not EncryptionState.ENCRYPTED:
+        if record.encryption is not EncryptionState.ENCRYPTED or record.conversion is not None:
             return record
         if record.key is not None:
             return self._end(record, device, secret) if record.rekey else record
@@ -198,6 +198,11 @@ class Rekeying:
             raise FailedPrecondition(f"volume {volume_id} is not encrypted, so it has no key")
         if record.encryption is not EncryptionState.ENCRYPTED:
             raise FailedPrecondition(f"volume {volume_id} was never staged, so it has no key slot yet; stage it first")
+        if record.conversion is not None:
+            raise FailedPrecondition(
+                f"volume {volume_id} is being moved to another volume key; let luks-csi volume reencrypt {volume_id} "
+                f"run to its end first"
+            )
         return record
 
     @contextmanager

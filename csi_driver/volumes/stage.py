@@ -35,6 +35,7 @@ from csi_driver.volumes.keys import KeyInHand, VolumeKeys
 from csi_driver.volumes.presence import Presence, Presences
 from csi_driver.volumes.rekey import Rekeying
 from csi_driver.volumes.stages import Stage, Stages
+from csi_driver.volumes.two_keys import refuse_half_encrypted
 
 _CLOSE_SECONDS = 2.0
 _FULL_BYTES = 16 << 20  # so little, and a device on it fails
@@ -93,12 +94,13 @@ class Staging:
         self._check_state()
         record = self._backend.get(request.volume_id)
         check_context(record, request.context)
+        refuse_half_encrypted(record)
         capabilities.check([request.capability])
         present = self._presences.of(record.id, record)
         if present.stage is not None and present.is_complete:
             self._check_same(record, present.stage, request)
             if record.encryption is not None:
-                self._encryption.resume(record.mapping_name, present.mapping)
+                self._encryption.resume(self._backend, record, present.mapping, present.stage)
             well = self._healing.ensure_well(present)
             self._backend.guard(record.id)
             if record.parameters.backing_image is not None and well.stage is not None and well.staging is not None:
@@ -113,6 +115,7 @@ class Staging:
         # Before anything is attached: a KMS that is down costs a call, and no device.
         key = self._keys.of(record, request.key, "stage") if record.encryption is not None else None
         with self._workers.session():
+            record = self._encryption.ended(self._backend, record)
             self._clear(record, present, request.staging_path)
             try:
                 self._stage(record, request, key)
@@ -139,7 +142,7 @@ class Staging:
                 volume = Attached(record, device, device)
                 if key is not None:
                     unlocked = self._open(record, device, request.key, key, opened)
-                    volume = Attached(unlocked.record, device, unlocked.mapping, unlocked.kept_key)
+                    volume = Attached(unlocked.record, device, unlocked.mapping, unlocked.kept_key, unlocked.kept_next)
                 opened.callback(attempt, self._take_back, volume.record, request.staging_path)
                 self._finish(volume, request)
                 self._backend.guard(record.id)
@@ -195,12 +198,24 @@ class Staging:
             how, cure = ("published", "unpublish it") if known else ("mounted", "unmount it there")
             raise DeviceInUse(f"volume {volume_id} is still {how} at {places}; {cure} first")
         with self._workers.session():
-            self._encryption.resume(mapping_name(volume_id), present.mapping)
+            self._resume(present)
             self._unmount_all(present, path)
         self._mappings.close(mapping_name(volume_id), self._known_uuid(present))
         self._backend.detach(volume_id)
         self._stages.remove(volume_id)
         self._drift.forget(volume_id)
+
+    def _resume(self, present: Presence) -> None:
+        """Let I/O flow again; the record tells how, where it is there."""
+        if present.mapping is None or not present.mapping.suspended:
+            return
+        try:
+            record = self._backend.get(present.volume_id)
+        except (NotFound, FailedPrecondition):
+            if self._backend.has_next(present.volume_id):
+                raise
+            record = None
+        self._encryption.resume(self._backend, record, present.mapping, present.stage)
 
     def _finish(self, volume: Attached, request: StageRequest) -> None:
         record, device = volume.record, volume.shown
@@ -215,6 +230,7 @@ class Staging:
                 device=device.name,
                 luks_uuid=uuid,
                 kept_key=volume.kept_key,
+                kept_next=volume.kept_next,
             )
             self._stages.put(record.id, stage)
             return
@@ -229,6 +245,7 @@ class Staging:
             read_only=options.read_only,
             luks_uuid=uuid,
             kept_key=volume.kept_key,
+            kept_next=volume.kept_next,
         )
         self._stages.put(record.id, stage)
         self._healing.mount(record, device, request.staging_path, fs_type, options)

@@ -17,8 +17,8 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     """How a volume was staged. `device` is the name of what a pod gets to see: the mapping, or the plain device.
 
     `mount_options` is canonical; `luks_uuid` lets unstage forget the volume key when volume and mapping are gone;
-    `kept_key` is where it waits for a resize. `key_drift` says that the secret as it was last seen does not open the
-    volume.
+    `kept_key` is where it waits for a resize, `kept_next` where a new one does that is to take its place. `key_drift`
+    says that the secret as it was last seen does not open the volume.
     """
 
     staging_path: str
@@ -29,6 +29,7 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     read_only: bool = False
     luks_uuid: str | None = None
     kept_key: KeptKey | None = None
+    kept_next: KeptKey | None = None
     key_drift: bool = False
 
 

@@ -66,6 +66,18 @@ class BlockBackend:
     def open_storage(self, volume_id: str) -> Handle:
         return self.attach(volume_id, lasting=False)
 
+    def make_next(self, volume_id: str, size: int) -> None:
+        raise NotImplementedError
+
+    def attach_next(self, volume_id: str) -> Handle:
+        raise NotImplementedError
+
+    def has_next(self, volume_id: str) -> bool:
+        return False
+
+    def take_next(self, volume_id: str) -> None:
+        raise NotImplementedError
+
     def has_header_copy(self, volume_id: str) -> bool:
         return True
 

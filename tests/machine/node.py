@@ -26,6 +26,7 @@ from csi_driver.luks.mapping import Mappings
 from csi_driver.model.settings import Limits, Settings
 from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeRecord, mapping_name
 from csi_driver.volumes.capability import AccessMode, Capability
+from csi_driver.volumes.conversion import Conversions
 from csi_driver.volumes.drift import KeyDrift
 from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.expand import ExpandRequest, Expansion
@@ -150,6 +151,19 @@ class Node:
         self.publishing = Publishing(self.store, presences, self.mounts, holders, file_systems, healing)
         self.expansion = Expansion(
             self.store, healthy, presences, self.workers, self.encryption, self.slots, file_systems, healing, self.keys
+        )
+        self.conversions = Conversions(
+            self.store,
+            self.locks,
+            presences,
+            self.stages,
+            self.workers,
+            self.mapper,
+            self.encryption,
+            self.slots,
+            self.keys,
+            self.limits,
+            MIB,
         )
         self.presences, self.healing = presences, healing
         self.usages = Usages(self.store, presences)

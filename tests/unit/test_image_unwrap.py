@@ -36,7 +36,7 @@ def zstd_unsized(content: bytes) -> bytes:
 
 
 PACK: dict[Wrapping, Callable[[bytes], bytes]] = {
-    Wrapping.GZIP: lambda content: gzip.compress(content, 1),
+    Wrapping.GZIP: lambda content: gzip.compress(content, 1, mtime=0),
     Wrapping.XZ: lambda content: lzma.compress(content, preset=0),
     Wrapping.ZSTD: zstd,
 }
@@ -109,7 +109,7 @@ def test_zeros_are_holes(tmp_path: Path, wrapping: Wrapping) -> None:
 @pytest.mark.parametrize(
     ("wrapping", "packed"),
     [
-        (Wrapping.GZIP, gzip.compress(NOISE) + gzip.compress(b"more") + gzip.compress(b"")),
+        (Wrapping.GZIP, gzip.compress(NOISE, mtime=0) + gzip.compress(b"more", mtime=0) + gzip.compress(b"", mtime=0)),
         (Wrapping.XZ, lzma.compress(NOISE) + lzma.compress(b"more") + lzma.compress(b"")),
         (Wrapping.XZ, lzma.compress(NOISE) + bytes(4) + lzma.compress(b"more") + bytes(300_000)),
         (Wrapping.ZSTD, zstd(NOISE) + zstd(b"more") + zstd(b"")),
@@ -143,7 +143,7 @@ SMALL = NOISE[:60] + b"a" * 500
 @pytest.mark.parametrize(
     ("wrapping", "packed"),
     [
-        (Wrapping.GZIP, gzip.compress(SMALL)),
+        (Wrapping.GZIP, gzip.compress(SMALL, mtime=0)),
         (Wrapping.XZ, lzma.compress(SMALL)),
         (Wrapping.XZ, lzma.compress(SMALL, check=lzma.CHECK_NONE)),
         (Wrapping.ZSTD, zstd(SMALL)),
@@ -185,12 +185,12 @@ def test_what_follows_the_end_is_refused(tmp_path: Path, wrapping: Wrapping, res
         unpack(packed + rest, wrapping, tmp_path)
 
 
-@pytest.mark.parametrize("rest", [b"\0\0more", b"\x1f\x8c", bytes(5) + gzip.compress(b"more")])
+@pytest.mark.parametrize("rest", [b"\0\0more", b"\x1f\x8c", bytes(5) + gzip.compress(b"more", mtime=0)])
 @pytest.mark.parametrize("short", range(-3, 4))
 def test_what_follows_a_gzip_stream_is_what_gzip_takes_it_for(tmp_path: Path, rest: bytes, short: int) -> None:
     """Wherever the pieces end that are read, of 256 KiB."""
-    stored = gzip.compress(NOISE[:200_000], 0)
-    first = gzip.compress(NOISE[: 262_144 - len(stored) - 41 + short], 0)
+    stored = gzip.compress(NOISE[:200_000], 0, mtime=0)
+    first = gzip.compress(NOISE[: 262_144 - len(stored) - 41 + short], 0, mtime=0)
     packed = stored + first
     assert len(packed + rest) > 262_144 - 30
     told: list[str] = []
@@ -243,7 +243,7 @@ def zstd_bomb(size: int) -> bytes:
 
 
 BOMBS: dict[Wrapping, Callable[[int], bytes]] = {
-    Wrapping.GZIP: lambda size: gzip.compress(bytes(size), 1),
+    Wrapping.GZIP: lambda size: gzip.compress(bytes(size), 1, mtime=0),
     Wrapping.XZ: lambda size: lzma.compress(bytes(size), preset=0),
     Wrapping.ZSTD: zstd_bomb,
 }
@@ -301,7 +301,7 @@ def test_a_source_that_cannot_be_read_is_told(tmp_path: Path) -> None:
 
 def test_a_disk_that_fills_up_is_told_and_nothing_is_left(tmp_path: Path) -> None:
     (tmp_path / "small").mkdir()
-    (tmp_path / "source").write_bytes(gzip.compress(NOISE, 1))
+    (tmp_path / "source").write_bytes(gzip.compress(NOISE, 1, mtime=0))
     unpacking = """
 import os, sys
 from pathlib import Path
@@ -319,7 +319,7 @@ except ResourceExhausted as error:
 
 
 def test_a_target_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    (tmp_path / "source").write_bytes(gzip.compress(b"x"))
+    (tmp_path / "source").write_bytes(gzip.compress(b"x", mtime=0))
     with (tmp_path / "source").open("rb") as source:
         with pytest.raises(CommandFailed, match=r"could not be unpacked to .*: No such file or directory"):
             unwrap(source.fileno(), Wrapping.GZIP, tmp_path / "absent" / "image", MIB, "image ubuntu", lambda _: None)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from csi_driver.backends.records import MIGRATIONS, VERSION, RecordCodec
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.volume import (
+    Conversion,
     EncryptionState,
     FileSystemState,
     KeyTrail,
@@ -34,6 +35,15 @@ KEYS = st.builds(
     key_version=TEXTS,
     tenant=TEXTS,
     foreign=st.booleans(),
+)
+LUKS = st.builds(
+    LuksIdentity,
+    uuid=TEXTS,
+    cipher=TEXTS,
+    key_bits=WHOLE,
+    sector_size=WHOLE,
+    data_offset=WHOLE,
+    digest=st.none() | TEXTS,
 )
 SLOTS = st.builds(NamedSlot, number=WHOLE, salt=TEXTS)
 RECORDS = st.builds(
@@ -64,18 +74,10 @@ RECORDS = st.builds(
         claim=st.none() | TEXTS,
     ),
     encryption=st.none() | st.sampled_from(EncryptionState),
-    luks=st.none()
-    | st.builds(
-        LuksIdentity,
-        uuid=TEXTS,
-        cipher=TEXTS,
-        key_bits=WHOLE,
-        sector_size=WHOLE,
-        data_offset=WHOLE,
-        digest=st.none() | TEXTS,
-    ),
+    luks=st.none() | LUKS,
     file_system=st.sampled_from(FileSystemState),
     key=st.none() | KEYS,
+    conversion=st.none() | st.builds(Conversion, luks=LUKS, done=WHOLE, key=st.none() | KEYS),
     rekey=st.none()
     | st.builds(Rekey, phase=st.sampled_from(RekeyPhase), other=st.none() | KEYS, slot=st.none() | SLOTS),
     made_fs_type=st.none() | TEXTS,
@@ -111,8 +113,12 @@ def test_a_file_says_its_version() -> None:
 
 def test_a_record_is_written_in_the_oldest_version_that_knows_what_is_in_it() -> None:
     assert msgspec.json.decode(RecordCodec().encode(RECORD))["version"] == 1
-    changing = msgspec.structs.replace(RECORD, rekey=Rekey(phase=RekeyPhase.ADDING))
-    assert msgspec.json.decode(RecordCodec().encode(changing))["version"] == VERSION
+    assert RECORD.luks is not None
+    for changing in (
+        msgspec.structs.replace(RECORD, rekey=Rekey(phase=RekeyPhase.ADDING)),
+        msgspec.structs.replace(RECORD, conversion=Conversion(luks=RECORD.luks)),
+    ):
+        assert msgspec.json.decode(RecordCodec().encode(changing))["version"] == VERSION
 
 
 @given(st.binary(max_size=100) | st.text(max_size=100).map(str.encode))

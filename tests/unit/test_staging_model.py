@@ -95,7 +95,7 @@ class Rig:
         self.kernel.end_of_process()
         self._build()
         for name in self.mappings.names():
-            self.encryption.resume(name, self.mappings.get(name))
+            self.encryption.resume(self.backend, None, self.mappings.get(name), None)
 
     def reboot(self) -> None:
         self.kernel.reboot()

@@ -1,0 +1,132 @@
+"""`luks-csi volume encrypt` and `volume reencrypt`: a first volume key for a volume, and another one."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from csi_driver.cli.beside import PARAMS, BesideServer
+from csi_driver.cli.logs import configure_logs
+from csi_driver.cli.names import volume_names
+from csi_driver.cli.output import OUTPUT_OPTION, Output, confirm, show_json, show_text
+from csi_driver.cli.progress import ProgressLine, tell_stopping
+from csi_driver.cli.secret_files import SecretSource, secret_options
+from csi_driver.cli.serve import settings_params
+from csi_driver.cli.sizes import read_some
+from csi_driver.host.hardening import harden_process
+from csi_driver.keys.secret import SecretKey, read_secret
+from csi_driver.model.settings import Limits, LogFormat, Settings
+from csi_driver.model.volume import VolumeRecord, is_volume_id
+from csi_driver.volumes.driver import Driver
+
+_LIMITS = ("format_seconds", "unlock_seconds", "mount_seconds", "pbkdf_memory_kib")
+_PARAMS = [
+    *PARAMS,
+    *settings_params("node_id", "free_space_floor", "kms_config", "kms_programs", "audit_file", *_LIMITS),
+    OUTPUT_OPTION,
+]
+
+
+def _rate(_context: click.Context, _parameter: click.Parameter, text: str | None) -> int | None:
+    try:
+        return read_some(text) if text is not None else None
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.") from None
+
+
+_rate_option = click.option(
+    "--rate", metavar="SIZE", callback=_rate, help="The most bytes to move in a second, such as 50Mi."
+)
+
+
+@click.command(cls=BesideServer, params=[*_PARAMS])
+@click.argument("volume_id", metavar="VOLUME", shell_complete=volume_names)
+@_rate_option
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@secret_options
+@click.pass_context
+def reencrypt(context: click.Context, /, volume_id: str, rate: int | None, *, yes: bool, **given: Any) -> None:
+    """Give a volume another volume key, while it is in use or not; on its node, without a server.
+
+    All of it is read, and written anew under the new key. Its passphrase stays, cipher and key size become those of its
+    class. Ctrl-C stops it, and the same command goes on; it does after a crash too.
+    """
+    question = f"Encrypt all of volume {volume_id} anew?"
+    with _converting(context, volume_id, rate, given, question, yes=yes) as (driver, key, watch):
+        done = driver.conversions.reencrypt(volume_id, key, watch)
+        _tell(done, given["output"], f"volume {volume_id} has another volume key")
+
+
+@click.command(cls=BesideServer, params=[*_PARAMS])
+@click.argument("volume_id", metavar="VOLUME", shell_complete=volume_names)
+@click.option("--kms", "kms_id", metavar="ID", help="Its key is to be one of its own, by that KMS of --kms-config.")
+@click.option("--generate-key", "generate", is_flag=True, help="Its key is to be one of its own, in a secret.")
+@_rate_option
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@secret_options
+@click.pass_context
+def encrypt(
+    context: click.Context,
+    /,
+    volume_id: str,
+    kms_id: str | None,
+    rate: int | None,
+    *,
+    generate: bool,
+    yes: bool,
+    **given: Any,
+) -> None:
+    """Encrypt a plain volume where it lies, while it is not in use; on its node, without a server.
+
+    What was encrypted is overwritten where it was, so there is no way back, and no room for a second copy is needed.
+    Ctrl-C stops it, and the same command goes on; until it has ended the volume cannot be used.
+    """
+    if kms_id is not None and generate:
+        raise click.UsageError("--kms and --generate-key exclude each other; give one of them.")
+    question = f"Encrypt volume {volume_id}? It cannot be undone: have a backup, and its PersistentVolume at hand."
+    with _converting(context, volume_id, rate, given, question, yes=yes) as (driver, key, watch):
+        done = driver.conversions.encrypt(volume_id, key, kms_id, watch, generate=generate)
+        _tell(done, given["output"], f"volume {volume_id} is encrypted")
+
+
+@contextmanager
+def _converting(
+    context: click.Context, volume_id: str, rate: int | None, given: dict[str, Any], question: str, *, yes: bool
+) -> Iterator[tuple[Driver, SecretKey, Any]]:
+    from csi_driver.images.stopping import Stop, stop_signals
+    from csi_driver.volumes.conversion import Watch
+    from csi_driver.volumes.driver import build_driver
+
+    configure_logs(LogFormat.AUTO, "warning")
+    harden_process()
+    if not is_volume_id(volume_id):
+        raise click.BadParameter(f"{volume_id!r} is no id of a volume.", context)
+    secret = SecretSource(given.pop("secret_dir"), given.pop("passphrase_file"))
+    output = given.pop("output")
+    limits = Limits(**{name: given.pop(name) for name in _LIMITS})
+    build: Callable[[Settings], Driver] = context.obj or build_driver
+    driver = build(Settings(**given, limits=limits))
+    given["output"] = output
+    try:
+        record = driver.backend.get(volume_id)  # before a question, or a lock, is made for what is not there
+        confirm(question, yes=yes or record.conversion is not None)
+        key = read_secret(secret.read(f"Passphrase of volume {volume_id}"))
+        stop = Stop(tell_stopping)
+        with stop_signals(stop), ProgressLine(f"volume {volume_id}", record.capacity_bytes) as progress:
+            watch = Watch(progress, stop, rate)
+            yield driver, key, watch
+    except OSError as error:
+        raise click.ClickException(
+            f"{driver.settings.state_dir} cannot be used ({error.strerror}: {error.filename}); run this as root, on "
+            f"the node, with the --state-dir of its server"
+        ) from None
+    finally:
+        driver.stop()
+
+
+def _tell(record: VolumeRecord, output: str, sentence: str) -> None:
+    if output == Output.JSON:
+        show_json(record)
+    else:
+        show_text(sentence)
