@@ -18,7 +18,7 @@ from json import JSONDecodeError
 from typing import Any, Final
 
 from csi_driver.keys.base import SECONDS
-from csi_driver.keys.clients import KeptClient, unreachable, unreadable
+from csi_driver.keys.clients import KeptClient, causes, unreachable, unreadable
 from csi_driver.keys.extras import load
 from csi_driver.model.errors import DriverError, FailedPrecondition, KeyLost, PermissionDenied, Unavailable
 from csi_driver.model.secret import Passphrase
@@ -158,8 +158,6 @@ def _read(secret: Any) -> tuple[str, str]:
 
 def _kept_name(name: str) -> str:
     """The name of the secret for a key; no other key has it."""
-    if not name:
-        raise KeyLost("the volume's record does not name its key; restore the record from a backup")
     return name if _FIT.fullmatch(name) else f"luks-csi-{hashlib.sha256(name.encode()).hexdigest()}"
 
 
@@ -201,7 +199,8 @@ def _refusal(where: str, error: Exception, exceptions: Any) -> DriverError:
         return Unavailable(f"{where} is overloaded or broken (HTTP {status}); the call may be repeated")
     if status >= 300:
         return FailedPrecondition(f"{where} does not take the request (HTTP {status}); check its entry")
-    if isinstance(error, exceptions.ClientAuthenticationError) and not isinstance(error.__cause__, JSONDecodeError):
+    is_read = not any(isinstance(cause, JSONDecodeError) for cause in causes(error))
+    if isinstance(error, exceptions.ClientAuthenticationError) and is_read:
         return PermissionDenied(
             f"Microsoft Entra ID gives no token for {where}; check the tenant, the application and its certificate"
         )

@@ -3,6 +3,7 @@
 No text of a client or server is taken over into an error: of an answer that they cannot read they quote all.
 """
 
+import socket
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -61,6 +62,15 @@ class KeptClient(Generic[C]):
             made.close()
 
 
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was made of, and so on."""
+    cause: Any = error
+    while cause is not None:
+        yield cause
+        # Azure's errors have what they are made of as a member.
+        cause = getattr(cause, "inner_exception", None) or cause.__cause__ or cause.__context__
+
+
 def unreadable(where: str, error: Exception) -> Unavailable:
     """Whatever a client makes of an answer, or of an address, that is none."""
     return Unavailable(
@@ -72,14 +82,16 @@ def unreadable(where: str, error: Exception) -> Unavailable:
 def unreachable(where: str, extra: str, error: BaseException) -> DriverError | None:
     """What kept a client that asks by requests from its server; None where it was something else."""
     requests = load("requests.exceptions", where, extra)
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, requests.SSLError | ssl.SSLError):
             return tls_failed(where)
         if isinstance(cause, requests.Timeout):
             return Unavailable(f"{where} did not answer in time; look at the service, the call may be repeated")
         if isinstance(cause, requests.InvalidURL | requests.MissingSchema | requests.InvalidSchema):
             return FailedPrecondition(f"an address of {where} is no http or https URL; correct it")
-        if isinstance(cause, requests.ConnectionError | requests.ChunkedEncodingError):
+        if isinstance(
+            cause, requests.ConnectionError | requests.ChunkedEncodingError | ConnectionError | socket.gaierror
+        ):
             return Unavailable(
                 f"{where} cannot be reached or broke off ({type(cause).__name__}); the call may be repeated"
             )
@@ -92,11 +104,3 @@ def tls_failed(where: str) -> FailedPrecondition:
         f"the TLS connection to {where} failed; check its address, and that the driver's container trusts its "
         f"certificate"
     )
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    cause: Any = error
-    while cause is not None:
-        yield cause
-        # Azure's errors have what they are made of as a member.
-        cause = getattr(cause, "inner_exception", None) or cause.__cause__ or cause.__context__

@@ -6,7 +6,6 @@ and is made once; we ask again.
 """
 
 import base64
-import functools
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ _TRANSPORTS: Final = "google.cloud.kms_v1.services.key_management_service.transp
 _KEY: Final = re.compile(r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+")
 _VERSION: Final = re.compile(rf"({_KEY.pattern})/cryptoKeyVersions/([0-9]+)")
 _CHECKED: Final = "luks-csi-check"
+_PASSING: Final = frozenset({408, 429})
 
 _ERRORS: Final[dict[grpc.StatusCode, tuple[type[DriverError], str]]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: (Unavailable, "did not answer in time; the call may be repeated"),
@@ -188,35 +188,50 @@ def _credentials(where: str, account: Account) -> Any:
     auth = load("google.auth", where, EXTRA)
     exceptions = load("google.auth.exceptions", where, EXTRA)
     scopes = load(_TRANSPORTS, where, EXTRA).KeyManagementServiceGrpcTransport.AUTH_SCOPES[:1]
+    plain = load("google.auth.transport.requests", where, EXTRA).Request()
+
+    def request(*args: Any, **options: Any) -> Any:
+        """As Google's own, for as long as a call may take, and with an overloaded server told from one that refuses."""
+        response = plain(*args, **{"timeout": account.seconds, **options})
+        if response.status in _PASSING or response.status >= 500:
+            raise _no_token(where)
+        return response
+
     try:
-        if account.credentials is None:
-            found = auth.default(scopes=scopes)[0]
-        else:
-            accounts = load("google.oauth2.service_account", where, EXTRA)
-            information = msgspec.json.decode(account.credentials)
-            found = accounts.Credentials.from_service_account_info(information, scopes=scopes)
+        found = _service_account(where, account.credentials, scopes) or auth.default(scopes=scopes, request=request)[0]
+        if hasattr(found, "with_always_use_jwt_access"):  # signed here: no server has to be asked for a token
+            found = found.with_always_use_jwt_access(True)
+        found.refresh(request)
     except exceptions.DefaultCredentialsError:
         raise FailedPrecondition(
             f"{where} names no secret and the driver's container has no credentials of Google; add secretName, or give "
             f"its service account a workload identity"
         ) from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, exceptions.GoogleAuthError):
-        raise FailedPrecondition(
-            f"the entry {CREDENTIALS} in the secret of {where} is no key of a service account; put the JSON file there "
-            f"that Google made"
-        ) from None
-    if hasattr(found, "with_always_use_jwt_access"):  # signed here: no server has to be asked for a token
-        found = found.with_always_use_jwt_access(True)
-    request = load("google.auth.transport.requests", where, EXTRA).Request()
-    try:
-        found.refresh(functools.partial(request, timeout=account.seconds))
     except exceptions.GoogleAuthError as error:
-        if getattr(error, "retryable", False) or isinstance(error, exceptions.TransportError):
-            raise Unavailable(f"Google gives no token for {where} at the moment; the call may be repeated") from None
+        if error.retryable or isinstance(error, exceptions.TransportError):
+            raise _no_token(where) from None
         raise PermissionDenied(
             f"Google gives no token for {where}; check the service account and its workload identity"
         ) from None
     return found
+
+
+def _no_token(where: str) -> Unavailable:
+    return Unavailable(f"Google gives no token for {where} at the moment; the call may be repeated")
+
+
+def _service_account(where: str, text: str | None, scopes: tuple[str, ...]) -> Any:
+    """The service account whose key that is; None where there is none."""
+    if text is None:
+        return None
+    credentials = load("google.oauth2.service_account", where, EXTRA).Credentials
+    try:
+        return credentials.from_service_account_info(msgspec.json.decode(text), scopes=scopes)
+    except Exception:  # noqa: BLE001 - whatever is made of what is no JSON, no object, or no key in one
+        raise FailedPrecondition(
+            f"the entry {CREDENTIALS} in the secret of {where} is no key of a service account; put the JSON file there "
+            f"that Google made"
+        ) from None
 
 
 @contextmanager
