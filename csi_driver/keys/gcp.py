@@ -19,6 +19,7 @@ import msgspec
 from csi_driver.keys.base import SECONDS, EntryReader, Wrapped
 from csi_driver.keys.clients import KeptClient, tls_failed, unreadable
 from csi_driver.keys.extras import load
+from csi_driver.keys.http import Tls
 from csi_driver.model.errors import DriverError, FailedPrecondition, KeyLost, PermissionDenied, Unavailable
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import KeyTrail
@@ -66,15 +67,22 @@ class Account:
     seconds: float = SECONDS
 
 
-def key_of(reader: EntryReader) -> str:
-    """The key that an entry names. Raises FailedPrecondition."""
-    key = reader.text("keyName")
+def account_of(reader: EntryReader, credentials: str | None) -> Account:
+    """The account that an entry names, and its secret where it names one. Raises FailedPrecondition."""
+    key, endpoint = reader.text("keyName"), reader.text("endpoint", "")
     if not _KEY.fullmatch(key):
         raise FailedPrecondition(
             f"the field keyName of {reader.where} must be a key without a version, such as "
             f"projects/P/locations/L/keyRings/R/cryptoKeys/K"
         )
-    return key
+    if "/" in endpoint:
+        raise FailedPrecondition(
+            f"the field endpoint of {reader.where} must be a host, with or without a port, such as "
+            f"cloudkms.example.com:443"
+        )
+    authority = reader.text("endpointCA", "") or None
+    Tls(ca=authority).context(reader.where)  # of one that is none gRPC makes a connection that fails
+    return Account(key, credentials, endpoint or None, authority, reader.seconds("timeoutSeconds", SECONDS))
 
 
 class _Client:

@@ -226,20 +226,17 @@ def _ibm(made: Surroundings) -> KeySource:
 
 
 def _gcp(made: Surroundings) -> KeySource:
-    from csi_driver.keys.gcp import CREDENTIALS, Account, CloudKms, key_of  # noqa: PLC0415
+    from csi_driver.keys.gcp import CREDENTIALS, Account, CloudKms, account_of  # noqa: PLC0415
 
     reader, kubernetes = made.reader, made.kubernetes
-    key, name = key_of(reader), reader.text("secretName", "")
-    endpoint, authority = reader.text("endpoint", "") or None, reader.text("endpointCA", "") or None
-    seconds = reader.seconds("timeoutSeconds", SECONDS)
+    name = reader.text("secretName", "")
 
     def account() -> Account:
-        credentials = None
-        if name:
-            secret = kubernetes.secret(kubernetes.namespace, name)
-            place = f"the secret {kubernetes.namespace}/{name} of {reader.where}"
-            credentials = EntryReader(place, secret).text(CREDENTIALS)
-        return Account(key, credentials, endpoint, authority, seconds)
+        if not name:
+            return account_of(reader, None)
+        secret = kubernetes.secret(kubernetes.namespace, name)
+        entries = EntryReader(f"the secret {kubernetes.namespace}/{name} of {reader.where}", secret)
+        return account_of(reader, entries.text(CREDENTIALS))
 
     return Wrapping(CloudKms(reader.where, account))
 

@@ -543,6 +543,8 @@ def test_a_failed_login_at_ibm_makes_nobody_sleep(ibm: Cloud, monkeypatch: pytes
         ("gcp", {"credentials.json": "[]"}, "no key of a service account"),
         ("gcp", {"credentials.json": '{"type": "service_account"}'}, "no key of a service account"),
         ("gcp", {"timeoutSeconds": "0"}, "timeoutSeconds"),
+        ("gcp", {"endpoint": "https://kms.example"}, "endpoint .* must be a host"),
+        ("gcp", {"endpointCA": "no certificate"}, "CA certificate for KMS kms .* is none"),
     ],
 )
 def test_what_is_wrong_in_an_entry_or_its_secret_is_told_by_its_name(
