@@ -29,6 +29,8 @@ CREDENTIALS: Final = "credentials.json"
 _TRANSPORTS: Final = "google.cloud.kms_v1.services.key_management_service.transports"
 _KEY: Final = re.compile(r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+")
 _VERSION: Final = re.compile(rf"({_KEY.pattern})/cryptoKeyVersions/([0-9]+)")
+_TLS_FAILED: Final = re.compile(r"failed to connect to all addresses.*([Hh]andshake|[Vv]erification)", re.DOTALL)
+"""What gRPC 1.85 itself says of a connection; it has no code of its own for that. Read, and not repeated."""
 _CHECKED: Final = "luks-csi-check"
 _PASSING: Final = frozenset({408, 429})
 
@@ -264,7 +266,7 @@ def _told(where: str) -> Iterator[None]:
     except DriverError:
         raise
     except exceptions.GoogleAPICallError as error:
-        if error.grpc_status_code is grpc.StatusCode.UNAVAILABLE and "SSL" in str(error):  # read and not repeated
+        if error.grpc_status_code is grpc.StatusCode.UNAVAILABLE and _TLS_FAILED.search(str(error)):
             raise tls_failed(where) from None
         code = error.grpc_status_code
         kind, words = _ERRORS.get(code, (FailedPrecondition, "does not take the request; check its entry"))

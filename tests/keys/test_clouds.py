@@ -297,22 +297,37 @@ def test_what_passes_by_itself_is_asked_again_and_no_more_than_that(cloud: Cloud
 
 @pytest.mark.usefixtures("once")
 def test_a_certificate_that_is_not_trusted_is_told(
-    cloud: Cloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    cloud: Cloud,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delenv("REQUESTS_CA_BUNDLE", raising=False)
     other = {"endpointCA": Path(Authority(tmp_path / "pki").certificate).read_text()} if cloud.kind == "gcp-kms" else {}
     with pytest.raises(FailedPrecondition, match=r"TLS connection to KMS kms .* failed"):
         cloud.case(**other).create()
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
     if cloud.kind != "gcp-kms":  # gRPC itself says on standard error what it found
         assert capfd.readouterr() == ("", "")
 
 
+ADDRESSES = {"azure-kv": "AZURE_VAULT_URL", "ibmkeyprotect": "IBM_KP_BASE_URL", "gcp-kms": "endpoint"}
+
+
+@pytest.mark.usefixtures("once")
+def test_a_certificate_of_another_name_is_told(cloud: Cloud, caplog: pytest.LogCaptureFixture) -> None:
+    name = ADDRESSES[cloud.kind]
+    with pytest.raises(FailedPrecondition, match=r"TLS connection to KMS kms .* failed"):
+        cloud.case(**{name: cloud.fields[name].replace("127.0.0.1", "localhost")}).create()
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
 @pytest.mark.usefixtures("once")
 def test_nobody_there_is_told(cloud: Cloud) -> None:
-    nobody = {"azure-kv": "AZURE_VAULT_URL", "ibmkeyprotect": "IBM_KP_BASE_URL", "gcp-kms": "endpoint"}[cloud.kind]
     address = "127.0.0.1:1" if cloud.kind == "gcp-kms" else "https://127.0.0.1:1"
     with pytest.raises(Unavailable, match="cannot be reached"):
-        cloud.case(**{nobody: address}).create()
+        cloud.case(**{ADDRESSES[cloud.kind]: address}).create()
 
 
 def test_eight_threads_ask_by_one_client(cloud: Cloud) -> None:
