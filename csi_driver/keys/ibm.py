@@ -76,10 +76,16 @@ class _Client:
         self._instance = instance.instance
         self._lock = threading.Lock()
         authenticators = load("ibm_cloud_sdk_core.authenticators", where, EXTRA)
-        authenticator = authenticators.IAMAuthenticator(instance.api_key, url=instance.token_address)
+        services = load("keyprotect.ibm_key_protect_api_v2", where, EXTRA)
+        try:
+            authenticator = authenticators.IAMAuthenticator(instance.api_key, url=instance.token_address)
+            self._service = services.IbmKeyProtectApiV2(authenticator)
+            self._service.set_service_url(instance.address)
+        except ValueError:
+            raise FailedPrecondition(
+                f"the API key or an address of {where} begins or ends with a brace or a quotation mark; take it away"
+            ) from None
         self._tokens = authenticator.token_manager
-        self._service = load("keyprotect.ibm_key_protect_api_v2", where, EXTRA).IbmKeyProtectApiV2(authenticator)
-        self._service.set_service_url(instance.address)
         self._service.set_http_config({"timeout": instance.seconds, "allow_redirects": False})
 
     def act(self, action: str, key: str, document: object) -> dict[str, Any]:

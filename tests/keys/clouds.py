@@ -276,7 +276,7 @@ class IbmKeyProtect(HttpCloud):
         super().__init__()
         self.keys: dict[str, RootKey] = {}
         moment = int(datetime.now(UTC).timestamp())
-        claims = {"iat": moment, "exp": moment + 3600}
+        claims = {"iat": moment, "exp": moment + 86400}
         self.token = jwt.encode(claims, "the signature is IAM's own affair; nobody here looks", "HS256")
 
     def root_key(self) -> str:

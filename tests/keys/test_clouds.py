@@ -249,8 +249,9 @@ def test_each_fault_has_its_class_and_tells_nothing_secret(
 ) -> None:
     cloud: Cloud = request.getfixturevalue(where)
     kind, words = (GOOGLE if where == "gcp" else HTTP)[what]
-    trail = cloud.case().create()
-    key = cloud.case().fetch(trail).decode()
+    made = cloud.case()
+    trail = made.create()
+    key = made.fetch(trail).decode()
     seconds = {"timeoutSeconds": "0.3"} if "slow" in what else {}
     case = cloud.case(**seconds)  # which has logged in nowhere yet
     calls: dict[str, Callable[[], object]] = {
@@ -547,6 +548,7 @@ def test_a_failed_login_at_ibm_makes_nobody_sleep(ibm: Cloud, monkeypatch: pytes
         ("ibm", {"IBM_KP_CUSTOMER_ROOT_KEY": ""}, "lacks the field IBM_KP_CUSTOMER_ROOT_KEY"),
         ("ibm", {"IBM_KP_TOKEN_URL": "https://iam.example/else"}, "IBM_KP_TOKEN_URL .* must end with"),
         ("ibm", {"IBM_KP_BASE_URL": "kms.example"}, "no http or https URL"),
+        ("ibm", {"IBM_KP_SERVICE_API_KEY": f'"{SECRET}"'}, "API key or an address .* quotation mark"),
         ("gcp", {"keyName": ""}, "lacks the field keyName"),
         (
             "gcp",
