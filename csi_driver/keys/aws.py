@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from csi_driver.keys.base import SECONDS, Wrapped
+from csi_driver.keys.clients import KeptClient, unreadable
 from csi_driver.keys.extras import load
-from csi_driver.keys.retries import retried
 from csi_driver.model.errors import DriverError, FailedPrecondition, KeyLost, PermissionDenied, Unavailable
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import KeyTrail
@@ -62,8 +62,7 @@ class AwsWrapper:
 
     def __init__(self, where: str, account: Callable[[], Account]) -> None:
         self._where = where
-        self._account = account
-        self._made: tuple[Any, str] | None = None
+        self._client = KeptClient(where, EXTRA, lambda: _Client(where, account()), lambda: _told(where))
 
     def wrap(self, name: str, key: Passphrase) -> Wrapped:
         def ask(client: Any, key_id: str) -> Any:
@@ -97,9 +96,7 @@ class AwsWrapper:
         return "its key is enabled"
 
     def close(self) -> None:
-        made, self._made = self._made, None
-        if made is not None:
-            made[0].close()
+        self._client.close()
 
     def _wrapped(self, found: Any) -> Wrapped:
         blob = self._member(found, "CiphertextBlob")
@@ -111,26 +108,19 @@ class AwsWrapper:
             raise Unavailable(f"{self._where} answered without {name}; check its address, the call may be repeated")
         return found[name]
 
-    def _forget(self, made: tuple[Any, str]) -> None:
-        """Make another client the next time; others may be asking by this one, so it is not closed here."""
-        if self._made is made:
-            self._made = None
-
     def _ask(self, call: Callable[[Any, str], Any]) -> Any:
-        def once() -> Any:
-            made = self._made
-            if made is None:
-                account = self._account()
-                with _told(self._where):
-                    made = self._made = account.client(self._where, "kms"), account.key
-            try:
-                with _told(self._where):
-                    return call(*made)
-            except DriverError:
-                self._forget(made)  # its credentials may have ended
-                raise
+        return self._client.ask(lambda client: call(client.kms, client.key))
 
-        return retried(self._where, EXTRA, once)
+
+class _Client:
+    """A client of boto3 for the key of an account."""
+
+    def __init__(self, where: str, account: Account) -> None:
+        self.kms = account.client(where, "kms")
+        self.key = account.key
+
+    def close(self) -> None:
+        self.kms.close()
 
 
 def assume_role(where: str, account: Account, role: str, token: str) -> dict[str, str]:
@@ -168,10 +158,7 @@ def _told(where: str) -> Iterator[None]:
     except exceptions.BotoCoreError as error:
         raise _unreachable(where, error, exceptions) from None
     except Exception as error:  # noqa: BLE001 - whatever boto3 makes of an answer, or of an address, that is none
-        raise Unavailable(
-            f"{where} cannot be asked or answered with what cannot be read ({type(error).__name__}); check its "
-            f"address, the call may be repeated"
-        ) from None
+        raise unreadable(where, error) from None
 
 
 def _context(name: str) -> dict[str, str]:

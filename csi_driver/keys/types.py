@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from csi_driver.host.workers import Workers
-from csi_driver.keys.base import Entry, EntryReader, KeyRequest, KeySource, RequestNeeded, Wrapping
+from csi_driver.keys.base import SECONDS, Entry, EntryReader, KeyRequest, KeySource, RequestNeeded, Wrapping
 from csi_driver.keys.kubernetes import SERVICE_ACCOUNT, Kubernetes
 from csi_driver.keys.secret import CEPH_PASSPHRASE
 from csi_driver.model.errors import FailedPrecondition
@@ -191,6 +191,56 @@ def _kmip(made: Surroundings) -> KeySource:
     return Wrapping(KmipWrapper(reader.where, server))
 
 
+def _azure(made: Surroundings) -> KeySource:
+    from csi_driver.keys.azure import Account, KeyVault  # noqa: PLC0415
+
+    reader, kubernetes = made.reader, made.kubernetes
+    name = reader.text("AZURE_CERT_SECRET_NAME", "ceph-csi-azure-credentials")
+    vault, tenant = reader.text("AZURE_VAULT_URL"), reader.text("AZURE_TENANT_ID")
+    application, authority = reader.text("AZURE_CLIENT_ID"), reader.text("AZURE_AUTHORITY_HOST", "") or None
+    seconds = reader.seconds("timeoutSeconds", SECONDS)
+    if not vault.startswith("https://") or "@" in vault:
+        raise FailedPrecondition(
+            f"the field AZURE_VAULT_URL of {reader.where} must be an https address alone, such as "
+            f"https://NAME.vault.azure.net"
+        )
+
+    def account() -> Account:
+        secret = kubernetes.secret(kubernetes.namespace, name)
+        entries = EntryReader(f"the secret {kubernetes.namespace}/{name} of {reader.where}", secret)
+        return Account(vault, tenant, application, entries.text("CLIENT_CERT"), authority, seconds)
+
+    return KeyVault(reader.where, account)
+
+
+def _ibm(made: Surroundings) -> KeySource:
+    from csi_driver.keys.ibm import Instance, KeyProtect, instance_of  # noqa: PLC0415
+
+    reader, kubernetes = made.reader, made.kubernetes
+    name = reader.text("IBM_KP_SECRET_NAME", "ceph-csi-kp-credentials")
+
+    def instance() -> Instance:
+        return instance_of(reader, kubernetes.secret(kubernetes.namespace, name), f"{kubernetes.namespace}/{name}")
+
+    return Wrapping(KeyProtect(reader.where, instance))
+
+
+def _gcp(made: Surroundings) -> KeySource:
+    from csi_driver.keys.gcp import CREDENTIALS, Account, CloudKms, account_of  # noqa: PLC0415
+
+    reader, kubernetes = made.reader, made.kubernetes
+    name = reader.text("secretName", "")
+
+    def account() -> Account:
+        if not name:
+            return account_of(reader, None)
+        secret = kubernetes.secret(kubernetes.namespace, name)
+        entries = EntryReader(f"the secret {kubernetes.namespace}/{name} of {reader.where}", secret)
+        return account_of(reader, entries.text(CREDENTIALS))
+
+    return Wrapping(CloudKms(reader.where, account))
+
+
 def _plugin(made: Surroundings) -> KeySource:
     from csi_driver.keys.plugin import PluginWrapper  # noqa: PLC0415
 
@@ -206,7 +256,10 @@ def _exec(made: Surroundings) -> KeySource:
 BUILDERS: Final[Mapping[str, Builder]] = {
     "aws-metadata": _aws,
     "aws-sts-metadata": _aws_sts,
+    "azure-kv": _azure,
     "exec": _exec,
+    "gcp-kms": _gcp,
+    "ibmkeyprotect": _ibm,
     "kmip": _kmip,
     "kms-plugin": _plugin,
     "metadata": _metadata,

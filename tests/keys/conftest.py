@@ -14,7 +14,7 @@ from csi_driver.keys.config import KmsConfig
 from csi_driver.keys.kubernetes import Kubernetes
 from csi_driver.keys.sources import KeySources
 from tests.cluster.pki import Authority
-from tests.keys import servers
+from tests.keys import clouds, servers
 from tests.keys.apiserver import ApiServer, api_server
 
 REGION = "eu-central-1"
@@ -54,6 +54,30 @@ def aws_key(aws: str) -> str:
 def kmip(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Iterator[servers.KmipServer]:
     with servers.kmip(tmp_path_factory.mktemp("kmip"), authority) as kmip:
         yield kmip
+
+
+@pytest.fixture(scope="session")
+def azure_service(authority: Authority) -> Iterator[clouds.AzureKeyVault]:
+    with clouds.serving(clouds.AzureKeyVault(), authority) as cloud:
+        yield cloud
+
+
+@pytest.fixture(scope="session")
+def ibm_service(authority: Authority) -> Iterator[clouds.IbmKeyProtect]:
+    with clouds.serving(clouds.IbmKeyProtect(), authority) as cloud:
+        yield cloud
+
+
+@pytest.fixture(scope="session")
+def google_service(authority: Authority) -> Iterator[clouds.GoogleKms]:
+    with clouds.google(authority) as cloud:
+        yield cloud
+
+
+@pytest.fixture
+def trusted(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's container trusts the authority of the tests."""
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", authority.certificate)
 
 
 @pytest.fixture

@@ -150,6 +150,33 @@ class Lab:
         fields = {"KMIP_SECRET_NAME": name, "KMIP_ENDPOINT": server.endpoint}
         return Case(self.make(self.kubernetes(), encryptionKMSType="kmip", **fields), "kmip")
 
+    def azure_kv(self) -> Case:
+        self.get("trusted")
+        cloud = self.get("azure_service")
+        name = self.secret(CLIENT_CERT=cloud.certificate)
+        fields = {
+            "AZURE_CERT_SECRET_NAME": name,
+            "AZURE_VAULT_URL": cloud.address,
+            "AZURE_CLIENT_ID": cloud.application,
+        }
+        fields |= {"AZURE_TENANT_ID": cloud.tenant, "AZURE_AUTHORITY_HOST": cloud.address}
+        return Case(self.make(self.kubernetes(), encryptionKMSType="azure-kv", **fields), "azure-kv")
+
+    def ibmkeyprotect(self) -> Case:
+        self.get("trusted")
+        cloud = self.get("ibm_service")
+        name = self.secret(IBM_KP_SERVICE_API_KEY=cloud.api_key, IBM_KP_CUSTOMER_ROOT_KEY=cloud.root_key())
+        fields = {"IBM_KP_SECRET_NAME": name, "IBM_KP_SERVICE_INSTANCE_ID": cloud.instance}
+        fields |= {"IBM_KP_BASE_URL": cloud.address, "IBM_KP_TOKEN_URL": f"{cloud.address}/oidc/token"}
+        return Case(self.make(self.kubernetes(), encryptionKMSType="ibmkeyprotect", **fields), "ibmkeyprotect")
+
+    def gcp_kms(self) -> Case:
+        cloud = self.get("google_service")
+        name = self.secret(**{"credentials.json": cloud.credentials})
+        fields = {"secretName": name, "keyName": cloud.new_key(), "endpoint": cloud.endpoint}
+        fields["endpointCA"] = Path(self.get("authority").certificate).read_text()
+        return Case(self.make(self.kubernetes(), encryptionKMSType="gcp-kms", **fields), "gcp-kms")
+
     def kms_plugin(self) -> Case:
         return Case(self.make(encryptionKMSType="kms-plugin", endpoint=self.get("plugin")[1]), "kms-plugin")
 
@@ -165,7 +192,7 @@ class Lab:
 KINDS = (
     Lab.metadata, Lab.metadata_of_a_secret, Lab.vault, Lab.vault_version_1, Lab.vaulttokens,
     Lab.vaulttokens_by_kms_provider, Lab.vaulttenantsa, Lab.vaulttransit, Lab.aws_metadata, Lab.aws_sts_metadata,
-    Lab.kmip, Lab.kms_plugin, Lab.exec, Lab.generated,
+    Lab.azure_kv, Lab.ibmkeyprotect, Lab.gcp_kms, Lab.kmip, Lab.kms_plugin, Lab.exec, Lab.generated,
 )  # fmt: skip
 
 

@@ -17,8 +17,13 @@ from csi_driver.host.keyring import unlink_from_user
 from csi_driver.host.loop import LoopDevices
 from csi_driver.host.workers import Workers
 from csi_driver.keys.aws import Account, AwsWrapper
+from csi_driver.keys.azure import Account as AzureAccount
+from csi_driver.keys.azure import KeyVault
 from csi_driver.keys.base import EntryReader, KeySource, Wrapped, Wrapping
+from csi_driver.keys.gcp import Account as GoogleAccount
+from csi_driver.keys.gcp import CloudKms
 from csi_driver.keys.http import Tls
+from csi_driver.keys.ibm import Instance, KeyProtect
 from csi_driver.keys.kmip import KmipWrapper, server_of
 from csi_driver.keys.metadata import MetadataWrapper
 from csi_driver.keys.plugin import PluginWrapper
@@ -46,7 +51,7 @@ from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.recovery import Recovery
 from tests import volume_images
 from tests.cluster.pki import Authority
-from tests.keys import servers
+from tests.keys import clouds, servers
 from tests.keys.given import GivenSources
 from tests.machine.node import BLANK, MIB, SECRET, SIZE, VOLUME, Node, fingerprint
 from tests.volume_images import BOOT_FILE, GREETING, encrypted_image, make_file_system, put_image
@@ -140,6 +145,33 @@ def _aws(folder: Path, stack: ExitStack) -> KeySource:
     return Wrapping(AwsWrapper("KMS kms (aws)", lambda: Account("eu-central-1", key, credentials, address)))
 
 
+def _trusted(folder: Path, stack: ExitStack) -> Authority:
+    """An authority that whoever asks by requests trusts."""
+    authority = Authority(folder / f"pki-{os.urandom(4).hex()}")
+    stack.enter_context(pytest.MonkeyPatch.context()).setenv("REQUESTS_CA_BUNDLE", authority.certificate)
+    return authority
+
+
+def _azure(folder: Path, stack: ExitStack) -> KeySource:
+    cloud = stack.enter_context(clouds.serving(clouds.AzureKeyVault(), _trusted(folder, stack)))
+    account = AzureAccount(cloud.address, cloud.tenant, cloud.application, cloud.certificate, cloud.address)
+    return KeyVault("KMS kms (azure-kv)", lambda: account)
+
+
+def _ibm(folder: Path, stack: ExitStack) -> KeySource:
+    cloud = stack.enter_context(clouds.serving(clouds.IbmKeyProtect(), _trusted(folder, stack)))
+    instance = Instance(cloud.address, cloud.address, cloud.instance, cloud.root_key(), cloud.api_key)
+    return Wrapping(KeyProtect("KMS kms (ibmkeyprotect)", lambda: instance))
+
+
+def _google(folder: Path, stack: ExitStack) -> KeySource:
+    authority = _trusted(folder, stack)
+    cloud = stack.enter_context(clouds.google(authority))
+    found = Path(authority.certificate).read_text()
+    account = GoogleAccount(cloud.new_key(), cloud.credentials, cloud.endpoint, found)
+    return Wrapping(CloudKms("KMS kms (gcp-kms)", lambda: account))
+
+
 def _kmip(folder: Path, stack: ExitStack) -> KeySource:
     server = stack.enter_context(servers.kmip(folder, Authority(folder / "pki")))
     reader = EntryReader("KMS kms (kmip)", {"KMIP_ENDPOINT": server.endpoint})
@@ -165,6 +197,9 @@ MAKERS = {
     "vault": _kv,
     "vaulttransit": _transit,
     "aws-metadata": _aws,
+    "azure-kv": _azure,
+    "ibmkeyprotect": _ibm,
+    "gcp-kms": _google,
     "kmip": _kmip,
     "kms-plugin": _plugin,
 }

@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -21,12 +21,11 @@ from csi_driver.keys.vault import Login, Vault
 from csi_driver.keys.vault_transit import VaultTransit
 from csi_driver.model.errors import DriverError, FailedPrecondition, PermissionDenied, Unavailable
 from csi_driver.model.volume import KeyTrail
+from tests.keys.answers import Answer, status, truncated
 from tests.keys.given import GivenSources
 
 TOKEN = "s.a-token-that-nobody-may-see"
 SECRET = "a DEK that nobody may see"
-
-Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
 
 
 class Server:
@@ -68,24 +67,8 @@ def serving(*answers: Answer) -> Iterator[tuple[Server, HttpService]]:
         server.server_close()
 
 
-def status(code: int, content: bytes = b"", **headers: str) -> Answer:
-    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
-        handler.send_response(code)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
-            handler.send_header(name, value)
-        handler.end_headers()
-        handler.wfile.write(content)
-
-    return answer
-
-
 def slow(handler: http.server.BaseHTTPRequestHandler) -> None:
     time.sleep(1.5)
-    handler.close_connection = True
-
-
-def truncated(handler: http.server.BaseHTTPRequestHandler) -> None:
-    status(200, b'{"data": {"ciph', **{"Content-Length": "500"})(handler)
     handler.close_connection = True
 
 
