@@ -13,12 +13,16 @@ import msgspec
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.volume import VolumeRecord
 
-VERSION = 2
+VERSION = 3
 _BEFORE_KEYS = 1
+_BEFORE_ROTATION = 2
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
-MIGRATIONS: Mapping[int, Migration] = MappingProxyType({1: lambda volume: volume})
-"""From each older version to the next one. A released version never changes its meaning. 2 has `key` and `rekey`."""
+MIGRATIONS: Mapping[int, Migration] = MappingProxyType({1: lambda volume: volume, 2: lambda volume: volume})
+"""From each older version to the next one. A released version never changes its meaning.
+
+2 has `key` and `rekey`, 3 `key_since` and the parameter `key_rotation_seconds`.
+"""
 
 
 class RecordCodec:
@@ -30,8 +34,11 @@ class RecordCodec:
 
     def encode(self, record: VolumeRecord) -> bytes:
         """Return the record as JSON, of the oldest version that knows all that is in it: older drivers read most."""
-        version = self._version if record.key or record.rekey else min(self._version, _BEFORE_KEYS)
-        return msgspec.json.encode({"version": version, "volume": record})
+        if record.key_since or record.parameters.key_rotation_seconds:
+            known_since = self._version
+        else:
+            known_since = _BEFORE_ROTATION if record.key or record.rekey else _BEFORE_KEYS
+        return msgspec.json.encode({"version": min(self._version, known_since), "volume": record})
 
     def decode(self, content: bytes, where: str) -> VolumeRecord:
         """Read a record; `where` names the file in errors.

@@ -106,6 +106,7 @@ class VolumeParameters(msgspec.Struct, frozen=True, kw_only=True):
     kms_id: str | None = None
     generate_key: bool = False
     retain_key: bool = False
+    key_rotation_seconds: int | None = None
     discard: bool = False
     no_read_workqueue: bool = False
     no_write_workqueue: bool = False
@@ -124,7 +125,8 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     `revision` counts the writes: an update names the revision it was made from (compare-and-swap). `cloned_uuid` is
     set while `cloning`: the UUID of the header that was cloned, which becomes that of `luks`. `key` is set where the
-    passphrase comes from a KMS, `rekey` while it is being changed.
+    passphrase comes from a KMS, `rekey` while it is being changed. `key_since` is when the present one began to count;
+    None where that is `created`.
     """
 
     id: str
@@ -136,6 +138,7 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True):
     cloned_uuid: str | None = None
     key: KeyTrail | None = None
     rekey: Rekey | None = None
+    key_since: str | None = None
     file_system: FileSystemState = FileSystemState.NONE
     made_fs_type: str | None = None
     created: str
