@@ -21,9 +21,13 @@ BENCH_IMAGES_BASE := $(CACHE)/bench-$(BENCH_IMAGES_COMMIT)
 # A Vault for the tests of keys, of its own modules.
 VAULT_BIN := $(CACHE)/bin/vault-$(shell cat tests/keys/go/vault/* | sha256sum | cut -c1-12)
 
+# The other side of CSI-Addons and its manifests, and the attacher that it wants.
+CSI_ADDONS_BIN := $(CACHE)/csi-addons-$(shell cat tests/cluster/addons/*/go.* | sha256sum | cut -c1-12)
+
 # Suites that draw at random take these.
 export SEED COUNT
 export CSI_SANITY KUBERNETES_BIN VAULT_BIN BENCH_BASE BENCH_IMAGES_BASE
+cluster-test: export CSI_ADDONS_BIN := $(CSI_ADDONS_BIN)
 
 # On the host if that has device-mapper, else in the guest. A page fault is dear there: memory, once had, is kept, but
 # where it is measured. The long image suites take more room and time.
@@ -123,12 +127,12 @@ images-limits: venv system ## several at once, full disks
 keys-test: venv system $(KUBERNETES_BIN) $(VAULT_BIN) ## key sources against real servers, and on real dm-crypt
 	@tools/system.sh cluster
 	@$(PY) -m pytest -q --no-header tests/keys
-	@$(GUEST) $(MACHINE_PYTEST) -q --no-header tests/machine/test_keys.py
+	@$(GUEST) $(MACHINE_PYTEST) -q --no-header tests/machine/test_keys.py tests/machine/test_rotation.py
 
 keys-kills: venv system ## every step of a change of keys fails or is killed
 	@$(GUEST) $(PY) -m tests.machine.keys_kills
 
-cluster-test: venv $(KUBERNETES_BIN) ## a real Kubernetes; ONLY="longhorn nodes" runs some
+cluster-test: venv $(KUBERNETES_BIN) $(CSI_ADDONS_BIN) ## a real Kubernetes; ONLY="longhorn nodes" runs some
 	@tools/system.sh cluster
 	@$(PY) -m tests.cluster $(or $(ONLY:%=tests/cluster/test_%.py),tests/cluster)
 
@@ -209,4 +213,13 @@ $(KUBERNETES_BIN): | .venv/installed
 	mkdir -p $@.new
 	cd tests/cluster/go/etcd && $(GO) build -trimpath -ldflags '-s -w' -o $@.new/etcd $$($(GO) list tool)
 	cd tests/cluster/go/kubernetes && $(GO) build -trimpath -ldflags '$(KUBERNETES_LDFLAGS)' -o $@.new/ tool
+	mv $@.new $@
+
+$(CSI_ADDONS_BIN): | .venv/installed
+	rm -rf $@.new
+	mkdir -p $@.new
+	cd tests/cluster/addons/csi-attacher && $(GO) build -trimpath -ldflags '-s -w' -o $@.new/ tool
+	cd tests/cluster/addons/csi-addons && $(GO) build -trimpath -ldflags '-s -w' -o $@.new/ tool
+	cd tests/cluster/addons/csi-addons && \
+	    cp $$($(GO) list -m -f '{{.Dir}}' github.com/csi-addons/kubernetes-csi-addons)/deploy/controller/*.yaml $@.new/
 	mv $@.new $@
