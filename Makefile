@@ -21,9 +21,13 @@ BENCH_IMAGES_BASE := $(CACHE)/bench-$(BENCH_IMAGES_COMMIT)
 # A Vault for the tests of keys, of its own modules.
 VAULT_BIN := $(CACHE)/bin/vault-$(shell cat tests/keys/go/vault/* | sha256sum | cut -c1-12)
 
+# The other side of CSI-Addons and its manifests, and the attacher that it wants.
+CSI_ADDONS_BIN := $(CACHE)/csi-addons-$(shell cat tests/cluster/addons/*/go.* | sha256sum | cut -c1-12)
+
 # Suites that draw at random take these.
 export SEED COUNT
 export CSI_SANITY KUBERNETES_BIN VAULT_BIN BENCH_BASE BENCH_IMAGES_BASE
+cluster-test: export CSI_ADDONS_BIN := $(CSI_ADDONS_BIN)
 
 # On the host if that has device-mapper, else in the guest. A page fault is dear there: memory, once had, is kept, but
 # where it is measured. The long image suites take more room and time.
@@ -37,7 +41,7 @@ MACHINE_PYTEST := $(PY) -m pytest -p no:cacheprovider
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo shell test test-danger test-machine check sanity faults crashes storm danger canary cluster-test keys-test \
+.PHONY: help demo shell test test-danger test-machine test-servers check sanity faults crashes storm danger canary cluster-test keys-test \
     keys-kills bench bench-keys bench-images format clean venv system lock fuzz images images-demo images-matrix images-kills images-hostile \
     images-limits images-random
 
@@ -52,18 +56,21 @@ shell: venv system ## a guest with device-mapper, luks-csi and a disk, to try th
 
 test: check $(CSI_SANITY) $(KUBERNETES_BIN) $(VAULT_BIN) ## every test, seeded handfuls of the long ones
 	@tools/system.sh cluster
-	$(PY) -m pytest tests/contract tests/keys
-	@$(MAKE) -j2 --output-sync=target --no-print-directory test-danger test-machine
-	$(GUEST_FOR) --udev -- $(MACHINE_PYTEST) tests/machine/test_udev.py
-	$(PY) -m tests.cluster tests/cluster/test_smoke.py tests/cluster/test_examples.py
+	@$(MAKE) -j3 --output-sync=target --no-print-directory test-danger test-machine test-servers
 
-# Each guest has one processor: the device tests run in two at once.
-DANGER := $(wildcard tests/machine/test_danger_*.py)
+# Each guest has one processor: the device tests run in two at once, and beside them what waits for servers.
+DANGER := $(wildcard tests/machine/test_danger_*.py) $(addprefix tests/machine/test_,storm.py faults.py canary.py)
+UDEV := tests/machine/test_udev.py
 test-danger: venv system
 	$(GUEST) $(MACHINE_PYTEST) $(DANGER)
 
 test-machine: venv system
-	$(GUEST) $(MACHINE_PYTEST) $(filter-out $(DANGER),$(wildcard tests/machine/test_*.py))
+	$(GUEST) $(MACHINE_PYTEST) $(filter-out $(DANGER) $(UDEV),$(wildcard tests/machine/test_*.py))
+
+test-servers: venv system $(KUBERNETES_BIN) $(VAULT_BIN)
+	$(PY) -m pytest tests/contract tests/keys
+	$(GUEST_FOR) --udev -- $(MACHINE_PYTEST) $(UDEV)
+	$(PY) -m tests.cluster tests/cluster/test_smoke.py tests/cluster/test_examples.py
 
 check: venv system ## linters, types, layers, unit tests
 	.venv/bin/ruff check
@@ -123,13 +130,13 @@ images-limits: venv system ## several at once, full disks
 keys-test: venv system $(KUBERNETES_BIN) $(VAULT_BIN) ## key sources against real servers, and on real dm-crypt
 	@tools/system.sh cluster
 	@$(PY) -m pytest -q --no-header tests/keys
-	@$(GUEST) $(MACHINE_PYTEST) -q --no-header tests/machine/test_keys.py
+	@$(GUEST) $(MACHINE_PYTEST) -q --no-header tests/machine/test_keys.py tests/machine/test_rotation.py
 
 keys-kills: venv system ## every step of a change of keys, volume keys too, fails or is killed
 	@$(GUEST) $(PY) -m tests.machine.keys_kills
 	@$(GUEST) $(PY) -m tests.machine.conversion_kills
 
-cluster-test: venv $(KUBERNETES_BIN) ## a real Kubernetes; ONLY="longhorn nodes" runs some
+cluster-test: venv $(KUBERNETES_BIN) $(CSI_ADDONS_BIN) ## a real Kubernetes; ONLY="longhorn nodes" runs some
 	@tools/system.sh cluster
 	@$(PY) -m tests.cluster $(or $(ONLY:%=tests/cluster/test_%.py),tests/cluster)
 
@@ -210,4 +217,13 @@ $(KUBERNETES_BIN): | .venv/installed
 	mkdir -p $@.new
 	cd tests/cluster/go/etcd && $(GO) build -trimpath -ldflags '-s -w' -o $@.new/etcd $$($(GO) list tool)
 	cd tests/cluster/go/kubernetes && $(GO) build -trimpath -ldflags '$(KUBERNETES_LDFLAGS)' -o $@.new/ tool
+	mv $@.new $@
+
+$(CSI_ADDONS_BIN): | .venv/installed
+	rm -rf $@.new
+	mkdir -p $@.new
+	cd tests/cluster/addons/csi-attacher && $(GO) build -trimpath -ldflags '-s -w' -o $@.new/ tool
+	cd tests/cluster/addons/csi-addons && $(GO) build -trimpath -ldflags '-s -w' -o $@.new/ tool
+	cd tests/cluster/addons/csi-addons && \
+	    cp $$($(GO) list -m -f '{{.Dir}}' github.com/csi-addons/kubernetes-csi-addons)/deploy/controller/*.yaml $@.new/
 	mv $@.new $@

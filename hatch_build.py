@@ -20,7 +20,10 @@ from typing import Any
 from grpc_tools import protoc
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-PROTOS = {"csi_driver/rpc": ("csi.proto", "pluginregistration.proto"), "csi_driver/keys": ("kmsv2.proto",)}
+PROTOS = {
+    "csi_driver/rpc": ("csi.proto", "addons_identity.proto", "addons_keyrotation.proto", "pluginregistration.proto"),
+    "csi_driver/keys": ("kmsv2.proto",),
+}
 PLUGINS = ("protoc-gen-mypy", "protoc-gen-mypy_grpc")
 BULK_SOURCE = "csi_driver/luks/bulk.c"
 BULK = "csi_driver/luks/libbulk.so"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from csi_driver.host.holders import Holders
 from csi_driver.host.locks import VolumeLocks
+from csi_driver.keys.secret import SecretKey
 from csi_driver.model.errors import NotFound
 from csi_driver.model.settings import Settings
 from csi_driver.model.volume import EncryptionState, VolumeParameters, VolumeRecord, volume_id_for
@@ -15,6 +16,7 @@ from csi_driver.volumes.expand import ExpandRequest, Expansion
 from csi_driver.volumes.health import Health
 from csi_driver.volumes.provision import Capacity, CreateRequest, Provisioning, VolumeView
 from csi_driver.volumes.publish import Publishing, PublishRequest
+from csi_driver.volumes.rotation import KeyRotation
 from csi_driver.volumes.stage import StageRequest, Staging
 from csi_driver.volumes.usage import Usage, Usages
 
@@ -124,6 +126,34 @@ class FakeUsages(Usages):
         return [Usage("bytes", 100, 60, 30), Usage("inodes", 10)]
 
 
+class FakeKeyRotation(KeyRotation):
+    """Its thread is noted in `life` and not started; `at_work` is what it ends at a stop."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+        self.life: list[str] = []
+        self.at_work: Callable[[], object] = list
+
+    def rotate(self, volume_id: str, secret: SecretKey) -> None:
+        self._calls.note(("rotate", volume_id, secret))
+
+    def start(self) -> None:
+        self.life.append("started")
+
+    def ask_to_end(self) -> None:
+        self.life.append("asked to end")
+
+    def join(self) -> None:
+        self.at_work()
+        self.life.append("ended")
+
+    def overdue(self) -> int:
+        return 5
+
+    def failed(self) -> int:
+        return 1
+
+
 class FakeHealth(Health):
     def __init__(self) -> None:
         self.blocked_by: str | None = None
@@ -162,6 +192,7 @@ class FakeUseCases:
     calls: Calls
     provisioning: FakeProvisioning
     health: FakeHealth
+    rotation: FakeKeyRotation
 
 
 def fake_use_cases(folder: Path, settings: Settings | None = None) -> FakeUseCases:
@@ -169,7 +200,7 @@ def fake_use_cases(folder: Path, settings: Settings | None = None) -> FakeUseCas
     settings = settings or Settings(endpoint=folder / "csi.sock", node_id="node-1", state_dir=folder / "state")
     (folder / "locks").mkdir(exist_ok=True)
     calls, health = Calls(), FakeHealth()
-    provisioning = FakeProvisioning(calls)
+    provisioning, rotation = FakeProvisioning(calls), FakeKeyRotation(calls)
     driver = dataclasses.replace(
         build_driver(settings),
         locks=VolumeLocks(folder / "locks", Holders()),
@@ -178,6 +209,7 @@ def fake_use_cases(folder: Path, settings: Settings | None = None) -> FakeUseCas
         publishing=FakePublishing(calls),
         expansion=FakeExpansion(calls),
         usage=FakeUsages(calls),
+        rotation=rotation,
         health=health,
     )
-    return FakeUseCases(driver, calls, provisioning, health)
+    return FakeUseCases(driver, calls, provisioning, health, rotation)

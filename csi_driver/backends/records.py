@@ -20,7 +20,7 @@ Migration = Callable[[dict[str, Any]], dict[str, Any]]
 MIGRATIONS: Mapping[int, Migration] = MappingProxyType({1: lambda volume: volume})
 """From each older version to the next one. A released version never changes its meaning.
 
-2 has `key`, `rekey` and `conversion`.
+2 has `key`, `rekey`, `conversion`, `key_since` and the parameter `key_rotation_seconds`.
 """
 
 
@@ -33,7 +33,8 @@ class RecordCodec:
 
     def encode(self, record: VolumeRecord) -> bytes:
         """Return the record as JSON, of the oldest version that knows all that is in it: older drivers read most."""
-        version = self._version if record.key or record.rekey or record.conversion else min(self._version, _BEFORE_KEYS)
+        newer = record.key or record.rekey or record.conversion or record.key_since
+        version = self._version if newer else min(self._version, _BEFORE_KEYS)
         return msgspec.json.encode({"version": version, "volume": record})
 
     def decode(self, content: bytes, where: str) -> VolumeRecord:

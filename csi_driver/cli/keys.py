@@ -1,7 +1,9 @@
 """`luks-csi keys`: where the keys of volumes come from, and new ones for them; on their node, beside its server."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -19,6 +21,7 @@ from csi_driver.model.settings import Limits, LogFormat, Settings
 from csi_driver.model.volume import VolumeRecord, is_volume_id
 from csi_driver.volumes.driver import Driver
 from csi_driver.volumes.rekey import Rekeyed
+from csi_driver.volumes.rotation import schedule
 
 _LIMITS = ("format_seconds", "unlock_seconds", "mount_seconds", "pbkdf_memory_kib")
 _PARAMS = [
@@ -37,23 +40,25 @@ def keys() -> None:
 @click.argument("volume_ids", metavar="[VOLUME…]", nargs=-1, shell_complete=volume_names)
 @click.pass_context
 def status(context: click.Context, /, volume_ids: tuple[str, ...], output: str, **given: Any) -> None:
-    """Show of each encrypted volume where its key comes from, which key of a KMS wraps it, and a change under way."""
-    found, failed = [], False
+    """Show of each encrypted volume where its key comes from, since when it counts, when the next is due.
+
+    Also which key of a KMS wraps it, and a change under way.
+    """
+    documents, failed = [], False
     with _driver(context, given) as driver:
         for each in volume_ids or driver.backend.ids():
             try:
-                found.append(driver.backend.get(each))
+                record = driver.backend.get(each)
+                if record.encryption is not None or record.conversion is not None:
+                    documents.append(_document(record) | {"by_request": _by_request(driver, record)})
             except DriverError as error:
                 failed = True
                 show_text(str(error), err=True)
-    documents = [
-        _document(record) for record in found if record.encryption is not None or record.conversion is not None
-    ]
     if output == Output.JSON:
         show_json(documents)
     elif documents:
-        rows = [tuple(str(each[name] or "-") for name in _COLUMNS) for each in documents]
-        show_table(rows, ("VOLUME", "KMS", "TYPE", "KEY", "VERSION", "CHANGE"))
+        rows = [(*(str(one[name] or "-") for name in _COLUMNS), _due(one)) for one in documents]
+        show_table(rows, ("VOLUME", "KMS", "TYPE", "KEY", "VERSION", "CHANGE", "SINCE", "NEXT"))
     elif not failed:
         show_text("no encrypted volumes")
     if failed:
@@ -135,12 +140,12 @@ def rewrap(context: click.Context, /, volume_ids: tuple[str, ...], output: str, 
         context.exit(1)
 
 
-_COLUMNS = ("volume", "kms", "type", "key", "key_version", "change")
+_COLUMNS = ("volume", "kms", "type", "key", "key_version", "change", "since")
 
 
-def _document(record: VolumeRecord) -> dict[str, str | None]:
-    """Where a volume's key comes from, for programs: the one schema of that noun."""
-    trail = record.key
+def _document(record: VolumeRecord) -> dict[str, str | bool | None]:
+    """Where a volume's key comes from and how old it is, for programs: the one schema of that noun."""
+    trail, planned = record.key, schedule(record)
     return {
         "volume": record.id,
         "kms": trail.kms_id if trail else None,
@@ -148,6 +153,8 @@ def _document(record: VolumeRecord) -> dict[str, str | None]:
         "key": (trail.key_id or trail.name) if trail else None,
         "key_version": trail.key_version if trail else None,
         "change": _change(record),
+        "since": record.key_since or record.created,
+        "next": datetime.fromtimestamp(planned.due, UTC).isoformat(timespec="seconds") if planned else None,
     }
 
 
@@ -155,6 +162,18 @@ def _change(record: VolumeRecord) -> str | None:
     if record.conversion is not None:
         return f"volume key, {record.conversion.done * 100 // record.capacity_bytes} %"
     return record.rekey.phase.value if record.rekey else None
+
+
+def _by_request(driver: Driver, record: VolumeRecord) -> bool:
+    """Whether a key whose time has come waits for a request: its KMS is asked for no other."""
+    planned = schedule(record)
+    if planned is None or record.key is None or time.time() < planned.due:
+        return False
+    return driver.keys.needs_request(record, record.key)
+
+
+def _due(document: dict[str, str | bool | None]) -> str:
+    return "by request" if document["by_request"] else str(document["next"] or "-")
 
 
 def _tell(done: Rekeyed, output: str, changed: str, unchanged: str) -> None:

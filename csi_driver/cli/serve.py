@@ -74,6 +74,10 @@ def _read_some_path(text: str) -> Path | None:
     return _read_path(text) if text else None
 
 
+def _read_some_endpoint(text: str) -> Path | None:
+    return endpoint_path(text) if text else None
+
+
 def _seconds(least: int) -> Callable[[str], float]:
     def read(text: str) -> float:
         seconds = float(text) if re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,6})?", text) else -1.0
@@ -180,6 +184,8 @@ _OPTIONS = (
             "type exec may be."),
     setting("--audit-file", "audit_file", _read_some_path, "FILE", "", "Where each use of a key is told too, if at "
             "all."),
+    setting("--addons-endpoint", "addons_endpoint", _read_some_endpoint, "SOCKET", "", "Where to serve CSI-Addons, if "
+            "at all."),
     setting("--format-seconds", "format_seconds", _seconds(1), "SECONDS", Limits.format_seconds, "Limit of luksFormat "
             "and mkfs."),
     setting("--unlock-seconds", "unlock_seconds", _seconds(1), "SECONDS", Limits.unlock_seconds, "Limit of one key "
@@ -198,6 +204,8 @@ def serve(**options: Any) -> None:
     """Serve the CSI services on a unix socket until SIGTERM; every option can come from the environment too."""
     harden_process()
     settings = settings_of(options)
+    if settings.addons_endpoint == settings.endpoint:
+        raise click.UsageError("--addons-endpoint and --endpoint name one socket; give each of them its own")
     configure_logs(settings.log_format, settings.log_level)
     # Our own part first: it starts the worker launcher, which loads while grpcio does.
     with loading():

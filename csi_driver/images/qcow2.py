@@ -108,6 +108,7 @@ def _read_header(image: ImageFile) -> _Header:
         header = replace(header, features=features, refcount_order=order, length=length)
         if not _HEADER.size + _HEADER_3.size <= length <= _MOST_HEADER:
             raise image.refusal(f"it is a qcow2 with a header of {length} bytes, expected 104 to 512; it is damaged")
+        image.require(0, length, "qcow2 header")
     elif header.version != 2:
         raise image.refusal(f"it is a qcow image of version {header.version}, expected 2 or 3; convert it: {_QCOW}")
     if not 9 <= header.cluster_bits <= 21:

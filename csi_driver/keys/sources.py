@@ -88,6 +88,16 @@ class KeySources:
         source = self._source_of(trail, request)
         self._told("destroy", purpose, request, trail.kms_id, trail.name, lambda: source.destroy(trail), trail)
 
+    def needs_request(self, trail: KeyTrail, request: KeyRequest) -> bool:
+        """Whether the KMS of that trail is asked with what a request brings and this one did not. It may be asked."""
+        try:
+            self._source_of(trail, request).check()
+        except RequestNeeded:
+            return True
+        except DriverError:
+            return False
+        return False
+
     def tell(self, request: KeyRequest, purpose: str) -> None:
         """Tell the use of a passphrase that came in a secret."""
         self._audit.record(

@@ -55,6 +55,7 @@ class Settings:
     kms_config: Path = Path("/etc/ceph-csi-encryption-kms-config/config.json")
     kms_programs: Path = Path("/usr/lib/luks-csi/kms")
     audit_file: Path | None = None
+    addons_endpoint: Path | None = None
     limits: Limits = Limits()
 
     @property

@@ -118,6 +118,7 @@ class VolumeParameters(msgspec.Struct, frozen=True, kw_only=True):
     kms_id: str | None = None
     generate_key: bool = False
     retain_key: bool = False
+    key_rotation_seconds: int | None = None
     discard: bool = False
     no_read_workqueue: bool = False
     no_write_workqueue: bool = False
@@ -136,7 +137,8 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     `revision` counts the writes: an update names the revision it was made from (compare-and-swap). `cloned_uuid` is
     set while `cloning`: the UUID of the header that was cloned, which becomes that of `luks`. `key` is set where the
-    passphrase comes from a KMS, `rekey` while it is being changed, `conversion` while the volume key is.
+    passphrase comes from a KMS, `rekey` while it is being changed, `conversion` while the volume key is. `key_since` is
+    when the present one began to count; None where that is `created`.
     """
 
     id: str
@@ -149,6 +151,7 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True):
     key: KeyTrail | None = None
     rekey: Rekey | None = None
     conversion: Conversion | None = None
+    key_since: str | None = None
     file_system: FileSystemState = FileSystemState.NONE
     made_fs_type: str | None = None
     created: str

@@ -1,4 +1,4 @@
-"""Messages of CSI to and from the use cases' own types.
+"""Messages of CSI and CSI-Addons to and from the use cases' own types.
 
 Reading a message checks what can be checked without looking anything up. Raises InvalidArgument for what is missing or
 cannot be right, FailedPrecondition for a secret that cannot, NotFound for a volume id that cannot be one of this
@@ -7,8 +7,9 @@ driver's.
 
 import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from csi_driver.keys.secret import read_secret
+from csi_driver.keys.secret import SecretKey, read_secret
 from csi_driver.model.errors import FailedPrecondition, InvalidArgument, NotFound
 from csi_driver.model.volume import is_volume_id, volume_id_for
 from csi_driver.rpc import csi_pb2 as csi
@@ -18,6 +19,9 @@ from csi_driver.volumes.provision import CreateRequest, VolumeView
 from csi_driver.volumes.publish import PublishRequest
 from csi_driver.volumes.stage import StageRequest
 from csi_driver.volumes.usage import Usage
+
+if TYPE_CHECKING:
+    from csi_driver.rpc import addons_keyrotation_pb2 as keyrotation
 
 _MODES = frozenset(map(int, AccessMode))
 _CLEAN_PATH = re.compile(r"(?:/[^/.\0][^/\0]*)+")
@@ -193,6 +197,20 @@ def usage_question(request: csi.NodeGetVolumeStatsRequest) -> tuple[str, str]:
     _require(request.volume_id, "volume_id")
     _require(request.volume_path, "volume_path")
     return known_volume_id(request.volume_id), volume_path(request.volume_path)
+
+
+def rotation(request: "keyrotation.EncryptionKeyRotateRequest") -> tuple[str, SecretKey]:
+    """EncryptionKeyRotate of CSI-Addons: the volume's id and its secret. Path, context and capability decide nothing.
+
+    Raises InvalidArgument for a key that the caller has chosen: it would be kept nowhere.
+    """
+    volume_id = known_volume_id(request.volume_id)
+    if request.encryption_key:
+        raise InvalidArgument(
+            f"the request for volume {volume_id} has an encryption_key; leave it out, the KMS makes the new key, or "
+            f"the secret holds the new passphrase"
+        )
+    return volume_id, read_secret(request.secrets)
 
 
 def volume(view: VolumeView) -> csi.Volume:

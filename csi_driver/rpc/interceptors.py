@@ -16,6 +16,7 @@ from operator import attrgetter
 from typing import Any, Protocol, TypeVar
 
 import grpc
+from google.protobuf import descriptor_pool
 
 from csi_driver.host.locks import VolumeLocks
 from csi_driver.host.log import Log, request_id
@@ -51,7 +52,6 @@ class Chain(grpc.ServerInterceptor):
 
     def __init__(self, *concerns: Concern) -> None:
         self._concerns = concerns
-        self._methods = _methods()
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
     def intercept_service(
@@ -67,8 +67,9 @@ class Chain(grpc.ServerInterceptor):
             if plain is None or plain.unary_unary is None:
                 return plain
             behaviour: Behaviour = plain.unary_unary
+            method = _method(path)
             for concern in reversed(self._concerns):
-                behaviour = concern.around(self._methods[path], behaviour)
+                behaviour = concern.around(method, behaviour)
             handler = self._handlers[path] = grpc.unary_unary_rpc_method_handler(
                 behaviour, plain.request_deserializer, plain.response_serializer
             )
@@ -110,6 +111,8 @@ class CallLog:
     _ROUTINE = frozenset(
         {
             "ControllerGetCapabilities",
+            "GetCapabilities",
+            "GetIdentity",
             "GetPluginCapabilities",
             "GetPluginInfo",
             "NodeGetCapabilities",
@@ -201,6 +204,7 @@ class VolumeLocking:
         "NodePublishVolume": lambda request: convert.publish_request(request).volume_id,
         "NodeUnpublishVolume": lambda request: convert.unpublishing(request)[0],
         "NodeExpandVolume": lambda request: convert.expand_request(request).volume_id,
+        "EncryptionKeyRotate": lambda request: convert.rotation(request)[0],
     }
 
     def __init__(self, locks: VolumeLocks) -> None:
@@ -218,13 +222,10 @@ class VolumeLocking:
         return locked
 
 
-def _methods() -> dict[str, Method]:
-    """Every method of csi.proto by its path."""
-    return {
-        f"/{service.full_name}/{method.name}": Method(method.name, service.name, _volume_id_of(method.input_type))
-        for service in csi_pb2.DESCRIPTOR.services_by_name.values()
-        for method in service.methods
-    }
+def _method(path: str) -> Method:
+    """The method of a path, /PACKAGE.SERVICE/METHOD; who serves it has loaded its stubs."""
+    found = descriptor_pool.Default().FindMethodByName(path.removeprefix("/").replace("/", "."))
+    return Method(found.name, found.containing_service.name, _volume_id_of(found.input_type))
 
 
 def _volume_id_of(message: Any) -> Callable[[Any], str]:

@@ -2,9 +2,13 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http import HTTPStatus
+from pathlib import Path
+from typing import Protocol
 
 import grpc
 
@@ -32,23 +36,51 @@ _PROBE_SECONDS = 5.0
 Gauges = Mapping[str, tuple[str, Callable[[], int]]]
 
 
-class Server:
-    """Serves on the unix socket of the settings, from `start` to `stop`.
+class _Socket:
+    """A socket, and the gRPC server that answers there."""
 
-    `add` puts the servicers into a gRPC server, `inner` are concerns next to the methods, `gauges` are metrics, and so
-    are the requests to the key sources.
+    def __init__(self, path: Path, services: Sequence[str], server: grpc.Server) -> None:
+        self.path = path
+        self.services = services
+        self.server = server
+        self.endpoint = Endpoint(path)
+
+
+class Job(Protocol):
+    """Work beside the calls, in a thread of its own, from the server's start to its stop."""
+
+    def start(self) -> None: ...
+
+    def ask_to_end(self) -> None:
+        """Begin nothing more."""
+
+    def join(self) -> None:
+        """Wait until what was at work has ended."""
+
+
+Add = Callable[[grpc.Server], None]
+
+
+class Server:
+    """Serves on the unix sockets of the settings, from `start` to `stop`.
+
+    `add` puts the servicers of CSI into a gRPC server, `addons` those of CSI-Addons into another one, where there are
+    any; `inner` are concerns next to the methods, `gauges` are metrics, and so are the requests to the key sources.
+    `jobs` run as long as it does.
     """
 
     def __init__(
         self,
         settings: Settings,
-        add: Sequence[Callable[[grpc.Server], None]],
+        add: Sequence[Add],
         inner: Sequence[Concern] = (),
         gauges: Gauges | None = None,
         sources: KeySources | None = None,
+        addons: Sequence[Add] = (),
+        jobs: Sequence[Job] = (),
     ) -> None:
         self._settings = settings
-        self._endpoint = Endpoint(settings.endpoint)
+        self._jobs = jobs
         self._pools = (
             ThreadPoolExecutor(settings.threads, "call"),
             ThreadPoolExecutor(_IDENTITY_THREADS, "identity"),
@@ -76,37 +108,54 @@ class Server:
             }
             self._http = HttpServer(settings.http_address, pages)
             concerns.append(Timing(metrics.observe))
-        self._server = grpc.server(
+        chain = Chain(*concerns, *inner)
+        self._sockets = [_Socket(settings.endpoint, sorted(settings.services), self._grpc_server(chain, add))]
+        if settings.addons_endpoint is not None and addons:
+            # A server of its own: who may connect to the one socket is not thereby let in at the other.
+            self._sockets.append(_Socket(settings.addons_endpoint, ["csi-addons"], self._grpc_server(chain, addons)))
+
+    def _grpc_server(self, chain: Chain, add: Sequence[Add]) -> grpc.Server:
+        server = grpc.server(
             self._pools[0],
-            interceptors=[Chain(*concerns, *inner)],
+            interceptors=[chain],
             options=[("grpc.max_receive_message_length", _LARGEST_REQUEST), ("grpc.so_reuseport", 0)],
         )
         for servicer in add:
-            servicer(self._server)
+            servicer(server)
+        return server
 
     def start(self) -> None:
         """Listen and answer. Raises DeviceInUse when another server does so there, FailedPrecondition."""
         try:
-            self._endpoint.place(lambda path: listen_on(self._server, path))
+            for each in self._sockets:
+                each.endpoint.place(partial(listen_on, each.server))
             if self._http is not None:
                 self._http.start()
         except DriverError:
             self.stop()
             raise
-        log.info("serving", endpoint=str(self._settings.endpoint), services=sorted(self._settings.services))
+        for job in self._jobs:
+            job.start()
+        for each in self._sockets:
+            log.info("serving", endpoint=str(each.path), services=each.services)
 
     def stop(self) -> bool:
         """Take the socket away, take no new call, and let those in flight end within the grace time.
 
         Returns whether they did. One that did not is answered CANCELLED; its thread may be at work still.
         """
-        self._endpoint.remove()
+        for each in self._sockets:
+            each.endpoint.remove()
+        for job in self._jobs:
+            job.ask_to_end()
         grace = self._settings.grace_seconds
-        self._server.stop(grace).wait(grace + _AFTER_GRACE_SECONDS)
+        until = time.monotonic() + grace + _AFTER_GRACE_SECONDS
+        for stopped in [each.server.stop(grace) for each in self._sockets]:
+            stopped.wait(until - time.monotonic())
         # grpcio only answers what it cuts off; whether the thread has ended its pool knows.
         ending = threading.Thread(target=self._end_threads, daemon=True)
         ending.start()
-        ending.join(_AFTER_GRACE_SECONDS)
+        ending.join(max(_AFTER_GRACE_SECONDS, until - time.monotonic()))
         in_time = not ending.is_alive()
         if not in_time:
             log.warning("calls were cut off", grace_seconds=grace)
@@ -118,6 +167,8 @@ class Server:
     def _end_threads(self) -> None:
         for pool in self._pools:
             pool.shutdown(cancel_futures=True)
+        for job in self._jobs:
+            job.join()
 
     def _obstacle(self, ask: Callable[[CsiClient], object]) -> str | None:
         """Why the server does not work, asked as kubelet asks: through its socket."""
@@ -132,7 +183,7 @@ class Server:
 def driver_server(driver: Driver) -> Server:
     """The server of a started driver, with the services of its settings."""
     settings, health = driver.settings, driver.health
-    add: list[Callable[[grpc.Server], None]] = [
+    add: list[Add] = [
         lambda server: csi_pb2_grpc.add_IdentityServicer_to_server(IdentityServicer(settings, health.obstacle), server)
     ]
     if Service.CONTROLLER in settings.services:
@@ -149,9 +200,20 @@ def driver_server(driver: Driver) -> Server:
         "luks_csi_resident_bytes": ("Their resident memory.", health.resident_bytes),
         "luks_csi_free_bytes": ("Bytes that new volumes may take on this node.", health.free_bytes),
         "luks_csi_drifted_secrets": ("Staged volumes whose secret no longer opens them.", health.drifted_secrets),
+        "luks_csi_overdue_key_rotations": (
+            "Volumes whose key is older than the rotation period of their class.",
+            driver.rotation.overdue,
+        ),
+        "luks_csi_failed_key_rotations_total": ("Scheduled rotations that failed.", driver.rotation.failed),
         "luks_csi_healed_file_systems_total": ("Sick file systems that were made well.", driver.healing.healed),
     }
-    return Server(settings, add, [VolumeLocking(driver.locks)], gauges, driver.sources)
+    addons: list[Add] = []
+    if settings.addons_endpoint is not None:
+        from csi_driver.rpc.addons import servicers  # noqa: PLC0415
+
+        addons = servicers(settings, health.obstacle, driver.rotation)
+    jobs = [driver.rotation] if Service.NODE in settings.services else []
+    return Server(settings, add, [VolumeLocking(driver.locks)], gauges, driver.sources, addons, jobs)
 
 
 def central_server(settings: Settings) -> Server:

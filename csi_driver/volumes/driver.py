@@ -43,6 +43,7 @@ from csi_driver.volumes.provision import Provisioning
 from csi_driver.volumes.publish import Publishing
 from csi_driver.volumes.recovery import Recovery
 from csi_driver.volumes.rekey import Rekeying
+from csi_driver.volumes.rotation import KeyRotation
 from csi_driver.volumes.stage import Staging
 from csi_driver.volumes.stages import Stages
 from csi_driver.volumes.statedir import NODE_MOUNTS, StateDirectory
@@ -95,6 +96,7 @@ class Driver:
     keys: VolumeKeys
     rekeying: Rekeying
     conversions: Conversions
+    rotation: KeyRotation
     recovery: Recovery
     adoption: Adoption
     provisioning: Provisioning
@@ -198,6 +200,7 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         keys=keys,
         rekeying=rekeying,
         conversions=conversions,
+        rotation=KeyRotation(seam, locks, rekeying, directory.check),
         adoption=Adoption(seam, host.workers, slots, sources, settings.limits),
         recovery=Recovery(seam, presences, host.workers, host.loops, sources, settings.limits),
         provisioning=Provisioning(settings, seam, images, directory.check, staging.release, keys),

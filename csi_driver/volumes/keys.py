@@ -74,6 +74,10 @@ class VolumeKeys:
         """The trail of the same key, under the newest key of its KMS."""
         return self._sources.rewrap(trail, _request(record, secret))
 
+    def needs_request(self, record: VolumeRecord, trail: KeyTrail) -> bool:
+        """Whether that key is rotated only by a request that brings something with it: a secret, a namespace."""
+        return self._sources.needs_request(trail, _request(record, SecretKey(None)))
+
     def destroy(self, record: VolumeRecord, trail: KeyTrail, purpose: str) -> None:
         """Forget a key that opens nothing any more; where it cannot be forgotten now it stays, which is logged.
 

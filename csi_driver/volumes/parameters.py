@@ -29,7 +29,12 @@ _SECRET_KEYS = frozenset(
 )
 """The provisioner takes these out; who sends a class's parameters by hand may leave them in."""
 
-_KEY_SOURCES = {"encryptionKMSID": "kms_id", "generateKey": "generate_key", "keyReclaimPolicy": "retain_key"}
+_KEY_SOURCES = {
+    "encryptionKMSID": "kms_id",
+    "generateKey": "generate_key",
+    "keyReclaimPolicy": "retain_key",
+    "keyRotationPeriod": "key_rotation_seconds",
+}
 _IGNORED = {
     "staleReplicaTimeout": "volumes have no replicas",
     "migratable": "a volume lives on one node",
@@ -57,6 +62,8 @@ Each takes a value: what followed one that takes none (-M of btrfs) would be one
 """
 _MKFS_VALUE = re.compile(r"[A-Za-z0-9^=_,.:+-]+")  # nothing that could name a file
 _LONGEST_KMS_ID = 253
+_PERIOD = re.compile(r"([1-9][0-9]{0,3})([hdw])")
+_UNIT_SECONDS = {"h": 3600, "d": 24 * 3600, "w": 7 * 24 * 3600}
 _NO_FILE_SYSTEM = frozenset({"journal_dev", "list-all"})  # values of -O with which mkfs succeeds and makes none
 _NO_JOURNAL = re.compile(r"none|clear|[-^](has_journal|feature_c[+0]*2)", re.IGNORECASE)
 """Values of -O that take ext4's journal away (mke2fs(8); libe2p reads a feature's number too)."""
@@ -101,7 +108,13 @@ def _check_key_source(parameters: VolumeParameters) -> None:
         raise InvalidArgument(
             "the parameters encryptionKMSID and generateKey each say where the key comes from; leave one of them out"
         )
-    if parameters.retain_key and len(wished) < 2:
+    own_key = parameters.kms_id is not None or parameters.generate_key
+    if parameters.key_rotation_seconds is not None and not own_key:
+        raise InvalidArgument(
+            "the parameter keyRotationPeriod wants new keys, and nobody makes one for the passphrase of a secret; "
+            "leave it out, or name a KMS by encryptionKMSID"
+        )
+    if parameters.retain_key and not own_key:
         raise InvalidArgument(
             "the parameter keyReclaimPolicy means nothing for the passphrase of a secret; leave it out, or name a KMS"
         )
@@ -171,6 +184,14 @@ def _retains(text: str) -> bool:
     return one_of("Delete", "Retain")(text) == "Retain"
 
 
+def _period(text: str) -> int:
+    """A period in seconds; as it is of whole hours at least, none is shorter than an hour."""
+    found = _PERIOD.fullmatch(text)
+    if found is None:
+        raise ValueError('1 to 9999 hours, days or weeks, such as "12h", "90d" or "4w"')
+    return int(found[1]) * _UNIT_SECONDS[found[2]]
+
+
 _file_system = one_of(*FILE_SYSTEMS)
 _READERS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "encrypted": ("encrypted", _boolean),
@@ -184,6 +205,7 @@ _READERS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "encryptionKMSID": ("kms_id", _kms_id),
     "generateKey": ("generate_key", _boolean),
     "keyReclaimPolicy": ("retain_key", _retains),
+    "keyRotationPeriod": ("key_rotation_seconds", _period),
     "discard": ("discard", _boolean),
     "noReadWorkqueue": ("no_read_workqueue", _boolean),
     "noWriteWorkqueue": ("no_write_workqueue", _boolean),

@@ -9,6 +9,7 @@ Each step is durable before the next, and the record says which key counts (docs
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import msgspec
 
@@ -60,6 +61,12 @@ class Rekeying:
                 return self._change_passphrase(record, device, secret, new)
             record = self._end(record, device, secret)
             return Rekeyed(self._change_key(record, device, secret), changed=True)
+
+    def end(self, volume_id: str, secret: SecretKey) -> VolumeRecord:
+        """End a change from key to key that was cut, and begin none. Errors as `rotate`."""
+        record = self._usable(volume_id)
+        with self._device(volume_id) as device, self._workers.session():
+            return self._end(record, device, secret)
 
     def rewrap(self, volume_id: str, secret: SecretKey) -> Rekeyed:
         """Wrap the volume's key anew, by the newest key of its KMS; its key slot stays. Errors as `rotate`."""
@@ -144,7 +151,8 @@ class Rekeying:
         except Unauthenticated:
             self._note(record, None)
             raise
-        record = self._note(record, Rekey(phase=RekeyPhase.REMOVING, slot=slot))
+        removing = Rekey(phase=RekeyPhase.REMOVING, slot=slot)
+        record = self._backend.update(msgspec.structs.replace(record, rekey=removing, key_since=_now()))
         record = self._remove(record, device, new)
         log.info("passphrase changed", volume_id=record.id)
         return Rekeyed(record, changed=True)
@@ -169,9 +177,8 @@ class Rekeying:
             current = self._keys.fetch(record, old, secret, "rotate")
             fresh = self._keys.fetch(record, other, secret, "rotate")
             slot = self._slots.add_passphrase(self._backend, record, device, current, fresh, secret)
-            record = self._backend.update(
-                msgspec.structs.replace(record, key=other, rekey=Rekey(phase=RekeyPhase.REMOVING, other=old, slot=slot))
-            )
+            removing = Rekey(phase=RekeyPhase.REMOVING, other=old, slot=slot)
+            record = self._backend.update(msgspec.structs.replace(record, key=other, rekey=removing, key_since=_now()))
             other = old
         keep = self._keys.fetch(record, _trail(record), secret, "rotate")
         removed = record.rekey.slot if record.rekey else None
@@ -215,6 +222,10 @@ class Rekeying:
                 attached = self._backend.attach(volume_id, lasting=False)
             with attached:
                 yield attached
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _trail(record: VolumeRecord) -> KeyTrail:

@@ -1,8 +1,8 @@
 """A disk with every image that a node runs, made without a registry: `python -m tests.cluster.images` prints its path.
 
 Ours is built from the Dockerfile, as users do, on a base that the distribution's own packages give; the sidecars come
-from the binaries in $KUBERNETES_BIN under the names that the manifests use. All of it, and what it is made of, is kept
-in the cache folder: the next one takes seconds.
+from the binaries in $KUBERNETES_BIN and $CSI_ADDONS_BIN under the names that the manifests use. All of it, and what it
+is made of, is kept in the cache folder: the next one takes seconds.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from csi_driver import __version__
-from tests.cluster.settings import KUBERNETES_BIN, ROOT
+from tests.cluster.settings import CSI_ADDONS_BIN, KUBERNETES_BIN, ROOT
 from tests.machine.guest_uml import system_path
 
 BASE = "docker.io/library/debian:12-slim"
@@ -29,6 +29,12 @@ PAUSE = "localhost/pause:1"
 SIDECARS = {
     "registry.k8s.io/sig-storage/csi-provisioner:v6.3.0": "csi-provisioner",
     "registry.k8s.io/sig-storage/csi-resizer:v2.3.0": "csi-resizer",
+}
+# Those of CSI-Addons, where $CSI_ADDONS_BIN has them.
+ADDONS = {
+    "quay.io/csiaddons/k8s-controller:latest": "manager",
+    "quay.io/csiaddons/k8s-sidecar:v0.14.0": "sidecar",
+    "registry.k8s.io/sig-storage/csi-attacher:v4.13.0": "csi-attacher",
 }
 
 _SUITE = "bookworm"
@@ -138,12 +144,15 @@ def _make_images(binaries: Path, cache: Path) -> dict[str, str]:
             images.run("build", "--isolation", "chroot", "--layers", "--pull-never", *own, "--tag", OURS, str(ROOT))
         _make_pause(images, Path(scratch))
         _make_busybox(images, Path(scratch))
-        for name, binary in SIDECARS.items():
-            content = Path(scratch, f"{binary}.d")
+        programs = {name: binaries / binary for name, binary in SIDECARS.items()}
+        if addons := os.environ.get(CSI_ADDONS_BIN):
+            programs |= {name: Path(addons, binary) for name, binary in ADDONS.items()}
+        for name, program in programs.items():
+            content = Path(scratch, f"{program.name}.d")
             content.mkdir()
-            shutil.copy(binaries / binary, content)
-            images.make(name, _digest(binaries / binary), content, "--entrypoint", json.dumps([f"/{binary}"]))
-    return {image: images.id(image) for image in (OURS, PAUSE, BUSYBOX, *SIDECARS)}
+            shutil.copy(program, content)
+            images.make(name, _digest(program), content, "--entrypoint", json.dumps([f"/{program.name}"]))
+    return {image: images.id(image) for image in (OURS, PAUSE, BUSYBOX, *programs)}
 
 
 def _make_base(images: _Images, scratch: Path) -> None:

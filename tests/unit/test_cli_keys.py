@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgspec
@@ -56,6 +57,9 @@ def test_status_tells_where_keys_come_from_and_never_what_they_are(state: list[s
             "key": "transit/csi",
             "key_version": "3",
             "change": None,
+            "since": "now",
+            "next": None,
+            "by_request": False,
         },
         {
             "volume": "of-a-secret",
@@ -64,12 +68,58 @@ def test_status_tells_where_keys_come_from_and_never_what_they_are(state: list[s
             "key": None,
             "key_version": None,
             "change": "removing",
+            "since": "now",
+            "next": None,
+            "by_request": False,
         },
     ]
     table = run_cli("keys", "status", "of-a-kms", *state).stdout
     assert "of-a-kms" in table
     assert "transit/csi" in table
     assert TRAIL.wrapped not in table + done.stdout
+
+
+def put(state: list[str], record: VolumeRecord) -> None:
+    folder = Path(state[1]) / "loopfile/volumes" / record.id
+    folder.mkdir(exist_ok=True)
+    (folder / "record.json").write_bytes(RecordCodec().encode(record))
+
+
+def test_status_tells_since_when_a_key_counts_and_when_the_next_one_is_due(state: list[str]) -> None:
+    since = (datetime.now(UTC) - timedelta(days=1)).isoformat(timespec="seconds")
+    parameters = VolumeParameters(encrypted=True, kms_id="vault-1", key_rotation_seconds=90 * 86400)
+    put(state, msgspec.structs.replace(OF_KMS, parameters=parameters, key_since=since))
+    (found,) = json.loads(run_cli("keys", "status", "of-a-kms", *state, "-o", "json").stdout)
+    assert (found["since"], found["by_request"]) == (since, False)
+    age = datetime.fromisoformat(found["next"]) - datetime.fromisoformat(since)
+    assert timedelta(days=81) < age <= timedelta(days=90)
+    table = run_cli("keys", "status", "of-a-kms", *state).stdout
+    assert since in table
+    assert found["next"] in table
+
+
+@pytest.mark.parametrize(
+    ("entry", "waits"),
+    [
+        ({"encryptionKMSType": "metadata"}, True),  # its passphrase comes with each request
+        ({"encryptionKMSType": "vaulttenantsa", "vaultAddress": "https://127.0.0.1:1"}, True),  # as the namespace does
+        ({"encryptionKMSType": "kms-plugin", "endpoint": "unix:///nonexistent/kms.sock"}, False),
+    ],
+    ids=["metadata", "vaulttenantsa", "kms-plugin"],
+)
+def test_status_tells_a_key_that_waits_for_a_request(state: list[str], entry: dict[str, str], *, waits: bool) -> None:
+    Path(state[-1]).write_text(json.dumps({"vault-1": entry}))
+    parameters = VolumeParameters(encrypted=True, kms_id="vault-1", key_rotation_seconds=3600)
+    trail = msgspec.structs.replace(TRAIL, type=entry["encryptionKMSType"])
+    overdue = msgspec.structs.replace(OF_KMS, parameters=parameters, key=trail, created="2026-01-01T00:00:00+00:00")
+    put(state, overdue)
+    (found,) = json.loads(run_cli("keys", "status", "of-a-kms", *state, "-o", "json").stdout)
+    assert found["by_request"] is waits
+    assert ("by request" in run_cli("keys", "status", "of-a-kms", *state).stdout) is waits
+    fresh = msgspec.structs.replace(overdue, key_since=datetime.now(UTC).isoformat(timespec="seconds"))
+    put(state, fresh)
+    (found,) = json.loads(run_cli("keys", "status", "of-a-kms", *state, "-o", "json").stdout)
+    assert not found["by_request"]
 
 
 def test_status_of_what_is_not_there(state: list[str]) -> None:

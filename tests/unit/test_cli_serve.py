@@ -35,6 +35,7 @@ GIVEN: tuple[tuple[str, str, str, object], ...] = (
     ("kms_config", "--kms-config", "/etc/kms.json", Path("/etc/kms.json")),
     ("kms_programs", "--kms-programs", "/opt/kms", Path("/opt/kms")),
     ("audit_file", "--audit-file", "/var/log/keys.jsonl", Path("/var/log/keys.jsonl")),
+    ("addons_endpoint", "--addons-endpoint", "unix:///run/x/addons.sock", Path("/run/x/addons.sock")),
     ("limits.format_seconds", "--format-seconds", "10", 10.0),
     ("limits.unlock_seconds", "--unlock-seconds", "11", 11.0),
     ("limits.mount_seconds", "--mount-seconds", "12", 12.0),
@@ -55,6 +56,7 @@ REFUSED = (
     ("--backend", "tape"),
     ("--kms-config", "kms.json"),
     ("--audit-file", "/var/log/"),
+    ("--addons-endpoint", "addons.sock"),
     ("--free-space-floor", "1GB"),
     ("--threads", "0"),
     ("--threads", "many"),
@@ -181,6 +183,12 @@ def test_a_wrong_command_line_is_one_sentence_and_exit_2(arguments: tuple[str, .
     assert (found.returncode, found.stdout) == (2, "")
     assert found.stderr.startswith("luks-csi: ")
     assert len(found.stderr.splitlines()) == 1
+
+
+def test_one_socket_is_not_for_two_servers() -> None:
+    found = run("serve", "--endpoint", "unix:///run/x/csi.sock", "--addons-endpoint", "/run/x/csi.sock")
+    assert found.returncode == 2
+    assert found.stderr == ("luks-csi: --addons-endpoint and --endpoint name one socket; give each of them its own\n")
 
 
 def test_the_command_line_is_read_before_anything_slow_is_loaded() -> None:

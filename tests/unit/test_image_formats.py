@@ -198,6 +198,13 @@ def test_a_container_with_random_damage_is_refused_or_within_the_limit(name: str
         assert 0 < found.virtual_size <= MOST_BYTES
 
 
+def test_a_qcow2_that_ends_within_its_header_is_refused(tmp_path: Path) -> None:
+    """Found by `make fuzz`: a header of 112 bytes in a file of 104."""
+    cut = patched(qcow2(), (100, ">I", 112))[:104]
+    with pytest.raises(InvalidArgument, match="reaches past the end"):
+        inspected(file_of("disk.qcow2", lambda: cut)(tmp_path), 1 << 40)
+
+
 def test_a_table_that_is_mapped_again_and_again_keeps_nobody_busy(tmp_path: Path) -> None:
     tables = [1 << 63 | L2_TABLE] * 512
     looped = patched(qcow2(), (24, ">Q", 1 << 30), (36, ">I", 512), (L1_TABLE, ">512Q", tuple(tables)))

@@ -86,6 +86,9 @@ KEYS = [
     ({"generateKey": "false", "encryptionKMSID": "v"}, {"kms_id": "v"}),
     ({"encryptionKMSID": "v", "keyReclaimPolicy": "Retain"}, {"kms_id": "v", "retain_key": True}),
     ({"generateKey": "true", "keyReclaimPolicy": "Delete"}, {"generate_key": True}),
+    ({"generateKey": "true", "keyRotationPeriod": "1h"}, {"generate_key": True, "key_rotation_seconds": 3600}),
+    ({"encryptionKMSID": "v", "keyRotationPeriod": "90d"}, {"kms_id": "v", "key_rotation_seconds": 90 * 86400}),
+    ({"encryptionKMSID": "v", "keyRotationPeriod": "9999w"}, {"kms_id": "v", "key_rotation_seconds": 9999 * 604800}),
 ]
 
 
@@ -102,6 +105,13 @@ def test_where_a_key_comes_from(given: dict[str, str], fields: dict[str, object]
         ({"generateKey": "true", "encrypted": "false"}, "generateKey means nothing without encrypted"),
         ({"encrypted": "true", "encryptionKMSID": "v", "generateKey": "true"}, "leave one of them out"),
         ({"encrypted": "true", "keyReclaimPolicy": "Retain"}, "keyReclaimPolicy means nothing"),
+        ({"encrypted": "true", "keyRotationPeriod": "90d"}, "nobody makes one for the passphrase of a secret"),
+        ({"encrypted": "true", "encryptionKMSID": "default", "keyRotationPeriod": "90d"}, "nobody makes one"),
+        ({"keyRotationPeriod": "90d"}, "keyRotationPeriod means nothing without encrypted"),
+        (
+            {"encrypted": "true", "keyRotationPeriod": "90d", "keyReclaimPolicy": "Retain"},
+            "nobody makes one for the passphrase of a secret",
+        ),
     ],
 )
 def test_what_says_two_things_of_a_key_or_nothing_is_refused(given: dict[str, str], words: str) -> None:
@@ -129,6 +139,11 @@ INVALID = [
     *(("encryptionKMSID", text) for text in ("v" * 254, "vault\n", "\x1b[31m")),
     *(("generateKey", text) for text in ("", "yes")),
     *(("keyReclaimPolicy", text) for text in ("", "retain", "Recycle")),
+    *(
+        ("keyRotationPeriod", text)
+        for text in ("", "0h", "01h", "1", "30m", "3600s", "1y", "1.5d", "-1d", "90D", "10000d")
+    ),
+    *(("keyRotationPeriod", text) for text in (" 90d", "90d\n", "1d12h", "٩0d", "90 d")),
 ]
 
 
@@ -136,6 +151,12 @@ INVALID = [
 def test_an_invalid_value_is_refused_and_its_parameter_named(parameter: str, text: str) -> None:
     with pytest.raises(InvalidArgument, match=parameter):
         read_parameters({parameter: text})
+
+
+@pytest.mark.parametrize("text", [text for name, text in INVALID if name == "keyRotationPeriod"])
+def test_a_period_that_is_none_is_refused_for_what_it_is(text: str) -> None:
+    with pytest.raises(InvalidArgument, match=r"it must be 1 to 9999 hours, days or weeks"):
+        read_parameters({"encrypted": "true", "generateKey": "true", "keyRotationPeriod": text})
 
 
 def test_every_parameter_has_a_valid_and_an_invalid_case_here() -> None:

@@ -1,4 +1,4 @@
-"""`protos/csi.proto`, as compiled, is CSI 1.13: no more and no less than the facts in `tests/data`.
+"""`protos/csi.proto`, as compiled, is CSI 1.13, and `protos/addons_*.proto` CSI-Addons: the facts in `tests/data`.
 
 The descriptor is written down in the form of the facts, everything that it holds, and the two are compared whole.
 Whatever the form has no place for (a default, `optional`, an unknown option) shows up as a difference too.
@@ -13,9 +13,11 @@ import pytest
 from google.protobuf import descriptor_pb2 as pb
 from google.protobuf.message import Message
 
-from csi_driver.rpc import csi_pb2
+from csi_driver.rpc import addons_identity_pb2, addons_keyrotation_pb2, csi_pb2
 
-FACTS = Path(__file__).parent.parent / "data" / "csi-interface-1.13.json"
+DATA = Path(__file__).parent.parent / "data"
+FACTS = DATA / "csi-interface-1.13.json"
+ADDONS = DATA / "csi-addons-interface.json"
 SHORT_NAMES = {
     "csi.v1.csi_secret": "csi_secret",
     "csi.v1.alpha_field": "alpha",
@@ -148,6 +150,18 @@ def facts() -> Tree:
 
 def test_descriptor_is_the_interface() -> None:
     assert file_tree(compiled()) == facts()
+
+
+def test_the_addons_are_the_interface() -> None:
+    told: Tree = json.loads(ADDONS.read_text())
+    assert told.pop("spec") == "CSI-Addons, commit 80d74f9"
+    assert told.keys() == {"identity", "encryptionkeyrotation"}
+    for compiled_file in (addons_identity_pb2.DESCRIPTOR, addons_keyrotation_pb2.DESCRIPTOR):
+        file = pb.FileDescriptorProto()
+        compiled_file.CopyToProto(file)
+        found = file_tree(file)
+        del found["imports"]  # files of our own names
+        assert found == told[file.package]
 
 
 def test_volume_condition_stays_gone() -> None:

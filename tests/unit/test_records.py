@@ -64,6 +64,7 @@ RECORDS = st.builds(
         kms_id=st.none() | TEXTS,
         generate_key=st.booleans(),
         retain_key=st.booleans(),
+        key_rotation_seconds=st.none() | WHOLE,
         discard=st.booleans(),
         no_read_workqueue=st.booleans(),
         no_write_workqueue=st.booleans(),
@@ -78,6 +79,7 @@ RECORDS = st.builds(
     file_system=st.sampled_from(FileSystemState),
     key=st.none() | KEYS,
     conversion=st.none() | st.builds(Conversion, luks=LUKS, done=WHOLE, key=st.none() | KEYS),
+    key_since=st.none() | TEXTS,
     rekey=st.none()
     | st.builds(Rekey, phase=st.sampled_from(RekeyPhase), other=st.none() | KEYS, slot=st.none() | SLOTS),
     made_fs_type=st.none() | TEXTS,
@@ -94,6 +96,7 @@ RECORD = VolumeRecord(
     created="2026-11-20T00:00:00+00:00",
 )
 KEYED = msgspec.structs.replace(RECORD, key=KeyTrail(kms_id="vault", type="vault", name="pvc-1"))
+ROTATED = msgspec.structs.replace(KEYED, key_since="2026-11-20T00:00:00+00:00")
 
 
 @given(RECORDS)
@@ -106,19 +109,24 @@ def test_every_older_version_can_be_read() -> None:
 
 
 def test_a_file_says_its_version() -> None:
-    document = msgspec.json.decode(RecordCodec().encode(KEYED))
+    document = msgspec.json.decode(RecordCodec().encode(ROTATED))
     assert document["version"] == VERSION
     assert document["volume"]["encryption"] == "formatting"
 
 
 def test_a_record_is_written_in_the_oldest_version_that_knows_what_is_in_it() -> None:
-    assert msgspec.json.decode(RecordCodec().encode(RECORD))["version"] == 1
+    def version(record: VolumeRecord) -> object:
+        return msgspec.json.decode(RecordCodec().encode(record))["version"]
+
+    replace = msgspec.structs.replace
+    assert version(RECORD) == 1
+    assert version(replace(RECORD, rekey=Rekey(phase=RekeyPhase.ADDING))) == 2
+    assert version(KEYED) == 2
+    assert version(ROTATED) == VERSION
     assert RECORD.luks is not None
-    for changing in (
-        msgspec.structs.replace(RECORD, rekey=Rekey(phase=RekeyPhase.ADDING)),
-        msgspec.structs.replace(RECORD, conversion=Conversion(luks=RECORD.luks)),
-    ):
-        assert msgspec.json.decode(RecordCodec().encode(changing))["version"] == VERSION
+    assert version(replace(RECORD, conversion=Conversion(luks=RECORD.luks))) == VERSION
+    scheduled = VolumeParameters(encrypted=True, kms_id="vault", key_rotation_seconds=3600)
+    assert version(replace(KEYED, parameters=scheduled)) == VERSION
 
 
 @given(st.binary(max_size=100) | st.text(max_size=100).map(str.encode))
@@ -191,7 +199,7 @@ def test_a_field_of_another_type_is_no_record(field: str, value: object) -> None
 
 
 def test_a_newer_version_is_left_to_the_newer_driver() -> None:
-    newer = RecordCodec(version=VERSION + 1).encode(KEYED)
+    newer = RecordCodec(version=VERSION + 1).encode(ROTATED)
     with pytest.raises(FailedPrecondition, match=rf"version {VERSION + 1}, written by a newer driver .*run the newer"):
         RecordCodec().decode(newer, WHERE)
 
@@ -214,7 +222,7 @@ def test_an_older_version_is_carried_forward_step_by_step() -> None:
         RECORD, created="unknown", name="pvc-1 of unknown"
     )
     assert steps == [2, 3]
-    assert codec.decode(codec.encode(KEYED), WHERE) == KEYED
+    assert codec.decode(codec.encode(ROTATED), WHERE) == ROTATED
     assert steps == [2, 3]
 
 

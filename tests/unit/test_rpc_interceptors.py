@@ -15,6 +15,7 @@ from csi_driver.host.holders import Holders
 from csi_driver.host.locks import VolumeLocks
 from csi_driver.model.errors import Aborted, DriverError, NotFound, VolumeBusy
 from csi_driver.model.volume import volume_id_for
+from csi_driver.rpc import addons_keyrotation_pb2 as keyrotation
 from csi_driver.rpc import csi_pb2 as csi
 from csi_driver.rpc.interceptors import Behaviour, CallLog, Chain, Concern, Method, Statuses, Timing, VolumeLocking
 from tests.told_lines import Told
@@ -43,6 +44,10 @@ REQUESTS: dict[str, tuple[Any, str]] = {
     ),
     "Node/NodeUnpublishVolume": (csi.NodeUnpublishVolumeRequest(volume_id="v", target_path="/t"), "v"),
     "Node/NodeExpandVolume": (csi.NodeExpandVolumeRequest(volume_id="v", volume_path="/t"), "v"),
+    "/encryptionkeyrotation.EncryptionKeyRotationController/EncryptionKeyRotate": (
+        keyrotation.EncryptionKeyRotateRequest(volume_id="v"),
+        "v",
+    ),
 }
 READING = ("Identity/Probe", "Controller/ListVolumes", "Controller/ControllerGetVolume", "Node/NodeGetVolumeStats")
 
@@ -88,7 +93,8 @@ class RecordingLocks(VolumeLocks):
 def chain(behaviour: Behaviour, method: str, *concerns: Concern) -> Behaviour:
     """`behaviour` as the server would call it, with its own context variables for each call."""
     plain: grpc.RpcMethodHandler[Any, Any] = grpc.unary_unary_rpc_method_handler(behaviour)
-    handler = Chain(*concerns).intercept_service(lambda _: plain, Details(f"/csi.v1.{method}"))
+    path = method if method.startswith("/") else f"/csi.v1.{method}"
+    handler = Chain(*concerns).intercept_service(lambda _: plain, Details(path))
     assert handler is not None
     wrapped = handler.unary_unary
     assert wrapped is not None
