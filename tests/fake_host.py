@@ -302,7 +302,7 @@ class MemoryBackend:
     def attach_next(self, volume_id: str) -> Handle:
         raise NotImplementedError
 
-    def has_next(self, volume_id: str) -> bool:
+    def has_next(self, volume_id: str, header: int = 0) -> bool:
         return False
 
     def take_next(self, volume_id: str) -> None:

@@ -75,14 +75,14 @@ class Backend(Protocol):
     def make_next(self, volume_id: str, size: int) -> None:
         """Make blank storage of `size` bytes that may take the place of the volume's own; an earlier one goes.
 
-        Raises ResourceExhausted, FailedPrecondition.
+        Whoever calls it knows that nothing was moved to an earlier one. Raises ResourceExhausted, FailedPrecondition.
         """
 
     def attach_next(self, volume_id: str) -> Handle:
         """Show that storage as a block device, as `attach` does the volume's own. Raises DeviceAbsent, DeviceInUse."""
 
-    def has_next(self, volume_id: str) -> bool:
-        """Whether that storage is there."""
+    def has_next(self, volume_id: str, header: int = 0) -> bool:
+        """Whether that storage is there; with `header`, whether anything was written behind its first so many bytes."""
 
     def take_next(self, volume_id: str) -> None:
         """Put it in the place of the volume's own, which goes, in one durable step; devices on it stay what they are.

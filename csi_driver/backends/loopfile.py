@@ -214,9 +214,20 @@ class LoopfileBackend:
         """As `attach`, autoclear."""
         return self._loops.attach(str(self._volume(volume_id) / _NEXT), autoclear=True)
 
-    def has_next(self, volume_id: str) -> bool:
-        """Whether the file is there."""
-        return os.path.exists(f"{self._volumes}/{volume_id}/{_NEXT}")
+    def has_next(self, volume_id: str, header: int = 0) -> bool:
+        """Whether the file is there, and has data from there on; a file system that does not know says so too."""
+        try:
+            descriptor = os.open(f"{self._volumes}/{volume_id}/{_NEXT}", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            return not header or os.lseek(descriptor, header, os.SEEK_DATA) >= header
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole from there on: lseek(2)
+                return False
+            raise
+        finally:
+            os.close(descriptor)
 
     def take_next(self, volume_id: str) -> None:
         """rename(2). A loop device on the old file keeps that until its last user ends."""

@@ -22,7 +22,7 @@ from csi_driver.volumes.filesystem import FSCK, Attached, FileSystems
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.presence import Presence, Presences
 from csi_driver.volumes.stage import let_go
-from csi_driver.volumes.two_keys import refuse_half_encrypted
+from csi_driver.volumes.two_keys import refuse_half
 
 _ANY_CODE = range(256)
 
@@ -80,7 +80,7 @@ class Checking:
         record = self._backend.get(volume_id)
         _refuse_open(self._presences.of(volume_id, record))
         _refuse_unmade(record)
-        refuse_half_encrypted(record)
+        refuse_half(self._backend, record)
         in_hand = self._keys.of(record, key, "check") if record.encryption is not None else None
         with self._workers.session(), ExitStack() as undo:
             record = self._encryption.ended(self._backend, record)

@@ -51,7 +51,7 @@ from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.keyslots import KeySlots, recorded_identity, where_is
 from csi_driver.volumes.presence import Presence, Presences
 from csi_driver.volumes.stages import Stages
-from csi_driver.volumes.two_keys import conversion_of, opening_of
+from csi_driver.volumes.two_keys import conversion_of, opening_of, refuse_half
 
 CHUNK: Final = 16 << 20
 """Bytes that are moved in one step; a mapping stands still for as long as it takes to read so much again."""
@@ -222,6 +222,7 @@ class Conversions:
         self, record: VolumeRecord, chosen: LuksFormat, luks_uuid: str, passphrase: Passphrase, trail: KeyTrail | None
     ) -> LuksIdentity:
         """Storage with a header of its own, to move to; returns what that says."""
+        refuse_half(self._backend, record)
         check_capacity(chosen.cipher, record.capacity_bytes)
         identity = LuksIdentity(
             uuid=luks_uuid,

@@ -35,7 +35,7 @@ from csi_driver.volumes.keys import KeyInHand, VolumeKeys
 from csi_driver.volumes.presence import Presence, Presences
 from csi_driver.volumes.rekey import Rekeying
 from csi_driver.volumes.stages import Stage, Stages
-from csi_driver.volumes.two_keys import refuse_half_encrypted
+from csi_driver.volumes.two_keys import refuse_half
 
 _CLOSE_SECONDS = 2.0
 _FULL_BYTES = 16 << 20  # so little, and a device on it fails
@@ -94,7 +94,7 @@ class Staging:
         self._check_state()
         record = self._backend.get(request.volume_id)
         check_context(record, request.context)
-        refuse_half_encrypted(record)
+        refuse_half(self._backend, record)
         capabilities.check([request.capability])
         present = self._presences.of(record.id, record)
         if present.stage is not None and present.is_complete:

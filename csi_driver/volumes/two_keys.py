@@ -17,6 +17,7 @@ from csi_driver.host.workers import Workers
 from csi_driver.keys.sources import GENERATED
 from csi_driver.luks import recovery, two_keys
 from csi_driver.luks.device import Opening, key_name_of, volume_key_name
+from csi_driver.luks.formats import DATA_OFFSET
 from csi_driver.luks.two_keys import Side, Sides
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.secret import Passphrase
@@ -136,8 +137,16 @@ def opening_of(record: VolumeRecord) -> Opening:
     return Opening(record.mapping_name, parameters.discard, parameters.no_read_workqueue, parameters.no_write_workqueue)
 
 
-def refuse_half_encrypted(record: VolumeRecord) -> None:
-    """Raise FailedPrecondition for a plain volume that is being encrypted: half of it is readable by nobody."""
+def refuse_half(backend: Backend, record: VolumeRecord) -> None:
+    """Raise FailedPrecondition for a volume of which only half could be read.
+
+    That is a plain one that is being encrypted, and one whose record was written before what is there was moved.
+    """
+    if record.conversion is None and backend.has_next(record.id, DATA_OFFSET):
+        raise FailedPrecondition(
+            f"the record of volume {record.id} knows nothing of another volume key, and next.img beside it holds what "
+            f"was moved to one; restore the newest record, or take next.img away if that is of another volume"
+        )
     if record.encryption is None and record.conversion is not None:
         raise FailedPrecondition(
             f"volume {record.id} is being encrypted, {record.conversion.done * 100 // record.capacity_bytes} % are "

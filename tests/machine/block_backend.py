@@ -72,7 +72,7 @@ class BlockBackend:
     def attach_next(self, volume_id: str) -> Handle:
         raise NotImplementedError
 
-    def has_next(self, volume_id: str) -> bool:
+    def has_next(self, volume_id: str, header: int = 0) -> bool:
         return False
 
     def take_next(self, volume_id: str) -> None:

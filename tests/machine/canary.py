@@ -201,7 +201,7 @@ class Canary:
         ):
             self._refused(lambda secret=secret: client.stage(volume, stage, _MOUNT, secret))  # type: ignore[misc]
         self._tried(lambda: client.stage(volume, stage, _MOUNT, right))
-        self._learn_volume_key()
+        self._learn_volume_key("pvc-1", self._right)
         self._search_kernel()
         self._search_limits()
         self._tried(lambda: client.publish(volume, stage, target, _MOUNT))
@@ -225,16 +225,18 @@ class Canary:
         program = str(Path(sys.executable).with_name("luks-csi"))
         options = [*kms_options(self._folder), "--state-dir", str(self._server.state_dir)]
         options += ["--endpoint", str(self._server.endpoint)]
-        done = subprocess.run(
-            [program, "keys", "rotate", "pvc-2", "--yes", *options], check=False, capture_output=True, timeout=60
-        )
-        self._texts.append((done.stdout + done.stderr).decode())
-        self._learn_kms_key()
+        for command in (("keys", "rotate"), ("volume", "reencrypt")):
+            done = subprocess.run(
+                [program, *command, "pvc-2", "--yes", *options], check=False, capture_output=True, timeout=120
+            )
+            self._texts.append((done.stdout + done.stderr).decode())
+        self._learn_volume_key("pvc-2", self._learn_kms_key())
+        self._search_kernel()
         self._search_files()
         self._tried(lambda: client.unstage("pvc-2", stage))
         self._tried(lambda: client.delete_volume("pvc-2"))
 
-    def _learn_kms_key(self) -> None:
+    def _learn_kms_key(self) -> str:
         """The volume's own key as the program of the KMS unwraps it, by a pipe that nobody else reads."""
         record = json.loads((self._server.state_dir / "loopfile/volumes/pvc-2/record.json").read_text())
         trail = record["volume"]["key"]
@@ -247,7 +249,9 @@ class Canary:
             text=True,
             timeout=60,
         )
-        self.needles.add_text("a key of a KMS", base64.b64decode(json.loads(done.stdout)["key"]).decode())
+        key = base64.b64decode(json.loads(done.stdout)["key"]).decode()
+        self.needles.add_text("a key of a KMS", key)
+        return key
 
     def _tried(self, call: Call) -> None:
         """A call whose success is another suite's business: here only its words count."""
@@ -262,15 +266,15 @@ class Canary:
         if len(self._texts) == before:
             self.report.hits.append("a call with a wrong secret was not refused")
 
-    def _learn_volume_key(self) -> None:
-        disk = self._server.state_dir / "loopfile/volumes/pvc-1/disk.img"
+    def _learn_volume_key(self, volume: str, passphrase: str) -> None:
+        disk = self._server.state_dir / f"loopfile/volumes/{volume}/disk.img"
         with contextlib.suppress(AssertionError):  # a planted bug may have kept the volume from being formatted
             dump = run_cryptsetup(
-                *("luksDump", "-q", "--dump-volume-key", "--key-file", "-", str(disk)), key=self._right.encode()
+                *("luksDump", "-q", "--dump-volume-key", "--key-file", "-", str(disk)), key=passphrase.encode()
             ).decode()
             digits = re.search(r"MK dump:\s*([0-9a-f\s]+)", dump)
             if digits is not None:
-                self.needles.add_key("the volume key", binascii.unhexlify("".join(digits[1].split())))
+                self.needles.add_key(f"the volume key of {volume}", binascii.unhexlify("".join(digits[1].split())))
 
     def _search_kernel(self) -> None:
         mapper = DeviceMapper()

@@ -287,6 +287,40 @@ def test_an_older_record_moves_nothing(node: Node) -> None:
     assert digest_of(device_of(node)) == content
 
 
+@pytest.mark.parametrize("parameters", [CHEAP, PLAIN], ids=["encrypted", "plain"])
+def test_a_record_from_before_the_move_loses_nothing(node: Node, parameters: Mapping[str, str]) -> None:
+    """Restored without its mark it would have next.img made anew, and half a volume staged."""
+    content = filled(node, parameters)
+    node.unstage()
+    old = node.record_file().read_bytes()
+    move = encrypt if parameters is PLAIN else reencrypt
+    with pytest.raises(Stopped):
+        move(node, SECRET, after(2))
+    newest = node.record_file().read_bytes()
+    os.removexattr(node.disk().parent, "trusted.luks-csi.revision")
+    node.record_file().write_bytes(old)
+    for call in (lambda: move(node), lambda: node.stage(capability=BLOCK)):
+        with pytest.raises(FailedPrecondition, match="restore the newest record"):
+            call()
+    node.record_file().write_bytes(newest)
+    move(node)
+    node.stage(capability=BLOCK)
+    assert digest_of(device_of(node)) == content
+
+
+def test_what_a_cut_begin_left_is_made_anew(node: Node) -> None:
+    content = filled(node)
+    node.store.make_next(VOLUME, SIZE + 16 * MIB)
+    with node.store.attach_next(VOLUME) as left:
+        left_open = os.open(left, os.O_WRONLY)
+        os.pwrite(left_open, b"half a header", 0)
+        os.fsync(left_open)
+        os.close(left_open)
+    node.stage(capability=BLOCK)
+    reencrypt(node)
+    assert digest_of(device_of(node)) == content
+
+
 def test_a_sick_next_header_is_not_taken(node: Node) -> None:
     content = filled(node)
     stop_after(node, 1)
