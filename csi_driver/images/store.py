@@ -138,7 +138,9 @@ class ImageStore:
 
         Raises Aborted when it is being deleted.
         """
-        with self._opened(self.file(name), os.O_RDONLY) as descriptor, _told(name, what):
+        with self._opened(self.file(name), os.O_RDONLY) as descriptor, contextlib.ExitStack() as stack:
+            if descriptor is not None:
+                stack.enter_context(_told(descriptor, what))
             if descriptor is None or not ofdlock.try_share(descriptor):
                 raise Aborted(f"image {name} is being deleted; call again when that has ended")
             yield
@@ -148,7 +150,7 @@ class ImageStore:
         """Nobody reads the image, and nobody begins to, for the length of the block. Raises DeviceInUse."""
         with self._opened(self.file(name), os.O_RDWR) as descriptor:
             if descriptor is not None and not ofdlock.try_claim(descriptor):
-                readers = " and ".join(sorted(set(_readers(name)))) or "somebody"
+                readers = " and ".join(sorted(set(_readers(descriptor)))) or "somebody"
                 raise DeviceInUse(
                     f"image {name} is being read for {readers} and was not deleted; delete it when that has ended, or "
                     f"stop that first"
@@ -214,9 +216,11 @@ class ImageStore:
 
 
 @contextlib.contextmanager
-def _told(name: str, what: str) -> Iterator[None]:
-    """Say who reads the image, by the name of an open descriptor: that ends with this process, however it ends."""
-    shown = os.fsencode(f"{_READS} {name} for {what}")[:_LONGEST_NAME]
+def _told(image: int, what: str) -> Iterator[None]:
+    """Say who reads the image that is open as `image`, by the name of an open descriptor: that ends with this process,
+    however it ends.
+    """
+    shown = os.fsencode(f"{_shown(image)}{what}")[:_LONGEST_NAME]
     descriptor = os.memfd_create(os.fsdecode(shown))
     try:
         yield
@@ -224,9 +228,15 @@ def _told(name: str, what: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _readers(name: str) -> Iterator[str]:
+def _shown(image: int) -> str:
+    """How what is told of an image begins: by its file, as each driver of a node has images of its own."""
+    file = os.fstat(image)
+    return f"{_READS} {file.st_dev}:{file.st_ino} for "
+
+
+def _readers(image: int) -> Iterator[str]:
     """What the processes of this node read the image for, as they say (proc(5), /proc/pid/fd)."""
-    start = f"/memfd:{_READS} {name} for "
+    start = f"/memfd:{_shown(image)}"
     for process in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
             for descriptor in os.listdir(f"/proc/{process}/fd"):

@@ -350,6 +350,20 @@ def test_what_is_read_is_not_deleted_and_the_reader_is_named(library: ImageLibra
     library.delete("disk")
 
 
+def test_only_who_reads_this_very_image_is_named(library: ImageLibrary, raw: Path, tmp_path: Path) -> None:
+    """Two drivers of a node may have an image of one name each."""
+    other = ImageStore(tmp_path / "other", Files())
+    bring(library, raw)
+    bring(ImageLibrary(tmp_path / "other"), raw)
+    ours = ImageStore(library.file("disk").parents[2], Files())
+    with (
+        other.reading("disk", "the other one"),
+        ours.reading("disk", "this one"),
+        pytest.raises(DeviceInUse, match="is being read for this one and was not deleted"),
+    ):
+        library.delete("disk")
+
+
 def test_what_a_killed_clone_has_left_keeps_nobody_from_deleting_its_source(library: ImageLibrary, raw: Path) -> None:
     bring(library, raw)
     folder = library.file("disk").parents[2]
