@@ -90,6 +90,11 @@ class SteppedFiles(Files):
         super().remove(path)
         self.step(f"after remove {path.name}")
 
+    def overwrite(self, path: Path, length: int) -> None:
+        self.step(f"before overwrite {path.name}")
+        super().overwrite(path, length)
+        self.step(f"after overwrite {path.name}")
+
     def remove_folder(self, folder: Path) -> None:
         self.step(f"before remove_folder in {folder.parent.name}")
         super().remove_folder(folder)

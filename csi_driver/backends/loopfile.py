@@ -351,7 +351,21 @@ class LoopfileBackend:
         _refuse_folders(folder)
         for name in (_DISK, _NEXT):
             self._loops.unguard(str(folder / name))  # a power cut leaves the guard on
+        if header := self._to_erase(folder):
+            for name in (_HEADER, _NEXT, _DISK):
+                self._files.overwrite(folder / name, header)
         self._files.remove_folder(folder)
+
+    def _to_erase(self, folder: Path) -> int:
+        """How many bytes hold header and key slots, where the volume's class wants them overwritten."""
+        try:
+            record = self._codec.decode(read_file(folder / _RECORD), str(folder / _RECORD))
+        except (OSError, FailedPrecondition):
+            return 0  # it was never made to its end, or was erased before its record went
+        if record.luks is None or not record.parameters.erase_on_delete:
+            return 0
+        other = record.conversion.luks.data_offset if record.conversion else 0
+        return max(record.luks.data_offset, other)
 
     def _volume(self, volume_id: str) -> Path:
         return self._folder / "volumes" / volume_id

@@ -1,8 +1,11 @@
 """Durable files: what is written here is on the disk, whole, before the call returns."""
 
 import contextlib
+import errno
 import os
 from pathlib import Path
+
+_PIECE = 1 << 20
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
@@ -66,6 +69,31 @@ class Files:
     def make_folder(self, folder: Path) -> None:
         """Make a folder that only its owner may enter; whoever renames it into place makes it durable."""
         folder.mkdir(mode=0o700)
+
+    def overwrite(self, path: Path, length: int) -> None:
+        """Random bytes, durably, over what was written within the first `length` bytes of a file; absent is fine.
+
+        A file system that writes nothing in place, and an SSD, may keep the old ones. Raises OSError.
+        """
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        try:
+            at, end = 0, min(length, os.fstat(descriptor).st_size)
+            while at < end:
+                try:
+                    at = os.lseek(descriptor, at, os.SEEK_DATA)
+                except OSError as error:
+                    if error.errno != errno.ENXIO:  # nothing but a hole from there on: lseek(2)
+                        raise
+                    break
+                stop = min(end, os.lseek(descriptor, at, os.SEEK_HOLE))
+                while at < stop:
+                    at += os.pwrite(descriptor, os.urandom(min(_PIECE, stop - at)), at)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
     def rename(self, source: Path, target: Path) -> None:
         """Rename within one file system and make it durable in both folders."""

@@ -118,6 +118,7 @@ class VolumeParameters(msgspec.Struct, frozen=True, kw_only=True):
     kms_id: str | None = None
     generate_key: bool = False
     retain_key: bool = False
+    erase_on_delete: bool = False
     key_rotation_seconds: int | None = None
     discard: bool = False
     no_read_workqueue: bool = False

@@ -33,6 +33,7 @@ _KEY_SOURCES = {
     "encryptionKMSID": "kms_id",
     "generateKey": "generate_key",
     "keyReclaimPolicy": "retain_key",
+    "eraseOnDelete": "erase_on_delete",
     "keyRotationPeriod": "key_rotation_seconds",
 }
 _IGNORED = {
@@ -205,6 +206,7 @@ _READERS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "encryptionKMSID": ("kms_id", _kms_id),
     "generateKey": ("generate_key", _boolean),
     "keyReclaimPolicy": ("retain_key", _retains),
+    "eraseOnDelete": ("erase_on_delete", _boolean),
     "keyRotationPeriod": ("key_rotation_seconds", _period),
     "discard": ("discard", _boolean),
     "noReadWorkqueue": ("no_read_workqueue", _boolean),

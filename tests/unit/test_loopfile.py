@@ -19,7 +19,7 @@ from csi_driver.model.errors import (
     NotFound,
     ResourceExhausted,
 )
-from csi_driver.model.volume import FileSystemState, VolumeParameters, VolumeRecord
+from csi_driver.model.volume import EncryptionState, FileSystemState, LuksIdentity, VolumeParameters, VolumeRecord
 from tests.fake_host import FakeLoops, Step, SteppedFiles, undisturbed
 
 MIB = 1 << 20
@@ -132,6 +132,44 @@ def test_delete_is_whole_or_nothing_at_every_step_and_a_repeat_ends_it(tmp_path:
         assert not [path for path in place.folder.rglob("*") if path.parent != place.folder], steps[number]
         place.backend().create(RECORD, MIB)
         assert place.backend().get("pvc-1") == RECORD
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["killed", "full", "broken"])
+def test_what_is_to_be_erased_is_before_anything_is_removed(tmp_path: Path, error: BaseException) -> None:
+    """At every step of a deletion: a file that is gone was overwritten before, also when the repeat ends it."""
+    luks = LuksIdentity(uuid="u", cipher="aes-xts-plain64", key_bits=512, sector_size=512, data_offset=64 * 1024)
+    record = msgspec.structs.replace(
+        RECORD,
+        encryption=EncryptionState.ENCRYPTED,
+        luks=luks,
+        parameters=VolumeParameters(encrypted=True, erase_on_delete=True),
+    )
+
+    def made(place: Place) -> int:
+        place.backend().create(record, MIB)
+        with place.disk().open("r+b") as disk:
+            disk.write(b"key slots" * 7000)
+            disk.seek(luks.data_offset)
+            disk.write(b"data" * 1000)
+        place.disk().with_name("header.luks2").write_bytes(b"key slots" * 7000)
+        return os.open(place.disk(), os.O_RDONLY)
+
+    recorded = Place(tmp_path / "recorded")
+    os.close(made(recorded))
+    steps = steps_of(recorded, "delete")
+    for number in range(len(steps)):
+        place = Place(tmp_path / str(number))
+        held = made(place)
+        try:
+            with pytest.raises((Killed, OSError, DriverError)):
+                act(place.backend(fail_at(number, error)), "delete")
+            if not [*place.folder.rglob("disk.img")]:
+                assert b"key slots" not in os.pread(held, luks.data_offset, 0), steps[number]
+            place.backend().delete("pvc-1")
+            assert b"key slots" not in os.pread(held, luks.data_offset, 0), steps[number]
+            assert os.pread(held, 4000, luks.data_offset) == b"data" * 1000
+        finally:
+            os.close(held)
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=["killed", "full", "broken"])

@@ -64,6 +64,7 @@ RECORDS = st.builds(
         kms_id=st.none() | TEXTS,
         generate_key=st.booleans(),
         retain_key=st.booleans(),
+        erase_on_delete=st.booleans(),
         key_rotation_seconds=st.none() | WHOLE,
         discard=st.booleans(),
         no_read_workqueue=st.booleans(),
