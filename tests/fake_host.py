@@ -301,7 +301,13 @@ class MemoryBackend:
     def open_storage(self, volume_id: str) -> Handle:
         raise DeviceAbsent(f"volume {volume_id} is only in memory")
 
+    def is_newest(self, record: VolumeRecord) -> bool:
+        return False
+
     def make_next(self, volume_id: str, size: int) -> None:
+        raise NotImplementedError
+
+    def drop_next(self, volume_id: str) -> None:
         raise NotImplementedError
 
     def attach_next(self, volume_id: str) -> Handle:

@@ -72,11 +72,17 @@ class Backend(Protocol):
         Raises DeviceAbsent.
         """
 
+    def is_newest(self, record: VolumeRecord) -> bool:
+        """Whether it is known that no newer record of the volume was ever written; False where nobody knows."""
+
     def make_next(self, volume_id: str, size: int) -> None:
         """Make blank storage of `size` bytes that may take the place of the volume's own; an earlier one goes.
 
         Whoever calls it knows that nothing was moved to an earlier one. Raises ResourceExhausted, FailedPrecondition.
         """
+
+    def drop_next(self, volume_id: str) -> None:
+        """Remove that storage, to which nothing was moved; absent is fine."""
 
     def attach_next(self, volume_id: str) -> Handle:
         """Show that storage as a block device, as `attach` does the volume's own. Raises DeviceAbsent, DeviceInUse."""

@@ -40,6 +40,7 @@ _RECORD = "record.json"
 _HEADER = "header.luks2"
 _BLOCK = 512  # of st_blocks: inode(7)
 _MOVING = 64 << 20  # what is on its way from one file to the other, and what the file system needs for that
+_HEADER_ROOM = 16 << 20  # what is behind it in storage that is to take a volume's place is content
 _MARK = "trusted.luks-csi.revision"  # trusted: only who may administer the host sees or sets it (xattr(7))
 
 
@@ -114,6 +115,11 @@ class LoopfileBackend:
         Only a settled record, as nothing is ever formatted by one. Raises NotFound, FailedPrecondition.
         """
         record = self._read(volume_id)
+        if record.conversion is not None or self.has_next(volume_id, _HEADER_ROOM):
+            raise FailedPrecondition(
+                f"the record of volume {volume_id} cannot be taken: the volume was being moved to another volume key, "
+                f"and by a record that is older half of it would be lost; restore the newest record"
+            )
         if not record.is_settled:
             raise FailedPrecondition(
                 f"the record of volume {volume_id} cannot be taken: it says encryption={record.encryption or 'none'} "
@@ -199,16 +205,26 @@ class LoopfileBackend:
         except FileNotFoundError:
             raise DeviceAbsent(f"volume {volume_id} has no backing file {disk}") from None
 
+    def is_newest(self, record: VolumeRecord) -> bool:
+        """Whether the mark says so; a power cut may have taken it."""
+        return self._newest(record.id) == record.revision
+
     def make_next(self, volume_id: str, size: int) -> None:
         """A sparse file beside the volume's own."""
         path = self._volume(volume_id) / _NEXT
-        self._loops.unguard(str(path))
+        self.drop_next(volume_id)
         with self._space_errors(volume_id):
-            self._files.remove(path)
             disk = (self._volume(volume_id) / _DISK).stat()
             # What is moved is freed where it was: in the end there is no more than the new one, all of it written.
             self._check_room(volume_id, max(0, size - disk.st_blocks * _BLOCK) + _MOVING, "free space there")
             self._files.set_size(path, size, new=True)
+
+    def drop_next(self, volume_id: str) -> None:
+        """unlink(2)."""
+        path = self._volume(volume_id) / _NEXT
+        self._loops.unguard(str(path))
+        with self._space_errors(volume_id):
+            self._files.remove(path)
 
     def attach_next(self, volume_id: str) -> AttachedLoop:
         """As `attach`, autoclear."""
@@ -416,6 +432,12 @@ class LoopfileBackend:
             raise FailedPrecondition(
                 f"volume {volume_id} cannot be written in {self._folder}: {error.strerror}; check that file system"
             ) from None
+
+
+def half_beside(path: Path) -> Path | None:
+    """The file beside that volume's file with what was moved to another volume key, or from there; None without one."""
+    other = path.with_name(_NEXT if path.name == _DISK else _DISK)
+    return other if path.name in (_DISK, _NEXT) and other.exists() else None
 
 
 def _refuse_folders(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """`luks-csi volume encrypt` and `volume reencrypt`: a first volume key for a volume, and another one."""
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -55,7 +56,7 @@ def reencrypt(context: click.Context, /, volume_id: str, rate: int | None, *, ye
     question = f"Encrypt all of volume {volume_id} anew?"
     with _converting(context, volume_id, rate, given, question, yes=yes) as (driver, key, watch):
         done = driver.conversions.reencrypt(volume_id, key, watch)
-        _tell(done, given["output"], f"volume {volume_id} has another volume key")
+    _tell(done, given["output"], f"volume {volume_id} has another volume key")
 
 
 @click.command(cls=BesideServer, params=[*_PARAMS])
@@ -87,7 +88,7 @@ def encrypt(
     question = f"Encrypt volume {volume_id}? It cannot be undone: have a backup, and its PersistentVolume at hand."
     with _converting(context, volume_id, rate, given, question, yes=yes) as (driver, key, watch):
         done = driver.conversions.encrypt(volume_id, key, kms_id, watch, generate=generate)
-        _tell(done, given["output"], f"volume {volume_id} is encrypted")
+    _tell(done, given["output"], f"volume {volume_id} is encrypted")
 
 
 @contextmanager
@@ -113,6 +114,8 @@ def _converting(
         confirm(question, yes=yes or record.conversion is not None)
         key = read_secret(secret.read(f"Passphrase of volume {volume_id}"))
         stop = Stop(tell_stopping)
+        for number in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
+            signal.signal(number, signal.SIG_IGN)  # stopped in the middle of a step, a volume in use would stand still
         with stop_signals(stop), ProgressLine(f"volume {volume_id}", record.capacity_bytes) as progress:
             watch = Watch(progress, stop, rate)
             yield driver, key, watch

@@ -130,12 +130,12 @@ def unlink_from_user(description: str) -> bool:
     return box is not None and _keyctl(description, _UNLINK, box, _USER_KEYRING) is not None
 
 
-def unlink_all(prefix: str) -> None:
-    """Take every key whose name begins so out of root's user keyring. Raises CommandFailed."""
+def unlink_all(prefix: str, but: str = "") -> None:
+    """Take every key whose name begins so out of root's user keyring, but the one named. Raises CommandFailed."""
     for box in _members(_USER_KEYRING, prefix):
         found = _described(box)
         ours = len(found) == 5 and (found[0], found[1]) == ("keyring", str(os.geteuid()))
-        if ours and found[4].startswith(_box_name(prefix)):
+        if ours and found[4].startswith(_box_name(prefix)) and found[4] != _box_name(but):
             _keyctl(prefix, _UNLINK, box, _USER_KEYRING)
 
 

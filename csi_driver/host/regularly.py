@@ -34,4 +34,6 @@ class Regularly:
                 self._look()
             except (DriverError, OSError) as error:
                 log.warning("a regular look failed", look=self._name, error=str(error))
+            except Exception as error:  # noqa: BLE001 - what nobody foresaw must not end the looks
+                log.error("a regular look failed", look=self._name, error=type(error).__name__)
             self._end.wait(self._seconds)

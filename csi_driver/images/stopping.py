@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that long work looks at, so that it ends where it can go on later."""
+"""Ctrl-C, SIGTERM and a terminal that goes as a wish that long work looks at, to end where it can go on later."""
 
 import contextlib
 import signal
@@ -25,7 +25,10 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals(stop: Stop) -> Iterator[None]:
-    """Note SIGINT and SIGTERM, once each way: the next one does what it did before. Only the main thread sees them."""
+    """Note SIGINT, SIGTERM and SIGHUP, once each way: the next one does what it did before.
+
+    Only the main thread sees them.
+    """
     before: dict[int, Callable[[int, FrameType | None], object] | int] = {}
 
     def restore() -> None:
@@ -39,7 +42,7 @@ def stop_signals(stop: Stop) -> Iterator[None]:
 
     try:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     before[number] = signal.signal(number, note) or signal.SIG_DFL
         yield

@@ -26,6 +26,7 @@ from csi_driver.model.volume import LuksIdentity
 
 _SECTOR: Final = 512
 _BLKDISCARD: Final = 0x1277
+_PIECE: Final = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ class Mover:
         self._old, self._old_offset = old, old_offset
         self._new, self._new_offset = new, new_offset
         self._read, self._again, self._written = (mmap.mmap(-1, chunk) for _ in range(3))  # aligned
+        for buffer in (self._read, self._again, self._written):
+            buffer[:] = bytes(chunk)  # nothing is to wait for memory while a mapping stands still
 
     def copy(self, source: Handle, target: Handle, start: int, length: int) -> None:
         """Copy a chunk, durably. Somebody may be writing to the source: see `copy_again`."""
@@ -126,11 +129,18 @@ class Mover:
         self._put(target, start, length)
 
     def copy_again(self, source: Handle, target: Handle, start: int, length: int) -> None:
-        """Copy the chunk of the last `copy` once more, if it was written to since. Nobody may be writing by now."""
+        """Copy what was written to since the last `copy` of the chunk. Nobody may be writing by now.
+
+        Compared in pieces: a mapping stands still meanwhile, and memory for all of it might have to wait for it.
+        """
         self._fill(source, self._again, self._old_offset + start, length)
-        if self._again[:length] != self._read[:length]:
-            self._read, self._again = self._again, self._read
-            self._put(target, start, length)
+        changed = [
+            at for at in range(0, length, _PIECE) if self._again[at : at + _PIECE] != self._read[at : at + _PIECE]
+        ]
+        self._read, self._again = self._again, self._read
+        if changed:
+            first, end = changed[0], min(changed[-1] + _PIECE, length)
+            self._put(target, start, end, first)
 
     def refuse_moved(self, source: Handle, target: Handle, start: int, length: int) -> None:
         """Raise FailedPrecondition if the chunk was moved before, by a record that is newer than the one at hand.
@@ -152,8 +162,13 @@ class Mover:
                     f"restore the newest record"
                 )
 
+    def let_go_again(self, source: Handle, start: int, length: int) -> None:
+        """As `let_go`, of a chunk that an earlier process has moved and may not have freed."""
+        self._fill(source, self._read, self._old_offset + start, length)
+        self.let_go(source, start, length)
+
     def let_go(self, source: Handle, start: int, length: int) -> None:
-        """Free the room of a chunk that was moved. What was not encrypted is overwritten before."""
+        """Free the room of the chunk of the last copy. What was not encrypted is overwritten before."""
         at = self._old_offset + start
         with self._opened(source, os.O_RDWR, "freed", at) as descriptor:
             if self._old is None and self._read[:length].strip(b"\0"):
@@ -162,20 +177,21 @@ class Mover:
                 os.fsync(descriptor)
             fcntl.ioctl(descriptor, _BLKDISCARD, struct.pack("=QQ", at, length))
 
-    def _encrypt(self, start: int, length: int) -> None:
-        """From what was read to what is to be written."""
-        first, read, out = start // _SECTOR, memoryview(self._read)[:length], memoryview(self._written)[:length]
+    def _encrypt(self, start: int, length: int, begin: int = 0) -> None:
+        """From what was read to what is to be written, from `begin` to `length` bytes into the chunk."""
+        first = (start + begin) // _SECTOR
+        read, out = memoryview(self._read)[begin:length], memoryview(self._written)[begin:length]
         if self._old is None:
             self._new.encrypt(first, read, out)
         else:
             self._old.decrypt(first, read, out)
             self._new.encrypt(first, out, out)
 
-    def _put(self, target: Handle, start: int, length: int) -> None:
-        self._encrypt(start, length)
+    def _put(self, target: Handle, start: int, length: int, begin: int = 0) -> None:
+        self._encrypt(start, length, begin)
         at = self._new_offset + start
         with self._opened(target, os.O_RDWR, "written", at) as descriptor:
-            self._write(descriptor, self._written, at, length)
+            self._write(descriptor, self._written, at, length, begin)
             os.fsync(descriptor)
 
     def _fill(self, device: Handle, buffer: mmap.mmap, at: int, length: int) -> None:
@@ -191,8 +207,8 @@ class Mover:
                 done += count
 
     @staticmethod
-    def _write(descriptor: int, buffer: mmap.mmap, at: int, length: int) -> None:
-        view, done = memoryview(buffer)[:length], 0
+    def _write(descriptor: int, buffer: mmap.mmap, at: int, length: int, begin: int = 0) -> None:
+        view, done = memoryview(buffer)[:length], begin
         while done < length:
             done += os.pwritev(descriptor, [view[done:]], at + done)
 

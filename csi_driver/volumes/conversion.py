@@ -33,7 +33,16 @@ from csi_driver.luks.formats import LuksFormat, check_capacity
 from csi_driver.luks.image_header import ImageHeader, VolumeKey, read_image_header
 from csi_driver.luks.mapping import Fit
 from csi_driver.luks.two_keys import Mover, Sides
-from csi_driver.model.errors import DeviceInUse, DriverError, FailedPrecondition, Stopped, VolumeBusy
+from csi_driver.model.errors import (
+    Aborted,
+    DeviceInUse,
+    DriverError,
+    FailedPrecondition,
+    ResourceExhausted,
+    Stopped,
+    Unauthenticated,
+    VolumeBusy,
+)
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.settings import Limits
 from csi_driver.model.volume import (
@@ -46,18 +55,19 @@ from csi_driver.model.volume import (
     is_mapping_name,
     volume_of,
 )
-from csi_driver.volumes.encryption import Encryption
+from csi_driver.volumes.encryption import Encryption, attempt
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.keyslots import KeySlots, recorded_identity, where_is
 from csi_driver.volumes.presence import Presence, Presences
 from csi_driver.volumes.stages import Stages
-from csi_driver.volumes.two_keys import conversion_of, opening_of, refuse_half
+from csi_driver.volumes.two_keys import check_boundary, conversion_of, opening_of, refuse_half
 
 CHUNK: Final = 16 << 20
 """Bytes that are moved in one step; a mapping stands still for as long as it takes to read so much again."""
 
 _BUSY_SECONDS: Final = 60.0
 _PAUSE: Final = 0.1
+_LEAST_REST: Final = 0.05
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,9 @@ class Conversions:
                 )
             if record.encryption is not EncryptionState.ENCRYPTED:
                 raise FailedPrecondition(f"volume {volume_id} was never staged, so it has no key yet; stage it first")
-            passphrase = self._keys.of(record, secret, "reencrypt").passphrase
+            if record.conversion is not None and self._is_at_its_end(record):
+                return self._finish(record)
+            passphrase = self._opening(record, secret)
             if record.conversion is None:
                 record = self._begin_reencryption(record, secret, passphrase)
         return self._run(record, passphrase, watch)
@@ -157,10 +169,11 @@ class Conversions:
         except NoDeviceMapper:
             return
         for name in filter(is_mapping_name, names):
-            mapping, volume_id = self._mapper.get(name), volume_of(name)
-            if mapping is None or not mapping.suspended or not self._backend.has(volume_id):
-                continue
+            volume_id = volume_of(name)
             try:
+                mapping = self._mapper.get(name)
+                if mapping is None or not mapping.suspended or not self._backend.has(volume_id):
+                    continue
                 with self._locks.hold(volume_id), self._workers.session():
                     record = self._backend.get(volume_id)
                     present = self._presences.of(volume_id, record)
@@ -171,16 +184,38 @@ class Conversions:
             except (DriverError, OSError) as error:
                 log.error("a volume stands still", volume_id=volume_id, error=str(error))
 
+    def _is_at_its_end(self, record: VolumeRecord) -> bool:
+        """Whether all was moved and has taken its place, and the record alone does not say so."""
+        return conversion_of(record).done >= record.capacity_bytes and not self._backend.has_next(record.id)
+
+    def _opening(self, record: VolumeRecord, secret: SecretKey) -> Passphrase:
+        """What opens the volume's header: its key, or the secret's passphrase, or the one that it had before."""
+        passphrase = self._keys.of(record, secret, "reencrypt").passphrase
+        try:
+            with self._device(record) as device:
+                self._slots.verify(record, device, passphrase)
+                return passphrase
+        except Unauthenticated:
+            if record.key is not None or secret.previous is None:
+                raise
+        with self._device(record) as device:
+            self._slots.verify(record, device, secret.previous)
+        return secret.previous
+
     def _begin_reencryption(self, record: VolumeRecord, secret: SecretKey, passphrase: Passphrase) -> VolumeRecord:
         if record.rekey is not None:
             raise FailedPrecondition(
                 f"the passphrase of volume {record.id} is being changed; end that first (luks-csi keys rotate "
                 f"{record.id})"
             )
+        if record.file_system in (FileSystemState.NONE, FileSystemState.MAKING):
+            raise FailedPrecondition(
+                f"volume {record.id} has no file system yet, and would never get one if it were moved now; stage it "
+                f"first"
+            )
         identity = recorded_identity(record)
         present = self._usable(record)
         with self._device(record) as device:
-            self._slots.verify(record, device, passphrase)
             header = self._header(record, device, identity)
             if len(header.header.keyslots) != 1:
                 raise FailedPrecondition(
@@ -204,8 +239,11 @@ class Conversions:
             self._check_length(record, device, present, 0)
         parameters = msgspec.structs.replace(record.parameters, encrypted=True, kms_id=kms_id, generate_key=generate)
         own = kms_id is not None or generate
-        if not own:
-            require_passphrase(secret, record.id)
+        if not own and secret.passphrase is None:
+            raise FailedPrecondition(
+                f"volume {record.id} is to be encrypted and nothing says by which key; give its passphrase, or a KMS "
+                f"that is to make one"
+            )
         chosen = luks_format(parameters, secret, self._limits.pbkdf_memory_kib, random_key=own)
         trail = self._keys.make(record.id, parameters, secret)
         passphrase = self._passphrase(record, trail, secret)
@@ -233,9 +271,25 @@ class Conversions:
         )
         size = record.capacity_bytes + chosen.data_offset
         self._backend.make_next(record.id, size)
+        try:
+            digest = self._format_next(record, chosen, identity, size, passphrase, trail)
+        except BaseException:
+            attempt(self._backend.drop_next, record.id)
+            raise
+        return msgspec.structs.replace(identity, digest=digest)
+
+    def _format_next(
+        self,
+        record: VolumeRecord,
+        chosen: LuksFormat,
+        identity: LuksIdentity,
+        size: int,
+        passphrase: Passphrase,
+        trail: KeyTrail | None,
+    ) -> str:
         with self._backend.attach_next(record.id) as fresh, self._slots.unlocking(f"volume {record.id}"):
             where = where_is(record, fresh)
-            digest = self._workers.call(
+            return self._workers.call(
                 f"luks-format of {where}",
                 self._limits.format_seconds,
                 luks.format_device,
@@ -249,7 +303,6 @@ class Conversions:
                 fresh,
                 key_token.encode(trail) if trail else None,
             )
-        return msgspec.structs.replace(identity, digest=digest)
 
     def _run(self, record: VolumeRecord, passphrase: Passphrase, watch: Watch) -> VolumeRecord:
         volume_id, capacity = record.id, record.capacity_bytes
@@ -258,24 +311,30 @@ class Conversions:
             stack.callback(keyring.clear_thread)
             moving: _Moving | None = None
             while True:
-                begun = time.monotonic()
                 with self._held(volume_id), self._workers.session():
+                    begun = time.monotonic()
                     record = self._backend.get(volume_id)
-                    done = conversion_of(record).done
-                    if done >= capacity:
-                        return self._finish(record, moving)
-                    if moving is None:
+                    if record.conversion is None:
+                        return record  # another command has ended it
+                    done = record.conversion.done
+                    if moving is None and self._backend.has_next(volume_id):
                         moving = stack.enter_context(self._moving(record, passphrase))
+                    if done >= capacity:
+                        return self._finish(record)
+                    if moving is None or moving.luks != record.conversion.luks:
+                        raise Aborted(
+                            f"volume {volume_id} is being moved to another volume key than this command was at; call "
+                            f"again"
+                        )
                     record = self._step(record, moving, passphrase)
-                moved = conversion_of(record).done
+                moved, took = conversion_of(record).done, time.monotonic() - begun
                 watch.progress(moved)
+                _rest(watch, max(took, _LEAST_REST, (moved - done) / watch.rate - took if watch.rate else 0.0))
                 if watch.stop.name and moved < capacity:
                     raise Stopped(
                         f"{watch.stop.name} stopped it: {moved * 100 // capacity} % of volume {volume_id} are under "
                         f"the new volume key; the same command goes on with it, and should soon"
                     )
-                if watch.rate:
-                    time.sleep(max(0.0, (moved - done) / watch.rate - (time.monotonic() - begun)))
 
     @contextmanager
     def _moving(self, record: VolumeRecord, passphrase: Passphrase) -> Iterator["_Moving"]:
@@ -299,10 +358,14 @@ class Conversions:
                     conversion.luks.data_offset,
                     self._chunk,
                 )
-                if self._presences.of(record.id, record).mapping is None:
-                    length = min(self._chunk, record.capacity_bytes - conversion.done)
+                length = min(self._chunk, record.capacity_bytes - conversion.done)
+                closed = self._presences.of(record.id, record).mapping is None
+                if length and closed and not self._backend.is_newest(record):
                     mover.refuse_moved(device, fresh, conversion.done, length)
-            yield _Moving(mover, _Keys(old, new))
+                if conversion.done:  # an earlier process may have been cut before it freed its last chunk
+                    start = (conversion.done - 1) // self._chunk * self._chunk
+                    mover.let_go_again(device, start, conversion.done - start)
+            yield _Moving(mover, _Keys(old, new), conversion.luks)
 
     def _header(self, record: VolumeRecord, device: Handle, identity: LuksIdentity) -> ImageHeader:
         """The checked header of one of the volume's devices, in this process."""
@@ -326,15 +389,22 @@ class Conversions:
         present = self._usable(record)
         start = conversion_of(record).done
         length = min(self._chunk, record.capacity_bytes - start)
-        with self._device(record) as device:
-            if present.mapping is None:
-                with self._backend.attach_next(record.id) as fresh:
-                    moving.mover.copy(device, fresh, start, length)
-                    record = self._advanced(record, start + length)
-            else:
-                record = self._step_beneath(record, present, present.mapping, device, moving, passphrase)
-            moving.mover.let_go(device, start, length)
-        self._backend.guard(record.id)
+        if (room := self._backend.space().available) < length:  # what is freed may be shared with another file
+            raise ResourceExhausted(
+                f"no room to move more of volume {record.id}: {length} bytes are wanted and {room} are free above the "
+                f"floor; free space there, the same command goes on"
+            )
+        try:
+            with self._device(record) as device:
+                if present.mapping is None:
+                    with self._backend.attach_next(record.id) as fresh:
+                        moving.mover.copy(device, fresh, start, length)
+                        record = self._advanced(record, start + length)
+                else:
+                    record = self._step_beneath(record, present, present.mapping, device, moving, passphrase)
+                moving.mover.let_go(device, start, length)
+        finally:
+            self._backend.guard(record.id)
         return record
 
     def _step_beneath(
@@ -352,38 +422,43 @@ class Conversions:
             self._note(record, kept)
             mapping = self._usable(record).mapping or mapping
         with self._encryption.two_keys.sides(self._backend, record, device, mapping.targets) as sides:
-            found = two_keys.boundary(mapping.targets, sides.new.key_name, record.capacity_bytes)
-            if found != sides.done:
-                raise FailedPrecondition(
-                    f"the mapping {mapping.name} has {found} bytes under the new volume key and the record of volume "
-                    f"{record.id} says {sides.done}; restore its newest record"
-                )
+            check_boundary(record, mapping)
             self._keep(record, present, sides, moving)
             start, length = sides.done, min(self._chunk, sides.capacity - sides.done)
             source, target = sides.old.device, sides.new.device
             moving.mover.copy(source, target, start, length)
-            self._mapper.load(mapping.name, replace(sides, done=start + length).table(opening_of(record)))
             try:
+                self._mapper.load(mapping.name, replace(sides, done=start + length).table(opening_of(record)))
                 self._mapper.suspend(mapping.name)
                 moving.mover.copy_again(source, target, start, length)
                 record = self._advanced(record, start + length)
-            except BaseException:
-                self._go_on(record.id, mapping.name, start + length)
-                raise
-            try:
                 self._mapper.resume(mapping.name)
-            except DriverError:
-                self._advanced(record, start)  # nobody has written to the chunk, and it is still where it was
-                self._go_on(record.id, mapping.name, start + length)
+            except BaseException:
+                self._go_on(record.id, mapping.name, start, start + length)
                 raise
         return record
 
-    def _go_on(self, volume_id: str, name: str, moved: int) -> None:
-        """After an error: let I/O flow by the table that the record says, of the two that are there."""
+    def _go_on(self, volume_id: str, name: str, before: int, moved: int) -> None:
+        """After an error: let I/O flow by the table that the record says, of the two that are there.
+
+        Where that cannot be, by the old one, which is counted again first: nobody has written to the chunk, and it is
+        still where it was. But not if the new table was live for a moment: then somebody may have.
+        """
         try:
-            if conversion_of(self._backend.get(volume_id)).done != moved:
+            record = self._backend.get(volume_id)
+            if conversion_of(record).done != moved:
                 self._mapper.clear(name)
-            self._mapper.resume(name)
+            try:
+                self._mapper.resume(name)
+            except DriverError:
+                live = self._mapper.get(name)
+                new_key = two_keys.new_key_name(conversion_of(record).luks)
+                if live is None or two_keys.boundary(live.targets, new_key, record.capacity_bytes) != before:
+                    raise
+                if conversion_of(record).done != before:
+                    self._advanced(record, before)
+                self._mapper.clear(name)
+                self._mapper.resume(name)
         except (DriverError, OSError) as error:
             log.error("a volume stands still until the next call for it", volume_id=volume_id, error=str(error))
 
@@ -406,16 +481,14 @@ class Conversions:
         if (stage := self._stages.get(record.id)) is not None:
             self._stages.put(record.id, msgspec.structs.replace(stage, kept_key=kept[0], kept_next=kept[1]))
 
-    def _finish(self, record: VolumeRecord, moving: "_Moving | None") -> VolumeRecord:
+    def _finish(self, record: VolumeRecord) -> VolumeRecord:
         stage = self._stages.get(record.id)
-        new_key = two_keys.new_key_name(conversion_of(record).luks)
-        names = {luks.volume_key_name(record.luks.uuid)} if record.luks else set()
+        identity = conversion_of(record).luks
         record = self._encryption.two_keys.finish(self._backend, record)
         self._backend.guard(record.id)
         if stage is not None and stage.kept_next is not None:
             self._note(record, (stage.kept_next, None))
-        for name in (names | set(moving.kept if moving else ())) - {new_key}:
-            keyring.unlink_from_user(name)
+        keyring.unlink_all(luks.key_prefix(identity.uuid), but=two_keys.new_key_name(identity))
         return record
 
     def _advanced(self, record: VolumeRecord, done: int) -> VolumeRecord:
@@ -468,10 +541,21 @@ class Conversions:
             yield
 
 
+def _rest(watch: Watch, seconds: float) -> None:
+    """Leave the volume, and its disk, to others for so long: kubelet's calls find its lock free."""
+    until = time.monotonic() + seconds
+    while not watch.stop.name and (left := until - time.monotonic()) > 0:
+        time.sleep(min(left, _PAUSE))
+
+
 @dataclass
 class _Moving:
-    """What this process moves with; `kept` says where it has kept which key in root's keyring."""
+    """What this process moves with, to the header that `luks` tells of.
+
+    `kept` says where it has kept which key in root's keyring.
+    """
 
     mover: Mover
     keys: _Keys
+    luks: LuksIdentity
     kept: dict[str, KeptKey] = field(default_factory=dict)

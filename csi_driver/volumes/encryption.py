@@ -37,7 +37,7 @@ from csi_driver.model.volume import EncryptionState, FileSystemState, KeyTrail, 
 from csi_driver.volumes.keys import KeyInHand
 from csi_driver.volumes.keyslots import KeySlots, device_size, recorded_identity, where_is
 from csi_driver.volumes.stages import Stage
-from csi_driver.volumes.two_keys import TwoKeys, opening_of
+from csi_driver.volumes.two_keys import TwoKeys, check_boundary, opening_of
 
 P = ParamSpec("P")
 
@@ -265,6 +265,8 @@ class Encryption:
         usable = fit is Fit.FITS and self._lies_on(backend, record, mapping, device)
         if usable and record.conversion is None:
             self.resume(backend, record, mapping, None)
+        elif usable:
+            check_boundary(record, mapping)
         if not usable or mapping.open_count == 0:
             try:
                 self._mappings.close(record.mapping_name, identity.uuid)

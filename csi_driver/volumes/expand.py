@@ -96,7 +96,7 @@ class Expansion:
                 # With any other code kubelet keeps the pod from starting until there is room, and there may never be.
                 raise FailedPrecondition(f"{error}, then start the pod anew: it has the old size until then") from None
             self._backend.refresh(device)
-            if record.encryption is not None:
+            if record.encryption is not None and record.conversion is None:  # which shows all there is
                 self._encryption.resize(
                     record, device, partial(self._passphrase, record, request.key, opened), present.stage.kept_key
                 )

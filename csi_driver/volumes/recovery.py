@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from csi_driver.backends.base import Backend
+from csi_driver.backends.loopfile import half_beside
 from csi_driver.host.handle import Handle, open_handle
 from csi_driver.host.log import log
 from csi_driver.host.loop import LoopDevices
@@ -57,11 +58,6 @@ class Recovery:
         record = self._backend.get(volume_id)
         if record.encryption is not EncryptionState.ENCRYPTED or record.luks is None:
             raise FailedPrecondition(f"volume {volume_id} was never formatted, so it has no header to restore")
-        if record.conversion is not None:
-            raise FailedPrecondition(
-                f"volume {volume_id} is being moved to another volume key and has two headers; let luks-csi volume "
-                f"reencrypt {volume_id} run to its end first"
-            )
         if self._presences.of(volume_id, record).is_open:
             raise DeviceInUse(f"volume {volume_id} is open; unstage it before its header is restored")
         if not copy.is_file():
@@ -125,6 +121,11 @@ class Recovery:
         if not path.exists():
             raise DeviceAbsent(f"there is nothing at {path}; name the volume's device, or the file below it")
         if path.is_file():
+            if other := half_beside(path):
+                raise FailedPrecondition(
+                    f"{path} holds half of a volume that is being moved to another volume key, {other} the other half; "
+                    f"let luks-csi volume reencrypt run to its end, by the volume's record"
+                )
             if bound := self._loops.find(str(path)):
                 raise DeviceInUse(
                     f"{path} is in use by {', '.join(each.path for each in bound)}; unstage its volume first (luks-csi "

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from csi_driver.backends.base import Backend
 from csi_driver.host.handle import Handle
@@ -163,6 +163,8 @@ class Staging:
         except Unauthenticated:
             if secret.previous is None or record.key is not None:
                 raise
+        if record.conversion is not None:  # its passphrase is changed when that has ended
+            key = replace(key, passphrase=secret.previous)
         record = self._rekeying.renew(record, device, secret)
         return self._encryption.open(self._backend, record, device, key, undo)
 

@@ -5,6 +5,7 @@ docs/architecture.md, "A new volume key", tells the order; `csi_driver.volumes.c
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 
 import msgspec
 
@@ -56,8 +57,9 @@ class TwoKeys:
     def go_on(self, backend: Backend, record: VolumeRecord, mapping: Device, stage: Stage | None) -> None:
         """Let I/O flow through a mapping that a killed step left suspended; the record says by which table.
 
-        Raises KeyNeeded, DeviceAbsent.
+        Raises KeyNeeded, FailedPrecondition (the device is gone, the record is an older one).
         """
+        check_boundary(record, mapping)
         device = backend.device_of(record.id)
         if device is None:
             raise FailedPrecondition(
@@ -75,6 +77,7 @@ class TwoKeys:
                 stage.kept_key if stage else None,
                 stage.kept_next if stage else None,
             )
+        backend.guard(record.id)
         log.warning("a mapping that was left suspended was resumed", mapping=mapping.name)
 
     @contextmanager
@@ -91,22 +94,23 @@ class TwoKeys:
     def finish(self, backend: Backend, record: VolumeRecord) -> VolumeRecord:
         """Let the storage to which all was moved be the volume's own. Repeating is fine, wherever it was cut."""
         conversion = conversion_of(record)
-        if backend.has_next(record.id):
-            with backend.attach_next(record.id) as fresh:
-                where = where_is(record, fresh)
-                found = self._workers.call(
-                    f"luks-read of {where}",
-                    self._limits.mount_seconds,
-                    recovery.look,
-                    where,
-                    fresh,
-                    self._slots.header_limits,
-                )
-            if found.identity != conversion.luks:
-                raise FailedPrecondition(
-                    f"the header on {where}, to which its content was moved, is not the one that was made there; "
-                    f"nothing was changed, restore next.img or the record from a backup"
-                )
+        moved = backend.has_next(record.id)
+        with backend.attach_next(record.id) if moved else backend.open_storage(record.id) as fresh:
+            where = where_is(record, fresh)
+            found = self._workers.call(
+                f"luks-read of {where}",
+                self._limits.mount_seconds,
+                recovery.look,
+                where,
+                fresh,
+                self._slots.header_limits,
+            )
+        if found.identity != conversion.luks:
+            raise FailedPrecondition(
+                f"the header on {where}, to which its content was moved, is not the one that was made there; nothing "
+                f"was changed, restore next.img or the record from a backup"
+            )
+        if moved:
             backend.take_next(record.id)
         key = conversion.key or record.key
         record = msgspec.structs.replace(
@@ -114,6 +118,7 @@ class TwoKeys:
             encryption=EncryptionState.ENCRYPTED,
             luks=conversion.luks,
             key=key,
+            key_since=_now() if conversion.key else record.key_since,
             conversion=None,
             parameters=_parameters(record, conversion),
         )
@@ -122,6 +127,19 @@ class TwoKeys:
         record = backend.update(record)
         log.info("volume has another volume key", volume_id=record.id, luks_uuid=conversion.luks.uuid)
         return record
+
+
+def check_boundary(record: VolumeRecord, mapping: Device) -> None:
+    """Raise FailedPrecondition where a live mapping shows more of the new device than the record knows of, or, while it
+    is not suspended, anything else than that: such a record is not the newest.
+    """
+    conversion = conversion_of(record)
+    live = two_keys.boundary(mapping.targets, two_keys.new_key_name(conversion.luks), record.capacity_bytes)
+    if live > conversion.done or (live != conversion.done and not mapping.suspended):
+        raise FailedPrecondition(
+            f"the mapping {mapping.name} has {live} bytes under the new volume key and the record of volume "
+            f"{record.id} says {conversion.done}; restore its newest record"
+        )
 
 
 def conversion_of(record: VolumeRecord) -> Conversion:
@@ -152,6 +170,10 @@ def refuse_half(backend: Backend, record: VolumeRecord) -> None:
             f"volume {record.id} is being encrypted, {record.conversion.done * 100 // record.capacity_bytes} % are "
             f"done; let luks-csi volume encrypt {record.id} run to its end on this node, it goes on where it was"
         )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _parameters(record: VolumeRecord, conversion: Conversion) -> VolumeParameters:

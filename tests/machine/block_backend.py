@@ -66,7 +66,13 @@ class BlockBackend:
     def open_storage(self, volume_id: str) -> Handle:
         return self.attach(volume_id, lasting=False)
 
+    def is_newest(self, record: VolumeRecord) -> bool:
+        return False
+
     def make_next(self, volume_id: str, size: int) -> None:
+        raise NotImplementedError
+
+    def drop_next(self, volume_id: str) -> None:
         raise NotImplementedError
 
     def attach_next(self, volume_id: str) -> Handle:

@@ -22,8 +22,8 @@ from csi_driver.rpc.client import CsiClient
 from csi_driver.rpc.endpoint import address_of
 from csi_driver.rpc.server import driver_server
 from csi_driver.volumes.driver import Driver, Host, build_driver
-from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.keys import VolumeKeys
+from csi_driver.volumes.keyslots import KeySlots
 from csi_driver.volumes.rotation import KeyRotation
 from tests.keys.given import GivenSources
 from tests.machine.node import EXT4, MIB, SECRET, SIZE, VOLUME, Node
@@ -73,10 +73,10 @@ class KeepingKms:
 class Lab:
     """A node whose volumes have a KMS and the shortest period, and who looks at their keys."""
 
-    def __init__(self, folder: Path, workers: Workers, make_encryption: Callable[..., Encryption] = Encryption) -> None:
+    def __init__(self, folder: Path, workers: Workers, make_slots: Callable[..., KeySlots] = KeySlots) -> None:
         self.kms = KeepingKms()
         keys = VolumeKeys(GivenSources(kms=self.kms), "node-1")
-        self.node = Node(folder, workers, make_encryption=make_encryption, given_keys=keys)
+        self.node = Node(folder, workers, make_slots=make_slots, given_keys=keys)
         self.restart()
 
     def restart(self) -> None:
@@ -158,7 +158,7 @@ def test_a_kms_that_is_down_is_asked_again_at_the_next_look(folder: Path, worker
     lab.check()
 
 
-class Cut(Encryption):
+class Cut(KeySlots):
     """Is cut in the step `at`, once, behind what that step does to the header or before it."""
 
     at: str | None = None
