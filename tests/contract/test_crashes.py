@@ -27,7 +27,7 @@ def sound_driver() -> Outcome:
 
 def unsynced_records() -> Report:
     with machine("unsynced", Plant.UNSYNCED) as replayed:
-        replayed.replay(16)
+        replayed.replay(40)
     return replayed.report
 
 

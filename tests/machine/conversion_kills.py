@@ -107,6 +107,7 @@ def run(folder: Path, workers: Workers, kind: str, step: int, result: Result) ->
     device = made(node, kind, noise)
     where = f"{kind}, step {step}"
     with contextlib.ExitStack() as stack:
+        old = stack.enter_context(node.disk().open("rb"))
         writer = stack.enter_context(Writer(device, step)) if kind == "in use" else None
         steps = killed(folder, kind, step, where)
         result.kills += steps is None
@@ -116,6 +117,8 @@ def run(folder: Path, workers: Workers, kind: str, step: int, result: Result) ->
             result.check(where, noise)
             node.unstage()
         end(node, kind)
+        if kind == "plain" and old.read().strip(b"\0"):
+            result.lost.append(f"{where}: plain text lies where the volume was")
     if writer is not None:
         node.unstage()
     node.stage(capability=BLOCK)

@@ -39,6 +39,7 @@ from tests.machine.crash_plants import Plant
 from tests.machine.crash_workload import REPORT, Walker
 
 LEAST_STEPS = 15
+_FIRST = 3
 DEVICE_BYTES = 512 << 20
 LOG_BYTES = 2 << 30
 COMMAND_SECONDS = 120
@@ -190,11 +191,13 @@ def record(node_host: Host, logged: Logged, rng: random.Random, steps: int) -> l
 def choose(stretches: Sequence[Interval], rng: random.Random, count: int) -> list[tuple[int, float]]:
     """Which states to look at: an interval each, and the share of its unsure writes that is taken for lucky.
 
-    Half of them are the hardest, where a fact was told and nothing that had not been flushed survives.
+    Half of them are the hardest, where a fact was told and nothing that had not been flushed survives; the first of
+    these always, where a volume was made.
     """
     before = [0, *(stretch.facts for stretch in stretches)]
     hard = [(number, 0.0) for number, stretch in enumerate(stretches) if stretch.facts > before[number]]
-    chosen = rng.sample(hard, min(count // 2, len(hard)))
+    first, rest = hard[:_FIRST], hard[_FIRST:]
+    chosen = [*first, *rng.sample(rest, max(0, min(count // 2 - len(first), len(rest))))]
     others = [
         (number, share)
         for number, stretch in enumerate(stretches)
