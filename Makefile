@@ -59,7 +59,7 @@ test: check $(CSI_SANITY) $(KUBERNETES_BIN) $(VAULT_BIN) ## every test, seeded h
 	@$(MAKE) -j3 --output-sync=target --no-print-directory test-danger test-machine test-servers
 
 # Each guest has one processor: the device tests run in two at once, and beside them what waits for servers.
-DANGER := $(wildcard tests/machine/test_danger_*.py) $(addprefix tests/machine/test_,storm.py faults.py canary.py)
+DANGER := $(wildcard tests/machine/test_danger_*.py) $(addprefix tests/machine/test_,storm.py canary.py)
 UDEV := tests/machine/test_udev.py
 test-danger: venv system
 	$(GUEST) $(MACHINE_PYTEST) $(DANGER)
