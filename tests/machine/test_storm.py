@@ -1,4 +1,4 @@
-"""A seeded minute of `make storm`, and the proof that it turns red: a program that does not hold its device."""
+"""A seeded two minutes of `make storm`, and the proof that it turns red: a program that does not hold its device."""
 
 import contextlib
 import random
@@ -18,7 +18,7 @@ from tests.machine.storm_bystander import Bystander
 from tests.machine.storm_model import Ledger
 
 _SEED = "7"
-_CALLS = 1000
+_CALLS = 2000
 
 
 @pytest.mark.timeout(3600)
