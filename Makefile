@@ -58,7 +58,8 @@ test: check $(CSI_SANITY) $(KUBERNETES_BIN) $(VAULT_BIN) ## every test, seeded h
 	@tools/system.sh cluster
 	@$(MAKE) -j3 --output-sync=target --no-print-directory test-danger test-machine test-servers
 
-# Each guest has one processor: the device tests run in two at once, and beside them what waits for servers.
+# Each guest has one processor: the device tests run in two at once, and beside them what waits for servers. Those of
+# contract start programs, which a process should not that has talked gRPC to a KMS: gRPC's fork handlers may end them.
 DANGER := $(wildcard tests/machine/test_danger_*.py) $(addprefix tests/machine/test_,storm.py canary.py)
 UDEV := tests/machine/test_udev.py
 test-danger: venv system
@@ -68,7 +69,8 @@ test-machine: venv system
 	$(GUEST) $(MACHINE_PYTEST) $(filter-out $(DANGER) $(UDEV),$(wildcard tests/machine/test_*.py))
 
 test-servers: venv system $(KUBERNETES_BIN) $(VAULT_BIN)
-	$(PY) -m pytest tests/contract tests/keys
+	$(PY) -m pytest tests/contract
+	$(PY) -m pytest tests/keys
 	$(GUEST_FOR) --udev -- $(MACHINE_PYTEST) $(UDEV)
 	$(PY) -m tests.cluster tests/cluster/test_smoke.py tests/cluster/test_examples.py
 
