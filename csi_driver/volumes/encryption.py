@@ -68,9 +68,14 @@ class Encryption:
     def ended(self, backend: Backend, record: VolumeRecord) -> VolumeRecord:
         """The volume's record, once a move to another volume key that was cut at its very end has ended.
 
-        Before its device is attached, as it becomes another one. Raises what `TwoKeys.finish` does.
+        Before its device is attached, as it becomes another one; `refuse_half` was asked before. What one that was cut
+        at its very begin has left goes. Raises what `TwoKeys.finish` does.
         """
-        if record.conversion is None or record.conversion.done < record.capacity_bytes:
+        if record.conversion is None:
+            if backend.has_next(record.id):
+                backend.drop_next(record.id)
+            return record
+        if record.conversion.done < record.capacity_bytes:
             return record
         return self.two_keys.finish(backend, record)
 

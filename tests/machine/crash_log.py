@@ -58,6 +58,7 @@ class Step(StrEnum):
     WRITTEN = "written"
     EXPANDING = "expanding"
     EXPANDED = "expanded"
+    MOVING = "moving"
     UNSTAGED = "unstaged"
     DELETING = "deleting"
     DELETED = "deleted"
@@ -73,9 +74,11 @@ class Identity(msgspec.Struct, frozen=True):
     fs_uuid: str | None
 
     def agrees(self, other: "Identity") -> bool:
-        """Whether both can be of one volume: only one that was mounted knows its file system."""
-        same_key = (self.luks_uuid, self.key_digest) == (other.luks_uuid, other.key_digest)
-        return same_key and (self.fs_uuid == other.fs_uuid or None in (self.fs_uuid, other.fs_uuid))
+        """Whether both can be of one volume: only one that was mounted knows its file system, and one that was moved to
+        another volume key no digest.
+        """
+        pairs = (self.key_digest, other.key_digest), (self.fs_uuid, other.fs_uuid)
+        return self.luks_uuid == other.luks_uuid and all(None in pair or pair[0] == pair[1] for pair in pairs)
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -119,6 +122,7 @@ class Expected:
     staged: bool = False
     deleting: bool = False
     deleted: bool = False
+    moved: bool = False
     identity: Identity | None = None
     records: list[Record] = field(default_factory=list)
     identities: set[Identity] = field(default_factory=set)
@@ -133,8 +137,12 @@ class Expected:
             case Step.FORMATTING:
                 self.staged = True
             case Step.STAGED if fact.identity is not None:
-                self.identities.add(fact.identity)
-                self.identity = self.identity or fact.identity
+                self._know(fact.identity)
+            case Step.MOVING:
+                self.moved = True
+                known, self.identities, self.identity = self.identities, set(), None
+                for identity in known:
+                    self._know(identity)
             case Step.WRITTEN if fact.record is not None:
                 self.records.append(fact.record)
             case Step.DELETING:
@@ -144,6 +152,12 @@ class Expected:
             case _:
                 pass
         self.usable = max(self.usable, fact.usable)
+
+    def _know(self, identity: Identity) -> None:
+        """Of a volume that was moved to another volume key, perhaps to its end, the digest tells nothing any more."""
+        identity = msgspec.structs.replace(identity, key_digest=None) if self.moved else identity
+        self.identities.add(identity)
+        self.identity = self.identity or identity
 
 
 def expected(facts: Iterable[Fact]) -> dict[str, Expected]:

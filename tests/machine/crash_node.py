@@ -20,6 +20,7 @@ from csi_driver.model.volume import VolumeRecord
 from csi_driver.rpc.client import CsiClient, RemoteError, RemoteVolume
 from csi_driver.rpc.server import driver_server
 from csi_driver.volumes.capability import AccessMode, Capability
+from csi_driver.volumes.conversion import Watch
 from csi_driver.volumes.driver import Driver, Host, build_driver
 from tests.keys.program import program
 from tests.machine.crash_log import Identity, Kind
@@ -107,6 +108,14 @@ class Node:
         """Another key for a volume of a KMS, as `luks-csi keys rotate` does it beside the server."""
         with self.driver.locks.hold(volume):
             self.driver.rekeying.rotate(volume, read_secret({}), None)
+
+    def reencrypt(self, volume: str, kind: Kind) -> None:
+        """Another volume key, or the rest of a move to one that a crash has cut."""
+        self.driver.conversions.reencrypt(volume, read_secret(_secret(kind)), Watch())
+
+    def is_between_keys(self, volume: str) -> bool:
+        """Whether such a move was cut."""
+        return self.driver.backend.get(volume).conversion is not None
 
     def key_slots(self, volume: str) -> int:
         """How many its header has."""

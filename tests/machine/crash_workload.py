@@ -97,10 +97,11 @@ class Walker:
                 fresh = not volume.formatted
                 self._one_of(volume, (self._stage, 10), (self._expand, 2), (self._delete, 1 if fresh else 4))
             case State.STAGED:
-                self._one_of(volume, (self._publish, 8), (self._rotate, 2 * volume.kind.kms), (self._unstage, 2))
+                keys = (self._rotate, 2 * volume.kind.kms), (self._reencrypt, volume.kind.encrypted)
+                self._one_of(volume, (self._publish, 8), *keys, (self._unstage, 2))
             case State.PUBLISHED:
-                rotate = (self._rotate, 3 * volume.kind.kms)
-                self._one_of(volume, (self._write, 10), rotate, (self._expand, 2), (self._unpublish, 3))
+                keys = (self._rotate, 3 * volume.kind.kms), (self._reencrypt, volume.kind.encrypted)
+                self._one_of(volume, (self._write, 10), *keys, (self._expand, 2), (self._unpublish, 3))
             case State.DELETING:
                 self._delete(volume)
 
@@ -171,6 +172,7 @@ class Walker:
     def _expand(self, volume: Held) -> None:
         if volume.growths >= _GROWTHS:
             return
+        self._end_move(volume)
         volume.growths += 1
         wanted = volume.capacity + self._rng.choice([8, 16, 24]) * _MIB
         self._begin(Step.EXPANDING, volume, wanted)
@@ -180,7 +182,17 @@ class Walker:
         self._tell(Fact(Step.EXPANDED, volume.id, volume.kind, volume.capacity, usable))
 
     def _rotate(self, volume: Held) -> None:
+        self._end_move(volume)
         self._node.rotate(volume.id)
+
+    def _reencrypt(self, volume: Held) -> None:
+        self._begin(Step.MOVING, volume)
+        self._node.reencrypt(volume.id, volume.kind)
+
+    def _end_move(self, volume: Held) -> None:
+        """What a crash has cut forbids other changes until it has ended."""
+        if self._node.is_between_keys(volume.id):
+            self._node.reencrypt(volume.id, volume.kind)
 
     def _unpublish(self, volume: Held) -> None:
         self._node.unpublish(volume.id)
