@@ -106,9 +106,12 @@ class Times:
 
 
 class Run:
-    """A child at work on an operation; it tells how many bytes are done, and its error if it ends in one."""
+    """A child at work on an operation; it tells how many bytes are done, and its error if it ends in one.
 
-    def __init__(self, work: Callable[[Progress], None]) -> None:
+    It stops itself (SIGSTOP) when `stand_at` bytes are done: who is to stop it from outside may come too late.
+    """
+
+    def __init__(self, work: Callable[[Progress], None], stand_at: int | None = None) -> None:
         self._pipe, theirs = os.pipe()
         self._text = b""
         self.first: int | None = None
@@ -117,7 +120,7 @@ class Run:
         if self.pid == 0:
             with contextlib.suppress(BaseException):
                 os.close(self._pipe)
-                _child(work, theirs)
+                _child(work, theirs, stand_at)
             os._exit(2)
         os.close(theirs)
 
@@ -136,6 +139,13 @@ class Run:
                     self.first = self.done if self.first is None else self.first
         return False
 
+    def wait_until_it_stands(self) -> None:
+        """Raises Lost when it is over instead."""
+        found = os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        if found is None or found.si_code != os.CLD_STOPPED:
+            code, said = self.end()
+            raise Lost(f"a run that was to stand was over with {code}: {said}")
+
     def send(self, number: int) -> None:
         os.kill(self.pid, number)
 
@@ -148,10 +158,19 @@ class Run:
         return os.waitstatus_to_exitcode(status), self._text.decode(errors="replace")
 
 
-def _child(work: Callable[[Progress], None], pipe: int) -> None:
+def _child(work: Callable[[Progress], None], pipe: int, stand_at: int | None) -> None:
     """What a run does; it never returns."""
+    before = -1
+
+    def tell(done: int) -> None:
+        nonlocal before
+        os.write(pipe, b"%d\n" % done)
+        if stand_at is not None and before < stand_at <= done:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        before = done
+
     try:
-        work(lambda done: (os.write(pipe, b"%d\n" % done), None)[1])
+        work(tell)
     except DriverError as error:
         os.write(pipe, str(error).encode())
         os._exit(1)
@@ -290,9 +309,8 @@ class Lab:
 
     def _change_meanwhile(self, operation: str) -> None:
         """Change the source within a run: that must end in the sentence that says so, and leave nothing."""
-        run = Run(self._work(operation))
-        run.wait(_PATIENCE, to=self._total(operation) // 8)
-        run.send(signal.SIGSTOP)
+        run = Run(self._work(operation), self._total(operation) // 8)
+        run.wait_until_it_stands()
         with self._changed(operation):
             run.send(signal.SIGCONT)
             code, said = run.end()
