@@ -1,6 +1,9 @@
 """User-mode Linux: a Linux kernel that runs as a process, here on the host's own root file system, read-only, with its
 own device-mapper, loop devices and mounts. See "User Mode Linux HOWTO" at https://docs.kernel.org.
 
+Its kernel and each of its processes are processes of the host that hand over to each other at every system call. On one
+processor of the host that takes less than half the time that it takes between two, and takes it evenly.
+
 Read-only guards the host against accidents, not against malice: root in the guest can mount the host anew, writable.
 """
 
@@ -11,6 +14,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -105,6 +109,20 @@ def _prepare(*command: str) -> None:
         subprocess.run(command, check=True, timeout=60, capture_output=True, text=True, env=environment)
     except subprocess.CalledProcessError as error:
         raise GuestError(f"The guest cannot be prepared, {command[0]} failed: {error.stderr.strip()}") from error
+
+
+@contextlib.contextmanager
+def _processor() -> Iterator[int]:
+    """A processor of the host that no other guest has, as long as there is one."""
+    allowed = sorted(os.sched_getaffinity(0))
+    with socket.socket(socket.AF_UNIX) as claim:
+        for number in allowed:
+            with contextlib.suppress(OSError):
+                claim.bind(f"\0luks-csi-guest-processor-{number}")  # a name that ends with the process: unix(7)
+                break
+        else:
+            number = allowed[os.getpid() % len(allowed)]
+        yield number
 
 
 def _shown(config: GuestConfig) -> list[str]:
@@ -231,8 +249,9 @@ class Guest:
             with open(source, "rb") as stdin:
                 guard = self._spawn([_GUARD, "guard", str(self._scratch)], stdin, subprocess.DEVNULL)
             boot.callback(self._end_group, guard)
+            bound = ["taskset", "-c", str(boot.enter_context(_processor()))]
             self._process = self._spawn(
-                [_START, "start", str(self._kernel_log), *self._kernel(init)], subprocess.DEVNULL, tether
+                [_START, "start", str(self._kernel_log), *bound, *self._kernel(init)], subprocess.DEVNULL, tether
             )
             boot.callback(self._end_group, self._process)
             self._boot = boot.pop_all()
