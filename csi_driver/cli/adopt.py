@@ -6,13 +6,11 @@ from typing import Any
 import click
 
 from csi_driver.cli.beside import PARAMS, BesideServer
-from csi_driver.cli.logs import configure_logs
+from csi_driver.cli.local import local_driver
 from csi_driver.cli.output import OUTPUT_OPTION, Output, show_json, show_text, size_text
 from csi_driver.cli.secret_files import SecretSource, secret_options
 from csi_driver.cli.serve import settings_params
-from csi_driver.host.hardening import harden_process
 from csi_driver.keys.secret import read_secret
-from csi_driver.model.settings import Limits, LogFormat, Settings
 from csi_driver.model.volume import KeyTrail, volume_id_for
 
 _LIMITS = ("format_seconds", "unlock_seconds", "mount_seconds", "pbkdf_memory_kib")
@@ -59,10 +57,7 @@ def adopt(
     comes from the passphrase that is given, or from a KMS.
     """
     from csi_driver.volumes.adoption import AdoptRequest
-    from csi_driver.volumes.driver import build_driver
 
-    configure_logs(LogFormat.AUTO, "warning")
-    harden_process()
     if volume_id_for(name) != name:
         raise click.BadParameter(f"{name!r} cannot be a volume's name here.", context)
     if (kms_id is None) is not (kms_type is None) or (kms_id is None and (wrapped or kms_name)):
@@ -72,19 +67,10 @@ def adopt(
     if kms_id is not None and kms_type is not None:
         text = wrapped.read_text().strip() if wrapped else ""
         trail = KeyTrail(kms_id=kms_id, type=kms_type, name=kms_name, wrapped=text, tenant=tenant)
-    limits = Limits(**{field: given.pop(field) for field in _LIMITS})
-    driver = (context.obj or build_driver)(Settings(**given, limits=limits))
-    try:
+    with local_driver(context, given) as driver:
         key = read_secret(secret.read(f"Passphrase of {file}"))
         with driver.locks.hold(name):
             made = driver.adoption.adopt(AdoptRequest(name, file.absolute(), key, trail))
-    except OSError as error:
-        raise click.ClickException(
-            f"{driver.settings.state_dir} cannot be used ({error.strerror}: {error.filename}); run this as root, on "
-            f"the node, where its server has run"
-        ) from None
-    finally:
-        driver.stop()
     if made.key is not None and not made.key.wrapped:
         show_text(
             f"volume {made.id} opens with the key of what it was copied from: give it one of its own (luks-csi keys "

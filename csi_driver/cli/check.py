@@ -4,13 +4,12 @@ from typing import Any
 
 import click
 
-from csi_driver.cli.logs import configure_logs
+from csi_driver.cli.local import local_driver
 from csi_driver.cli.names import volume_names
 from csi_driver.cli.output import OUTPUT_OPTION, Output, confirm, show_json, show_text
 from csi_driver.cli.secret_files import SecretSource, read_for_volume, secret_options
 from csi_driver.cli.serve import settings_params
 from csi_driver.keys.secret import read_secret
-from csi_driver.model.settings import Limits, LogFormat, Settings
 from csi_driver.model.volume import is_volume_id
 
 _LIMITS = ("unlock_seconds", "mount_seconds", "pbkdf_memory_kib")
@@ -32,29 +31,21 @@ def check(context: click.Context, /, volume_id: str, output: str, *, repair: boo
     It is opened with the secret, looked at by e2fsck, xfs_repair or btrfs check, and closed again; nothing in it is
     changed without --repair. The exit code is 0 when it is well or mended, 1 when it is damaged.
     """
-    from csi_driver.volumes.driver import build_driver
-
-    configure_logs(LogFormat.AUTO, "warning")
     if not is_volume_id(volume_id):
         raise click.BadParameter(f"{volume_id!r} is no id of a volume.", context)
     seconds: float = given.pop("seconds")
     secret = SecretSource(given.pop("secret_dir"), given.pop("passphrase_file"))
-    limits = Limits(**{name: given.pop(name) for name in _LIMITS})
-    settings = Settings(**given, limits=limits)
     if repair:
         question = (
             f"Mend the file system of volume {volume_id}? It may cost what is damaged: have a backup of disk.img."
         )
         confirm(question, yes=yes)
-    driver = (context.obj or build_driver)(settings)
-    try:
+    with local_driver(context, given) as driver:
         record = driver.backend.get(volume_id)  # before a lock is made for what is not there
         encrypted = record.encryption is not None
         key = read_secret(read_for_volume(secret, volume_id, encrypted=encrypted, required=record.key is None))
         with driver.locks.hold(volume_id):
             checked = driver.checking.check(volume_id, key, repair=repair, seconds=seconds)
-    finally:
-        driver.stop()
     if output == Output.JSON:
         show_json(checked)
     else:

@@ -1,23 +1,21 @@
 """`luks-csi volume encrypt` and `volume reencrypt`: a first volume key for a volume, and another one."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from csi_driver.cli.beside import PARAMS, BesideServer
-from csi_driver.cli.logs import configure_logs
+from csi_driver.cli.local import local_driver
 from csi_driver.cli.names import volume_names
 from csi_driver.cli.output import OUTPUT_OPTION, Output, confirm, show_json, show_text
 from csi_driver.cli.progress import ProgressLine, tell_stopping
 from csi_driver.cli.secret_files import SecretSource, secret_options
 from csi_driver.cli.serve import settings_params
 from csi_driver.cli.sizes import read_some
-from csi_driver.host.hardening import harden_process
 from csi_driver.keys.secret import SecretKey, read_secret
-from csi_driver.model.settings import Limits, LogFormat, Settings
 from csi_driver.model.volume import VolumeRecord, is_volume_id
 from csi_driver.volumes.driver import Driver
 
@@ -47,7 +45,9 @@ _rate_option = click.option(
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @secret_options
 @click.pass_context
-def reencrypt(context: click.Context, /, volume_id: str, rate: int | None, *, yes: bool, **given: Any) -> None:
+def reencrypt(
+    context: click.Context, /, volume_id: str, rate: int | None, output: str, *, yes: bool, **given: Any
+) -> None:
     """Give a volume another volume key, while it is in use or not; on its node, without a server.
 
     All of it is read, and written anew under the new key. Its passphrase stays, cipher and key size become those of its
@@ -56,7 +56,7 @@ def reencrypt(context: click.Context, /, volume_id: str, rate: int | None, *, ye
     question = f"Encrypt all of volume {volume_id} anew?"
     with _converting(context, volume_id, rate, given, question, yes=yes) as (driver, key, watch):
         done = driver.conversions.reencrypt(volume_id, key, watch)
-    _tell(done, given["output"], f"volume {volume_id} has another volume key")
+    _tell(done, output, f"volume {volume_id} has another volume key")
 
 
 @click.command(cls=BesideServer, params=[*_PARAMS])
@@ -73,6 +73,7 @@ def encrypt(
     volume_id: str,
     kms_id: str | None,
     rate: int | None,
+    output: str,
     *,
     generate: bool,
     yes: bool,
@@ -88,7 +89,7 @@ def encrypt(
     question = f"Encrypt volume {volume_id}? It cannot be undone: have a backup, and its PersistentVolume at hand."
     with _converting(context, volume_id, rate, given, question, yes=yes) as (driver, key, watch):
         done = driver.conversions.encrypt(volume_id, key, kms_id, watch, generate=generate)
-    _tell(done, given["output"], f"volume {volume_id} is encrypted")
+    _tell(done, output, f"volume {volume_id} is encrypted")
 
 
 @contextmanager
@@ -97,19 +98,11 @@ def _converting(
 ) -> Iterator[tuple[Driver, SecretKey, Any]]:
     from csi_driver.images.stopping import Stop, stop_signals
     from csi_driver.volumes.conversion import Watch
-    from csi_driver.volumes.driver import build_driver
 
-    configure_logs(LogFormat.AUTO, "warning")
-    harden_process()
     if not is_volume_id(volume_id):
         raise click.BadParameter(f"{volume_id!r} is no id of a volume.", context)
     secret = SecretSource(given.pop("secret_dir"), given.pop("passphrase_file"))
-    output = given.pop("output")
-    limits = Limits(**{name: given.pop(name) for name in _LIMITS})
-    build: Callable[[Settings], Driver] = context.obj or build_driver
-    driver = build(Settings(**given, limits=limits))
-    given["output"] = output
-    try:
+    with local_driver(context, given) as driver:
         record = driver.backend.get(volume_id)  # before a question, or a lock, is made for what is not there
         confirm(question, yes=yes or record.conversion is not None)
         key = read_secret(secret.read(f"Passphrase of volume {volume_id}"))
@@ -117,15 +110,7 @@ def _converting(
         for number in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
             signal.signal(number, signal.SIG_IGN)  # stopped in the middle of a step, a volume in use would stand still
         with stop_signals(stop), ProgressLine(f"volume {volume_id}", record.capacity_bytes) as progress:
-            watch = Watch(progress, stop, rate)
-            yield driver, key, watch
-    except OSError as error:
-        raise click.ClickException(
-            f"{driver.settings.state_dir} cannot be used ({error.strerror}: {error.filename}); run this as root, on "
-            f"the node, with the --state-dir of its server"
-        ) from None
-    finally:
-        driver.stop()
+            yield driver, key, Watch(progress, stop, rate)
 
 
 def _tell(record: VolumeRecord, output: str, sentence: str) -> None:

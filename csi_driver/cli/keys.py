@@ -1,23 +1,20 @@
 """`luks-csi keys`: where the keys of volumes come from, and new ones for them; on their node, beside its server."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 import click
 
 from csi_driver.cli.beside import PARAMS, BesideServer
-from csi_driver.cli.logs import configure_logs
+from csi_driver.cli.local import local_driver
 from csi_driver.cli.names import volume_names
 from csi_driver.cli.output import OUTPUT_OPTION, Output, confirm, show_json, show_table, show_text
 from csi_driver.cli.secret_files import SecretSource, new_secret_options, secret_options
 from csi_driver.cli.serve import settings_params
-from csi_driver.host.hardening import harden_process
 from csi_driver.keys.secret import read_secret
 from csi_driver.model.errors import DriverError
-from csi_driver.model.settings import Limits, LogFormat, Settings
 from csi_driver.model.volume import VolumeRecord, is_volume_id
 from csi_driver.volumes.driver import Driver
 from csi_driver.volumes.rekey import Rekeyed
@@ -45,7 +42,7 @@ def status(context: click.Context, /, volume_ids: tuple[str, ...], output: str, 
     Also which key of a KMS wraps it, and a change under way.
     """
     documents, failed = [], False
-    with _driver(context, given) as driver:
+    with local_driver(context, given) as driver:
         for each in volume_ids or driver.backend.ids():
             try:
                 record = driver.backend.get(each)
@@ -69,7 +66,7 @@ def status(context: click.Context, /, volume_ids: tuple[str, ...], output: str, 
 @click.pass_context
 def check(context: click.Context, /, output: str, **given: Any) -> None:
     """Ask each KMS of the configuration whether it works; the exit code is 1 when one does not."""
-    with _driver(context, given) as driver:
+    with local_driver(context, given) as driver:
         found = driver.sources.checked()
     if output == Output.JSON:
         show_json([{"kms": kms_id, "ok": ok, "found": said} for kms_id, ok, said in found])
@@ -94,7 +91,7 @@ def rotate(context: click.Context, /, volume_id: str, output: str, *, yes: bool,
     """
     secret, new = _secrets(given)
     confirm(f"Give volume {volume_id} another key?", yes=yes)
-    with _driver(context, given) as driver:
+    with local_driver(context, given) as driver:
         present = read_secret(secret.read(f"Passphrase of volume {volume_id}"))
         fresh = read_secret(new.read(f"New passphrase of volume {volume_id}", new=True)).passphrase
         done = _under_lock(driver, volume_id, lambda: driver.rekeying.rotate(volume_id, present, fresh))
@@ -116,7 +113,7 @@ def rewrap(context: click.Context, /, volume_ids: tuple[str, ...], output: str, 
     secret, _ = _secrets(given)
     failed = False
     documents = []
-    with _driver(context, given) as driver:
+    with local_driver(context, given) as driver:
         present = read_secret(secret.read("Passphrase of the KMS"))
         for each in volume_ids or driver.backend.ids():
             try:
@@ -194,22 +191,3 @@ def _under_lock(driver: Driver, volume_id: str, call: Callable[[], Rekeyed]) -> 
     driver.backend.get(volume_id)  # before a lock is made for what is not there
     with driver.locks.hold(volume_id):
         return call()
-
-
-@contextmanager
-def _driver(context: click.Context, given: dict[str, Any]) -> Iterator[Driver]:
-    from csi_driver.volumes.driver import build_driver
-
-    configure_logs(LogFormat.AUTO, "warning")
-    harden_process()
-    limits = Limits(**{name: given.pop(name) for name in _LIMITS})
-    driver = (context.obj or build_driver)(Settings(**given, limits=limits))
-    try:
-        yield driver
-    except OSError as error:
-        raise click.ClickException(
-            f"{driver.settings.state_dir} cannot be used ({error.strerror}: {error.filename}); run this as root, on "
-            f"the node, with the --state-dir of its server"
-        ) from None
-    finally:
-        driver.stop()

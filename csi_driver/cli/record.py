@@ -4,11 +4,11 @@ from typing import Any
 
 import click
 
+from csi_driver.cli.local import local_driver
 from csi_driver.cli.names import volume_names
 from csi_driver.cli.output import OUTPUT_OPTION, Output, confirm, show_json, show_text, size_text
 from csi_driver.cli.serve import settings_params
 from csi_driver.model.errors import NotFound
-from csi_driver.model.settings import Settings
 from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeRecord, is_volume_id
 
 _ENCRYPTION = {
@@ -48,27 +48,20 @@ def record_rows(record: VolumeRecord) -> list[tuple[str, str]]:
 @click.command("accept-record", params=[*settings_params("state_dir"), OUTPUT_OPTION])
 @click.argument("volume_id", metavar="VOLUME", shell_complete=volume_names)
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def accept_record(volume_id: str, output: str, *, yes: bool, **settings: Any) -> None:
+@click.pass_context
+def accept_record(context: click.Context, /, volume_id: str, output: str, *, yes: bool, **given: Any) -> None:
     """Take a volume's record from a backup, though a newer one was written; on its node, without a server.
 
     Only one by which nothing would be formatted: encrypted or plain, with a file system or used as a block device.
     """
-    from csi_driver.volumes.driver import build_driver
-
     if not is_volume_id(volume_id):
         raise click.ClickException(f"{volume_id!r} is no volume's id")
     confirm(f"Take the record of volume {volume_id} that is there, though a newer one was written?", yes=yes)
-    driver = build_driver(Settings(**settings))
-    try:
+    with local_driver(context, given) as driver:
         if not driver.backend.has(volume_id):
             raise NotFound(f"volume {volume_id} does not exist in {driver.settings.state_dir}")
         with driver.locks.hold(volume_id):
             record = driver.backend.accept_record(volume_id)
-    except OSError as error:
-        raise click.ClickException(
-            f"the record of volume {volume_id} cannot be taken ({error.strerror}: {error.filename}); run this as "
-            f"root, on the node, with the --state-dir of its server"
-        ) from None
     if output == Output.JSON:
         show_json(record)
     else:

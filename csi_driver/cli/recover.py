@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from csi_driver.cli.beside import PARAMS, BesideServer
+from csi_driver.cli.local import local_driver
 from csi_driver.cli.logs import configure_logs
 from csi_driver.cli.names import volume_names
 from csi_driver.cli.output import confirm, show_text
@@ -58,23 +59,17 @@ def recover(
 @click.argument("volume_id", metavar="VOLUME", shell_complete=volume_names)
 @click.option("--from", "copy", type=_FILE, help="The copy; else the one that the driver keeps with the volume.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def restore_header(volume_id: str, copy: Path | None, *, yes: bool, **given: Any) -> None:
+@click.pass_context
+def restore_header(context: click.Context, /, volume_id: str, copy: Path | None, *, yes: bool, **given: Any) -> None:
     """Write a copy of its LUKS2 header back to a volume that is not staged; on its node, without a server.
 
     Only a copy of this very volume: the LUKS UUID, the digest of the volume key and the sizes must be the recorded
     ones. A key slot that was removed since the copy was made opens the volume again.
     """
-    from csi_driver.volumes.driver import build_driver
-
-    configure_logs(LogFormat.AUTO, "warning")
-    limits = Limits(**{field: given.pop(field) for field in ("mount_seconds", "pbkdf_memory_kib")})
-    driver = build_driver(Settings(**given, limits=limits))
-    try:
+    with local_driver(context, given) as driver:
         if not driver.backend.has(volume_id):
             raise NotFound(f"volume {volume_id} does not exist in {driver.settings.state_dir}")
         confirm(f"Write a copy of its header over that of volume {volume_id}?", yes=yes)
         with driver.locks.hold(volume_id):
             driver.recovery.restore_header(volume_id, copy or driver.backend.header_copy(volume_id))
-    finally:
-        driver.stop()
     show_text(f"the header of volume {volume_id} is the copy's again")
