@@ -70,7 +70,7 @@ def adopt(
     with local_driver(context, given) as driver:
         key = read_secret(secret.read(f"Passphrase of {file}"))
         with driver.locks.hold(name):
-            made = driver.adoption.adopt(AdoptRequest(name, file.absolute(), key, trail))
+            made = driver.offline().adoption.adopt(AdoptRequest(name, file.absolute(), key, trail))
     if made.key is not None and not made.key.wrapped:
         show_text(
             f"volume {made.id} opens with the key of what it was copied from: give it one of its own (luks-csi keys "

@@ -45,7 +45,7 @@ def check(context: click.Context, /, volume_id: str, output: str, *, repair: boo
         encrypted = record.encryption is not None
         key = read_secret(read_for_volume(secret, volume_id, encrypted=encrypted, required=record.key is None))
         with driver.locks.hold(volume_id):
-            checked = driver.checking.check(volume_id, key, repair=repair, seconds=seconds)
+            checked = driver.offline().checking.check(volume_id, key, repair=repair, seconds=seconds)
     if output == Output.JSON:
         show_json(checked)
     else:

@@ -17,7 +17,6 @@ from csi_driver.cli.serve import settings_params
 from csi_driver.cli.sizes import read_some
 from csi_driver.keys.secret import SecretKey, read_secret
 from csi_driver.model.volume import VolumeRecord, is_volume_id
-from csi_driver.volumes.driver import Driver
 
 _LIMITS = ("format_seconds", "unlock_seconds", "mount_seconds", "pbkdf_memory_kib")
 _PARAMS = [
@@ -54,8 +53,8 @@ def reencrypt(
     class. Ctrl-C stops it, and the same command goes on; it does after a crash too.
     """
     question = f"Encrypt all of volume {volume_id} anew?"
-    with _converting(context, volume_id, rate, given, question, yes=yes) as (driver, key, watch):
-        done = driver.conversions.reencrypt(volume_id, key, watch)
+    with _converting(context, volume_id, rate, given, question, yes=yes) as (conversions, key, watch):
+        done = conversions.reencrypt(volume_id, key, watch)
     _tell(done, output, f"volume {volume_id} has another volume key")
 
 
@@ -87,15 +86,15 @@ def encrypt(
     if kms_id is not None and generate:
         raise click.UsageError("--kms and --generate-key exclude each other; give one of them.")
     question = f"Encrypt volume {volume_id}? It cannot be undone: have a backup, and its PersistentVolume at hand."
-    with _converting(context, volume_id, rate, given, question, yes=yes) as (driver, key, watch):
-        done = driver.conversions.encrypt(volume_id, key, kms_id, watch, generate=generate)
+    with _converting(context, volume_id, rate, given, question, yes=yes) as (conversions, key, watch):
+        done = conversions.encrypt(volume_id, key, kms_id, watch, generate=generate)
     _tell(done, output, f"volume {volume_id} is encrypted")
 
 
 @contextmanager
 def _converting(
     context: click.Context, volume_id: str, rate: int | None, given: dict[str, Any], question: str, *, yes: bool
-) -> Iterator[tuple[Driver, SecretKey, Any]]:
+) -> Iterator[tuple[Any, SecretKey, Any]]:
     from csi_driver.images.stopping import Stop, stop_signals
     from csi_driver.volumes.conversion import Watch
 
@@ -110,7 +109,7 @@ def _converting(
         for number in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
             signal.signal(number, signal.SIG_IGN)  # stopped in the middle of a step, a volume in use would stand still
         with stop_signals(stop), ProgressLine(f"volume {volume_id}", record.capacity_bytes) as progress:
-            yield driver, key, Watch(progress, stop, rate)
+            yield driver.offline().conversions, key, Watch(progress, stop, rate)
 
 
 def _tell(record: VolumeRecord, output: str, sentence: str) -> None:

@@ -47,7 +47,7 @@ def recover(
     driver = (context.obj or build_driver)(Settings(**given, limits=limits))
     try:
         key = read_secret(secret.read(f"Passphrase of {device}"))
-        path = driver.recovery.open(device.absolute(), name, header, key, read_only=read_only)
+        path = driver.offline().recovery.open(device.absolute(), name, header, key, read_only=read_only)
     finally:
         driver.stop()
     show_text(f"{device} is open as {path}; close it with `cryptsetup close {name}`")
@@ -71,5 +71,5 @@ def restore_header(context: click.Context, /, volume_id: str, copy: Path | None,
             raise NotFound(f"volume {volume_id} does not exist in {driver.settings.state_dir}")
         confirm(f"Write a copy of its header over that of volume {volume_id}?", yes=yes)
         with driver.locks.hold(volume_id):
-            driver.recovery.restore_header(volume_id, copy or driver.backend.header_copy(volume_id))
+            driver.offline().recovery.restore_header(volume_id, copy or driver.backend.header_copy(volume_id))
     show_text(f"the header of volume {volume_id} is the copy's again")

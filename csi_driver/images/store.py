@@ -18,7 +18,6 @@ from csi_driver.host import ofdlock
 from csi_driver.host.files import Files, read_file
 from csi_driver.host.syscalls import error_name
 from csi_driver.images.base import ImageFormat
-from csi_driver.images.target import lock_of
 from csi_driver.model.errors import Aborted, AlreadyExists, DeviceInUse, FailedPrecondition, InvalidArgument, NotFound
 from csi_driver.model.volume import LuksIdentity
 
@@ -253,6 +252,11 @@ def check_name(name: str) -> None:
             f"{name!r} cannot be an image's name; use at most 63 lower-case letters, digits, - and ., with a letter or "
             f"digit at each end"
         )
+
+
+def lock_of(folder: Path) -> Path:
+    """The lock file of the target in `folder`; a killed run leaves it."""
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def _decode(content: bytes, path: Path) -> ImageRecord:

@@ -20,6 +20,7 @@ from csi_driver.host.held import held_descriptors
 from csi_driver.host.holders import Holders, describe
 from csi_driver.host.locks import VolumeLocks
 from csi_driver.host.syscalls import check, error_name, libc
+from csi_driver.images.store import lock_of
 from csi_driver.luks.formats import LuksFormat
 from csi_driver.luks.image_header import padded
 from csi_driver.model.errors import CommandFailed, ResourceExhausted, VolumeBusy
@@ -150,11 +151,6 @@ class Lock:
         """Hold it until this process ends, as a thread that hangs in a system call may still write to the target."""
         os.dup(held_descriptors()[-1])
         self.kept = True
-
-
-def lock_of(folder: Path) -> Path:
-    """The lock file of the target in `folder`; a killed run leaves it."""
-    return folder.with_name(f".{folder.name}.lock")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,6 @@ import msgspec
 from csi_driver.backends.base import Backend
 from csi_driver.host import blockdev, keyring
 from csi_driver.host.devicemapper import Device, DeviceMapper
-from csi_driver.host.dmcontrol import NoDeviceMapper
 from csi_driver.host.handle import Handle
 from csi_driver.host.keyring import KeptKey
 from csi_driver.host.locks import VolumeLocks
@@ -52,8 +51,6 @@ from csi_driver.model.volume import (
     KeyTrail,
     LuksIdentity,
     VolumeRecord,
-    is_mapping_name,
-    volume_of,
 )
 from csi_driver.volumes.encryption import Encryption, attempt
 from csi_driver.volumes.keys import VolumeKeys
@@ -158,31 +155,6 @@ class Conversions:
             else:
                 passphrase = self._passphrase(record, record.conversion.key, secret)
         return self._run(record, passphrase, watch)
-
-    def go_on_all(self) -> None:
-        """Let I/O flow again through every mapping that a killed step has left suspended; what fails is logged.
-
-        One that a step holds just now is left to it.
-        """
-        try:
-            names = self._mapper.names()
-        except NoDeviceMapper:
-            return
-        for name in filter(is_mapping_name, names):
-            volume_id = volume_of(name)
-            try:
-                mapping = self._mapper.get(name)
-                if mapping is None or not mapping.suspended or not self._backend.has(volume_id):
-                    continue
-                with self._locks.hold(volume_id), self._workers.session():
-                    record = self._backend.get(volume_id)
-                    present = self._presences.of(volume_id, record)
-                    if record.conversion is not None and present.fit is Fit.FITS:
-                        self._encryption.resume(self._backend, record, present.mapping, present.stage)
-            except VolumeBusy:
-                continue
-            except (DriverError, OSError) as error:
-                log.error("a volume stands still", volume_id=volume_id, error=str(error))
 
     def _is_at_its_end(self, record: VolumeRecord) -> bool:
         """Whether all was moved and has taken its place, and the record alone does not say so."""

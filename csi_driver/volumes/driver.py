@@ -1,7 +1,9 @@
 """The driver as a whole: every collaborator made once and handed to those who need it."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from csi_driver.backends.base import Backend
 from csi_driver.backends.loopfile import LoopfileBackend
@@ -25,10 +27,7 @@ from csi_driver.keys.sources import KeySources
 from csi_driver.luks.mapping import Mappings
 from csi_driver.model.errors import DriverError, FailedPrecondition
 from csi_driver.model.settings import Settings
-from csi_driver.volumes.adoption import Adoption
-from csi_driver.volumes.check import Checking
 from csi_driver.volumes.condition import Conditions
-from csi_driver.volumes.conversion import Conversions
 from csi_driver.volumes.drift import KeyDrift
 from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.expand import Expansion
@@ -41,13 +40,16 @@ from csi_driver.volumes.keyslots import KeySlots
 from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.provision import Provisioning
 from csi_driver.volumes.publish import Publishing
-from csi_driver.volumes.recovery import Recovery
 from csi_driver.volumes.rekey import Rekeying
 from csi_driver.volumes.rotation import KeyRotation
 from csi_driver.volumes.stage import Staging
 from csi_driver.volumes.stages import Stages
+from csi_driver.volumes.standing import StandingVolumes
 from csi_driver.volumes.statedir import NODE_MOUNTS, StateDirectory
 from csi_driver.volumes.usage import Usages
+
+if TYPE_CHECKING:
+    from csi_driver.volumes.offline import Offline
 
 WARM = (
     "csi_driver.luks.cloned",
@@ -95,20 +97,17 @@ class Driver:
     sources: KeySources
     keys: VolumeKeys
     rekeying: Rekeying
-    conversions: Conversions
     rotation: KeyRotation
-    recovery: Recovery
-    adoption: Adoption
     provisioning: Provisioning
     staging: Staging
     publishing: Publishing
     expansion: Expansion
     healing: Healing
-    checking: Checking
     usage: Usages
     conditions: Conditions
     health: Health
     standing: Regularly
+    offline: Callable[[], "Offline"]
 
     def start(self) -> None:
         """Make the folders. The worker launcher starts with the first call, or with `warm_up`.
@@ -185,9 +184,16 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         seam, directory.check, stages, presences, host.workers, encryption, file_systems, mappings, healing, drift,
         keys, rekeying,
     )  # fmt: skip
-    conversions = Conversions(
-        seam, locks, presences, stages, host.workers, host.mapper, encryption, slots, keys, settings.limits
-    )
+    standing = StandingVolumes(seam, locks, presences, host.workers, host.mapper, encryption)
+
+    def offline() -> "Offline":
+        from csi_driver.volumes.offline import Offline  # noqa: PLC0415 - a server starts without it
+
+        return Offline(
+            settings.limits, host, seam, locks, stages, presences, mappings, commands, slots, encryption, file_systems,
+            sources, keys,
+        )  # fmt: skip
+
     return Driver(
         settings=settings,
         workers=host.workers,
@@ -199,10 +205,7 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         sources=sources,
         keys=keys,
         rekeying=rekeying,
-        conversions=conversions,
         rotation=KeyRotation(seam, locks, rekeying, directory.check),
-        adoption=Adoption(seam, host.workers, slots, sources, settings.limits),
-        recovery=Recovery(seam, presences, host.workers, host.loops, sources, settings.limits),
         provisioning=Provisioning(settings, seam, images, directory.check, staging.release, keys),
         staging=staging,
         publishing=Publishing(seam, presences, host.mounts, host.holders, file_systems, healing),
@@ -210,13 +213,11 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
             seam, directory.check, presences, host.workers, encryption, slots, file_systems, healing, keys
         ),
         healing=healing,
-        checking=Checking(
-            seam, presences, host.workers, commands, mappings, encryption, file_systems, keys, settings.limits
-        ),
         usage=Usages(seam, presences),
         conditions=Conditions(presences, ailments),
         health=Health(
             settings, seam, stages, commands, host.mapper, mappings, host.mounts, directory.check, sources.checked
         ),
-        standing=Regularly("standing volumes", conversions.go_on_all, _STANDING_SECONDS),
+        standing=Regularly("standing volumes", standing.go_on, _STANDING_SECONDS),
+        offline=offline,
     )

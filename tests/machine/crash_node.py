@@ -111,7 +111,7 @@ class Node:
 
     def reencrypt(self, volume: str, kind: Kind) -> None:
         """Another volume key, or the rest of a move to one that a crash has cut."""
-        self.driver.conversions.reencrypt(volume, read_secret(_secret(kind)), Watch())
+        self.driver.offline().conversions.reencrypt(volume, read_secret(_secret(kind)), Watch())
 
     def is_between_keys(self, volume: str) -> bool:
         """Whether such a move was cut."""

@@ -41,6 +41,7 @@ from csi_driver.volumes.publish import Publishing, PublishRequest
 from csi_driver.volumes.rekey import Rekeying
 from csi_driver.volumes.stage import StageRequest, Staging
 from csi_driver.volumes.stages import Stages
+from csi_driver.volumes.standing import StandingVolumes
 from csi_driver.volumes.usage import Usages
 from tests.fake_host import no_kms
 from tests.headers import head_of
@@ -165,6 +166,7 @@ class Node:
             self.limits,
             MIB,
         )
+        self.standing = StandingVolumes(self.store, self.locks, presences, self.workers, self.mapper, self.encryption)
         self.presences, self.healing = presences, healing
         self.usages = Usages(self.store, presences)
         self.workers.start()

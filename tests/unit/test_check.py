@@ -4,6 +4,8 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from click.testing import CliRunner, Result
@@ -18,6 +20,7 @@ from csi_driver.model.settings import Limits, Settings
 from csi_driver.volumes.check import Checked, Checking, Verdict
 from csi_driver.volumes.driver import Driver, build_driver
 from csi_driver.volumes.filesystem import FSCK, PROGRAMS
+from csi_driver.volumes.offline import Offline
 from csi_driver.volumes.presence import Presences
 from tests.fake_kernel import KernelCommands, KernelMounts, KernelWorkers
 from tests.unit.test_staging_model import BLOCK, KEY, WRONG_KEY, Rig
@@ -198,7 +201,9 @@ class FakeChecking(Checking):
 def run(rig: Rig, fake: FakeChecking, *arguments: str) -> Result:
     def build(settings: Settings) -> Driver:
         assert settings.state_dir == rig.folder
-        return dataclasses.replace(build_driver(settings), checking=fake)
+        return dataclasses.replace(
+            build_driver(settings), offline=lambda: cast(Offline, SimpleNamespace(checking=fake))
+        )
 
     key = rig.folder / "key"
     key.write_text("right\n")

@@ -54,7 +54,12 @@ def run(command: Any, tmp_path: Path, *arguments: str, record: VolumeRecord = RE
 
     def build(settings: Settings) -> Any:
         backend = SimpleNamespace(get=lambda _: record)
-        return SimpleNamespace(settings=settings, backend=backend, conversions=conversions, stop=lambda: None)
+        return SimpleNamespace(
+            settings=settings,
+            backend=backend,
+            offline=lambda: SimpleNamespace(conversions=conversions),
+            stop=lambda: None,
+        )
 
     places = ["--state-dir", str(tmp_path), "--endpoint", f"unix://{tmp_path}/csi.sock"]
     return CliRunner().invoke(command, [*arguments, *places], obj=build), conversions.asked

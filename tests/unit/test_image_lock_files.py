@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from csi_driver.host.files import Files
-from csi_driver.images.store import ImageStore
-from csi_driver.images.target import Target, hold, lock_of
+from csi_driver.images.store import ImageStore, lock_of
+from csi_driver.images.target import Target, hold
 
 
 @pytest.fixture

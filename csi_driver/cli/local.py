@@ -1,0 +1,35 @@
+"""The driver without a server, for commands that work on a node's volumes themselves."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from csi_driver.cli.logs import configure_logs
+from csi_driver.cli.serve import settings_of
+from csi_driver.host.hardening import harden_process
+from csi_driver.model.settings import LogFormat
+from csi_driver.volumes.driver import Driver
+
+
+@contextmanager
+def local_driver(context: click.Context, given: dict[str, Any]) -> Iterator[Driver]:
+    """A driver by the settings that were given, as long as a command works with it.
+
+    Raises ClickException where the state directory is not to be had.
+    """
+    from csi_driver.volumes.driver import build_driver
+
+    configure_logs(LogFormat.AUTO, "warning")
+    harden_process()
+    driver = (context.obj or build_driver)(settings_of(given))
+    try:
+        yield driver
+    except OSError as error:
+        raise click.ClickException(
+            f"{driver.settings.state_dir} cannot be used ({error.strerror}: {error.filename}); run this as root, on "
+            f"the node, with the --state-dir of its server"
+        ) from None
+    finally:
+        driver.stop()
