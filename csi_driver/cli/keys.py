@@ -15,6 +15,7 @@ from csi_driver.cli.secret_files import SecretSource, new_secret_options, secret
 from csi_driver.cli.serve import settings_params
 from csi_driver.keys.secret import read_secret
 from csi_driver.model.errors import DriverError
+from csi_driver.model.times import recorded
 from csi_driver.model.volume import VolumeRecord, is_volume_id
 from csi_driver.volumes.driver import Driver
 from csi_driver.volumes.rekey import Rekeyed
@@ -151,13 +152,13 @@ def _document(record: VolumeRecord) -> dict[str, str | bool | None]:
         "key_version": trail.key_version if trail else None,
         "change": _change(record),
         "since": record.key_since or record.created,
-        "next": datetime.fromtimestamp(planned.due, UTC).isoformat(timespec="seconds") if planned else None,
+        "next": recorded(datetime.fromtimestamp(planned.due, UTC)) if planned else None,
     }
 
 
 def _change(record: VolumeRecord) -> str | None:
     if record.conversion is not None:
-        return f"volume key, {record.conversion.done * 100 // record.capacity_bytes} %"
+        return f"volume key, {record.percent_moved} %"
     return record.rekey.phase.value if record.rekey else None
 
 

@@ -35,7 +35,7 @@ def record_rows(record: VolumeRecord) -> list[tuple[str, str]]:
             ("data offset", size_text(luks.data_offset)),
         ]
     if record.conversion is not None:
-        rows.append(("volume key", f"moved to another one, {record.conversion.done * 100 // record.capacity_bytes} %"))
+        rows.append(("volume key", f"moved to another one, {record.percent_moved} %"))
     made = record.made_fs_type if record.file_system is FileSystemState.MADE else None
     if record.parameters.backing_image:
         rows.append(("image", record.parameters.backing_image))

@@ -5,7 +5,6 @@ import errno
 import functools
 import os
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, assert_never
 
@@ -40,6 +39,7 @@ from csi_driver.model.errors import (
     InvalidHeader,
     VolumeBusy,
 )
+from csi_driver.model.times import recorded_now
 from csi_driver.model.volume import LuksIdentity
 
 _NO_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK)
@@ -269,7 +269,7 @@ def _recorded(wanted: Import, made: Path, found: Inspected, where: str) -> Image
         file_size=found.length,
         luks=found.luks,
         secret=wanted.secret,
-        created=_now(),
+        created=recorded_now(),
         provenance=Provenance(operation="import", source=_told_source(wanted), checksum=_text(wanted.checksum)),
     )
 
@@ -291,7 +291,7 @@ def _cloned(source: ImageRecord, wanted: Clone, result: PassResult) -> ImageReco
         file_size=result.size,
         luks=luks,
         secret=wanted.secret or (source.secret if kept else None),
-        created=_now(),
+        created=recorded_now(),
         provenance=Provenance(operation=wanted.operation, source=wanted.source),
     )
 
@@ -305,7 +305,3 @@ def _header(descriptor: int, where: str) -> ImageHeader:
 
 def _text(checksum: Checksum | None) -> str | None:
     return str(checksum) if checksum else None
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

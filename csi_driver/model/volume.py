@@ -169,6 +169,11 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True):
         return mapping_name(self.id)
 
     @property
+    def percent_moved(self) -> int:
+        """How much of the volume is under the volume key that `conversion` brings; 0 without one."""
+        return self.conversion.done * 100 // self.capacity_bytes if self.conversion else 0
+
+    @property
     def is_settled(self) -> bool:
         """Whether nothing is ever formatted, made, moved or given another identity by what it says."""
         return (

@@ -5,7 +5,6 @@ slots, UUID and data are the file's. The new volume is `raw`, so nothing is ever
 """
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -24,6 +23,7 @@ from csi_driver.luks import recovery
 from csi_driver.luks.header_rules import Limits as HeaderLimits
 from csi_driver.model.errors import AlreadyExists, FailedPrecondition
 from csi_driver.model.settings import Limits
+from csi_driver.model.times import recorded_now
 from csi_driver.model.volume import (
     EncryptionState,
     FileSystemState,
@@ -118,7 +118,7 @@ class Adoption:
                 luks=luks,
                 key=trail,
                 file_system=FileSystemState.RAW,
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                created=recorded_now(),
             )
             size = luks.data_offset + capacity
             record = self._backend.create(record, size, partial(self._fill, where, file, size))

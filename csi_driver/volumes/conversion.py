@@ -304,7 +304,7 @@ class Conversions:
                 _rest(watch, max(took, _LEAST_REST, (moved - done) / watch.rate - took if watch.rate else 0.0))
                 if watch.stop.name and moved < capacity:
                     raise Stopped(
-                        f"{watch.stop.name} stopped it: {moved * 100 // capacity} % of volume {volume_id} are under "
+                        f"{watch.stop.name} stopped it: {record.percent_moved} % of volume {volume_id} are under "
                         f"the new volume key; the same command goes on with it, and should soon"
                     )
 

@@ -4,7 +4,6 @@ import bisect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import msgspec
 
@@ -23,6 +22,7 @@ from csi_driver.model.errors import (
     ResourceExhausted,
 )
 from csi_driver.model.settings import Settings
+from csi_driver.model.times import recorded_now
 from csi_driver.model.volume import (
     EncryptionState,
     LuksIdentity,
@@ -267,7 +267,7 @@ class Provisioning:
             parameters=parameters,
             encryption=EncryptionState.PREPARED if parameters.encrypted else None,
             key=self._keys.make(volume_id, parameters, request.key),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            created=recorded_now(),
         )
         if image is not None:
             record = self._images.make(self._backend, record, image, request.key)

@@ -9,7 +9,6 @@ Each step is durable before the next, and the record says which key counts (docs
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import msgspec
 
@@ -20,6 +19,7 @@ from csi_driver.host.workers import Workers
 from csi_driver.keys.secret import SecretKey
 from csi_driver.model.errors import DriverError, FailedPrecondition, InvalidArgument, Unauthenticated
 from csi_driver.model.secret import Passphrase
+from csi_driver.model.times import recorded_now
 from csi_driver.model.volume import EncryptionState, KeyTrail, Rekey, RekeyPhase, VolumeRecord
 from csi_driver.volumes.encryption import attempt
 from csi_driver.volumes.keys import VolumeKeys
@@ -152,7 +152,7 @@ class Rekeying:
             self._note(record, None)
             raise
         removing = Rekey(phase=RekeyPhase.REMOVING, slot=slot)
-        record = self._backend.update(msgspec.structs.replace(record, rekey=removing, key_since=_now()))
+        record = self._backend.update(msgspec.structs.replace(record, rekey=removing, key_since=recorded_now()))
         record = self._remove(record, device, new)
         log.info("passphrase changed", volume_id=record.id)
         return Rekeyed(record, changed=True)
@@ -178,7 +178,9 @@ class Rekeying:
             fresh = self._keys.fetch(record, other, secret, "rotate")
             slot = self._slots.add_passphrase(self._backend, record, device, current, fresh, secret)
             removing = Rekey(phase=RekeyPhase.REMOVING, other=old, slot=slot)
-            record = self._backend.update(msgspec.structs.replace(record, key=other, rekey=removing, key_since=_now()))
+            record = self._backend.update(
+                msgspec.structs.replace(record, key=other, rekey=removing, key_since=recorded_now())
+            )
             other = old
         keep = self._keys.fetch(record, _trail(record), secret, "rotate")
         removed = record.rekey.slot if record.rekey else None
@@ -222,10 +224,6 @@ class Rekeying:
                 attached = self._backend.attach(volume_id, lasting=False)
             with attached:
                 yield attached
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _trail(record: VolumeRecord) -> KeyTrail:

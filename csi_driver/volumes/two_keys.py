@@ -5,7 +5,6 @@ docs/architecture.md, "A new volume key", tells the order; `csi_driver.volumes.c
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 
 import msgspec
 
@@ -23,6 +22,7 @@ from csi_driver.luks.two_keys import Side, Sides
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.settings import Limits
+from csi_driver.model.times import recorded_now
 from csi_driver.model.volume import Conversion, EncryptionState, VolumeParameters, VolumeRecord
 from csi_driver.volumes.keyslots import KeySlots, recorded_identity, where_is
 from csi_driver.volumes.stages import Stage
@@ -118,7 +118,7 @@ class TwoKeys:
             encryption=EncryptionState.ENCRYPTED,
             luks=conversion.luks,
             key=key,
-            key_since=_now() if conversion.key else record.key_since,
+            key_since=recorded_now() if conversion.key else record.key_since,
             conversion=None,
             parameters=_parameters(record, conversion),
         )
@@ -167,13 +167,9 @@ def refuse_half(backend: Backend, record: VolumeRecord) -> None:
         )
     if record.encryption is None and record.conversion is not None:
         raise FailedPrecondition(
-            f"volume {record.id} is being encrypted, {record.conversion.done * 100 // record.capacity_bytes} % are "
+            f"volume {record.id} is being encrypted, {record.percent_moved} % are "
             f"done; let luks-csi volume encrypt {record.id} run to its end on this node, it goes on where it was"
         )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _parameters(record: VolumeRecord, conversion: Conversion) -> VolumeParameters:
