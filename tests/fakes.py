@@ -6,6 +6,7 @@ from pathlib import Path
 
 from csi_driver.host.holders import Holders
 from csi_driver.host.locks import VolumeLocks
+from csi_driver.host.regularly import Regularly
 from csi_driver.keys.secret import SecretKey
 from csi_driver.model.errors import NotFound
 from csi_driver.model.settings import Settings
@@ -127,15 +128,25 @@ class FakeUsages(Usages):
 
 
 class FakeKeyRotation(KeyRotation):
-    """Its thread is noted in `life` and not started; `at_work` is what it ends at a stop."""
-
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
-        self.life: list[str] = []
-        self.at_work: Callable[[], object] = list
 
     def rotate(self, volume_id: str, secret: SecretKey) -> None:
         self._calls.note(("rotate", volume_id, secret))
+
+    def overdue(self) -> int:
+        return 5
+
+    def failed(self) -> int:
+        return 1
+
+
+class FakeJob(Regularly):
+    """Its thread is noted in `life` and not started; `at_work` is what it ends at a stop."""
+
+    def __init__(self) -> None:
+        self.life: list[str] = []
+        self.at_work: Callable[[], object] = list
 
     def start(self) -> None:
         self.life.append("started")
@@ -146,12 +157,6 @@ class FakeKeyRotation(KeyRotation):
     def join(self) -> None:
         self.at_work()
         self.life.append("ended")
-
-    def overdue(self) -> int:
-        return 5
-
-    def failed(self) -> int:
-        return 1
 
 
 class FakeHealth(Health):
@@ -193,6 +198,7 @@ class FakeUseCases:
     provisioning: FakeProvisioning
     health: FakeHealth
     rotation: FakeKeyRotation
+    job: FakeJob
 
 
 def fake_use_cases(folder: Path, settings: Settings | None = None) -> FakeUseCases:
@@ -200,7 +206,7 @@ def fake_use_cases(folder: Path, settings: Settings | None = None) -> FakeUseCas
     settings = settings or Settings(endpoint=folder / "csi.sock", node_id="node-1", state_dir=folder / "state")
     (folder / "locks").mkdir(exist_ok=True)
     calls, health = Calls(), FakeHealth()
-    provisioning, rotation = FakeProvisioning(calls), FakeKeyRotation(calls)
+    provisioning, rotation, job = FakeProvisioning(calls), FakeKeyRotation(calls), FakeJob()
     driver = dataclasses.replace(
         build_driver(settings),
         locks=VolumeLocks(folder / "locks", Holders()),
@@ -210,6 +216,7 @@ def fake_use_cases(folder: Path, settings: Settings | None = None) -> FakeUseCas
         expansion=FakeExpansion(calls),
         usage=FakeUsages(calls),
         rotation=rotation,
+        jobs=(job,),
         health=health,
     )
-    return FakeUseCases(driver, calls, provisioning, health, rotation)
+    return FakeUseCases(driver, calls, provisioning, health, rotation, job)

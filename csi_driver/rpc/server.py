@@ -212,7 +212,7 @@ def driver_server(driver: Driver) -> Server:
         from csi_driver.rpc.addons import servicers  # noqa: PLC0415
 
         addons = servicers(settings, health.obstacle, driver.rotation)
-    jobs = [driver.rotation] if Service.NODE in settings.services else []
+    jobs = driver.jobs if Service.NODE in settings.services else ()
     return Server(settings, add, [VolumeLocking(driver.locks)], gauges, driver.sources, addons, jobs)
 
 

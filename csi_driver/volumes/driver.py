@@ -1,7 +1,7 @@
 """The driver as a whole: every collaborator made once and handed to those who need it."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,7 @@ from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.provision import Provisioning
 from csi_driver.volumes.publish import Publishing
 from csi_driver.volumes.rekey import Rekeying
-from csi_driver.volumes.rotation import KeyRotation
+from csi_driver.volumes.rotation import LOOK_SECONDS, KeyRotation
 from csi_driver.volumes.stage import Staging
 from csi_driver.volumes.stages import Stages
 from csi_driver.volumes.standing import StandingVolumes
@@ -106,7 +106,7 @@ class Driver:
     usage: Usages
     conditions: Conditions
     health: Health
-    standing: Regularly
+    jobs: Sequence[Regularly]
     offline: Callable[[], "Offline"]
 
     def start(self) -> None:
@@ -131,13 +131,11 @@ class Driver:
             log.warning("no encrypted volume can be staged on this host", error=str(error))
 
     def warm_up(self) -> None:
-        """Start the worker launcher ahead of the first call that needs it, and let go on what a killed step stopped."""
+        """Start the worker launcher ahead of the first call that needs it."""
         self.workers.start()
-        self.standing.start()
 
     def stop(self) -> None:
         """End the worker launcher, and close what is open to key sources; what is staged stays staged."""
-        self.standing.stop()
         self.sources.close()
         self.workers.stop()
 
@@ -185,6 +183,7 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         keys, rekeying,
     )  # fmt: skip
     standing = StandingVolumes(seam, locks, presences, host.workers, host.mapper, encryption)
+    rotation = KeyRotation(seam, locks, rekeying, directory.check)
 
     def offline() -> "Offline":
         from csi_driver.volumes.offline import Offline  # noqa: PLC0415 - a server starts without it
@@ -205,7 +204,7 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         sources=sources,
         keys=keys,
         rekeying=rekeying,
-        rotation=KeyRotation(seam, locks, rekeying, directory.check),
+        rotation=rotation,
         provisioning=Provisioning(settings, seam, images, directory.check, staging.release, keys),
         staging=staging,
         publishing=Publishing(seam, presences, host.mounts, host.holders, file_systems, healing),
@@ -218,6 +217,9 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         health=Health(
             settings, seam, stages, commands, host.mapper, mappings, host.mounts, directory.check, sources.checked
         ),
-        standing=Regularly("standing volumes", standing.go_on, _STANDING_SECONDS),
+        jobs=(
+            Regularly("standing volumes", standing.look, _STANDING_SECONDS),
+            Regularly("rotation", rotation.look, LOOK_SECONDS, first=LOOK_SECONDS),
+        ),
         offline=offline,
     )

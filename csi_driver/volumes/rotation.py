@@ -5,7 +5,6 @@ was cut stands in it too (docs/architecture.md, "A new key"). So a look goes on 
 """
 
 import hashlib
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Final
 from csi_driver.backends.base import Backend
 from csi_driver.host.locks import VolumeLocks
 from csi_driver.host.log import log
+from csi_driver.host.regularly import Ending
 from csi_driver.keys.base import RequestNeeded
 from csi_driver.keys.secret import LONGHORN_VALUE, PREVIOUS, SecretKey
 from csi_driver.model.errors import DriverError, FailedPrecondition, NotFound, VolumeBusy
@@ -64,7 +64,7 @@ def schedule(record: VolumeRecord) -> Schedule | None:
 
 
 class KeyRotation:
-    """Changes keys when it is asked to and, from `start` to `join`, when they are due: one volume at a time.
+    """Changes keys when it is asked to and, at each look, when they are due: one volume at a time.
 
     `check_state` raises FailedPrecondition when the state directory is not the one that it was. `clock` tells seconds
     since the epoch.
@@ -83,8 +83,6 @@ class KeyRotation:
         self._rekeying = rekeying
         self._check_state = check_state
         self._clock = clock
-        self._ending = threading.Event()
-        self._thread: threading.Thread | None = None
         self._overdue: set[str] = set()
         self._failed = 0
         self._told: set[str] = set()
@@ -105,20 +103,6 @@ class KeyRotation:
             )
         self._rekeying.rotate(volume_id, secret, secret.passphrase if record.key is None else None)
 
-    def start(self) -> None:
-        """Begin to look, in a thread of its own."""
-        self._thread = threading.Thread(target=self._run, name="rotation", daemon=True)
-        self._thread.start()
-
-    def ask_to_end(self) -> None:
-        """Look at no further volume."""
-        self._ending.set()
-
-    def join(self) -> None:
-        """Wait until the one that was at work has ended."""
-        if self._thread is not None:
-            self._thread.join()
-
     def overdue(self) -> int:
         """How many volumes have a key that is older than the period of their class, as of the last look."""
         return len(self._overdue)
@@ -127,7 +111,7 @@ class KeyRotation:
         """How many scheduled rotations of this process have failed."""
         return self._failed
 
-    def look(self) -> None:
+    def look(self, ending: Ending) -> None:
         """Look at every volume once: end what was cut, change what is due. What hinders it is logged and counted."""
         try:
             self._check_state()
@@ -138,13 +122,9 @@ class KeyRotation:
         self._overdue.intersection_update(ids)
         self._told.intersection_update(ids)
         for volume_id in ids:
-            if self._ending.is_set():
+            if ending():
                 return
             self._look_at(volume_id)
-
-    def _run(self) -> None:
-        while not self._ending.wait(LOOK_SECONDS):
-            self.look()
 
     def _look_at(self, volume_id: str) -> None:
         self._overdue.discard(volume_id)

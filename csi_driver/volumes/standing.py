@@ -5,6 +5,7 @@ from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.dmcontrol import NoDeviceMapper
 from csi_driver.host.locks import VolumeLocks
 from csi_driver.host.log import log
+from csi_driver.host.regularly import Ending
 from csi_driver.host.workers import Workers
 from csi_driver.luks.mapping import Fit
 from csi_driver.model.errors import DriverError, VolumeBusy
@@ -32,13 +33,15 @@ class StandingVolumes:
         self._mapper = mapper
         self._encryption = encryption
 
-    def go_on(self) -> None:
+    def look(self, ending: Ending) -> None:
         """Look at all mappings of volumes; what fails is logged. One that a step holds just now is left to it."""
         try:
             names = self._mapper.names()
         except NoDeviceMapper:
             return
         for name in filter(is_mapping_name, names):
+            if ending():
+                return
             volume_id = volume_of(name)
             try:
                 mapping = self._mapper.get(name)

@@ -213,24 +213,24 @@ def test_calls_and_overdue_rotations_are_measured(run: Run, socket: Path) -> Non
 
 
 def test_the_looks_begin_and_end_with_the_server(cases: FakeUseCases) -> None:
-    assert cases.rotation.life == ["started"]
+    assert cases.job.life == ["started"]
     server = driver_server(cases.driver)
     server.stop()  # one that did not start, too
-    assert cases.rotation.life == ["started", "asked to end", "ended"]
+    assert cases.job.life == ["started", "asked to end", "ended"]
 
 
 def test_a_server_without_the_node_service_does_not_look(run: Run) -> None:
-    assert run(services=frozenset({Service.CONTROLLER})).rotation.life == []
+    assert run(services=frozenset({Service.CONTROLLER})).job.life == []
 
 
 def test_a_stop_waits_for_a_rotation_as_for_a_call(tmp_path: Path, cases: FakeUseCases, gate: Gate) -> None:
     settings = Settings(endpoint=tmp_path / "csi2.sock", node_id="n", grace_seconds=SECONDS)
     server = driver_server(replace(cases.driver, settings=settings))
     server.start()
-    cases.rotation.at_work = lambda: gate(None)
+    cases.job.at_work = lambda: gate(None)
     stop = in_background(server.stop)
     assert gate.entered.acquire(timeout=SECONDS)
-    assert cases.rotation.life[-1] == "asked to end"
+    assert cases.job.life[-1] == "asked to end"
     gate.opened.set()
     assert stop() is True
 
@@ -239,7 +239,7 @@ def test_a_rotation_that_outlives_the_grace_time_is_cut_off(tmp_path: Path, case
     settings = Settings(endpoint=tmp_path / "csi2.sock", node_id="n", grace_seconds=0.1)
     server = driver_server(replace(cases.driver, settings=settings))
     server.start()
-    cases.rotation.at_work = lambda: gate(None)
+    cases.job.at_work = lambda: gate(None)
     assert server.stop() is False
     gate.opened.set()
-    cases.rotation.at_work = list
+    cases.job.at_work = list

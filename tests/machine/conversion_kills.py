@@ -164,7 +164,7 @@ def go_on(node: Node, where: str) -> bool:
     before = node.mapping()
     deadline = time.monotonic() + _BUSY_SECONDS
     while True:
-        node.standing.go_on()  # which leaves out what a worker of the killed process still works on
+        node.standing.look(lambda: False)  # which leaves out what a worker of the killed process still works on
         after = node.mapping()
         if after is None or not after.suspended:
             return before is not None and before.suspended

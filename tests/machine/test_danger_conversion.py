@@ -239,7 +239,7 @@ def test_the_guard_is_on_after_it_went_on(node: Node) -> None:
     assert "a" in flags(next_file(node)), flags(next_file(node))
     assert "a" in flags(node.disk())
     node.mapper.suspend(f"luks-{VOLUME}")
-    node.standing.go_on()
+    node.standing.look(lambda: False)
     assert not node.open_mapping().suspended
     assert "a" in flags(node.disk()), "disk"
     assert "a" in flags(next_file(node)), "next.img can be opened for writing by anybody"

@@ -128,15 +128,15 @@ def test_a_look_changes_the_keys_of_staged_and_of_closed_volumes(folder: Path, w
     lab.create(VOLUME, OTHER)
     before = [lab.name(VOLUME), lab.name(OTHER)]
     lab.age(0.5)
-    lab.rotation.look()
+    lab.rotation.look(lambda: False)
     assert [lab.name(VOLUME), lab.name(OTHER)] == before
     lab.age(1)
-    lab.rotation.look()
+    lab.rotation.look(lambda: False)
     changed = [lab.name(VOLUME), lab.name(OTHER)]
     assert not set(changed) & set(before)
     assert (lab.rotation.failed(), lab.rotation.overdue()) == (0, 0)
     assert not lab.node.loops_of(OTHER)
-    lab.rotation.look()  # the new ones count from now
+    lab.rotation.look(lambda: False)  # the new ones count from now
     assert [lab.name(VOLUME), lab.name(OTHER)] == changed
     lab.node.stage(OTHER, secret=NONE)
     lab.check(VOLUME)
@@ -149,10 +149,10 @@ def test_a_kms_that_is_down_is_asked_again_at_the_next_look(folder: Path, worker
     before = lab.name()
     lab.kms.down = Unavailable("KMS kms cannot be reached")
     lab.age(1)
-    lab.rotation.look()
+    lab.rotation.look(lambda: False)
     assert (lab.name(), lab.rotation.failed(), lab.rotation.overdue()) == (before, 1, 1)
     lab.kms.down = None
-    lab.rotation.look()
+    lab.rotation.look(lambda: False)
     assert lab.name() != before
     assert (lab.rotation.failed(), lab.rotation.overdue()) == (1, 0)
     lab.check()
@@ -201,12 +201,12 @@ def test_a_rotation_that_was_cut_is_ended_by_the_next_look(
     before = lab.name()
     made[0].at, made[0].behind = step, behind
     lab.age(1)
-    lab.rotation.look()
+    lab.rotation.look(lambda: False)
     rekey = lab.node.record().rekey
     assert rekey is not None
     assert rekey.phase is phase
     lab.restart()
-    lab.rotation.look()  # it ends the one, and begins no other
+    lab.rotation.look(lambda: False)  # it ends the one, and begins no other
     (kept,) = lab.kms.kept
     assert kept.endswith(".2")
     assert lab.name() == kept != before

@@ -1,6 +1,5 @@
 """When keys are changed by themselves, whose, and what is told of those that could not be."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -98,7 +97,7 @@ class Lab:
         """What was rotated by a look at that time."""
         self.rekeying.made.clear()
         self.clock.at = at
-        self.rotation.look()
+        self.rotation.look(lambda: False)
         return self.rekeying.rotated()
 
 
@@ -217,7 +216,7 @@ def test_one_that_was_changed_meanwhile_is_not_changed_again(lab: Lab, tmp_path:
 
     slow = Slow(tmp_path, NoHolders())
     lab.clock.at = MADE + 90 * DAY
-    KeyRotation(lab.backend, slow, lab.rekeying, lab.check, lab.clock).look()
+    KeyRotation(lab.backend, slow, lab.rekeying, lab.check, lab.clock).look(lambda: False)
     assert lab.rekeying.made == []
 
 
@@ -290,38 +289,12 @@ def test_nothing_is_looked_at_in_another_state_directory(lab: Lab, lines: Told) 
     assert [line.event for line in lines] == ["keys were not looked at"]
 
 
-# The thread
-
-
 def test_the_looks_end_with_the_server_between_two_volumes(lab: Lab) -> None:
     lab.add(record("a"), record("b"))
 
-    class Stopping(FakeRekeying):
-        def rotate(self, volume_id: str, secret: SecretKey, new: Passphrase | None) -> Rekeyed:
-            rotation.ask_to_end()
-            return super().rotate(volume_id, secret, new)
-
-    rekeying = Stopping(lab.backend, lab.clock)
-    rotation = KeyRotation(lab.backend, lab.locks, rekeying, lab.check, lab.clock)
     lab.clock.at = MADE + 90 * DAY
-    rotation.look()
-    assert rekeying.rotated() == ["a"]
-
-
-def test_the_thread_looks_until_it_is_asked_to_end(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("csi_driver.volumes.rotation.LOOK_SECONDS", 0)
-    seen = threading.Event()
-    monkeypatch.setattr(lab.rotation, "look", seen.set)
-    lab.rotation.start()
-    assert seen.wait(SECONDS)
-    lab.rotation.ask_to_end()
-    lab.rotation.join()
-    assert not [thread for thread in threading.enumerate() if thread.name == "rotation"]
-
-
-def test_one_that_was_never_started_can_be_ended(lab: Lab) -> None:
-    lab.rotation.ask_to_end()
-    lab.rotation.join()
+    lab.rotation.look(lambda: bool(lab.rekeying.rotated()))
+    assert lab.rekeying.rotated() == ["a"]
 
 
 # By request
