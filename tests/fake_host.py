@@ -23,7 +23,7 @@ from csi_driver.keys.kubernetes import Kubernetes
 from csi_driver.keys.sources import KeySources
 from csi_driver.model.errors import Aborted, DeviceAbsent, DeviceInUse, NotFound, ResourceExhausted
 from csi_driver.model.settings import Limits
-from csi_driver.model.volume import VolumeRecord
+from csi_driver.model.volume import VolumeParameters, VolumeRecord
 from csi_driver.volumes.from_image import BackingImages
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.keyslots import KeySlots
@@ -262,8 +262,10 @@ class MemoryBackend:
     def name(self) -> str:
         return "memory"
 
-    def create(self, record: VolumeRecord, size: int, fill: Fill | None = None) -> VolumeRecord:
-        assert fill is None, "there is nothing to write to"
+    def prepare(self) -> None:
+        """There is nothing to make."""
+
+    def create(self, record: VolumeRecord, size: int) -> VolumeRecord:
         if size > self.space().available:
             raise ResourceExhausted(f"no room for {record.id}")
         self.records[record.id], self.sizes[record.id] = record, size
@@ -304,20 +306,11 @@ class MemoryBackend:
     def is_newest(self, record: VolumeRecord) -> bool:
         return False
 
-    def make_next(self, volume_id: str, size: int) -> None:
-        raise NotImplementedError
+    def accept_record(self, volume_id: str) -> VolumeRecord:
+        return self.get(volume_id)
 
-    def drop_next(self, volume_id: str) -> None:
-        raise NotImplementedError
-
-    def attach_next(self, volume_id: str) -> Handle:
-        raise NotImplementedError
-
-    def has_next(self, volume_id: str, header: int = 0) -> bool:
-        return False
-
-    def take_next(self, volume_id: str) -> None:
-        raise NotImplementedError
+    def header_copy(self, volume_id: str) -> Path:
+        return Path("/nonexistent") / volume_id
 
     def has_header_copy(self, volume_id: str) -> bool:
         return False
@@ -343,7 +336,7 @@ class MemoryBackend:
     def detach(self, volume_id: str) -> None:
         """Nothing is attached."""
 
-    def space(self) -> Space:
+    def space(self, parameters: VolumeParameters | None = None) -> Space:
         free = max(0, self.total - sum(self.sizes.values()))
         return Space(self.total, free, free)
 

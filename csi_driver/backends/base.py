@@ -1,12 +1,30 @@
-"""What a backend must offer: it keeps ciphertext and tags, and shows a volume as a block device of this node."""
+"""What a backend must offer: it keeps ciphertext and tags, and shows a volume as a block device of this node.
+
+The contract, beside what each method says:
+
+- *Who retries.* The caller of the call, that is Kubernetes. A backend tries nothing twice, but for what passes within
+  milliseconds; it never waits for another call.
+- *What is idempotent.* All that changes something may be cut at any step, by kill -9 or a power cut, and is repeated
+  with the same arguments, or with others: what was left is taken up, or thrown away, by the next call for that volume.
+- *What an error means.* DriverErrors only, but for OSErrors of a state directory that cannot be used. Aborted: the work
+  goes on with the next call, and what was done counts. ResourceExhausted: nothing was made, and there is no room.
+  FailedPrecondition and its kinds: nothing was changed, and repeating alone does not help. DeadlineExceeded and
+  CommandFailed: nobody knows how far it came; the next call finds out.
+- *What is whose.* By identity, never by name alone. What a backend did not make it does not touch, whatever its name.
+- *Where it runs.* Nothing here forks. What may hang on a device, and every program, runs in a worker.
+
+What not every backend can do is a Protocol of its own: `MakesFromFile`, `MovesVolumeKey`.
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from csi_driver.host.handle import Handle
-from csi_driver.model.volume import VolumeRecord
+from csi_driver.model.errors import FailedPrecondition
+from csi_driver.model.volume import VolumeParameters, VolumeRecord
 
 
 @dataclass(frozen=True)
@@ -33,10 +51,13 @@ class Backend(Protocol):
     def name(self) -> str:
         """The value of the StorageClass parameter `backend` that chooses it."""
 
-    def create(self, record: VolumeRecord, size: int, fill: Fill | None = None) -> VolumeRecord:
-        """Make a device of `size` bytes with its record, wholly or not at all; blank unless `fill` writes to it.
+    def prepare(self) -> None:
+        """Make what is needed before the first volume; at each start of the server. Raises OSError, DriverError."""
 
-        Raises ResourceExhausted when there is no room for it, before anything is written, and what `fill` raises.
+    def create(self, record: VolumeRecord, size: int) -> VolumeRecord:
+        """Make a blank device of `size` bytes with its record, wholly or not at all.
+
+        Raises ResourceExhausted when there is no room for it, before anything is written.
         """
 
     def has(self, volume_id: str) -> bool:
@@ -75,26 +96,14 @@ class Backend(Protocol):
     def is_newest(self, record: VolumeRecord) -> bool:
         """Whether it is known that no newer record of the volume was ever written; False where nobody knows."""
 
-    def make_next(self, volume_id: str, size: int) -> None:
-        """Make blank storage of `size` bytes that may take the place of the volume's own; an earlier one goes.
+    def accept_record(self, volume_id: str) -> VolumeRecord:
+        """Take the record that is there for the newest one, whatever was written since; returns it.
 
-        Whoever calls it knows that nothing was moved to an earlier one. Raises ResourceExhausted, FailedPrecondition.
+        Only a settled record, as nothing is ever formatted by one. Raises NotFound, FailedPrecondition.
         """
 
-    def drop_next(self, volume_id: str) -> None:
-        """Remove that storage, to which nothing was moved; absent is fine."""
-
-    def attach_next(self, volume_id: str) -> Handle:
-        """Show that storage as a block device, as `attach` does the volume's own. Raises DeviceAbsent, DeviceInUse."""
-
-    def has_next(self, volume_id: str, header: int = 0) -> bool:
-        """Whether that storage is there; with `header`, whether anything was written behind its first so many bytes."""
-
-    def take_next(self, volume_id: str) -> None:
-        """Put it in the place of the volume's own, which goes, in one durable step; devices on it stay what they are.
-
-        Raises FailedPrecondition.
-        """
+    def header_copy(self, volume_id: str) -> Path:
+        """Where the copy of the volume's LUKS2 header is, if one is kept."""
 
     def has_header_copy(self, volume_id: str) -> bool:
         """Whether a copy of the volume's LUKS2 header is kept."""
@@ -126,14 +135,14 @@ class Backend(Protocol):
     def is_device_of(self, volume_id: str, number: tuple[int, int]) -> bool:
         """Whether the block device of that number is the volume's: by identity of what is below, not by name.
 
-        That of the storage which is to take its place is the volume's too.
+        That of storage which is to take its place (`MovesVolumeKey`) is the volume's too.
         """
 
     def detach(self, volume_id: str) -> None:
         """Let go of a lasting device, and of the guard; absent is fine, also when the volume is gone."""
 
-    def space(self) -> Space:
-        """Room for new volumes."""
+    def space(self, parameters: VolumeParameters | None = None) -> Space:
+        """Room for new volumes of a class with these parameters; None for one that says nothing."""
 
     def orphans(self) -> Sequence[str]:
         """Leftovers of killed calls, each as a path that ends in its volume's id, sorted.
@@ -143,3 +152,62 @@ class Backend(Protocol):
 
     def remove_orphans(self, volume_id: str) -> Sequence[str]:
         """Remove the leftovers of this volume and return their paths; what may still hold data stays."""
+
+
+@runtime_checkable
+class MakesFromFile(Protocol):
+    """A backend whose volumes are files while they are made: images are cloned into them."""
+
+    def create_filled(self, record: VolumeRecord, size: int, fill: Fill) -> VolumeRecord:
+        """As `Backend.create`, with what `fill` writes. Raises what that raises too."""
+
+
+@runtime_checkable
+class MovesVolumeKey(Protocol):
+    """A backend that can keep other storage beside a volume's own and put it in that place in one durable step."""
+
+    def make_next(self, volume_id: str, size: int) -> None:
+        """Make blank storage of `size` bytes that may take the place of the volume's own; an earlier one goes.
+
+        Whoever calls it knows that nothing was moved to an earlier one. Raises ResourceExhausted, FailedPrecondition.
+        """
+
+    def drop_next(self, volume_id: str) -> None:
+        """Remove that storage, to which nothing was moved; absent is fine."""
+
+    def attach_next(self, volume_id: str) -> Handle:
+        """Show that storage as a block device, as `attach` does the volume's own. Raises DeviceAbsent, DeviceInUse."""
+
+    def has_next(self, volume_id: str, header: int = 0) -> bool:
+        """Whether that storage is there; with `header`, whether anything was written behind its first so many bytes."""
+
+    def take_next(self, volume_id: str) -> None:
+        """Put it in the place of the volume's own, which goes, in one durable step; devices on it stay what they are.
+
+        Raises FailedPrecondition.
+        """
+
+
+def made_from_file(backend: Backend, volume_id: str) -> MakesFromFile:
+    """The backend, if its volumes can start with content. Raises FailedPrecondition."""
+    if isinstance(backend, MakesFromFile):
+        return backend
+    raise FailedPrecondition(
+        f"volume {volume_id} cannot start from an image or a disk: the backend {backend.name} makes blank volumes "
+        f"only; use a driver with the backend loopfile for it"
+    )
+
+
+def movable(backend: Backend) -> MovesVolumeKey | None:
+    """The backend, if it keeps storage beside a volume's own."""
+    return backend if isinstance(backend, MovesVolumeKey) else None
+
+
+def storage_beside(backend: Backend, volume_id: str) -> MovesVolumeKey:
+    """As `movable`. Raises FailedPrecondition where it does not."""
+    if (found := movable(backend)) is not None:
+        return found
+    raise FailedPrecondition(
+        f"volume {volume_id} cannot be moved to another volume key: the backend {backend.name} has no storage beside a "
+        f"volume's own; make a new volume, which has a key of its own, and copy the files"
+    )

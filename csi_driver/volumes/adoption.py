@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from csi_driver.backends.base import Backend
+from csi_driver.backends.base import Backend, made_from_file
 from csi_driver.host.clonefile import FileIdentity, clone_file
 from csi_driver.host.log import log
 from csi_driver.host.syscalls import error_name
@@ -71,6 +71,7 @@ class Adoption:
         Unauthenticated, ResourceExhausted, Aborted (the file was changed meanwhile), and what a KMS raises.
         """
         volume_id, where = volume_id_for(request.name), f"the file {request.file}"
+        maker = made_from_file(self._backend, volume_id)
         if self._backend.has(volume_id):
             raise AlreadyExists(f"volume {volume_id} exists already; choose another name")
         try:
@@ -121,7 +122,7 @@ class Adoption:
                 created=recorded_now(),
             )
             size = luks.data_offset + capacity
-            record = self._backend.create(record, size, partial(self._fill, where, file, size))
+            record = maker.create_filled(record, size, partial(self._fill, where, file, size))
         log.info("volume adopted", volume_id=volume_id, file=str(request.file), luks_uuid=luks.uuid)
         return record
 

@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from csi_driver.backends.base import Backend
+from csi_driver.backends.base import Backend, MovesVolumeKey, storage_beside
 from csi_driver.host import blockdev, keyring
 from csi_driver.host.devicemapper import Device, DeviceMapper
 from csi_driver.host.handle import Handle
@@ -120,6 +120,7 @@ class Conversions:
         its passphrase or an expansion under way, key slots of others), Unauthenticated, ResourceExhausted, VolumeBusy,
         Stopped, DeviceUnreadable, and what sources and headers raise; the same call goes on after any of them.
         """
+        self._beside(volume_id)
         with self._locks.hold(volume_id), self._workers.session():
             record = self._backend.get(volume_id)
             if record.encryption is None:
@@ -143,6 +144,7 @@ class Conversions:
         Its key is `secret`'s passphrase, or one of its own in that KMS or, to `generate`, in a secret. Raises as
         `reencrypt`, and DeviceInUse.
         """
+        self._beside(volume_id)
         with self._locks.hold(volume_id), self._workers.session():
             record = self._backend.get(volume_id)
             if record.encryption is not None:
@@ -158,7 +160,10 @@ class Conversions:
 
     def _is_at_its_end(self, record: VolumeRecord) -> bool:
         """Whether all was moved and has taken its place, and the record alone does not say so."""
-        return conversion_of(record).done >= record.capacity_bytes and not self._backend.has_next(record.id)
+        return conversion_of(record).done >= record.capacity_bytes and not self._beside(record.id).has_next(record.id)
+
+    def _beside(self, volume_id: str) -> MovesVolumeKey:
+        return storage_beside(self._backend, volume_id)
 
     def _opening(self, record: VolumeRecord, secret: SecretKey) -> Passphrase:
         """What opens the volume's header: its key, or the secret's passphrase, or the one that it had before."""
@@ -242,11 +247,12 @@ class Conversions:
             data_offset=chosen.data_offset,
         )
         size = record.capacity_bytes + chosen.data_offset
-        self._backend.make_next(record.id, size)
+        beside = self._beside(record.id)
+        beside.make_next(record.id, size)
         try:
             digest = self._format_next(record, chosen, identity, size, passphrase, trail)
         except BaseException:
-            attempt(self._backend.drop_next, record.id)
+            attempt(beside.drop_next, record.id)
             raise
         return msgspec.structs.replace(identity, digest=digest)
 
@@ -259,7 +265,7 @@ class Conversions:
         passphrase: Passphrase,
         trail: KeyTrail | None,
     ) -> str:
-        with self._backend.attach_next(record.id) as fresh, self._slots.unlocking(f"volume {record.id}"):
+        with self._beside(record.id).attach_next(record.id) as fresh, self._slots.unlocking(f"volume {record.id}"):
             where = where_is(record, fresh)
             return self._workers.call(
                 f"luks-format of {where}",
@@ -289,7 +295,7 @@ class Conversions:
                     if record.conversion is None:
                         return record  # another command has ended it
                     done = record.conversion.done
-                    if moving is None and self._backend.has_next(volume_id):
+                    if moving is None and self._beside(volume_id).has_next(volume_id):
                         moving = stack.enter_context(self._moving(record, passphrase))
                     if done >= capacity:
                         return self._finish(record)
@@ -316,7 +322,7 @@ class Conversions:
         with ExitStack() as stack:
             old: VolumeKey | None = None
             old_cipher = None
-            with self._device(record) as device, self._backend.attach_next(record.id) as fresh:
+            with self._device(record) as device, self._beside(record.id).attach_next(record.id) as fresh:
                 if identity is not None:
                     old = stack.enter_context(self._header(record, device, identity).volume_key(passphrase))
                     old_cipher = sector_cipher(identity.cipher, bytes(old.value), identity.sector_size)
@@ -361,7 +367,8 @@ class Conversions:
         present = self._usable(record)
         start = conversion_of(record).done
         length = min(self._chunk, record.capacity_bytes - start)
-        if (room := self._backend.space().available) < length:  # what is freed may be shared with another file
+        room = self._backend.space(record.parameters).available
+        if room < length:  # what is freed may be shared with another file
             raise ResourceExhausted(
                 f"no room to move more of volume {record.id}: {length} bytes are wanted and {room} are free above the "
                 f"floor; free space there, the same command goes on"
@@ -369,7 +376,7 @@ class Conversions:
         try:
             with self._device(record) as device:
                 if present.mapping is None:
-                    with self._backend.attach_next(record.id) as fresh:
+                    with self._beside(record.id).attach_next(record.id) as fresh:
                         moving.mover.copy(device, fresh, start, length)
                         record = self._advanced(record, start + length)
                 else:

@@ -91,7 +91,7 @@ class Driver:
     workers: Workers
     state: StateDirectory
     locks: VolumeLocks
-    backend: LoopfileBackend
+    backend: Backend
     mappings: Mappings
     encryption: Encryption
     sources: KeySources
@@ -149,6 +149,12 @@ def key_sources(settings: Settings, workers: Workers) -> KeySources:
     return KeySources(config, kubernetes, workers, settings.kms_programs, Audit(settings.audit_file))
 
 
+def make_backend(settings: Settings, host: Host) -> Backend:
+    """What keeps the ciphertext; nothing is started or touched yet."""
+    folder = settings.state_dir / "loopfile"
+    return LoopfileBackend(folder, settings.free_space_floor, host.files, host.loops, RecordCodec())
+
+
 def build_driver(settings: Settings, host: Host | None = None) -> Driver:
     """Put the driver together; nothing is started or touched yet."""
     host = host or Host()
@@ -161,11 +167,10 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         Mounts(NODE_MOUNTS),
         require_mount=settings.require_mount,
     )
-    backend = LoopfileBackend(state / "loopfile", settings.free_space_floor, host.files, host.loops, RecordCodec())
-    seam: Backend = backend
+    backend = make_backend(settings, host)
     mappings = Mappings(host.mapper, host.holders)
     stages = Stages(state / "stages", host.files)
-    presences = Presences(seam, stages, mappings, host.mounts)
+    presences = Presences(backend, stages, mappings, host.mounts)
     commands = Commands(host.workers)
     locks = VolumeLocks(state / "locks", host.holders, backend.has, remade=True)
     slots = KeySlots(host.workers, settings.limits)
@@ -174,23 +179,23 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
     keys = VolumeKeys(sources, settings.node_id)
     file_systems = FileSystems(host.workers, commands, host.mounts, host.holders, settings.limits)
     ailments = FileSystemHealth(host.mounts)
-    healing = Healing(seam, presences, host.workers, file_systems, ailments)
+    healing = Healing(backend, presences, host.workers, file_systems, ailments)
     images = BackingImages(ImageStore(state / "images", host.files), host.workers, slots, keys, settings.limits)
-    drift = KeyDrift(seam, stages, slots)
-    rekeying = Rekeying(seam, host.workers, slots, keys)
+    drift = KeyDrift(backend, stages, slots)
+    rekeying = Rekeying(backend, host.workers, slots, keys)
     staging = Staging(
-        seam, directory.check, stages, presences, host.workers, encryption, file_systems, mappings, healing, drift,
+        backend, directory.check, stages, presences, host.workers, encryption, file_systems, mappings, healing, drift,
         keys, rekeying,
     )  # fmt: skip
-    standing = StandingVolumes(seam, locks, presences, host.workers, host.mapper, encryption)
-    rotation = KeyRotation(seam, locks, rekeying, directory.check)
+    standing = StandingVolumes(backend, locks, presences, host.workers, host.mapper, encryption)
+    rotation = KeyRotation(backend, locks, rekeying, directory.check)
 
     def offline() -> "Offline":
         from csi_driver.volumes.offline import Offline  # noqa: PLC0415 - a server starts without it
 
         return Offline(
-            settings.limits, host, seam, locks, stages, presences, mappings, commands, slots, encryption, file_systems,
-            sources, keys,
+            settings.limits, host, backend, locks, stages, presences, mappings, commands, slots, encryption,
+            file_systems, sources, keys,
         )  # fmt: skip
 
     return Driver(
@@ -205,17 +210,17 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         keys=keys,
         rekeying=rekeying,
         rotation=rotation,
-        provisioning=Provisioning(settings, seam, images, directory.check, staging.release, keys),
+        provisioning=Provisioning(settings, backend, images, directory.check, staging.release, keys),
         staging=staging,
-        publishing=Publishing(seam, presences, host.mounts, host.holders, file_systems, healing),
+        publishing=Publishing(backend, presences, host.mounts, host.holders, file_systems, healing),
         expansion=Expansion(
-            seam, directory.check, presences, host.workers, encryption, slots, file_systems, healing, keys
+            backend, directory.check, presences, host.workers, encryption, slots, file_systems, healing, keys
         ),
         healing=healing,
-        usage=Usages(seam, presences),
+        usage=Usages(backend, presences),
         conditions=Conditions(presences, ailments),
         health=Health(
-            settings, seam, stages, commands, host.mapper, mappings, host.mounts, directory.check, sources.checked
+            settings, backend, stages, commands, host.mapper, mappings, host.mounts, directory.check, sources.checked
         ),
         jobs=(
             Regularly("standing volumes", standing.look, _STANDING_SECONDS),

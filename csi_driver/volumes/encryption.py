@@ -12,7 +12,7 @@ from typing import ParamSpec
 
 import msgspec
 
-from csi_driver.backends.base import Backend
+from csi_driver.backends.base import Backend, movable
 from csi_driver.host.devicemapper import Device, DeviceMapper, MappingHandle
 from csi_driver.host.handle import Handle
 from csi_driver.host.keyring import KeptKey
@@ -72,8 +72,8 @@ class Encryption:
         at its very begin has left goes. Raises what `TwoKeys.finish` does.
         """
         if record.conversion is None:
-            if backend.has_next(record.id):
-                backend.drop_next(record.id)
+            if (beside := movable(backend)) is not None and beside.has_next(record.id):
+                beside.drop_next(record.id)
             return record
         if record.conversion.done < record.capacity_bytes:
             return record

@@ -13,7 +13,7 @@ from typing import Final
 
 import msgspec
 
-from csi_driver.backends.base import Backend
+from csi_driver.backends.base import Backend, made_from_file
 from csi_driver.host.clonefile import FileIdentity, clone_file
 from csi_driver.host.handle import Handle
 from csi_driver.host.log import log
@@ -130,7 +130,8 @@ class BackingImages:
                 record, encryption=EncryptionState.CLONING, luks=identity, cloned_uuid=image.luks.uuid
             )
         size = device_size(record)
-        record = backend.create(record, size, partial(self._fill, record.id, image, size))
+        maker = made_from_file(backend, record.id)
+        record = maker.create_filled(record, size, partial(self._fill, record.id, image, size))
         return self.finish(backend, record, key)
 
     def finish(self, backend: Backend, record: VolumeRecord, key: SecretKey) -> VolumeRecord:

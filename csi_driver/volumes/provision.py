@@ -189,7 +189,7 @@ class Provisioning:
         if parameters.backing_image is not None and not self._images.is_here(parameters.backing_image):
             return Capacity(0, 0)
         overhead = formats.DATA_OFFSET if parameters.encrypted else 0
-        room = max(0, self._backend.space().available - overhead)
+        room = max(0, self._backend.space(parameters).available - overhead)
         return Capacity(room, min(room, _LARGEST_BYTES))
 
     def refusal(

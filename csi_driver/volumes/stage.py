@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-from csi_driver.backends.base import Backend
+from csi_driver.backends.base import Backend, movable
 from csi_driver.host.handle import Handle
 from csi_driver.host.log import log
 from csi_driver.host.mountinfo import Mount
@@ -121,7 +121,7 @@ class Staging:
                 self._stage(record, request, key)
             except CommandFailed as error:
                 # A device on a full disk answers with I/O errors, and what works on it knows nothing of the disk.
-                free = self._backend.space().free
+                free = self._backend.space(record.parameters).free
                 if free > _FULL_BYTES:
                     raise
                 raise ResourceExhausted(
@@ -214,7 +214,7 @@ class Staging:
         try:
             record = self._backend.get(present.volume_id)
         except (NotFound, FailedPrecondition):
-            if self._backend.has_next(present.volume_id):
+            if (beside := movable(self._backend)) is not None and beside.has_next(present.volume_id):
                 raise
             record = None
         self._encryption.resume(self._backend, record, present.mapping, present.stage)

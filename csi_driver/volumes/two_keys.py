@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import msgspec
 
-from csi_driver.backends.base import Backend
+from csi_driver.backends.base import Backend, movable, storage_beside
 from csi_driver.host.devicemapper import Device, Target
 from csi_driver.host.handle import Handle
 from csi_driver.host.keyring import KeptKey
@@ -88,14 +88,15 @@ class TwoKeys:
         old_keys = [name for name in map(key_name_of, live) if name != new_key]
         identity = recorded_identity(record)
         old = Side(device, identity, old_keys[0] if old_keys else volume_key_name(identity.uuid))
-        with backend.attach_next(record.id) as fresh:
+        with storage_beside(backend, record.id).attach_next(record.id) as fresh:
             yield Sides(old, Side(fresh, conversion.luks, new_key), conversion.done, record.capacity_bytes)
 
     def finish(self, backend: Backend, record: VolumeRecord) -> VolumeRecord:
         """Let the storage to which all was moved be the volume's own. Repeating is fine, wherever it was cut."""
         conversion = conversion_of(record)
-        moved = backend.has_next(record.id)
-        with backend.attach_next(record.id) if moved else backend.open_storage(record.id) as fresh:
+        beside = storage_beside(backend, record.id)
+        moved = beside.has_next(record.id)
+        with beside.attach_next(record.id) if moved else backend.open_storage(record.id) as fresh:
             where = where_is(record, fresh)
             found = self._workers.call(
                 f"luks-read of {where}",
@@ -111,7 +112,7 @@ class TwoKeys:
                 f"was changed, restore next.img or the record from a backup"
             )
         if moved:
-            backend.take_next(record.id)
+            beside.take_next(record.id)
         key = conversion.key or record.key
         record = msgspec.structs.replace(
             record,
@@ -160,7 +161,8 @@ def refuse_half(backend: Backend, record: VolumeRecord) -> None:
 
     That is a plain one that is being encrypted, and one whose record was written before what is there was moved.
     """
-    if record.conversion is None and backend.has_next(record.id, DATA_OFFSET):
+    beside = movable(backend)
+    if record.conversion is None and beside is not None and beside.has_next(record.id, DATA_OFFSET):
         raise FailedPrecondition(
             f"the record of volume {record.id} knows nothing of another volume key, and next.img beside it holds what "
             f"was moved to one; restore the newest record, or take next.img away if that is of another volume"

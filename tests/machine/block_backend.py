@@ -14,7 +14,7 @@ from csi_driver.host.devicemapper import DeviceMapper, Target
 from csi_driver.host.handle import Handle
 from csi_driver.host.loop import AttachedLoop, LoopDevices
 from csi_driver.model.errors import Aborted, DeviceAbsent, NotFound
-from csi_driver.model.volume import VolumeRecord
+from csi_driver.model.volume import VolumeParameters, VolumeRecord
 from tests.handles import handle_on
 from tests.machine.kernel import suspend
 
@@ -29,9 +29,10 @@ class BlockBackend:
     records: dict[str, VolumeRecord] = field(default_factory=dict)
     name: str = "block"
 
-    def create(self, record: VolumeRecord, size: int, fill: Fill | None = None) -> VolumeRecord:
-        if fill is not None:
-            fill(self.devices[record.id])
+    def prepare(self) -> None:
+        """The devices are the test's."""
+
+    def create(self, record: VolumeRecord, size: int) -> VolumeRecord:
         return self.records.setdefault(record.id, record)
 
     def has(self, volume_id: str) -> bool:
@@ -69,20 +70,11 @@ class BlockBackend:
     def is_newest(self, record: VolumeRecord) -> bool:
         return False
 
-    def make_next(self, volume_id: str, size: int) -> None:
-        raise NotImplementedError
+    def accept_record(self, volume_id: str) -> VolumeRecord:
+        return self.get(volume_id)
 
-    def drop_next(self, volume_id: str) -> None:
-        raise NotImplementedError
-
-    def attach_next(self, volume_id: str) -> Handle:
-        raise NotImplementedError
-
-    def has_next(self, volume_id: str, header: int = 0) -> bool:
-        return False
-
-    def take_next(self, volume_id: str) -> None:
-        raise NotImplementedError
+    def header_copy(self, volume_id: str) -> Path:
+        return Path("/nonexistent") / volume_id
 
     def has_header_copy(self, volume_id: str) -> bool:
         return True
@@ -112,7 +104,7 @@ class BlockBackend:
     def detach(self, volume_id: str) -> None:
         """The device is the test's."""
 
-    def space(self) -> Space:
+    def space(self, parameters: VolumeParameters | None = None) -> Space:
         return Space(1 << 40, 1 << 40, 1 << 40)
 
     def orphans(self) -> Sequence[str]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+from csi_driver.backends.base import storage_beside
 from csi_driver.host.workers import Workers
 from csi_driver.keys.secret import read_secret
 from csi_driver.volumes.conversion import Watch
@@ -127,7 +128,7 @@ def run(folder: Path, workers: Workers, kind: str, step: int, result: Result) ->
     elif writer.error is not None or writer.wrong():
         result.lost.append(f"{where}: the writer met {writer.error} and misses {len(writer.wrong())} blocks")
     node.unstage()
-    if node.record().conversion is not None or node.store.has_next(VOLUME):
+    if node.record().conversion is not None or storage_beside(node.store, VOLUME).has_next(VOLUME):
         result.lost.append(f"{where}: it did not come to its end")
     node.delete()
     return steps or 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.backends.base import storage_beside
 from csi_driver.host.keyring import find_user
 from csi_driver.images.stopping import Stop
 from csi_driver.keys.secret import read_secret
@@ -310,8 +311,9 @@ def test_a_record_from_before_the_move_loses_nothing(node: Node, parameters: Map
 
 def test_what_a_cut_begin_left_goes(node: Node) -> None:
     content = filled(node)
-    node.store.make_next(VOLUME, SIZE + 16 * MIB)
-    with node.store.attach_next(VOLUME) as left:
+    beside = storage_beside(node.store, VOLUME)
+    beside.make_next(VOLUME, SIZE + 16 * MIB)
+    with beside.attach_next(VOLUME) as left:
         left_open = os.open(left, os.O_WRONLY)
         os.pwrite(left_open, b"half a header", 0)
         os.fsync(left_open)

@@ -9,6 +9,7 @@ from csi_driver.backends.base import Space
 from csi_driver.backends.loopfile import LoopfileBackend
 from csi_driver.backends.records import RecordCodec
 from csi_driver.model.errors import CommandFailed, FailedPrecondition, ResourceExhausted
+from csi_driver.model.volume import VolumeParameters
 from csi_driver.volumes.expand import ExpandRequest
 from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.stage import StageRequest, Staging
@@ -29,7 +30,7 @@ def failing(at: str) -> Callable[[str], None]:
 class SmallBackend(LoopfileBackend):
     free = 0
 
-    def space(self) -> Space:
+    def space(self, parameters: VolumeParameters | None = None) -> Space:
         return Space(1 << 30, self.free, 0)  # below the floor, in any case
 
 
