@@ -94,6 +94,10 @@ class Rig:
         """What a new process does at its start."""
         self.kernel.end_of_process()
         self._build()
+        self.look_at_what_stands()
+
+    def look_at_what_stands(self) -> None:
+        """What a server does at its start and every few seconds; a pod that writes waits for it."""
         for name in self.mappings.names():
             self.encryption.resume(self.backend, None, self.mappings.get(name), None)
 
@@ -386,6 +390,24 @@ def test_a_mapping_that_was_left_suspended_is_resumed_by_whatever_comes_next(
     assert rig.kernel.traces("enc-1") == []
 
 
+def test_a_pod_writes_on_after_an_expansion_that_failed_in_the_middle(folder: Path) -> None:
+    rig = Rig(folder)
+    rig.create("enc-1")
+    rig.stage("enc-1")
+
+    def failing(step: str) -> None:
+        if step == "in resize":
+            raise CommandFailed(INJECTED)
+
+    rig.kernel.plan = failing
+    with pytest.raises(CommandFailed):
+        rig.expand("enc-1", 96 * MIB)
+    rig.kernel.plan = no_fault
+    assert rig.kernel.mappings["luks-enc-1"].suspended
+    rig.look_at_what_stands()
+    rig.write("enc-1", "file", "precious")
+
+
 def test_a_volume_whose_stage_was_lost_is_told_to_be_mounted_and_not_published(folder: Path) -> None:
     """There is nobody who could unpublish it from its staging path."""
     rig = Rig(folder)
@@ -621,6 +643,7 @@ class StagingMachine(RuleBasedStateMachine):
     def write(self, data: st.DataObject, file: str, text: str) -> None:
         name = data.draw(st.sampled_from(sorted(n for n, one in self.volumes.items() if one.stage and one.sure)))
         volume = self.volumes[name]
+        self.rig.look_at_what_stands()
         if volume.stage == MOUNT:
             self.rig.write(name, file, text)
             volume.files[file] = text
