@@ -72,6 +72,17 @@ def wait_for_port(port: int, running: subprocess.Popen[bytes], log: Path, host: 
     raise AssertionError(f"no server on port {port}: {log.read_text(errors='replace')[-2000:]}")
 
 
+def _said_of(host: str, log: Path, running: subprocess.Popen[bytes]) -> str:
+    """The root token, in the whole line that begins with the address: it comes behind the port."""
+    deadline = time.monotonic() + _START_SECONDS
+    while running.poll() is None and time.monotonic() < deadline:
+        for line in log.read_text().splitlines(keepends=True):
+            if line.startswith(host) and line.endswith("\n"):
+                return line.split()[1]
+        time.sleep(0.05)
+    raise AssertionError(f"Vault told no token: {log.read_text(errors='replace')[-2000:]}")
+
+
 @dataclass
 class Vault:
     """A Vault in memory, unsealed; `ask` asks as its root."""
@@ -123,8 +134,8 @@ def vault(folder: Path, authority: Authority | None = None, host: str = HOST) ->
         tls = [authority.file("vault.crt"), authority.file("vault.key")]
     with process([os.environ[VAULT_BIN], f"{host}:{port}", *tls], log) as running:
         wait_for_port(port, running, log, host)
-        line = next(each for each in log.read_text().splitlines() if each.startswith(host))
-        yield Vault(host, port, line.split()[1], Path(authority.certificate).read_text() if authority else None)
+        root = _said_of(host, log, running)
+        yield Vault(host, port, root, Path(authority.certificate).read_text() if authority else None)
 
 
 @contextmanager
