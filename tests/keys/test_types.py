@@ -18,7 +18,7 @@ from csi_driver.keys.sources import GENERATED, KeySources
 from csi_driver.keys.types import BUILDERS
 from csi_driver.model.errors import DriverError, KeyLost, PermissionDenied
 from csi_driver.model.volume import KeyTrail
-from tests.keys import servers
+from tests.keys import servers, softhsm
 from tests.keys.apiserver import ACCOUNT, NAMESPACE, ApiServer
 from tests.keys.conftest import AWS_CREDENTIALS, REGION, Make
 from tests.keys.program import program
@@ -185,6 +185,10 @@ class Lab:
         program(self.folder / "programs")
         return made
 
+    def exec_pkcs11(self) -> Case:
+        token = softhsm.soft_hsm(self.folder / "hsm", self.folder / "programs")
+        return Case(self.make(**token.entry), "exec")
+
     def generated(self) -> Case:
         return Case(self.make(self.kubernetes()), GENERATED, None)
 
@@ -192,7 +196,7 @@ class Lab:
 KINDS = (
     Lab.metadata, Lab.metadata_of_a_secret, Lab.vault, Lab.vault_version_1, Lab.vaulttokens,
     Lab.vaulttokens_by_kms_provider, Lab.vaulttenantsa, Lab.vaulttransit, Lab.aws_metadata, Lab.aws_sts_metadata,
-    Lab.azure_kv, Lab.ibmkeyprotect, Lab.gcp_kms, Lab.kmip, Lab.kms_plugin, Lab.exec, Lab.generated,
+    Lab.azure_kv, Lab.ibmkeyprotect, Lab.gcp_kms, Lab.kmip, Lab.kms_plugin, Lab.exec, Lab.exec_pkcs11, Lab.generated,
 )  # fmt: skip
 
 

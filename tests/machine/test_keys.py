@@ -20,6 +20,7 @@ from csi_driver.keys.aws import Account, AwsWrapper
 from csi_driver.keys.azure import Account as AzureAccount
 from csi_driver.keys.azure import KeyVault
 from csi_driver.keys.base import EntryReader, KeySource, Wrapped, Wrapping
+from csi_driver.keys.exec import ExecWrapper
 from csi_driver.keys.gcp import Account as GoogleAccount
 from csi_driver.keys.gcp import CloudKms
 from csi_driver.keys.http import Tls
@@ -51,7 +52,7 @@ from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.recovery import Recovery
 from tests import volume_images
 from tests.cluster.pki import Authority
-from tests.keys import clouds, servers
+from tests.keys import clouds, servers, softhsm
 from tests.keys.given import GivenSources
 from tests.machine.node import BLANK, MIB, SECRET, SIZE, VOLUME, Node, fingerprint
 from tests.volume_images import BOOT_FILE, GREETING, encrypted_image, make_file_system, put_image
@@ -188,6 +189,14 @@ def _plugin(folder: Path, stack: ExitStack) -> KeySource:
     return Wrapping(PluginWrapper(EntryReader("KMS kms (kms-plugin)", {"endpoint": endpoint})))
 
 
+def _pkcs11(folder: Path, stack: ExitStack) -> KeySource:
+    token = softhsm.soft_hsm(folder / "hsm", folder)
+    workers = Workers(("csi_driver.keys.exec",))
+    workers.start()
+    stack.callback(workers.stop)
+    return Wrapping(ExecWrapper(EntryReader("KMS kms (exec)", token.entry), workers, folder))
+
+
 def _metadata(_folder: Path, _stack: ExitStack) -> KeySource:
     return Wrapping(MetadataWrapper("KMS kms (metadata)", lambda: Passphrase(b"a passphrase of the class")))
 
@@ -202,6 +211,7 @@ MAKERS = {
     "gcp-kms": _google,
     "kmip": _kmip,
     "kms-plugin": _plugin,
+    "exec with a PKCS#11 token": _pkcs11,
 }
 
 
