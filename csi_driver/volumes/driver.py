@@ -37,6 +37,7 @@ from csi_driver.volumes.healing import Healing
 from csi_driver.volumes.health import Health
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.keyslots import KeySlots
+from csi_driver.volumes.kms_health import KmsHealth
 from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.provision import Provisioning
 from csi_driver.volumes.publish import Publishing
@@ -106,6 +107,7 @@ class Driver:
     usage: Usages
     conditions: Conditions
     health: Health
+    kms_health: KmsHealth
     standing: Regularly
     offline: Callable[[], "Offline"]
 
@@ -218,6 +220,7 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         health=Health(
             settings, seam, stages, commands, host.mapper, mappings, host.mounts, directory.check, sources.checked
         ),
+        kms_health=KmsHealth(sources),
         standing=Regularly("standing volumes", standing.go_on, _STANDING_SECONDS),
         offline=offline,
     )
