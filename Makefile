@@ -133,8 +133,7 @@ images-limits: venv system ## several at once, full disks
 
 keys-test: venv system $(KUBERNETES_BIN) $(KEY_SERVERS) ## key sources against real servers, and on real dm-crypt
 	@tools/system.sh cluster
-	@$(PY) -m pytest -q --no-header tests/keys
-	@$(GUEST) $(MACHINE_PYTEST) -q --no-header tests/machine/test_keys.py tests/machine/test_rotation.py
+	@$(PY) -m tests.keys.suite $(GUEST)
 
 keys-kills: venv system ## every step of a change of keys, volume keys too, fails or is killed
 	@$(GUEST) $(PY) -m tests.machine.keys_kills
