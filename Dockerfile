@@ -28,6 +28,7 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/log/*
 COPY --from=build /opt/luks-csi /opt/luks-csi
 COPY --from=build /opt/package /opt/luks-csi
+COPY deploy/kms/pkcs11.py /usr/lib/luks-csi/kms/
 LABEL org.opencontainers.image.title="luks-csi" \
       org.opencontainers.image.description="A CSI driver that gives Kubernetes encrypted volumes on any storage" \
       org.opencontainers.image.licenses="Apache-2.0"

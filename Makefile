@@ -18,20 +18,22 @@ BENCH_BASE := $(CACHE)/bench-$(BENCH_COMMIT)
 BENCH_IMAGES_COMMIT := e5454af0070a5155803b5fc5a1cd358eb739fb6a
 BENCH_IMAGES_BASE := $(CACHE)/bench-$(BENCH_IMAGES_COMMIT)
 
-# A Vault for the tests of keys, of its own modules.
+# A Vault and an AWS KMS for the tests of keys, each of its own modules.
 VAULT_BIN := $(CACHE)/bin/vault-$(shell cat tests/keys/go/vault/* | sha256sum | cut -c1-12)
+LOCAL_KMS_BIN := $(CACHE)/bin/local-kms-$(shell cat tests/keys/go/local-kms/* | sha256sum | cut -c1-12)
+KEY_SERVERS := $(VAULT_BIN) $(LOCAL_KMS_BIN)
 
 # The other side of CSI-Addons and its manifests, and the attacher that it wants.
 CSI_ADDONS_BIN := $(CACHE)/csi-addons-$(shell cat tests/cluster/addons/*/go.* | sha256sum | cut -c1-12)
 
 # Suites that draw at random take these.
 export SEED COUNT
-export CSI_SANITY KUBERNETES_BIN VAULT_BIN BENCH_BASE BENCH_IMAGES_BASE
+export CSI_SANITY KUBERNETES_BIN VAULT_BIN LOCAL_KMS_BIN BENCH_BASE BENCH_IMAGES_BASE
 cluster-test: export CSI_ADDONS_BIN := $(CSI_ADDONS_BIN)
 
 # On the host if that has device-mapper, else in the guest. A page fault is dear there: memory, once had, is kept, but
 # where it is measured. The long image suites take more room and time.
-MEASURED_GUEST := $(PY) -m tests.machine.guest --env SEED --env COUNT --env CSI_SANITY --env VAULT_BIN
+MEASURED_GUEST := $(PY) -m tests.machine.guest --env SEED --env COUNT --env CSI_SANITY --env VAULT_BIN --env LOCAL_KMS_BIN
 BENCH_GUEST := $(MEASURED_GUEST) --env BENCH_BASE --disk 32G --timeout 7200
 GUEST_FOR := $(MEASURED_GUEST) --env MALLOC_MMAP_THRESHOLD_=33554432 --env MALLOC_TRIM_THRESHOLD_=268435456
 GUEST := $(GUEST_FOR) --
@@ -54,7 +56,7 @@ demo: venv system ## an encrypted volume from creation to clean-up, on real dm-c
 shell: venv system ## a guest with device-mapper, luks-csi and a disk, to try things by hand
 	@$(PY) -m tests.machine.shell
 
-test: check $(CSI_SANITY) $(KUBERNETES_BIN) $(VAULT_BIN) ## every test, seeded handfuls of the long ones
+test: check $(CSI_SANITY) $(KUBERNETES_BIN) $(KEY_SERVERS) ## every test, seeded handfuls of the long ones
 	@tools/system.sh cluster
 	@$(MAKE) -j3 --output-sync=target --no-print-directory test-danger test-machine test-servers
 
@@ -68,7 +70,7 @@ test-danger: venv system
 test-machine: venv system
 	$(GUEST) $(MACHINE_PYTEST) $(filter-out $(DANGER) $(UDEV),$(wildcard tests/machine/test_*.py))
 
-test-servers: venv system $(KUBERNETES_BIN) $(VAULT_BIN)
+test-servers: venv system $(KUBERNETES_BIN) $(KEY_SERVERS)
 	$(PY) -m pytest tests/contract
 	$(PY) -m pytest tests/keys
 	$(GUEST_FOR) --udev -- $(MACHINE_PYTEST) $(UDEV)
@@ -129,10 +131,9 @@ fuzz: venv system .venv/fuzz ## every header parser under atheris, ten minutes e
 images-limits: venv system ## several at once, full disks
 	@$(GUEST) $(PY) -m tests.machine.image_limits
 
-keys-test: venv system $(KUBERNETES_BIN) $(VAULT_BIN) ## key sources against real servers, and on real dm-crypt
+keys-test: venv system $(KUBERNETES_BIN) $(KEY_SERVERS) ## key sources against real servers, and on real dm-crypt
 	@tools/system.sh cluster
-	@$(PY) -m pytest -q --no-header tests/keys
-	@$(GUEST) $(MACHINE_PYTEST) -q --no-header tests/machine/test_keys.py tests/machine/test_rotation.py
+	@$(PY) -m tests.keys.suite $(GUEST)
 
 keys-kills: venv system ## every step of a change of keys, volume keys too, fails or is killed
 	@$(GUEST) $(PY) -m tests.machine.keys_kills
@@ -202,9 +203,11 @@ KUBERNETES_VERSION = $(call VERSION_OF,k8s.io/kubernetes)
 KUBERNETES_LDFLAGS = -s -w $(foreach pair,gitVersion=$(KUBERNETES_VERSION) gitMajor=1 \
     gitMinor=$(word 2,$(subst ., ,$(KUBERNETES_VERSION))),-X k8s.io/component-base/version.$(pair))
 
-$(VAULT_BIN): | .venv/installed
+$(VAULT_BIN): SERVER = vault
+$(LOCAL_KMS_BIN): SERVER = local-kms
+$(KEY_SERVERS): | .venv/installed
 	mkdir -p $(@D) $(CACHE)/go
-	cd tests/keys/go/vault && $(GO) build -trimpath -ldflags '-s -w' -o $@.new .
+	cd tests/keys/go/$(SERVER) && $(GO) build -trimpath -ldflags '-s -w' -o $@.new .
 	mv $@.new $@
 
 $(BENCH_BASE) $(BENCH_IMAGES_BASE): | .venv/installed

@@ -45,7 +45,8 @@ packages="btrfs-progs bzip2 cryptsetup-bin e2fsprogs iproute2 kmod lz4 mount pro
 grep -qs device-mapper /proc/misc || modprobe -q dm_mod 2>/dev/null || packages="$packages gcc libc6-dev udev
     user-mode-linux"
 [ "${1-}" != cluster ] || packages="$packages buildah busybox-static ca-certificates containerd
-    containernetworking-plugins debian-archive-keyring gcc gpg libc6-dev mmdebstrap openssl user-mode-linux"
+    containernetworking-plugins debian-archive-keyring gcc gpg libc6-dev mmdebstrap opensc openssl softhsm2
+    user-mode-linux"
 installed() {
     [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ] && return
     # Docker's own packages bring these two, and apt-get would remove Docker for Debian's.

@@ -65,31 +65,36 @@ class AwsWrapper:
         self._client = KeptClient(where, EXTRA, lambda: _Client(where, account()), lambda: _told(where))
 
     def wrap(self, name: str, key: Passphrase) -> Wrapped:
-        def ask(client: Any, key_id: str) -> Any:
-            return client.encrypt(KeyId=key_id, Plaintext=key.reveal(), EncryptionContext=_context(name))
+        def ask(client: Any, account: Account) -> Any:
+            return client.encrypt(KeyId=account.key, Plaintext=key.reveal(), EncryptionContext=_context(name))
 
         return self._wrapped(self._ask(ask))
 
     def unwrap(self, trail: KeyTrail) -> Passphrase:
-        def ask(client: Any, _key_id: str) -> Any:
-            return client.decrypt(CiphertextBlob=_blob(trail, self._where), EncryptionContext=_context(trail.name))
+        def ask(client: Any, account: Account) -> Any:
+            return client.decrypt(
+                CiphertextBlob=_blob(trail, self._where),
+                EncryptionContext=_context(trail.name),
+                **_recorded("KeyId", trail, account),
+            )
 
         return Passphrase(self._member(self._ask(ask), "Plaintext"))
 
     def rewrap_there(self, trail: KeyTrail) -> Wrapped:
-        def ask(client: Any, key_id: str) -> Any:
+        def ask(client: Any, account: Account) -> Any:
             context = _context(trail.name)
             return client.re_encrypt(
                 CiphertextBlob=_blob(trail, self._where),
                 SourceEncryptionContext=context,
-                DestinationKeyId=key_id,
+                DestinationKeyId=account.key,
                 DestinationEncryptionContext=context,
+                **_recorded("SourceKeyId", trail, account),
             )
 
         return self._wrapped(self._ask(ask))
 
     def check(self) -> str:
-        found = self._ask(lambda client, key_id: client.describe_key(KeyId=key_id))
+        found = self._ask(lambda client, account: client.describe_key(KeyId=account.key))
         state = self._member(self._member(found, "KeyMetadata"), "KeyState")
         if state != "Enabled":
             raise KeyLost(f"the key of {self._where} is {state}; enable it, or restore it before it is deleted")
@@ -108,8 +113,8 @@ class AwsWrapper:
             raise Unavailable(f"{self._where} answered without {name}; check its address, the call may be repeated")
         return found[name]
 
-    def _ask(self, call: Callable[[Any, str], Any]) -> Any:
-        return self._client.ask(lambda client: call(client.kms, client.key))
+    def _ask(self, call: Callable[[Any, Account], Any]) -> Any:
+        return self._client.ask(lambda client: call(client.kms, client.account))
 
 
 class _Client:
@@ -117,7 +122,7 @@ class _Client:
 
     def __init__(self, where: str, account: Account) -> None:
         self.kms = account.client(where, "kms")
-        self.key = account.key
+        self.account = account
 
     def close(self) -> None:
         self.kms.close()
@@ -163,6 +168,14 @@ def _told(where: str) -> Iterator[None]:
 
 def _context(name: str) -> dict[str, str]:
     return {_CONTEXT: name} if name else {}
+
+
+def _recorded(parameter: str, trail: KeyTrail, account: Account) -> dict[str, str]:
+    """The key that wrapped it, as AWS recommends: else a disabled or deleted one may be told as refused access.
+
+    Not where the region has been changed since: there is another ARN for it.
+    """
+    return {parameter: trail.key_id} if f":kms:{account.region}:" in trail.key_id else {}
 
 
 def _blob(trail: KeyTrail, where: str) -> bytes:

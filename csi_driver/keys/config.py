@@ -19,6 +19,10 @@ TYPE_FIELDS: Final = ("encryptionKMSType", "KMS_PROVIDER")
 CONFIG_MAP: Final = "csi-kms-connection-details"
 
 
+class _NothingConfigured(FailedPrecondition):
+    """There is no configuration, which is none that is wrong."""
+
+
 class KmsConfig:
     """Finds entries in the file at `path`, else in the ConfigMap CONFIG_MAP of the driver's own namespace."""
 
@@ -49,9 +53,10 @@ class KmsConfig:
 
     def ids(self) -> list[str]:
         """The ids of all entries, sorted; none where nothing is configured. Errors as `entry`."""
-        if not self._path.exists() and not self._kubernetes.is_here:
+        try:
+            return sorted(self._read()[0])
+        except _NothingConfigured:
             return []
-        return sorted(self._read()[0])
 
     def _read(self) -> tuple[Mapping[str, Any], str]:
         try:
@@ -69,14 +74,14 @@ class KmsConfig:
 
     def _config_map(self) -> tuple[Mapping[str, Any], str]:
         if not self._kubernetes.is_here:
-            raise FailedPrecondition(
+            raise _NothingConfigured(
                 f"no KMS is configured: there is no file {self._path}, and without a service account token no "
                 f"ConfigMap can be read; mount the configuration there, or name its place with --kms-config"
             )
         place = f"the ConfigMap {self._kubernetes.namespace}/{CONFIG_MAP}"
         found = self._kubernetes.config_map(self._kubernetes.namespace, CONFIG_MAP)
         if found is None:
-            raise FailedPrecondition(f"no KMS is configured: there is neither a file {self._path} nor {place}")
+            raise _NothingConfigured(f"no KMS is configured: there is neither a file {self._path} nor {place}")
         return found, place
 
 

@@ -41,8 +41,8 @@ Observe = Callable[[str, str, str, float], None]
 class KeySources:
     """Makes, fetches, rewraps and destroys DEKs; safe for many threads.
 
-    `programs` is the folder of the programs that entries of type exec may name. Each use is told to `audit`, and to
-    `observe` once that was set.
+    `programs` is the folder of the programs that entries of type exec may name. Each use is told to `audit` and to each
+    of `observers`.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class KeySources:
         self._digest_key = os.urandom(32)
         self._kept: dict[bytes, tuple[float, KeySource]] = {}
         self._lock = threading.Lock()
-        self.observe: Observe = lambda *_: None
+        self.observers: list[Observe] = []
 
     def create(self, kms_id: str | None, name: str, request: KeyRequest, purpose: str) -> KeyTrail:
         """A new DEK under `name`; kms_id None is a secret made for it. Nothing is asked twice if this is repeated."""
@@ -105,13 +105,24 @@ class KeySources:
             purpose=purpose, outcome="OK",
         )  # fmt: skip
 
+    def ids(self) -> list[str]:
+        """The ids of all entries of the configuration, sorted. Raises as `check`."""
+        return self._config.ids()
+
+    def check(self, kms_id: str) -> str:
+        """Ask the KMS of an entry whether it works, changing nothing; what was found.
+
+        Raises RequestNeeded where it is asked with what a request brings, FailedPrecondition, and what a source does.
+        """
+        kind, source = self._source(kms_id, KeyRequest(volume_id=""))
+        return f"{kind}: {source.check()}"
+
     def checked(self) -> list[tuple[str, bool, str]]:
         """Each entry of the configuration: its id, whether it works, and what was found."""
         found = []
-        for kms_id in self._config.ids():
+        for kms_id in self.ids():
             try:
-                kind, source = self._source(kms_id, KeyRequest(volume_id=""))
-                found.append((kms_id, True, f"{kind}: {source.check()}"))
+                found.append((kms_id, True, self.check(kms_id)))
             except RequestNeeded:
                 found.append((kms_id, True, "asked with what each claim brings, so not tried"))
             except DriverError as error:
@@ -184,7 +195,9 @@ class KeySources:
             outcome = type(error).__name__
             raise
         finally:
-            self.observe(kms_id or "", operation, outcome, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            for observe in self.observers:
+                observe(kms_id or "", operation, outcome, seconds)
             self._audit.record(
                 volume=request.volume_id,
                 claim_namespace=request.tenant,

@@ -13,14 +13,16 @@ from csi_driver.rpc.http import Page
 
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
+Gauges = Mapping[str, tuple[str, Callable[[], int | Mapping[str, int]]]]
+
 
 class Metrics:
-    """A registry with the durations of calls and `gauges`: name, meaning, what reads it.
+    """A registry with the durations of calls and `gauges`: name, meaning, what reads it: a number, or one for each KMS.
 
     Those whose names end in "_total" are counters.
     """
 
-    def __init__(self, gauges: Mapping[str, tuple[str, Callable[[], int]]]) -> None:
+    def __init__(self, gauges: Gauges) -> None:
         self._registry = CollectorRegistry()
         self._durations = Histogram(
             "luks_csi_rpc_duration_seconds",
@@ -37,7 +39,7 @@ class Metrics:
             registry=self._registry,
         )
         self._children: dict[tuple[str, str], Histogram] = {}
-        self._registry.register(_Gauges(gauges))
+        self._registry.register(_Read(gauges))
         ProcessCollector(registry=self._registry)
 
     def observe(self, method: str, code: str, seconds: float) -> None:
@@ -56,16 +58,23 @@ class Metrics:
         return Page(HTTPStatus.OK, generate_latest(self._registry), CONTENT_TYPE_LATEST)
 
 
-class _Gauges(Collector):
+class _Read(Collector):
     """Gauges that are read when they are asked for; one that cannot be read is left out."""
 
-    def __init__(self, gauges: Mapping[str, tuple[str, Callable[[], int]]]) -> None:
+    def __init__(self, gauges: Gauges) -> None:
         self._gauges = gauges
 
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
         for name, (meaning, read) in self._gauges.items():
             try:
                 family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-                yield family(name, meaning, value=read())
+                found = read()
+                if isinstance(found, int):
+                    yield family(name, meaning, value=found)
+                    continue
+                labelled = family(name, meaning, labels=("kms",))
+                for kms_id, value in found.items():
+                    labelled.add_metric((kms_id,), value)
+                yield labelled
             except (DriverError, OSError) as error:
                 log.warning("metric left out", metric=name, error=str(error))

@@ -3,12 +3,12 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import grpc
 
@@ -27,13 +27,14 @@ from csi_driver.rpc.node import NodeServicer
 from csi_driver.rpc.signals import told_to_stop
 from csi_driver.volumes.driver import Driver
 
+if TYPE_CHECKING:
+    from csi_driver.rpc.metrics import Gauges
+
 _IDENTITY_THREADS = 2
 # CSI bounds strings at 128 bytes and maps at 4 KiB; secrets are the largest thing in a request.
 _LARGEST_REQUEST = 1 << 20
 _AFTER_GRACE_SECONDS = 1.0
 _PROBE_SECONDS = 5.0
-
-Gauges = Mapping[str, tuple[str, Callable[[], int]]]
 
 
 class _Socket:
@@ -66,7 +67,7 @@ class Server:
 
     `add` puts the servicers of CSI into a gRPC server, `addons` those of CSI-Addons into another one, where there are
     any; `inner` are concerns next to the methods, `gauges` are metrics, and so are the requests to the key sources.
-    `jobs` run as long as it does.
+    `jobs` run as long as it does. `details` are lines that /readyz shows below what Probe says.
     """
 
     def __init__(
@@ -74,10 +75,11 @@ class Server:
         settings: Settings,
         add: Sequence[Add],
         inner: Sequence[Concern] = (),
-        gauges: Gauges | None = None,
+        gauges: "Gauges | None" = None,
         sources: KeySources | None = None,
         addons: Sequence[Add] = (),
         jobs: Sequence[Job] = (),
+        details: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         self._settings = settings
         self._jobs = jobs
@@ -92,18 +94,17 @@ class Server:
             from csi_driver.rpc.http import HttpServer, Page  # noqa: PLC0415
             from csi_driver.rpc.metrics import Metrics  # noqa: PLC0415
 
-            def answer(ask: Callable[[CsiClient], object]) -> Page:
+            def answer(ask: Callable[[CsiClient], object], more: Callable[[], Sequence[str]] = tuple) -> Page:
                 obstacle = self._obstacle(ask)
-                return Page(
-                    HTTPStatus.SERVICE_UNAVAILABLE if obstacle else HTTPStatus.OK, f"{obstacle or 'ok'}\n".encode()
-                )
+                text = "".join(f"{line}\n" for line in (obstacle or "ok", *more()))
+                return Page(HTTPStatus.SERVICE_UNAVAILABLE if obstacle else HTTPStatus.OK, text.encode())
 
             metrics = Metrics(gauges or {})
             if sources is not None:
-                sources.observe = metrics.observe_kms
+                sources.observers.append(metrics.observe_kms)
             pages = {
                 "/healthz": lambda: answer(CsiClient.plugin_info),
-                "/readyz": lambda: answer(CsiClient.probe),
+                "/readyz": lambda: answer(CsiClient.probe, details),
                 "/metrics": metrics.page,
             }
             self._http = HttpServer(settings.http_address, pages)
@@ -192,7 +193,7 @@ def driver_server(driver: Driver) -> Server:
     if Service.NODE in settings.services:
         node = NodeServicer(settings, driver.staging, driver.publishing, driver.expansion, driver.usage)
         add.append(lambda server: csi_pb2_grpc.add_NodeServicer_to_server(node, server))
-    gauges = {
+    gauges: Gauges = {
         "luks_csi_open_mappings": ("Open LUKS mappings of volumes on this node.", health.open_mappings),
         "luks_csi_root_keys": ("Kernel keys that count against root's quota.", health.root_keys),
         "luks_csi_root_keys_percent": ("What is used of root's quota of kernel keys.", health.root_keys_percent),
@@ -200,6 +201,7 @@ def driver_server(driver: Driver) -> Server:
         "luks_csi_resident_bytes": ("Their resident memory.", health.resident_bytes),
         "luks_csi_free_bytes": ("Bytes that new volumes may take on this node.", health.free_bytes),
         "luks_csi_drifted_secrets": ("Staged volumes whose secret no longer opens them.", health.drifted_secrets),
+        "luks_csi_kms_up": ("Whether each KMS works, as of the last look at it.", driver.kms_health.up),
         "luks_csi_overdue_key_rotations": (
             "Volumes whose key is older than the rotation period of their class.",
             driver.rotation.overdue,
@@ -212,8 +214,9 @@ def driver_server(driver: Driver) -> Server:
         from csi_driver.rpc.addons import servicers  # noqa: PLC0415
 
         addons = servicers(settings, health.obstacle, driver.rotation)
-    jobs = driver.jobs if Service.NODE in settings.services else ()
-    return Server(settings, add, [VolumeLocking(driver.locks)], gauges, driver.sources, addons, jobs)
+    jobs: list[Job] = [driver.kms_health, *(driver.jobs if Service.NODE in settings.services else ())]
+    details = driver.kms_health.details
+    return Server(settings, add, [VolumeLocking(driver.locks)], gauges, driver.sources, addons, jobs, details)
 
 
 def central_server(settings: Settings) -> Server:

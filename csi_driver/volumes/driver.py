@@ -37,6 +37,7 @@ from csi_driver.volumes.healing import Healing
 from csi_driver.volumes.health import Health
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.keyslots import KeySlots
+from csi_driver.volumes.kms_health import KmsHealth
 from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.provision import Provisioning
 from csi_driver.volumes.publish import Publishing
@@ -106,6 +107,7 @@ class Driver:
     usage: Usages
     conditions: Conditions
     health: Health
+    kms_health: KmsHealth
     jobs: Sequence[Regularly]
     offline: Callable[[], "Offline"]
 
@@ -226,5 +228,6 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
             Regularly("standing volumes", standing.look, _STANDING_SECONDS),
             Regularly("rotation", rotation.look, LOOK_SECONDS, first=LOOK_SECONDS),
         ),
+        kms_health=KmsHealth(sources),
         offline=offline,
     )

@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +40,24 @@ def test_it_is_ready_while_probe_is_well_and_says_why_not(run: Run) -> None:
     assert get(address, "/readyz") == (503, "dm-crypt: it is not there; load it\n")
     assert get(address) == (200, "ok\n"), "a restart would mend nothing"
     cases.health.blocked_by = None
+    assert get(address, "/readyz") == (200, "ok\n")
+
+
+def test_a_kms_that_does_not_work_is_told_and_the_node_is_ready_all_the_same(run: Run, tmp_path: Path) -> None:
+    address, config = f"127.0.0.1:{free_port()}", tmp_path / "kms.json"
+    config.write_text('{"vault-1": {"encryptionKMSType": "abacus"}, "own": {"encryptionKMSType": "metadata"}}')
+    cases = run(http_address=address, kms_config=config)
+    cases.driver.kms_health.look()
+    said = "KMS vault-1 does not work, open volumes go on; the log and `luks-csi keys check` tell why"
+    assert get(address, "/readyz") == (200, f"ok\n{said}\n")
+    assert get(address) == (200, "ok\n")
+    up = [line for line in get(address, "/metrics")[1].splitlines() if line.startswith("luks_csi_kms_up")]
+    assert up == ['luks_csi_kms_up{kms="vault-1"} 0.0'], "the other one waits for what a claim brings"
+    cases.health.blocked_by = "dm-crypt: it is not there; load it"
+    assert get(address, "/readyz") == (503, f"dm-crypt: it is not there; load it\n{said}\n")
+    cases.health.blocked_by = None
+    config.write_text("{}")
+    cases.driver.kms_health.look()
     assert get(address, "/readyz") == (200, "ok\n")
 
 

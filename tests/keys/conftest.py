@@ -1,10 +1,8 @@
 """The servers of a session, and what a driver's key sources are made of."""
 
-import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import boto3
 import msgspec
 import pytest
 
@@ -17,8 +15,7 @@ from tests.cluster.pki import Authority
 from tests.keys import clouds, servers
 from tests.keys.apiserver import ApiServer, api_server
 
-REGION = "eu-central-1"
-AWS_CREDENTIALS = {"AWS_ACCESS_KEY_ID": "access", "AWS_SECRET_ACCESS_KEY": "secret"}
+AWS_CREDENTIALS = {name.upper(): value for name, value in servers.AWS_CREDENTIALS.items()}
 
 
 @pytest.fixture(scope="session")
@@ -43,11 +40,18 @@ def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def aws_key(aws: str) -> str:
-    client = boto3.client(
-        "kms", region_name=REGION, endpoint_url=aws, aws_access_key_id="access", aws_secret_access_key="secret"
-    )
-    with contextlib.closing(client):
-        return str(client.create_key()["KeyMetadata"]["Arn"])
+    return servers.aws_key(aws)
+
+
+@pytest.fixture(scope="session")
+def local_kms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with servers.local_kms(tmp_path_factory.mktemp("local-kms")) as address:
+        yield address
+
+
+@pytest.fixture
+def local_kms_key(local_kms: str) -> str:
+    return servers.aws_key(local_kms)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Servers of key management systems, real ones, each a process of its own on a free port of this machine.
 
-Vault is built from its own modules (tests/keys/go), moto stands for AWS, PyKMIP's server for KMIP. A plug-in of
-Kubernetes' KMS v2 is a gRPC server in the test's own process: there is nothing else to one.
+Vault and local-kms are built from their own modules (tests/keys/go); local-kms and moto stand for AWS, PyKMIP's server
+for KMIP. A plug-in of Kubernetes' KMS v2 is a gRPC server in the test's own process: there is nothing else to one.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import boto3
 import grpc
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from kmip.core import enums
@@ -32,6 +33,9 @@ from csi_driver.keys.kmsv2_pb2_grpc import KeyManagementServiceServicer, add_Key
 from tests.cluster.pki import Authority
 
 VAULT_BIN = "VAULT_BIN"
+LOCAL_KMS_BIN = "LOCAL_KMS_BIN"
+REGION = "eu-central-1"
+AWS_CREDENTIALS = {"aws_access_key_id": "access", "aws_secret_access_key": "secret"}
 _START_SECONDS = 60
 _STOP_SECONDS = 10
 HOST = "127.0.0.1"
@@ -145,6 +149,48 @@ def aws(folder: Path) -> Iterator[str]:
     with process([sys.executable, "-m", "moto.server", "-p", str(port)], log) as running:
         wait_for_port(port, running, log)
         yield f"http://{HOST}:{port}"
+
+
+@contextmanager
+def local_kms(folder: Path) -> Iterator[str]:
+    """local-kms, which unlike moto refuses keys that are disabled or about to be deleted; its address."""
+    port, log = free_port(), folder / "local-kms.log"
+    argv = [os.environ[LOCAL_KMS_BIN], f"{HOST}:{port}", str(folder / "local-kms"), REGION]
+    with process(argv, log) as running:
+        wait_for_port(port, running, log)
+        yield f"http://{HOST}:{port}"
+
+
+@contextmanager
+def aws_client(address: str) -> Iterator[Any]:
+    """A client of boto3 for what stands for AWS KMS there."""
+    client = boto3.client("kms", region_name=REGION, endpoint_url=address, **AWS_CREDENTIALS)
+    with contextlib.closing(client):
+        yield client
+
+
+def aws_key(address: str) -> str:
+    """The ARN of a new key there."""
+    with aws_client(address) as client:
+        return str(client.create_key()["KeyMetadata"]["Arn"])
+
+
+def disable(client: Any, key: str) -> None:
+    client.disable_key(KeyId=key)
+
+
+def enable(client: Any, key: str) -> None:
+    client.enable_key(KeyId=key)
+
+
+def begin_deletion(client: Any, key: str) -> None:
+    client.schedule_key_deletion(KeyId=key, PendingWindowInDays=7)
+
+
+def cancel_deletion(client: Any, key: str) -> None:
+    """Which leaves it disabled."""
+    client.cancel_key_deletion(KeyId=key)
+    client.enable_key(KeyId=key)
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from csi_driver.keys.sources import GENERATED, KeySources
 from csi_driver.keys.types import BUILDERS
 from csi_driver.model.errors import DriverError, KeyLost, PermissionDenied
 from csi_driver.model.volume import KeyTrail
-from tests.keys import servers
+from tests.keys import servers, softhsm
 from tests.keys.apiserver import ACCOUNT, NAMESPACE, ApiServer
-from tests.keys.conftest import AWS_CREDENTIALS, REGION, Make
+from tests.keys.conftest import AWS_CREDENTIALS, Make
 from tests.keys.program import program
 
 TENANT = "team-a"
@@ -41,6 +41,10 @@ class Case:
 
     def fetch(self, trail: KeyTrail) -> bytes:
         return self.sources.fetch(trail, REQUEST, "test").reveal()
+
+    def check(self) -> None:
+        """As `keys check` does, but raising."""
+        self.sources._source(self.kms_id, REQUEST)[1].check()  # noqa: SLF001 - it tells an error as text
 
 
 @pytest.fixture(scope="module")
@@ -128,16 +132,19 @@ class Lab:
         fields = {"VAULT_ADDR": self.get("vault").address, "VAULT_CACERT": "vault-ca", "VAULT_BACKEND_PATH": "secret/"}
         return Case(self.make(self.kubernetes(), KMS_PROVIDER="vaulttokens", **fields), "vaulttokens")
 
-    def aws_metadata(self) -> Case:
-        name = self.secret(AWS_CMK_ARN=self.get("aws_key"), **AWS_CREDENTIALS)
-        fields = {"KMS_SECRET_NAME": name, "AWS_REGION": REGION, "AWS_ENDPOINT_URL": self.get("aws")}
+    def aws_metadata(self, server: str = "aws") -> Case:
+        name = self.secret(AWS_CMK_ARN=self.get(f"{server}_key"), **AWS_CREDENTIALS)
+        fields = {"KMS_SECRET_NAME": name, "AWS_REGION": servers.REGION, "AWS_ENDPOINT_URL": self.get(server)}
         return Case(self.make(self.kubernetes(), encryptionKMSType="aws-metadata", **fields), "aws-metadata")
+
+    def aws_metadata_of_local_kms(self) -> Case:
+        return self.aws_metadata("local_kms")
 
     def aws_sts_metadata(self) -> Case:
         self.get("tenant")
         role = "arn:aws:iam::123456789012:role/csi"
         name = f"sts-{self.folder.name.replace('_', '-').lower()}"[:60].rstrip("-")
-        entries = {"awsRoleARN": role, "awsCMKARN": self.get("aws_key"), "awsRegion": REGION}
+        entries = {"awsRoleARN": role, "awsCMKARN": self.get("aws_key"), "awsRegion": servers.REGION}
         self.get("api").secret(TENANT, name, **entries)
         token = self.folder / "oidc-token"
         token.write_text("a web identity")
@@ -185,14 +192,19 @@ class Lab:
         program(self.folder / "programs")
         return made
 
+    def exec_pkcs11(self) -> Case:
+        token = softhsm.soft_hsm(self.folder / "hsm", self.folder / "programs")
+        return Case(self.make(**token.entry), "exec")
+
     def generated(self) -> Case:
         return Case(self.make(self.kubernetes()), GENERATED, None)
 
 
 KINDS = (
     Lab.metadata, Lab.metadata_of_a_secret, Lab.vault, Lab.vault_version_1, Lab.vaulttokens,
-    Lab.vaulttokens_by_kms_provider, Lab.vaulttenantsa, Lab.vaulttransit, Lab.aws_metadata, Lab.aws_sts_metadata,
-    Lab.azure_kv, Lab.ibmkeyprotect, Lab.gcp_kms, Lab.kmip, Lab.kms_plugin, Lab.exec, Lab.generated,
+    Lab.vaulttokens_by_kms_provider, Lab.vaulttenantsa, Lab.vaulttransit, Lab.aws_metadata,
+    Lab.aws_metadata_of_local_kms, Lab.aws_sts_metadata, Lab.azure_kv, Lab.ibmkeyprotect, Lab.gcp_kms, Lab.kmip,
+    Lab.kms_plugin, Lab.exec, Lab.exec_pkcs11, Lab.generated,
 )  # fmt: skip
 
 

@@ -8,10 +8,17 @@ import os
 import random
 import sys
 import time
+from collections.abc import Sequence
 
+from tests.machine.fault_points import Point
 from tests.machine.faults import cases_of, lab
 
 LEAST_POINTS = 40
+
+
+def of_keys(points: Sequence[Point]) -> list[Point]:
+    """Those of this suite."""
+    return [point for point in points if point.call == "rotate" or point.scenario == "kms"]
 
 
 def main() -> int:
@@ -20,7 +27,7 @@ def main() -> int:
     count = int(os.environ.get("COUNT") or 0)
     started = time.monotonic()
     with lab(seed=seed) as tried:
-        points = [point for point in tried.record() if point.call == "rotate" or point.scenario == "kms"]
+        points = of_keys(tried.record())
         chosen = random.Random(seed).sample(points, min(count, len(points))) if count else points
         result = tried.try_all(cases_of(chosen))
     print(

@@ -5,8 +5,8 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-import boto3
 import grpc
 import msgspec
 import pytest
@@ -20,6 +20,7 @@ from csi_driver.keys.aws import Account, AwsWrapper
 from csi_driver.keys.azure import Account as AzureAccount
 from csi_driver.keys.azure import KeyVault
 from csi_driver.keys.base import EntryReader, KeySource, Wrapped, Wrapping
+from csi_driver.keys.exec import ExecWrapper
 from csi_driver.keys.gcp import Account as GoogleAccount
 from csi_driver.keys.gcp import CloudKms
 from csi_driver.keys.http import Tls
@@ -51,7 +52,7 @@ from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.recovery import Recovery
 from tests import volume_images
 from tests.cluster.pki import Authority
-from tests.keys import clouds, servers
+from tests.keys import clouds, servers, softhsm
 from tests.keys.given import GivenSources
 from tests.machine.node import BLANK, MIB, SECRET, SIZE, VOLUME, Node, fingerprint
 from tests.volume_images import BOOT_FILE, GREETING, encrypted_image, make_file_system, put_image
@@ -137,12 +138,16 @@ def _transit(folder: Path, stack: ExitStack) -> KeySource:
 
 
 def _aws(folder: Path, stack: ExitStack) -> KeySource:
-    address = stack.enter_context(servers.aws(folder))
-    credentials = {"aws_access_key_id": "access", "aws_secret_access_key": "secret"}
-    client = boto3.client("kms", region_name="eu-central-1", endpoint_url=address, **credentials)
-    key = client.create_key()["KeyMetadata"]["Arn"]
-    client.close()
-    return Wrapping(AwsWrapper("KMS kms (aws)", lambda: Account("eu-central-1", key, credentials, address)))
+    return _aws_at(stack.enter_context(servers.aws(folder)))
+
+
+def _local_kms(folder: Path, stack: ExitStack) -> KeySource:
+    return _aws_at(stack.enter_context(servers.local_kms(folder)))
+
+
+def _aws_at(address: str, key: str = "") -> KeySource:
+    account = Account(servers.REGION, key or servers.aws_key(address), servers.AWS_CREDENTIALS, address)
+    return Wrapping(AwsWrapper("KMS kms (aws-metadata)", lambda: account))
 
 
 def _trusted(folder: Path, stack: ExitStack) -> Authority:
@@ -188,6 +193,14 @@ def _plugin(folder: Path, stack: ExitStack) -> KeySource:
     return Wrapping(PluginWrapper(EntryReader("KMS kms (kms-plugin)", {"endpoint": endpoint})))
 
 
+def _pkcs11(folder: Path, stack: ExitStack) -> KeySource:
+    token = softhsm.soft_hsm(folder / "hsm", folder)
+    workers = Workers(("csi_driver.keys.exec",))
+    workers.start()
+    stack.callback(workers.stop)
+    return Wrapping(ExecWrapper(EntryReader("KMS kms (exec)", token.entry), workers, folder))
+
+
 def _metadata(_folder: Path, _stack: ExitStack) -> KeySource:
     return Wrapping(MetadataWrapper("KMS kms (metadata)", lambda: Passphrase(b"a passphrase of the class")))
 
@@ -197,11 +210,13 @@ MAKERS = {
     "vault": _kv,
     "vaulttransit": _transit,
     "aws-metadata": _aws,
+    "aws-metadata of local-kms": _local_kms,
     "azure-kv": _azure,
     "ibmkeyprotect": _ibm,
     "gcp-kms": _google,
     "kmip": _kmip,
     "kms-plugin": _plugin,
+    "exec with a PKCS#11 token": _pkcs11,
 }
 
 
@@ -332,6 +347,54 @@ def test_a_key_that_is_gone_is_told_and_the_data_stays(
     node.stage(secret=NONE)
     assert node.read() == "precious"
     node.unstage()
+
+
+@pytest.mark.parametrize(
+    ("take_away", "give_back", "said"),
+    [
+        (servers.disable, servers.enable, "DisabledException"),
+        (servers.begin_deletion, servers.cancel_deletion, "KMSInvalidStateException"),
+    ],
+    ids=["disabled", "about to be deleted"],
+)
+def test_a_key_of_aws_that_may_not_be_used_makes_no_volume_and_formats_nothing(
+    take_away: Callable[[Any, str], None],
+    give_back: Callable[[Any, str], None],
+    said: str,
+    folder: Path,
+    workers: Workers,
+    tmp_path: Path,
+) -> None:
+    words = rf"the key of KMS kms \(aws-metadata\) cannot be used \({said}\); enable it, or restore it"
+    with servers.local_kms(tmp_path) as address, servers.aws_client(address) as client:
+        key = servers.aws_key(address)
+        source = _aws_at(address, key)
+        node = with_keys(folder, workers, GivenSources(kms=source))
+        take_away(client, key)
+        with pytest.raises(KeyLost, match=words):
+            node.create(parameters=OF_KMS, secret=NONE)
+        assert not node.disk().exists()
+        give_back(client, key)
+        node.create(parameters=OF_KMS, secret=NONE)
+        take_away(client, key)
+        with pytest.raises(KeyLost, match=words):
+            node.stage(secret=NONE)
+        assert node.encryption_state() is EncryptionState.PREPARED
+        assert fingerprint(node.disk()) == BLANK
+        assert node.closed()
+        give_back(client, key)
+        node.stage(secret=NONE)
+        node.write()
+        before = trail_of(node)
+        take_away(client, key)
+        for change in (rotate, rewrap):
+            with pytest.raises(KeyLost, match=words):
+                change(node)
+        assert trail_of(node) == before
+        assert node.read() == "precious"
+        node.unstage()
+        node.delete()  # which asks no KMS that keeps nothing
+        source.close()
 
 
 # --- another passphrase -----------------------------------------------------------------------------------------------

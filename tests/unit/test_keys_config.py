@@ -97,6 +97,7 @@ def test_in_a_cluster_a_config_map_serves_where_there_is_no_file(file: Path) -> 
 def test_a_cluster_without_the_config_map_is_told(file: Path) -> None:
     with pytest.raises(FailedPrecondition, match="neither a file"):
         KmsConfig(file, Cluster(None)).entry("a")
+    assert KmsConfig(file, Cluster(None)).ids() == []
 
 
 def sources(file: Path) -> KeySources:

@@ -289,13 +289,11 @@ def test_aws_answers_that_are_none_pass_by_themselves_and_are_not_quoted(
                 raise answer
             return answer
 
-    class Accounts:
-        key = "arn"
-
+    class Given(Account):
         def client(self, *_: object) -> Client:
             return Client()
 
-    wrapper = AwsWrapper("KMS a (aws-metadata)", Accounts)  # type: ignore[arg-type]
+    wrapper = AwsWrapper("KMS a (aws-metadata)", lambda: Given("eu-central-1", "arn", {}))
     with pytest.raises(kind, match=words) as caught:
         wrapper.unwrap(KeyTrail(kms_id="a", type="aws-metadata", wrapped="QUJD"))
     assert SECRET not in str(caught.value)

@@ -1,0 +1,53 @@
+"""`python -m tests.counted PATH…`: tests by pytest, and how many ran, failed and were skipped, in one line."""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+
+@dataclass
+class Count:
+    """Counts the tests that ran and those that failed, set-up and clean-up included; `code` is pytest's own."""
+
+    ran: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
+    skipped: set[str] = field(default_factory=set)
+    seconds: float = 0.0
+    code: int = 1
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.failed.add(report.nodeid)
+        elif report.skipped:
+            self.skipped.add(report.nodeid)
+        if report.when == "call":
+            self.ran.add(report.nodeid)
+
+    @property
+    def is_green(self) -> bool:
+        """Whether all of them ran, and none failed."""
+        return not (self.code or self.failed or self.skipped)
+
+    def __str__(self) -> str:
+        return f"tests={len(self.ran)} failed={len(self.failed)} skipped={len(self.skipped)} seconds={self.seconds:.0f}"
+
+
+def run(paths: Sequence[str]) -> Count:
+    """Run the tests there."""
+    count, started = Count(), time.monotonic()
+    count.code = pytest.main(["-q", "-p", "no:cacheprovider", "--no-header", *paths], plugins=[count])
+    count.seconds = time.monotonic() - started
+    return count
+
+
+def main() -> int:
+    count = run(sys.argv[1:])
+    print(count, flush=True)
+    return int(not count.is_green)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
