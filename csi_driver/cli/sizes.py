@@ -1,9 +1,8 @@
 """Sizes as people and Kubernetes write them."""
 
 import re
-from fractions import Fraction
 
-_UNITS = {
+_UNITS: dict[str, int] = {
     "": 1,
     **{f"{letter}i": 1 << 10 * power for power, letter in enumerate("KMGTPE", 1)},
     **{letter: 10 ** (3 * power) for power, letter in enumerate("kMGTPE", 1)},
@@ -13,10 +12,12 @@ _UNITS = {
 def read_size(text: str) -> int:
     """Bytes of a size such as 1073741824, 512Mi, 1.5Gi or 1G (10**9): a Kubernetes quantity. Raises ValueError."""
     found = re.fullmatch(r"([0-9]{1,15})(\.[0-9]{1,9})?([KMGTPE]i|[kMGTPE]|)", text)
-    size = Fraction(found[1] + (found[2] or "")) * _UNITS[found[3]] if found else Fraction(1, 2)
-    if size.denominator != 1:
-        raise ValueError(f"{text!r} is no size; write bytes, or a number with Ki, Mi, Gi, Ti, or k, M, G, T")
-    return int(size)
+    if found:
+        fraction = (found[2] or ".")[1:]
+        size, rest = divmod(int(found[1] + fraction) * _UNITS[found[3]], int(f"1{'0' * len(fraction)}"))
+        if not rest:
+            return size
+    raise ValueError(f"{text!r} is no size; write bytes, or a number with Ki, Mi, Gi, Ti, or k, M, G, T")
 
 
 def read_some(text: str) -> int:

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import threading
@@ -59,6 +58,8 @@ class Commands:
 
     def has(self, program: str) -> bool:
         """Whether `run` would find the program."""
+        import shutil  # noqa: PLC0415 - a server that starts asks for no program
+
         return shutil.which(program, path=_ENVIRONMENT["PATH"]) is not None
 
     def run(

@@ -1,6 +1,5 @@
 """mountOptions of a StorageClass as flags and data for mount(2), from an allow-list."""
 
-import difflib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -170,6 +169,8 @@ def _check(option: str, name: str, value: str | None, fs_type: str | None) -> No
 def _unknown(option: str, name: str, value: str | None) -> str:
     if name in _VALUED and value is None:
         return f"the mount option '{name}' needs a value: {_VALUED[name][2]}"
+    import difflib  # noqa: PLC0415 - for a refusal alone
+
     nearest = difflib.get_close_matches(name if value is None else f"{name}=", ALLOWED, n=1)
     meant = f", did you mean '{nearest[0]}'?" if nearest else ";"
     return f"the mount option {option!r} is not allowed{meant} allowed are {' '.join(ALLOWED)}"

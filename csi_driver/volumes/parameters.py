@@ -3,7 +3,6 @@
 docs/parameters.md is the table for users.
 """
 
-import difflib
 import functools
 import itertools
 import re
@@ -156,6 +155,8 @@ def _tell_ignored(name: str) -> None:
 
 def _unknown(name: str) -> InvalidArgument:
     known = [*_READERS, *_IGNORED, *_CHECKED, "mkfsOptions"]
+    import difflib  # noqa: PLC0415 - for a refusal alone
+
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]}" if near else f"; known are {', '.join(sorted(_READERS))} and mkfsOptions"
     return InvalidArgument(f"the parameter {name!r} is unknown{hint}")
