@@ -27,7 +27,7 @@ KEY_SERVERS := $(VAULT_BIN) $(LOCAL_KMS_BIN)
 CSI_ADDONS_BIN := $(CACHE)/csi-addons-$(shell cat tests/cluster/addons/*/go.* | sha256sum | cut -c1-12)
 
 # Suites that draw at random take these.
-export SEED COUNT
+export SEED COUNT BACKEND
 export CSI_SANITY KUBERNETES_BIN VAULT_BIN LOCAL_KMS_BIN BENCH_BASE BENCH_IMAGES_BASE
 cluster-test: export CSI_ADDONS_BIN := $(CSI_ADDONS_BIN)
 
@@ -43,7 +43,7 @@ MACHINE_PYTEST := $(PY) -m pytest -p no:cacheprovider
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo shell test test-danger test-machine test-servers check sanity faults crashes storm danger canary cluster-test keys-test \
+.PHONY: help backends-test demo shell test test-danger test-machine test-servers check sanity faults crashes storm danger canary cluster-test keys-test \
     keys-kills bench bench-keys bench-images format clean venv system lock fuzz images images-demo images-matrix images-kills images-hostile \
     images-limits images-random
 
@@ -85,6 +85,9 @@ check: venv system ## linters, types, layers, unit tests
 
 sanity: venv system $(CSI_SANITY) ## csi-sanity against the server, mount and block
 	@$(GUEST) $(PY) -m tests.machine.sanity
+
+backends-test: venv system ## the conformance suite of backends; BACKEND=loopfile, lvm-thick or lvm-thin for one
+	@$(GUEST_FOR) --env BACKEND -- $(PY) -m tests.backends
 
 faults: venv system ## every command and record write fails or is killed
 	@$(GUEST) $(PY) -m tests.machine.faults

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from csi_driver.backends.base import Backend
+from csi_driver.backends.base import Backend, HasPools
 from csi_driver.host import loopcontrol
 from csi_driver.host.commands import Commands
 from csi_driver.host.devicemapper import DeviceMapper
@@ -102,7 +102,7 @@ class Health:
     def findings(self) -> list[Finding]:
         """Everything that is looked at, the fatal ones first; what is kept in a state directory only where one is."""
         kept = (
-            (self._disk, self._space, self._floor, self._orphans, self._secrets)
+            (self._disk, self._space, self._floor, self._thin_pools, self._orphans, self._secrets)
             if self._settings.state_dir.exists()
             else ()
         )
@@ -125,6 +125,10 @@ class Health:
     def free_bytes(self) -> int:
         """Room for new volumes above the floor."""
         return self._backend.space().available
+
+    def thin_pool_percent(self) -> int:
+        """What is used of the fullest thin pool with volumes, of data or metadata."""
+        return self._backend.fullest_pool() if isinstance(self._backend, HasPools) else 0
 
     def open_mappings(self) -> int:
         """How many mappings of volumes are open on this node."""
@@ -352,6 +356,16 @@ class Health:
             return f"{floor / _GIB:g} GiB, not less than the 10 % below which kubelet evicts pods"
 
         return _finding("free-space floor", look, "raise --free-space-floor", fatal=False)
+
+    def _thin_pools(self) -> Finding:
+        def look() -> str:
+            if not isinstance(self._backend, HasPools):
+                return f"the backend {self._backend.name} has none"
+            if full := self._backend.full_pools():
+                raise FailedPrecondition(". ".join(full))
+            return f"the fullest one with volumes is used by {self._backend.fullest_pool()} %"
+
+        return _finding("thin pools", look, "extend them with lvextend", fatal=False)
 
     def _orphans(self) -> Finding:
         def look() -> str:
