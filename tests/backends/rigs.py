@@ -31,8 +31,6 @@ from tests.fake_host import Step, SteppedFiles, undisturbed
 LIMITS = Limits(format_seconds=60, unlock_seconds=20, mount_seconds=60)
 GROUP = "vg-test"
 POOL = "thin-pool"
-POOL_BYTES = 256 * MIB
-_DISK_BYTES = 1600 * MIB
 _DIRTY_BYTES = 160 * MIB
 _CONFIG = (
     "activation{udev_sync=0 udev_rules=0 monitoring=0 verify_udev_operations=0} backup{backup=0 archive=0} "
@@ -113,7 +111,11 @@ class LvmRig:
 
     rounding = 4 * MIB
 
-    def __init__(self, folder: Path, workers: Workers, *, thin: bool) -> None:
+    def __init__(
+        self, folder: Path, workers: Workers, *, thin: bool, disk_bytes: int = 1600 * MIB, pool_bytes: int = 256 * MIB
+    ) -> None:
+        self._disk_bytes = disk_bytes
+        self._pool_bytes = pool_bytes
         self.state = folder / "lvm-state"
         self._disk = folder / "disk"
         self.workers = workers
@@ -128,7 +130,7 @@ class LvmRig:
         DeviceMapper().target_version("thin-pool")
         self.state.mkdir(exist_ok=True)
         with self._disk.open("wb") as file:
-            file.truncate(_DISK_BYTES)
+            file.truncate(self._disk_bytes)
         loop = subprocess.run(
             ["losetup", "--find", "--show", str(self._disk)], check=True, stdout=subprocess.PIPE, text=True
         )
@@ -137,7 +139,7 @@ class LvmRig:
         try:
             self.backend()
             if self._thin:
-                lvm("lvcreate", "-L", f"{POOL_BYTES}b", "--type", "thin-pool", "-n", POOL, GROUP)
+                lvm("lvcreate", "-L", f"{self._pool_bytes}b", "--type", "thin-pool", "-n", POOL, GROUP)
         except BaseException:
             self.__exit__()
             raise
