@@ -16,7 +16,7 @@ from csi_driver.backends.base import Fill, Space
 from csi_driver.backends.folders import VolumeFolders
 from csi_driver.backends.lvmpool import PoolUse, ThinPools
 from csi_driver.backends.lvmrecords import GroupRecords
-from csi_driver.backends.lvmtool import VolumeGroup
+from csi_driver.backends.lvmtool import LogicalVolume, VolumeGroup
 from csi_driver.backends.lvmvolume import ID_TAG, STATE, VERSION, GroupVolumes, LvState
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host import blockdev
@@ -266,7 +266,7 @@ class LvmBackend:
                 )
             if state.pool == pool and found.size - size in range(self._group.look().extent) and state.uuid:
                 return state
-            self._group.remove(found.uuid)
+            self._remove(found)
         self._check_room(volume_id, size, pool)
         state = LvState(version=VERSION, pool=pool, clear=0 if pool is None else None)
         self._volumes.write(fresh, state)  # before it is made: what is there without this is not taken for a leftover
@@ -295,6 +295,11 @@ class LvmBackend:
             with self._volumes.open(volume_id, state) as device:
                 what = f"luks-erase of volume {volume_id}"
                 self._workers.call(what, self._limits.format_seconds, blockdev.overwrite, device, erase)
+        self._remove(found)
+
+    def _remove(self, found: LogicalVolume) -> None:
+        if found.pool is not None:
+            self._pools.show(found.pool)
         self._group.remove(found.uuid)
 
     def _refuse_open(self, volume_id: str, state: LvState | None = None) -> None:

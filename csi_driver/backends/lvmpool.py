@@ -57,13 +57,18 @@ class ThinPools:
             is_well=words[4] == "rw" and "needs_check" not in words,
         )
 
-    def shown(self, pool: str) -> PoolUse:
-        """How it is, shown if it was not. Raises FailedPrecondition where it cannot be, or does not zero new blocks."""
+    def show(self, pool: str) -> PoolUse | None:
+        """How it is, shown if it was not: before a command that would have LVM do so."""
         found = self.use(pool)
         if found is None:
             self._mapper.target_version("thin-pool")  # loads the module: lvm looks for one in its own file system
             self._group.activate_pool(pool)
             found = self.use(pool)
+        return found
+
+    def shown(self, pool: str) -> PoolUse:
+        """How it is, shown if it was not. Raises FailedPrecondition where it cannot be, or does not zero new blocks."""
+        found = self.show(pool)
         if found is None:
             raise FailedPrecondition(
                 f"{self._group.name}/{pool} is no thin pool that can be used; make it with lvcreate --type thin-pool, "

@@ -12,7 +12,6 @@ from typing import Any, Final
 import msgspec
 
 from csi_driver.host.commands import Commands, ProgramFailed
-from csi_driver.host.syscalls import udev_is_running
 from csi_driver.model.errors import CommandFailed, DeviceAbsent, DeviceInUse, FailedPrecondition, ResourceExhausted
 
 OURS: Final = "luks-csi"
@@ -117,9 +116,8 @@ class VolumeGroup:
         self._run("show", uuid, "lvchange", "-y", "-ay", "-K", "-S", f"lv_uuid={uuid}", self.name)
 
     def activate_pool(self, name: str) -> None:
-        """Show a thin pool; thin_check(8) looks at it by name, so it needs names without udev too."""
-        udev = int(udev_is_running())
-        self._run("show", name, "lvchange", "-y", "-ay", "-K", f"{self.name}/{name}", udev=udev)
+        """Show a thin pool. thin_check(8) is run on it by name, before udev could have made that: so LVM has to."""
+        self._run("show", name, "lvchange", "-y", "-ay", "-K", f"{self.name}/{name}", udev=0)
 
     def refresh(self, name: str) -> None:
         """Let what shows it show what it is."""

@@ -298,7 +298,7 @@ def at_every_step(
     before(rig.backend())
     steps = steps_of(rig, act)
     rig.backend().delete("pvc-1")
-    assert len(steps) > 5
+    assert len(steps) > 1
     for number, name in enumerate(steps):
         before(rig.backend())
         started = rig.backend(step := Countdown())

@@ -2,12 +2,14 @@
 
 import os
 import re
+import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from csi_driver.host.devicemapper import DeviceMapper
+from csi_driver.host.handle import Handle
 from csi_driver.host.mounts import Mounts
 from csi_driver.rpc.client import CsiClient, RemoteError
 from csi_driver.volumes.capability import AccessMode, Capability
@@ -41,6 +43,18 @@ def classes(rig: LvmRig, *, encrypted: bool = True) -> Mapping[str, str]:
     return {"backend": "lvm", **pool, **({"encrypted": "true", **CHEAP} if encrypted else {})}
 
 
+def refuse_others(device: Handle) -> None:
+    """Nobody gets a second mapping of a volume in use, nor takes it away: that is why the backend has no guard."""
+    with device:
+        node = f"/dev/dm-{device.minor}"
+    opened = ["cryptsetup", "open", "--key-file", "-", node, "second"]
+    found = subprocess.run(opened, check=False, input=SECRET["CRYPTO_KEY_VALUE"], capture_output=True, text=True)
+    assert found.returncode == 5, found  # cryptsetup(8): device already exists or device is busy
+    assert "in use" in found.stderr
+    with pytest.raises(subprocess.CalledProcessError):
+        lvm("lvremove", f"{GROUP}/luks-life")
+
+
 def devices() -> list[str]:
     return [name for name in DeviceMapper().names() if re.search(r"pvc|life", name)]
 
@@ -59,6 +73,8 @@ def test_a_volume_is_made_used_restarted_enlarged_given_another_key_and_deleted(
         client.stage(volume, stage, MOUNT, SECRET)
         client.publish(volume, stage, target, MOUNT)
         (target / "file").write_text("precious")
+        (logical,) = (name for name in devices() if name.startswith(GROUP.replace("-", "--")))
+        refuse_others(DeviceMapper().open(logical))
     server.kill()
     server.start()
     with CsiClient(server.endpoint) as client:
