@@ -24,7 +24,8 @@ RUN cd /src \
 FROM debian:12-slim
 RUN apt-get update \
  && apt-get install -y --no-install-recommends \
-    btrfs-progs ca-certificates cryptsetup-bin e2fsprogs libpython3-stdlib python3-minimal qemu-utils xfsprogs \
+    btrfs-progs ca-certificates cryptsetup-bin e2fsprogs libpython3-stdlib lvm2 python3-minimal qemu-utils \
+    thin-provisioning-tools xfsprogs \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/log/*
 COPY --from=build /opt/luks-csi /opt/luks-csi
 COPY --from=build /opt/package /opt/luks-csi

@@ -27,7 +27,7 @@ KEY_SERVERS := $(VAULT_BIN) $(LOCAL_KMS_BIN)
 CSI_ADDONS_BIN := $(CACHE)/csi-addons-$(shell cat tests/cluster/addons/*/go.* | sha256sum | cut -c1-12)
 
 # Suites that draw at random take these.
-export SEED COUNT
+export SEED COUNT BACKEND
 export CSI_SANITY KUBERNETES_BIN VAULT_BIN LOCAL_KMS_BIN BENCH_BASE BENCH_IMAGES_BASE
 cluster-test: export CSI_ADDONS_BIN := $(CSI_ADDONS_BIN)
 
@@ -43,7 +43,7 @@ MACHINE_PYTEST := $(PY) -m pytest -p no:cacheprovider
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo shell test test-danger test-machine test-servers check sanity faults crashes storm danger canary cluster-test keys-test \
+.PHONY: help backends-test demo shell test test-danger test-machine test-servers check sanity faults crashes storm danger canary cluster-test keys-test \
     keys-kills bench bench-keys bench-images format clean venv system lock fuzz images images-demo images-matrix images-kills images-hostile \
     images-limits images-random
 
@@ -64,6 +64,9 @@ test: check $(CSI_SANITY) $(KUBERNETES_BIN) $(KEY_SERVERS) ## every test, seeded
 # contract start programs, which a process should not that has talked gRPC to a KMS: gRPC's fork handlers may end them.
 DANGER := $(wildcard tests/machine/test_danger_*.py) $(addprefix tests/machine/test_,storm.py canary.py)
 UDEV := tests/machine/test_udev.py
+BACKENDS := $(addprefix tests/backends/test_,life.py::test_a_volume_is_made_used_restarted_enlarged_given_another_key_and_deleted \
+    conformance.py::test_a_volume_is_blank_and_as_long_as_asked_for conformance.py::test_foreign_storage_of_the_name_is_left_alone \
+    lvm.py::test_a_backend_that_clears_nothing_is_noticed lvm.py::test_a_pool_above_its_limit_takes_nothing_new_and_says_so)
 test-danger: venv system
 	$(GUEST) $(MACHINE_PYTEST) $(DANGER)
 
@@ -74,6 +77,7 @@ test-servers: venv system $(KUBERNETES_BIN) $(KEY_SERVERS)
 	$(PY) -m pytest tests/contract
 	$(PY) -m pytest tests/keys
 	$(GUEST_FOR) --udev -- $(MACHINE_PYTEST) $(UDEV)
+	$(GUEST) $(MACHINE_PYTEST) $(BACKENDS)
 	$(PY) -m tests.cluster tests/cluster/test_smoke.py tests/cluster/test_examples.py
 
 check: venv system ## linters, types, layers, unit tests
@@ -83,8 +87,11 @@ check: venv system ## linters, types, layers, unit tests
 	.venv/bin/lint-imports
 	$(PY) -m pytest -n 2 tests/unit
 
-sanity: venv system $(CSI_SANITY) ## csi-sanity against the server, mount and block
-	@$(GUEST) $(PY) -m tests.machine.sanity
+sanity: venv system $(CSI_SANITY) ## csi-sanity against the server, mount and block; BACKEND=lvm-thick or lvm-thin
+	@$(GUEST_FOR) --env BACKEND -- $(PY) -m tests.machine.sanity
+
+backends-test: venv system ## the conformance suite of backends; BACKEND=loopfile, lvm-thick or lvm-thin for one
+	@$(GUEST_FOR) --env BACKEND -- $(PY) -m tests.backends
 
 faults: venv system ## every command and record write fails or is killed
 	@$(GUEST) $(PY) -m tests.machine.faults

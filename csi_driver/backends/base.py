@@ -13,7 +13,7 @@ The contract, beside what each method says:
 - *What is whose.* By identity, never by name alone. What a backend did not make it does not touch, whatever its name.
 - *Where it runs.* Nothing here forks. What may hang on a device, and every program, runs in a worker.
 
-What not every backend can do is a Protocol of its own: `MakesFromFile`, `MovesVolumeKey`.
+What not every backend can do is a Protocol of its own: `MakesFromFile`, `MovesVolumeKey`, `HasPools`.
 """
 
 from collections.abc import Callable, Sequence
@@ -186,6 +186,20 @@ class MovesVolumeKey(Protocol):
 
         Raises FailedPrecondition.
         """
+
+
+@runtime_checkable
+class HasPools(Protocol):
+    """A backend whose volumes share room that may run out beneath them."""
+
+    def full_pools(self) -> Sequence[str]:
+        """What is wrong with each pool with volumes that is fuller than its limit, and what to do: for a person."""
+
+    def fullest_pool(self) -> int:
+        """Percent that are used of what is scarcest in the fullest pool with volumes; 0 without any."""
+
+    def ailment(self, volume_id: str) -> str | None:
+        """The same of the pool that the volume is in; None where all is well."""
 
 
 def made_from_file(backend: Backend, volume_id: str) -> MakesFromFile:

@@ -12,6 +12,9 @@ _COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "red"}
 _LOOKED_AT = (
     "state_dir",
     "kubelet_dir",
+    "backend",
+    "volume_group",
+    "thin_pool_limit",
     "free_space_floor",
     "pbkdf_memory_kib",
     "unlocks_at_once",

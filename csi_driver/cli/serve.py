@@ -19,12 +19,14 @@ from csi_driver.model.errors import DriverError
 from csi_driver.model.settings import Limits, LogFormat, Service, Settings
 from csi_driver.rpc.endpoint import endpoint_path, host_and_port
 
-BACKENDS = ("loopfile",)
+BACKENDS = ("loopfile", "lvm")
 
 _LONGEST_SECONDS = 86400
 # CSI bounds the prefix of a topology key, which `Settings.topology_key` makes of the driver's name.
 _LONGEST_TOPOLOGY_PREFIX = 63
 _DOMAIN_NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
+# What LVM takes, short enough for device-mapper's names of its volumes: lvm(8), "Valid names".
+_GROUP_NAME = re.compile(r"[A-Za-z0-9_.+][A-Za-z0-9_.+-]{0,39}")
 _LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 
 
@@ -76,6 +78,16 @@ def _read_some_path(text: str) -> Path | None:
 
 def _read_some_endpoint(text: str) -> Path | None:
     return endpoint_path(text) if text else None
+
+
+def _read_group(text: str) -> str:
+    # Device-mapper's names of such a group's volumes would be those of our mappings.
+    if text and (not _GROUP_NAME.fullmatch(text) or text in (".", "..", "luks") or text.startswith("luks-")):
+        raise ValueError(
+            f"{text!r} must be the name of a volume group of at most 40 letters, digits, '_', '.', '+' and '-', and "
+            f"not 'luks' or one that begins with 'luks-'"
+        )
+    return text
 
 
 def _seconds(least: int) -> Callable[[str], float]:
@@ -170,6 +182,9 @@ _OPTIONS = (
             "directory is a mount of the node.", is_flag=False, flag_value="true"),
     setting("--kubelet-dir", "kubelet_dir", _read_folder, "FOLDER", Settings.kubelet_dir, "Kubelet's own folder."),
     setting("--backend", "backend", _one_of(BACKENDS), "NAME", Settings.backend, "What keeps the ciphertext."),
+    setting("--volume-group", "volume_group", _read_group, "NAME", "", "The LVM volume group of the backend lvm."),
+    setting("--thin-pool-limit", "thin_pool_limit", _number(1, 100), "PERCENT", Settings.thin_pool_limit, "How full a "
+            "thin pool may be for new volumes and growth."),
     setting("--free-space-floor", "free_space_floor", read_size, "SIZE", "1Gi", "Space that new volumes leave free."),
     setting("--threads", "threads", _number(1, 256), "NUMBER", Settings.threads, "Calls at work at once."),
     setting("--grace-seconds", "grace_seconds", _seconds(0), "SECONDS", Settings.grace_seconds, "Time for calls in "
@@ -206,6 +221,8 @@ def serve(**options: Any) -> None:
     settings = settings_of(options)
     if settings.addons_endpoint == settings.endpoint:
         raise click.UsageError("--addons-endpoint and --endpoint name one socket; give each of them its own")
+    if (settings.backend == "lvm") != bool(settings.volume_group):
+        raise click.UsageError("--backend lvm and --volume-group belong together; give both or none of them")
     configure_logs(settings.log_format, settings.log_level)
     # Our own part first: it starts the worker launcher, which loads while grpcio does.
     with loading():

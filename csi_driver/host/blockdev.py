@@ -5,6 +5,7 @@ import fcntl
 import os
 import stat
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
@@ -17,6 +18,9 @@ from csi_driver.model.errors import CommandFailed, DeviceAbsent, DeviceMismatch,
 _BLKGETSIZE64: Final = 0x80081272
 _BLKROSET: Final = 0x125D
 _BLKROGET: Final = 0x125E
+_BLKZEROOUT: Final = 0x127F
+_ZEROED_AT_ONCE: Final = 32 << 20
+_WRITTEN_AT_ONCE: Final = 1 << 20
 
 
 def is_node_of(path: str, number: tuple[int, int]) -> bool:
@@ -85,6 +89,15 @@ def mapping_name_of(number: tuple[int, int]) -> str | None:
         return None
 
 
+def mapping_uuid_of(number: tuple[int, int]) -> str | None:
+    """The device-mapper UUID of the mapped device of that number (sysfs); None for what is none."""
+    major, minor = number
+    try:
+        return os.fsdecode(read_attribute(f"/sys/dev/block/{major}:{minor}/dm/uuid").removesuffix(b"\n"))
+    except OSError:
+        return None
+
+
 def kernel_name(number: tuple[int, int]) -> str:
     """The kernel's name of the block device of that number, such as "dm-3". Raises OSError when there is none."""
     major, minor = number
@@ -114,6 +127,44 @@ def is_claimed(device: Handle) -> bool:
             return True
         raise _failed(device.name, error) from None
     return False
+
+
+def zero_out(device: Handle, start: int, end: int, seconds: float) -> int:
+    """Let the device read as zeros from `start` on, durably, up to `end` or as far as `seconds` go; returns how far.
+
+    At least one piece is done. Once it returned, nothing that lay there before can be read again (BLKZEROOUT: by a
+    command of the device's own that promises that, else by writing). Raises DeviceAbsent, DeviceUnreadable.
+    """
+    deadline = time.monotonic() + seconds
+    try:
+        descriptor = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            at = start
+            while at < end and (at == start or time.monotonic() < deadline):
+                length = min(_ZEROED_AT_ONCE, end - at)
+                fcntl.ioctl(descriptor, _BLKZEROOUT, struct.pack("=2Q", at, length))
+                at += length
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise _failed(device.name, error) from None
+    return at
+
+
+def overwrite(device: Handle, length: int) -> None:
+    """Random bytes, durably, over the first `length` bytes of the device. Raises DeviceAbsent, DeviceUnreadable."""
+    try:
+        descriptor = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            at = 0
+            while at < length:
+                at += os.pwrite(descriptor, os.urandom(min(_WRITTEN_AT_ONCE, length - at)), at)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise _failed(device.name, error) from None
 
 
 def make_writable(descriptor: int) -> None:

@@ -19,10 +19,12 @@ from csi_driver.model.errors import CommandFailed, DeadlineExceeded, FailedPreco
 
 _KILL_GRACE_SECONDS = 2.0
 _MOST_OUTPUT = 16 * 1024
+_MOST_READ = 100 * 1024
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _ENVIRONMENT: Mapping[str, str] = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "LC_ALL": "C",
+    "LVM_SUPPRESS_FD_WARNINGS": "1",  # lvm(8): of the volume's lock and devices, which it is meant to inherit
 }
 
 
@@ -82,15 +84,28 @@ class Commands:
             by_name=by_name,
         )
 
+    def read(self, argv: Sequence[str], *, timeout: float) -> str:
+        """`run` for a long answer: what the program writes to its standard output, up to 100 KiB."""
+        limit = timeout + 2 * _KILL_GRACE_SECONDS
+        return self._workers.call(
+            f"{argv[0]} on {argv[-1]}", limit, run_program, tuple(argv), timeout=timeout, most_output=_MOST_READ
+        ).stdout
+
 
 def run_program(
-    argv: Sequence[str | Handle], *, timeout: float, ok_codes: Sequence[int] = (0,), by_name: bool = False
+    argv: Sequence[str | Handle],
+    *,
+    timeout: float,
+    ok_codes: Sequence[int] = (0,),
+    by_name: bool = False,
+    most_output: int = _MOST_OUTPUT,
 ) -> Completed:
     """Run `argv` for at most `timeout` seconds.
 
     The program inherits what the running call holds, its lock and devices, and finds a Handle under the path of its
     descriptor; errors call it by its name. `by_name` is for those that hand the path on to somebody who keeps it: they
-    get a name that is seen to mean the device, which they hold as well. It ends with this process. Raises
+    get a name that is seen to mean the device, which they hold as well. It ends with this process. Of each output the
+    last `most_output` bytes are kept, which an answer of a worker must have room for. Raises
     FailedPrecondition when it is not installed, ProgramFailed for an exit code outside `ok_codes`, DeadlineExceeded
     when it had to be killed.
     """
@@ -119,7 +134,7 @@ def run_program(
             if pipe is not None:
                 pipes.enter_context(pipe)
         try:
-            stdout, stderr = (_text(output, handles) for output in process.communicate(timeout=timeout))
+            stdout, stderr = (_text(output[-most_output:], handles) for output in process.communicate(timeout=timeout))
         except subprocess.TimeoutExpired:
             raise _killed(process, shown, timeout) from None
     if process.returncode not in ok_codes:
@@ -134,7 +149,7 @@ def _end_with_parent() -> None:
 
 def _text(output: bytes, handles: Sequence[Handle]) -> str:
     """The end of what a program said, with the names that people know."""
-    text = output[-_MOST_OUTPUT:].decode(errors="replace")
+    text = output.decode(errors="replace")
     for handle in handles:
         text = text.replace(handle.path, handle.name)
     return text

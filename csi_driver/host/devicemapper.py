@@ -17,7 +17,16 @@ from dataclasses import dataclass
 from typing import Final
 
 from csi_driver.host import dmnodes
-from csi_driver.host.dmcontrol import Command, Flag, UdevFlag, call, format_table, parse_names, parse_table
+from csi_driver.host.dmcontrol import (
+    Command,
+    Flag,
+    UdevFlag,
+    call,
+    format_message,
+    format_table,
+    parse_names,
+    parse_table,
+)
 from csi_driver.host.handle import Handle
 from csi_driver.host.syscalls import error_name, udev_is_running
 from csi_driver.model.errors import (
@@ -74,7 +83,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Device:
-    """A mapped device as the kernel has it; `targets` is the live table, empty when none was resumed."""
+    """A mapped device as the kernel has it; `targets` is the live table, empty when none was resumed.
+
+    One that `is_leaving` goes away with its last user.
+    """
 
     name: str
     uuid: str
@@ -84,6 +96,7 @@ class Device:
     suspended: bool
     read_only: bool
     targets: tuple[Target, ...]
+    is_leaving: bool = False
 
     @property
     def path(self) -> str:
@@ -152,7 +165,19 @@ class DeviceMapper:
             suspended=bool(reply.flags & Flag.SUSPEND),
             read_only=bool(reply.flags & Flag.READONLY),
             targets=tuple(Target(*fields) for fields in parse_table(reply.data, reply.target_count)),
+            is_leaving=bool(reply.flags & Flag.DEFERRED_REMOVE),
         )
+
+    def status(self, name: str) -> str | None:
+        """What the first target of the device of that name says of itself; None when there is none."""
+        try:
+            reply = call(Command.TABLE_STATUS, name, flags=Flag.NOFLUSH)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return None
+            raise _failed("read the status of", name, error) from None
+        found = parse_table(reply.data, reply.target_count)
+        return found[0][3] if found else None
 
     def open(self, name: str) -> MappingHandle:
         """A handle on the mapped device of that name, whatever its node in /dev/mapper is at the moment.
@@ -253,6 +278,21 @@ class DeviceMapper:
         except OSError as error:
             raise _failed("resume", name, error) from None
         dmnodes.ensure_name(name, reply.device)
+
+    def let_go(self, name: str) -> None:
+        """Let the device go away with its last user: now, where there is none. Absent is fine."""
+        try:
+            call(Command.DEV_REMOVE, name, flags=Flag.DEFERRED_REMOVE)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise _failed("let go of", name, error) from None
+
+    def keep(self, name: str) -> None:
+        """Undo `let_go` of a device that somebody still has open."""
+        try:
+            call(Command.TARGET_MSG, name, data=format_message(0, "@cancel_deferred_remove"))
+        except OSError as error:
+            raise _failed("keep", name, error) from None
 
     def remove(self, name: str) -> None:
         """Remove the device and its node; absent is fine.

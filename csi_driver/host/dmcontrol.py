@@ -42,6 +42,7 @@ class Command(IntEnum):
     TABLE_LOAD = 9
     TABLE_CLEAR = 10
     TABLE_STATUS = 12
+    TARGET_MSG = 14
     GET_TARGET_VERSION = 17
 
 
@@ -55,6 +56,7 @@ class Flag(IntFlag):
     SKIP_LOCKFS = 1 << 10
     NOFLUSH = 1 << 11
     SECURE_DATA = 1 << 15
+    DEFERRED_REMOVE = 1 << 17
 
 
 class UdevFlag(IntFlag):
@@ -148,6 +150,11 @@ def format_table(targets: list[tuple[int, int, str, str]]) -> bytes:
         size = (_SPEC.size + len(raw) + 8) & ~7
         table += _SPEC.pack(start, length, 0, size, kind.encode()) + raw + bytes(size - _SPEC.size - len(raw))
     return bytes(table)
+
+
+def format_message(sector: int, text: str) -> bytes:
+    """A message to the target at that sector as TARGET_MSG wants it (struct dm_target_msg)."""
+    return struct.pack("=Q", sector) + text.encode() + b"\0"
 
 
 def parse_table(data: bytes, count: int) -> list[tuple[int, int, str, str]]:

@@ -46,6 +46,8 @@ class Settings:
     require_mount: bool = False
     kubelet_dir: Path = Path("/var/lib/kubelet")
     backend: str = "loopfile"
+    volume_group: str = ""
+    thin_pool_limit: int = 80
     free_space_floor: int = 1024 * MIB
     threads: int = 16
     grace_seconds: float = 20.0

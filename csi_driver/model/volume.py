@@ -129,6 +129,7 @@ class VolumeParameters(msgspec.Struct, frozen=True, kw_only=True):
     image_source_type: str | None = None
     image_source: dict[str, str] = {}
     backend: str | None = None
+    thin_pool: str | None = None
     replicas: int = 1
     claim: str | None = None
 

@@ -200,6 +200,10 @@ def driver_server(driver: Driver) -> Server:
         "luks_csi_processes": ("Processes of the driver: server, launcher, workers, programs.", health.processes),
         "luks_csi_resident_bytes": ("Their resident memory.", health.resident_bytes),
         "luks_csi_free_bytes": ("Bytes that new volumes may take on this node.", health.free_bytes),
+        "luks_csi_thin_pool_used_percent": (
+            "What is used of the fullest LVM thin pool with volumes, of data or metadata.",
+            health.thin_pool_percent,
+        ),
         "luks_csi_drifted_secrets": ("Staged volumes whose secret no longer opens them.", health.drifted_secrets),
         "luks_csi_kms_up": ("Whether each KMS works, as of the last look at it.", driver.kms_health.up),
         "luks_csi_overdue_key_rotations": (

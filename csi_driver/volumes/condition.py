@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 
+from csi_driver.backends.base import Backend, HasPools
 from csi_driver.host.fshealth import FileSystemHealth
 from csi_driver.model.volume import VolumeRecord
 from csi_driver.volumes.filesystem import repair_command
@@ -46,7 +47,8 @@ class Condition:
 class Conditions:
     """Looks at volumes and changes nothing; needs no lock."""
 
-    def __init__(self, presences: Presences, health: FileSystemHealth) -> None:
+    def __init__(self, backend: Backend, presences: Presences, health: FileSystemHealth) -> None:
+        self._backend = backend
         self._presences = presences
         self._health = health
 
@@ -75,7 +77,7 @@ class Conditions:
                 )
         if stage.key_drift:
             return "its secret no longer opens it; put the passphrase that it was formatted with back"
-        return None
+        return self._backend.ailment(present.volume_id) if isinstance(self._backend, HasPools) else None
 
 
 def _same(path: str, place: str | None) -> bool:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from csi_driver.backends.base import Backend
@@ -117,6 +118,11 @@ class Driver:
         Raises FailedPrecondition when the state directory cannot be made, or is not the one that it was.
         """
         self.state.start()
+        if self.backend.name != self.settings.backend:
+            raise FailedPrecondition(
+                f"the state directory {self.settings.state_dir} has volumes of the backend {self.backend.name} and "
+                f"{self.settings.backend} is to be served; name that backend, or another state directory"
+            )
         try:
             for folder in ("locks", "stages"):
                 (self.settings.state_dir / folder).mkdir(mode=0o700, exist_ok=True)
@@ -152,9 +158,36 @@ def key_sources(settings: Settings, workers: Workers) -> KeySources:
 
 
 def make_backend(settings: Settings, host: Host) -> Backend:
-    """What keeps the ciphertext; nothing is started or touched yet."""
-    folder = settings.state_dir / "loopfile"
+    """What keeps the ciphertext; nothing is started or touched yet.
+
+    A state directory that had a volume group keeps it, so that no command beside the server has to be told.
+    """
+    state = settings.state_dir
+    memory = state / "lvm.json"
+    if settings.backend == "lvm" or memory.exists():
+        return _lvm(settings, host, state / "lvm", memory)
+    folder = state / "loopfile"
     return LoopfileBackend(folder, settings.free_space_floor, host.files, host.loops, RecordCodec())
+
+
+def _lvm(settings: Settings, host: Host, folder: Path, memory: Path) -> Backend:
+    from csi_driver.backends.lvm import LvmBackend  # noqa: PLC0415 - who has no volume group pays nothing for it
+    from csi_driver.backends.lvmrecords import GroupRecords, remembered_name  # noqa: PLC0415
+    from csi_driver.backends.lvmtool import VolumeGroup  # noqa: PLC0415
+
+    commands, limits = Commands(host.workers), settings.limits
+    group = VolumeGroup(settings.volume_group or remembered_name(memory), commands, limits.mount_seconds)
+    records = GroupRecords(group, folder, memory, host.files, host.workers, commands, host.mapper, host.mounts, limits)
+    return LvmBackend(
+        group,
+        records,
+        RecordCodec(),
+        host.files,
+        host.workers,
+        host.mapper,
+        limits,
+        settings.thin_pool_limit / 100,
+    )
 
 
 def build_driver(settings: Settings, host: Host | None = None) -> Driver:
@@ -220,7 +253,7 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         ),
         healing=healing,
         usage=Usages(backend, presences),
-        conditions=Conditions(presences, ailments),
+        conditions=Conditions(backend, presences, ailments),
         health=Health(
             settings, backend, stages, commands, host.mapper, mappings, host.mounts, directory.check, sources.checked
         ),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from csi_driver.backends.base import Backend
+from csi_driver.backends.base import Backend, HasPools
 from csi_driver.host import loopcontrol
 from csi_driver.host.commands import Commands
 from csi_driver.host.devicemapper import DeviceMapper
@@ -101,8 +101,9 @@ class Health:
 
     def findings(self) -> list[Finding]:
         """Everything that is looked at, the fatal ones first; what is kept in a state directory only where one is."""
+        floor = (self._floor,) if self._backend.name == "loopfile" else ()
         kept = (
-            (self._disk, self._space, self._floor, self._orphans, self._secrets)
+            (self._disk, self._space, *floor, self._thin_pools, self._orphans, self._secrets)
             if self._settings.state_dir.exists()
             else ()
         )
@@ -125,6 +126,10 @@ class Health:
     def free_bytes(self) -> int:
         """Room for new volumes above the floor."""
         return self._backend.space().available
+
+    def thin_pool_percent(self) -> int:
+        """What is used of the fullest thin pool with volumes, of data or metadata."""
+        return self._backend.fullest_pool() if isinstance(self._backend, HasPools) else 0
 
     def open_mappings(self) -> int:
         """How many mappings of volumes are open on this node."""
@@ -228,11 +233,12 @@ class Health:
     def _programs(self) -> Finding:
         def look() -> str:
             wanted = [program for programs in PROGRAMS.values() for program in programs]
+            wanted += ["lvm", "thin_check"] if self._backend.name == "lvm" else []
             if absent := [program for program in wanted if not self._commands.has(program)]:
                 raise FailedPrecondition(f"not installed: {', '.join(absent)}")
             return ", ".join(wanted)
 
-        return _finding("programs", look, "install the packages e2fsprogs, xfsprogs and btrfs-progs", fatal=False)
+        return _finding("programs", look, "install the packages that hold them", fatal=False)
 
     def _permissions(self) -> Finding:
         def look() -> str:
@@ -251,11 +257,11 @@ class Health:
                 space = self._backend.space()
             except FileNotFoundError:
                 return "not looked at; no driver was started here yet"
+            floor = self._settings.free_space_floor
+            above = f" above the floor of {floor / _GIB:g} GiB" if self._backend.name == "loopfile" else ""
             if space.available == 0:
-                raise FailedPrecondition(
-                    f"nothing is free above the floor of {self._settings.free_space_floor / _GIB:g} GiB"
-                )
-            return f"{space.available / _GIB:.1f} of {space.total / _GIB:.1f} GiB are free above the floor"
+                raise FailedPrecondition(f"nothing is free{above}")
+            return f"{space.available / _GIB:.1f} of {space.total / _GIB:.1f} GiB are free{above}"
 
         return _finding("free space", look, "free space there; no volume can be made or enlarged", fatal=False)
 
@@ -352,6 +358,16 @@ class Health:
             return f"{floor / _GIB:g} GiB, not less than the 10 % below which kubelet evicts pods"
 
         return _finding("free-space floor", look, "raise --free-space-floor", fatal=False)
+
+    def _thin_pools(self) -> Finding:
+        def look() -> str:
+            if not isinstance(self._backend, HasPools):
+                return f"the backend {self._backend.name} has none"
+            if full := self._backend.full_pools():
+                raise FailedPrecondition(". ".join(full))
+            return f"the fullest one with volumes is used by {self._backend.fullest_pool()} %"
+
+        return _finding("thin pools", look, "extend them with lvextend", fatal=False)
 
     def _orphans(self) -> Finding:
         def look() -> str:

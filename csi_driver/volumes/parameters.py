@@ -62,6 +62,7 @@ Each takes a value: what followed one that takes none (-M of btrfs) would be one
 """
 _MKFS_VALUE = re.compile(r"[A-Za-z0-9^=_,.:+-]+")  # nothing that could name a file
 _LONGEST_KMS_ID = 253
+_POOL_NAME = re.compile(r"[A-Za-z0-9_.+][A-Za-z0-9_.+-]{0,63}")  # lvm(8), "Valid names"
 _PERIOD = re.compile(r"([1-9][0-9]{0,3})([hdw])")
 _UNIT_SECONDS = {"h": 3600, "d": 24 * 3600, "w": 7 * 24 * 3600}
 _NO_FILE_SYSTEM = frozenset({"journal_dev", "list-all"})  # values of -O with which mkfs succeeds and makes none
@@ -186,6 +187,12 @@ def _retains(text: str) -> bool:
     return one_of("Delete", "Retain")(text) == "Retain"
 
 
+def _pool(text: str) -> str:
+    if not _POOL_NAME.fullmatch(text):
+        raise ValueError("the name of a thin pool: at most 64 letters, digits, '_', '.', '+' and '-'")
+    return text
+
+
 def _period(text: str) -> int:
     """A period in seconds; as it is of whole hours at least, none is shorter than an hour."""
     found = _PERIOD.fullmatch(text)
@@ -216,6 +223,7 @@ _READERS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     image_source.TYPE: ("image_source_type", image_source.read_type),
     image_source.PARAMETERS: ("image_source", image_source.read_source),
     "backend": ("backend", str),
+    "thinPool": ("thin_pool", _pool),
     "numberOfReplicas": ("replicas", whole_number(1, 20)),
     "fstype": ("fs_type", _file_system),
     "fsType": ("fs_type", _file_system),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from csi_driver.backends.base import Backend
+from csi_driver.backends.base import Backend, MakesFromFile, made_from_file
 from csi_driver.host.log import log
 from csi_driver.keys.secret import SecretKey
 from csi_driver.luks import formats
@@ -186,7 +186,9 @@ class Provisioning:
             return Capacity(0, 0)
         if any(capabilities.refusal(capability) for capability in wanted):
             return Capacity(0, 0)
-        if parameters.backing_image is not None and not self._images.is_here(parameters.backing_image):
+        if parameters.backing_image is not None and not (
+            isinstance(self._backend, MakesFromFile) and self._images.is_here(parameters.backing_image)
+        ):
             return Capacity(0, 0)
         overhead = formats.DATA_OFFSET if parameters.encrypted else 0
         room = max(0, self._backend.space(parameters).available - overhead)
@@ -232,6 +234,11 @@ class Provisioning:
                 f"the parameter backend is {parameters.backend!r} and this driver serves {self._backend.name!r}; "
                 f"correct it or leave it out"
             )
+        if parameters.thin_pool is not None and self._backend.name != "lvm":
+            raise InvalidArgument(
+                f"the parameter thinPool is {parameters.thin_pool!r} and means nothing for the backend "
+                f"{self._backend.name}; leave it out"
+            )
         return parameters
 
     def _parameters(self, request: CreateRequest) -> VolumeParameters:
@@ -256,6 +263,8 @@ class Provisioning:
             )
 
     def _make(self, request: CreateRequest, volume_id: str, parameters: VolumeParameters, cipher: str) -> VolumeRecord:
+        if parameters.backing_image is not None:
+            made_from_file(self._backend, volume_id)
         image = self._images.find(volume_id, parameters, request.key)
         capacity = _choose_capacity(request, parameters, image)
         if parameters.encrypted:

@@ -1,5 +1,7 @@
 """`make sanity`: csi-sanity against the real server with encrypted volumes, mount and block, on real dm-crypt.
 
+BACKEND is one of tests/backends; without it, loopfile.
+
 Nothing is skipped or focused by us. What csi-sanity skips by itself, because a capability is not advertised, must be
 exactly what tests/data/sanity-skips.json lists, with a reason for each.
 """
@@ -9,10 +11,16 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
+from csi_driver.host.mounts import Mounts
+from csi_driver.host.workers import Workers
+from csi_driver.volumes.driver import WARM
+from tests.backends.rigs import GROUP, POOL, LvmRig
 from tests.machine.server import ServerProcess
 
 _SKIPS = Path(__file__).parent.parent / "data" / "sanity-skips.json"
@@ -27,15 +35,15 @@ _SECRETS = (
 )
 
 
-def main() -> int:
-    """Run both access types; returns 0 when nothing failed and the skips are the listed ones."""
+def main(backend: str = "loopfile") -> int:
+    """Run both access types on that backend; returns 0 when nothing failed and the skips are the listed ones."""
     program, state = os.environ["CSI_SANITY"], Path(os.environ.get("MACHINE_STATE", "/var/tmp"))
     listed = {skip: reason for reason, skips in json.loads(_SKIPS.read_text()).items() for skip in skips}
     passed = failed = 0
     skipped: set[str] = set()
-    with tempfile.TemporaryDirectory(dir=state, prefix="sanity-") as folder:
+    with tempfile.TemporaryDirectory(dir=state, prefix="sanity-") as folder, _storage(Path(folder), backend) as storage:
         for access_type in ("mount", "block"):
-            results = _run(program, Path(folder) / access_type, access_type)
+            results = _run(program, Path(folder) / access_type, access_type, storage)
             passed += sum(status == "passed" for status in results.values())
             failed += sum(status not in ("passed", "skipped", "pending") for status in results.values())
             skipped |= {name for name, status in results.items() if status in ("skipped", "pending")}
@@ -45,18 +53,46 @@ def main() -> int:
     for name in sorted(needless):
         print(f"listed and not skipped: {name}")
     print(
-        f"sanity: passed={passed} failed={failed} skipped={len(skipped)} listed={len(listed)} "
+        f"sanity: backend={backend} passed={passed} failed={failed} skipped={len(skipped)} listed={len(listed)} "
         f"unlisted={len(unlisted)} needless={len(needless)}"
     )
     return 0 if passed and not (failed or unlisted or needless) else 1
 
 
-def _run(program: str, folder: Path, access_type: str) -> Mapping[str, str]:
+@dataclass(frozen=True)
+class _Storage:
+    """What the server and its class need to be told of a backend; `end` takes back what a server has mounted."""
+
+    options: Sequence[str]
+    parameters: str
+    end: Callable[[ServerProcess], None]
+
+
+@contextmanager
+def _storage(folder: Path, backend: str) -> Iterator[_Storage]:
+    if backend == "loopfile":
+        yield _Storage((), "", lambda _: None)
+        return
+    workers, thin = Workers(WARM), backend == "lvm-thin"
+    try:
+        with LvmRig(folder, workers, thin=thin, disk_bytes=16 << 30, pool_bytes=4 << 30) as rig:
+            rig.restart()
+
+            def end(server: ServerProcess) -> None:
+                server.stop()
+                Mounts().unmount(str(server.state_dir / "lvm"))
+
+            yield _Storage(("--backend", "lvm", "--volume-group", GROUP), f"thinPool: {POOL}\n" if thin else "", end)
+    finally:
+        workers.stop()
+
+
+def _run(program: str, folder: Path, access_type: str, storage: _Storage) -> Mapping[str, str]:
     folder.mkdir()
     files = {"secrets": folder / "secrets.yaml", "parameters": folder / "parameters.yaml", "report": folder / "out.xml"}
     files["secrets"].write_text("".join(f"{name}:\n  CRYPTO_KEY_VALUE: {_PASSPHRASE!r}\n" for name in _SECRETS))
-    files["parameters"].write_text('encrypted: "true"\npbkdf: "pbkdf2"\npbkdfIterations: "1000"\n')
-    with ServerProcess(folder / "server") as server:
+    files["parameters"].write_text('encrypted: "true"\npbkdf: "pbkdf2"\npbkdfIterations: "1000"\n' + storage.parameters)
+    with ServerProcess(folder / "server", *storage.options) as server:
         argv = [
             program,
             f"-csi.endpoint=unix://{server.endpoint}",
@@ -75,6 +111,7 @@ def _run(program: str, folder: Path, access_type: str) -> Mapping[str, str]:
         if ended.returncode:
             print(ended.stdout)
             print(server.log())
+        storage.end(server)
     return {
         case.attrib["name"]: case.attrib["status"]
         for case in ET.parse(files["report"]).iter("testcase")  # noqa: S314 - csi-sanity wrote it just now
@@ -83,4 +120,4 @@ def _run(program: str, folder: Path, access_type: str) -> Mapping[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(os.environ.get("BACKEND") or "loopfile"))

@@ -138,6 +138,7 @@ def test_the_environment_is_not_ours(programs: Programs) -> None:
     assert sorted(found) == [
         "",
         "LC_ALL=C",
+        "LVM_SUPPRESS_FD_WARNINGS=1",
         "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     ]
 

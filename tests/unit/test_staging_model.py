@@ -125,7 +125,7 @@ class Rig:
         keys = self.keys = no_kms()
         images = BackingImages(ImageStore(self.folder / "images", files), workers, slots, keys, limits)
         presences = Presences(self.backend, stages, self.mappings, mounts)
-        self.conditions = Conditions(presences, KernelFileSystemHealth(kernel))
+        self.conditions = Conditions(self.backend, presences, KernelFileSystemHealth(kernel))
         self.healing = Healing(self.backend, presences, workers, made, KernelFileSystemHealth(kernel))
         self.rekeying = Rekeying(self.backend, workers, slots, keys)
         self.drift = KeyDrift(self.backend, stages, slots)

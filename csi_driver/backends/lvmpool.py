@@ -1,0 +1,92 @@
+"""Thin pools as the kernel has them: how full, and whether a new block reads as zeros.
+
+Layouts: Documentation/admin-guide/device-mapper/thin-provisioning.rst, "thin-pool" target.
+"""
+
+from dataclasses import dataclass
+
+from csi_driver.backends.lvmtool import VolumeGroup, dm_name
+from csi_driver.host.devicemapper import DeviceMapper
+from csi_driver.model.errors import FailedPrecondition
+
+
+@dataclass(frozen=True)
+class PoolUse:
+    """A thin pool at a moment; size in bytes, data and metadata as parts of what there is, from 0 to 1."""
+
+    size: int
+    data: float
+    metadata: float
+    is_zeroing: bool
+    is_well: bool
+
+    @property
+    def fullest(self) -> float:
+        """Data or metadata, whichever is scarcer."""
+        return max(self.data, self.metadata)
+
+    def __str__(self) -> str:
+        return f"{self.data:.0%} of its data and {self.metadata:.0%} of its metadata are used"
+
+
+class ThinPools:
+    """The thin pools of a volume group."""
+
+    def __init__(self, group: VolumeGroup, mapper: DeviceMapper) -> None:
+        self._group = group
+        self._mapper = mapper
+
+    def use(self, pool: str) -> PoolUse | None:
+        """How it is; None where the kernel does not show it."""
+        name = dm_name(self._group.name, pool)
+        # The second one as long as no volume was ever shown in it.
+        return self._use(f"{name}-tpool") or self._use(name)
+
+    def _use(self, name: str) -> PoolUse | None:
+        device, status = self._mapper.get(name), self._mapper.status(name)
+        if device is None or not device.targets or status is None or device.targets[0].type != "thin-pool":
+            return None
+        words = status.split()
+        if len(words) < 5:  # "Fail": the kernel has given it up
+            return PoolUse(device.size_bytes, 1.0, 1.0, is_zeroing=False, is_well=False)
+        return PoolUse(
+            size=device.size_bytes,
+            data=_part(words[2]),
+            metadata=_part(words[1]),
+            is_zeroing="skip_block_zeroing" not in device.targets[0].params.split(),
+            is_well=words[4] == "rw" and "needs_check" not in words,
+        )
+
+    def show(self, pool: str) -> PoolUse | None:
+        """How it is, shown if it was not: before a command that would have LVM do so."""
+        found = self.use(pool)
+        if found is None:
+            self._mapper.target_version("thin-pool")  # loads the module: lvm looks for one in its own file system
+            self._group.activate_pool(pool)
+            found = self.use(pool)
+        return found
+
+    def shown(self, pool: str) -> PoolUse:
+        """How it is, shown if it was not. Raises FailedPrecondition where it cannot be, or does not zero new blocks."""
+        found = self.show(pool)
+        if found is None:
+            raise FailedPrecondition(
+                f"{self._group.name}/{pool} is no thin pool that can be used; make it with lvcreate --type thin-pool, "
+                f"or name another one by thinPool"
+            )
+        if not found.is_well:
+            raise FailedPrecondition(
+                f"the thin pool {self._group.name}/{pool} takes no more writes, or must be checked ({found}); extend "
+                f"it, or repair it with lvconvert --repair"
+            )
+        if not found.is_zeroing:
+            raise FailedPrecondition(
+                f"the thin pool {self._group.name}/{pool} does not clear new blocks, so that what was another's "
+                f"could be read; run lvchange --zero y {self._group.name}/{pool}"
+            )
+        return found
+
+
+def _part(fraction: str) -> float:
+    used, total = map(int, fraction.split("/"))
+    return used / total if total else 1.0

@@ -1,0 +1,197 @@
+"""A volume's logical volume: which one it is, how it is told from others, shown, and cleared of what others left.
+
+A logical volume `luks-<id>` carries two tags, `luks-csi` and `luks-csi.id=<id>`. What lacks them is not touched.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from csi_driver.backends.lvmpool import ThinPools
+from csi_driver.backends.lvmrecords import dm_uuid
+from csi_driver.backends.lvmtool import OURS, LogicalVolume, VolumeGroup, dm_name
+from csi_driver.host import blockdev
+from csi_driver.host.devicemapper import Device, DeviceMapper, MappingHandle
+from csi_driver.host.files import Files, read_file
+from csi_driver.host.handle import Handle
+from csi_driver.host.workers import Workers
+from csi_driver.model.errors import Aborted, DeviceAbsent, DeviceMismatch, FailedPrecondition
+from csi_driver.model.settings import Limits
+
+VERSION: Final = 1
+"""Of lv.json."""
+
+ID_TAG: Final = f"{OURS}.id="
+"""The volume's id follows."""
+
+STATE: Final = "lv.json"
+"""Beside the record of each volume."""
+_TRIES: Final = 5
+_LONGEST_DM_NAME: Final = 120  # of 127 (<linux/dm-ioctl.h>), as LVM puts suffixes behind some
+
+
+class LvState(msgspec.Struct, frozen=True, kw_only=True):
+    """Which logical volume is the volume's; without `uuid` it was about to be made.
+
+    Its first `clear` bytes hold nothing of who had them before. None where it is thin: its blocks come as zeros.
+    """
+
+    version: int
+    pool: str | None
+    uuid: str | None = None
+    group_uuid: str | None = None
+    clear: int | None = None
+
+    @property
+    def dm_uuid(self) -> str | None:
+        """By which its device is known."""
+        return dm_uuid(self.group_uuid, self.uuid) if self.uuid and self.group_uuid else None
+
+
+class GroupVolumes:
+    """The logical volumes of `group` that are volumes; `zero_seconds` is how long one call clears them."""
+
+    def __init__(
+        self,
+        group: VolumeGroup,
+        pools: ThinPools,
+        mapper: DeviceMapper,
+        files: Files,
+        workers: Workers,
+        limits: Limits,
+        zero_seconds: float,
+    ) -> None:
+        self._group = group
+        self._pools = pools
+        self._mapper = mapper
+        self._files = files
+        self._workers = workers
+        self._limits = limits
+        self._zero_seconds = zero_seconds
+
+    def refuse_foreign(self, volume_id: str, found: LogicalVolume) -> None:
+        """Raise FailedPrecondition for one that was not made for that volume."""
+        if not self.is_ours(volume_id, found):
+            raise FailedPrecondition(
+                f"the logical volume {self._group.name}/{found.name} has the name of volume {volume_id} and was not "
+                f"made for it: it lacks the tags {OURS} and {ID_TAG}{volume_id}; it was left as it is, rename it"
+            )
+
+    @staticmethod
+    def is_ours(volume_id: str, found: LogicalVolume) -> bool:
+        """Whether its tags say that it was made for that volume."""
+        return {OURS, f"{ID_TAG}{volume_id}"} <= found.tags
+
+    def own(self, volume_id: str, state: LvState) -> LogicalVolume:
+        """The pinned logical volume. Raises DeviceAbsent, FailedPrecondition."""
+        found = self._group.find(self.name_of(volume_id))
+        if found is None or found.uuid != state.uuid:
+            raise DeviceAbsent(
+                f"volume {volume_id} has no logical volume {self._group.name}/{self.name_of(volume_id)} with the UUID "
+                f"{state.uuid}; attach the disks of the group, or restore it"
+            )
+        self.refuse_foreign(volume_id, found)
+        return found
+
+    def open(self, volume_id: str, state: LvState, *, lasting: bool | None = None) -> MappingHandle:
+        """Show and open the pinned logical volume, and no other that has its name.
+
+        What is shown for this alone goes with its last user, and what is shown already stays as long as it would.
+        """
+        name = self.dm_name_of(volume_id)
+        if state.uuid is None:
+            raise DeviceAbsent(f"volume {volume_id} has no logical volume yet")
+        shown, handle = self._shown(volume_id, state, state.uuid)
+        try:
+            if handle.device.uuid != state.dm_uuid:
+                raise DeviceMismatch(
+                    f"the device {name} is not the logical volume of volume {volume_id}: expected {state.dm_uuid}, "
+                    f"found {handle.device.uuid}; remove it with 'dmsetup remove {name}'"
+                )
+            if lasting is False or not (shown or lasting):
+                self._mapper.let_go(name)
+            elif lasting and handle.device.is_leaving:
+                self._mapper.keep(name)
+        except BaseException:
+            handle.close()
+            raise
+        return handle
+
+    def _shown(self, volume_id: str, state: LvState, uuid: str) -> tuple[bool, MappingHandle]:
+        """Its device, opened, and whether it was there already."""
+        name = self.dm_name_of(volume_id)
+        for left in reversed(range(_TRIES)):
+            device = self._mapper.get(name)
+            shown = device is not None and bool(device.targets)
+            if device is not None and device.suspended:
+                self._group.refresh(self.name_of(volume_id))
+            if not shown:
+                if state.pool is not None:
+                    self._pools.shown(state.pool)
+                self._group.activate(uuid)
+            try:
+                return shown, self._mapper.open(name)
+            except DeviceAbsent:
+                if not left or not shown:  # else it went away with its last user, just now
+                    self.own(volume_id, state)
+                    raise
+        raise DeviceAbsent(f"the device {name} of volume {volume_id} goes away again and again; call again")
+
+    def clear(self, volume_id: str, folder: Path, state: LvState, device: Handle) -> None:
+        """Let everything read as zeros that belonged to others, for so long as one call may take.
+
+        Raises Aborted when something is left.
+        """
+        size = blockdev.size_bytes(device.fd)
+        if state.clear is None or state.clear >= size:
+            return
+        done = self._workers.call(
+            f"luks-zero of volume {volume_id}",
+            self._zero_seconds + self._limits.format_seconds,
+            blockdev.zero_out,
+            device,
+            state.clear,
+            size,
+            self._zero_seconds,
+        )
+        self.write(folder, msgspec.structs.replace(state, clear=done))
+        if done < size:
+            raise Aborted(
+                f"the logical volume of volume {volume_id} is being cleared, {done * 100 // size} % are done; call "
+                f"again, which goes on with it"
+            )
+
+    def state(self, folder: Path) -> LvState | None:
+        """What a volume's folder says of its logical volume, if anything. Raises FailedPrecondition."""
+        path = folder / STATE
+        try:
+            found = msgspec.json.decode(read_file(path), type=LvState)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (msgspec.DecodeError, UnicodeError) as error:
+            raise FailedPrecondition(f"{path} cannot be read ({error}); restore it from a backup") from None
+        if found.version != VERSION:
+            raise FailedPrecondition(f"{path} has version {found.version}; run the driver that wrote it on this node")
+        return found
+
+    def write(self, folder: Path, state: LvState) -> None:
+        """Say it, durably. Raises OSError."""
+        self._files.write(folder / STATE, msgspec.json.encode(state))
+
+    def device(self, volume_id: str, state: LvState) -> Device | None:
+        """What shows the pinned logical volume, if anything does."""
+        device = self._mapper.get(self.dm_name_of(volume_id))
+        return device if device is not None and device.uuid == state.dm_uuid else None
+
+    def dm_name_of(self, volume_id: str) -> str:
+        """What device-mapper calls it."""
+        return dm_name(self._group.name, self.name_of(volume_id))
+
+    def name_of(self, volume_id: str) -> str:
+        """`luks-<id>`, or a digest where hyphens, which device-mapper names have twice, make that too long."""
+        name = f"luks-{volume_id}"
+        if len(dm_name(self._group.name, name)) > _LONGEST_DM_NAME:
+            return f"luks-h.{hashlib.sha256(volume_id.encode()).hexdigest()}"
+        return name

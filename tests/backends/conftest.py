@@ -1,0 +1,75 @@
+"""What the tests of backends have in common with those of the machine, and the storage that each of them gets."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from csi_driver.backends.lvmtool import dm_name
+from csi_driver.host.workers import Workers
+from tests.backends.rigs import GROUP, POOL, RIGS, LvmRig, Rig
+from tests.machine.conftest import workers
+from tests.machine.leaks import Facts, settled
+
+__all__ = ["workers"]
+
+CHOSEN = os.environ.get("BACKEND", "")
+"""Only what begins with it."""
+
+_OF = {"thick": "lvm-thick", "thin": "lvm-thin", "lvm_rig": "lvm"}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test runs on each backend, or on those that it is of."""
+    if "storage" not in metafunc.fixturenames:
+        return
+    own = next((prefix for fixture, prefix in _OF.items() if fixture in metafunc.fixturenames), "")
+    names = [name for name in RIGS if name.startswith(CHOSEN) and name.startswith(own)]
+    metafunc.parametrize("storage", names, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def storage(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, workers: Workers
+) -> Iterator[Rig]:
+    """Each backend in turn; to make a volume group takes some seconds in the guest."""
+    state, name = os.environ.get("MACHINE_STATE"), f"storage-{request.param}"
+    place = Path(state, name) if state else tmp_path_factory.mktemp(name)
+    place.mkdir(exist_ok=True)
+    with RIGS[request.param](place, workers) as made:
+        yield made
+
+
+@pytest.fixture
+def rig(storage: Rig) -> Iterator[Rig]:
+    """A backend without volumes, and the check that the test leaves no device."""
+    storage.clear()
+    before = Facts.now(Path("/proc/self/fdinfo"))
+
+    def left() -> list[str]:
+        found = Facts.now(Path("/proc/self/fdinfo")).more_than(before)
+        return [one for one in found if one.startswith(("mappings", "loops")) and dm_name(GROUP, POOL) not in one]
+
+    yield storage
+    if leaked := settled(left):
+        pytest.fail(f"left behind: {'; '.join(leaked)}")
+
+
+@pytest.fixture
+def lvm_rig(rig: Rig) -> LvmRig:
+    """A backend of LVM, thick or thin."""
+    assert isinstance(rig, LvmRig)
+    return rig
+
+
+@pytest.fixture
+def thick(lvm_rig: LvmRig) -> LvmRig:
+    """A backend of LVM whose volumes have extents of their own."""
+    return lvm_rig
+
+
+@pytest.fixture
+def thin(lvm_rig: LvmRig) -> LvmRig:
+    """A backend of LVM whose volumes are in a thin pool."""
+    return lvm_rig

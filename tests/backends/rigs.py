@@ -1,0 +1,212 @@
+"""Backends on real storage, each with what the suite must know of it: its tolerances, and how to put things in its way.
+
+A further backend brings a class with the members of `Rig` and a line in RIGS.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol, Self
+
+from csi_driver.backends.base import Backend
+from csi_driver.backends.loopfile import LoopfileBackend
+from csi_driver.backends.lvm import LvmBackend
+from csi_driver.backends.lvmrecords import GroupRecords
+from csi_driver.backends.lvmtool import VolumeGroup
+from csi_driver.backends.records import RecordCodec
+from csi_driver.host.commands import Commands
+from csi_driver.host.devicemapper import DeviceMapper
+from csi_driver.host.files import Files
+from csi_driver.host.loop import LoopDevices
+from csi_driver.host.mounts import Mounts
+from csi_driver.host.workers import Workers
+from csi_driver.model.settings import MIB, Limits
+from csi_driver.model.volume import VolumeParameters
+from tests.fake_host import Step, SteppedFiles, undisturbed
+
+LIMITS = Limits(format_seconds=60, unlock_seconds=20, mount_seconds=60)
+GROUP = "vg-test"
+POOL = "thin-pool"
+_DIRTY_BYTES = 160 * MIB
+_CONFIG = (
+    "activation{udev_sync=0 udev_rules=0 monitoring=0 verify_udev_operations=0} backup{backup=0 archive=0} "
+    'devices{use_devicesfile=0 obtain_device_list_from_udev=0 external_device_info_source="none"}'
+)
+
+
+class Rig(Protocol):
+    """Storage that is there for the length of a test, and backends on it."""
+
+    parameters: VolumeParameters
+    """Of a class of volumes on it."""
+    rounding: int
+    """By less than so many bytes a device may be longer than asked for."""
+
+    def backend(self, step: Step = undisturbed) -> Backend:
+        """A backend, prepared, as of a server that has just been started; `step` may end it at each step."""
+
+    def restart(self) -> None:
+        """What a reboot of the node takes away is gone."""
+
+    def clear(self) -> None:
+        """All volumes and all that was put there are gone; what is free holds what others have left, if it can."""
+
+    def put_foreign(self, volume_id: str) -> Callable[[], object]:
+        """Put somebody else's storage where a new volume of that id would be; returns a look at it."""
+
+
+class LoopfileRig:
+    """Sparse files."""
+
+    parameters = VolumeParameters()
+    rounding = 1
+
+    def __init__(self, folder: Path, workers: Workers) -> None:
+        self._folder = folder / "loopfile"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The files stay."""
+
+    def backend(self, step: Step = undisturbed) -> Backend:
+        made = LoopfileBackend(self._folder, 0, SteppedFiles(step), LoopDevices(), RecordCodec())
+        made.prepare()
+        return made
+
+    def restart(self) -> None:
+        """Files stay."""
+
+    def clear(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def put_foreign(self, volume_id: str) -> Callable[[], object]:
+        file = self._folder / "volumes" / volume_id / "disk.img"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"somebody's")
+        return file.read_bytes
+
+
+class SteppedGroup(VolumeGroup):
+    """Tells `step` before and after each command of LVM."""
+
+    step: Step
+
+    def _run(self, what: str, name: str, command: str, *words: str, udev: int = 1) -> str:
+        if command in ("vgs", "lvs"):
+            return super()._run(what, name, command, *words, udev=udev)
+        self.step(f"before {command}")
+        said = super()._run(what, name, command, *words, udev=udev)
+        self.step(f"after {command}")
+        return said
+
+
+class LvmRig:
+    """A volume group on a loop device whose free extents hold what others have left."""
+
+    rounding = 4 * MIB
+
+    def __init__(
+        self, folder: Path, workers: Workers, *, thin: bool, disk_bytes: int = 1600 * MIB, pool_bytes: int = 256 * MIB
+    ) -> None:
+        self._disk_bytes = disk_bytes
+        self._pool_bytes = pool_bytes
+        self.state = folder / "lvm-state"
+        self._disk = folder / "disk"
+        self.workers = workers
+        self._thin = thin
+        self.parameters = VolumeParameters(thin_pool=POOL if thin else None)
+        self.make_group: type[SteppedGroup] = SteppedGroup
+        self._is_prepared = False
+        self.zero_seconds = 20.0
+        self.pool_limit = 0.8
+
+    def __enter__(self) -> Self:
+        DeviceMapper().target_version("thin-pool")
+        self.state.mkdir(exist_ok=True)
+        with self._disk.open("wb") as file:
+            file.truncate(self._disk_bytes)
+        loop = subprocess.run(
+            ["losetup", "--find", "--show", str(self._disk)], check=True, stdout=subprocess.PIPE, text=True
+        )
+        self.loop = loop.stdout.strip()
+        lvm("vgcreate", GROUP, self.loop)
+        try:
+            self.backend()
+            if self._thin:
+                lvm("lvcreate", "-L", f"{self._pool_bytes}b", "--type", "thin-pool", "-n", POOL, GROUP)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restart()
+        lvm("vgremove", "-f", GROUP)
+        subprocess.run(["losetup", "--detach", self.loop], check=True)
+        with contextlib.suppress(OSError):
+            os.rmdir(f"/dev/{GROUP}")
+
+    def clear(self) -> None:
+        found = lvm("lvs", "--noheadings", "-o", "lv_name", GROUP).split()
+        for name in found:
+            if name.startswith("luks-"):
+                lvm("lvremove", f"{GROUP}/{name}")
+        for name in ("volumes", "new", "trash"):
+            shutil.rmtree(self.state / "lvm" / name, ignore_errors=True)
+        self._is_prepared = False
+        self.backend()
+        if not self._thin:
+            self._make_dirty()
+
+    def _make_dirty(self) -> None:
+        lvm("lvcreate", "-Zn", "-Wn", "-L", f"{_DIRTY_BYTES}b", "-n", "dirt", GROUP)
+        with open(f"/dev/{GROUP}/dirt", "wb", buffering=0) as dirt:
+            for at in range(0, _DIRTY_BYTES, MIB):
+                os.pwrite(dirt.fileno(), b"another's plaintext ", at)
+            os.fsync(dirt.fileno())
+        lvm("lvremove", f"{GROUP}/dirt")
+
+    def backend(self, step: Step = undisturbed) -> LvmBackend:
+        commands, files, mapper = Commands(self.workers), SteppedFiles(step), DeviceMapper()
+        group = self.make_group(GROUP, commands, LIMITS.mount_seconds)
+        group.step = step
+        folder, memory = self.state / "lvm", self.state / "lvm.json"
+        records = GroupRecords(group, folder, memory, Files(), self.workers, commands, mapper, Mounts(), LIMITS)
+        made = LvmBackend(
+            group, records, RecordCodec(), files, self.workers, mapper, LIMITS, self.pool_limit, self.zero_seconds
+        )
+        if not self._is_prepared:
+            made.prepare()
+            self._is_prepared = True
+        return made
+
+    def restart(self) -> None:
+        self._is_prepared = False
+        Mounts().unmount(str(self.state / "lvm"))
+        lvm("vgchange", "-an", GROUP)
+
+    def put_foreign(self, volume_id: str) -> Callable[[], object]:
+        lvm("lvcreate", "-an", "-Zn", "-Wn", "-L", "8M", "-n", f"luks-{volume_id}", GROUP)
+        return lambda: lvm("lvs", "--noheadings", "-o", "lv_uuid,lv_size,lv_tags", f"{GROUP}/luks-{volume_id}")
+
+
+def lvm(command: str, *words: str) -> str:
+    """LVM's own program, as an administrator runs it."""
+    done = subprocess.run(
+        ["lvm", command, "-qq", "-y", "--config", _CONFIG, *words], check=True, capture_output=True, text=True
+    )
+    return done.stdout
+
+
+RIGS: Mapping[str, Callable[[Path, Workers], AbstractContextManager[Rig]]] = {
+    "loopfile": LoopfileRig,
+    "lvm-thick": lambda folder, workers: LvmRig(folder, workers, thin=False),
+    "lvm-thin": lambda folder, workers: LvmRig(folder, workers, thin=True),
+}
+"""What the suite runs on, by name."""

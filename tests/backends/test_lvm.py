@@ -1,0 +1,289 @@
+"""What the LVM backend alone promises, thick and thin."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from subprocess import CalledProcessError
+from typing import ParamSpec, TypeVar, cast
+
+import msgspec
+import pytest
+
+from csi_driver.backends.lvm import LvmBackend
+from csi_driver.backends.lvmtool import OURS, LogicalVolume
+from csi_driver.host.workers import Workers
+from csi_driver.model.errors import Aborted, DeviceAbsent, DriverError, FailedPrecondition, ResourceExhausted
+from csi_driver.volumes.driver import WARM
+from tests.backends.rigs import GROUP, POOL, LvmRig, SteppedGroup, lvm
+from tests.backends.test_conformance import MIB, SIZE, Killed, check_made, gone, is_clear, record_of, write
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def backend_of(rig: LvmRig, *, zero_seconds: float = 20.0, pool_limit: float = 0.8) -> LvmBackend:
+    rig.zero_seconds, rig.pool_limit = zero_seconds, pool_limit
+    try:
+        made = rig.backend()
+    finally:
+        rig.zero_seconds, rig.pool_limit = 20.0, 0.8
+    return made
+
+
+def test_a_large_volume_is_cleared_in_several_calls(thick: LvmRig) -> None:
+    """Each call clears some and says how much; no call begins anew, and there is no volume before the last one."""
+    backend = backend_of(thick, zero_seconds=0)
+    size, calls, seen = 100 * MIB, 0, [-1]
+    while True:
+        calls += 1
+        try:
+            backend.create(record_of(thick), size)
+            break
+        except Aborted as error:
+            done = int(str(error).split(" % ")[0].rsplit(" ", 1)[1])
+            assert done > seen[-1], "it begins anew"
+            seen.append(done)
+            assert not backend.has("pvc-1")
+            assert backend.orphans() == [str(thick.state / "lvm/new/pvc-1")]
+    assert calls == 4
+    check_made(thick, size=size)
+    with pytest.raises(Aborted, match=r"is being cleared"):
+        backend.grow("pvc-1", 200 * MIB)
+    with pytest.raises(Aborted, match=r"is being cleared"):  # it would be seen
+        backend.attach("pvc-1", lasting=False)
+    with thick.backend().attach("pvc-1", lasting=False) as device:
+        assert is_clear(device)
+    assert gone(backend)
+
+
+def test_a_cut_volume_is_deleted_or_made_anew_with_another_size(thick: LvmRig) -> None:
+    backend = backend_of(thick, zero_seconds=0)
+    for _ in range(2):
+        with pytest.raises(Aborted):
+            backend.create(record_of(thick), 100 * MIB)
+    thick.backend().create(record_of(thick), 40 * MIB)
+    check_made(thick, size=40 * MIB)
+    backend.delete("pvc-1")
+    with pytest.raises(Aborted):
+        backend.create(record_of(thick), 100 * MIB)
+    backend.delete("pvc-1")
+    assert not backend.orphans()
+
+
+def test_a_plain_thick_volume_in_use_shows_no_extents_that_are_not_cleared(thick: LvmRig) -> None:
+    backend = thick.backend()
+    plain = msgspec.structs.replace(record_of(thick), encryption=None, parameters=thick.parameters)
+    backend.create(plain, SIZE)
+    with backend.attach("pvc-1", lasting=False):
+        with pytest.raises(FailedPrecondition, match=r"is not encrypted, is attached, .*unstage it, then enlarge it"):
+            backend.grow("pvc-1", 2 * SIZE)
+        backend.grow("pvc-1", SIZE)
+    assert gone(backend)
+    backend.grow("pvc-1", 2 * SIZE)
+    check_made(thick, size=2 * SIZE)
+
+
+def test_a_volume_without_its_record_is_never_made_over(lvm_rig: LvmRig) -> None:
+    backend = lvm_rig.backend()
+    backend.create(record_of(lvm_rig), SIZE)
+    with backend.attach("pvc-1", lasting=False) as device:
+        write(device, b"precious")
+    assert gone(backend)
+    os.rename(lvm_rig.state / "lvm/volumes/pvc-1", lvm_rig.state / "lvm/aside")
+    assert backend.orphans() == [f"{GROUP}/pvc-1"]
+    with pytest.raises(FailedPrecondition, match=r"luks-pvc-1 was made for it before, has no record and may hold data"):
+        backend.create(record_of(lvm_rig), SIZE)
+    backend.delete("pvc-1")
+    assert backend.remove_orphans("pvc-1") == []
+    os.rename(lvm_rig.state / "lvm/aside", lvm_rig.state / "lvm/volumes/pvc-1")
+    with backend.attach("pvc-1", lasting=False) as device, open(device, "rb") as file:
+        assert file.read(8) == b"precious"
+
+
+def test_a_logical_volume_that_took_the_name_is_left_alone(lvm_rig: LvmRig) -> None:
+    backend = lvm_rig.backend()
+    backend.create(record_of(lvm_rig), SIZE)
+    lvm("lvremove", f"{GROUP}/luks-pvc-1")
+    look = lvm_rig.put_foreign("pvc-1")
+    before = look()
+    with pytest.raises(DeviceAbsent, match=r"has no logical volume vg-test/luks-pvc-1 with the UUID"):
+        backend.attach("pvc-1", lasting=False)
+    with pytest.raises(DeviceAbsent, match=r"has no logical volume"):
+        backend.grow("pvc-1", 2 * SIZE)
+    backend.delete("pvc-1")
+    assert not backend.has("pvc-1")
+    assert look() == before
+
+
+def check_came_meanwhile(rig: LvmRig) -> None:
+    def killed(step: str) -> None:
+        if step == "before lvcreate":
+            raise Killed
+
+    with pytest.raises(Killed):
+        rig.backend(killed).create(record_of(rig), SIZE)
+    look = rig.put_foreign("pvc-1")
+    before = look()
+    with contextlib.suppress(FailedPrecondition):
+        rig.backend().create(record_of(rig), SIZE)
+    assert look() == before
+    rig.backend().delete("pvc-1")
+    assert look() == before
+    assert not rig.backend().orphans()
+
+
+def test_one_that_came_before_a_cut_creation_went_on_is_left_alone(lvm_rig: LvmRig) -> None:
+    check_came_meanwhile(lvm_rig)
+
+
+def test_one_whose_tag_was_taken_away_is_refused(lvm_rig: LvmRig) -> None:
+    backend = lvm_rig.backend()
+    backend.create(record_of(lvm_rig), SIZE)
+    lvm("lvchange", "--deltag", "luks-csi", f"{GROUP}/luks-pvc-1")
+    with pytest.raises(FailedPrecondition, match=r"lacks the tags luks-csi and luks-csi\.id=pvc-1"):
+        backend.delete("pvc-1")
+    lvm("lvchange", "--addtag", "luks-csi", f"{GROUP}/luks-pvc-1")
+    backend.delete("pvc-1")
+    assert not backend.orphans()
+
+
+def test_a_long_name_with_many_hyphens_is_a_volume_like_any_other(lvm_rig: LvmRig) -> None:
+    backend, name = lvm_rig.backend(), "a" + "-b" * 31
+    backend.create(record_of(lvm_rig, name), SIZE)
+    check_made(lvm_rig, name)
+    assert gone(backend, name)
+    backend.delete(name)
+
+
+def test_records_that_are_not_mounted_are_no_empty_node(lvm_rig: LvmRig) -> None:
+    backend = lvm_rig.backend()
+    backend.create(record_of(lvm_rig), SIZE)
+    lvm_rig.restart()
+    for call in (backend.ids, lambda: backend.get("pvc-1"), lambda: backend.delete("pvc-1"), backend.orphans):
+        with pytest.raises(FailedPrecondition, match=r"the records of the volume group vg-test are not mounted at"):
+            call()
+    assert list(lvm_rig.backend().ids()) == ["pvc-1"]
+
+
+def test_lost_records_and_another_group_are_refused(lvm_rig: LvmRig) -> None:
+    lvm_rig.backend().create(record_of(lvm_rig), SIZE)
+    memory = lvm_rig.state / "lvm.json"
+    content = memory.read_text()
+    lvm_rig.restart()
+    lvm("lvrename", GROUP, "luks_csi_records", "aside")
+    try:
+        for state in (content, None):
+            memory.unlink(missing_ok=True)
+            if state is not None:
+                memory.write_text(state)
+            with pytest.raises(FailedPrecondition, match=r"which has their records, is gone; restore it"):
+                lvm_rig.backend()
+    finally:
+        lvm("lvrename", GROUP, "aside", "luks_csi_records")
+    memory.write_text(content.replace('"group":"', '"group":"x'))
+    with pytest.raises(FailedPrecondition, match=r"is not the one that this node had: expected the UUID x"):
+        lvm_rig.backend()
+    memory.unlink()  # a node whose own disk is new
+    assert list(lvm_rig.backend().ids()) == ["pvc-1"]
+
+
+def test_records_that_an_older_metadata_calls_new_are_not_formatted(lvm_rig: LvmRig) -> None:
+    lvm_rig.backend().create(record_of(lvm_rig), SIZE)
+    lvm_rig.restart()
+    made, making = "luks-csi.records=made", "luks-csi.records=making"
+    lvm("lvchange", "--deltag", made, "--addtag", making, f"{GROUP}/luks_csi_records")
+    with pytest.raises(FailedPrecondition, match=r"is tagged as never used and holds records that were mounted"):
+        lvm_rig.backend()
+    lvm("lvchange", "--deltag", making, "--addtag", made, f"{GROUP}/luks_csi_records")
+    assert list(lvm_rig.backend().ids()) == ["pvc-1"]
+
+
+def test_a_pool_above_its_limit_takes_nothing_new_and_says_so(thin: LvmRig) -> None:
+    backend = backend_of(thin, pool_limit=0.25)
+    backend.create(record_of(thin), 48 * MIB)
+    assert backend.ailment("pvc-1") is None
+    with backend.attach("pvc-1", lasting=False) as device:
+        for at in range(0, 48 * MIB, MIB):
+            write(device, os.urandom(64 << 10) * 16, at)
+        with thin.backend().attach("pvc-1", lasting=False) as again:
+            assert again.number == device.number
+        lower = backend_of(thin, pool_limit=0.15)
+        for call in (
+            lambda: lower.create(record_of(thin, "pvc-2"), SIZE),
+            lambda: lower.grow("pvc-1", 64 * MIB),
+        ):
+            with pytest.raises(ResourceExhausted, match=r"thin pool vg-test/thin-pool: .* of its data .*extend it"):
+                call()
+        assert lower.space(thin.parameters).available == 0
+        assert "vg-test/thin-pool is nearly full" in (lower.ailment("pvc-1") or "")
+        assert len(lower.full_pools()) == 1
+        assert 15 <= lower.fullest_pool() <= 25
+        lvm("lvextend", "-L", "+256M", f"{GROUP}/{POOL}")
+        lower.grow("pvc-1", 52 * MIB)
+    assert gone(backend)
+    backend.delete("pvc-1")
+
+
+def test_a_pool_that_does_not_zero_is_refused(thin: LvmRig) -> None:
+    thin.backend().create(record_of(thin), SIZE)
+    lvm("lvchange", "--zero", "n", f"{GROUP}/{POOL}")
+    try:
+        with pytest.raises(FailedPrecondition, match=r"does not clear new blocks.*run lvchange --zero y"):
+            thin.backend().create(record_of(thin, "pvc-2"), SIZE)
+    finally:
+        lvm("lvchange", "--zero", "y", f"{GROUP}/{POOL}")
+
+
+def test_a_pool_that_is_none_is_refused(thick: LvmRig) -> None:
+    thick.parameters = msgspec.structs.replace(thick.parameters, thin_pool="nix")
+    try:
+        with pytest.raises(DriverError, match=r"nix"):
+            thick.backend().create(record_of(thick), SIZE)
+    finally:
+        thick.parameters = msgspec.structs.replace(thick.parameters, thin_pool=None)
+    assert not thick.backend().orphans()
+
+
+# --- self-tests: a bug is planted, and what is there to notice it must ------------------------------------------------
+
+
+class TrustingGroup(SteppedGroup):
+    """A logical volume of the right name will be the right one."""
+
+    def find(self, name: str) -> LogicalVolume | None:
+        found = super().find(name)
+        return replace(found, tags=found.tags | {OURS, "luks-csi.id=pvc-1"}) if found is not None else None
+
+
+class ClearsNothing(Workers):
+    """New extents are blank, as those of a new disk."""
+
+    def __init__(self) -> None:
+        super().__init__(WARM)
+
+    def call(self, what: str, timeout: float, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if what.startswith("luks-zero of volume"):
+            return cast("R", args[2])
+        return super().call(what, timeout, function, *args, **kwargs)
+
+
+def test_a_backend_that_takes_foreign_storage_is_noticed(thick: LvmRig) -> None:
+    thick.make_group = TrustingGroup
+    try:
+        with pytest.raises((AssertionError, CalledProcessError)):
+            check_came_meanwhile(thick)
+    finally:
+        thick.make_group = SteppedGroup
+
+
+def test_a_backend_that_clears_nothing_is_noticed(thick: LvmRig) -> None:
+    workers, careless = thick.workers, ClearsNothing()
+    thick.workers = careless
+    try:
+        thick.backend().create(record_of(thick), SIZE)
+        with pytest.raises(AssertionError):
+            check_made(thick)
+    finally:
+        thick.workers = workers
+        careless.stop()
