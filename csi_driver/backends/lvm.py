@@ -17,7 +17,15 @@ from csi_driver.backends.folders import VolumeFolders
 from csi_driver.backends.lvmpool import PoolUse, ThinPools
 from csi_driver.backends.lvmrecords import GroupRecords
 from csi_driver.backends.lvmtool import LogicalVolume, VolumeGroup
-from csi_driver.backends.lvmvolume import ID_TAG, STATE, VERSION, GroupVolumes, LvState
+from csi_driver.backends.lvmvolume import (
+    ID_TAG,
+    STATE,
+    UNSEEN_TAG,
+    VERSION,
+    GroupVolumes,
+    LvState,
+    unseen_from,
+)
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host import blockdev
 from csi_driver.host.devicemapper import DeviceMapper
@@ -88,7 +96,7 @@ class LvmBackend:
         def make(fresh: Path) -> None:
             state = self._made(fresh, record.id, size, pool)
             with self._volumes.open(record.id, state) as device:
-                self._volumes.clear(record.id, fresh, state, device)
+                self._volumes.clear(record.id, fresh, state, device, 0)
 
         return self._folders.create(record, make, resume=True)
 
@@ -128,18 +136,19 @@ class LvmBackend:
                     f"hold of others would be seen before it is cleared; unstage it, then enlarge it"
                 )
             self._check_room(volume_id, size - found.size, state.pool)
-            self._group.extend(found.name, size)
+            state = self._volumes.grown(folder, state, found, size)
             found = self._volumes.own(volume_id, state)
         if device is not None and device.size_bytes < found.size:
             self._group.refresh(found.name)  # also where an earlier call was cut before it
-        if state.clear is not None and state.clear < found.size:
+        if not state.settled:
             with self._volumes.open(volume_id, state) as opened:
-                self._volumes.clear(volume_id, folder, state, opened)
+                self._volumes.settle(volume_id, folder, state, opened, is_plain=self._is_plain(volume_id))
 
     @contextmanager
     def storage(self, volume_id: str) -> Iterator[Handle]:
         """The logical volume."""
         with self.open_storage(volume_id) as handle:
+            self._settle(volume_id, handle)
             yield handle
 
     def open_storage(self, volume_id: str) -> Handle:
@@ -163,7 +172,7 @@ class LvmBackend:
         state = self._pinned(volume_id)
         handle = self._volumes.open(volume_id, state, lasting=lasting)
         try:
-            self._volumes.clear(volume_id, self._folders.volume(volume_id), state, handle)
+            self._settle(volume_id, handle)
         except BaseException:
             handle.close()
             raise
@@ -237,6 +246,10 @@ class LvmBackend:
         use = self._pools.use(state.pool) if state is not None and state.pool is not None else None
         return self._told(state.pool, use) if state is not None and state.pool and use and self._is_full(use) else None
 
+    def _settle(self, volume_id: str, device: Handle) -> None:
+        folder, state = self._folders.volume(volume_id), self._pinned(volume_id)
+        self._volumes.settle(volume_id, folder, state, device, is_plain=self._is_plain(volume_id))
+
     def _is_full(self, use: PoolUse) -> bool:
         return use.fullest >= self._pool_limit or not use.is_well
 
@@ -259,7 +272,7 @@ class LvmBackend:
         state, found = self._volumes.state(fresh), self._group.find(name)
         if found is not None:
             self._volumes.refuse_foreign(volume_id, found)
-            if state is None:
+            if state is None or unseen_from(found) != 0:
                 raise FailedPrecondition(
                     f"volume {volume_id} cannot be made: the logical volume {self._group.name}/{name} was made for it "
                     f"before, has no record and may hold data; restore its record, or remove it with lvremove"
@@ -271,7 +284,7 @@ class LvmBackend:
         state = LvState(version=VERSION, pool=pool, clear=0 if pool is None else None)
         self._volumes.write(fresh, state)  # before it is made: what is there without this is not taken for a leftover
         self._files.sync_folder(fresh.parent)
-        self._group.make(name, size, [f"{ID_TAG}{volume_id}"], pool)
+        self._group.make(name, size, [f"{ID_TAG}{volume_id}", f"{UNSEEN_TAG}0"], pool)
         made = self._group.find(name)
         if made is None:
             raise DeviceAbsent(f"the logical volume {self._group.name}/{name} was made and is gone; call again")
@@ -281,13 +294,18 @@ class LvmBackend:
         return state
 
     def _drop(self, folder: Path, erase: int) -> None:
-        """Remove the logical volume of that folder; another one that has come to its name stays."""
+        """Remove the logical volume of that folder; another one that has come to its name stays.
+
+        So does one that was made to its end, where the folder is that of one in the making: an older record.
+        """
         volume_id, state = folder.name, self._volumes.state(folder)
         found = self._group.find(self._volumes.name_of(volume_id)) if state is not None else None
         if state is None or found is None:
             return
-        if state.uuid not in (None, found.uuid) or (state.uuid is None and not self._volumes.is_ours(volume_id, found)):
-            log.warning("a logical volume of another was left alone", volume_id=volume_id, logical_volume=found.name)
+        is_other = state.uuid not in (None, found.uuid)
+        is_foreign = state.uuid is None and not self._volumes.is_ours(volume_id, found)
+        if is_other or is_foreign or (folder == self._unchecked.fresh(volume_id) and unseen_from(found) != 0):
+            log.warning("a logical volume was left alone", volume_id=volume_id, logical_volume=found.name)
             return
         self._volumes.refuse_foreign(volume_id, found)
         self._refuse_open(volume_id, state)

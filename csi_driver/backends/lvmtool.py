@@ -123,9 +123,10 @@ class VolumeGroup:
         """Let what shows it show what it is."""
         self._run("refresh", name, "lvchange", "-y", "--refresh", f"{self.name}/{name}")
 
-    def retag(self, name: str, old: str, new: str) -> None:
-        """One tag for another, in one step."""
-        self._run("tag", name, "lvchange", "-y", "--deltag", old, "--addtag", new, f"{self.name}/{name}")
+    def retag(self, name: str, old: str | None, new: str | None) -> None:
+        """One tag for another, in one step; None for none."""
+        words = [*(("--deltag", old) if old else ()), *(("--addtag", new) if new else ())]
+        self._run("tag", name, "lvchange", "-y", *words, f"{self.name}/{name}")
 
     def remove(self, uuid: str) -> None:
         """Remove the logical volume of that very UUID; absent is fine. Raises DeviceInUse."""

@@ -1,6 +1,9 @@
 """A volume's logical volume: which one it is, how it is told from others, shown, and cleared of what others left.
 
-A logical volume `luks-<id>` carries two tags, `luks-csi` and `luks-csi.id=<id>`. What lacks them is not touched.
+A logical volume `luks-<id>` carries two tags, `luks-csi` and `luks-csi.id=<id>`. What lacks them is not touched. A
+third, `luks-csi.unseen=<bytes>`, is there as long as nobody was ever shown what lies behind so many bytes. LVM keeps it
+and not the records, as those may be older than the volume (a restored backup): by them alone nothing is overwritten or
+thrown away.
 """
 
 import hashlib
@@ -26,6 +29,9 @@ VERSION: Final = 1
 ID_TAG: Final = f"{OURS}.id="
 """The volume's id follows."""
 
+UNSEEN_TAG: Final = f"{OURS}.unseen="
+"""The number of bytes before what nobody was ever shown follows."""
+
 STATE: Final = "lv.json"
 """Beside the record of each volume."""
 _TRIES: Final = 5
@@ -35,7 +41,8 @@ _LONGEST_DM_NAME: Final = 120  # of 127 (<linux/dm-ioctl.h>), as LVM puts suffix
 class LvState(msgspec.Struct, frozen=True, kw_only=True):
     """Which logical volume is the volume's; without `uuid` it was about to be made.
 
-    Its first `clear` bytes hold nothing of who had them before. None where it is thin: its blocks come as zeros.
+    Its first `clear` bytes hold nothing of who had them before. None where it is thin: its blocks come as zeros. It is
+    `settled` once it has no tag `luks-csi.unseen` any more.
     """
 
     version: int
@@ -43,6 +50,7 @@ class LvState(msgspec.Struct, frozen=True, kw_only=True):
     uuid: str | None = None
     group_uuid: str | None = None
     clear: int | None = None
+    settled: bool = False
 
     @property
     def dm_uuid(self) -> str | None:
@@ -139,29 +147,61 @@ class GroupVolumes:
                     raise
         raise DeviceAbsent(f"the device {name} of volume {volume_id} goes away again and again; call again")
 
-    def clear(self, volume_id: str, folder: Path, state: LvState, device: Handle) -> None:
-        """Let everything read as zeros that belonged to others, for so long as one call may take.
+    def settle(self, volume_id: str, folder: Path, state: LvState, device: Handle, *, is_plain: bool) -> None:
+        """Before anybody is shown it: clear what nobody was, and take the tag off that says so.
 
-        Raises Aborted when something is left.
+        Raises Aborted when something is left to clear, and FailedPrecondition for a plain one that is longer than is
+        known to be clear: somebody else lengthened it.
+        """
+        if not state.settled:
+            found = self.own(volume_id, state)
+            unseen = unseen_from(found)
+            if unseen is not None:
+                state = self.clear(volume_id, folder, state, device, unseen)
+                self._group.retag(found.name, f"{UNSEEN_TAG}{unseen}", None)
+            self.write(folder, msgspec.structs.replace(state, settled=True))
+        size = blockdev.size_bytes(device.fd)
+        if is_plain and state.clear is not None and state.clear < size:
+            raise FailedPrecondition(
+                f"the logical volume {self._group.name}/{self.name_of(volume_id)} of volume {volume_id} has {size} "
+                f"bytes and {state.clear} are known to hold nothing of others, by a record that is older or because it "
+                f"was lengthened by hand; restore the newest records, or shorten it (lvreduce) if nothing lies there"
+            )
+
+    def clear(self, volume_id: str, folder: Path, state: LvState, device: Handle, unseen: int) -> LvState:
+        """Let everything behind `unseen` bytes read as zeros, for so long as one call may take.
+
+        Callers have seen the tag that permits it. Raises Aborted when something is left.
         """
         size = blockdev.size_bytes(device.fd)
         if state.clear is None or state.clear >= size:
-            return
+            return state
         done = self._workers.call(
             f"luks-zero of volume {volume_id}",
             self._zero_seconds + self._limits.format_seconds,
             blockdev.zero_out,
             device,
-            state.clear,
+            max(state.clear, unseen),
             size,
             self._zero_seconds,
         )
-        self.write(folder, msgspec.structs.replace(state, clear=done))
+        state = msgspec.structs.replace(state, clear=done)
+        self.write(folder, state)
         if done < size:
             raise Aborted(
                 f"the logical volume of volume {volume_id} is being cleared, {done * 100 // size} % are done; call "
                 f"again, which goes on with it"
             )
+        return state
+
+    def grown(self, folder: Path, state: LvState, found: LogicalVolume, size: int) -> LvState:
+        """Lengthen it to `size` bytes at least, told before as what nobody was shown yet."""
+        state = msgspec.structs.replace(state, settled=False)
+        self.write(folder, state)
+        if unseen_from(found) is None:
+            self._group.retag(found.name, None, f"{UNSEEN_TAG}{found.size}")
+        self._group.extend(found.name, size)
+        return state
 
     def state(self, folder: Path) -> LvState | None:
         """What a volume's folder says of its logical volume, if anything. Raises FailedPrecondition."""
@@ -195,3 +235,9 @@ class GroupVolumes:
         if len(dm_name(self._group.name, name)) > _LONGEST_DM_NAME:
             return f"luks-h.{hashlib.sha256(volume_id.encode()).hexdigest()}"
         return name
+
+
+def unseen_from(found: LogicalVolume) -> int | None:
+    """Behind how many bytes nobody was ever shown what lies there; None where all of it may have been."""
+    marks = [tag.removeprefix(UNSEEN_TAG) for tag in found.tags if tag.startswith(UNSEEN_TAG)]
+    return max(map(int, marks)) if marks and all(map(str.isdecimal, marks)) else None

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from subprocess import CalledProcessError
@@ -12,6 +13,7 @@ import pytest
 
 from csi_driver.backends.lvm import LvmBackend
 from csi_driver.backends.lvmtool import OURS, LogicalVolume
+from csi_driver.backends.lvmvolume import UNSEEN_TAG
 from csi_driver.host.workers import Workers
 from csi_driver.model.errors import Aborted, DeviceAbsent, DriverError, FailedPrecondition, ResourceExhausted
 from csi_driver.volumes.driver import WARM
@@ -245,6 +247,80 @@ def test_a_pool_that_is_none_is_refused(thick: LvmRig) -> None:
     assert not thick.backend().orphans()
 
 
+def tags_of(volume_id: str) -> str:
+    return lvm("lvs", "--noheadings", "-o", "lv_tags", f"{GROUP}/luks-{volume_id}")
+
+
+def settled(rig: LvmRig, content: bytes) -> None:
+    """A volume whose content was shown, and so may be anybody's."""
+    backend = rig.backend()
+    with backend.attach("pvc-1", lasting=False) as device:
+        write(device, content)
+    assert gone(backend)
+
+
+def holds(rig: LvmRig, content: bytes) -> bool:
+    with rig.backend().attach("pvc-1", lasting=False) as device, open(device, "rb") as file:
+        found = file.read(len(content)) == content
+    assert gone(rig.backend())
+    return found
+
+
+def test_an_older_record_of_what_is_clear_overwrites_nothing(thick: LvmRig) -> None:
+    backend, path = thick.backend(), thick.state / "lvm/volumes/pvc-1/lv.json"
+    backend.create(record_of(thick), SIZE)
+    fresh = path.read_bytes()
+    settled(thick, b"precious")
+    for older in (fresh, fresh.replace(b'"clear":%d' % SIZE, b'"clear":0')):
+        path.write_bytes(older)
+        assert holds(thick, b"precious")
+    assert UNSEEN_TAG not in tags_of("pvc-1")
+
+
+def test_an_older_record_of_a_volume_in_growth_overwrites_nothing_that_was_seen(thick: LvmRig) -> None:
+    backend, path = thick.backend(), thick.state / "lvm/volumes/pvc-1/lv.json"
+    backend.create(record_of(thick), SIZE)
+    older = path.read_bytes().replace(b'"clear":%d' % SIZE, b'"clear":0')
+    settled(thick, b"precious")
+
+    def killed(step: str) -> None:
+        if step == "after lvextend":
+            raise Killed
+
+    with pytest.raises(Killed):
+        thick.backend(killed).grow("pvc-1", 2 * SIZE)
+    path.write_bytes(older)
+    assert holds(thick, b"precious")
+    with thick.backend().attach("pvc-1", lasting=False) as device, open(device, "rb") as file:
+        file.seek(SIZE)
+        assert not any(file.read(SIZE))
+
+
+def test_records_of_before_it_was_whole_remove_no_volume(lvm_rig: LvmRig) -> None:
+    backend = lvm_rig.backend()
+    backend.create(record_of(lvm_rig), SIZE)
+    settled(lvm_rig, b"precious")
+    folder, aside = lvm_rig.state / "lvm/volumes/pvc-1", lvm_rig.state / "lvm/aside"
+    os.rename(folder, aside)
+    for call in (lambda: backend.create(record_of(lvm_rig), SIZE), lambda: backend.delete("pvc-1")):
+        shutil.copytree(aside, lvm_rig.state / "lvm/new/pvc-1")
+        with contextlib.suppress(FailedPrecondition):
+            call()
+        assert backend.orphans() == [f"{GROUP}/pvc-1"]
+    os.rename(aside, folder)
+    assert holds(lvm_rig, b"precious")
+
+
+def test_a_plain_volume_that_was_lengthened_by_hand_is_not_shown(thick: LvmRig) -> None:
+    backend = thick.backend()
+    plain = msgspec.structs.replace(record_of(thick), encryption=None, parameters=thick.parameters)
+    backend.create(plain, SIZE)
+    settled(thick, b"precious")
+    lvm("lvextend", "-L", f"{2 * SIZE}b", f"{GROUP}/luks-pvc-1")
+    with pytest.raises(FailedPrecondition, match=r"known to hold nothing of others, .*lengthened by hand"):
+        backend.attach("pvc-1", lasting=False)
+
+
 # --- self-tests: a bug is planted, and what is there to notice it must ------------------------------------------------
 
 
@@ -253,7 +329,8 @@ class TrustingGroup(SteppedGroup):
 
     def find(self, name: str) -> LogicalVolume | None:
         found = super().find(name)
-        return replace(found, tags=found.tags | {OURS, "luks-csi.id=pvc-1"}) if found is not None else None
+        ours = {OURS, "luks-csi.id=pvc-1", f"{UNSEEN_TAG}0"}
+        return replace(found, tags=found.tags | ours) if found is not None else None
 
 
 class ClearsNothing(Workers):
