@@ -176,6 +176,9 @@ class FakeHealth(Health):
     def free_bytes(self) -> int:
         return 4096
 
+    def thin_pool_percent(self) -> int:
+        return 61
+
     def root_keys(self) -> int:
         return 7
 

@@ -113,6 +113,7 @@ def test_metrics(run: Run) -> None:
     assert 'luks_csi_rpc_duration_seconds_count{code="NOT_FOUND",method="ControllerGetVolume"} 1.0' in text
     assert "luks_csi_open_mappings 3.0" in text
     assert "luks_csi_free_bytes 4096.0" in text
+    assert "luks_csi_thin_pool_used_percent 61.0" in text
     assert "luks_csi_drifted_secrets 2.0" in text
     assert "# TYPE luks_csi_healed_file_systems_total counter" in text
     assert "luks_csi_healed_file_systems_total 0.0" in text
