@@ -15,7 +15,8 @@ from csi_driver.keys.secret import read_secret
 from csi_driver.luks.two_keys import Mover
 from csi_driver.model.errors import Aborted, CommandFailed, DriverError, FailedPrecondition
 from csi_driver.model.volume import FileSystemState
-from csi_driver.volumes.conversion import Conversions, Watch
+from csi_driver.volumes.conversion import Watch
+from csi_driver.volumes.conversion_steps import ConversionSteps
 from csi_driver.volumes.recovery import Recovery
 from tests.keys.given import GivenSources
 from tests.machine.node import BLOCK, CHEAP, LIMITS, SECRET, VOLUME, Node
@@ -172,7 +173,7 @@ def test_a_discard_after_a_cut_copy_is_not_taken_for_an_older_record(
         raise CommandFailed("cut")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Conversions, "_advanced", cut)  # as a kill between copy and record
+        patch.setattr(ConversionSteps, "_advanced", cut)  # as a kill between copy and record
         with pytest.raises(CommandFailed):
             reencrypt(node)
     subprocess.run(["blkdiscard", "-o", str(CHUNK), "-l", str(CHUNK), device_of(node)], check=True)
