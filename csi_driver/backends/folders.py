@@ -20,7 +20,14 @@ from csi_driver.backends.base import Fill
 from csi_driver.backends.listing import SortedNames
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.files import Files, read_file
-from csi_driver.model.errors import Aborted, DriverError, FailedPrecondition, NotFound, ResourceExhausted
+from csi_driver.model.errors import (
+    Aborted,
+    DeadlineExceeded,
+    DriverError,
+    FailedPrecondition,
+    NotFound,
+    ResourceExhausted,
+)
 from csi_driver.model.volume import VolumeRecord
 
 _RECORD = "record.json"
@@ -72,7 +79,8 @@ class VolumeFolders:
     def create(self, record: VolumeRecord, make: Callable[[Path], None], *, resume: bool = False) -> VolumeRecord:
         """Let `make` make the volume, in a folder aside, and rename that in: a crash leaves all or nothing.
 
-        With `resume` it finds the folder of an earlier call that was cut, or that ended with Aborted, as it was left.
+        With `resume` it finds the folder of an earlier call that was cut, or that ended with Aborted or for want of
+        time, as it was left.
         After any other error nothing is left: nobody may ask again for a volume that could not be made.
         """
         fresh = self.fresh(record.id)
@@ -88,7 +96,7 @@ class VolumeFolders:
                 self._files.rename(fresh, self.volume(record.id))
         except DriverError as error:
             # Renamed in, it was not yet durable.
-            if not (resume and isinstance(error, Aborted)):
+            if not (resume and isinstance(error, Aborted | DeadlineExceeded)):
                 with contextlib.suppress(DriverError, OSError):
                     self.delete(record.id)
             raise

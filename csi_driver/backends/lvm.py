@@ -129,12 +129,16 @@ class LvmBackend:
             raise NotFound(f"volume {volume_id} has no logical volume: {folder / STATE} is absent")
         found = self._volumes.own(volume_id, state)
         device = self._volumes.device(volume_id, state)
+        is_shown = device is not None and (
+            device.open_count or not device.is_leaving
+        )  # a pod's node counts as no opener
+        to_clear = state.pool is None and (found.size < size or not state.settled)
+        if to_clear and is_shown and self._is_plain(volume_id):
+            raise FailedPrecondition(
+                f"volume {volume_id} is not encrypted, is attached, and has extents of its own: what the new ones hold "
+                f"of others would be seen before it is cleared; unstage it, then enlarge it"
+            )
         if found.size < size:
-            if state.pool is None and device is not None and device.open_count and self._is_plain(volume_id):
-                raise FailedPrecondition(
-                    f"volume {volume_id} is not encrypted, is attached, and has extents of its own: what the new ones "
-                    f"hold of others would be seen before it is cleared; unstage it, then enlarge it"
-                )
             self._check_room(volume_id, size - found.size, state.pool)
             state = self._volumes.grown(folder, state, found, size)
             found = self._volumes.own(volume_id, state)

@@ -127,6 +127,11 @@ class GroupRecords:
             raise FailedPrecondition(
                 f"the logical volume {where} was not made by this driver: it lacks the tag {OURS}; rename it"
             )
+        if known is not None and _MAKING in found.tags:
+            raise FailedPrecondition(
+                f"the logical volume {where} is tagged as never used, and this node has used it; nothing was written. "
+                f"Restore LVM's metadata, or run lvchange --deltag {_MAKING} --addtag {_MADE} {where}"
+            )
         if known is not None and known.records != found.uuid:
             raise FailedPrecondition(
                 f"the logical volume {where} is not the one that this node had: expected the UUID {known.records}, "

@@ -12,7 +12,14 @@ from typing import Any, Final
 import msgspec
 
 from csi_driver.host.commands import Commands, ProgramFailed
-from csi_driver.model.errors import CommandFailed, DeviceAbsent, DeviceInUse, FailedPrecondition, ResourceExhausted
+from csi_driver.model.errors import (
+    CommandFailed,
+    DeadlineExceeded,
+    DeviceAbsent,
+    DeviceInUse,
+    FailedPrecondition,
+    ResourceExhausted,
+)
 
 OURS: Final = "luks-csi"
 """The tag of every logical volume that this driver made (lvm(8): tags are set in the same step as it is made)."""
@@ -21,7 +28,7 @@ _CONFIG: Final = (
     "activation{{udev_sync=0 udev_rules={udev} verify_udev_operations=0 monitoring=0}} "
     "global{{use_lvmpolld=0 notify_dbus=0 event_activation=0}} "
     "backup{{backup=0 archive=0}} "
-    'devices{{use_devicesfile=0 obtain_device_list_from_udev=0 external_device_info_source="none" '
+    'devices{{use_devicesfile=0 obtain_device_list_from_udev=0 external_device_info_source="none" scan_lvs=0 '
     'filter=["r|^/dev/mapper/luks-|"]}}'
 )
 """lvm.conf(5). udev is never waited for: its cookies hang in a container with IPC of its own (docs/architecture.md,
@@ -29,6 +36,7 @@ _CONFIG: Final = (
 """
 _GONE: Final = re.compile(r"not found|Failed to find")
 _NO_ROOM: Final = re.compile(r"[Ii]nsufficient (free space|suitable)|free extents")
+_TWICE: Final = re.compile(r"Multiple VGs found|is used by VGs")
 _BUSY: Final = re.compile(r"in use|is used by|contains a filesystem")
 _LV_FIELDS: Final = ("lv_name", "lv_uuid", "vg_uuid", "lv_size", "pool_lv", "lv_tags")
 _VG_FIELDS: Final = ("vg_uuid", "vg_size", "vg_free", "vg_extent_size", "vg_attr", "vg_missing_pv_count")
@@ -147,12 +155,23 @@ class VolumeGroup:
         argv = ["lvm", command, "--config", _CONFIG.format(udev=udev), *words]
         try:
             return self._commands.read(argv, timeout=self._seconds)
+        except DeadlineExceeded:
+            raise DeadlineExceeded(
+                f"LVM could not {what} {f'{name} in ' if name else ''}the volume group {self.name} within "
+                f"{self._seconds:g} s: another command of LVM may hold its lock (/run/lock/lvm/V_{self.name}), or a "
+                f"disk does not answer; look which one runs"
+            ) from None
         except ProgramFailed as failed:
             said = [line.strip() for line in failed.stderr.splitlines() if "WARNING" not in line]
             text = f"LVM could not {what} {f'{name} in ' if name else ''}the volume group {self.name}: "
             reason = " / ".join(said[-2:]) or f"exit code {failed.code}"
             if f'Volume group "{self.name}" not found' in failed.stderr:
                 raise self._absent() from None
+            if _TWICE.search(failed.stderr):
+                raise FailedPrecondition(
+                    f"{text}there are several groups of that name on this node; take the disk of the other one away, "
+                    f"or give that another name by its UUID (vgs -o +vg_uuid, vgrename)"
+                ) from None
             if _NO_ROOM.search(failed.stderr):
                 raise ResourceExhausted(f"{text}{reason}; free space there or extend it") from None
             if _BUSY.search(failed.stderr):

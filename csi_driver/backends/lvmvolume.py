@@ -196,7 +196,9 @@ class GroupVolumes:
 
     def grown(self, folder: Path, state: LvState, found: LogicalVolume, size: int) -> LvState:
         """Lengthen it to `size` bytes at least, told before as what nobody was shown yet."""
-        state = msgspec.structs.replace(state, settled=False)
+        # It may have been shortened since, and what was cut off may have been another's meanwhile.
+        clear = None if state.clear is None else min(state.clear, found.size)
+        state = msgspec.structs.replace(state, settled=False, clear=clear)
         self.write(folder, state)
         if unseen_from(found) is None:
             self._group.retag(found.name, None, f"{UNSEEN_TAG}{found.size}")

@@ -29,6 +29,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("storage", names, indirect=True, scope="session")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is of another backend than the chosen one is no test that was skipped."""
+    items[:] = [item for item in items if not item.name.endswith("[NOTSET]")]
+
+
 @pytest.fixture(scope="session")
 def storage(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, workers: Workers

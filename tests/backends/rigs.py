@@ -162,9 +162,10 @@ class LvmRig:
         self._is_prepared = False
         self.backend()
         if not self._thin:
-            self._make_dirty()
+            self.make_dirty()
 
-    def _make_dirty(self) -> None:
+    def make_dirty(self) -> None:
+        """Let free extents hold what others have left."""
         lvm("lvcreate", "-Zn", "-Wn", "-L", f"{_DIRTY_BYTES}b", "-n", "dirt", GROUP)
         with open(f"/dev/{GROUP}/dirt", "wb", buffering=0) as dirt:
             for at in range(0, _DIRTY_BYTES, MIB):

@@ -16,6 +16,7 @@ from csi_driver.backends.lvmtool import OURS, LogicalVolume
 from csi_driver.backends.lvmvolume import UNSEEN_TAG
 from csi_driver.host.workers import Workers
 from csi_driver.model.errors import Aborted, DeviceAbsent, DriverError, FailedPrecondition, ResourceExhausted
+from csi_driver.model.volume import VolumeRecord
 from csi_driver.volumes.driver import WARM
 from tests.backends.rigs import GROUP, POOL, LvmRig, SteppedGroup, lvm
 from tests.backends.test_conformance import MIB, SIZE, Killed, check_made, gone, is_clear, record_of, write
@@ -75,8 +76,7 @@ def test_a_cut_volume_is_deleted_or_made_anew_with_another_size(thick: LvmRig) -
 
 def test_a_plain_thick_volume_in_use_shows_no_extents_that_are_not_cleared(thick: LvmRig) -> None:
     backend = thick.backend()
-    plain = msgspec.structs.replace(record_of(thick), encryption=None, parameters=thick.parameters)
-    backend.create(plain, SIZE)
+    backend.create(plain_of(thick), SIZE)
     with backend.attach("pvc-1", lasting=False):
         with pytest.raises(FailedPrecondition, match=r"is not encrypted, is attached, .*unstage it, then enlarge it"):
             backend.grow("pvc-1", 2 * SIZE)
@@ -195,8 +195,14 @@ def test_records_that_an_older_metadata_calls_new_are_not_formatted(lvm_rig: Lvm
     lvm_rig.restart()
     made, making = "luks-csi.records=made", "luks-csi.records=making"
     lvm("lvchange", "--deltag", made, "--addtag", making, f"{GROUP}/luks_csi_records")
+    memory = lvm_rig.state / "lvm.json"
+    known = memory.read_bytes()
+    with pytest.raises(FailedPrecondition, match=r"tagged as never used, and this node has used it"):
+        lvm_rig.backend()
+    memory.unlink()
     with pytest.raises(FailedPrecondition, match=r"is tagged as never used and holds records that were mounted"):
         lvm_rig.backend()
+    memory.write_bytes(known)
     lvm("lvchange", "--deltag", making, "--addtag", made, f"{GROUP}/luks_csi_records")
     assert list(lvm_rig.backend().ids()) == ["pvc-1"]
 
@@ -313,12 +319,40 @@ def test_records_of_before_it_was_whole_remove_no_volume(lvm_rig: LvmRig) -> Non
 
 def test_a_plain_volume_that_was_lengthened_by_hand_is_not_shown(thick: LvmRig) -> None:
     backend = thick.backend()
-    plain = msgspec.structs.replace(record_of(thick), encryption=None, parameters=thick.parameters)
-    backend.create(plain, SIZE)
+    backend.create(plain_of(thick), SIZE)
     settled(thick, b"precious")
     lvm("lvextend", "-L", f"{2 * SIZE}b", f"{GROUP}/luks-pvc-1")
     with pytest.raises(FailedPrecondition, match=r"known to hold nothing of others, .*lengthened by hand"):
         backend.attach("pvc-1", lasting=False)
+
+
+def plain_of(rig: LvmRig) -> VolumeRecord:
+    return msgspec.structs.replace(record_of(rig), encryption=None, parameters=rig.parameters)
+
+
+def test_a_plain_thick_volume_that_is_shown_and_not_open_is_not_enlarged(thick: LvmRig) -> None:
+    """A pod has its node, and nobody has it open just now."""
+    backend = thick.backend()
+    backend.create(plain_of(thick), SIZE)
+    backend.attach("pvc-1", lasting=True).close()
+    with pytest.raises(FailedPrecondition, match=r"is attached, .*unstage it, then enlarge it"):
+        backend.grow("pvc-1", 2 * SIZE)
+    backend.detach("pvc-1")
+    backend.grow("pvc-1", 2 * SIZE)
+    check_made(thick, size=2 * SIZE)
+
+
+def test_what_was_cut_off_by_hand_is_cleared_again(thick: LvmRig) -> None:
+    backend = thick.backend()
+    backend.create(plain_of(thick), 2 * SIZE)
+    settled(thick, b"precious")
+    lvm("lvreduce", "-f", "-L", f"{SIZE}b", f"{GROUP}/luks-pvc-1")
+    thick.make_dirty()
+    backend.grow("pvc-1", 2 * SIZE)
+    with backend.attach("pvc-1", lasting=False) as device, open(device, "rb") as file:
+        file.seek(SIZE)
+        assert not any(file.read(SIZE))
+    assert gone(backend)
 
 
 # --- self-tests: a bug is planted, and what is there to notice it must ------------------------------------------------
