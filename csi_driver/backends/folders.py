@@ -80,8 +80,8 @@ class VolumeFolders:
         """Let `make` make the volume, in a folder aside, and rename that in: a crash leaves all or nothing.
 
         With `resume` it finds the folder of an earlier call that was cut, or that ended with Aborted or for want of
-        time, as it was left.
-        After any other error nothing is left: nobody may ask again for a volume that could not be made.
+        time, as it was left. After any other error nothing is left: nobody may ask again for a volume that could not be
+        made.
         """
         fresh = self.fresh(record.id)
         try:

@@ -129,9 +129,8 @@ class LvmBackend:
             raise NotFound(f"volume {volume_id} has no logical volume: {folder / STATE} is absent")
         found = self._volumes.own(volume_id, state)
         device = self._volumes.device(volume_id, state)
-        is_shown = device is not None and (
-            device.open_count or not device.is_leaving
-        )  # a pod's node counts as no opener
+        # A lasting one may be a pod's node, which counts as no opener.
+        is_shown = device is not None and (device.open_count or not device.is_leaving)
         to_clear = state.pool is None and (found.size < size or not state.settled)
         if to_clear and is_shown and self._is_plain(volume_id):
             raise FailedPrecondition(
