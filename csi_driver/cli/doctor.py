@@ -6,7 +6,7 @@ import click
 
 from csi_driver.cli.output import OUTPUT_OPTION, Output, show_json, show_table
 from csi_driver.cli.serve import settings_of, settings_params
-from csi_driver.volumes.health import Finding
+from csi_driver.volumes.finding import Finding
 
 _COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "red"}
 _LOOKED_AT = (

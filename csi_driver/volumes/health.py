@@ -1,12 +1,10 @@
 """What this node offers and lacks: for Probe, metrics and `luks-csi doctor`."""
 
-import errno
 import os
 import re
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from csi_driver.backends.base import Backend, HasPools
@@ -18,10 +16,11 @@ from csi_driver.host.log import log
 from csi_driver.host.mounts import Mounts
 from csi_driver.luks.libcryptsetup import check_library
 from csi_driver.luks.mapping import Mappings
-from csi_driver.model.errors import DriverError, FailedPrecondition
+from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.settings import Settings
 from csi_driver.model.volume import mapping_name
 from csi_driver.volumes.filesystem import PROGRAMS
+from csi_driver.volumes.finding import Finding, look_at
 from csi_driver.volumes.stages import Stages
 
 if TYPE_CHECKING:
@@ -35,20 +34,6 @@ _GIB = 1 << 30
 _RECHECK_SECONDS = 10.0
 _COMMAND_SECONDS = 20.0
 _KEYS_RUN_OUT = 0.8
-# Kubelet's default for nodefs.available (Kubernetes documentation, "Node-pressure Eviction").
-_EVICTED_BELOW = 0.1
-_LOST_AT_BOOT = frozenset({"overlay", "ramfs", "tmpfs"})
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One look at the node. `fatal` ones stop staging; only they make Probe fail."""
-
-    name: str
-    ok: bool
-    fatal: bool
-    found: str
-    advice: str = ""
 
 
 class Health:
@@ -101,12 +86,6 @@ class Health:
 
     def findings(self) -> list[Finding]:
         """Everything that is looked at, the fatal ones first; what is kept in a state directory only where one is."""
-        floor = (self._floor,) if self._backend.name == "loopfile" else ()
-        kept = (
-            (self._disk, self._space, *floor, self._thin_pools, self._orphans, self._secrets)
-            if self._settings.state_dir.exists()
-            else ()
-        )
         checks = (
             *self._fatal_checks(),
             self._cryptsetup,
@@ -119,9 +98,13 @@ class Health:
             self._swap,
             self._keys,
             self._kms,
-            *kept,
         )
-        return [check() for check in checks]
+        found = [check() for check in checks]
+        if self._settings.state_dir.exists():
+            from csi_driver.volumes.storage_health import StorageHealth  # noqa: PLC0415 - a server starts without it
+
+            found += StorageHealth(self._settings, self._backend, self._stages, self._machine).findings()
+        return found
 
     def free_bytes(self) -> int:
         """Room for new volumes above the floor."""
@@ -162,17 +145,17 @@ class Health:
         def look() -> str:
             return f"device-mapper {self._mapper.version()}, crypt target {self._mapper.target_version('crypt')}"
 
-        return _finding("dm-crypt", look, "load the kernel module dm_crypt on this node (modprobe dm_crypt)")
+        return look_at("dm-crypt", look, "load the kernel module dm_crypt on this node (modprobe dm_crypt)")
 
     def _loop(self) -> Finding:
         def look() -> str:
             loopcontrol.check_control()
             return "the kernel gives out loop devices"
 
-        return _finding("loop devices", look, "load the kernel module loop on this node (modprobe loop)")
+        return look_at("loop devices", look, "load the kernel module loop on this node (modprobe loop)")
 
     def _library(self) -> Finding:
-        return _finding("libcryptsetup", check_library, "install the package cryptsetup-bin, or restart the driver")
+        return look_at("libcryptsetup", check_library, "install the package cryptsetup-bin, or restart the driver")
 
     def _state_dir(self) -> Finding:
         path = self._settings.state_dir
@@ -189,7 +172,7 @@ class Health:
             self._check_state()
             return f"{path} can be written"
 
-        return _finding("state directory", look, "make it a writable folder of this node that outlives the driver")
+        return look_at("state directory", look, "make it a writable folder of this node that outlives the driver")
 
     def _propagation(self) -> Finding:
         path = self._settings.kubelet_dir
@@ -202,7 +185,7 @@ class Health:
                 raise FailedPrecondition(f"{path} has the mount propagation {found}, so pods would not see mounts")
             return f"{path} is {found}"
 
-        return _finding("mount propagation", look, "mount it with mountPropagation: Bidirectional")
+        return look_at("mount propagation", look, "mount it with mountPropagation: Bidirectional")
 
     def _cryptsetup(self) -> Finding:
         def look() -> str:
@@ -211,7 +194,7 @@ class Health:
                 raise FailedPrecondition(f"{said} is older than 2.6")
             return said
 
-        return _finding("cryptsetup", look, "install cryptsetup 2.6 or newer", fatal=False)
+        return look_at("cryptsetup", look, "install cryptsetup 2.6 or newer", fatal=False)
 
     def _kernel(self) -> Finding:
         def look() -> str:
@@ -220,7 +203,7 @@ class Health:
                 raise FailedPrecondition(f"Linux {release} is older than 5.12")
             return f"Linux {release}"
 
-        return _finding("kernel", look, "run Linux 5.12 or newer: read-only publishing needs it", fatal=False)
+        return look_at("kernel", look, "run Linux 5.12 or newer: read-only publishing needs it", fatal=False)
 
     def _file_systems(self) -> Finding:
         def look() -> str:
@@ -228,7 +211,7 @@ class Health:
                 raise FailedPrecondition(f"the kernel cannot mount {', '.join(unknown)}")
             return f"the kernel mounts {', '.join(PROGRAMS)}"
 
-        return _finding("file systems", look, "load these kernel modules if volumes are to have them", fatal=False)
+        return look_at("file systems", look, "load these kernel modules if volumes are to have them", fatal=False)
 
     def _programs(self) -> Finding:
         def look() -> str:
@@ -238,7 +221,7 @@ class Health:
                 raise FailedPrecondition(f"not installed: {', '.join(absent)}")
             return ", ".join(wanted)
 
-        return _finding("programs", look, "install the packages that hold them", fatal=False)
+        return look_at("programs", look, "install the packages that hold them", fatal=False)
 
     def _permissions(self) -> Finding:
         def look() -> str:
@@ -249,21 +232,7 @@ class Health:
                 raise FailedPrecondition(f"this runs as root without {' and '.join(lacking)}")
             return f"this runs as root with {' and '.join(_CAPABILITIES)}"
 
-        return _finding("permissions", look, "run the node service as root in a privileged container", fatal=False)
-
-    def _space(self) -> Finding:
-        def look() -> str:
-            try:
-                space = self._backend.space()
-            except FileNotFoundError:
-                return "not looked at; no driver was started here yet"
-            floor = self._settings.free_space_floor
-            above = f" above the floor of {floor / _GIB:g} GiB" if self._backend.name == "loopfile" else ""
-            if space.available == 0:
-                raise FailedPrecondition(f"nothing is free{above}")
-            return f"{space.available / _GIB:.1f} of {space.total / _GIB:.1f} GiB are free{above}"
-
-        return _finding("free space", look, "free space there; no volume can be made or enlarged", fatal=False)
+        return look_at("permissions", look, "run the node service as root in a privileged container", fatal=False)
 
     def _clock(self) -> Finding:
         def look() -> str:
@@ -271,7 +240,7 @@ class Health:
                 raise FailedPrecondition(f"the clock says {time.strftime('%Y-%m-%d')}")
             return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
-        return _finding("clock", look, "let the node's clock be set (NTP)", fatal=False)
+        return look_at("clock", look, "let the node's clock be set (NTP)", fatal=False)
 
     def _swap(self) -> Finding:
         def look() -> str:
@@ -283,7 +252,7 @@ class Health:
                 )
             return f"{swap.total / _GIB:.1f} GiB of swap, encrypted or in memory" if swap.total else "no swap"
 
-        return _finding("swap", look, "turn swap off or encrypt it", fatal=False)
+        return look_at("swap", look, "turn swap off or encrypt it", fatal=False)
 
     def _memory(self) -> Finding:
         limits = self._settings.limits
@@ -301,7 +270,7 @@ class Health:
                 raise FailedPrecondition(told)
             return told
 
-        return _finding("memory", look, "lower --pbkdf-memory-limit or --unlocks-at-once", fatal=False)
+        return look_at("memory", look, "lower --pbkdf-memory-limit or --unlocks-at-once", fatal=False)
 
     def _keys(self) -> Finding:
         def look() -> str:
@@ -310,7 +279,7 @@ class Health:
                 raise FailedPrecondition(f"{quota}: when one is used up no volume can be staged")
             return str(quota)
 
-        return _finding(
+        return look_at(
             "kernel keys", look, "raise kernel.keys.root_maxkeys and kernel.keys.root_maxbytes (sysctl)", fatal=False
         )
 
@@ -321,7 +290,7 @@ class Health:
                 raise FailedPrecondition("; ".join(failed))
             return ", ".join(f"{kms_id} ({said})" for kms_id, _, said in found) or "none is configured"
 
-        return _finding("KMS", look, "correct the KMS configuration; volumes that are open go on", fatal=False)
+        return look_at("KMS", look, "correct the KMS configuration; volumes that are open go on", fatal=False)
 
     def _warn_of_keys(self) -> None:
         finding = self._keys()
@@ -329,90 +298,11 @@ class Health:
             log.warning("kernel keys run out", found=finding.found, advice=finding.advice)
         self._keys_run_out = not finding.ok
 
-    def _disk(self) -> Finding:
-        path = self._settings.state_dir
-
-        def look() -> str:
-            disk = self._machine().disk(path)
-            told = f"{path} is on {disk.device} ({disk.fs_type}, {disk.total / _GIB:.1f} GiB)"
-            if disk.fs_type in _LOST_AT_BOOT:
-                raise FailedPrecondition(f"{told}, which does not outlive the node's next start or the container's")
-            return told
-
-        return _finding("disk", look, "put the state directory on a disk of the node", fatal=False)
-
-    def _floor(self) -> Finding:
-        path, floor = self._settings.state_dir, self._settings.free_space_floor
-
-        def look() -> str:
-            least = int(self._machine().disk(path).total * _EVICTED_BELOW)
-            kubelet = self._settings.kubelet_dir
-            if kubelet.exists() and kubelet.stat().st_dev != path.stat().st_dev:
-                return f"{floor / _GIB:g} GiB, on another file system than kubelet's folder"
-            if floor < least:
-                raise FailedPrecondition(
-                    f"{floor / _GIB:g} GiB are less than 10 % of the file system, and below that kubelet evicts pods; "
-                    f"set --free-space-floor to {least / _GIB:.1f} GiB or more, or give the state directory a disk of "
-                    f"its own"
-                )
-            return f"{floor / _GIB:g} GiB, not less than the 10 % below which kubelet evicts pods"
-
-        return _finding("free-space floor", look, "raise --free-space-floor", fatal=False)
-
-    def _thin_pools(self) -> Finding:
-        def look() -> str:
-            if not isinstance(self._backend, HasPools):
-                return f"the backend {self._backend.name} has none"
-            if full := self._backend.full_pools():
-                raise FailedPrecondition(". ".join(full))
-            return f"the fullest one with volumes is used by {self._backend.fullest_pool()} %"
-
-        return _finding("thin pools", look, "extend them with lvextend", fatal=False)
-
-    def _orphans(self) -> Finding:
-        def look() -> str:
-            try:
-                orphans = self._backend.orphans()
-            except FileNotFoundError:
-                return "none; no driver was started here yet"
-            if orphans:
-                raise FailedPrecondition(
-                    f"left by killed calls: {', '.join(orphans[:5])}{' and others' * (len(orphans) > 5)}"
-                )
-            return "none"
-
-        return _finding("orphans", look, "look at them with `luks-csi orphans list`", fatal=False)
-
-    def _secrets(self) -> Finding:
-        def look() -> str:
-            if drifted := self._stages.drifted():
-                raise FailedPrecondition(
-                    f"the secret no longer opens: {', '.join(drifted[:5])}{' and others' * (len(drifted) > 5)}"
-                )
-            return "no secret was seen that no longer opens its staged volume"
-
-        advice = "put the passphrase that they were formatted with back into the secret before this node boots again"
-        return _finding("secrets", look, advice, fatal=False)
-
 
 def _machine() -> "Machine":
     from csi_driver.host.machine import Machine  # noqa: PLC0415 - psutil: not at start, not for a call that goes well
 
     return Machine()
-
-
-def _finding(name: str, look: Callable[[], str], advice: str, *, fatal: bool = True) -> Finding:
-    try:
-        return Finding(name, ok=True, fatal=fatal, found=look())
-    except DriverError as error:
-        # An error that says itself what to do, behind its semicolon, knows better than the general advice.
-        found, _, better = str(error).partition("; ")
-        return Finding(name, ok=False, fatal=fatal, found=found, advice=better or advice)
-    except OSError as error:
-        found = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
-        if error.errno in (errno.EPERM, errno.EACCES):
-            advice = "run this as root"
-        return Finding(name, ok=False, fatal=fatal, found=found, advice=advice)
 
 
 def _effective_capabilities() -> int:

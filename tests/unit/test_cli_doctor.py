@@ -14,7 +14,7 @@ from csi_driver.host.holders import Holders
 from csi_driver.host.locks import VolumeLocks
 from csi_driver.model.settings import Settings
 from csi_driver.volumes.driver import Driver, build_driver
-from csi_driver.volumes.health import Finding
+from csi_driver.volumes.finding import Finding
 from csi_driver.volumes.stages import Stage, Stages
 from tests.fakes import FakeHealth
 

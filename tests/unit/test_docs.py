@@ -22,7 +22,7 @@ from csi_driver.model import errors
 from csi_driver.rpc import metrics, server
 from csi_driver.rpc.client import RemoteVolume
 from csi_driver.rpc.status import code_of
-from csi_driver.volumes import health, image_source, parameters
+from csi_driver.volumes import finding, health, image_source, parameters, storage_health
 from csi_driver.volumes.capability import AccessMode
 from csi_driver.volumes.check import Checked
 from csi_driver.volumes.condition import Condition
@@ -168,7 +168,7 @@ def test_every_key_of_json_is_told() -> None:
     same(first_names(parts["Volumes"]), set(volume))
     same(first_names(parts["Images"]), {field.name for field in dataclasses.fields(Document)})
     others = {cells[0]: code_names(cells[2]) for cells in rows(parts["Others"])}
-    kinds = {"finding": health.Finding, "check": Checked}
+    kinds = {"finding": finding.Finding, "check": Checked}
     for noun, kind in kinds.items():
         assert others.pop(noun) == [field.name for field in dataclasses.fields(kind)]
     assert others.keys() == {"leftover", "usage", "key", "rewrapped key", "KMS"}, "tested where they are printed"
@@ -199,8 +199,9 @@ def test_every_error_is_told_with_its_code() -> None:
 def test_every_finding_of_the_doctor_is_told() -> None:
     calls = [
         node
-        for node in ast.walk(ast.parse(Path(health.__file__).read_text()))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "_finding"
+        for module in (health, storage_health)
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "look_at"
     ]
     there = {ast.literal_eval(call.args[0]): "no" if call.keywords else "yes" for call in calls}
     told = {code_names(cells[0])[0]: cells[1] for cells in rows(section(page("configuration.md"), "Doctor"))}

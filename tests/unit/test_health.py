@@ -17,7 +17,8 @@ from csi_driver.host.mounts import Mounts
 from csi_driver.luks.mapping import Mappings
 from csi_driver.model.settings import Limits, Settings
 from csi_driver.volumes.driver import build_driver
-from csi_driver.volumes.health import Finding, Health
+from csi_driver.volumes.finding import Finding
+from csi_driver.volumes.health import Health
 from csi_driver.volumes.stages import Stages
 from tests.told_lines import told_lines
 
