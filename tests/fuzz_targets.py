@@ -4,7 +4,9 @@ A fuzzer changes a few hundred bytes well and megabytes badly. So what it gives 
 file, and checksums are made right behind it: else nothing would get past them.
 """
 
+import atexit
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -96,8 +98,10 @@ def unpacked(wrapping: Wrapping, content: bytes) -> None:
 
 @cache
 def _folder() -> str:
-    """A folder in memory, where there is one."""
-    return tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+    """A folder in memory, where there is one; it goes with the process."""
+    folder = tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+    atexit.register(shutil.rmtree, folder)
+    return folder
 
 
 def _write(descriptor: int, content: bytes) -> None:
