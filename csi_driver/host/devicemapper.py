@@ -190,8 +190,10 @@ class DeviceMapper:
                 raise DeviceAbsent(f"the mapping {name} is not there; stage its volume")
             if not found.targets:
                 raise DeviceAbsent(f"the mapping {name} has no table; remove it with 'dmsetup remove {name}'")
-            descriptor = dmnodes.open_number(name, os.makedev(found.major, found.minor))
+            number = os.makedev(found.major, found.minor)
+            descriptor = dmnodes.open_number(name, number)
             if descriptor is None:
+                dmnodes.drop_node(name, number)
                 continue
             try:
                 # What is open cannot be removed: if the number is the name's now, it was when it was opened.
@@ -203,6 +205,7 @@ class DeviceMapper:
             finally:
                 if descriptor >= 0:
                     os.close(descriptor)
+                    dmnodes.drop_node(name, number)
         raise MappingMismatch(
             f"the mapping {name} was another device at each of {_OPEN_TRIES} looks; end what keeps replacing it"
         )

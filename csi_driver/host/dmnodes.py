@@ -52,6 +52,17 @@ def remove_name(name: str) -> None:
             os.unlink(path)
 
 
+def drop_node(name: str, number: int) -> None:
+    """Remove the node of that number which `open_number` has made for a mapping that went at the same moment.
+
+    The number may be another mapping's soon. A link is udev's, or leads to the kernel's node, which goes by itself.
+    """
+    path = name_path(name)
+    with contextlib.suppress(FileNotFoundError):
+        if _is_device(os.lstat(path), number):
+            os.unlink(path)
+
+
 def open_number(name: str, number: int) -> int | None:
     """A descriptor, for reading, of the mapped device of that number (st_rdev), by the kernel's node or by its name.
 

@@ -181,6 +181,25 @@ def test_without_the_kernels_node_the_name_is_a_node(mapper: DeviceMapper, loop:
     assert not os.path.lexists(device.path)
 
 
+def test_a_mapping_that_goes_while_it_is_opened_leaves_no_name(
+    mapper: DeviceMapper, loop: AttachedLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that stayed would lead to whatever mapping gets the number next."""
+    mapper.create(NAME, UUID, [linear(loop)])
+    real = mapper.get
+
+    def gone(name: str) -> Device | None:
+        found = real(name)
+        if found is not None:
+            mapper.remove(NAME)
+        return found
+
+    monkeypatch.setattr(mapper, "get", gone)
+    with pytest.raises(DeviceAbsent), mapper.open(NAME):
+        pass
+    assert not os.path.lexists(f"/dev/mapper/{NAME}")
+
+
 def test_a_read_only_mapping_cannot_be_written(mapper: DeviceMapper, loop: AttachedLoop) -> None:
     device = mapper.create(NAME, UUID, [linear(loop)], read_only=True)
     assert device.read_only
