@@ -1,0 +1,232 @@
+"""The Kubernetes API for operator, agents and the command line: objects as they are on the wire, errors as sentences.
+
+lightkube does the talking: kubeconfig, tokens, TLS. Here is what it leaves open: no call without a name where a name is
+meant (that would be the whole collection), and connections that notice when the other end has gone silently.
+"""
+
+import functools
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import httpx2
+from lightkube import ALL_NS, ApiError, Client, KubeConfig
+from lightkube.config.client_adapter import verify_cluster
+from lightkube.core.exceptions import ConfigError
+from lightkube.generic_resource import create_global_resource, create_namespaced_resource
+from lightkube.types import PatchType
+
+from csi_driver.kube.kinds import Json, Kind
+from csi_driver.model.errors import (
+    Aborted,
+    AlreadyExists,
+    CommandFailed,
+    DriverError,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    Unavailable,
+)
+from csi_driver.model.text import one_line
+
+if TYPE_CHECKING:
+    from lightkube.config.kubeconfig import SingleConfig
+
+_SECONDS: Final = 20.0
+_WATCH_SECONDS: Final = 540
+"""How long one watch lasts; behind it everything is listed anew."""
+_MOST_QUOTED: Final = 600
+_NONE: Final[Mapping[str, str]] = {}
+
+# A watch may be silent for minutes. The kernel asks after half a minute, and gives the connection up one later.
+_KEPT_ALIVE: Final = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 90_000),
+)
+
+
+class Gone(Aborted):
+    """What was asked for lies too far back: list anew."""
+
+
+class Conflict(Aborted):
+    """Somebody else has changed the object meanwhile."""
+
+
+class Kube:
+    """One client of the API; safe for many threads. What it cannot do raises Unavailable, PermissionDenied and those
+    that each method names; the sentence says what was asked for.
+    """
+
+    def __init__(self, config: "SingleConfig") -> None:
+        transport = httpx2.HTTPTransport(
+            verify=_trust(config), socket_options=list(_KEPT_ALIVE), limits=httpx2.Limits(max_connections=64)
+        )
+        # Its overloads want a kind's class, known when the types are checked.
+        self._client: Any = Client(
+            config=config, timeout=httpx2.Timeout(_SECONDS), trust_env=False, transport=transport
+        )
+        self.server = config.cluster.server
+
+    @classmethod
+    def of(cls, kubeconfig: Path | None = None) -> "Kube":
+        """By a kubeconfig; without one by KUBECONFIG, by ~/.kube/config, or by the pod's service account.
+
+        Raises FailedPrecondition where nothing of it can be used.
+        """
+        try:
+            found = KubeConfig.from_file(kubeconfig) if kubeconfig else KubeConfig.from_env()
+            config = found.get()
+            if config is None:
+                raise ConfigError("it names no current context")
+            return cls(config)
+        except (ConfigError, OSError, ValueError, KeyError, TypeError) as error:
+            raise FailedPrecondition(
+                f"no way to the Kubernetes API ({one_line(str(error), 200)}); give a kubeconfig, or run this in a pod "
+                f"with a service account's token"
+            ) from None
+
+    @property
+    def namespace(self) -> str:
+        """That of the context, or the pod's own."""
+        return str(self._client.namespace)
+
+    def get(self, kind: Kind, name: str, namespace: str = "") -> Json | None:
+        """The object; None when it is not there."""
+        try:
+            return self._ask(kind, name, lambda: self._client.get(_class_of(kind), name, **_within(kind, namespace)))
+        except NotFound:
+            return None
+
+    def list(
+        self, kind: Kind, namespace: str = "", labels: Mapping[str, str] = _NONE, fields: Mapping[str, str] = _NONE
+    ) -> tuple[list[Json], str]:
+        """All of them, in one namespace or in all, and the version of the collection, from which a watch goes on."""
+
+        def ask() -> tuple[list[Json], str]:
+            found = self._client.list(
+                _class_of(kind), **_within(kind, namespace or ALL_NS), labels=labels or None, fields=fields or None
+            )
+            return [dict(each) for each in found], str(found.resourceVersion)
+
+        found: tuple[list[Json], str] = _told(ask, kind, "")
+        return found
+
+    def watch(
+        self,
+        kind: Kind,
+        version: str,
+        namespace: str = "",
+        labels: Mapping[str, str] = _NONE,
+        fields: Mapping[str, str] = _NONE,
+    ) -> Iterator[tuple[str, Json]]:
+        """Changes after `version`: ADDED, MODIFIED or DELETED with the object. Ends by itself after some minutes.
+
+        Raises Gone when `version` is too old.
+        """
+        events = self._client.watch(
+            _class_of(kind), **_within(kind, namespace or ALL_NS), labels=labels or None, fields=fields or None,
+            resource_version=version, server_timeout=_WATCH_SECONDS,
+            on_error=_raise,
+        )  # fmt: skip
+        while True:
+            event = _told(functools.partial(next, events, None), kind, "")
+            if event is None:
+                return
+            yield event[0], dict(event[1])
+
+    def create(self, kind: Kind, thing: Json, namespace: str = "") -> Json:
+        """Make an object; what came of it. Raises AlreadyExists, InvalidArgument, Aborted (a namespace that goes)."""
+        document = _class_of(kind)(apiVersion=kind.api_version, kind=kind.name, **thing)
+        return self._ask(kind, "", lambda: self._client.create(document, **_within(kind, namespace)))
+
+    def patch(self, kind: Kind, name: str, patch: Json, namespace: str = "", *, status: bool = False) -> Json:
+        """Merge into an object, or into its status (RFC 7386); what came of it.
+
+        With `metadata.resourceVersion` in the patch it raises Conflict if the object is no longer that one. Raises
+        NotFound, InvalidArgument.
+        """
+        res = _class_of(kind)
+        return self._ask(
+            kind,
+            name,
+            lambda: self._client.patch(
+                res.Status if status else res, name, patch, patch_type=PatchType.MERGE, **_within(kind, namespace)
+            ),
+        )
+
+    def delete(self, kind: Kind, name: str, namespace: str = "") -> None:
+        """Ask for an object's deletion; absent is fine. Raises InvalidArgument where an admission refuses."""
+        try:
+            self._ask(kind, name, lambda: self._client.delete(_class_of(kind), name, **_within(kind, namespace)) or {})
+        except NotFound:
+            return
+
+    def close(self) -> None:
+        """Close the connections; watches end."""
+        self._client.close()
+
+    def _ask(self, kind: Kind, name: str, ask: Any) -> Json:
+        return dict(_told(ask, kind, name))
+
+
+def _told(ask: Any, kind: Kind, name: str) -> Any:
+    """The answer; its errors as ours."""
+    try:
+        return ask()
+    except ApiError as error:
+        raise _refused(error, kind, name) from None
+    except (httpx2.HTTPError, httpx2.StreamError, OSError) as error:
+        raise Unavailable(
+            f"the Kubernetes API cannot be reached for {kind} {name} ({one_line(str(error), 200)}); it is tried again"
+        ) from None
+    except ConfigError as error:
+        raise FailedPrecondition(f"no credentials for the Kubernetes API ({one_line(str(error), 200)})") from None
+
+
+def _refused(error: ApiError, kind: Kind, name: str) -> DriverError:
+    code, reason = error.status.code or 0, error.status.reason or ""
+    said = one_line(error.status.message or f"HTTP {code}", _MOST_QUOTED)
+    what = f"{kind} {name}".strip()
+    if code == 404:
+        return NotFound(f"there is no {what}: {said}")
+    if code == 410:
+        return Gone(f"the Kubernetes API has forgotten so old a version of {what}: {said}")
+    if code == 409:
+        return AlreadyExists(said) if reason == "AlreadyExists" else Conflict(f"{what} was changed meanwhile: {said}")
+    if code in (401, 403) and "admission webhook" not in said and "ValidatingAdmissionPolicy" not in said:
+        return PermissionDenied(f"the Kubernetes API refuses {what}: {said}; look at the role of this service account")
+    if code in (400, 403, 422):
+        return InvalidArgument(f"{what} is refused: {said}")
+    if code == 429 or code >= 500 or code == 0:
+        return Unavailable(f"the Kubernetes API failed for {what}: {said}; it is tried again")
+    return CommandFailed(f"the Kubernetes API answered {code} for {what}: {said}")
+
+
+def _raise(error: Exception, _count: int) -> Any:
+    raise error
+
+
+def _within(kind: Kind, namespace: str) -> dict[str, str]:
+    """The namespace as lightkube takes it."""
+    if kind.namespaced and not namespace:
+        raise InvalidArgument(f"a {kind} without a namespace was asked for; name it")
+    return {"namespace": namespace} if kind.namespaced else {}
+
+
+@functools.cache
+def _class_of(kind: Kind) -> Any:
+    make = create_namespaced_resource if kind.namespaced else create_global_resource
+    return make(kind.group, kind.version, kind.name, kind.plural)
+
+
+def _trust(config: "SingleConfig") -> Any:
+    user = config.user
+    if user is None:
+        raise ConfigError("its context names no user")
+    return verify_cluster(config.cluster, user, cast("Any", config.abs_file), trust_env=False)
