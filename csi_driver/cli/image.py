@@ -90,15 +90,13 @@ def clone(
     operation = Operation(encryption)
     first, second = SecretSource(secret_dir, passphrase_file), SecretSource(new_secret_dir, new_passphrase_file)
     _check_secrets(operation, first, second)
-    keys = {}
+    key = new_key = None
     if operation.decrypts:
-        keys["key"] = _key(first.read(f"Passphrase of image {source}"))
+        key = _key(first.read(f"Passphrase of image {source}"))
     if operation.encrypts:
-        keys["new_key"] = _key(
-            (second if operation.decrypts else first).read(f"New passphrase of image {name}", new=True)
-        )
+        new_key = _key((second if operation.decrypts else first).read(f"New passphrase of image {name}", new=True))
     size = int(sector_size) if sector_size else None
-    wanted = Clone(source, name, operation, secret=secret, sector_size=size, verify=verify, **keys)
+    wanted = Clone(source, name, operation, key, new_key, secret, size, verify)
     library = _library(state_dir)
     _tell(output, library, library.clone(wanted, _Meter()))
 

@@ -121,6 +121,11 @@ class Bringer:
                     self._files.remove(made)
                 raise FailedPrecondition(f"{source} was changed while it was read; import it again")
             return made
+        if wanted.take:
+            made = folder / "taken"
+            with _reading(wanted.source, where):
+                self._files.link(source, made)
+            return made
         job = Job(Operation.IGNORE, source, before, ImageFormat.RAW, where)
         with contextlib.closing(RawReader(wanted.source, where)) as reader, meter("copying", reader.size) as progress:
             return self._run(reader, Target(folder), job, progress).part

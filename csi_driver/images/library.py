@@ -4,9 +4,11 @@ import contextlib
 import errno
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, assert_never
+
+import msgspec
 
 from csi_driver.host.files import Files
 from csi_driver.host.holders import Holders
@@ -15,7 +17,7 @@ from csi_driver.host.syscalls import error_name
 from csi_driver.images.base import ImageFormat, Reader
 from csi_driver.images.bring import Bringer, Meter, is_url
 from csi_driver.images.checkpoint import Job, Operation, SourceIdentity
-from csi_driver.images.checksum import Checksum
+from csi_driver.images.checksum import Algorithm, Checksum, checksum_of
 from csi_driver.images.clone import run_pass
 from csi_driver.images.destinations import Connector, parse_url
 from csi_driver.images.formats import Inspected, check_source
@@ -34,9 +36,11 @@ from csi_driver.model.errors import (
     Aborted,
     AlreadyExists,
     CommandFailed,
+    DeviceUnreadable,
     FailedPrecondition,
     InvalidArgument,
     InvalidHeader,
+    NotFound,
     VolumeBusy,
 )
 from csi_driver.model.times import recorded_now
@@ -97,7 +101,7 @@ class ImageLibrary:
         if wanted.stream is None:
             check_source(wanted.source)
         check_secret(wanted.secret)
-        with self._made(wanted.name) as folder:
+        with self._made(wanted.name, wanted.owner) as folder:
             where = f"image {wanted.name}"
             try:
                 made, found = self._bringer.bring(wanted, folder, meter, where)
@@ -116,7 +120,10 @@ class ImageLibrary:
         """
         source = self._store.get(wanted.source)
         check_clone(source, wanted)
-        with self._made(wanted.name) as folder, self._store.reading(wanted.source, f"image {wanted.name}"):
+        with (
+            self._made(wanted.name, wanted.owner) as folder,
+            self._store.reading(wanted.source, f"image {wanted.name}"),
+        ):
             file = self._store.file(wanted.source)
             where = f"image {wanted.source}"
             kept = wanted.operation is Operation.IGNORE  # the file is copied as it is, whatever its format
@@ -143,6 +150,29 @@ class ImageLibrary:
                     publish=lambda result: self._store.finish(_cloned(source, wanted, result), result.part),
                 )
         return self._store.get(wanted.name)
+
+    def receive(self, name: str, owner: str, bring: Callable[[Path], tuple[Path, ImageRecord]]) -> ImageRecord:
+        """Have the copy of an image that another node has made, for the Image object `owner`.
+
+        `bring` puts its file, whole and durable, into the folder that it is given, goes on there where it was cut, and
+        returns the file and the other node's record. Raises AlreadyExists, VolumeBusy and what `bring` raises.
+        """
+        with self._made(name, owner) as folder:
+            made, record = bring(folder)
+            self._store.finish(msgspec.structs.replace(record, name=name, owner=owner), made)
+        return self._store.get(name)
+
+    def checksum(self, name: str, meter: Meter) -> Checksum:
+        """The SHA-256 of an image's file, read whole. Errors as `get`, DeviceUnreadable, Aborted (being deleted)."""
+        record, where = self._store.get(name), f"image {name}"
+        with self._store.reading(name, "its checksum"), meter("checking", record.file_size) as progress:
+            descriptor = open_regular(str(self._store.file(name)), where)
+            try:
+                return checksum_of(descriptor, Algorithm.SHA256, progress)
+            except OSError as error:
+                raise DeviceUnreadable(f"{where} cannot be read ({error_name(error)}); check its storage") from None
+            finally:
+                os.close(descriptor)
 
     def export(self, name: str, path: Path, meter: Meter) -> None:
         """Copy an image's file, as it is, to a new file at `path`. Raises AlreadyExists and what `run_pass` raises."""
@@ -179,13 +209,25 @@ class ImageLibrary:
         with self._lock(name):
             self._store.delete(name)
 
+    def drop(self, name: str, owner: str) -> None:
+        """As `delete`, of what is there for that owner; nothing of it, or somebody else's, is fine."""
+        check_name(name)
+        self._store.start()
+        with self._lock(name):
+            try:
+                ours = self._store.get(name).owner == owner
+            except NotFound:
+                ours = self._store.maker(name) == owner
+            if ours:
+                self._store.delete(name)
+
     @contextlib.contextmanager
-    def _made(self, name: str) -> Iterator[Path]:
+    def _made(self, name: str, owner: str | None) -> Iterator[Path]:
         """The folder to make an image in, locked."""
         check_name(name)
         self._store.start()
         with self._lock(name):
-            folder = self._store.begin(name)
+            folder = self._store.begin(name, owner)
             try:
                 yield folder
             finally:
@@ -269,6 +311,7 @@ def _recorded(wanted: Import, made: Path, found: Inspected, where: str) -> Image
         file_size=found.length,
         luks=found.luks,
         secret=wanted.secret,
+        owner=wanted.owner,
         created=recorded_now(),
         provenance=Provenance(operation="import", source=_told_source(wanted), checksum=_text(wanted.checksum)),
     )
@@ -291,6 +334,7 @@ def _cloned(source: ImageRecord, wanted: Clone, result: PassResult) -> ImageReco
         file_size=result.size,
         luks=luks,
         secret=wanted.secret or (source.secret if kept else None),
+        owner=wanted.owner,
         created=recorded_now(),
         provenance=Provenance(operation=wanted.operation, source=wanted.source),
     )

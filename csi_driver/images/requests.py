@@ -26,7 +26,9 @@ class Import:
     """`source` is a path or an http(s) URL; `checksum` is of the file as it lies there, wrapping included.
 
     `secret` (namespace/name) may be told for an image that is encrypted already. `stream` is read in the place of a
-    source. `headers` are sent to the server of the URL, and may be credentials, as a signed URL is one.
+    source. `headers` are sent to the server of the URL, and may be credentials, as a signed URL is one. `take` moves
+    the file of a local source in, where it need not be unpacked, instead of copying it. `owner` is the uid of the Image
+    object that the image is for.
     """
 
     name: str
@@ -36,11 +38,16 @@ class Import:
     most_bytes: int = MOST_BYTES
     stream: BinaryIO | None = None
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    take: bool = False
+    owner: str | None = None
 
 
 @dataclass(frozen=True)
 class Clone:
-    """`key` opens an encrypted source, `new_key` is for an encrypted result, as is `sector_size` in bytes (512)."""
+    """`key` opens an encrypted source, `new_key` is for an encrypted result, as is `sector_size` in bytes (512).
+
+    `owner` as in Import.
+    """
 
     source: str
     name: str
@@ -50,6 +57,7 @@ class Clone:
     secret: str | None = None
     sector_size: int | None = None
     verify: bool = False
+    owner: str | None = None
 
 
 def chosen_format(wanted: Clone) -> LuksFormat:

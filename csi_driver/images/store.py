@@ -24,7 +24,7 @@ from csi_driver.model.volume import LuksIdentity
 VERSION: Final = 1
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
-_FILE, _RECORD = "image", "record.json"
+_FILE, _RECORD, _OWNER = "image", "record.json", "owner"
 _READS: Final = "luks-csi reads image"
 _LONGEST_NAME: Final = 249  # memfd_create(2)
 
@@ -44,7 +44,8 @@ class ImageRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What is recorded of an image. Sizes in bytes.
 
     `size` is what a VM sees, `file_size` the file's length. `luks` is set for an encrypted image: then the file is
-    LUKS2 and `secret` may tell which Kubernetes secret (namespace/name) opens it.
+    LUKS2 and `secret` may tell which Kubernetes secret (namespace/name) opens it. `owner` is the uid of the Image
+    object whose copy this is; one that was made by hand has none.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ImageRecord(msgspec.Struct, frozen=True, kw_only=True):
     file_size: int
     luks: LuksIdentity | None = None
     secret: str | None = None
+    owner: str | None = None
     created: str
     provenance: Provenance
 
@@ -107,8 +109,11 @@ class ImageStore:
         """The file of a complete image."""
         return self._folder / "ready" / name / _FILE
 
-    def begin(self, name: str) -> Path:
-        """The folder in which the image is made, kept if an earlier call began it. Raises AlreadyExists."""
+    def begin(self, name: str, owner: str | None = None) -> Path:
+        """The folder in which the image is made, kept if an earlier call for this `owner` began it.
+
+        Raises AlreadyExists, also where another owner's is in the making.
+        """
         check_name(name)
         ready = self._folder / "ready" / name
         if ready.exists():
@@ -118,7 +123,23 @@ class ImageStore:
         folder = self._folder / "new" / name
         if not folder.exists():
             self._files.make_folder(folder)
+        if not any(folder.iterdir()):
+            if owner is not None:
+                self._files.write(folder / _OWNER, owner.encode())
+        elif (maker := self.maker(name)) != owner:
+            raise AlreadyExists(
+                f"an unfinished image {name} is on this node that was begun {_begun_by(maker)}; let that end, or "
+                f"remove it with luks-csi image delete {name}"
+            )
         return folder
+
+    def maker(self, name: str) -> str | None:
+        """The owner for whom an unfinished image was begun; None where it is by hand, or where there is none."""
+        try:
+            with self._usable():
+                return read_file(self._folder / "new" / name / _OWNER).decode(errors="replace")
+        except FileNotFoundError:
+            return None
 
     def finish(self, record: ImageRecord, made: Path) -> None:
         """Make an image visible whose file `made`, in the folder of `begin`, is complete and durable.
@@ -243,6 +264,10 @@ def _readers(image: int) -> Iterator[str]:
                     link = os.readlink(f"/proc/{process}/fd/{descriptor}")
                     if link.startswith(start):
                         yield link.removeprefix(start).removesuffix(" (deleted)")
+
+
+def _begun_by(owner: str | None) -> str:
+    return f"for the Image object with the uid {owner}" if owner else "by hand"
 
 
 def check_name(name: str) -> None:

@@ -36,6 +36,7 @@ from csi_driver.model.errors import (
     InvalidArgument,
     ResourceExhausted,
     Unauthenticated,
+    Unavailable,
 )
 from tests.cli import run_cli
 from tests.image_server import serving
@@ -489,3 +490,46 @@ def test_a_state_directory_that_cannot_be_used_is_one_sentence(tmp_path: Path) -
     for call in (library.names, lambda: bring(library, tmp_path / "state")):
         with pytest.raises(FailedPrecondition, match=r"^the images in .* cannot be used \(.*\); run this as root"):
             call()
+
+
+def test_an_image_of_an_object_is_not_taken_for_one_by_hand(tmp_path: Path) -> None:
+    library = ImageLibrary(tmp_path / "images")
+    source = tmp_path / "disk.raw"
+    source.write_bytes(CONTENT)
+    record = library.import_(Import("disk", str(source), take=True, owner="uid-1"), unmetered)
+    assert (record.owner, os.stat(library.file("disk")).st_ino) == ("uid-1", source.stat().st_ino)
+    library.drop("disk", "uid-2")
+    assert library.names() == ["disk"]
+    library.drop("disk", "uid-1")
+    library.drop("disk", "uid-1")
+    assert library.names() == []
+    assert source.exists()
+
+
+def test_an_unfinished_image_goes_on_for_its_owner_alone(tmp_path: Path) -> None:
+    library = ImageLibrary(tmp_path / "images")
+
+    def cut(folder: Path) -> tuple[Path, ImageRecord]:
+        (folder / "part").write_bytes(b"half")
+        raise Unavailable("cut")
+
+    with pytest.raises(Unavailable):
+        library.receive("disk", "uid-1", cut)
+    source = tmp_path / "disk.raw"
+    source.write_bytes(CONTENT)
+    with pytest.raises(AlreadyExists, match="was begun for the Image object with the uid uid-1"):
+        library.import_(Import("disk", str(source)), unmetered)
+    library.drop("disk", "uid-2")
+    assert library.unfinished() == ["disk"]
+    made = library.import_(Import("other", str(source)), unmetered)
+
+    def whole(folder: Path) -> tuple[Path, ImageRecord]:
+        assert (folder / "part").read_bytes() == b"half"
+        (folder / "whole").write_bytes(source.read_bytes())
+        return folder / "whole", made
+
+    found = library.receive("disk", "uid-1", whole)
+    assert (found.name, found.owner, found.file_size) == ("disk", "uid-1", len(CONTENT))
+    assert library.file("disk").read_bytes() == source.read_bytes()
+    assert sorted(path.name for path in library.file("disk").parent.iterdir()) == ["image", "record.json"]
+    assert library.checksum("disk", unmetered).digest == hashlib.sha256(source.read_bytes()).hexdigest()
