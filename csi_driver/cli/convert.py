@@ -14,8 +14,8 @@ from csi_driver.cli.output import OUTPUT_OPTION, Output, confirm, show_json, sho
 from csi_driver.cli.progress import ProgressLine, tell_stopping
 from csi_driver.cli.secret_files import SecretSource, secret_options
 from csi_driver.cli.serve import settings_params
-from csi_driver.cli.sizes import read_some
 from csi_driver.keys.secret import SecretKey, read_secret
+from csi_driver.model.sizes import read_some
 from csi_driver.model.volume import VolumeRecord, is_volume_id
 
 _LIMITS = ("format_seconds", "unlock_seconds", "mount_seconds", "pbkdf_memory_kib")

@@ -1,6 +1,5 @@
 """What a download needs beside its URL: credentials and certificates, from files and never from the command line."""
 
-import base64
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ import click
 
 from csi_driver.cli.secret_files import SecretSource
 from csi_driver.host.hardening import harden_process
+from csi_driver.images.credentials import PAIRS, authorization, pair_of
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -17,8 +17,6 @@ _HEADER: Final = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\
 _OURS: Final = frozenset({
     "host", "range", "if-range", "connection", "accept-encoding", "transfer-encoding", "content-length", "te",
 })  # fmt: skip
-_PAIRS: Final = (("username", "password"), ("accessKeyId", "secretKey"))
-"""Entries of a secret: of the type kubernetes.io/basic-auth, and as KubeVirt's importer has them."""
 _MOST_BYTES: Final = 64 * 1024
 
 
@@ -61,9 +59,7 @@ def read_headers(
     harden_process()
     headers = _headers(header_file) if header_file else {}
     pair = _of_netrc(netrc_file, source) if netrc_file else _of_secret(credentials_dir) if credentials_dir else None
-    if pair is not None:
-        headers["Authorization"] = f"Basic {base64.b64encode(':'.join(pair).encode()).decode()}"
-    return headers
+    return headers | (authorization(*pair) if pair else {})
 
 
 def _headers(file: Path) -> dict[str, str]:
@@ -94,10 +90,9 @@ def _of_netrc(file: Path, source: str) -> tuple[str, str] | None:
 
 def _of_secret(folder: Path) -> tuple[str, str]:
     entries: Mapping[str, str] = SecretSource(folder, None).read()
-    for user, password in _PAIRS:
-        if user in entries and password in entries:
-            return entries[user].rstrip("\n"), entries[password].rstrip("\n")
-    wanted = " or ".join(f"{user} and {password}" for user, password in _PAIRS)
+    if (found := pair_of(entries)) is not None:
+        return found
+    wanted = " or ".join(f"{user} and {password}" for user, password in PAIRS)
     raise click.ClickException(f"the secret in {folder} has no credentials for a download; expected {wanted}")
 
 

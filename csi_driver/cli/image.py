@@ -15,7 +15,6 @@ from csi_driver.cli.names import image_names
 from csi_driver.cli.output import OUTPUT_OPTION, Output, about, confirm, show_json, show_table, show_text, size_text
 from csi_driver.cli.progress import ProgressLine, tell_stopping
 from csi_driver.cli.secret_files import SecretSource, new_secret_options, secret_options
-from csi_driver.cli.sizes import read_some
 from csi_driver.images.base import Progress
 from csi_driver.images.checkpoint import Operation
 from csi_driver.images.checksum import Checksum
@@ -27,6 +26,7 @@ from csi_driver.keys.secret import SecretKey, read_secret
 from csi_driver.luks.formats import SECTOR_SIZES
 from csi_driver.luks.header_metadata import Argon2id, Keyslot, Pbkdf2
 from csi_driver.model.errors import DriverError, NotFound
+from csi_driver.model.sizes import read_some
 from csi_driver.model.volume import LuksIdentity
 
 _PARAMS = (*PARAMS, OUTPUT_OPTION)

@@ -6,7 +6,8 @@ from typing import Any
 import click
 
 from csi_driver.cli.logs import configure_logs
-from csi_driver.cli.serve import setting, settings_params
+from csi_driver.cli.serve import settings_params
+from csi_driver.cli.setting import setting
 from csi_driver.model.settings import LogFormat
 from csi_driver.rpc.endpoint import endpoint_path
 

@@ -13,9 +13,9 @@ import click
 from csi_driver.cli.node_view import Seen, see
 from csi_driver.cli.output import OUTPUT_OPTION, Output, show_json, show_text
 from csi_driver.cli.secret_files import SecretSource
-from csi_driver.cli.sizes import read_some
 from csi_driver.model.errors import DriverError, Unavailable
 from csi_driver.model.settings import Settings
+from csi_driver.model.sizes import read_some
 from csi_driver.rpc.endpoint import endpoint_path
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.parameters import FILE_SYSTEMS

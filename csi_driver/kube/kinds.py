@@ -39,6 +39,7 @@ CRD: Final = Kind("apiextensions.k8s.io", "v1", "CustomResourceDefinition", "cus
 NODE: Final = Kind("", "v1", "Node", "nodes")
 POD: Final = Kind("", "v1", "Pod", "pods", namespaced=True)
 SECRET: Final = Kind("", "v1", "Secret", "secrets", namespaced=True)
+CONFIG_MAP: Final = Kind("", "v1", "ConfigMap", "configmaps", namespaced=True)
 CLAIM: Final = Kind("", "v1", "PersistentVolumeClaim", "persistentvolumeclaims", namespaced=True)
 VOLUME: Final = Kind("", "v1", "PersistentVolume", "persistentvolumes")
 EVENT: Final = Kind("", "v1", "Event", "events", namespaced=True)

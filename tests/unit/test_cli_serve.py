@@ -13,7 +13,8 @@ from click.testing import CliRunner
 
 from csi_driver import __version__
 from csi_driver.cli.main import COMMANDS, luks_csi
-from csi_driver.cli.serve import read_driver_name, read_node_id, serve, settings_of
+from csi_driver.cli.serve import serve, settings_of
+from csi_driver.cli.setting import read_driver_name, read_node_id
 from csi_driver.model.settings import Limits, LogFormat, Service, Settings
 
 # Field, option, text, value.

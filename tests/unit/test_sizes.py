@@ -2,7 +2,7 @@
 
 import pytest
 
-from csi_driver.cli.sizes import read_size, read_some
+from csi_driver.model.sizes import read_size, read_some
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,352 @@
+"""The agent of a node: makes the copies of images that are wanted there, and removes those that are wanted no more.
+
+What is wanted are the ImageCopy objects of this node. What is there is asked of the disk, each time: an agent that was
+killed knows nothing and needs to know nothing. One look at a copy takes no time; what does is done by a child process.
+"""
+
+import base64
+import binascii
+import contextlib
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from csi_driver.agent.jobs import Job
+from csi_driver.agent.uploads import Uploads
+from csi_driver.agent.work import CloneWork, Download, Entries, Export, Failed, Made, Pull, Request, Upload, facts_of
+from csi_driver.host.log import log
+from csi_driver.images.checkpoint import Operation
+from csi_driver.images.credentials import PAIRS, authorization, pair_of
+from csi_driver.images.library import ImageLibrary
+from csi_driver.images.requests import MOST_BYTES
+from csi_driver.images.store import ImageRecord
+from csi_driver.kube.client import Kube
+from csi_driver.kube.controller import Controller
+from csi_driver.kube.copies import State, state_of
+from csi_driver.kube.informer import Informer
+from csi_driver.kube.kinds import (
+    CONFIG_MAP,
+    FINALIZER,
+    IMAGE,
+    IMAGE_COPY,
+    IMAGE_LABEL,
+    SECRET,
+    Json,
+    is_going,
+    name_of,
+    uid_of,
+)
+from csi_driver.model.errors import DriverError, FailedPrecondition, InvalidArgument, NotFound
+from csi_driver.model.sizes import read_size
+
+_STOP_SECONDS: Final = 20.0
+_FIRST_PAUSE, _MOST_PAUSE = 10.0, 300.0
+_BUSY_PAUSE: Final = 2.0
+
+
+@dataclass(frozen=True)
+class AgentSettings:
+    """What an administrator can set. `address` is HOST:PORT where other agents reach this one, `listen` what it listens
+    at; `account` is whose tokens are agents'. `rate` is in bytes a second, 0 without a limit.
+    """
+
+    node: str
+    state_dir: Path
+    address: str
+    listen: tuple[str, int]
+    tls_dir: Path
+    token_file: Path
+    account: str
+    rate: int = 0
+    jobs_at_once: int = 2
+    allow_local: bool = False
+
+    @property
+    def images(self) -> Path:
+        """The folder of the images."""
+        return self.state_dir / "images"
+
+
+class Agent:
+    """Keeps the copies of `settings.node` as the objects want them, from `start` to `stop`."""
+
+    def __init__(self, kube: Kube, settings: AgentSettings, uploads: Uploads) -> None:
+        self._kube = kube
+        self._settings = settings
+        self._library = ImageLibrary(settings.images)
+        self._uploads = uploads
+        self._jobs: dict[str, Job] = {}
+        self._paused: dict[str, float] = {}
+        self._guard = threading.Lock()
+        self.controller = Controller("copies", self.reconcile)
+        self.copies = Informer(kube, IMAGE_COPY, self._copy_changed, fields={"spec.node": settings.node})
+        self.images = Informer(kube, IMAGE, self._image_changed)
+
+    def start(self) -> None:
+        """Begin."""
+        for informer in (self.images, self.copies):
+            informer.start()
+        self.controller.start()
+
+    def stop(self) -> None:
+        """Begin nothing any more; what children do is gone on with by the next agent."""
+        self.controller.ask_to_end()
+        for informer in (self.images, self.copies):
+            informer.ask_to_end()
+        self.controller.join(_STOP_SECONDS)
+        jobs = [*self._jobs.values()]
+        for job in jobs:
+            job.stop()
+        for job in jobs:
+            if not job.join(_STOP_SECONDS):
+                job.stop()
+
+    def reconcile(self, name: str) -> float | None:
+        """Bring one copy a step nearer to what is wanted."""
+        copy = self.copies.get(name)
+        job = self._jobs.get(name)
+        if copy is None or is_going(copy):
+            if job is not None and job.result is None:
+                job.stop()
+                return 0.5
+            self._jobs.pop(name, None)
+            return self._remove(copy) if copy is not None else None
+        if job is not None and job.result is None:
+            self._tell(copy, State.IN_PROGRESS, _words(job), **_progress(job))
+            return None
+        if job is not None:
+            del self._jobs[name]
+            self._wake_waiting()
+            if isinstance(job.result, Failed):
+                if job.result.busy:
+                    self._tell(copy, State.PENDING, job.result.text)
+                    return _BUSY_PAUSE
+                return self._failed(copy, job.result)
+            if isinstance(job.result, Made):
+                self._ready(copy, job.result.record, job.result.checksum)
+            return None
+        return self._look(copy)
+
+    def _look(self, copy: Json) -> float | None:
+        """Nothing is at work on it: what is there, and what is to be done."""
+        image_name, uid = copy["spec"]["image"], copy["spec"]["imageUID"]
+        status = copy.get("status", {})
+        try:
+            record: ImageRecord | None = self._library.get(image_name)
+        except NotFound:
+            record = None
+        known = status.get("image", {}).get("checksum")
+        if record is not None and record.owner == uid and known:
+            self._ready(copy, record, known)
+            return None
+        if record is not None and record.owner != uid:
+            return self._failed(copy, Failed(_foreign(image_name), permanent=True))
+        if status.get("permanent"):
+            return None
+        if (wait := self._paused.get(name_of(copy), 0.0) - time.monotonic()) > 0:
+            return wait
+        image = self.images.get(image_name)
+        if image is None or uid_of(image) != uid:
+            return 2.0  # not seen yet, or going: its copies go too
+        if self._at_work() >= self._settings.jobs_at_once:
+            self._tell(copy, State.PENDING, "waits for other images that this node is at work on")
+            return None
+        try:
+            request = self._request(copy, image, there=record is not None)
+        except DriverError as error:
+            return self._failed(copy, Failed(str(error), permanent=isinstance(error, InvalidArgument)))
+        if request is None:
+            self._tell(copy, State.AWAITING_UPLOAD, "waits for luks-csi image upload", address=self._settings.address)
+            return None
+        key = name_of(copy)
+        self._jobs[key] = Job(request, lambda: self.controller.tell(key))
+        self._tell(copy, State.IN_PROGRESS, "starting", progress=0)
+        return None
+
+    def _request(self, copy: Json, image: Json, *, there: bool) -> Request | None:
+        """What the child is to do; None where an upload is to come first.
+
+        A file that is `there` is only looked at; one that was there once, and is no more, comes from another node: made
+        anew it would be another one.
+        """
+        spec, settings = image["spec"], self._settings
+        name, uid = name_of(image), uid_of(image)
+        work: Download | Upload | CloneWork | Export | Pull | None
+        if there:
+            work = Pull((), "", "")
+        elif copy["spec"].get("make") and "image" not in copy.get("status", {}):
+            work = self._making(copy, image)
+        else:
+            work = self._pulling(name, uid)
+        if work is None:
+            return None
+        reference = spec.get("newSecretRef") or spec.get("secretRef")
+        if isinstance(work, CloneWork) and work.encryption == Operation.DECRYPT:
+            reference = None  # it opened the source
+        return Request(
+            folder=str(settings.images), name=name, owner=uid, allow_local=settings.allow_local, work=work,
+            secret=f"{reference['namespace']}/{reference['name']}" if reference else None,
+        )  # fmt: skip
+
+    def _making(self, copy: Json, image: Json) -> Download | Upload | CloneWork | Export | None:
+        spec = image["spec"]
+        source, checksum = spec["source"], spec.get("checksum")
+        limit = read_size(str(spec["limit"])) if "limit" in spec else MOST_BYTES
+        if (download := source.get("download")) is not None:
+            headers, ca = self._credentials(download)
+            return Download(download["url"], checksum, limit, headers, ca)
+        if "upload" in source:
+            path = self._uploads.whole(name_of(image), uid_of(image))
+            return None if path is None else Upload(str(path), checksum, limit)
+        if "claim" in source:
+            return Export(copy["spec"].get("volume", ""), str(self._settings.state_dir))
+        clone = source["clone"]
+        operation = Operation(clone.get("encryption", Operation.IGNORE))
+        first = self._secret(spec.get("secretRef"))
+        second = self._secret(spec.get("newSecretRef"))
+        return CloneWork(
+            clone["image"],
+            operation,
+            first if operation.decrypts else None,
+            (second if operation.decrypts else first) if operation.encrypts else None,
+            spec.get("sectorSize"),
+        )
+
+    def _pulling(self, name: str, uid: str) -> Pull:
+        there, _ = self._kube.list(IMAGE_COPY, labels={IMAGE_LABEL: name})
+        peers = tuple(
+            copy["status"]["address"]
+            for copy in there
+            if copy["spec"]["imageUID"] == uid
+            and copy["spec"]["node"] != self._settings.node
+            and state_of(copy) is State.READY
+            and copy["status"].get("address")
+        )
+        if not peers:
+            raise FailedPrecondition(f"no other node has image {name} now; it is pulled when one does")
+        return Pull(peers, str(self._settings.tls_dir / "ca.crt"), self._settings.token_file.read_text().strip())
+
+    def _secret(self, reference: Json | None) -> Entries | None:
+        """The entries that are text. Raises FailedPrecondition without the secret."""
+        if reference is None:
+            return None
+        namespace, name = reference["namespace"], reference["name"]
+        found = self._kube.get(SECRET, name, namespace)
+        if found is None:
+            raise FailedPrecondition(f"there is no secret {namespace}/{name}; make it, the image is made then")
+        entries = {}
+        for entry, value in (found.get("data") or {}).items():
+            with contextlib.suppress(binascii.Error, UnicodeDecodeError):
+                entries[entry] = base64.b64decode(value).decode()
+        return entries
+
+    def _credentials(self, download: Json) -> tuple[Entries, str | None]:
+        """The headers and the certificates of a download, from the objects that it names."""
+        headers: Entries = {}
+        if (entries := self._secret(download.get("credentialsRef"))) is not None:
+            if (pair := pair_of(entries)) is None:
+                wanted = " or ".join(f"{user} and {password}" for user, password in PAIRS)
+                raise FailedPrecondition(f"the secret of credentialsRef has no credentials; expected {wanted}")
+            headers = authorization(*pair)
+        reference = download.get("caConfigMapRef")
+        if reference is None:
+            return headers, None
+        found = self._kube.get(CONFIG_MAP, reference["name"], reference["namespace"])
+        texts = [text for text in ((found or {}).get("data") or {}).values() if "BEGIN CERTIFICATE" in text]
+        if not texts:
+            raise FailedPrecondition(
+                f"the ConfigMap {reference['namespace']}/{reference['name']} of caConfigMapRef holds no certificates "
+                f"(PEM); put them there"
+            )
+        return headers, "\n".join(texts)
+
+    def _ready(self, copy: Json, record: ImageRecord, checksum: str) -> None:
+        self._uploads.forget(record.name)
+        self._paused.pop(name_of(copy), None)
+        facts = facts_of(record, checksum)
+        self._tell(copy, State.READY, "", progress=100, address=self._settings.address, image=facts)
+
+    def _failed(self, copy: Json, failed: Failed) -> float | None:
+        attempts = copy.get("status", {}).get("attempts", 0) + 1
+        image = self.images.get(copy["spec"]["image"]) or {"spec": {}}
+        retries = image["spec"].get("retries")
+        permanent, text = failed.permanent, failed.text
+        if not permanent and retries is not None and attempts > retries:
+            permanent, text = True, f"{text} (given up after {attempts} attempts)"
+        pause = min(_FIRST_PAUSE * 2 ** min(attempts - 1, 10), _MOST_PAUSE)
+        log.warning("image not made", image=copy["spec"]["image"], error=text, permanent=permanent, attempts=attempts)
+        self._paused[name_of(copy)] = time.monotonic() + pause
+        self._tell(copy, State.FAILED, text, attempts=attempts, permanent=permanent)
+        return None if permanent else pause
+
+    def _remove(self, copy: Json) -> float | None:
+        name, uid = copy["spec"]["image"], copy["spec"]["imageUID"]
+        try:
+            if not self._wanted_otherwise(copy):
+                self._library.drop(name, uid)
+                self._uploads.forget(name)
+        except DriverError as error:
+            self._tell(copy, state_of(copy), f"not removed yet: {error}")
+            return 2.0
+        kept = [each for each in copy["metadata"].get("finalizers", ()) if each != FINALIZER]
+        with contextlib.suppress(NotFound):
+            self._kube.patch(IMAGE_COPY, name_of(copy), {"metadata": {"finalizers": kept or None}})
+        return None
+
+    def _wanted_otherwise(self, copy: Json) -> bool:
+        """Whether another object of this node, which stays, is for the same file."""
+        return any(
+            other["spec"] | {"make": None} == copy["spec"] | {"make": None}
+            for other in self.copies.all()
+            if name_of(other) != name_of(copy) and not is_going(other)
+        )
+
+    def _tell(self, copy: Json, state: State, message: str, **more: object) -> None:
+        """Write the status where it is not that already."""
+        before = copy.get("status", {})
+        wanted = {"state": state, "message": message, **more}
+        if state is not State.IN_PROGRESS:  # what told of the way there is told no more
+            wanted = dict.fromkeys(("doing", "bytesDone", "bytesTotal", "bytesPerSecond")) | wanted
+        if state is State.READY:
+            wanted |= {"attempts": None, "permanent": None}
+        patch = {key: value for key, value in wanted.items() if before.get(key) != value}
+        if patch:
+            with contextlib.suppress(NotFound):
+                self.copies.saw(self._kube.patch(IMAGE_COPY, name_of(copy), {"status": patch}, status=True))
+
+    def _at_work(self) -> int:
+        return sum(job.result is None for job in self._jobs.values())
+
+    def _wake_waiting(self) -> None:
+        for copy in self.copies.all():
+            if state_of(copy) is State.PENDING:
+                self.controller.tell(name_of(copy))
+
+    def _copy_changed(self, copy: Json) -> None:
+        self.controller.tell(name_of(copy))
+
+    def _image_changed(self, image: Json) -> None:
+        for copy in self.copies.all():
+            if copy["spec"]["image"] == name_of(image):
+                self.controller.tell(name_of(copy))
+
+
+def _foreign(name: str) -> str:
+    return (
+        f"this node has an image {name} already that is not this Image's; remove it there with luks-csi image delete "
+        f"{name}, or give the Image another name"
+    )
+
+
+def _words(job: Job) -> str:
+    return job.doing.what
+
+
+def _progress(job: Job) -> dict[str, object]:
+    done, total = job.doing.done, job.doing.total
+    told: dict[str, object] = {"doing": job.doing.what, "bytesDone": done, "bytesPerSecond": job.bytes_per_second}
+    if total:
+        told |= {"bytesTotal": total, "progress": min(99, 100 * done // total)}
+    return told

@@ -1,0 +1,131 @@
+"""The process that makes one image for an agent: it may end, or be ended, at any moment, and another one goes on.
+
+It reads a Request from standard input and tells what it does in lines on standard output. Nothing of either is shown to
+anybody else: no argument, no environment, no file.
+"""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from csi_driver.agent.pulling import pull
+from csi_driver.agent.work import CloneWork, Doing, Download, Export, Failed, Line, Made, Pull, Request, Upload
+from csi_driver.host.hardening import die_with_parent, harden_process
+from csi_driver.images.base import Progress
+from csi_driver.images.checkpoint import Operation
+from csi_driver.images.checksum import Checksum
+from csi_driver.images.destinations import Connector
+from csi_driver.images.library import ImageLibrary
+from csi_driver.images.requests import Clone, Import
+from csi_driver.images.store import ImageRecord
+from csi_driver.keys.secret import read_secret
+from csi_driver.model.errors import (
+    Aborted,
+    AlreadyExists,
+    DriverError,
+    InvalidArgument,
+    InvalidHeader,
+    NotFound,
+    OutOfRange,
+)
+
+_EVERY_SECONDS: Final = 1.0
+_PERMANENT: Final = (InvalidArgument, InvalidHeader, OutOfRange)
+
+
+def main() -> None:
+    """Do what standard input says."""
+    die_with_parent()
+    harden_process()
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
+    sys.stdin.close()
+    try:
+        _tell(make(request))
+    except DriverError as error:
+        _tell(Failed(str(error), isinstance(error, _PERMANENT), isinstance(error, Aborted)))
+    except OSError as error:
+        _tell(Failed(f"image {request.name} could not be made ({error.strerror}); check the disk of this node"))
+
+
+def make(request: Request) -> Made:
+    """Make the image, or find it made; raises what the library does."""
+    with _certificates(request) as path:
+        connector = Connector(allow_local=request.allow_local, cacert=path)
+        library = ImageLibrary(Path(request.folder), connector)
+        try:
+            record = library.get(request.name)
+        except NotFound:
+            record = _made(library, request)
+    if record.owner != request.owner:
+        raise AlreadyExists(
+            f"this node has an image {request.name} that is not this Image's; remove it with luks-csi image delete "
+            f"{request.name}, or give the Image another name"
+        )
+    return Made(record, library.checksum(request.name, _meter).digest)
+
+
+def _made(library: ImageLibrary, request: Request) -> ImageRecord:
+    name, owner, secret, work = request.name, request.owner, request.secret, request.work
+    match work:
+        case Download():
+            checksum = Checksum.parse(work.checksum) if work.checksum else None
+            wanted = Import(name, work.url, checksum, secret, work.limit, headers=work.headers, owner=owner)
+            return library.import_(wanted, _meter)
+        case Upload():
+            checksum = Checksum.parse(work.checksum) if work.checksum else None
+            wanted = Import(name, work.path, checksum, secret, work.limit, take=True, owner=owner)
+            return library.import_(wanted, _meter)
+        case CloneWork():
+            key, new_key = (None if each is None else read_secret(each) for each in (work.key, work.new_key))
+            operation = Operation(work.encryption)
+            clone = Clone(work.source, name, operation, key, new_key, secret, work.sector_size, owner=owner)
+            return library.clone(clone, _meter)
+        case Pull():
+            return library.receive(name, owner, lambda folder: pull(name, work, folder, _meter))
+        case Export():
+            raise NotImplementedError
+
+
+@contextlib.contextmanager
+def _certificates(request: Request) -> Iterator[Path | None]:
+    """The file of the certificates that a download trusts instead of the system's, in memory."""
+    text = request.work.ca if isinstance(request.work, Download) else None
+    if text is None:
+        yield None
+        return
+    descriptor = os.memfd_create("luks-csi-ca", os.MFD_CLOEXEC)
+    try:
+        os.write(descriptor, text.encode())
+        yield Path(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _meter(what: str, total: int | None) -> Iterator[Progress]:
+    """Tells how far each part of the work is, once a second."""
+    next_at = 0.0
+
+    def progress(done: int) -> None:
+        nonlocal next_at
+        now = time.monotonic()
+        if now >= next_at:
+            next_at = now + _EVERY_SECONDS
+            _tell(Doing(what, done, total))
+
+    progress(0)
+    yield progress
+
+
+def _tell(line: Line) -> None:
+    os.write(1, msgspec.json.encode(line) + b"\n")
+
+
+if __name__ == "__main__":
+    main()

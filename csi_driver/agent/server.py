@@ -1,0 +1,314 @@
+"""HTTPS for copies and uploads: who asks brings a token of Kubernetes, and trusts the certificate by its one name.
+
+GET  /v1/copies/NAME/record     what the copy is: its record and SHA-256 (agents)
+GET  /v1/copies/NAME/file       its bytes; Range goes on behind a cut (agents)
+HEAD /v1/uploads/NAME           how much of an upload is here: Upload-Offset
+PUT  /v1/uploads/NAME           bytes of it, Content-Range says which
+"""
+
+import contextlib
+import os
+import re
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar, Final, cast
+
+import msgspec
+
+from csi_driver.agent.access import Access
+from csi_driver.agent.pulling import Offer
+from csi_driver.agent.uploads import Uploads
+from csi_driver.host.log import log
+from csi_driver.images.library import ImageLibrary
+from csi_driver.kube.copies import State, state_of
+from csi_driver.kube.kinds import Json
+from csi_driver.model.errors import (
+    Aborted,
+    DriverError,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    OutOfRange,
+    PermissionDenied,
+    ResourceExhausted,
+    Unauthenticated,
+    VolumeBusy,
+)
+
+_PIECE: Final = 1 << 20
+_IDLE_SECONDS: Final = 60.0
+_MOST_AT_ONCE: Final = 32
+_PATH: Final = re.compile(r"/v1/(copies|uploads)/([a-z0-9][a-z0-9.-]{0,62})(/record|/file|)")
+_RANGE: Final = re.compile(r"bytes=([0-9]{1,18})-")
+_CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
+_STATUS: Final = (
+    (Unauthenticated, HTTPStatus.UNAUTHORIZED),
+    (PermissionDenied, HTTPStatus.FORBIDDEN),
+    (NotFound, HTTPStatus.NOT_FOUND),
+    (OutOfRange, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE),
+    (VolumeBusy, HTTPStatus.CONFLICT),
+    (InvalidArgument, HTTPStatus.BAD_REQUEST),
+    (ResourceExhausted, HTTPStatus.INSUFFICIENT_STORAGE),
+    (FailedPrecondition, HTTPStatus.CONFLICT),
+    (Aborted, HTTPStatus.SERVICE_UNAVAILABLE),
+)
+
+
+class Rate:
+    """At most so many bytes a second, all senders together; 0 is without a limit."""
+
+    def __init__(self, bytes_per_second: int) -> None:
+        self._per_second = bytes_per_second
+        self._guard = threading.Lock()
+        self._free_at = 0.0
+
+    def spend(self, count: int) -> None:
+        """Wait until so many bytes more may go."""
+        if not self._per_second:
+            return
+        with self._guard:
+            now = time.monotonic()
+            self._free_at = max(now, self._free_at) + count / self._per_second
+            wait = self._free_at - now
+        time.sleep(wait)
+
+
+class CopyServer:
+    """Serves at `listen` (host, port) from `start` to `stop`. `copies` tells the objects of this node."""
+
+    def __init__(
+        self,
+        listen: tuple[str, int],
+        tls_dir: Path,
+        library: ImageLibrary,
+        uploads: Uploads,
+        access: Access,
+        copies: Callable[[], list[Json]],
+        rate: Rate,
+    ) -> None:
+        self._listen = listen
+        self._tls = _Certificate(tls_dir)
+        self._thread: threading.Thread | None = None
+        self._server: _Server | None = None
+        outer = self
+
+        class Handler(_Handler):
+            server_side = outer
+
+        self._handler = Handler
+        self.library = library
+        self.uploads = uploads
+        self.access = access
+        self.copies = copies
+        self.rate = rate
+
+    def start(self) -> None:
+        """Listen. Raises FailedPrecondition when the address cannot be used."""
+        try:
+            self._server = _Server(self._listen, self._handler, self._tls)
+        except OSError as error:
+            raise FailedPrecondition(
+                f"the address {self._listen[0]}:{self._listen[1]} for copies of images cannot be used "
+                f"({error.strerror}); choose another"
+            ) from None
+        self._thread = threading.Thread(target=self._server.serve_forever, name="copies", daemon=True)
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        """Where it listens; 0 before `start`."""
+        return int(self._server.server_address[1]) if self._server else 0
+
+    def stop(self) -> None:
+        """Listen no more."""
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+
+    def copy(self, name: str) -> Json:
+        """The object of a copy that is ready here. Raises NotFound."""
+        for copy in self.copies():
+            if copy["spec"]["image"] == name and state_of(copy) is State.READY:
+                return copy
+        raise NotFound(f"image {name} is not ready on this node")
+
+    def awaited(self, name: str) -> str:
+        """The uid of the Image that waits here for an upload. Raises NotFound."""
+        for copy in self.copies():
+            if copy["spec"]["image"] == name and state_of(copy) is State.AWAITING_UPLOAD:
+                return str(copy["spec"]["imageUID"])
+        raise NotFound(f"no upload of image {name} is awaited on this node")
+
+
+class _Certificate:
+    """The certificate of a folder like a mounted secret of type kubernetes.io/tls; read anew when it was changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._seen = (0, 0)
+        self._context: ssl.SSLContext | None = None
+        self._guard = threading.Lock()
+
+    def context(self) -> ssl.SSLContext:
+        """Raises OSError without one (ssl.SSLError is one)."""
+        with self._guard:
+            found = os.stat(self._folder / "tls.crt")
+            seen = (found.st_ino, found.st_mtime_ns)
+            if self._context is None or seen != self._seen:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                context.minimum_version = ssl.TLSVersion.TLSv1_2
+                context.load_cert_chain(self._folder / "tls.crt", self._folder / "tls.key")
+                self._context, self._seen = context, seen
+            return self._context
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 64
+
+    def __init__(self, listen: tuple[str, int], handler: type["_Handler"], certificate: _Certificate) -> None:
+        self._certificate = certificate
+        self._room = threading.BoundedSemaphore(_MOST_AT_ONCE)
+        super().__init__(listen, handler)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """In the connection's own thread: who is slow in the handshake keeps nobody else waiting."""
+        if not self._room.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            request.settimeout(_IDLE_SECONDS)
+            try:
+                secured = self._certificate.context().wrap_socket(request, server_side=True)
+            except OSError:
+                self.shutdown_request(request)
+                return
+            super().process_request_thread(secured, client_address)
+        finally:
+            self._room.release()
+
+    def handle_error(self, _request: Any, _client_address: Any) -> None:
+        """A connection that broke is the other side's to tell."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server_side: ClassVar[CopyServer]
+    protocol_version = "HTTP/1.1"
+    server_version = "luks-csi"
+    sys_version = ""
+    timeout = _IDLE_SECONDS
+
+    def do_GET(self) -> None:
+        self._answer(self._get)
+
+    def do_HEAD(self) -> None:
+        self._answer(self._head)
+
+    def do_PUT(self) -> None:
+        self._answer(self._put)
+
+    def log_message(self, *_: object) -> None:
+        """What is worth telling is told by who does it."""
+
+    def _answer(self, do: Callable[[str, str, str], None]) -> None:
+        self.close_connection = True
+        try:
+            found = _PATH.fullmatch(self.path)
+            if found is None:
+                raise NotFound("there is nothing of that name")
+            do(found[1], found[2], found[3])
+        except DriverError as error:
+            status = next((status for kind, status in _STATUS if isinstance(error, kind)), HTTPStatus.BAD_GATEWAY)
+            with contextlib.suppress(OSError):
+                self._say(status, f"{error}\n".encode())
+        except OSError as error:
+            log.debug("connection of a copy broke", path=self.path, error=error.strerror or type(error).__name__)
+
+    def _token(self) -> str:
+        kind, _, token = self.headers.get("Authorization", "").partition(" ")
+        if kind.lower() != "bearer" or not token:
+            raise Unauthenticated("a bearer token of Kubernetes is wanted")
+        return token
+
+    def _get(self, what: str, name: str, part: str) -> None:
+        if what != "copies" or part not in ("/record", "/file"):
+            raise NotFound("there is nothing of that name to be had")
+        side = self.server_side
+        side.access.check_agent(self._token())
+        copy = side.copy(name)
+        record, checksum = side.library.get(name), copy["status"]["image"]["checksum"]
+        if record.owner != copy["spec"]["imageUID"]:
+            raise NotFound(f"image {name} is not ready on this node")
+        if part == "/record":
+            self._say(HTTPStatus.OK, msgspec.json.encode(Offer(record, checksum)), "application/json")
+        else:
+            self._send(name, record.file_size, f'"{checksum}"')
+
+    def _send(self, name: str, size: int, tag: str) -> None:
+        start = 0
+        found = _RANGE.fullmatch(self.headers.get("Range", ""))
+        if found is not None and self.headers.get("If-Range", tag) == tag:
+            start = int(found[1])
+            if start >= size:
+                raise OutOfRange(f"image {name} has {size} bytes")
+        side = self.server_side
+        descriptor = os.open(side.library.file(name), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self.send_response(HTTPStatus.PARTIAL_CONTENT if start else HTTPStatus.OK)
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
+            self._headers(
+                {"Content-Type": "application/octet-stream", "Content-Length": str(size - start), "ETag": tag}
+            )
+            at = start
+            while at < size:
+                piece = os.pread(descriptor, min(_PIECE, size - at), at)
+                if not piece:
+                    return
+                side.rate.spend(len(piece))
+                self.wfile.write(piece)
+                at += len(piece)
+        finally:
+            os.close(descriptor)
+
+    def _head(self, what: str, name: str, part: str) -> None:
+        uid = self._uploader(what, name, part)
+        self.send_response(HTTPStatus.NO_CONTENT)
+        self._headers({"Upload-Offset": str(self.server_side.uploads.received(name, uid))})
+
+    def _put(self, what: str, name: str, part: str) -> None:
+        uid = self._uploader(what, name, part)
+        length = self.headers.get("Content-Length", "")
+        found = _CONTENT_RANGE.fullmatch(self.headers.get("Content-Range", ""))
+        if found is None or not length.isdigit() or int(length) != int(found[2]) - int(found[1]) + 1:
+            raise InvalidArgument("an upload says by Content-Range and Content-Length which bytes it brings")
+        side = self.server_side
+        if self.headers.get("Expect", "").lower() == "100-continue":
+            self.send_response_only(HTTPStatus.CONTINUE)
+            self.end_headers()
+        there = side.uploads.receive(name, uid, int(found[1]), int(found[3]), int(length), cast("BinaryIO", self.rfile))
+        self.send_response(HTTPStatus.NO_CONTENT)
+        self._headers({"Upload-Offset": str(there)})
+
+    def _uploader(self, what: str, name: str, part: str) -> str:
+        if what != "uploads" or part:
+            raise NotFound("there is nothing of that name")
+        self.server_side.access.check_upload(self._token(), name)
+        return self.server_side.awaited(name)
+
+    def _say(self, status: HTTPStatus, content: bytes, kind: str = "text/plain; charset=utf-8") -> None:
+        self.send_response(status)
+        self._headers({"Content-Type": kind, "Content-Length": str(len(content))})
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def _headers(self, headers: dict[str, str]) -> None:
+        for name, value in {**headers, "Connection": "close"}.items():
+            self.send_header(name, value)
+        self.end_headers()

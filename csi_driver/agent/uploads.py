@@ -1,0 +1,127 @@
+"""Images that are being uploaded to this node: `uploads/<image>/part`, `whole` when all is there.
+
+`for` in the folder names the Image object: what was uploaded for an earlier one of that name is not this one's.
+"""
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from csi_driver.host.files import Files, read_file
+from csi_driver.host.syscalls import error_name
+from csi_driver.images.base import MIB
+from csi_driver.images.requests import MOST_BYTES
+from csi_driver.images.room import EVERY, check_room
+from csi_driver.model.errors import Aborted, CommandFailed, InvalidArgument, OutOfRange, VolumeBusy
+
+
+class Uploads:
+    """The uploads below `folder`; `came` is told of an image that is whole."""
+
+    def __init__(self, folder: Path, came: Callable[[str], None] = lambda _: None) -> None:
+        self._folder = folder
+        self._files = Files()
+        self._guard = threading.Lock()
+        self._at_work: set[str] = set()
+        self.came = came
+
+    def whole(self, name: str, uid: str) -> Path | None:
+        """The file that was uploaded for this Image, None while it is not all there."""
+        path = self._folder / name / "whole"
+        return path if path.exists() and self._is_for(name, uid) else None
+
+    def received(self, name: str, uid: str) -> int:
+        """Bytes that are here, durable; an upload goes on behind them."""
+        if not self._is_for(name, uid):
+            return 0
+        for file in ("whole", "part"):
+            with contextlib.suppress(FileNotFoundError):
+                return (self._folder / name / file).stat().st_size
+        return 0
+
+    def receive(self, name: str, uid: str, start: int, total: int, length: int, stream: BinaryIO) -> int:
+        """Take the bytes from `start` on, `length` of them, of `total`; how many are here then.
+
+        Raises VolumeBusy (another upload is under way), OutOfRange (`start` is not where it goes on), InvalidArgument,
+        ResourceExhausted, Aborted (the sender ended early: what came is kept), CommandFailed.
+        """
+        if not 0 < total <= MOST_BYTES or not 0 <= start < total or not 0 < length <= total - start:
+            raise InvalidArgument(f"{length} bytes from {start} on are no part of an image of {total} bytes")
+        with self._alone(name), _told(name):
+            folder = self._begin(name, uid)
+            if (folder / "whole").exists():
+                return total
+            part = folder / "part"
+            there = part.stat().st_size if part.exists() else 0
+            if start != there:
+                raise OutOfRange(f"the upload of image {name} goes on at byte {there}, not at {start}")
+            there = self._append(name, part, start, length, stream)
+            if there == total:
+                self._files.rename(part, folder / "whole")
+        if there == total:
+            self.came(name)
+        return there
+
+    def forget(self, name: str) -> None:
+        """Remove what was uploaded; absent is fine."""
+        self._files.remove_folder(self._folder / name)
+
+    def _append(self, name: str, part: Path, start: int, length: int, stream: BinaryIO) -> int:
+        at, durable = start, start
+        with part.open("ab", buffering=0) as file:
+            check_room(file.fileno(), f"for image {name}")
+            while at < start + length:
+                piece = stream.read(min(MIB, start + length - at))
+                if not piece:
+                    break
+                view = memoryview(piece)
+                while view:
+                    view = view[file.write(view) :]
+                at += len(piece)
+                if at - durable >= EVERY:
+                    os.fsync(file.fileno())
+                    durable = at
+                    check_room(file.fileno(), f"for image {name}")
+            os.fsync(file.fileno())
+        if at < start + length:
+            raise Aborted(f"the upload of image {name} ended at byte {at}; it goes on there")
+        return at
+
+    def _begin(self, name: str, uid: str) -> Path:
+        folder = self._folder / name
+        if not self._is_for(name, uid):
+            self._files.remove_folder(folder)
+            folder.mkdir(mode=0o700, parents=True)
+            self._files.write(folder / "for", uid.encode())
+        return folder
+
+    def _is_for(self, name: str, uid: str) -> bool:
+        try:
+            return read_file(self._folder / name / "for") == uid.encode()
+        except OSError:
+            return False
+
+    @contextlib.contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        with self._guard:
+            if name in self._at_work:
+                raise VolumeBusy(f"image {name} is being uploaded already; wait until that has ended")
+            self._at_work.add(name)
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._at_work.discard(name)
+
+
+@contextlib.contextmanager
+def _told(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CommandFailed(
+            f"the upload of image {name} cannot be kept ({error_name(error)}); check the disk"
+        ) from None

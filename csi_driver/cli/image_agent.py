@@ -1,0 +1,60 @@
+"""`luks-csi image-agent`: makes and keeps a node's copies of the Images of its cluster."""
+
+import os
+from typing import Any
+
+import click
+
+from csi_driver.cli.loading import loading
+from csi_driver.cli.logs import configure_logs
+from csi_driver.cli.serve import settings_params
+from csi_driver.cli.setting import number, read_folder, read_path, read_truth, setting
+from csi_driver.host.hardening import harden_process
+from csi_driver.model.settings import LogFormat
+from csi_driver.model.sizes import read_size
+from csi_driver.rpc.endpoint import host_and_port
+
+_OPTIONS = ("node_id", "state_dir", "log_format", "log_level")
+
+
+def _address(text: str) -> str:
+    host_and_port(text)
+    return text
+
+
+def _text(text: str) -> str:
+    return text
+
+
+@click.command(
+    params=[
+        *settings_params(*_OPTIONS),
+        setting("--listen", "listen", host_and_port, "HOST:PORT", ":9810", "Where to serve copies and take uploads."),
+        setting("--address", "address", _address, "HOST:PORT", "", "Where other agents reach this one.", required=True),
+        setting("--tls-dir", "tls_dir", read_folder, "FOLDER", "/etc/luks-csi/agents", "tls.crt, tls.key and ca.crt."),
+        setting("--token-file", "token_file", read_path, "FILE", "/var/run/secrets/luks-csi/agents/token", "The token "
+                "that shows other agents who this is."),
+        setting("--account", "account", _text, "USER", "system:serviceaccount:luks-csi:luks-csi-node", "Whose tokens "
+                "are agents'."),
+        setting("--jobs", "jobs_at_once", number(1, 16), "NUMBER", 2, "Images at work at once."),
+        setting("--rate-limit", "rate", read_size, "SIZE", "0", "Most bytes a second that go to other nodes; 0 is "
+                "without a limit."),
+        setting("--allow-local", "allow_local", read_truth, "true|false", "false", "Download from loopback, link-local "
+                "and metadata addresses too.", is_flag=False, flag_value="true"),
+    ]
+)  # fmt: skip
+def image_agent(log_format: LogFormat, log_level: str, **options: Any) -> None:
+    """Make, keep, give and remove this node's copies of Images until SIGTERM."""
+    harden_process()
+    configure_logs(log_format, log_level)
+    with loading():
+        from csi_driver.agent.agent import AgentSettings
+        from csi_driver.agent.run import NodeAgent
+        from csi_driver.kube.client import Kube
+        from csi_driver.rpc.signals import told_to_stop
+
+    agent = NodeAgent(Kube.of(), AgentSettings(node=options.pop("node_id"), **options))
+    with told_to_stop() as (told, _):
+        agent.start()
+        os.read(told, 1)
+    agent.stop()

@@ -1,0 +1,42 @@
+"""Events: what happened to an object, where people look for it (kubectl describe)."""
+
+import contextlib
+from typing import Final
+
+from csi_driver.kube.client import Kube
+from csi_driver.kube.kinds import EVENT, Json, Kind, name_of, uid_of
+from csi_driver.model.errors import DriverError
+from csi_driver.model.times import recorded_now
+
+_MOST_BYTES: Final = 1024
+"""Of a message; the API takes no longer one."""
+
+
+class Events:
+    """Writes events; one that cannot be written is left out."""
+
+    def __init__(self, kube: Kube, component: str, namespace: str) -> None:
+        self._kube = kube
+        self._component = component
+        self._namespace = namespace
+
+    def tell(self, kind: Kind, thing: Json, reason: str, message: str, *, warning: bool = False) -> None:
+        """Write one about `thing`; a cluster-scoped one's lies in the namespace `default`, as kubectl expects."""
+        namespace = thing["metadata"].get("namespace") or "default"
+        now = recorded_now()
+        event = {
+            "metadata": {"generateName": f"{name_of(thing)}."},
+            "involvedObject": {
+                "apiVersion": kind.api_version, "kind": kind.name, "name": name_of(thing), "uid": uid_of(thing),
+                **({"namespace": namespace} if kind.namespaced else {}),
+            },
+            "type": "Warning" if warning else "Normal",
+            "reason": reason,
+            "message": message.encode()[:_MOST_BYTES].decode(errors="ignore"),
+            "source": {"component": self._component},
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "count": 1,
+        }  # fmt: skip
+        with contextlib.suppress(DriverError):
+            self._kube.create(EVENT, event, namespace)

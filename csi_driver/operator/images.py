@@ -1,0 +1,230 @@
+"""Keeps Images true: has their copies made, told of, and removed. It decides; the agents of the nodes do."""
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from csi_driver.host.log import log
+from csi_driver.kube.client import Kube
+from csi_driver.kube.controller import Controller
+from csi_driver.kube.copies import is_of
+from csi_driver.kube.informer import Informer
+from csi_driver.kube.kinds import (
+    CLAIM,
+    FINALIZER,
+    IMAGE,
+    IMAGE_COPY,
+    NODE,
+    POD,
+    STORAGE_CLASS,
+    VOLUME,
+    Json,
+    has_finalizer,
+    is_going,
+    name_of,
+)
+from csi_driver.model.errors import AlreadyExists, NotFound
+from csi_driver.model.times import recorded_now
+from csi_driver.operator.events import Events
+from csi_driver.operator.plan import FAILED, READY, Exported, Plan, World, plan
+from csi_driver.operator.settings import OperatorSettings
+
+AGENT_LABELS: Final = {"app.kubernetes.io/name": "luks-csi", "app.kubernetes.io/component": "node"}
+_PROGRESS: Final = frozenset({"progress", "bytesPerSecond", "nodes", "message", "conditions"})
+_WRITE_SECONDS: Final = 1.0
+
+
+class Images:
+    """The controller of Images; `told` hears of every Image that changed, for the kinds that stand for one."""
+
+    def __init__(self, kube: Kube, settings: OperatorSettings, events: Events) -> None:
+        self._kube = kube
+        self._settings = settings
+        self._events = events
+        self.controller = Controller("images", self.reconcile)
+        self.images = Informer(kube, IMAGE, self._image_changed)
+        self.copies = Informer(kube, IMAGE_COPY, self._copy_changed)
+        self.pods = Informer(kube, POD, self._nodes_changed, namespace=settings.namespace, labels=AGENT_LABELS)
+        self.nodes = Informer(kube, NODE, self._nodes_changed)
+        self.classes = Informer(kube, STORAGE_CLASS, self._class_changed)
+        self._seen_agents: Mapping[str, Mapping[str, str]] = {}
+        self._since: dict[str, float] = {}
+        self._written: dict[str, float] = {}
+
+    @property
+    def informers(self) -> Sequence[Informer]:
+        """All that it watches."""
+        return self.images, self.copies, self.pods, self.nodes, self.classes
+
+    def reconcile(self, name: str) -> float | None:
+        """Bring one Image nearer to what it says."""
+        image = self.images.get(name)
+        if image is None:
+            self._written.pop(name, None)
+            self._let_go([copy for copy in self._copies(name) if self._is_over(copy)])
+            return None
+        copies = self._copies(name)
+        lost, look_again = self._lost(copies)
+        world = World(
+            now=recorded_now(), agents=self._agents(), nodes=frozenset(map(name_of, self.nodes.all())), lost=lost,
+            **self._of_source(image), users=self._users(image) if is_going(image) else (),
+        )  # fmt: skip
+        found = plan(image, copies, world)
+        later = self._write(image, found)
+        self._do(image, copies, found)
+        return min((each for each in (later, look_again) if each is not None), default=None)
+
+    def _do(self, image: Json, copies: Sequence[Json], found: Plan) -> None:
+        for copy in found.create:
+            with contextlib.suppress(AlreadyExists):
+                self._kube.create(IMAGE_COPY, copy)
+                log.info(
+                    "copy wanted", image=copy["spec"]["image"], node=copy["spec"]["node"], make=copy["spec"]["make"]
+                )
+        for name in found.delete:
+            self._kube.delete(IMAGE_COPY, name)
+        self._let_go([copy for copy in copies if name_of(copy) in found.forget])
+        if found.finalizer is not None:
+            others = [each for each in image["metadata"].get("finalizers", ()) if each != FINALIZER]
+            wanted = [*others, FINALIZER] if found.finalizer else others
+            patch = {"metadata": {"finalizers": wanted, "resourceVersion": image["metadata"]["resourceVersion"]}}
+            with contextlib.suppress(NotFound):
+                self.images.saw(self._kube.patch(IMAGE, name_of(image), patch))
+
+    def _write(self, image: Json, found: Plan) -> float | None:
+        """Write what changed in the status; what only tells how far it is once a second. Seconds until that may be."""
+        before = image.get("status", {})
+        patch = {name: value for name, value in found.status.items() if before.get(name) != value}
+        if not patch:
+            return None
+        name, now = name_of(image), time.monotonic()
+        wait = self._written.get(name, 0.0) + _WRITE_SECONDS - now
+        if patch.keys() <= _PROGRESS and before.get("phase") == found.status["phase"] and wait > 0:
+            return wait
+        with contextlib.suppress(NotFound):
+            self.images.saw(self._kube.patch(IMAGE, name, {"status": patch}, status=True))
+            self._written[name] = now
+            self._tell_event(image, found.status)
+        return None
+
+    def _tell_event(self, image: Json, status: Json) -> None:
+        before = image.get("status", {})
+        phase, message = status["phase"], status["message"]
+        if phase == READY and before.get("phase") != READY:
+            self._events.tell(IMAGE, image, "Ready", f"image {name_of(image)} is ready")
+        elif phase == FAILED and (before.get("phase"), before.get("message")) != (phase, message):
+            self._events.tell(IMAGE, image, "Failed", message, warning=True)
+
+    def _let_go(self, copies: Sequence[Json]) -> None:
+        """Of copies whose node is gone for good nothing is left that an agent could remove."""
+        for copy in copies:
+            with contextlib.suppress(NotFound):
+                if has_finalizer(copy):
+                    self._kube.patch(IMAGE_COPY, name_of(copy), {"metadata": {"finalizers": None}})
+                self._kube.delete(IMAGE_COPY, name_of(copy))
+
+    def _is_over(self, copy: Json) -> bool:
+        return copy["spec"]["node"] not in set(map(name_of, self.nodes.all())) and is_going(copy)
+
+    def _copies(self, name: str) -> list[Json]:
+        return [copy for copy in self.copies.all() if copy["spec"]["image"] == name]
+
+    def _agents(self) -> dict[str, Mapping[str, str]]:
+        """Nodes with an agent that is up, and their labels."""
+        labels = {name_of(node): node["metadata"].get("labels", {}) for node in self.nodes.all()}
+        up = {pod["spec"].get("nodeName", "") for pod in self.pods.all() if _is_up(pod)}
+        return {node: labels[node] for node in sorted(up) if node in labels}
+
+    def _lost(self, copies: Sequence[Json]) -> tuple[frozenset[str], float | None]:
+        """The nodes of copies that have had no agent for too long, and when the next one has been so."""
+        agents, now = self._agents(), time.monotonic()
+        lost, waits = set(), []
+        for node in {copy["spec"]["node"] for copy in copies}:
+            if node in agents:
+                self._since.pop(node, None)
+                continue
+            left = self._since.setdefault(node, now) + self._settings.lost_seconds - now
+            if left <= 0:
+                lost.add(node)
+            else:
+                waits.append(left)
+        return frozenset(lost), min(waits, default=None)
+
+    def _of_source(self, image: Json) -> dict[str, Any]:
+        source = image["spec"]["source"]
+        if "clone" in source:
+            name = source["clone"]["image"]
+            return {"source": self.images.get(name), "source_copies": self._copies(name)}
+        if "claim" in source and "virtualSize" not in image.get("status", {}):
+            return {"claim": self._exported(source["claim"])}
+        return {}
+
+    def _exported(self, reference: Json) -> Exported | str:
+        namespace, name = reference["namespace"], reference["name"]
+        claim = self._kube.get(CLAIM, name, namespace)
+        if claim is None:
+            return f"there is no claim {namespace}/{name}"
+        if not (volume_name := claim["spec"].get("volumeName")):
+            return f"the claim {namespace}/{name} is not bound yet"
+        volume = self._kube.get(VOLUME, volume_name) or {"spec": {}}
+        csi = volume["spec"].get("csi", {})
+        if csi.get("driver") != self._settings.driver_name:
+            return f"the volume of claim {namespace}/{name} is not one of {self._settings.driver_name}"
+        terms = volume["spec"].get("nodeAffinity", {}).get("required", {}).get("nodeSelectorTerms", [])
+        for term in terms:
+            for expression in term.get("matchExpressions", []):
+                if expression["key"] == f"topology.{self._settings.driver_name}/node" and expression.get("values"):
+                    return Exported(csi["volumeHandle"], expression["values"][0])
+        return f"the volume of claim {namespace}/{name} lies on no node that its PersistentVolume names"
+
+    def _users(self, image: Json) -> list[str]:
+        """Who keeps an image from being deleted, in words."""
+        name = name_of(image)
+        users = [
+            f"StorageClass {name_of(each)} names it"
+            for each in self.classes.all()
+            if each.get("provisioner") == self._settings.driver_name
+            and (each.get("parameters") or {}).get("backingImage") == name
+        ]
+        for other in self.images.all():
+            clone = other["spec"]["source"].get("clone", {})
+            going_on = other.get("status", {}).get("phase") not in (READY, FAILED) and not is_going(other)
+            if clone.get("image") == name and going_on and any(is_of(copy, other) for copy in self.copies.all()):
+                users.append(f"image {name_of(other)} is being cloned from it")
+        return users
+
+    def _image_changed(self, image: Json) -> None:
+        self.controller.tell(name_of(image))
+        source = image["spec"]["source"].get("clone", {}).get("image")
+        if source is not None:
+            self.controller.tell(source)
+        for other in self.images.all():
+            if other["spec"]["source"].get("clone", {}).get("image") == name_of(image):
+                self.controller.tell(name_of(other))
+
+    def _copy_changed(self, copy: Json) -> None:
+        self.controller.tell(copy["spec"]["image"])
+        for image in self.images.all():
+            if image["spec"]["source"].get("clone", {}).get("image") == copy["spec"]["image"]:
+                self.controller.tell(name_of(image))
+
+    def _nodes_changed(self, _thing: Json) -> None:
+        agents = self._agents()
+        if agents != self._seen_agents:
+            self._seen_agents = agents
+            for image in self.images.all():
+                self.controller.tell(name_of(image))
+
+    def _class_changed(self, storage_class: Json) -> None:
+        name = (storage_class.get("parameters") or {}).get("backingImage")
+        if name and self.images.get(name) is not None:
+            self.controller.tell(name)
+
+
+def _is_up(pod: Json) -> bool:
+    """Whether its agent can be asked: the pod stays, and its container image-agent is ready."""
+    if is_going(pod):
+        return False
+    statuses = pod.get("status", {}).get("containerStatuses", [])
+    return any(each["name"] == "image-agent" and each.get("ready") for each in statuses)

@@ -1,0 +1,264 @@
+"""What is to be done for one Image: decided from what there is, without a call, the same each time it is asked.
+
+The first copy is made on one node from the image's source; the others are pulled from nodes that have it. A file that
+once was ready is never made anew: it would be another one, with another volume key.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from csi_driver.kube.copies import FACTS, State, copy_of, is_of, state_of
+from csi_driver.kube.kinds import Json, has_finalizer, is_going, name_of, uid_of
+
+PENDING, IN_PROGRESS, READY, FAILED, DELETING = "Pending", "InProgress", "Ready", "Failed", "Deleting"
+
+_STATUS_KEYS: Final = (
+    "phase", "message", "progress", "bytesPerSecond", "copies", "nodes", "upload", "conditions", "observedGeneration",
+    *FACTS,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class World:
+    """What else decides. `agents` are the nodes with an agent that is up, with their labels; `nodes` those there are;
+    `lost` those without an agent for too long. `source` is the image that is cloned, `source_copies` its copies;
+    `claim` tells volume and node of an exported claim, or why there is none. `users` keep the image from being deleted.
+    """
+
+    now: str
+    agents: Mapping[str, Mapping[str, str]]
+    nodes: frozenset[str]
+    lost: frozenset[str] = frozenset()
+    source: Json | None = None
+    source_copies: Sequence[Json] = ()
+    claim: "Exported | str | None" = None
+    users: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The volume of a claim, and the node that it lies on."""
+
+    volume: str
+    node: str
+
+
+@dataclass
+class Plan:
+    """What to do: copies to make and delete, those whose nodes are gone to let go, the finalizer, the status."""
+
+    create: list[Json] = field(default_factory=list)
+    delete: list[str] = field(default_factory=list)
+    forget: list[str] = field(default_factory=list)
+    finalizer: bool | None = None
+    status: Json = field(default_factory=dict)
+
+
+@dataclass
+class _Outcome:
+    phase: str
+    message: str
+    reason: str
+
+
+def plan(image: Json, copies: Sequence[Json], world: World) -> Plan:
+    """What brings an Image nearer to what it says. `copies` are those of its name."""
+    ours = [copy for copy in copies if is_of(copy, image)]
+    found = Plan()
+    if is_going(image):
+        outcome = _delete(image, ours, world, found)
+    elif not has_finalizer(image):
+        found.finalizer = True
+        return found
+    else:
+        found.forget = [name_of(copy) for copy in ours if copy["spec"]["node"] not in world.nodes]
+        there = [copy for copy in ours if not is_going(copy) and copy["spec"]["node"] in world.nodes]
+        outcome = _keep(image, there, world, found)
+        ours = there
+    found.status = _status(image, ours, outcome, world)
+    return found
+
+
+def _delete(image: Json, ours: Sequence[Json], world: World, found: Plan) -> _Outcome:
+    name = name_of(image)
+    if world.users:
+        return _Outcome(DELETING, f"image {name} is kept until it is used no more: {'; '.join(world.users)}", "InUse")
+    found.forget = [name_of(copy) for copy in ours if copy["spec"]["node"] not in world.nodes]
+    found.delete = [name_of(copy) for copy in ours if not is_going(copy) and name_of(copy) not in found.forget]
+    if not ours:
+        found.finalizer = False
+    slow = [f"{copy['spec']['node']}: {said}" for copy in ours if (said := copy.get("status", {}).get("message"))]
+    return _Outcome(DELETING, "; ".join(slow) or f"its files are being removed from {len(ours)} nodes", "Deleting")
+
+
+def _keep(image: Json, there: Sequence[Json], world: World, found: Plan) -> _Outcome:
+    near = [copy for copy in there if copy["spec"]["node"] not in world.lost]
+    ready = [copy for copy in near if state_of(copy) is State.READY]
+    if ready:
+        return _spread(image, near, ready, world, found)
+    if any(state_of(copy) is State.READY for copy in there):
+        nodes = ", ".join(sorted(copy["spec"]["node"] for copy in there if state_of(copy) is State.READY))
+        return _Outcome(PENDING, f"no node that has it answers ({nodes}); it is usable when one does", "NodesLost")
+    if any("image" in copy.get("status", {}) for copy in there):
+        return _Outcome(FAILED, _said(there) or "its file is gone from the node that had it", "FileLost")
+    if "virtualSize" in image.get("status", {}):
+        return _Outcome(
+            FAILED, "the nodes that had it are gone, and with them each copy; delete it and make it anew", "CopiesLost"
+        )
+    return _make(image, near, there, world, found)
+
+
+def _spread(image: Json, near: Sequence[Json], ready: Sequence[Json], world: World, found: Plan) -> _Outcome:
+    """It is there; have as many copies as are wanted."""
+    wanted = image["spec"].get("copies", 1)
+    selected = image["spec"].get("nodeSelector", {})
+    coming = [copy for copy in near if state_of(copy) is not State.FAILED and copy not in ready]
+    counted = [copy for copy in (*ready, *coming) if _fits(world, copy["spec"]["node"], selected)]
+    missing = wanted - len(counted)
+    if missing > 0:
+        taken = {copy["spec"]["node"] for copy in near}
+        free = [node for node in _nodes(image, world) if node not in taken]
+        found.create = [copy_of(image, node) for node in free[:missing]]
+        missing -= len(found.create)
+    message = "" if missing <= 0 else f"{missing} more copies are wanted and no other node can have one"
+    return _Outcome(READY, message, "Ready")
+
+
+def _make(image: Json, near: Sequence[Json], there: Sequence[Json], world: World, found: Plan) -> _Outcome:
+    """There is none yet: one node makes it from its source."""
+    makers = [copy for copy in near if copy["spec"].get("make")]
+    if makers:
+        (maker, *_) = makers
+        state, message = state_of(maker), maker.get("status", {}).get("message", "")
+        if state is State.FAILED:
+            again = "" if maker["status"].get("permanent") else "; it is tried again"
+            return _Outcome(FAILED, f"node {maker['spec']['node']}: {message}{again}", "NotMade")
+        if state is State.AWAITING_UPLOAD:
+            return _Outcome(PENDING, "waits for luks-csi image upload", "AwaitingUpload")
+        if state is State.IN_PROGRESS:
+            return _Outcome(IN_PROGRESS, f"node {maker['spec']['node']}: {message}", "InProgress")
+        return _Outcome(PENDING, f"node {maker['spec']['node']} is to make it", "Scheduled")
+    # One whose node has no agent any more is tidied up when that comes back.
+    found.delete = [name_of(copy) for copy in there]
+    source = image["spec"]["source"]
+    if "claim" in source:
+        return _export(image, world, found)
+    nodes = _nodes(image, world)
+    if not nodes:
+        return _Outcome(PENDING, "no node with an agent fits its nodeSelector", "NoNode")
+    if "clone" in source:
+        return _clone(image, nodes, world, found)
+    return _begin(image, nodes[0], found)
+
+
+def _begin(image: Json, node: str, found: Plan, volume: str | None = None) -> _Outcome:
+    found.create = [copy_of(image, node, make=True, volume=volume)]
+    return _Outcome(PENDING, f"node {node} is to make it", "Scheduled")
+
+
+def _export(image: Json, world: World, found: Plan) -> _Outcome:
+    if not isinstance(world.claim, Exported):
+        return _Outcome(PENDING, world.claim or "its claim has not been looked at", "NoClaim")
+    if world.claim.node not in world.agents:
+        return _Outcome(PENDING, f"node {world.claim.node}, which has the claim's volume, has no agent now", "NoNode")
+    return _begin(image, world.claim.node, found, world.claim.volume)
+
+
+def _clone(image: Json, nodes: Sequence[str], world: World, found: Plan) -> _Outcome:
+    wanted, source = image["spec"]["source"]["clone"], world.source
+    name = wanted["image"]
+    if source is None or is_going(source):
+        return _Outcome(PENDING, f"there is no image {name}; it is cloned when there is", "NoSource")
+    status = source.get("status", {})
+    if status.get("phase") != READY:
+        return _Outcome(PENDING, f"waits for image {name}, which is {status.get('phase', PENDING)}", "SourceNotReady")
+    if (why := refusal(name, wanted.get("encryption", "ignore"), encrypted=status.get("encrypted", False))) is not None:
+        return _Outcome(FAILED, why, "Refused")
+    having = {
+        copy["spec"]["node"]: copy
+        for copy in world.source_copies
+        if is_of(copy, source) and not is_going(copy) and copy["spec"]["node"] in world.agents
+    }
+    for node in nodes:
+        if node in having and state_of(having[node]) is State.READY:
+            return _begin(image, node, found)
+    # None of the wanted nodes has the source: it is brought to one of them.
+    if not any(node in having for node in nodes):
+        found.create = [copy_of(source, nodes[0])]
+    return _Outcome(PENDING, f"image {name} is being brought to a node that fits its nodeSelector", "SourceNotHere")
+
+
+def refusal(name: str, encryption: str, *, encrypted: bool) -> str | None:
+    """Why an image that is, as was verified, encrypted or not cannot be cloned so; None where it can."""
+    if encryption == "encrypt" and encrypted:
+        return f"image {name} is encrypted already and is not encrypted again; use reencrypt for another key, or ignore"
+    if encryption in ("decrypt", "reencrypt") and not encrypted:
+        return f"image {name} is not encrypted, so it cannot be cloned with {encryption}; use encrypt, or ignore"
+    return None
+
+
+def _nodes(image: Json, world: World) -> list[str]:
+    """The nodes that may have it, in an order of its own: images spread over the nodes."""
+    fits = [node for node in world.agents if _fits(world, node, image["spec"].get("nodeSelector", {}))]
+    return sorted(fits, key=lambda node: hashlib.sha256(f"{uid_of(image)}/{node}".encode()).digest())
+
+
+def _fits(world: World, node: str, selector: Mapping[str, str]) -> bool:
+    labels = world.agents.get(node)
+    return labels is not None and all(labels.get(name) == value for name, value in selector.items())
+
+
+def _said(copies: Sequence[Json]) -> str:
+    said = (f"node {copy['spec']['node']}: {copy['status']['message']}" for copy in copies if _message(copy))
+    return "; ".join(said)
+
+
+def _message(copy: Json) -> str:
+    return str(copy.get("status", {}).get("message", ""))
+
+
+def _status(image: Json, copies: Sequence[Json], outcome: _Outcome, world: World) -> Json:
+    before = image.get("status", {})
+    ready = [copy for copy in copies if state_of(copy) is State.READY]
+    wanted = image["spec"].get("copies", 1)
+    facts = ready[0]["status"]["image"] if ready else before
+    maker = next((copy for copy in copies if copy["spec"].get("make")), None)
+    told = maker.get("status", {}) if maker else {}
+    awaiting = outcome.reason == "AwaitingUpload"
+    status: Json = dict.fromkeys(_STATUS_KEYS) | {name: facts[name] for name in FACTS if name in facts}
+    status |= {
+        "observedGeneration": image["metadata"].get("generation"),
+        "phase": outcome.phase,
+        "message": outcome.message,
+        "progress": 100 if outcome.phase == READY else told.get("progress", 0),
+        "bytesPerSecond": told.get("bytesPerSecond") if outcome.phase == IN_PROGRESS else None,
+        "copies": f"{len(ready)}/{wanted}",
+        "nodes": sorted(map(_node, copies), key=lambda node: str(node["name"])),
+        "upload": {"node": maker["spec"]["node"], "address": told["address"]} if maker and awaiting else None,
+    }
+    complete = len(ready) >= wanted
+    several = f"{len(ready)} of {wanted} copies are ready"
+    status["conditions"] = [
+        _condition(before, "Ready", outcome.phase == READY, outcome.reason, outcome.message, world.now),
+        _condition(before, "CopiesComplete", complete, "Complete" if complete else "Incomplete", several, world.now),
+    ]
+    return status
+
+
+def _node(copy: Json) -> Json:
+    told = copy.get("status", {})
+    found: Json = {"name": copy["spec"]["node"], "state": state_of(copy)}
+    if "progress" in told and found["state"] != State.READY:
+        found["progress"] = told["progress"]
+    if told.get("message"):
+        found["message"] = told["message"]
+    return found
+
+
+def _condition(before: Json, kind: str, holds: bool, reason: str, message: str, now: str) -> Json:  # noqa: FBT001
+    status = "True" if holds else "False"
+    known = next((each for each in before.get("conditions", ()) if each["type"] == kind), None)
+    since = known["lastTransitionTime"] if known and known["status"] == status else now
+    return {"type": kind, "status": status, "reason": reason, "message": message, "lastTransitionTime": since}

@@ -1,0 +1,58 @@
+"""The operator: its controllers, what they watch, and its end."""
+
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from csi_driver.host.log import log
+from csi_driver.kube.client import Kube
+from csi_driver.kube.controller import Controller
+from csi_driver.kube.informer import Informer
+from csi_driver.model.errors import FailedPrecondition
+from csi_driver.operator.events import Events
+from csi_driver.operator.images import Images
+from csi_driver.operator.settings import OperatorSettings
+
+_SYNC_SECONDS: Final = 60.0
+_STOP_SECONDS: Final = 20.0
+
+
+class Part(Protocol):
+    """A controller and what it watches."""
+
+    @property
+    def controller(self) -> Controller: ...
+
+    @property
+    def informers(self) -> Sequence[Informer]: ...
+
+
+class Operator:
+    """Runs from `start` to `stop`."""
+
+    def __init__(self, kube: Kube, settings: OperatorSettings) -> None:
+        self._kube = kube
+        self._settings = settings
+        self._events = Events(kube, "luks-csi-operator", settings.namespace)
+        self.images = Images(kube, settings, self._events)
+        self.parts: list[Part] = [self.images]
+
+    def start(self) -> None:
+        """Watch, and when all is known, act. Raises FailedPrecondition when something cannot be watched."""
+        informers = [informer for part in self.parts for informer in part.informers]
+        for informer in informers:
+            informer.start()
+        for informer in informers:
+            if not informer.wait_synced(_SYNC_SECONDS):
+                raise FailedPrecondition(f"the operator cannot see the objects {informer.kind}: {informer.error}")
+        for part in self.parts:
+            part.controller.start()
+        log.info("operator started", namespace=self._settings.namespace)
+
+    def stop(self) -> None:
+        """Begin nothing any more, and wait for what is under way."""
+        for part in self.parts:
+            part.controller.ask_to_end()
+            for informer in part.informers:
+                informer.ask_to_end()
+        for part in self.parts:
+            part.controller.join(_STOP_SECONDS)
