@@ -207,9 +207,6 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(self._get)
 
-    def do_HEAD(self) -> None:
-        self._answer(self._head)
-
     def do_PUT(self) -> None:
         self._answer(self._put)
 
@@ -237,8 +234,10 @@ class _Handler(BaseHTTPRequestHandler):
         return token
 
     def _get(self, what: str, name: str, part: str) -> None:
-        if what != "copies" or part not in ("/record", "/file"):
-            raise NotFound("there is nothing of that name to be had")
+        if what == "uploads":
+            return self._offset(name, part)
+        if part not in ("/record", "/file"):
+            raise NotFound("there is nothing of that name")
         side = self.server_side
         side.access.check_agent(self._token())
         copy = side.copy(name)
@@ -246,9 +245,8 @@ class _Handler(BaseHTTPRequestHandler):
         if record.owner != copy["spec"]["imageUID"]:
             raise NotFound(f"image {name} is not ready on this node")
         if part == "/record":
-            self._say(HTTPStatus.OK, msgspec.json.encode(Offer(record, checksum)), "application/json")
-        else:
-            self._send(name, record.file_size, f'"{checksum}"')
+            return self._say(HTTPStatus.OK, msgspec.json.encode(Offer(record, checksum)), "application/json")
+        return self._send(name, record.file_size, f'"{checksum}"')
 
     def _send(self, name: str, size: int, tag: str) -> None:
         start = 0
@@ -277,8 +275,8 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             os.close(descriptor)
 
-    def _head(self, what: str, name: str, part: str) -> None:
-        uid = self._uploader(what, name, part)
+    def _offset(self, name: str, part: str) -> None:
+        uid = self._uploader("uploads", name, part)
         self.send_response(HTTPStatus.NO_CONTENT)
         self._headers({"Upload-Offset": str(self.server_side.uploads.received(name, uid))})
 
@@ -305,8 +303,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _say(self, status: HTTPStatus, content: bytes, kind: str = "text/plain; charset=utf-8") -> None:
         self.send_response(status)
         self._headers({"Content-Type": kind, "Content-Length": str(len(content))})
-        if self.command != "HEAD":
-            self.wfile.write(content)
+        self.wfile.write(content)
 
     def _headers(self, headers: dict[str, str]) -> None:
         for name, value in {**headers, "Connection": "close"}.items():

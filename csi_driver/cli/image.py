@@ -11,6 +11,7 @@ import click
 
 from csi_driver.cli.beside import PARAMS, BesideServer
 from csi_driver.cli.download_access import download_options, read_headers, read_source
+from csi_driver.cli.image_upload import upload
 from csi_driver.cli.names import image_names
 from csi_driver.cli.output import OUTPUT_OPTION, Output, about, confirm, show_json, show_table, show_text, size_text
 from csi_driver.cli.progress import ProgressLine, tell_stopping
@@ -135,6 +136,9 @@ def list_(output: str, state_dir: Path) -> None:
         show_table([_row(each) for each in found], ("IMAGE", "STATE", "FORMAT", "SIZE", "ENCRYPTED", "FROM"))
     if any(each.state is State.DAMAGED for each in found):
         raise click.exceptions.Exit(1)
+
+
+image.add_command(upload)
 
 
 class State(StrEnum):

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from csi_driver.cli.cluster import cluster
 from csi_driver.cli.loading import loading
 from csi_driver.cli.logs import configure_logs
 from csi_driver.cli.serve import settings_params
@@ -47,13 +48,13 @@ def image_agent(log_format: LogFormat, log_level: str, **options: Any) -> None:
     """Make, keep, give and remove this node's copies of Images until SIGTERM."""
     harden_process()
     configure_logs(log_format, log_level)
+    kube = cluster()
     with loading():
         from csi_driver.agent.agent import AgentSettings
         from csi_driver.agent.run import NodeAgent
-        from csi_driver.kube.client import Kube
         from csi_driver.rpc.signals import told_to_stop
 
-    agent = NodeAgent(Kube.of(), AgentSettings(node=options.pop("node_id"), **options))
+    agent = NodeAgent(kube, AgentSettings(node=options.pop("node_id"), **options))
     with told_to_stop() as (told, _):
         agent.start()
         os.read(told, 1)

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from csi_driver.cli.cluster import cluster
 from csi_driver.cli.loading import loading
 from csi_driver.cli.logs import configure_logs
 from csi_driver.cli.serve import settings_params
@@ -33,13 +34,13 @@ def operator(log_format: LogFormat, log_level: str, **options: Any) -> None:
     """Keep Images true until SIGTERM: have them made, copied to nodes, and removed, by the agents of the nodes."""
     harden_process()
     configure_logs(log_format, log_level)
+    kube = cluster()
     with loading():
-        from csi_driver.kube.client import Kube
         from csi_driver.operator.run import Operator
         from csi_driver.operator.settings import OperatorSettings
         from csi_driver.rpc.signals import told_to_stop
 
-    made = Operator(Kube.of(), OperatorSettings(**options))
+    made = Operator(kube, OperatorSettings(**options))
     with told_to_stop() as (told, _):
         made.start()
         os.read(told, 1)

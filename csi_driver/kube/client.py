@@ -15,6 +15,9 @@ from lightkube import ALL_NS, ApiError, Client, KubeConfig
 from lightkube.config.client_adapter import verify_cluster
 from lightkube.core.exceptions import ConfigError
 from lightkube.generic_resource import create_global_resource, create_namespaced_resource
+from lightkube.models.authentication_v1 import TokenRequestSpec
+from lightkube.models.meta_v1 import ObjectMeta
+from lightkube.resources.core_v1 import ServiceAccountToken
 from lightkube.types import PatchType
 
 from csi_driver.kube.kinds import Json, Kind
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from lightkube.config.kubeconfig import SingleConfig
 
 _SECONDS: Final = 20.0
+_ACCOUNT: Final = Kind("", "v1", "ServiceAccount", "serviceaccounts", namespaced=True)
 _WATCH_SECONDS: Final = 540
 """How long one watch lasts; behind it everything is listed anew."""
 _MOST_QUOTED: Final = 600
@@ -166,6 +170,23 @@ class Kube:
             self._ask(kind, name, lambda: self._client.delete(_class_of(kind), name, **_within(kind, namespace)) or {})
         except NotFound:
             return
+
+    def account_token(self, namespace: str, name: str, audience: str) -> str:
+        """A token of a service account for an hour, made for that audience (TokenRequest). Raises NotFound."""
+        asked = ServiceAccountToken(
+            metadata=ObjectMeta(),  # lightkube looks into it
+            spec=TokenRequestSpec(audiences=[audience], expirationSeconds=3600),
+        )
+        made = _told(lambda: self._client.create(asked, name, namespace=namespace), _ACCOUNT, f"{namespace}/{name}")
+        return str(made.status.token)
+
+    @property
+    def own_token(self) -> str | None:
+        """The bearer token of the kubeconfig's user, if that is what it has."""
+        user = self._client.config.user
+        if user is not None and user.token_file:
+            return Path(user.token_file).read_text().strip()
+        return user.token if user is not None else None
 
     def close(self) -> None:
         """Close the connections; watches end."""

@@ -10,6 +10,8 @@ AUDIENCE: Final = "images.luks.csi.internal"
 """Of the tokens by which agents know each other."""
 AGENTS: Final = "agents.images.luks.csi.internal"
 """The name in the certificate of each agent: they are found by address, and trusted by this name."""
+AUTHORITY: Final = "luks-csi-image-ca"
+"""The ConfigMap of the driver's namespace with the certificate (ca.crt) that agents' certificates are signed by."""
 FACTS: Final = ("format", "fileSize", "virtualSize", "encrypted", "luksUUID", "cipher", "secret", "checksum")
 """What a copy that is ready tells of the image, and its Image with it."""
 

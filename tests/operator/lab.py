@@ -30,7 +30,7 @@ from tests.keys.servers import HOST, free_port
 DEPLOY: Final = Path(__file__).parents[2] / "deploy" / "kubernetes"
 DRIVER: Final = "luks.csi.internal"
 OPERATOR: Final = "luks-csi-operator"
-_PATIENCE: Final = 120.0  # no verdict hangs on it, only how long a failure takes
+_PATIENCE: Final = float(os.environ.get("PATIENCE", "120"))  # no verdict hangs on it, only how long a failure takes
 _POLL_SECONDS: Final = 0.05
 
 Found = TypeVar("Found")
