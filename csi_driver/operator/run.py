@@ -8,6 +8,7 @@ from csi_driver.kube.client import Kube
 from csi_driver.kube.controller import Controller
 from csi_driver.kube.informer import Informer
 from csi_driver.model.errors import FailedPrecondition
+from csi_driver.operator.certificates import Certificates
 from csi_driver.operator.events import Events
 from csi_driver.operator.images import Images
 from csi_driver.operator.settings import OperatorSettings
@@ -34,6 +35,8 @@ class Operator:
         self._settings = settings
         self._events = Events(kube, "luks-csi-operator", settings.namespace)
         self.images = Images(kube, settings, self._events)
+        self.certificates = Certificates(kube, settings.namespace)
+        self._certifying = Controller("certificates", self.certificates.reconcile)
         self.parts: list[Part] = [self.images]
 
     def start(self) -> None:
@@ -46,10 +49,13 @@ class Operator:
                 raise FailedPrecondition(f"the operator cannot see the objects {informer.kind}: {informer.error}")
         for part in self.parts:
             part.controller.start()
+        self._certifying.start()
+        self._certifying.tell("all")
         log.info("operator started", namespace=self._settings.namespace)
 
     def stop(self) -> None:
         """Begin nothing any more, and wait for what is under way."""
+        self._certifying.ask_to_end()
         for part in self.parts:
             part.controller.ask_to_end()
             for informer in part.informers:

@@ -18,6 +18,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         lab = Lab(api, authority, folder)
         try:
             lab.operator.start()
+            lab.mount_certificates()
             for name in ("one", "two"):
                 lab.node(name)
             yield lab

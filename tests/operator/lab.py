@@ -20,9 +20,10 @@ from typing import Any, Final, TypeVar
 import yaml
 
 from csi_driver.kube.client import Kube
-from csi_driver.kube.copies import AGENTS, AUDIENCE
+from csi_driver.kube.copies import AUDIENCE
 from csi_driver.kube.kinds import CRD, IMAGE, IMAGE_COPY, NODE, POD, SECRET, Json, Kind, name_of
 from csi_driver.model.errors import AlreadyExists, DriverError
+from csi_driver.operator.certificates import AGENT_SECRET
 from tests.cluster.pki import Authority
 from tests.keys.apiserver import ACCOUNT, NAMESPACE, ApiServer
 from tests.keys.servers import HOST, free_port
@@ -97,9 +98,12 @@ class Lab:
         self.wait("kind Image", lambda: self.kube.list(IMAGE)[1])
         self.wait("kind ImageCopy", lambda: self.kube.list(IMAGE_COPY)[1])
         self.tls.mkdir(exist_ok=True)
-        self._authority.issue("agents", "agents", names=[f"DNS:{AGENTS}"])
-        for name, file in (("tls.crt", "agents.crt"), ("tls.key", "agents.key"), ("ca.crt", "ca.crt")):
-            (self.tls / name).write_bytes(Path(self._authority.file(file)).read_bytes())
+
+    def mount_certificates(self) -> None:
+        """What kubelet does with the secret of the agents."""
+        found = self.wait("secret of the agents", lambda: self.kube.get(SECRET, AGENT_SECRET, NAMESPACE))
+        for name, value in found["data"].items():
+            (self.tls / name).write_bytes(base64.b64decode(value))
 
     def apply(self, document: Json) -> None:
         """Have an object of a manifest, in the driver's namespace where it names none."""

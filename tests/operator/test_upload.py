@@ -1,6 +1,5 @@
 """Uploads, as a user does them: by the command, cut and gone on with, refused where a role does not allow it."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -10,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.kube.kinds import CONFIG_MAP, Kind
-from csi_driver.model.errors import AlreadyExists
+from csi_driver.kube.kinds import Kind
 from tests.keys.apiserver import NAMESPACE
 from tests.operator.lab import Lab
 
@@ -34,9 +32,6 @@ def accounts(lab: Lab) -> None:
         "subjects": [{"kind": "ServiceAccount", "name": "uploader", "namespace": NAMESPACE}],
     }
     lab.kube.create(_BINDING, binding)
-    ca = (lab.tls / "ca.crt").read_text()
-    with contextlib.suppress(AlreadyExists):
-        lab.kube.create(CONFIG_MAP, {"metadata": {"name": "luks-csi-image-ca"}, "data": {"ca.crt": ca}}, NAMESPACE)
 
 
 def _upload(lab: Lab, path: Path, name: str, account: str = "uploader", **more: str) -> subprocess.Popen[str]:
