@@ -16,6 +16,7 @@ from csi_driver.host.holders import Holder, Holders
 from csi_driver.host.loop import AttachedLoop, LoopDevices, LoopInfo
 from csi_driver.host.mountinfo import Mount
 from csi_driver.host.workers import Workers
+from csi_driver.images.cluster import ClusterImages
 from csi_driver.images.store import ImageStore
 from csi_driver.keys.audit import Audit
 from csi_driver.keys.config import KmsConfig
@@ -103,9 +104,9 @@ class SteppedFiles(Files):
 
 def no_images() -> BackingImages:
     """A node that has no image."""
-    limits, workers = Limits(), Workers(())
+    limits, workers, nowhere = Limits(), Workers(()), Path("/nonexistent")
     return BackingImages(
-        ImageStore(Path("/nonexistent"), Files()), workers, KeySlots(workers, limits), no_kms(), limits
+        ImageStore(nowhere, Files()), ClusterImages(nowhere), workers, KeySlots(workers, limits), no_kms(), limits
     )
 
 

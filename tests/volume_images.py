@@ -82,11 +82,12 @@ def put_image(
     *,
     image_format: ImageFormat | None = None,
     secret: str | None = None,
+    owner: str | None = None,
 ) -> ImageRecord:
     """What was made becomes the image `name` of the state directory `state`, as a link where that can be."""
     store = ImageStore(state / "images", Files())
     store.start()
-    file = store.begin(name) / "part"
+    file = store.begin(name, owner) / "part"
     try:
         os.link(made.file, file)
     except OSError:
@@ -98,6 +99,7 @@ def put_image(
         file_size=file.stat().st_size,
         luks=made.luks,
         secret=secret,
+        owner=owner,
         created="2026-11-20T00:00:00+00:00",
         provenance=provenance,
     )

@@ -20,6 +20,7 @@ from csi_driver.host.loop import LoopDevices
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.regularly import Regularly
 from csi_driver.host.workers import Workers
+from csi_driver.images.cluster import ClusterImages
 from csi_driver.images.store import ImageStore
 from csi_driver.keys.audit import Audit
 from csi_driver.keys.config import KmsConfig
@@ -215,7 +216,10 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
     file_systems = FileSystems(host.workers, commands, host.mounts, host.holders, settings.limits)
     ailments = FileSystemHealth(host.mounts)
     healing = Healing(backend, presences, host.workers, file_systems, ailments)
-    images = BackingImages(ImageStore(state / "images", host.files), host.workers, slots, keys, settings.limits)
+    here = state / "images"
+    images = BackingImages(
+        ImageStore(here, host.files), ClusterImages(here), host.workers, slots, keys, settings.limits
+    )
     drift = KeyDrift(backend, stages, slots)
     rekeying = Rekeying(backend, host.workers, slots, keys)
     staging = Staging(

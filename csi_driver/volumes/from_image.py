@@ -20,6 +20,7 @@ from csi_driver.host.log import log
 from csi_driver.host.syscalls import error_name
 from csi_driver.host.workers import Workers
 from csi_driver.images.base import ImageFormat
+from csi_driver.images.cluster import ClusterImage, ClusterImages
 from csi_driver.images.store import ImageRecord, ImageStore
 from csi_driver.keys.secret import CEPH_PASSPHRASE, LONGHORN_VALUE, SecretKey, require_passphrase
 from csi_driver.luks.header import PRIMARY_MAGIC
@@ -65,10 +66,22 @@ class BackingImage:
 
 
 class BackingImages:
-    """The images of this node as volumes start from them; callers hold the volume's lock."""
+    """The images of this node, and those that the cluster brings to it, as volumes start from them.
 
-    def __init__(self, store: ImageStore, workers: Workers, slots: KeySlots, keys: VolumeKeys, limits: Limits) -> None:
+    Callers hold the volume's lock.
+    """
+
+    def __init__(
+        self,
+        store: ImageStore,
+        cluster: ClusterImages,
+        workers: Workers,
+        slots: KeySlots,
+        keys: VolumeKeys,
+        limits: Limits,
+    ) -> None:
         self._store = store
+        self._cluster = cluster
         self._workers = workers
         self._slots = slots
         self._keys = keys
@@ -76,16 +89,17 @@ class BackingImages:
         self._clones = threading.BoundedSemaphore(_CLONES_AT_ONCE)
 
     def is_here(self, name: str) -> bool:
-        """Whether this node has that image."""
-        return self._store.file(name).exists()
+        """Whether this node has that image, or the cluster has it and brings it here when a volume wants it."""
+        return self._store.file(name).exists() or self._cluster.has(name)
 
     def find(self, volume_id: str, parameters: VolumeParameters, key: SecretKey) -> BackingImage | None:
         """The image that the parameters name, None where they name none; nothing is made yet.
 
-        Raises ResourceExhausted when this node does not have it, another one may; InvalidArgument naming both sides
-        where image and parameters do not fit: what the class says of its origin, its format, encryption, a parameter
-        that the header contradicts; FailedPrecondition when the secret has no passphrase or does not open it, as that
-        can be put right while the claim waits; InvalidHeader.
+        Raises ResourceExhausted when neither this node nor the cluster has it, another node may; Aborted while it is
+        being brought here, which this call asks for; InvalidArgument naming both sides where image and parameters do
+        not fit: what the class says of its origin, its format, encryption, a parameter that the header contradicts;
+        FailedPrecondition when the secret has no passphrase or does not open it, as that can be put right while the
+        claim waits; InvalidHeader.
         """
         if (name := parameters.backing_image) is None:
             return None
@@ -190,11 +204,7 @@ class BackingImages:
             file = FileIdentity.of(path)
             record = self._store.get(name)
         except (FileNotFoundError, NotFound):
-            # Not NotFound: this code alone lets the provisioner have another node chosen.
-            raise ResourceExhausted(
-                f"image {name} is not on this node; import it here first (luks-csi image import), then the volume can "
-                f"be made"
-            ) from None
+            raise self._absent(name) from None
         except OSError as error:
             raise FailedPrecondition(f"image {name} cannot be looked at ({error_name(error)}); check {path}") from None
         if file.size != record.file_size:
@@ -202,7 +212,38 @@ class BackingImages:
                 f"the file of image {name} has {file.size} bytes and {record.file_size} are recorded; delete the image "
                 f"and import it anew"
             )
+        if record.owner is not None:
+            self._refuse_replaced(name, record.owner)
         return file, record
+
+    def _absent(self, name: str) -> DriverError:
+        """Why a volume cannot start from an image that is not here, by the code that makes the provisioner do right.
+
+        ResourceExhausted alone lets it have another node chosen. Aborted lets it ask this one again, for ever, by an
+        Immediate class too.
+        """
+        found = self._cluster.find(name)
+        if found is None:
+            return ResourceExhausted(
+                f"image {name} is not on this node; import it here first (luks-csi image import), then the volume can "
+                f"be made"
+            )
+        self._cluster.want(name)
+        return _awaited(name, found)
+
+    def _refuse_replaced(self, name: str, owner: str) -> None:
+        """What is here may be left of an Image that another one has taken the name of since."""
+        found = self._cluster.find(name)
+        if found is not None and found.uid != owner:
+            self._cluster.want(name)
+            raise _awaited(name, found)
+
+
+def _awaited(name: str, image: ClusterImage) -> Aborted:
+    percent = "" if image.percent is None else f"{image.percent} %"
+    far = ", ".join(filter(None, (percent, image.message))) or "it was just asked for"
+    doing = "is being brought to this node" if image.ready else "is not ready yet, and is brought to this node then"
+    return Aborted(f"image {name} {doing}: {far}; the volume is made when it is whole")
 
 
 def _check_format(image: ImageRecord, *, encrypted: bool) -> None:

@@ -19,6 +19,7 @@ from csi_driver.host.locks import VolumeLocks
 from csi_driver.host.loop import LoopDevices, LoopInfo
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.workers import Workers
+from csi_driver.images.cluster import ClusterImages
 from csi_driver.images.store import ImageStore
 from csi_driver.keys.secret import read_secret
 from csi_driver.luks.header import Header, parse
@@ -123,8 +124,9 @@ class Node:
         self.encryption = self.make_encryption(self.workers, self.mappings, self.slots, self.limits)
         file_systems = FileSystems(self.workers, self.make_commands(self.workers), self.mounts, holders, self.limits)
         self.keys = self.given_keys or no_kms()
+        here = self.state / "images"
         images = BackingImages(
-            ImageStore(self.state / "images", Files()), self.workers, self.slots, self.keys, self.limits
+            ImageStore(here, Files()), ClusterImages(here), self.workers, self.slots, self.keys, self.limits
         )
 
         def healthy() -> None:

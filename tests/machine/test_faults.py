@@ -12,6 +12,7 @@ from csi_driver.host.commands import Commands
 from csi_driver.host.devicemapper import Device
 from csi_driver.host.handle import Handle
 from csi_driver.host.loop import AttachedLoop
+from csi_driver.images.cluster import ClusterImages
 from csi_driver.images.store import ImageStore
 from csi_driver.luks.blank import prove_blank
 from csi_driver.luks.mapping import Fit
@@ -174,8 +175,9 @@ def same(settings: Settings, injector: Injector) -> Driver:
     host = faulty_host(injector)
     driver = build_driver(settings, host)
     slots = _SameIdentity(host.workers, settings.limits)
+    here = settings.state_dir / "images"
     images = BackingImages(
-        ImageStore(settings.state_dir / "images", host.files), host.workers, slots, driver.keys, settings.limits
+        ImageStore(here, host.files), ClusterImages(here), host.workers, slots, driver.keys, settings.limits
     )
     provisioning = Provisioning(
         settings, driver.backend, images, driver.state.check, driver.staging.release, driver.keys

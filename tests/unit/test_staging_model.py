@@ -21,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from csi_driver.backends.loopfile import LoopfileBackend
 from csi_driver.backends.records import RecordCodec
+from csi_driver.images.cluster import ClusterImages
 from csi_driver.images.store import ImageStore
 from csi_driver.keys.secret import SecretKey, read_secret
 from csi_driver.luks.formats import DATA_OFFSET
@@ -123,7 +124,8 @@ class Rig:
         self.encryption = Encryption(workers, self.mappings, slots, limits)
         made = self.file_systems = FileSystems(workers, commands, mounts, NoHolders(), limits)
         keys = self.keys = no_kms()
-        images = BackingImages(ImageStore(self.folder / "images", files), workers, slots, keys, limits)
+        here = self.folder / "images"
+        images = BackingImages(ImageStore(here, files), ClusterImages(here), workers, slots, keys, limits)
         presences = Presences(self.backend, stages, self.mappings, mounts)
         self.conditions = Conditions(self.backend, presences, KernelFileSystemHealth(kernel))
         self.healing = Healing(self.backend, presences, workers, made, KernelFileSystemHealth(kernel))

@@ -21,6 +21,7 @@ from csi_driver.backends.records import RecordCodec
 from csi_driver.cli.record import record_rows
 from csi_driver.host.workers import Workers
 from csi_driver.images.base import MIB, ImageFormat
+from csi_driver.images.cluster import ClusterImages
 from csi_driver.images.luks_reader import LuksReader
 from csi_driver.images.source import RawReader
 from csi_driver.images.store import ImageStore, Provenance
@@ -103,7 +104,9 @@ class Rig:
         self.backend = LoopfileBackend(self.state / "loopfile", self.floor, files, self.loops, RecordCodec())
         self.backend.prepare()
         slots = KeySlots(workers, limits)
-        self.images = BackingImages(ImageStore(self.state / "images", files), workers, slots, no_kms(), limits)
+        self.cluster = ClusterImages(self.state / "images")
+        store = ImageStore(self.state / "images", files)
+        self.images = BackingImages(store, self.cluster, workers, slots, no_kms(), limits)
         self.provisioning = Provisioning(
             Settings(node_id="node-1", limits=limits), self.backend, self.images, lambda: None, lambda _: None, no_kms()
         )
@@ -311,6 +314,69 @@ def test_there_is_no_room_where_the_image_is_not(rig: Rig) -> None:
     there = rig.provisioning.capacity(SEALED, None, [BLOCK])
     assert there.available > 0
     assert rig.provisioning.capacity({"backingImage": "gone"}, None, [BLOCK]) == Capacity(0, 0)
+
+
+# --- images that the cluster has and this node has not ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ready", "percent", "message", "told"),
+    [
+        (True, 43, "12 MiB/s from node-2", "is being brought to this node: 43 %, 12 MiB/s from node-2; the volume is"),
+        (True, 0, "", "is being brought to this node: 0 %; the volume is made when it is whole"),
+        (True, None, "", "is being brought to this node: it was just asked for; the volume is made"),
+        (False, None, "downloading", "is not ready yet, and is brought to this node then: downloading; the volume is"),
+    ],
+)
+def test_an_image_of_the_cluster_is_asked_for_and_waited_for(
+    rig: Rig, made: Mapping[str, Made], *, ready: bool, percent: int | None, message: str, told: str
+) -> None:
+    rig.cluster.tell("far", "uid-1", ready=ready, percent=percent, message=message)
+    wanted = {"backingImage": "far"}
+    assert rig.provisioning.capacity(wanted, None, [BLOCK]) == rig.provisioning.capacity(PLAIN, None, [BLOCK])
+    assert list(rig.cluster.wanted()) == [], "a look at the room has brought it here"
+    for _ in range(2):
+        with pytest.raises(Aborted, match=re.escape(f"image far {told}")):
+            rig.create(wanted, secret=NOTHING)
+        assert rig.cluster.wanted() == ["far"]
+    assert rig.left() == []
+    put_image(rig.state, "far", made["plain"], owner="uid-1")
+    assert rig.create(wanted, secret=NOTHING).capacity_bytes == SIZE
+
+
+def test_an_image_that_leaves_the_cluster_is_no_more_waited_for(rig: Rig) -> None:
+    rig.cluster.tell("far", "uid-1", ready=True, percent=1, message="")
+    with pytest.raises(Aborted):
+        rig.create({"backingImage": "far"}, secret=NOTHING)
+    rig.cluster.forget("far")
+    with pytest.raises(ResourceExhausted, match=r"image far is not on this node; import it here"):
+        rig.create({"backingImage": "far"}, secret=NOTHING)
+    assert rig.provisioning.capacity({"backingImage": "far"}, None, [BLOCK]) == Capacity(0, 0)
+
+
+def test_a_volume_never_starts_from_what_is_left_of_an_image_of_the_same_name(
+    rig: Rig, made: Mapping[str, Made]
+) -> None:
+    put_image(rig.state, "far", made["plain"], owner="uid-1")
+    rig.cluster.tell("far", "uid-2", ready=True, percent=None, message="the old one is being removed")
+    with pytest.raises(Aborted, match=r"image far is being brought to this node: the old one is being removed"):
+        rig.create({"backingImage": "far"}, secret=NOTHING)
+    assert rig.cluster.wanted() == ["far"]
+    rig.cluster.tell("far", "uid-1", ready=True, percent=None, message="")
+    rig.create({"backingImage": "far"}, secret=NOTHING)
+
+
+def test_what_the_cluster_says_means_nothing_for_an_image_that_was_brought_by_hand(rig: Rig) -> None:
+    rig.cluster.tell("plain", "uid-1", ready=True, percent=None, message="")
+    rig.create(PLAIN, secret=NOTHING)
+    assert list(rig.cluster.wanted()) == []
+
+
+def test_what_the_agent_wrote_and_nobody_can_read_is_a_sentence_at_the_claim(rig: Rig) -> None:
+    rig.cluster.tell("far", "uid-1", ready=True, percent=None, message="")
+    (rig.state / "images" / "cluster" / "far.json").write_text("{")
+    with pytest.raises(FailedPrecondition, match=r"start the image agent of this node anew"):
+        rig.create({"backingImage": "far"}, secret=NOTHING)
 
 
 def test_a_third_clone_at_once_is_asked_for_again_and_leaves_nothing(rig: Rig) -> None:
