@@ -6,16 +6,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import click
 
 from csi_driver.cli.beside import PARAMS, BesideServer
 from csi_driver.cli.download_access import download_options, read_headers, read_source
 from csi_driver.cli.image_upload import upload
-from csi_driver.cli.names import image_names
+from csi_driver.cli.local import local_driver
+from csi_driver.cli.names import image_names, volume_names
 from csi_driver.cli.output import OUTPUT_OPTION, Output, about, confirm, show_json, show_table, show_text, size_text
 from csi_driver.cli.progress import ProgressLine, tell_stopping
 from csi_driver.cli.secret_files import SecretSource, new_secret_options, secret_options
+from csi_driver.cli.serve import settings_params
 from csi_driver.images.base import Progress
 from csi_driver.images.checkpoint import Operation
 from csi_driver.images.checksum import Checksum
@@ -28,7 +31,7 @@ from csi_driver.luks.formats import SECTOR_SIZES
 from csi_driver.luks.header_metadata import Argon2id, Keyslot, Pbkdf2
 from csi_driver.model.errors import DriverError, NotFound
 from csi_driver.model.sizes import read_some
-from csi_driver.model.volume import LuksIdentity
+from csi_driver.model.volume import LuksIdentity, is_volume_id
 
 _PARAMS = (*PARAMS, OUTPUT_OPTION)
 
@@ -65,6 +68,30 @@ def import_(
     )  # fmt: skip
     library = _library(state_dir, Connector(allow_local=allow_local, cacert=cacert))
     _tell(output, library, library.import_(wanted, _Meter()))
+
+
+@image.command("import-volume", cls=BesideServer, params=[*_PARAMS, *settings_params("pbkdf_memory_kib")])
+@click.argument("volume_id", metavar="VOLUME", shell_complete=volume_names)
+@click.argument("name")
+@click.option("--secret", metavar="NAMESPACE/NAME", help="To be recorded: the secret that opens the volume.")
+@click.pass_context
+def import_volume(
+    context: click.Context, /, volume_id: str, name: str, secret: str | None, output: str, **given: Any
+) -> None:
+    """Bring the content of a VOLUME of this node in as NAME; an encrypted one stays encrypted, and no key is needed.
+
+    The volume must not be staged, and stays closed until the end. A command that was cut is gone on with by the same
+    command.
+    """
+    from csi_driver.volumes.export import Export
+
+    if not is_volume_id(volume_id):
+        raise click.BadParameter(f"{volume_id!r} is no id of a volume.", context)
+    library = _library(given["state_dir"])
+    with local_driver(context, given) as driver:
+        wanted = Export(volume_id, name, secret)
+        record = driver.offline().exports.export(wanted, library, _Meter(), tell_stopping)
+    _tell(output, library, record)
 
 
 @image.command("clone", cls=BesideServer, params=[*_PARAMS])

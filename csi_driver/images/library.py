@@ -151,11 +151,11 @@ class ImageLibrary:
                 )
         return self._store.get(wanted.name)
 
-    def receive(self, name: str, owner: str, bring: Callable[[Path], tuple[Path, ImageRecord]]) -> ImageRecord:
-        """Have the copy of an image that another node has made, for the Image object `owner`.
+    def receive(self, name: str, owner: str | None, bring: Callable[[Path], tuple[Path, ImageRecord]]) -> ImageRecord:
+        """Have an image of which somebody else knows what it is, for the Image object `owner`: of another node, say.
 
         `bring` puts its file, whole and durable, into the folder that it is given, goes on there where it was cut, and
-        returns the file and the other node's record. Raises AlreadyExists, VolumeBusy and what `bring` raises.
+        returns the file and what is to be recorded. Raises AlreadyExists, VolumeBusy and what `bring` raises.
         """
         with self._made(name, owner) as folder:
             made, record = bring(folder)

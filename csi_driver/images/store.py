@@ -32,7 +32,7 @@ _LONGEST_NAME: Final = 249  # memfd_create(2)
 class Provenance(msgspec.Struct, frozen=True, kw_only=True):
     """Where an image comes from: what was done, with which source, and the checksum that was asked of it.
 
-    `source` is a path, a URL without user and query, or the name of an image.
+    `source` is a path, a URL without user and query, the name of an image, or the id of a volume.
     """
 
     operation: str

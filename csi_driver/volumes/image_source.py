@@ -13,20 +13,26 @@ from csi_driver.images.store import ImageRecord, check_name
 from csi_driver.model.errors import InvalidArgument
 from csi_driver.model.volume import VolumeParameters
 
+EXPORTED: Final = "export"
+"""The operation in the record of an image that was made of a volume, whose id its source is."""
+
 NAME: Final = "backingImage"
 TYPE: Final = "backingImageDataSourceType"
 PARAMETERS: Final = "backingImageDataSourceParameters"
 
 _SOURCE, _ENCRYPTION, _SECRET, _NAMESPACE = "backing-image", "encryption", "secret", "secret-namespace"
+_VOLUME: Final = "volume-name"
 _KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "clone": (_SOURCE, _ENCRYPTION, _SECRET, _NAMESPACE),
     "download": ("url",),
     "upload": (),
-    "export-from-volume": ("volume-name", "export-type"),
+    "export-from-volume": (_VOLUME, "export-type"),
     "restore": ("backup-url", "concurrent-limit"),
 }
 """Longhorn's types of a backing image's source, and what the parameters of each may say."""
 TYPES: Final = tuple(_KEYS)
+_FACTS: Final = {"clone": _SOURCE, "download": "url", "export-from-volume": _VOLUME}
+"""Which of them the source in an image's record is."""
 _CLONED: Final = frozenset(map(str, Operation))
 
 
@@ -93,7 +99,7 @@ def check_source(image: ImageRecord, parameters: VolumeParameters) -> None:
     if kind != recorded:
         raise _disagreement(image, TYPE, kind, f"{recorded} ({made.operation} of {made.source})")
     said = parameters.image_source
-    facts = {"url": made.source} if kind == "download" else {_SOURCE: made.source}
+    facts = {_FACTS[kind]: made.source} if kind in _FACTS else {}
     if kind == "clone" and said:
         said = {_ENCRYPTION: Operation.IGNORE.value} | said  # as Longhorn has it
         facts[_ENCRYPTION] = made.operation
@@ -109,6 +115,8 @@ def check_source(image: ImageRecord, parameters: VolumeParameters) -> None:
 def _recorded_type(image: ImageRecord) -> str:
     if image.provenance.operation in _CLONED:
         return "clone"
+    if image.provenance.operation == EXPORTED:
+        return "export-from-volume"
     return "download" if image.provenance.source.startswith(("http://", "https://")) else "upload"
 
 

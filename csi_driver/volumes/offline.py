@@ -12,6 +12,7 @@ from csi_driver.volumes.adoption import Adoption
 from csi_driver.volumes.check import Checking
 from csi_driver.volumes.conversion import Conversions
 from csi_driver.volumes.encryption import Encryption
+from csi_driver.volumes.export import Exports
 from csi_driver.volumes.filesystem import FileSystems
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.keyslots import KeySlots
@@ -49,4 +50,5 @@ class Offline:
         self.conversions = Conversions(
             backend, locks, presences, stages, host.workers, host.mapper, encryption, slots, keys, limits
         )
+        self.exports = Exports(backend, locks, presences, host.loops, slots)
         self.recovery = Recovery(backend, presences, host.workers, host.loops, sources, limits)

@@ -31,6 +31,7 @@ from csi_driver.volumes.conversion import Conversions
 from csi_driver.volumes.drift import KeyDrift
 from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.expand import ExpandRequest, Expansion
+from csi_driver.volumes.export import Exports
 from csi_driver.volumes.filesystem import FileSystems
 from csi_driver.volumes.from_image import BackingImages
 from csi_driver.volumes.healing import Healing
@@ -168,6 +169,7 @@ class Node:
             self.limits,
             MIB,
         )
+        self.exports = Exports(self.store, self.locks, presences, self.loops, self.slots)
         self.standing = StandingVolumes(self.store, self.locks, presences, self.workers, self.mapper, self.encryption)
         self.presences, self.healing = presences, healing
         self.usages = Usages(self.store, presences)
