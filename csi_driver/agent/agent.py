@@ -4,69 +4,29 @@ What is wanted are the ImageCopy objects of this node. What is there is asked of
 killed knows nothing and needs to know nothing. One look at a copy takes no time; what does is done by a child process.
 """
 
-import base64
-import binascii
 import contextlib
-import threading
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from csi_driver.agent.jobs import Job
+from csi_driver.agent.requests import Requests
+from csi_driver.agent.settings import AgentSettings
 from csi_driver.agent.uploads import Uploads
-from csi_driver.agent.work import CloneWork, Download, Entries, Export, Failed, Made, Pull, Request, Upload, facts_of
+from csi_driver.agent.wishes import Wishes
+from csi_driver.agent.work import Failed, Made, facts_of
 from csi_driver.host.log import log
-from csi_driver.images.checkpoint import Operation
-from csi_driver.images.credentials import PAIRS, authorization, pair_of
 from csi_driver.images.library import ImageLibrary
-from csi_driver.images.requests import MOST_BYTES
 from csi_driver.images.store import ImageRecord
 from csi_driver.kube.client import Kube
 from csi_driver.kube.controller import Controller
 from csi_driver.kube.copies import State, state_of
 from csi_driver.kube.informer import Informer
-from csi_driver.kube.kinds import (
-    CONFIG_MAP,
-    FINALIZER,
-    IMAGE,
-    IMAGE_COPY,
-    IMAGE_LABEL,
-    SECRET,
-    Json,
-    is_going,
-    name_of,
-    uid_of,
-)
-from csi_driver.model.errors import DriverError, FailedPrecondition, InvalidArgument, NotFound
-from csi_driver.model.sizes import read_size
+from csi_driver.kube.kinds import FINALIZER, IMAGE, IMAGE_COPY, Json, is_going, name_of, uid_of
+from csi_driver.model.errors import DriverError, InvalidArgument, NotFound
 
 _STOP_SECONDS: Final = 20.0
 _FIRST_PAUSE, _MOST_PAUSE = 10.0, 300.0
 _BUSY_PAUSE: Final = 2.0
-
-
-@dataclass(frozen=True)
-class AgentSettings:
-    """What an administrator can set. `address` is HOST:PORT where other agents reach this one, `listen` what it listens
-    at; `account` is whose tokens are agents'. `rate` is in bytes a second, 0 without a limit.
-    """
-
-    node: str
-    state_dir: Path
-    address: str
-    listen: tuple[str, int]
-    tls_dir: Path
-    token_file: Path
-    account: str
-    rate: int = 0
-    jobs_at_once: int = 2
-    allow_local: bool = False
-
-    @property
-    def images(self) -> Path:
-        """The folder of the images."""
-        return self.state_dir / "images"
 
 
 class Agent:
@@ -77,12 +37,13 @@ class Agent:
         self._settings = settings
         self._library = ImageLibrary(settings.images)
         self._uploads = uploads
+        self._requests = Requests(kube, settings, uploads)
         self._jobs: dict[str, Job] = {}
         self._paused: dict[str, float] = {}
-        self._guard = threading.Lock()
         self.controller = Controller("copies", self.reconcile)
         self.copies = Informer(kube, IMAGE_COPY, self._copy_changed, fields={"spec.node": settings.node})
         self.images = Informer(kube, IMAGE, self._image_changed)
+        self.wishes = Wishes(kube, settings, self.images, self.copies)
 
     def start(self) -> None:
         """Begin."""
@@ -92,6 +53,7 @@ class Agent:
 
     def stop(self) -> None:
         """Begin nothing any more; what children do is gone on with by the next agent."""
+        self.wishes.ask_to_end()
         self.controller.ask_to_end()
         for informer in (self.images, self.copies):
             informer.ask_to_end()
@@ -154,7 +116,7 @@ class Agent:
             self._tell(copy, State.PENDING, "waits for other images that this node is at work on")
             return None
         try:
-            request = self._request(copy, image, there=record is not None)
+            request = self._requests.of(copy, image, there=record is not None)
         except DriverError as error:
             return self._failed(copy, Failed(str(error), permanent=isinstance(error, InvalidArgument)))
         if request is None:
@@ -164,103 +126,6 @@ class Agent:
         self._jobs[key] = Job(request, lambda: self.controller.tell(key))
         self._tell(copy, State.IN_PROGRESS, "starting", progress=0)
         return None
-
-    def _request(self, copy: Json, image: Json, *, there: bool) -> Request | None:
-        """What the child is to do; None where an upload is to come first.
-
-        A file that is `there` is only looked at; one that was there once, and is no more, comes from another node: made
-        anew it would be another one.
-        """
-        spec, settings = image["spec"], self._settings
-        name, uid = name_of(image), uid_of(image)
-        work: Download | Upload | CloneWork | Export | Pull | None
-        if there:
-            work = Pull((), "", "")
-        elif copy["spec"].get("make") and "image" not in copy.get("status", {}):
-            work = self._making(copy, image)
-        else:
-            work = self._pulling(name, uid)
-        if work is None:
-            return None
-        reference = spec.get("newSecretRef") or spec.get("secretRef")
-        if isinstance(work, CloneWork) and work.encryption == Operation.DECRYPT:
-            reference = None  # it opened the source
-        return Request(
-            folder=str(settings.images), name=name, owner=uid, allow_local=settings.allow_local, work=work,
-            secret=f"{reference['namespace']}/{reference['name']}" if reference else None,
-        )  # fmt: skip
-
-    def _making(self, copy: Json, image: Json) -> Download | Upload | CloneWork | Export | None:
-        spec = image["spec"]
-        source, checksum = spec["source"], spec.get("checksum")
-        limit = read_size(str(spec["limit"])) if "limit" in spec else MOST_BYTES
-        if (download := source.get("download")) is not None:
-            headers, ca = self._credentials(download)
-            return Download(download["url"], checksum, limit, headers, ca)
-        if "upload" in source:
-            path = self._uploads.whole(name_of(image), uid_of(image))
-            return None if path is None else Upload(str(path), checksum, limit)
-        if "claim" in source:
-            return Export(copy["spec"].get("volume", ""), str(self._settings.state_dir))
-        clone = source["clone"]
-        operation = Operation(clone.get("encryption", Operation.IGNORE))
-        first = self._secret(spec.get("secretRef"))
-        second = self._secret(spec.get("newSecretRef"))
-        return CloneWork(
-            clone["image"],
-            operation,
-            first if operation.decrypts else None,
-            (second if operation.decrypts else first) if operation.encrypts else None,
-            spec.get("sectorSize"),
-        )
-
-    def _pulling(self, name: str, uid: str) -> Pull:
-        there, _ = self._kube.list(IMAGE_COPY, labels={IMAGE_LABEL: name})
-        peers = tuple(
-            copy["status"]["address"]
-            for copy in there
-            if copy["spec"]["imageUID"] == uid
-            and copy["spec"]["node"] != self._settings.node
-            and state_of(copy) is State.READY
-            and copy["status"].get("address")
-        )
-        if not peers:
-            raise FailedPrecondition(f"no other node has image {name} now; it is pulled when one does")
-        return Pull(peers, str(self._settings.tls_dir / "ca.crt"), self._settings.token_file.read_text().strip())
-
-    def _secret(self, reference: Json | None) -> Entries | None:
-        """The entries that are text. Raises FailedPrecondition without the secret."""
-        if reference is None:
-            return None
-        namespace, name = reference["namespace"], reference["name"]
-        found = self._kube.get(SECRET, name, namespace)
-        if found is None:
-            raise FailedPrecondition(f"there is no secret {namespace}/{name}; make it, the image is made then")
-        entries = {}
-        for entry, value in (found.get("data") or {}).items():
-            with contextlib.suppress(binascii.Error, UnicodeDecodeError):
-                entries[entry] = base64.b64decode(value).decode()
-        return entries
-
-    def _credentials(self, download: Json) -> tuple[Entries, str | None]:
-        """The headers and the certificates of a download, from the objects that it names."""
-        headers: Entries = {}
-        if (entries := self._secret(download.get("credentialsRef"))) is not None:
-            if (pair := pair_of(entries)) is None:
-                wanted = " or ".join(f"{user} and {password}" for user, password in PAIRS)
-                raise FailedPrecondition(f"the secret of credentialsRef has no credentials; expected {wanted}")
-            headers = authorization(*pair)
-        reference = download.get("caConfigMapRef")
-        if reference is None:
-            return headers, None
-        found = self._kube.get(CONFIG_MAP, reference["name"], reference["namespace"])
-        texts = [text for text in ((found or {}).get("data") or {}).values() if "BEGIN CERTIFICATE" in text]
-        if not texts:
-            raise FailedPrecondition(
-                f"the ConfigMap {reference['namespace']}/{reference['name']} of caConfigMapRef holds no certificates "
-                f"(PEM); put them there"
-            )
-        return headers, "\n".join(texts)
 
     def _ready(self, copy: Json, record: ImageRecord, checksum: str) -> None:
         self._uploads.forget(record.name)
@@ -326,8 +191,10 @@ class Agent:
 
     def _copy_changed(self, copy: Json) -> None:
         self.controller.tell(name_of(copy))
+        self.wishes.describe(copy["spec"]["image"])
 
     def _image_changed(self, image: Json) -> None:
+        self.wishes.describe(name_of(image))
         for copy in self.copies.all():
             if copy["spec"]["image"] == name_of(image):
                 self.controller.tell(name_of(copy))

@@ -34,6 +34,7 @@ from csi_driver.model.errors import (
     NotFound,
     OutOfRange,
 )
+from csi_driver.model.settings import Settings
 
 _EVERY_SECONDS: Final = 1.0
 _PERMANENT: Final = (InvalidArgument, InvalidHeader, OutOfRange)
@@ -89,7 +90,20 @@ def _made(library: ImageLibrary, request: Request) -> ImageRecord:
         case Pull():
             return library.receive(name, owner, lambda folder: pull(name, work, folder, _meter))
         case Export():
-            raise NotImplementedError
+            return _exported(library, request, work)
+
+
+def _exported(library: ImageLibrary, request: Request, work: Export) -> ImageRecord:
+    """Of a volume: by a driver of our own, which serves nobody."""
+    from csi_driver.volumes.driver import build_driver  # noqa: PLC0415 - nothing else here needs it, and it is large
+    from csi_driver.volumes.export import Export as Wanted  # noqa: PLC0415
+
+    driver = build_driver(Settings(state_dir=Path(work.state_dir)))
+    try:
+        wanted = Wanted(work.volume, request.name, request.secret, request.owner)
+        return driver.offline().exports.export(wanted, library, _meter)
+    finally:
+        driver.stop()
 
 
 @contextlib.contextmanager

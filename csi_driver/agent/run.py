@@ -3,8 +3,9 @@
 from typing import Final
 
 from csi_driver.agent.access import Access
-from csi_driver.agent.agent import Agent, AgentSettings
+from csi_driver.agent.agent import Agent
 from csi_driver.agent.server import CopyServer, Rate
+from csi_driver.agent.settings import AgentSettings
 from csi_driver.agent.uploads import Uploads
 from csi_driver.host.log import log
 from csi_driver.images.library import ImageLibrary
@@ -40,6 +41,7 @@ class NodeAgent:
         for informer in (self._agent.images, self._agent.copies):
             if not informer.wait_synced(_SYNC_SECONDS):
                 raise FailedPrecondition(f"the agent cannot see the objects {informer.kind}: {informer.error}")
+        self._agent.wishes.start()
         log.info("image agent started", node=self._settings.node, address=self._settings.address)
 
     def stop(self) -> None:

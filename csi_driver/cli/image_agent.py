@@ -50,8 +50,8 @@ def image_agent(log_format: LogFormat, log_level: str, **options: Any) -> None:
     configure_logs(log_format, log_level)
     kube = cluster()
     with loading():
-        from csi_driver.agent.agent import AgentSettings
         from csi_driver.agent.run import NodeAgent
+        from csi_driver.agent.settings import AgentSettings
         from csi_driver.rpc.signals import told_to_stop
 
     agent = NodeAgent(kube, AgentSettings(node=options.pop("node_id"), **options))
