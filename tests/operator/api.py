@@ -1,0 +1,59 @@
+"""A real Kubernetes API for the operator's tests, asked as it is in the field: by kubectl and the operator's client."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from csi_driver.kube.client import Kube
+from tests.cluster.commands import Output, run
+from tests.cluster.pki import Authority
+from tests.cluster.settings import KUBERNETES_BIN
+from tests.keys.apiserver import ApiServer, api_server
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy/kubernetes"
+MANIFESTS = Path(__file__).parent / "manifests"
+_SECONDS = 60  # for one kubectl
+
+
+class Api:
+    """The API; who is not named is an administrator."""
+
+    def __init__(self, server: ApiServer, authority: Authority) -> None:
+        self.server = server
+        self._authority = authority
+        self.admin = self.kubeconfig("admin", "system:masters")
+
+    def kubeconfig(self, user: str, group: str = "") -> Path:
+        """The way to the API for a user, by a certificate of his own."""
+        return self._authority.kubeconfig(f"user-{user}", self.server.address, user, group)
+
+    @contextmanager
+    def client(self, user: str = "admin", group: str = "system:masters") -> Iterator[Kube]:
+        """The operator's client, as that user."""
+        kube = Kube.of(self.kubeconfig(user, group))
+        try:
+            yield kube
+        finally:
+            kube.close()
+
+    def kubectl(self, *words: str | Path, stdin: str = "", check: bool = True) -> Output:
+        """What kubectl says to an administrator; ClusterError with `check` if it fails."""
+        program = Path(os.environ[KUBERNETES_BIN]) / "kubectl"
+        argv = [str(program), f"--kubeconfig={self.admin}", *map(str, words)]
+        return run(argv, timeout=_SECONDS, stdin=stdin.encode(), check=check)
+
+    def install(self, folder: Path) -> None:
+        """Apply a kustomization or, without one, all manifests of a folder; until its kinds are served."""
+        how = "-k" if (folder / "kustomization.yaml").exists() else "-f"
+        self.kubectl("apply", how, folder)
+        self.kubectl("wait", "--for=condition=Established", f"--timeout={_SECONDS}s", "crd", "--all")
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[Api]:
+    """An API as long as the block; its files lie in `folder`."""
+    authority = Authority(folder / "pki")
+    with api_server(folder, authority) as server:
+        yield Api(server, authority)
