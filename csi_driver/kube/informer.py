@@ -29,7 +29,7 @@ class Informer:
         self,
         kube: Kube,
         kind: Kind,
-        changed: Changed,
+        changed: Changed | None = None,
         *,
         namespace: str = "",
         labels: Mapping[str, str] | None = None,
@@ -37,7 +37,7 @@ class Informer:
     ) -> None:
         self.kind = kind
         self._kube = kube
-        self._changed = changed
+        self._told: list[Changed] = [changed] if changed else []
         self._where = {"namespace": namespace, "labels": labels or {}, "fields": fields or {}}
         self._things: dict[Key, Json] = {}
         self._guard = threading.Lock()
@@ -49,6 +49,10 @@ class Informer:
     def start(self) -> None:
         """Begin; once."""
         self._thread.start()
+
+    def tell_too(self, changed: Changed) -> None:
+        """Tell somebody else of each change too; before `start`."""
+        self._told.append(changed)
 
     def ask_to_end(self) -> None:
         """Tell of nothing any more; the thread ends with its connection."""
@@ -115,9 +119,9 @@ class Informer:
         for key, thing in there.items():
             known = before.pop(key, None)
             if known is None or _version(known) != _version(thing):
-                self._changed(thing)
+                self._tell(thing)
         for thing in before.values():
-            self._changed(thing)
+            self._tell(thing)
 
     def _put(self, event: str, thing: Json) -> None:
         with self._guard:
@@ -127,7 +131,11 @@ class Informer:
                 self._things[_key(thing)] = thing
             else:
                 return
-        self._changed(thing)
+        self._tell(thing)
+
+    def _tell(self, thing: Json) -> None:
+        for told in self._told:
+            told(thing)
 
 
 def _key(thing: Json) -> Key:

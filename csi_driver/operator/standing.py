@@ -1,0 +1,164 @@
+"""What the kinds have in common that stand for an Image or for another object: whose an object is, its finalizer, its
+status.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from csi_driver.kube.kinds import FINALIZER, MANAGED_BY, MANAGER, ORIGIN, Json, Kind, name_of, uid_of
+from csi_driver.model.errors import NotFound
+
+SOON: Final = 0.25
+"""Seconds after which to look again where an own write is not seen yet."""
+LATER: Final = 30.0
+"""Seconds after which to look again for what nobody tells of."""
+_WRITE_SECONDS: Final = 1.0
+_PASSING: Final = frozenset({"progress", "message", "lastTransitionTime"})
+"""Keys of a status that only tell how far something is."""
+
+
+class Api(Protocol):
+    """The calls of `Kube` that are made here, with its errors."""
+
+    def get(self, kind: Kind, name: str, namespace: str = "") -> Json | None: ...
+
+    def create(self, kind: Kind, thing: Json, namespace: str = "") -> Json: ...
+
+    def patch(self, kind: Kind, name: str, patch: Json, namespace: str = "", *, status: bool = False) -> Json: ...
+
+    def delete(self, kind: Kind, name: str, namespace: str = "") -> None: ...
+
+
+class Seen(Protocol):
+    """What there is of a kind, as an `Informer` knows it."""
+
+    @property
+    def error(self) -> str: ...
+
+    def get(self, name: str, namespace: str = "") -> Json | None: ...
+
+    def all(self) -> list[Json]: ...
+
+    def saw(self, thing: Json) -> None: ...
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why something does not go on: a word for programs and a sentence for people."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The object that another one was made for."""
+
+    kind: str
+    namespace: str
+    name: str
+    uid: str
+
+    @classmethod
+    def named(cls, kind: Kind, thing: Json) -> "Origin":
+        """That object itself."""
+        return cls(kind.name, thing["metadata"].get("namespace", ""), name_of(thing), uid_of(thing))
+
+    @classmethod
+    def of(cls, thing: Json) -> "Origin | None":
+        """What `thing` was made for; None where it was made for nothing, or by somebody else."""
+        parts = str((thing["metadata"].get("annotations") or {}).get(ORIGIN, "")).split("/")
+        return cls(*parts) if len(parts) == 4 else None
+
+    def marks(self) -> Json:
+        """Metadata of what is made for it."""
+        return {"annotations": {ORIGIN: str(self)}, "labels": {MANAGED_BY: MANAGER}}
+
+    def is_place_of(self, other: "Origin | None") -> bool:
+        """Whether the other one has or had the same name: itself, or an earlier or later object."""
+        return other is not None and (self.kind, self.namespace, self.name) == (other.kind, other.namespace, other.name)
+
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.namespace}/{self.name}/{self.uid}"
+
+
+def keep(api: Api, kind: Kind, seen: Seen, thing: Json, *, kept: bool) -> Json:
+    """Put our finalizer on an object or take it off; the object then. Raises Conflict where it has changed."""
+    metadata = thing["metadata"]
+    others = [each for each in metadata.get("finalizers", ()) if each != FINALIZER]
+    patch = {
+        "finalizers": [*others, FINALIZER] if kept else others,
+        "resourceVersion": metadata.get("resourceVersion"),
+    }
+    with suppress(NotFound):
+        thing = api.patch(kind, name_of(thing), {"metadata": patch}, metadata.get("namespace", ""))
+        seen.saw(thing)
+    return thing
+
+
+def condition(before: Json, kind: str, status: str, reason: str, message: str, now: str) -> Json:
+    """One of a status, which was `before`: True, False or Unknown, since `now` or since it was that."""
+    known: Json = next((each for each in before.get("conditions", ()) if each["type"] == kind), {})
+    since = known["lastTransitionTime"] if known.get("status") == status else now
+    return {"type": kind, "status": status, "reason": reason, "message": message, "lastTransitionTime": since}
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Json:
+    """The merge patch (RFC 7386) that makes `after` of `before`; empty when nothing differs."""
+    patch: Json = {name: None for name in before if name not in after}
+    for name, value in after.items():
+        known = before.get(name)
+        if isinstance(value, Mapping) and isinstance(known, Mapping):
+            if inner := changes(known, value):
+                patch[name] = inner
+        elif name not in before or known != value:
+            patch[name] = value
+    return patch
+
+
+class Statuses:
+    """Writes the status of objects of a kind: only where it differs, and what is mere progress once a second."""
+
+    def __init__(self, api: Api, kind: Kind, seen: Seen, clock: Callable[[], float] = time.monotonic) -> None:
+        self._api = api
+        self._kind = kind
+        self._seen = seen
+        self._clock = clock
+        self._written: dict[str, float] = {}
+
+    def write(self, thing: Json, status: Json) -> float | None:
+        """Seconds after which to come again, None when it is written."""
+        before = thing.get("status", {})
+        patch = changes(before, status)
+        if not patch:
+            return None
+        uid, now = uid_of(thing), self._clock()
+        wait = self._written.get(uid, now - _WRITE_SECONDS) + _WRITE_SECONDS - now
+        if wait > 0 and _settled(before) == _settled(status):
+            return wait
+        namespace = thing["metadata"].get("namespace", "")
+        with suppress(NotFound):
+            self._seen.saw(self._api.patch(self._kind, name_of(thing), {"status": patch}, namespace, status=True))
+        self._written[uid] = now
+        return None
+
+    def forget(self, uid: str) -> None:
+        """The object is gone."""
+        self._written.pop(uid, None)
+
+
+def _settled(status: Any) -> Any:
+    """A status without what only tells how far it is."""
+    if isinstance(status, Mapping):
+        return {name: _settled(value) for name, value in status.items() if name not in _PASSING}
+    if isinstance(status, list):
+        return [_settled(each) for each in status]
+    return status
+
+
+def sooner(*waits: float | None) -> float | None:
+    """The first of moments at which to look again; None when none is needed."""
+    return min((wait for wait in waits if wait is not None), default=None)
