@@ -2,7 +2,8 @@
 words (longhorn.io/v1beta2). What has no meaning here is told in a condition.
 """
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from csi_driver.kube.controller import Controller
@@ -58,11 +59,17 @@ class BackingImages:
 
     KINDS: Final = (BACKING_IMAGE, IMAGE, IMAGE_COPY)
 
-    def __init__(self, api: Api, seen: Mapping[Kind, Seen], namespace: str) -> None:
+    def __init__(
+        self,
+        api: Api,
+        seen: Mapping[Kind, Seen],
+        namespace: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._api = api
         self._seen = seen
         self._namespace = namespace
-        self._statuses = Statuses(api, BACKING_IMAGE, seen[BACKING_IMAGE])
+        self._statuses = Statuses(api, BACKING_IMAGE, seen[BACKING_IMAGE], clock)
         self.controller = Controller("backing images", self.reconcile)
 
     def changed(self, kind: Kind, thing: Json) -> None:

@@ -2,7 +2,6 @@
 status.
 """
 
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -122,7 +121,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Json:
 class Statuses:
     """Writes the status of objects of a kind: only where it differs, and what is mere progress once a second."""
 
-    def __init__(self, api: Api, kind: Kind, seen: Seen, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, api: Api, kind: Kind, seen: Seen, clock: Callable[[], float]) -> None:
         self._api = api
         self._kind = kind
         self._seen = seen

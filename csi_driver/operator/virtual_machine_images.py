@@ -2,7 +2,8 @@
 volumes start from it (harvesterhci.io/v1beta1). What it is, encrypted or not, is what was verified of the Image.
 """
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from csi_driver.kube.controller import Controller
@@ -38,13 +39,20 @@ class VirtualMachineImages:
 
     KINDS: Final = (VIRTUAL_MACHINE_IMAGE, BACKING_IMAGE, IMAGE, IMAGE_COPY, STORAGE_CLASS)
 
-    def __init__(self, api: Api, seen: Mapping[Kind, Seen], namespace: str, driver_name: str) -> None:
+    def __init__(
+        self,
+        api: Api,
+        seen: Mapping[Kind, Seen],
+        namespace: str,
+        driver_name: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._api = api
         self._seen = seen
         self._namespace = namespace
         self._driver_name = driver_name
         self._machines = seen[VIRTUAL_MACHINE_IMAGE]
-        self._statuses = Statuses(api, VIRTUAL_MACHINE_IMAGE, self._machines)
+        self._statuses = Statuses(api, VIRTUAL_MACHINE_IMAGE, self._machines, clock)
         self.controller = Controller("virtual machine images", self.reconcile)
 
     def changed(self, kind: Kind, thing: Json) -> None:
