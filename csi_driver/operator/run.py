@@ -9,6 +9,7 @@ from csi_driver.kube.controller import Controller
 from csi_driver.kube.informer import Informer
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.operator.certificates import Certificates
+from csi_driver.operator.compat import check_crds, compat
 from csi_driver.operator.events import Events
 from csi_driver.operator.images import Images
 from csi_driver.operator.settings import OperatorSettings
@@ -28,7 +29,7 @@ class Part(Protocol):
 
 
 class Operator:
-    """Runs from `start` to `stop`."""
+    """Runs from `start` to `stop`. Raises FailedPrecondition where Longhorn's or Harvester's kinds are their own."""
 
     def __init__(self, kube: Kube, settings: OperatorSettings) -> None:
         self._kube = kube
@@ -37,7 +38,11 @@ class Operator:
         self.images = Images(kube, settings, self._events)
         self.certificates = Certificates(kube, settings.namespace)
         self._certifying = Controller("certificates", self.certificates.reconcile)
-        self.parts: list[Part] = [self.images]
+        images = self.images
+        others = {informer.kind: informer for informer in (images.images, images.copies, images.classes)}
+        served = check_crds(kube)
+        foreign = compat(kube, served, others, settings.backing_image_namespace, settings.driver_name)
+        self.parts: list[Part] = [images, *foreign]
 
     def start(self) -> None:
         """Watch, and when all is known, act. Raises FailedPrecondition when something cannot be watched."""
