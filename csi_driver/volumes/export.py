@@ -127,7 +127,7 @@ class Exports:
         elif head == PRIMARY_MAGIC:
             raise FailedPrecondition(
                 f"{where} is recorded as not encrypted and its data begins like LUKS, so no volume could start from "
-                f"that image; copy what it holds in a pod, and import that"
+                f"that image; copy what it holds, and import that"
             )
         return ImageRecord(
             name=wanted.name,
@@ -154,7 +154,7 @@ def _refuse(record: VolumeRecord, wanted: Export, *, files: bool) -> None:
     if not files:
         raise FailedPrecondition(
             f"{where} is no file of this node, and only one of the backend loopfile becomes an image; copy what it "
-            f"holds in a pod, and import that"
+            f"holds, and import that"
         )
     if record.conversion is not None:
         verb = "encrypt" if record.encryption is None else "reencrypt"
@@ -172,7 +172,7 @@ def _refuse(record: VolumeRecord, wanted: Export, *, files: bool) -> None:
         raise FailedPrecondition(f"{where} has no file system yet; stage it as a mount first")
     if record.key is not None:
         raise FailedPrecondition(
-            f"{where} has a key of its own, which no secret of an image can name; copy what it holds in a pod to a "
+            f"{where} has a key of its own, which no secret of an image can name; copy what it holds to a "
             f"volume of a class without encryptionKMSID and generateKey, and make the image of that one"
         )
     if wanted.secret is not None and record.encryption is None:

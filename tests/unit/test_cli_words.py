@@ -26,11 +26,14 @@ NO_ERRORS = {
 
 
 def sentences() -> Iterator[str]:
-    """Every text of the code below rpc but for docstrings; what is put in is {}. `doctor`, and what a KMS and its
-    configuration are told of, speak to administrators.
+    """Every text of the code below rpc but for docstrings; what is put in is {}. `doctor`, what a KMS and its
+    configuration are told of, and what works with Kubernetes' objects speak to administrators.
     """
     for path in sorted(Path(csi_driver.__file__).parent.rglob("*.py")):
-        if path.parent.name in {"cli", "rpc"} or path.name in {"health.py", "storage_health.py"}:
+        if path.parent.name in {"agent", "cli", "kube", "operator", "rpc"} or path.name in {
+            "health.py",
+            "storage_health.py",
+        }:
             continue
         if path.parent.name == "keys" and path.name != "secret.py":
             continue

@@ -93,7 +93,7 @@ def test_what_is_no_images_name_is_refused_and_never_listed(images: ClusterImage
         b'{"uid":"u","ready":true,"percent":-1}',
         b'{"uid":"u","ready":true,"message":"' + b"x" * 1025 + b'"}',
         b'{"uid":"\xff","ready":true}',
-        b"[" * 10_000,
+        b'{"x":' + b"[" * 10_000,
         b'{"uid":"u","ready":true}' + b" " * (1 << 14),
     ],
     ids=range(13),
