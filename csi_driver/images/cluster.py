@@ -39,8 +39,10 @@ class ClusterImage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClusterImages:
-    """The files below the folder of a node's images. All methods raise InvalidArgument for what is no image's name, and
-    FailedPrecondition where the files cannot be read or written.
+    """The files below the folder of a node's images; an agent tells of an image from one thread at a time.
+
+    All methods raise InvalidArgument for what is no image's name, and FailedPrecondition where the files cannot be read
+    or written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -94,12 +96,12 @@ class ClusterImages:
         return msgspec.structs.replace(found, message=_one_line(found.message))
 
     def want(self, name: str) -> None:
-        """For the driver: a volume waits for that image; again is fine."""
+        """For the driver: a volume waits for that image; again is fine, and by several calls at once."""
         path = self._wanting(name)
         with _usable(path):
             self._made(self._wanted)
-            if not os.path.lexists(path):
-                self._files.write_volatile(path, b"")
+            # Not written beside and renamed: others may do the same, and of an empty file there is no half.
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
 
     def _path(self, name: str) -> Path:
         check_name(name)

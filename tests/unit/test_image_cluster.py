@@ -2,6 +2,7 @@
 
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,17 @@ def test_what_the_driver_wants_the_agent_sees_until_it_is_brought(images: Cluste
     assert images.wanted() == ["alpine", "debian"]
     images.brought("debian")
     assert ClusterImages(folder).wanted() == ["alpine"]
+
+
+def test_several_volumes_may_want_an_image_at_once(images: ClusterImages) -> None:
+    def want(_: int) -> None:
+        images.want("debian")
+
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(50):
+            list(threads.map(want, range(8)))
+            assert images.wanted() == ["debian"]
+            images.brought("debian")
 
 
 def test_nobody_but_the_owner_may_look(images: ClusterImages, folder: Path) -> None:
