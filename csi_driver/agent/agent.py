@@ -191,10 +191,8 @@ class Agent:
 
     def _copy_changed(self, copy: Json) -> None:
         self.controller.tell(name_of(copy))
-        self.wishes.describe(copy["spec"]["image"])
 
     def _image_changed(self, image: Json) -> None:
-        self.wishes.describe(name_of(image))
         for copy in self.copies.all():
             if copy["spec"]["image"] == name_of(image):
                 self.controller.tell(name_of(copy))
