@@ -8,6 +8,7 @@ import base64
 import os
 import ssl
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -19,10 +20,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from csi_driver.host.log import log
-from csi_driver.kube.client import Conflict, Kube
+from csi_driver.kube.client import Conflict
 from csi_driver.kube.copies import AGENTS, AUTHORITY
 from csi_driver.kube.kinds import CONFIG_MAP, MANAGED_BY, MANAGER, MUTATING, SECRET, VALIDATING, Json, Kind
 from csi_driver.model.errors import AlreadyExists, FailedPrecondition
+from csi_driver.operator.standing import Api
 
 AGENT_SECRET: Final = "luks-csi-image-agents"
 OPERATOR_SECRET: Final = "luks-csi-operator"
@@ -51,9 +53,10 @@ class Signed:
 class Certificates:
     """Makes and renews them in `namespace`; `reconcile` looks after all, again and again."""
 
-    def __init__(self, kube: Kube, namespace: str) -> None:
-        self._kube = kube
+    def __init__(self, api: Api, namespace: str, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        self._api = api
         self._namespace = namespace
+        self._clock = clock
         self._guard = threading.Lock()
         self._shown: tuple[Signed, ssl.SSLContext] | None = None
 
@@ -78,7 +81,7 @@ class Certificates:
     def _authority(self) -> tuple[Signed, str]:
         """The authority, and all that are to be trusted."""
         found = self._read(AUTHORITY)
-        now = datetime.now(UTC)
+        now = self._clock()
         data = found[1] if found else {}
         current = _signed_of(data)
         trusted = data.get(_PREVIOUS, "")
@@ -97,7 +100,7 @@ class Certificates:
     def _serving(self, name: str, dns: str, authority: Signed, bundle: str) -> bool:
         """Have one serving certificate; whether it is ours to look after."""
         found = self._read(name)
-        now = datetime.now(UTC)
+        now = self._clock()
         if found is not None and found[0]["metadata"].get("labels", {}).get(MANAGED_BY) != MANAGER:
             self._show(name, _signed_of(found[1]))
             return False
@@ -122,16 +125,16 @@ class Certificates:
 
     def _publish(self, bundle: str) -> None:
         """Who uploads an image must know whom to trust."""
-        found = self._kube.get(CONFIG_MAP, AUTHORITY, self._namespace)
+        found = self._api.get(CONFIG_MAP, AUTHORITY, self._namespace)
         if found is None:
             thing = {"metadata": {"name": AUTHORITY, "labels": {MANAGED_BY: MANAGER}}, "data": {"ca.crt": bundle}}
-            self._kube.create(CONFIG_MAP, thing, self._namespace)
+            self._api.create(CONFIG_MAP, thing, self._namespace)
         elif found.get("data", {}).get("ca.crt") != bundle:
-            self._kube.patch(CONFIG_MAP, AUTHORITY, {"data": {"ca.crt": bundle}}, self._namespace)
+            self._api.patch(CONFIG_MAP, AUTHORITY, {"data": {"ca.crt": bundle}}, self._namespace)
 
     def _trust(self, kind: Kind, bundle: str) -> None:
         """Have the API trust our webhooks."""
-        found = self._kube.get(kind, WEBHOOKS)
+        found = self._api.get(kind, WEBHOOKS)
         if found is None:
             return
         text = base64.b64encode(bundle.encode()).decode()
@@ -140,10 +143,10 @@ class Certificates:
             return
         changed = [{**each, "clientConfig": {**each["clientConfig"], "caBundle": text}} for each in webhooks]
         version = found["metadata"]["resourceVersion"]
-        self._kube.patch(kind, WEBHOOKS, {"metadata": {"resourceVersion": version}, "webhooks": changed})
+        self._api.patch(kind, WEBHOOKS, {"metadata": {"resourceVersion": version}, "webhooks": changed})
 
     def _read(self, name: str) -> tuple[Json, dict[str, str]] | None:
-        found = self._kube.get(SECRET, name, self._namespace)
+        found = self._api.get(SECRET, name, self._namespace)
         if found is None:
             return None
         data = {entry: base64.b64decode(value).decode() for entry, value in (found.get("data") or {}).items()}
@@ -155,14 +158,14 @@ class Certificates:
         if there is None:
             thing = {"metadata": {"name": name, "labels": {MANAGED_BY: MANAGER}}, "type": _TLS, "data": data}
             try:
-                self._kube.create(SECRET, thing, self._namespace)
+                self._api.create(SECRET, thing, self._namespace)
             except AlreadyExists:
                 raise Conflict(
                     f"the secret {name} was made by somebody else meanwhile; it is looked at again"
                 ) from None
             return
         version = {"resourceVersion": there["metadata"]["resourceVersion"]}
-        self._kube.patch(SECRET, name, {"metadata": version, "data": data}, self._namespace)
+        self._api.patch(SECRET, name, {"metadata": version, "data": data}, self._namespace)
 
 
 def _make_authority(now: datetime) -> Signed:

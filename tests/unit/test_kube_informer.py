@@ -1,0 +1,180 @@
+"""What is known of a kind stays true, whatever is lost; work is done by name, and again where it failed."""
+
+import queue
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import pytest
+
+from csi_driver.kube.client import Gone, Kube
+from csi_driver.kube.controller import Controller
+from csi_driver.kube.informer import Informer
+from csi_driver.kube.kinds import IMAGE, Json, Kind, name_of
+from csi_driver.model.errors import Aborted, Unavailable
+
+_SECONDS = 30.0
+
+
+class FakeKube:
+    """Lists `things`; a watch gives what is put into `events`, until an error or None, its end."""
+
+    def __init__(self, *things: Json) -> None:
+        self.things = [*things]
+        self.events: queue.Queue[tuple[str, Json] | Exception | None] = queue.Queue()
+        self.lists: queue.Queue[None] = queue.Queue()
+        self.fail: Exception | None = None
+
+    def list(self, kind: Kind, **_: object) -> tuple[list[Json], str]:
+        self.lists.put(None)
+        if self.fail is not None:
+            error, self.fail = self.fail, None
+            raise error
+        return [*self.things], "1"
+
+    def watch(self, kind: Kind, version: str, **_: object) -> Iterator[tuple[str, Json]]:
+        while (event := self.events.get()) is not None:
+            if isinstance(event, Exception):
+                raise event
+            yield event
+
+
+def thing(name: str, version: int = 1) -> Json:
+    return {"metadata": {"name": name, "resourceVersion": str(version)}}
+
+
+class Told:
+    """The names that were told, in their order."""
+
+    def __init__(self) -> None:
+        self._names: queue.Queue[str] = queue.Queue()
+
+    def __call__(self, changed: Json) -> None:
+        self._names.put(name_of(changed))
+
+    def next(self) -> str:
+        return self._names.get(timeout=_SECONDS)
+
+    def is_silent(self) -> bool:
+        return self._names.empty()
+
+
+@pytest.fixture
+def kube() -> FakeKube:
+    return FakeKube(thing("a"), thing("b"))
+
+
+@pytest.fixture
+def told() -> Told:
+    return Told()
+
+
+@pytest.fixture
+def informer(kube: FakeKube, told: Told) -> Iterator[Informer]:
+    made = Informer(cast("Kube", kube), IMAGE, told)
+    made.start()
+    assert made.wait_synced(_SECONDS)
+    assert {told.next(), told.next()} == {"a", "b"}
+    yield made
+    made.ask_to_end()
+    kube.events.put(None)
+
+
+def names(informer: Informer) -> set[str]:
+    return {name_of(each) for each in informer.all()}
+
+
+def test_events_change_what_is_known(kube: FakeKube, informer: Informer, told: Told) -> None:
+    kube.events.put(("ADDED", thing("c", 2)))
+    kube.events.put(("DELETED", thing("a", 3)))
+    kube.events.put(("MODIFIED", thing("b", 4)))
+    assert [told.next() for _ in range(3)] == ["c", "a", "b"]
+    assert names(informer) == {"b", "c"}
+    assert informer.get("b") == thing("b", 4)
+
+
+@pytest.mark.parametrize("end", [None, Gone("too old"), Unavailable("cut")], ids=["end", "gone", "cut"])
+def test_what_was_missed_is_told_by_the_next_listing(
+    kube: FakeKube, informer: Informer, told: Told, end: Exception | None
+) -> None:
+    kube.things = [thing("b"), thing("c", 7)]  # a went and c came, and no event told so
+    kube.events.put(end)
+    assert {told.next(), told.next()} == {"a", "c"}
+    assert names(informer) == {"b", "c"}
+    assert told.is_silent()  # b is as it was
+
+
+def test_an_error_is_told_until_it_is_over(kube: FakeKube, informer: Informer, told: Told) -> None:
+    assert informer.error == ""
+    kube.fail = Unavailable("the API is away")
+    kube.things.append(thing("c", 2))
+    kube.events.put(None)
+    assert told.next() == "c"
+    assert informer.error == ""
+
+
+def test_an_own_write_is_seen_at_once_and_an_older_one_never(informer: Informer) -> None:
+    informer.saw(thing("a", 5))
+    informer.saw(thing("a", 4))
+    informer.saw(thing("unknown", 9))
+    assert informer.get("a") == thing("a", 5)
+    assert names(informer) == {"a", "b"}
+
+
+class Work:
+    """Reconciles names as `answers` say, and tells which were looked at."""
+
+    def __init__(self, answers: Mapping[str, list[Any]] | None = None) -> None:
+        self.answers = {name: [*each] for name, each in (answers or {}).items()}
+        self.looked: queue.Queue[str] = queue.Queue()
+
+    def __call__(self, name: str) -> float | None:
+        self.looked.put(name)
+        waiting = self.answers.get(name)
+        answer = waiting.pop(0) if waiting else None
+        if isinstance(answer, Exception):
+            raise answer
+        return cast("float | None", answer)
+
+    def next(self) -> str:
+        return self.looked.get(timeout=_SECONDS)
+
+
+@pytest.mark.parametrize("answer", [0.001, Aborted("again"), Unavailable("later"), ValueError("unforeseen")], ids=repr)
+def test_what_is_not_done_is_looked_at_again(answer: object) -> None:
+    work = Work({"a": [answer]})
+    controller = Controller("test", work)
+    controller.start()
+    controller.tell("a")
+    assert [work.next(), work.next()] == ["a", "a"]
+    controller.ask_to_end()
+    controller.join(_SECONDS)
+    assert work.looked.empty()
+
+
+def test_a_name_told_often_is_looked_at_once_and_never_by_two_at_a_time() -> None:
+    at_work, most, guard, go = [0], [0], threading.Lock(), threading.Event()
+    looked: queue.Queue[str] = queue.Queue()
+
+    def reconcile(name: str) -> None:
+        with guard:
+            at_work[0] += 1
+            most[0] = max(most[0], at_work[0])
+        looked.put(name)
+        go.wait(_SECONDS)
+        with guard:
+            at_work[0] -= 1
+
+    controller = Controller("test", reconcile, threads=4)
+    controller.start()
+    controller.tell("a")
+    assert looked.get(timeout=_SECONDS) == "a"
+    for _ in range(10):
+        controller.tell("a")  # while it is looked at: once more, afterwards
+    go.set()
+    assert looked.get(timeout=_SECONDS) == "a"
+    controller.tell("b")
+    assert looked.get(timeout=_SECONDS) == "b"
+    controller.ask_to_end()
+    controller.join(_SECONDS)
+    assert (most, looked.empty()) == ([1], True)

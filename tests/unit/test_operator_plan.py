@@ -1,0 +1,229 @@
+"""What is to be done for an Image, decided from what there is: every state that a cluster can be in."""
+
+from typing import Any
+
+import pytest
+
+from csi_driver.kube.copies import copy_of
+from csi_driver.kube.kinds import FINALIZER, Json, name_of
+from csi_driver.operator.plan import Exported, Plan, World, plan
+
+_NOW = "2026-11-28T12:00:00+00:00"
+_FACTS = {"format": "raw", "fileSize": 10, "virtualSize": 10, "encrypted": False, "checksum": "00"}
+
+
+def image(name: str = "disk", source: Json | None = None, status: Json | None = None, **spec: Any) -> Json:
+    return {
+        "metadata": {"name": name, "uid": f"uid-{name}", "finalizers": [FINALIZER], "generation": 1},
+        "spec": {"source": source or {"download": {"url": "https://example.org/disk"}}, **spec},
+        "status": status or {},
+    }
+
+
+def copy(of: Json, node: str, state: str | None = None, *, make: bool = False, **status: Any) -> Json:
+    made = copy_of(of, node, make=make)
+    if state is not None:
+        facts = {"image": _FACTS, "address": f"{node}:9810"} if state == "Ready" else {}
+        made["status"] = {"state": state, **facts, **status}
+    return made
+
+
+def world(*agents: str, **more: Any) -> World:
+    labels: dict[str, dict[str, str]] = {name: {"kubernetes.io/hostname": name} for name in agents}
+    return World(now=_NOW, agents=labels, nodes=more.pop("nodes", frozenset(agents)), **more)
+
+
+def placed(found: Plan) -> list[tuple[str, bool]]:
+    return [(each["spec"]["node"], each["spec"]["make"]) for each in found.create]
+
+
+def clone(encryption: str = "encrypt") -> Json:
+    return image("clone", {"clone": {"image": "disk", "encryption": encryption}})
+
+
+READY = {"phase": "Ready", **_FACTS}
+
+
+def test_a_new_image_gets_its_finalizer_first() -> None:
+    new = image()
+    new["metadata"]["finalizers"] = []
+    assert plan(new, [], world("a")) == Plan(finalizer=True)
+
+
+def test_one_node_makes_it_and_the_same_one_whenever_it_is_asked() -> None:
+    found = plan(image(), [], world("a", "b", "c"))
+    assert [make for _, make in placed(found)] == [True]
+    assert plan(image(), [], world("c", "b", "a")).create == found.create
+    assert found.status["phase"] == "Pending"
+
+
+def test_images_spread_over_the_nodes() -> None:
+    nodes = {placed(plan(image(f"disk-{n}"), [], world("a", "b", "c")))[0][0] for n in range(30)}
+    assert nodes == {"a", "b", "c"}
+
+
+def test_only_nodes_that_fit_the_selector_are_taken() -> None:
+    wanted = image(nodeSelector={"kubernetes.io/hostname": "b"}, copies=2)
+    assert placed(plan(wanted, [], world("a", "b"))) == [("b", True)]
+    found = plan(wanted, [copy(wanted, "b", "Ready", make=True)], world("a", "b"))
+    assert found.create == []
+    assert found.status["message"] == "1 more copies are wanted and no other node can have one"
+    nowhere = plan(image(nodeSelector={"x": "y"}), [], world("a"))
+    assert (nowhere.create, nowhere.status["message"]) == ([], "no node with an agent fits its nodeSelector")
+
+
+def test_more_copies_are_pulled_when_one_is_ready() -> None:
+    wanted = image(copies=3)
+    first = copy(wanted, "a", "Ready", make=True)
+    found = plan(wanted, [first], world("a", "b", "c", "d"))
+    assert len(found.create) == 2
+    assert not any(make for _, make in placed(found))
+    assert found.status["copies"] == "1/3"
+    assert found.status["virtualSize"] == 10
+    coming = [copy(wanted, each["spec"]["node"], "InProgress", progress=10) for each in found.create]
+    assert plan(wanted, [first, *coming], world("a", "b", "c", "d")).create == []
+
+
+def test_a_copy_that_failed_is_made_good_by_another_node() -> None:
+    wanted = image(copies=2)
+    copies = [copy(wanted, "a", "Ready", make=True), copy(wanted, "b", "Failed", message="no room")]
+    assert placed(plan(wanted, copies, world("a", "b", "c"))) == [("c", False)]
+
+
+def test_copies_of_an_earlier_image_of_the_name_are_not_its() -> None:
+    earlier = image()
+    earlier["metadata"]["uid"] = "uid-earlier"
+    assert len(plan(image(), [copy(earlier, "a", "Ready", make=True)], world("a")).create) == 1
+
+
+def test_a_node_that_is_gone_is_replaced_and_one_that_is_silent_for_too_long_too() -> None:
+    wanted = image(copies=2)
+    copies = [copy(wanted, "a", "Ready", make=True), copy(wanted, "b", "Ready")]
+    gone = plan(wanted, copies, world("a", "c"))
+    assert gone.forget == [name_of(copies[1])]
+    assert placed(gone) == [("c", False)]
+    silent = plan(wanted, copies, world("a", "c", nodes=frozenset("abc"), lost=frozenset("b")))
+    assert (silent.forget, silent.delete, placed(silent)) == ([], [], [("c", False)])
+    not_yet = plan(wanted, copies, world("a", "c", nodes=frozenset("abc")))
+    # It has an agent no more, so it does not count as one that fits; nothing is removed.
+    assert (not_yet.forget, not_yet.delete) == ([], [])
+
+
+def test_a_maker_that_is_lost_before_it_was_ready_is_replaced() -> None:
+    wanted = image()
+    maker = copy(wanted, "a", "InProgress", make=True)
+    found = plan(wanted, [maker], world("b", nodes=frozenset("ab"), lost=frozenset("a")))
+    assert (found.delete, placed(found)) == ([name_of(maker)], [("b", True)])
+
+
+def test_what_was_ready_once_is_never_made_anew() -> None:
+    had = image(status=READY)
+    gone = plan(had, [copy(had, "a", "Ready", make=True)], world("b"))
+    assert (gone.create, gone.status["phase"]) == ([], "Failed")
+    assert "delete it and make it anew" in gone.status["message"]
+    silent = plan(had, [copy(had, "a", "Ready", make=True)], world("b", nodes=frozenset("ab"), lost=frozenset("a")))
+    assert (silent.create, silent.status["phase"]) == ([], "Pending")
+    assert silent.status["message"] == "no node that has it answers (a); it is usable when one does"
+    lost = plan(had, [copy(had, "a", "Failed", make=True, image=_FACTS, message="its file is gone")], world("a"))
+    assert (lost.create, lost.delete, lost.status["phase"]) == ([], [], "Failed")
+
+
+@pytest.mark.parametrize("permanent", [True, False])
+def test_a_failure_is_told_with_its_node(permanent: bool) -> None:  # noqa: FBT001
+    wanted = image()
+    found = plan(wanted, [copy(wanted, "a", "Failed", make=True, message="no", permanent=permanent)], world("a"))
+    assert found.status["phase"] == "Failed"
+    assert found.status["message"] == f"node a: no{'' if permanent else '; it is tried again'}"
+
+
+def test_an_upload_is_awaited_at_an_address() -> None:
+    wanted = image(source={"upload": {}})
+    waiting = copy(wanted, "a", "AwaitingUpload", make=True, address="10.0.0.1:9810")
+    found = plan(wanted, [waiting], world("a"))
+    assert found.status["upload"] == {"node": "a", "address": "10.0.0.1:9810"}
+    going_on = plan(wanted, [copy(wanted, "a", "InProgress", make=True, progress=3)], world("a"))
+    assert (going_on.status["upload"], going_on.status["progress"]) == (None, 3)
+
+
+def test_a_clone_is_made_where_its_source_is() -> None:
+    source = image(status=READY)
+    having = [copy(source, "c", "Ready")]
+    found = plan(clone(), [], world("a", "b", "c", source=source, source_copies=having))
+    assert placed(found) == [("c", True)]
+
+
+def test_a_source_is_brought_to_a_node_that_the_clone_may_be_on() -> None:
+    source = image(status=READY)
+    wanted = clone()
+    wanted["spec"]["nodeSelector"] = {"kubernetes.io/hostname": "b"}
+    having = [copy(source, "c", "Ready")]
+    found = plan(wanted, [], world("a", "b", "c", source=source, source_copies=having))
+    assert [(each["spec"]["image"], each["spec"]["node"]) for each in found.create] == [("disk", "b")]
+    having.append(copy(source, "b", "InProgress"))
+    assert plan(wanted, [], world("a", "b", "c", source=source, source_copies=having)).create == []
+
+
+@pytest.mark.parametrize(
+    ("source", "phase", "words"),
+    [
+        (None, "Pending", "there is no image disk"),
+        (image(status={"phase": "InProgress"}), "Pending", "waits for image disk, which is InProgress"),
+        (image(status=READY | {"encrypted": True}), "Failed", "is encrypted already and is not encrypted again"),
+    ],
+)
+def test_a_clone_waits_for_its_source_or_is_refused(source: Json | None, phase: str, words: str) -> None:
+    found = plan(clone(), [], world("a", source=source))
+    assert (found.create, found.status["phase"]) == ([], phase)
+    assert words in found.status["message"]
+
+
+def test_what_an_image_is_comes_from_what_was_verified() -> None:
+    """Whatever its class or its spec may say."""
+    source = image(status=READY)
+    for encryption in ("decrypt", "reencrypt"):
+        found = plan(clone(encryption), [], world("a", source=source, source_copies=[copy(source, "a", "Ready")]))
+        assert found.status["message"].startswith("image disk is not encrypted, so it cannot be cloned with")
+
+
+def test_a_claim_is_exported_where_its_volume_lies() -> None:
+    wanted = image(source={"claim": {"name": "data", "namespace": "default"}})
+    found = plan(wanted, [], world("a", "b", claim=Exported("pvc-1", "b")))
+    assert [each["spec"] for each in found.create] == [
+        {"image": "disk", "imageUID": "uid-disk", "node": "b", "make": True, "volume": "pvc-1"}
+    ]
+    assert plan(wanted, [], world("a", claim=Exported("pvc-1", "b"))).status["message"] == (
+        "node b, which has the claim's volume, has no agent now"
+    )
+    assert plan(wanted, [], world("a", claim="there is no claim default/data")).status["message"] == (
+        "there is no claim default/data"
+    )
+
+
+def test_an_image_in_use_is_kept_and_says_by_whom() -> None:
+    going = image(status=READY)
+    going["metadata"]["deletionTimestamp"] = _NOW
+    copies = [copy(going, "a", "Ready", make=True)]
+    found = plan(going, copies, world("a", users=("StorageClass gold names it",)))
+    assert (found.delete, found.finalizer, found.status["phase"]) == ([], None, "Deleting")
+    assert found.status["message"] == "image disk is kept until it is used no more: StorageClass gold names it"
+    free = plan(going, copies, world("a"))
+    assert (free.delete, free.finalizer) == ([name_of(copies[0])], None)
+    assert plan(going, [], world("a")).finalizer is False
+
+
+def test_copies_on_nodes_that_are_gone_do_not_keep_an_image() -> None:
+    going = image(status=READY)
+    going["metadata"]["deletionTimestamp"] = _NOW
+    copies = [copy(going, "a", "Ready", make=True), copy(going, "b", "Ready")]
+    found = plan(going, copies, world("a"))
+    assert (found.forget, found.delete) == ([name_of(copies[1])], [name_of(copies[0])])
+
+
+def test_a_condition_keeps_its_time_while_it_holds() -> None:
+    wanted = image(status={"conditions": [
+        {"type": "Ready", "status": "True", "reason": "Ready", "message": "", "lastTransitionTime": "before"},
+        {"type": "CopiesComplete", "status": "False", "reason": "x", "message": "", "lastTransitionTime": "before"},
+    ]})  # fmt: skip
+    found = plan(wanted, [copy(wanted, "a", "Ready", make=True)], world("a"))
+    times = {each["type"]: each["lastTransitionTime"] for each in found.status["conditions"]}
+    assert times == {"Ready": "before", "CopiesComplete": _NOW}
