@@ -6,6 +6,7 @@ agent's process. The image engine needs no device-mapper.
 
 import base64
 import contextlib
+import functools
 import json
 import os
 import secrets
@@ -21,7 +22,19 @@ import yaml
 
 from csi_driver.kube.client import Kube
 from csi_driver.kube.copies import AUDIENCE
-from csi_driver.kube.kinds import CRD, IMAGE, IMAGE_COPY, NODE, POD, SECRET, Json, Kind, name_of
+from csi_driver.kube.kinds import (
+    BACKING_IMAGE,
+    CRD,
+    IMAGE,
+    IMAGE_COPY,
+    NODE,
+    POD,
+    SECRET,
+    VIRTUAL_MACHINE_IMAGE,
+    Json,
+    Kind,
+    name_of,
+)
 from csi_driver.model.errors import AlreadyExists, DriverError
 from csi_driver.operator.certificates import AGENT_SECRET
 from tests.cluster.pki import Authority
@@ -92,12 +105,16 @@ class Lab:
         self.operator = self._operator()
 
     def _install(self) -> None:
-        for file in ("images/crds.yaml", "images/rbac.yaml"):
+        compat = (f"compat/{name}.yaml" for name in ("backingimages", "virtualmachineimages", "rbac"))
+        for file in ("images/crds.yaml", "images/rbac.yaml", *compat):
             for document in documents(DEPLOY / file):
                 self.apply(document)
-        self.wait("kind Image", lambda: self.kube.list(IMAGE)[1])
-        self.wait("kind ImageCopy", lambda: self.kube.list(IMAGE_COPY)[1])
+        for kind in (IMAGE, IMAGE_COPY, BACKING_IMAGE, VIRTUAL_MACHINE_IMAGE):
+            self.wait(f"kind {kind}", functools.partial(self._version_of, kind))
         self.tls.mkdir(exist_ok=True)
+
+    def _version_of(self, kind: Kind) -> str:
+        return self.kube.list(kind)[1]
 
     def mount_certificates(self) -> None:
         """What kubelet does with the secret of the agents."""
