@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 
+from csi_driver.kube.kinds import BACKING_IMAGE, VIRTUAL_MACHINE_IMAGE, Kind
+from csi_driver.operator import backing_images, machine_image_status
+from csi_driver.operator.machine_image_status import Standing
 from tests.operator.api import DEPLOY, MANIFESTS, Api
+from tests.operator.lab import documents
+from tests.operator_fakes import NOW
 
 DOCUMENTS = sorted(MANIFESTS.glob("*/*.yaml"))
 BACKING, MACHINE = "BackingImage", "VirtualMachineImage"
@@ -221,6 +226,37 @@ def test_a_name_that_no_image_can_have_is_refused(api: Api) -> None:
 def test_a_retry_count_is_three_unless_told(api: Api) -> None:
     said = api.kubectl("create", "--dry-run=server", "-o", "json", "-f", "-", stdin=thing(MACHINE, machine(url=URL)))
     assert json.loads(said.stdout)["spec"]["retry"] == 3
+
+
+def test_every_field_of_a_status_is_kept(api: Api) -> None:
+    """What the API dropped would be written again and again."""
+    telling = {"phase": "Failed", "message": "m", "fileSize": 1, "virtualSize": 2, "checksum": "c", "progress": 3}
+    image = {"metadata": {"name": "a", "uid": "i"}, "status": telling}
+    states = {"one": {"state": "Failed", "attempts": 9, "permanent": True, "progress": 3, "message": "m"}}
+    copies = [{"spec": {"node": node, "make": True}, "status": status} for node, status in states.items()]
+    told = {
+        BACKING_IMAGE: (backing("download", FROM, dataEngine="v2"), "longhorn-system"),
+        VIRTUAL_MACHINE_IMAGE: (machine(url=URL), "default"),
+    }
+    with api.client() as kube:
+        for kind, (spec, namespace) in told.items():
+            made = kube.create(kind, {"metadata": {"name": "a"}, "spec": spec}, namespace)
+            if kind == BACKING_IMAGE:
+                status = backing_images.status_of(made, image, copies, NOW)
+                assert status.keys() == schema(kind).keys() - {"realSize"}
+            else:
+                there = Standing(backing=made, image=image, maker=copies[0], class_name="c")
+                status = machine_image_status.status_of(made, there, NOW)
+                assert status.keys() == schema(kind).keys()
+            assert kube.patch(kind, "a", {"status": status}, namespace, status=True)["status"] == status
+            kube.delete(kind, "a", namespace)
+
+
+def schema(kind: Kind) -> Json:
+    """The fields of a kind's status."""
+    (crd,) = documents(DEPLOY / f"compat/{kind.plural}.yaml")
+    found: Json = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]["properties"]
+    return found
 
 
 def test_an_administrator_sees_progress_and_reason_in_the_list(api: Api) -> None:
