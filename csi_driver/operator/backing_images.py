@@ -89,7 +89,7 @@ class BackingImages:
         try:
             if image is None:
                 image = self._make(backing)
-            elif (problem := self._stranger(backing, image)) is None and not is_going(image):
+            elif (problem := self._stranger(backing, image)) is None:
                 image = self._agree(backing, image)
         except AlreadyExists:
             return SOON

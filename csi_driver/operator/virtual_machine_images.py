@@ -99,7 +99,7 @@ class VirtualMachineImages:
             backing = self._make(machine)
         elif Origin.of(backing) != Origin.named(VIRTUAL_MACHINE_IMAGE, machine):
             return None, None, _taken(f"BackingImage {self._namespace}/{name_of(backing)}")
-        elif not is_going(backing):
+        else:
             backing = self._agree(machine, backing)
         found = self._class(machine, backing)
         return (backing, None, found) if isinstance(found, Problem) else (backing, found, None)

@@ -384,6 +384,16 @@ def test_a_backing_image_is_made_and_then_a_class(rig: Rig) -> None:
     assert rig.told()["Imported"][0] == "True"
 
 
+def test_no_class_is_made_for_an_image_that_goes(rig: Rig) -> None:
+    rig.put(machine())
+    rig.look()
+    rig.api.change(IMAGE, "vmi-m-alpine", {"metadata": {"finalizers": ["held"]}, "status": image()["status"]})
+    rig.api.remove(IMAGE, "vmi-m-alpine")
+    rig.look()
+    assert rig.api.all(STORAGE_CLASS) == []
+    assert rig.told()["Imported"][0] == "Unknown"
+
+
 def test_looking_again_writes_nothing(rig: Rig) -> None:
     rig.put(machine())
     rig.ready()
