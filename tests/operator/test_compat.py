@@ -19,6 +19,7 @@ from csi_driver.kube.kinds import (
     VIRTUAL_MACHINE_IMAGE,
     Json,
     Kind,
+    name_of,
 )
 from tests.image_server import ImageServer, sha512
 from tests.operator.api import MANIFESTS
@@ -181,6 +182,28 @@ def test_an_image_that_a_class_names_is_kept_and_says_so(lab: Lab, web: ImageSer
     lab.wait("reason why it is kept", kept)
     lab.kube.delete(STORAGE_CLASS, "user")
     lab.wait("end of the image", lambda: lab.kube.get(BACKING_IMAGE, "parrot", LONGHORN) is None)
+
+
+def test_what_happens_while_the_operator_is_away_is_made_good(lab: Lab, web: ImageServer) -> None:
+    source = {"sourceParameters": {"url": web.url()}, "checksum": ""}
+    apply(lab, "longhorn/downloaded.yaml", source)
+    apply(lab, "harvester/downloaded.yaml", {"url": web.url()})
+    wait(lab, BACKING_IMAGE, "parrot", LONGHORN, "Ready")
+    wait(lab, VIRTUAL_MACHINE_IMAGE, SOURCE, "default", "Imported")
+    lab.operator.kill()
+    for kind, name, namespace in ((BACKING_IMAGE, "parrot", LONGHORN), (VIRTUAL_MACHINE_IMAGE, SOURCE, "default")):
+        lab.kube.patch(kind, name, {"metadata": {"finalizers": None}}, namespace)
+        lab.kube.delete(kind, name, namespace)
+        assert lab.kube.get(kind, name, namespace) is None
+    successor = apply(lab, "harvester/downloaded.yaml", {"url": web.url()})["metadata"]["uid"]
+    lab.operator.start()
+    wait(lab, VIRTUAL_MACHINE_IMAGE, SOURCE, "default", "Imported")
+    lab.wait(
+        "end of what was left", lambda: [name_of(each) for each in lab.kube.list(IMAGE)[0]] == [f"vmi-{successor}"]
+    )
+    (made,) = lab.kube.list(STORAGE_CLASS)[0]
+    assert made["parameters"]["backingImage"] == f"vmi-{successor}"
+    delete(lab, VIRTUAL_MACHINE_IMAGE, SOURCE, "default")
 
 
 def test_the_sum_of_a_file_is_told(lab: Lab, web: ImageServer) -> None:
