@@ -5,6 +5,7 @@ meant (that would be the whole collection), and connections that notice when the
 """
 
 import functools
+import re
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -43,6 +44,9 @@ _WATCH_SECONDS: Final = 540
 """How long one watch lasts; behind it everything is listed anew."""
 _MOST_QUOTED: Final = 600
 _NONE: Final[Mapping[str, str]] = {}
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,252}")
+"""Of objects. lightkube puts a name into the path as it is: a / in one, which an object of a user may name, would lead
+to another object."""
 
 # A watch may be silent for minutes. The kernel asks after half a minute, and gives the connection up one later.
 _KEPT_ALIVE: Final = (
@@ -101,7 +105,9 @@ class Kube:
         return str(self._client.namespace)
 
     def get(self, kind: Kind, name: str, namespace: str = "") -> Json | None:
-        """The object; None when it is not there."""
+        """The object; None when it is not there, and when nothing can have such a name."""
+        if not _is_name(name) or not _is_name(namespace or "none"):
+            return None
         try:
             return self._ask(kind, name, lambda: self._client.get(_class_of(kind), name, **_within(kind, namespace)))
         except NotFound:
@@ -155,6 +161,7 @@ class Kube:
         With `metadata.resourceVersion` in the patch it raises Conflict if the object is no longer that one. Raises
         NotFound, InvalidArgument.
         """
+        _check_name(kind, name)
         res = _class_of(kind)
         return self._ask(
             kind,
@@ -166,6 +173,7 @@ class Kube:
 
     def delete(self, kind: Kind, name: str, namespace: str = "") -> None:
         """Ask for an object's deletion; absent is fine. Raises InvalidArgument where an admission refuses."""
+        _check_name(kind, name)
         try:
             self._ask(kind, name, lambda: self._client.delete(_class_of(kind), name, **_within(kind, namespace)) or {})
         except NotFound:
@@ -233,8 +241,19 @@ def _raise(error: Exception, _count: int) -> Any:
     raise error
 
 
+def _is_name(text: str) -> bool:
+    return _NAME.fullmatch(text) is not None
+
+
+def _check_name(kind: Kind, name: str) -> None:
+    if not _is_name(name):
+        raise InvalidArgument(f"no {kind} can have the name {name!r}; name another one")
+
+
 def _within(kind: Kind, namespace: str) -> dict[str, str]:
     """The namespace as lightkube takes it."""
+    if namespace not in ("", ALL_NS) and not _is_name(namespace):
+        raise InvalidArgument(f"no namespace can have the name {namespace!r}; name another one")
     if kind.namespaced and not namespace:
         raise InvalidArgument(f"a {kind} without a namespace was asked for; name it")
     return {"namespace": namespace} if kind.namespaced else {}

@@ -8,7 +8,6 @@ from typing import Any, Final
 from csi_driver.host.log import log
 from csi_driver.kube.client import Kube
 from csi_driver.kube.controller import Controller
-from csi_driver.kube.copies import is_of
 from csi_driver.kube.informer import Informer
 from csi_driver.kube.kinds import (
     CLAIM,
@@ -29,6 +28,7 @@ from csi_driver.model.times import recorded_now
 from csi_driver.operator.events import Events
 from csi_driver.operator.plan import FAILED, READY, Exported, Plan, World, plan
 from csi_driver.operator.settings import OperatorSettings
+from csi_driver.operator.users import users_of_image
 
 AGENT_LABELS: Final = {"app.kubernetes.io/name": "luks-csi", "app.kubernetes.io/component": "node"}
 _PROGRESS: Final = frozenset({"progress", "bytesPerSecond", "nodes", "message", "conditions"})
@@ -180,19 +180,9 @@ class Images:
 
     def _users(self, image: Json) -> list[str]:
         """Who keeps an image from being deleted, in words."""
-        name = name_of(image)
-        users = [
-            f"StorageClass {name_of(each)} names it"
-            for each in self.classes.all()
-            if each.get("provisioner") == self._settings.driver_name
-            and (each.get("parameters") or {}).get("backingImage") == name
-        ]
-        for other in self.images.all():
-            clone = other["spec"]["source"].get("clone", {})
-            going_on = other.get("status", {}).get("phase") not in (READY, FAILED) and not is_going(other)
-            if clone.get("image") == name and going_on and any(is_of(copy, other) for copy in self.copies.all()):
-                users.append(f"image {name_of(other)} is being cloned from it")
-        return users
+        return users_of_image(
+            name_of(image), self._settings.driver_name, self.classes.all(), self.images.all(), self.copies.all()
+        )
 
     def _image_changed(self, image: Json) -> None:
         self.controller.tell(name_of(image))

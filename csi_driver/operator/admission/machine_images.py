@@ -1,0 +1,118 @@
+"""Harvester's rules for a VirtualMachineImage, in its own words where it has some."""
+
+from collections.abc import Mapping
+from typing import Final
+
+from csi_driver.kube.kinds import IMAGE, STORAGE_CLASS, VIRTUAL_MACHINE_IMAGE, Json
+from csi_driver.model.errors import InvalidArgument
+from csi_driver.operator.admission.lookups import Cluster
+from csi_driver.operator.admission.needs import CLASS_NAME
+from csi_driver.operator.admission.review import Request, Verdict
+from csi_driver.operator.admission.secrets import look_at
+from csi_driver.operator.class_parameters import ENCRYPTED, TAKEN_OVER, secret_of
+from csi_driver.operator.settings import Profile
+from csi_driver.operator.users import is_template, parameters_of
+from csi_driver.operator.virtual_machine_images import backing_name
+
+_DEFAULTS: Final = {"numberOfReplicas": "3", "staleReplicaTimeout": "30", "migratable": "true"}
+
+
+def mutate(request: Request, cluster: Cluster) -> Verdict:
+    """Take over the parameters of the class that the annotation names; without one, what the image says of them."""
+    machine = request.thing
+    if machine is None or request.operation != "CREATE":
+        return Verdict()
+    spec = machine.get("spec")
+    given = (spec.get("storageClassParameters") or {}) if isinstance(spec, dict) else None
+    if not isinstance(given, dict):
+        return Verdict()  # nobody has looked at the kind's schema yet; it is refused by that
+    name = _class_name(machine)
+    storage_class = cluster.get(STORAGE_CLASS, name) if name else None
+    chosen = given if storage_class is None else parameters_of(storage_class)
+    wanted = _DEFAULTS | {key: value for key, value in sorted(chosen.items()) if key in TAKEN_OVER}
+    if wanted == given:
+        return Verdict()
+    return Verdict(patch=[{"op": "add", "path": "/spec/storageClassParameters", "value": wanted}])
+
+
+def source_of(machine: Json, cluster: Cluster) -> Json | None:
+    """The VirtualMachineImage that it is cloned from."""
+    security = machine["spec"].get("securityParameters") or {}
+    name, namespace = security.get("sourceImageName"), security.get("sourceImageNamespace")
+    return cluster.get(VIRTUAL_MACHINE_IMAGE, name, namespace) if name and namespace else None
+
+
+def check(machine: Json, source: Json | None, cluster: Cluster, profile: Profile) -> list[str]:
+    """What to warn of. Raises InvalidArgument; what is missing yet is refused with Harvester's rules only."""
+    security = machine["spec"].get("securityParameters") or {}
+    operation = security.get("cryptoOperation")
+    missing = []
+    if operation is not None:
+        missing += _check_source(security, source, cluster)
+    name = _class_name(machine)
+    storage_class = cluster.get(STORAGE_CLASS, name) if name else None
+    if operation == "encrypt":
+        _check_class(machine, name, storage_class)
+        missing += _check_secret(machine["spec"].get("storageClassParameters") or {}, cluster)
+    elif name and storage_class is None:
+        missing.append(f"there is no StorageClass {name}, which the annotation {CLASS_NAME} names")
+    if missing and profile is Profile.HARVESTER:
+        raise InvalidArgument(missing[0])
+    return [f"{said}; it is made nevertheless when it can be" for said in missing]
+
+
+def _check_source(security: Json, source: Json | None, cluster: Cluster) -> list[str]:
+    operation = security["cryptoOperation"]
+    place = f"{security['sourceImageNamespace']}/{security['sourceImageName']}"
+    if source is None:
+        return [f"source image {place} not found"]
+    what = f"source image {place} ({source['spec'].get('displayName', '')})"
+    image = cluster.get(IMAGE, backing_name(source))
+    status = {} if image is None else image.get("status", {})
+    if operation == "encrypt" and status.get("encrypted") is True:
+        raise InvalidArgument(f"can not re-encrypt, {what} is already encrypted")
+    if operation == "decrypt" and status.get("encrypted") is False:
+        raise InvalidArgument(f"can not re-decrypt, {what} is not encrypted")
+    if operation == "decrypt" and secret_of(source["spec"].get("storageClassParameters") or {}) is None:
+        raise InvalidArgument(
+            f"can not decrypt, the storageClassParameters of {what} name no secret (csi.storage.k8s.io/"
+            f"node-publish-secret-name and -namespace) to decrypt it with; use a BackingImage, which names it itself"
+        )
+    return [] if status.get("phase") == "Ready" else [f"{what} is not ready"]
+
+
+def _check_class(machine: Json, name: str, storage_class: Json | None) -> None:
+    """The class of an image that is to be encrypted."""
+    given: Mapping[str, str] = machine["spec"].get("storageClassParameters") or {}
+    if not name and secret_of(given) is None:
+        raise InvalidArgument(
+            f"encrypt needs the annotation {CLASS_NAME}, the name of an encrypted StorageClass, whose secret it uses"
+        )
+    if name and storage_class is None:
+        raise InvalidArgument(
+            f"there is no StorageClass {name}, which the annotation {CLASS_NAME} names; make it first"
+        )
+    parameters = given if storage_class is None else parameters_of(storage_class)
+    what = f"the StorageClass {name}" if name else "the image's storageClassParameters"
+    if parameters.get(ENCRYPTED) != "true":
+        raise InvalidArgument(f'{what} must say encrypted: "true" for an image that is to be encrypted')
+    if parameters.get("backingImage"):
+        raise InvalidArgument(
+            f"{what} belongs to the image {parameters['backingImage']}; name one that is not of an image"
+        )
+    secret = secret_of(parameters)
+    if secret is None or any(map(is_template, secret)):
+        raise InvalidArgument(
+            f"{what} must name one secret, without ${{…}}, by csi.storage.k8s.io/node-publish-secret-name and "
+            f"-namespace for an image that is to be encrypted"
+        )
+
+
+def _check_secret(parameters: Mapping[str, str], cluster: Cluster) -> list[str]:
+    secret = secret_of(parameters)
+    said = "" if secret is None else look_at(cluster, (secret[1], secret[0]))
+    return [said] if said else []
+
+
+def _class_name(machine: Json) -> str:
+    return str((machine["metadata"].get("annotations") or {}).get(CLASS_NAME, ""))

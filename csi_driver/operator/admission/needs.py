@@ -1,0 +1,124 @@
+"""What a new image would be made with: the secrets, sources and claims that its user must be allowed to read himself,
+so that nobody has the operator read for him what he may not.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from csi_driver.kube.kinds import (
+    BACKING_IMAGE,
+    CLAIM,
+    CONFIG_MAP,
+    IMAGE,
+    SECRET,
+    STORAGE_CLASS,
+    VIRTUAL_MACHINE_IMAGE,
+    VOLUME,
+    Json,
+    Kind,
+)
+from csi_driver.operator.admission.lookups import Cluster
+from csi_driver.operator.standing import Origin
+from csi_driver.operator.users import Place, parameters_of, secrets_of_class
+
+CLASS_NAME: Final = "harvesterhci.io/storageClassName"
+"""Annotation of a VirtualMachineImage: the class whose parameters it takes over."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """An object that the user must be allowed to `get`; all of its kind where the name is ""."""
+
+    kind: Kind
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        place = "/".join(filter(None, (self.namespace, self.name)))
+        return f"{self.kind} {place}" if self.name else f"every {self.kind}"
+
+
+def of_image(spec: Json) -> list[Need]:
+    """Of an Image."""
+    source = spec.get("source") or {}
+    download = source.get("download") or {}
+    references = [spec.get("secretRef"), spec.get("newSecretRef"), download.get("credentialsRef")]
+    needs = [*_secrets(map(_place, filter(None, references)))]
+    if download.get("caConfigMapRef"):
+        needs.append(Need(CONFIG_MAP, *_place(download["caConfigMapRef"])))
+    if source.get("claim"):
+        needs.append(Need(CLAIM, *_place(source["claim"])))
+    if source.get("clone"):
+        needs.append(Need(IMAGE, "", source["clone"].get("image", "")))
+    return needs
+
+
+def of_backing_image(backing: Json, cluster: Cluster) -> list[Need]:
+    """Of a BackingImage."""
+    spec = backing["spec"]
+    parameters: Mapping[str, str] = spec.get("sourceParameters") or {}
+    named = [
+        (parameters.get("secret-namespace", ""), parameters.get("secret", "")),
+        (spec.get("secretNamespace", ""), spec.get("secret", "")),
+    ]
+    needs = [*_secrets(place for place in named if place[1])]
+    if spec.get("sourceType") == "clone":
+        needs += _source(parameters.get("backing-image", ""), backing["metadata"].get("namespace", ""), cluster)
+    if spec.get("sourceType") == "export-from-volume":
+        needs.append(_claim_of(parameters.get("volume-name", ""), cluster))
+    return needs
+
+
+def _source(name: str, namespace: str, cluster: Cluster) -> list[Need]:
+    """What is cloned is the Image of that name: one that a BackingImage stands for is read through that one."""
+    image = cluster.get(IMAGE, name)
+    origin = None if image is None else Origin.of(image)
+    backing = Need(BACKING_IMAGE, namespace, name)
+    if image is None:
+        there = cluster.get(BACKING_IMAGE, name, namespace) is not None
+        return [backing] if there else [backing, Need(IMAGE, "", name)]
+    is_its = origin is not None and (origin.kind, origin.namespace, origin.name) == (
+        BACKING_IMAGE.name, namespace, name,
+    )  # fmt: skip
+    return [backing] if is_its else [Need(IMAGE, "", name)]
+
+
+def _claim_of(volume_name: str, cluster: Cluster) -> Need:
+    """The claim of a PersistentVolume; where it has none yet nobody knows whose it will be."""
+    volume = cluster.get(VOLUME, volume_name) if volume_name else None
+    claim = (volume or {"spec": {}})["spec"].get("claimRef")
+    return Need(CLAIM, *_place(claim)) if claim else Need(CLAIM, "", "")
+
+
+def of_machine_image(machine: Json, source: Json | None, cluster: Cluster) -> list[Need]:
+    """Of a VirtualMachineImage, `source` being the one that it is cloned from, if that is there."""
+    spec = machine["spec"]
+    places = secrets_of_class(spec.get("storageClassParameters") or {})
+    class_name = (machine["metadata"].get("annotations") or {}).get(CLASS_NAME)
+    storage_class = cluster.get(STORAGE_CLASS, class_name) if class_name else None
+    if storage_class is not None:
+        places += secrets_of_class(parameters_of(storage_class))
+    needs = [*_secrets(places)]
+    if spec.get("sourceType") == "export-from-volume":
+        needs.append(Need(CLAIM, spec.get("pvcNamespace", ""), spec.get("pvcName", "")))
+    security = spec.get("securityParameters")
+    if security:
+        place = security.get("sourceImageNamespace", ""), security.get("sourceImageName", "")
+        needs.append(Need(VIRTUAL_MACHINE_IMAGE, *place))
+        if security.get("cryptoOperation") == "decrypt":
+            # It is decrypted with the source's secret. Which one that is nobody knows before there is a source.
+            needs += (
+                [Need(SECRET, "", "")]
+                if source is None
+                else _secrets(secrets_of_class(source["spec"].get("storageClassParameters") or {}))
+            )
+    return needs
+
+
+def _secrets(places: Iterable[Place]) -> list[Need]:
+    return [Need(SECRET, *place) for place in dict.fromkeys(places)]
+
+
+def _place(reference: Json) -> Place:
+    return reference.get("namespace", ""), reference.get("name", "")
