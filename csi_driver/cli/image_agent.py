@@ -33,7 +33,7 @@ def _text(text: str) -> str:
         setting("--listen", "listen", host_and_port, "HOST:PORT", ":9810", "Where to serve copies and take uploads."),
         setting("--address", "address", _address, "HOST:PORT", "", "Where other agents reach this one.", required=True),
         setting("--tls-dir", "tls_dir", read_folder, "FOLDER", "/etc/luks-csi/agents", "tls.crt, tls.key and ca.crt."),
-        setting("--token-file", "token_file", read_path, "FILE", "/var/run/secrets/luks-csi/agents/token", "The token "
+        setting("--token-file", "token_file", read_path, "FILE", "/etc/luks-csi/agents/token", "The token "
                 "that shows other agents who this is."),
         setting("--account", "account", _text, "USER", "system:serviceaccount:luks-csi:luks-csi-node", "Whose tokens "
                 "are agents'."),

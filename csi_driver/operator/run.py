@@ -8,6 +8,8 @@ from csi_driver.kube.client import Kube
 from csi_driver.kube.controller import Controller
 from csi_driver.kube.informer import Informer
 from csi_driver.model.errors import FailedPrecondition
+from csi_driver.operator.admission.admission import Admission
+from csi_driver.operator.admission.lookups import ApiCluster
 from csi_driver.operator.certificates import Certificates
 from csi_driver.operator.compat import check_crds, compat
 from csi_driver.operator.events import Events
@@ -29,9 +31,12 @@ class Part(Protocol):
 
 
 class Operator:
-    """Runs from `start` to `stop`. Raises FailedPrecondition where Longhorn's or Harvester's kinds are their own."""
+    """Runs from `start` to `stop`, with admission webhooks where it has an address (host, port) to `listen` at.
 
-    def __init__(self, kube: Kube, settings: OperatorSettings) -> None:
+    Raises FailedPrecondition where Longhorn's or Harvester's kinds are their own.
+    """
+
+    def __init__(self, kube: Kube, settings: OperatorSettings, listen: tuple[str, int] | None = None) -> None:
         self._kube = kube
         self._settings = settings
         self._events = Events(kube, "luks-csi-operator", settings.namespace)
@@ -42,28 +47,40 @@ class Operator:
         others = {informer.kind: informer for informer in (images.images, images.copies, images.classes)}
         served = check_crds(kube)
         foreign = compat(kube, served, others, settings.backing_image_namespace, settings.driver_name)
-        self.parts: list[Part] = [images, *foreign]
+        self._parts: list[Part] = [images, *foreign]
+        seen = {informer.kind: informer.all for part in self._parts for informer in part.informers}
+        cluster = ApiCluster(kube, seen)
+        self.admission = Admission(settings, cluster, self.certificates.context, listen) if listen else None
 
     def start(self) -> None:
         """Watch, and when all is known, act. Raises FailedPrecondition when something cannot be watched."""
-        informers = [informer for part in self.parts for informer in part.informers]
+        informers = [informer for part in self._parts for informer in part.informers]
         for informer in informers:
             informer.start()
         for informer in informers:
             if not informer.wait_synced(_SYNC_SECONDS):
                 raise FailedPrecondition(f"the operator cannot see the objects {informer.kind}: {informer.error}")
-        for part in self.parts:
+        for part in self._parts:
             part.controller.start()
         self._certifying.start()
         self._certifying.tell("all")
+        if self.admission is not None:
+            self.admission.start()
         log.info("operator started", namespace=self._settings.namespace)
+
+    def obstacle(self) -> str | None:
+        """Why what is known may be old, so that nothing can be relied on; None while it is not."""
+        errors = {f"{each.kind}: {each.error}" for part in self._parts for each in part.informers if each.error}
+        return "; ".join(sorted(errors)) or None
 
     def stop(self) -> None:
         """Begin nothing any more, and wait for what is under way."""
+        if self.admission is not None:
+            self.admission.ask_to_end()
         self._certifying.ask_to_end()
-        for part in self.parts:
+        for part in self._parts:
             part.controller.ask_to_end()
             for informer in part.informers:
                 informer.ask_to_end()
-        for part in self.parts:
+        for part in self._parts:
             part.controller.join(_STOP_SECONDS)

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 
 
 class Profile(StrEnum):
@@ -16,8 +15,7 @@ class Profile(StrEnum):
 class OperatorSettings:
     """Times in seconds. `backing_image_namespace` is where BackingImages lie, those of VirtualMachineImages too.
 
-    A copy counts no more when its node has had no agent for `lost_seconds`. `webhook_dir` has the certificate of the
-    admission webhooks where somebody else looks after it; "" keeps ours in a secret.
+    A copy counts no more when its node has had no agent for `lost_seconds`.
     """
 
     namespace: str = "luks-csi"
@@ -25,6 +23,3 @@ class OperatorSettings:
     backing_image_namespace: str = "longhorn-system"
     profile: Profile = Profile.LONGHORN
     lost_seconds: float = 300.0
-    webhook_address: str = ""
-    http_address: str | None = None
-    kubeconfig: Path | None = None
