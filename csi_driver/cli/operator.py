@@ -41,8 +41,8 @@ def _listen(text: str) -> tuple[str, int] | None:
                 "node's copies count no more."),
         setting("--admission-profile", "profile", one_of(("longhorn", "harvester")), "longhorn|harvester", "longhorn",
                 "Whose rules hold where the documents contradict each other."),
-        setting("--webhook-listen", "webhook_listen", _listen, "HOST:PORT", "", "Where to serve the admission webhooks, if "
-                "at all."),
+        setting("--webhook-listen", "webhook_listen", _listen, "HOST:PORT", "", "Where to serve the admission "
+                "webhooks, if at all."),
     ]
 )  # fmt: skip
 def operator(

@@ -150,10 +150,13 @@ class Kube:
                 return
             yield event[0], dict(event[1])
 
-    def create(self, kind: Kind, thing: Json, namespace: str = "") -> Json:
-        """Make an object; what came of it. Raises AlreadyExists, InvalidArgument, Aborted (a namespace that goes)."""
+    def create(self, kind: Kind, thing: Json, namespace: str = "", *, dry_run: bool = False) -> Json:
+        """Make an object, or with `dry_run` do all but that; what came of it.
+
+        Raises AlreadyExists, InvalidArgument, Aborted (a namespace that goes).
+        """
         document = _class_of(kind)(apiVersion=kind.api_version, kind=kind.name, **thing)
-        return self._ask(kind, "", lambda: self._client.create(document, **_within(kind, namespace)))
+        return self._ask(kind, "", lambda: self._client.create(document, dry_run=dry_run, **_within(kind, namespace)))
 
     def patch(self, kind: Kind, name: str, patch: Json, namespace: str = "", *, status: bool = False) -> Json:
         """Merge into an object, or into its status (RFC 7386); what came of it.

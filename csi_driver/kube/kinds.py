@@ -45,6 +45,7 @@ VOLUME: Final = Kind("", "v1", "PersistentVolume", "persistentvolumes")
 EVENT: Final = Kind("", "v1", "Event", "events", namespaced=True)
 NAMESPACE: Final = Kind("", "v1", "Namespace", "namespaces")
 STORAGE_CLASS: Final = Kind("storage.k8s.io", "v1", "StorageClass", "storageclasses")
+CSI_DRIVER: Final = Kind("storage.k8s.io", "v1", "CSIDriver", "csidrivers")
 ACCESS_REVIEW: Final = Kind("authorization.k8s.io", "v1", "SubjectAccessReview", "subjectaccessreviews")
 TOKEN_REVIEW: Final = Kind("authentication.k8s.io", "v1", "TokenReview", "tokenreviews")
 MUTATING: Final = Kind(

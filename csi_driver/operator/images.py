@@ -133,7 +133,7 @@ class Images:
     def _agents(self) -> dict[str, Mapping[str, str]]:
         """Nodes with an agent that is up, and their labels."""
         labels = {name_of(node): node["metadata"].get("labels", {}) for node in self.nodes.all()}
-        up = {pod["spec"].get("nodeName", "") for pod in self.pods.all() if _is_up(pod)}
+        up = {pod["spec"].get("nodeName", "") for pod in self.pods.all() if is_up(pod)}
         return {node: labels[node] for node in sorted(up) if node in labels}
 
     def _lost(self, copies: Sequence[Json]) -> tuple[frozenset[str], float | None]:
@@ -212,7 +212,7 @@ class Images:
             self.controller.tell(name)
 
 
-def _is_up(pod: Json) -> bool:
+def is_up(pod: Json) -> bool:
     """Whether its agent can be asked: the pod stays, and its container image-agent is ready."""
     if is_going(pod):
         return False

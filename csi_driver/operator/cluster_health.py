@@ -1,0 +1,119 @@
+"""What an administrator finds of luks-csi in a cluster: whose names and kinds these are, and whether it is reached."""
+
+from typing import Final, Protocol
+
+from csi_driver.kube.kinds import (
+    BACKING_IMAGE,
+    CRD,
+    CSI_DRIVER,
+    IMAGE,
+    IMAGE_COPY,
+    MANAGED_BY,
+    MANAGER,
+    NODE,
+    POD,
+    VALIDATING,
+    VIRTUAL_MACHINE_IMAGE,
+    Json,
+    Kind,
+    name_of,
+)
+from csi_driver.model.errors import AlreadyExists, DriverError, FailedPrecondition, InvalidArgument
+from csi_driver.operator.certificates import WEBHOOKS
+from csi_driver.operator.images import AGENT_LABELS, is_up
+from csi_driver.volumes.finding import Finding, look_at
+
+NAME: Final = "app.kubernetes.io/name"
+
+
+class Api(Protocol):
+    """The calls of `Kube` that are made here, with its errors."""
+
+    def get(self, kind: Kind, name: str, namespace: str = "") -> Json | None: ...
+
+    def list(self, kind: Kind, namespace: str = "", labels: dict[str, str] = ...) -> tuple[list[Json], str]: ...
+
+    def create(self, kind: Kind, thing: Json, namespace: str = "", *, dry_run: bool = False) -> Json: ...
+
+
+class ClusterHealth:
+    """Looks at a cluster in which luks-csi is installed in `namespace` under `driver_name`."""
+
+    def __init__(self, api: Api, namespace: str, driver_name: str) -> None:
+        self._api = api
+        self._namespace = namespace
+        self._driver_name = driver_name
+
+    def findings(self) -> list[Finding]:
+        """All of it; nothing is changed."""
+        return [
+            look_at("driver name", self._driver, "install deploy/kubernetes, or name the driver with --driver-name"),
+            look_at("kinds", self._kinds, "apply deploy/kubernetes/images/crds.yaml", fatal=False),
+            look_at("other projects' kinds", self._foreign_kinds, "look at these definitions", fatal=False),
+            look_at("agents", self._agents, "look at the node pods that have none", fatal=False),
+            look_at("admission", self._admission, "look at the operator's pod and its log"),
+        ]
+
+    def _driver(self) -> str:
+        found = self._api.get(CSI_DRIVER, self._driver_name)
+        if found is None:
+            raise FailedPrecondition(f"there is no CSIDriver {self._driver_name}")
+        labels = found["metadata"].get("labels") or {}
+        if labels.get(NAME) != MANAGER:
+            raise FailedPrecondition(
+                f"the CSIDriver {self._driver_name} lacks the label {NAME}: {MANAGER}, so it is another driver's; "
+                f"install luks-csi under another name (docs/kubernetes.md), or take that driver away first"
+            )
+        return f"{self._driver_name} is this driver's"
+
+    def _kinds(self) -> str:
+        missing = [f"{kind.plural}.{kind.group}" for kind in (IMAGE, IMAGE_COPY) if self._definition(kind) is None]
+        if missing:
+            raise FailedPrecondition(f"the kinds {' and '.join(missing)} are not there, so there are no Images")
+        return "Image and ImageCopy are there"
+
+    def _foreign_kinds(self) -> str:
+        found = {kind: self._definition(kind) for kind in (BACKING_IMAGE, VIRTUAL_MACHINE_IMAGE)}
+        theirs = [
+            str(kind) for kind, definition in found.items()
+            if definition is not None and (definition["metadata"].get("labels") or {}).get(MANAGED_BY) != MANAGER
+        ]  # fmt: skip
+        if theirs:
+            raise FailedPrecondition(
+                f"{' and '.join(theirs)} are another program's, and the operator does not start beside it; remove what "
+                f"is left of that program, or take the operator away"
+            )
+        ours = [str(kind) for kind, definition in found.items() if definition is not None]
+        return f"{' and '.join(ours)} are served" if ours else "none are served"
+
+    def _definition(self, kind: Kind) -> Json | None:
+        return self._api.get(CRD, f"{kind.plural}.{kind.group}")
+
+    def _agents(self) -> str:
+        pods, _ = self._api.list(POD, self._namespace, AGENT_LABELS)
+        up = {pod["spec"].get("nodeName") for pod in pods if is_up(pod)}
+        nodes = {name_of(node) for node in self._api.list(NODE)[0]}
+        if not up:
+            raise FailedPrecondition(
+                f"no node has an image agent that is ready; install the component deploy/kubernetes/images in "
+                f"namespace {self._namespace}"
+            )
+        without = sorted(nodes - up)
+        if without:
+            raise FailedPrecondition(f"{len(up)} of {len(nodes)} nodes have an agent, not {', '.join(without[:5])}")
+        return f"each of {len(nodes)} nodes has one"
+
+    def _admission(self) -> str:
+        """Asked as a user would ask, without a trace: the API has its webhooks review a dry run too."""
+        if self._api.get(VALIDATING, WEBHOOKS) is None:
+            return "not installed: whoever may make an Image can have any secret used for it"
+        probe = {"metadata": {"name": "luks-csi-doctor"}, "spec": {"source": {"upload": {}}}}
+        try:
+            self._api.create(IMAGE, probe, dry_run=True)
+        except AlreadyExists:
+            pass
+        except InvalidArgument as error:
+            return f"the API reaches it, and it answers: {error}"
+        except DriverError as error:
+            raise FailedPrecondition(f"the API cannot have an Image reviewed, so none can be made ({error})") from None
+        return "the API reaches it"
