@@ -1,15 +1,17 @@
 """A real Kubernetes API for the operator's tests, asked as it is in the field: by kubectl and the operator's client."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from csi_driver.kube.client import Kube
+from csi_driver.kube.kinds import Json, name_of, uid_of
 from tests.cluster.commands import Output, run
 from tests.cluster.pki import Authority
 from tests.cluster.settings import KUBERNETES_BIN
-from tests.keys.apiserver import ApiServer, api_server
+from tests.keys.apiserver import NAMESPACE, ApiServer, api_server
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy/kubernetes"
@@ -38,10 +40,30 @@ class Api:
         finally:
             kube.close()
 
-    def kubectl(self, *words: str | Path, stdin: str = "", check: bool = True) -> Output:
-        """What kubectl says to an administrator; ClusterError with `check` if it fails."""
+    def account(self, name: str, pod: Json | None = None) -> Kube:
+        """The operator's client, as a service account of the driver's namespace; with `pod`, as in that pod."""
+        spec: Json = {"expirationSeconds": 3600}
+        if pod is not None:
+            spec["boundObjectRef"] = {"kind": "Pod", "apiVersion": "v1", "name": name_of(pod), "uid": uid_of(pod)}
+        path = f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/{name}/token"
+        token = self.server.ask("POST", path, {"spec": spec})["status"]["token"]
+        cluster = {"server": self.server.address, "certificate-authority": self._authority.certificate}
+        config = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": "test", "cluster": cluster}],
+            "users": [{"name": name, "user": {"token": token}}],
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": name}}],
+            "current-context": "test",
+        }
+        path_of_it = self._authority.folder / f"account-{name}-{name_of(pod) if pod else 'none'}.kubeconfig"
+        path_of_it.write_text(json.dumps(config))
+        return Kube.of(path_of_it)
+
+    def kubectl(self, *words: str | Path, stdin: str = "", check: bool = True, user: str = "") -> Output:
+        """What kubectl says to a user, an administrator unless told; ClusterError with `check` if it fails."""
         program = Path(os.environ[KUBERNETES_BIN]) / "kubectl"
-        argv = [str(program), f"--kubeconfig={self.admin}", *map(str, words)]
+        argv = [str(program), f"--kubeconfig={self.kubeconfig(user) if user else self.admin}", *map(str, words)]
         return run(argv, timeout=_SECONDS, stdin=stdin.encode(), check=check)
 
     def install(self, folder: Path) -> None:
