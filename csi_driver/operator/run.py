@@ -7,6 +7,7 @@ from csi_driver.host.log import log
 from csi_driver.kube.client import Kube
 from csi_driver.kube.controller import Controller
 from csi_driver.kube.informer import Informer
+from csi_driver.kube.kinds import CLAIM, VOLUME
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.operator.admission.admission import Admission
 from csi_driver.operator.admission.lookups import ApiCluster
@@ -48,16 +49,18 @@ class Operator:
         served = check_crds(kube)
         foreign = compat(kube, served, others, settings.backing_image_namespace, settings.driver_name)
         self._parts: list[Part] = [images, *foreign]
-        seen = {informer.kind: informer.all for part in self._parts for informer in part.informers}
-        cluster = ApiCluster(kube, seen)
-        self.admission = Admission(settings, cluster, self.certificates.context, listen) if listen else None
+        self._informers = [informer for part in self._parts for informer in part.informers]
+        self.admission: Admission | None = None
+        if listen is not None:
+            self._informers += [Informer(kube, kind) for kind in (CLAIM, VOLUME)]  # who waits, and who needs a secret
+            cluster = ApiCluster(kube, {informer.kind: informer.all for informer in self._informers})
+            self.admission = Admission(settings, cluster, self.certificates.context, listen)
 
     def start(self) -> None:
         """Watch, and when all is known, act. Raises FailedPrecondition when something cannot be watched."""
-        informers = [informer for part in self._parts for informer in part.informers]
-        for informer in informers:
+        for informer in self._informers:
             informer.start()
-        for informer in informers:
+        for informer in self._informers:
             if not informer.wait_synced(_SYNC_SECONDS):
                 raise FailedPrecondition(f"the operator cannot see the objects {informer.kind}: {informer.error}")
         for part in self._parts:
@@ -70,7 +73,7 @@ class Operator:
 
     def obstacle(self) -> str | None:
         """Why what is known may be old, so that nothing can be relied on; None while it is not."""
-        errors = {f"{each.kind}: {each.error}" for part in self._parts for each in part.informers if each.error}
+        errors = {f"{each.kind}: {each.error}" for each in self._informers if each.error}
         return "; ".join(sorted(errors)) or None
 
     def stop(self) -> None:
@@ -80,7 +83,7 @@ class Operator:
         self._certifying.ask_to_end()
         for part in self._parts:
             part.controller.ask_to_end()
-            for informer in part.informers:
-                informer.ask_to_end()
+        for informer in self._informers:
+            informer.ask_to_end()
         for part in self._parts:
             part.controller.join(_STOP_SECONDS)
