@@ -150,6 +150,8 @@ class ControlPlane:
             "--authorization-mode=Node,RBAC",
             "--enable-admission-plugins=NodeRestriction",
             "--allow-privileged=true",
+            # There is no kube-proxy: webhooks are reached at their pods.
+            "--enable-aggregator-routing=true",
             f"--audit-policy-file={self._policy}",
             f"--audit-log-path={self._audit_log}",
         )
