@@ -23,7 +23,10 @@ _MOST_SECONDS: Final = 30.0
 
 
 class Informer:
-    """The objects of `kind` that the selectors let through, from `start` on; `changed` is told of each change."""
+    """The objects of `kind` that the selectors let through, from `start` on; `changed` is told of each change.
+
+    Of each object is kept what `kept` makes of it, which must leave name, namespace and resourceVersion.
+    """
 
     def __init__(
         self,
@@ -34,9 +37,11 @@ class Informer:
         namespace: str = "",
         labels: Mapping[str, str] | None = None,
         fields: Mapping[str, str] | None = None,
+        kept: Callable[[Json], Json] | None = None,
     ) -> None:
         self.kind = kind
         self._kube = kube
+        self._kept = kept or (lambda thing: thing)
         self._told: list[Changed] = [changed] if changed else []
         self._where = {"namespace": namespace, "labels": labels or {}, "fields": fields or {}}
         self._things: dict[Key, Json] = {}
@@ -90,14 +95,14 @@ class Informer:
         while not self._end.is_set():
             try:
                 things, version = self._kube.list(self.kind, **self._where)  # type: ignore[arg-type]
-                self._replace(things)
+                self._replace([self._kept(thing) for thing in things])
                 self._error = ""
                 self._synced.set()
                 wait = _FIRST_SECONDS
                 for event, thing in self._kube.watch(self.kind, version, **self._where):  # type: ignore[arg-type]
                     if self._end.is_set():
                         return
-                    self._put(event, thing)
+                    self._put(event, self._kept(thing))
             except Gone:
                 continue
             except DriverError as error:

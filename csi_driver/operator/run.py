@@ -16,6 +16,7 @@ from csi_driver.operator.compat import check_crds, compat
 from csi_driver.operator.events import Events
 from csi_driver.operator.images import Images
 from csi_driver.operator.settings import OperatorSettings
+from csi_driver.operator.users import claim_kept, secrets_kept
 
 _SYNC_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 20.0
@@ -52,7 +53,7 @@ class Operator:
         self._informers = [informer for part in self._parts for informer in part.informers]
         self.admission: Admission | None = None
         if listen is not None:
-            self._informers += [Informer(kube, kind) for kind in (CLAIM, VOLUME)]  # who waits, and who needs a secret
+            self._informers += [Informer(kube, VOLUME, kept=secrets_kept), Informer(kube, CLAIM, kept=claim_kept)]
             cluster = ApiCluster(kube, {informer.kind: informer.all for informer in self._informers})
             self.admission = Admission(settings, cluster, self.certificates.context, listen)
 

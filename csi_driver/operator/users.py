@@ -101,6 +101,28 @@ def waiting_claims(classes: Iterable[Json], claims: Iterable[Json]) -> list[str]
     ]
 
 
+def claim_kept(claim: Json) -> Json:
+    """What `waiting_claims` needs of one: a cluster may have very many."""
+    spec = claim["spec"]
+    return _kept(claim, {key: spec[key] for key in ("storageClassName", "volumeName") if key in spec})
+
+
+def secrets_kept(volume: Json) -> Json:
+    """What `users_of_secret` needs of a PersistentVolume."""
+    csi = volume["spec"].get("csi") or {}
+    return _kept(volume, {"csi": {key: csi[key] for key in ("driver", *_REFERENCES) if key in csi}})
+
+
+def _kept(thing: Json, spec: Json) -> Json:
+    metadata = thing["metadata"]
+    notes = {key: value for key, value in (metadata.get("annotations") or {}).items() if key.startswith(_DELETION)}
+    named = ("name", "namespace", "resourceVersion", "deletionTimestamp")
+    return {
+        "metadata": {**{key: metadata[key] for key in named if key in metadata}, "annotations": notes},
+        "spec": spec,
+    }
+
+
 def named(users: Sequence[str]) -> str:
     """All of them in one line; of very many the first ones and how many more."""
     more = len(users) - _MOST_NAMED

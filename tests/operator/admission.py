@@ -26,6 +26,7 @@ from csi_driver.model.errors import DriverError
 from csi_driver.operator.admission.admission import Admission
 from csi_driver.operator.admission.lookups import ApiCluster
 from csi_driver.operator.settings import OperatorSettings, Profile
+from csi_driver.operator.users import claim_kept, secrets_kept
 from tests.cluster.pki import Authority
 from tests.keys.servers import HOST, free_port
 from tests.operator.api import DEPLOY, Api
@@ -46,7 +47,8 @@ class Admitted:
         authority = Authority(folder / "webhooks")
         authority.issue("operator", "operator", names=[f"IP:{HOST}"])
         self._authority = authority
-        self._informers = {kind: Informer(operator, kind) for kind in _WATCHED}
+        kept = {VOLUME: secrets_kept, CLAIM: claim_kept}
+        self._informers = {kind: Informer(operator, kind, kept=kept.get(kind)) for kind in _WATCHED}
         self._cluster = ApiCluster(operator, {kind: each.all for kind, each in self._informers.items()})
         self._port = free_port()
         self.admission = self._make(Profile.LONGHORN)
@@ -97,7 +99,7 @@ class Admitted:
 
     def configurations(self) -> str:
         """The webhooks of deploy/, reached by URL instead of a service that nothing leads to here."""
-        found = [each for each in documents(DEPLOY / "images/webhooks.yaml") if each["kind"] != "Service"]
+        found = [*documents(DEPLOY / "images/webhooks.yaml")]
         for configuration in found:
             for webhook in configuration["webhooks"]:
                 service = webhook["clientConfig"]["service"]

@@ -573,13 +573,14 @@ def test_an_agent_has_a_say_in_what_its_own_node_has_alone(lab: Admitted) -> Non
     assert "the agent of no node (its token names none) must leave alone what node one has" in refusal(
         lambda: stranger.patch(IMAGE_COPY, copies["one"], done, status=True)
     )
-    wish = {"metadata": {"name": "wish"}, "spec": {"image": "shared", "imageUID": "u", "node": "one"}}
+    wish: Json = {"metadata": {"name": "wish"}, "spec": {"image": "shared", "imageUID": "u", "node": "one"}}
     agent.create(IMAGE_COPY, wish)
-    for name, spec, said in (
+    changed: tuple[tuple[str, Json, str], ...] = (
         ("make", {"make": True}, "that one is made of an image's source only the operator says"),
         ("other", {"node": "two"}, words),
-    ):
-        thing = {"metadata": {"name": name}, "spec": wish["spec"] | spec}
+    )
+    for name, more, said in changed:
+        thing = {"metadata": {"name": name}, "spec": wish["spec"] | more}
         assert said in refusal(partial(agent.create, IMAGE_COPY, thing))
     agent.close()
     stranger.close()
