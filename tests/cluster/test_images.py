@@ -103,9 +103,15 @@ def _nodes(cluster: Cluster, name: str) -> set[str]:
 def _delete(cluster: Cluster, *names: str) -> None:
     for name in names:
         cluster.kubectl("delete", "images.images.luks.csi.internal", name, timeout=120)
-    for node in cluster.nodes:
-        for name in names:
-            assert not node.run(f"find {STATE}/images -name '{name}*' ! -path '*/locks/*'").text
+
+    def removed() -> bool:
+        for node in cluster.nodes:
+            for name in names:
+                left = node.run(f"find {STATE}/images -name '{name}*' ! -path '*/locks/*'").text
+                assert not left, left
+        return True
+
+    cluster.wait(f"end of the files of {', '.join(names)}", removed)
 
 
 @contextmanager
