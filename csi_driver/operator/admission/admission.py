@@ -2,6 +2,7 @@
 
 import ssl
 from collections.abc import Callable
+from functools import partial
 
 from csi_driver.model.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 from csi_driver.operator.admission import machine_images, review
@@ -10,7 +11,7 @@ from csi_driver.operator.admission.images import ImageRules
 from csi_driver.operator.admission.lookups import Cluster
 from csi_driver.operator.admission.review import Request, Verdict
 from csi_driver.operator.admission.secrets import SecretRules
-from csi_driver.operator.admission.server import Answer, Limits, ReviewServer
+from csi_driver.operator.admission.server import Limits, ReviewServer
 from csi_driver.operator.admission.tally import ALLOWED, FAILED, REFUSED, Tally
 from csi_driver.operator.settings import OperatorSettings
 
@@ -32,14 +33,14 @@ class Admission:
         limits: Limits | None = None,
     ) -> None:
         account = f"system:serviceaccount:{settings.namespace}:{ACCOUNT}"
-        rules: dict[str, Rule] = {
+        self._rules: dict[str, Rule] = {
             "secrets": SecretRules(cluster, settings.driver_name).review,
             "storageclasses": ClassRules(cluster, settings.driver_name, settings.profile).review,
             "images": ImageRules(cluster, settings, account).review,
             "parameters": lambda request: machine_images.mutate(request, cluster),
         }
         self.tally = Tally()
-        paths = {f"/{name}": self._answer(name, rule) for name, rule in rules.items()}
+        paths = {f"/{webhook}": partial(self.answer, webhook) for webhook in self._rules}
         self._server = ReviewServer(listen, paths, context, limits or Limits())
 
     def start(self) -> None:
@@ -55,18 +56,16 @@ class Admission:
         """Where it listens; 0 before `start`."""
         return self._server.port
 
-    def _answer(self, name: str, rule: Rule) -> Answer:
-        def answer(body: bytes) -> bytes:
-            request = review.read(body)
-            try:
-                verdict = rule(request)
-            except (InvalidArgument, PermissionDenied, FailedPrecondition) as error:
-                self.tally.count(name, REFUSED)
-                return review.refuse(request, error)
-            except BaseException:
-                self.tally.count(name, FAILED)
-                raise
-            self.tally.count(name, ALLOWED)
-            return review.allow(request, verdict)
-
-        return answer
+    def answer(self, webhook: str, body: bytes) -> bytes:
+        """Review what the API sends to the path of a webhook. Raises InvalidArgument for what is no review."""
+        request = review.read(body)
+        try:
+            verdict = self._rules[webhook](request)
+        except (InvalidArgument, PermissionDenied, FailedPrecondition) as error:
+            self.tally.count(webhook, REFUSED)
+            return review.refuse(request, error)
+        except BaseException:
+            self.tally.count(webhook, FAILED)
+            raise
+        self.tally.count(webhook, ALLOWED)
+        return review.allow(request, verdict)
