@@ -106,7 +106,7 @@ class Lab:
 
     def _install(self) -> None:
         compat = (f"compat/{name}.yaml" for name in ("backingimages", "virtualmachineimages", "rbac"))
-        for file in ("images/crds.yaml", "images/rbac.yaml", *compat):
+        for file in ("images/crds.yaml", "images/rbac.yaml", "images/policies.yaml", *compat):
             for document in documents(DEPLOY / file):
                 self.apply(document)
         for kind in (IMAGE, IMAGE_COPY, BACKING_IMAGE, VIRTUAL_MACHINE_IMAGE):
@@ -179,7 +179,11 @@ class Lab:
                 "name": f"node-{name}",
                 "labels": {"app.kubernetes.io/name": "luks-csi", "app.kubernetes.io/component": "node"},
             },
-            "spec": {"nodeName": name, "containers": [{"name": "image-agent", "image": "none"}]},
+            "spec": {
+                "nodeName": name,
+                "serviceAccountName": ACCOUNT,
+                "containers": [{"name": "image-agent", "image": "none"}],
+            },
         }
         self.kube.create(POD, pod, NAMESPACE)
         self.pod_up(name, up=True)
@@ -211,13 +215,14 @@ class Lab:
         folder.mkdir(exist_ok=True)
         port = free_port()
         token = folder / "agents-token"
-        token.write_text(self.token(ACCOUNT, AUDIENCE))
+        pod = self.kube.get(POD, f"node-{node}", NAMESPACE)
+        token.write_text(self.token(ACCOUNT, AUDIENCE, pod=pod))
         argv = [
             "image-agent", f"--node-id={node}", f"--state-dir={folder}", f"--listen={HOST}:{port}",
             f"--address={HOST}:{port}", f"--tls-dir={self.tls}", f"--token-file={token}", "--allow-local",
             "--log-level=debug",
         ]  # fmt: skip
-        environment = {"KUBECONFIG": str(self._kubeconfig_of(ACCOUNT, folder / "kubeconfig"))}
+        environment = {"KUBECONFIG": str(self._kubeconfig_of(ACCOUNT, folder / "kubeconfig", pod))}
         return Process(argv, folder / "agent.log", environment)
 
     def _operator(self) -> Process:
@@ -225,19 +230,22 @@ class Lab:
         argv = ["operator", "--log-level=debug", "--lost-seconds=1"]
         return Process(argv, self.folder / "operator.log", environment)
 
-    def token(self, account: str, *audiences: str) -> str:
-        """A token of a service account of the driver's namespace."""
+    def token(self, account: str, *audiences: str, pod: Json | None = None) -> str:
+        """A token of a service account of the driver's namespace; with `pod`, as kubelet has one made for that pod."""
         path = f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/{account}/token"
         spec: dict[str, Any] = {"expirationSeconds": 7200} | ({"audiences": [*audiences]} if audiences else {})
+        if pod is not None:
+            bound = {"apiVersion": "v1", "kind": "Pod", "name": name_of(pod), "uid": pod["metadata"]["uid"]}
+            spec["boundObjectRef"] = bound
         return str(self.api.ask("POST", path, {"spec": spec})["status"]["token"])
 
-    def _kubeconfig_of(self, account: str, path: Path) -> Path:
+    def _kubeconfig_of(self, account: str, path: Path, pod: Json | None = None) -> Path:
         cluster = {"server": self.api.address, "certificate-authority": self._authority.certificate}
         config = {
             "apiVersion": "v1",
             "kind": "Config",
             "clusters": [{"name": "lab", "cluster": cluster}],
-            "users": [{"name": account, "user": {"token": self.token(account)}}],
+            "users": [{"name": account, "user": {"token": self.token(account, pod=pod)}}],
             "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": account, "namespace": NAMESPACE}}],
             "current-context": "lab",
         }

@@ -29,7 +29,14 @@ from csi_driver.operator.admission.review import Request, User, Verdict
 from csi_driver.operator.admission.secrets import SecretRules, check_content
 from csi_driver.operator.admission.tally import Tally
 from csi_driver.operator.settings import OperatorSettings, Profile
-from csi_driver.operator.users import named, secrets_of_image
+from csi_driver.operator.users import (
+    claim_kept,
+    named,
+    secrets_kept,
+    secrets_of_image,
+    users_of_secret,
+    waiting_claims,
+)
 
 DRIVER = "luks.csi.internal"
 OPERATOR = "system:serviceaccount:luks-csi:luks-csi-operator"
@@ -291,6 +298,27 @@ def test_a_volume_keeps_the_secret_that_its_deletion_needs(cluster: MemoryCluste
     cluster.put(VOLUME, {"metadata": {"name": "pv", **notes}, "spec": {"csi": {"driver": DRIVER}}})
     with pytest.raises(FailedPrecondition, match="is used by PersistentVolume pv"):
         SecretRules(cluster, DRIVER).review(asked(SECRET, None, OLD, namespace="team"))
+
+
+def test_what_is_kept_of_volumes_and_claims_is_enough() -> None:
+    notes = {"volume.kubernetes.io/provisioner-deletion-secret-name": "b", "other": "x"}
+    csi = {"driver": DRIVER, "volumeHandle": "h", "nodeExpandSecretRef": {"name": "a", "namespace": "n"}}
+    named = {"name": "pv", "resourceVersion": "7", "uid": "u"}
+    volume = {"metadata": {**named, "annotations": notes}, "spec": {"csi": csi, "capacity": {}}}
+    kept = secrets_kept(volume)
+    assert kept["metadata"]["resourceVersion"] == "7"
+    assert "other" not in kept["metadata"]["annotations"]
+    for place in (("n", "a"), ("", "b")):
+        assert users_of_secret(place, DRIVER, [], [], [kept]) == ["PersistentVolume pv"]
+    assert secrets_kept({"metadata": named, "spec": {"hostPath": {}}})["spec"] == {"csi": {}}
+    claim: dict[str, Any] = {
+        "metadata": {"name": "c", "namespace": "n"},
+        "spec": {"storageClassName": "s", "resources": {}},
+    }
+    classes = [storage_class({}, "s")]
+    assert waiting_claims(classes, [claim_kept(claim)]) == ["claim n/c waits for a volume of it"]
+    claim["spec"]["volumeName"] = "pv"
+    assert waiting_claims(classes, [claim_kept(claim)]) == []
 
 
 def test_an_image_needs_what_was_verified_to_open_it() -> None:
