@@ -99,7 +99,7 @@ class Admitted:
 
     def configurations(self) -> str:
         """The webhooks of deploy/, reached by URL instead of a service that nothing leads to here."""
-        found = [*documents(DEPLOY / "images/webhooks.yaml")]
+        found = [each for each in documents(DEPLOY / "images/webhooks.yaml") if "webhooks" in each]
         for configuration in found:
             for webhook in configuration["webhooks"]:
                 service = webhook["clientConfig"]["service"]
