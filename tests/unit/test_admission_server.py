@@ -159,7 +159,10 @@ def test_what_fails_is_told_without_what_was_asked(server: ReviewServer, certifi
         status, said = ask(server, certificates, "/broken", SECRET.encode())
     assert (status, said) == (500, b"the review failed; the operator's log tells more\n")
     (line,) = lines
-    assert (line.event, dict(line.fields)) == ("admission review failed", {"path": "/broken", "error": "RuntimeError"})
+    assert (line.event, dict(line.fields)) == (
+        "admission review failed",
+        {"webhook": "broken", "error": "RuntimeError"},
+    )
 
 
 def test_a_new_certificate_is_shown_at_once_and_none_is_no_connection(tmp_path: Path, reviews: Reviews) -> None:
@@ -176,7 +179,7 @@ def test_a_new_certificate_is_shown_at_once_and_none_is_no_connection(tmp_path: 
         certificates.missing = True
         with pytest.raises(ssl.SSLError), told_lines() as lines:
             raw(server, certificates)
-        assert [(line.event, line.level) for line in lines] == [("admission review not possible", "warning")]
+        assert [(line.event, line.level) for line in lines] == [("no certificate for admission reviews", "warning")]
         certificates.missing = False
         assert ask(server, certificates)[0] == 200
 

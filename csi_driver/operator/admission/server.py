@@ -125,7 +125,7 @@ class ReviewServer:
             try:
                 connection.context = self._certificate()
             except (DriverError, OSError) as error:
-                log.warning("admission review not possible", error=str(error))
+                log.warning("no certificate for admission reviews", error=str(error))
                 return ssl.ALERT_DESCRIPTION_INTERNAL_ERROR
             return None
 
@@ -184,7 +184,7 @@ class ReviewServer:
             async with asyncio.timeout(self._limits.to_review):
                 return await made
         except TimeoutError:
-            log.error("admission review took too long", path=path)
+            log.error("admission review failed", webhook=path[1:], error="it took too long")
             return _Response(HTTPStatus.GATEWAY_TIMEOUT, b"the review took too long\n")
 
     def _answer(self, path: str, body: bytes) -> _Response:
@@ -194,7 +194,7 @@ class ReviewServer:
             return _Response(HTTPStatus.BAD_REQUEST, f"{error}\n".encode())
         except Exception as error:  # noqa: BLE001 - whatever it is, failurePolicy decides
             # By its class alone: a text may quote what the request held.
-            log.error("admission review failed", path=path, error=type(error).__name__)
+            log.error("admission review failed", webhook=path[1:], error=type(error).__name__)
             return _Response(HTTPStatus.INTERNAL_SERVER_ERROR, b"the review failed; the operator's log tells more\n")
 
 
@@ -239,4 +239,4 @@ def _tell_broken(_loop: asyncio.AbstractEventLoop, context: dict[str, object]) -
     """A connection that broke is the other side's to tell."""
     error = context.get("exception")
     if not isinstance(error, OSError | TimeoutError):
-        log.error("admission server", error=type(error).__name__)
+        log.error("admission review failed", webhook="", error=type(error).__name__)
