@@ -602,6 +602,11 @@ def test_without_the_operator_secrets_and_classes_go_on_and_images_wait(lab: Adm
         lab.operator.delete(IMAGE, "own")
     make(alice, "seen", {"upload": {}})
     alice.delete(IMAGE, "seen")
+    told = lab.api.kubectl("get", "--raw", "/metrics").stdout.decode()  # what the alert in the docs asks for
+    opened = [line for line in told.splitlines() if line.startswith("apiserver_admission_webhook_fail_open_count{")]
+    assert any('name="secrets.images.luks.csi.internal"' in line for line in opened)
+    closed = [line for line in told.splitlines() if line.startswith("apiserver_admission_webhook_rejection_count{")]
+    assert any('error_type="calling_webhook_error"' in line and 'name="images.images.' in line for line in closed)
 
 
 def test_what_was_reviewed_is_counted(lab: Admitted) -> None:

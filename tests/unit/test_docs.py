@@ -295,3 +295,10 @@ def commands(command: click.Command = cli.luks_csi, name: str = "") -> Iterator[
             assert found is not None
             yield f"{name} {word}".strip(), found
             yield from commands(found, f"{name} {word}".strip())
+
+
+def test_every_test_that_shows_a_rule_is_there() -> None:
+    names = set(re.findall(r"`(test_\w+)`", section(page("conformance.md"), "Rules of the documents on images")))
+    tests = (ROOT / "tests/operator/test_admission.py").read_text()
+    assert names
+    assert [name for name in sorted(names) if f"def {name}(" not in tests] == []
