@@ -32,10 +32,10 @@ _BUSY_PAUSE: Final = 2.0
 class Agent:
     """Keeps the copies of `settings.node` as the objects want them, from `start` to `stop`."""
 
-    def __init__(self, kube: Kube, settings: AgentSettings, uploads: Uploads) -> None:
+    def __init__(self, kube: Kube, settings: AgentSettings, library: ImageLibrary, uploads: Uploads) -> None:
         self._kube = kube
         self._settings = settings
-        self._library = ImageLibrary(settings.images)
+        self._library = library
         self._uploads = uploads
         self._requests = Requests(kube, settings, uploads)
         self._jobs: dict[str, Job] = {}
@@ -73,7 +73,8 @@ class Agent:
             if job is not None and job.result is None:
                 job.stop()
                 return 0.5
-            self._jobs.pop(name, None)
+            if self._jobs.pop(name, None) is not None:
+                self._wake_waiting()
             return self._remove(copy) if copy is not None else None
         if job is not None and job.result is None:
             self._tell(copy, State.IN_PROGRESS, _words(job), **_progress(job))

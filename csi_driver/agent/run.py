@@ -17,17 +17,17 @@ _SYNC_SECONDS: Final = 60.0
 
 
 class NodeAgent:
-    """Runs from `start` to `stop`."""
+    """Runs from `start` to `stop`; `library` is that of the node's images."""
 
-    def __init__(self, kube: Kube, settings: AgentSettings) -> None:
+    def __init__(self, kube: Kube, settings: AgentSettings, library: ImageLibrary) -> None:
         self._settings = settings
         uploads = Uploads(settings.images / "uploads")
-        self._agent = Agent(kube, settings, uploads)
+        self._agent = Agent(kube, settings, library, uploads)
         uploads.came = self._uploaded
         self._server = CopyServer(
             settings.listen,
             settings.tls_dir,
-            ImageLibrary(settings.images),
+            library,
             uploads,
             Access(kube, settings.account),
             self._agent.copies.all,

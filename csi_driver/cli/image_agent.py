@@ -52,9 +52,11 @@ def image_agent(log_format: LogFormat, log_level: str, **options: Any) -> None:
     with loading():
         from csi_driver.agent.run import NodeAgent
         from csi_driver.agent.settings import AgentSettings
+        from csi_driver.images.library import ImageLibrary
         from csi_driver.rpc.signals import told_to_stop
 
-    agent = NodeAgent(kube, AgentSettings(node=options.pop("node_id"), **options))
+    settings = AgentSettings(node=options.pop("node_id"), **options)
+    agent = NodeAgent(kube, settings, ImageLibrary(settings.images))
     with told_to_stop() as (told, _):
         agent.start()
         os.read(told, 1)

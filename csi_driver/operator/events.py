@@ -1,8 +1,8 @@
 """Events: what happened to an object, where people look for it (kubectl describe)."""
 
-import contextlib
 from typing import Final
 
+from csi_driver.host.log import log
 from csi_driver.kube.client import Kube
 from csi_driver.kube.kinds import EVENT, Json, Kind, name_of, uid_of
 from csi_driver.model.errors import DriverError
@@ -13,7 +13,7 @@ _MOST_BYTES: Final = 1024
 
 
 class Events:
-    """Writes events; one that cannot be written is left out."""
+    """Writes events; one that cannot be written is left out, and that is logged."""
 
     def __init__(self, kube: Kube, component: str, namespace: str) -> None:
         self._kube = kube
@@ -38,5 +38,7 @@ class Events:
             "lastTimestamp": now,
             "count": 1,
         }  # fmt: skip
-        with contextlib.suppress(DriverError):
+        try:
             self._kube.create(EVENT, event, namespace)
+        except DriverError as error:
+            log.warning("event not written", reason=reason, error=str(error))

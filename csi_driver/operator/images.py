@@ -33,6 +33,7 @@ from csi_driver.operator.users import users_of_image
 AGENT_LABELS: Final = {"app.kubernetes.io/name": "luks-csi", "app.kubernetes.io/component": "node"}
 _PROGRESS: Final = frozenset({"progress", "bytesPerSecond", "nodes", "message", "conditions"})
 _WRITE_SECONDS: Final = 1.0
+_CLAIM_SECONDS: Final = 10.0  # claims and their volumes are not watched
 
 
 class Images:
@@ -48,7 +49,7 @@ class Images:
         self.pods = Informer(kube, POD, self._nodes_changed, namespace=settings.namespace, labels=AGENT_LABELS)
         self.nodes = Informer(kube, NODE, self._nodes_changed)
         self.classes = Informer(kube, STORAGE_CLASS, self._class_changed)
-        self._seen_agents: Mapping[str, Mapping[str, str]] = {}
+        self._seen_nodes: tuple[frozenset[str], Mapping[str, Mapping[str, str]]] = frozenset(), {}
         self._since: dict[str, float] = {}
         self._written: dict[str, float] = {}
 
@@ -73,7 +74,8 @@ class Images:
         found = plan(image, copies, world)
         later = self._write(image, found)
         self._do(image, copies, found)
-        return min((each for each in (later, look_again) if each is not None), default=None)
+        claim = _CLAIM_SECONDS if isinstance(world.claim, str) else None
+        return min((each for each in (later, look_again, claim) if each is not None), default=None)
 
     def _do(self, image: Json, copies: Sequence[Json], found: Plan) -> None:
         for copy in found.create:
@@ -200,11 +202,13 @@ class Images:
                 self.controller.tell(name_of(image))
 
     def _nodes_changed(self, _thing: Json) -> None:
-        agents = self._agents()
-        if agents != self._seen_agents:
-            self._seen_agents = agents
-            for image in self.images.all():
-                self.controller.tell(name_of(image))
+        """A node that had no agent any more may go, too: then what is told of its copies is over."""
+        seen = frozenset(map(name_of, self.nodes.all())), self._agents()
+        if seen != self._seen_nodes:
+            self._seen_nodes = seen
+            names = {copy["spec"]["image"] for copy in self.copies.all()} | {*map(name_of, self.images.all())}
+            for name in names:
+                self.controller.tell(name)
 
     def _class_changed(self, storage_class: Json) -> None:
         name = (storage_class.get("parameters") or {}).get("backingImage")

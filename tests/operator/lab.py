@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -47,6 +47,9 @@ OPERATOR: Final = "luks-csi-operator"
 _PATIENCE: Final = float(os.environ.get("PATIENCE", "120"))  # no verdict hangs on it, only how long a failure takes
 _POLL_SECONDS: Final = 0.05
 
+_LUKS_CSI: Final = str(Path(sys.executable).with_name("luks-csi"))
+_USUAL: Final[Mapping[str, Sequence[str]]] = {}
+
 Found = TypeVar("Found")
 
 
@@ -58,7 +61,7 @@ def documents(path: Path) -> Iterator[Json]:
 class Process:
     """Operator or agent: started, killed, started again."""
 
-    def __init__(self, argv: list[str], log: Path, environment: dict[str, str]) -> None:
+    def __init__(self, argv: Sequence[str], log: Path, environment: dict[str, str]) -> None:
         self._argv = argv
         self.log = log
         self._environment = environment
@@ -67,9 +70,8 @@ class Process:
     def start(self) -> None:
         with open(self.log, "ab") as output:
             self._running = subprocess.Popen(
-                [str(Path(sys.executable).with_name("luks-csi")), *self._argv], stdin=subprocess.DEVNULL, stdout=output,
-                stderr=output, env=os.environ | self._environment,
-            )  # fmt: skip
+                self._argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ | self._environment
+            )
 
     def kill(self) -> None:
         """As a node's end would: at once."""
@@ -78,10 +80,17 @@ class Process:
     def stop(self) -> None:
         self._end(signal.SIGTERM)
 
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
     @property
     def pid(self) -> int:
         assert self._running is not None
         return self._running.pid
+
+    @property
+    def is_up(self) -> bool:
+        return self._running is not None and self._running.poll() is None
 
     def _end(self, number: int) -> None:
         running, self._running = self._running, None
@@ -91,9 +100,14 @@ class Process:
 
 
 class Lab:
-    """The API, an administrator's client of it, and what runs against it."""
+    """The API, an administrator's client of it, and what runs against it: by `programs` in the place of luks-csi, by
+    the name of the command.
+    """
 
-    def __init__(self, api: ApiServer, authority: Authority, folder: Path) -> None:
+    def __init__(
+        self, api: ApiServer, authority: Authority, folder: Path, programs: Mapping[str, Sequence[str]] = _USUAL
+    ) -> None:
+        self._programs = programs
         self.api = api
         self.folder = folder
         self._authority = authority
@@ -171,8 +185,8 @@ class Lab:
 
     # Nodes.
 
-    def node(self, name: str, **labels: str) -> Process:
-        """A node with an agent that runs."""
+    def node(self, name: str, *options: str, **labels: str) -> Process:
+        """A node with an agent that runs, with these options."""
         self.kube.create(NODE, {"metadata": {"name": name, "labels": labels}})
         pod = {
             "metadata": {
@@ -187,7 +201,7 @@ class Lab:
         }
         self.kube.create(POD, pod, NAMESPACE)
         self.pod_up(name, up=True)
-        agent = self.agents[name] = self._agent(name)
+        agent = self.agents[name] = self._agent(name, *options)
         agent.start()
         return agent
 
@@ -210,7 +224,7 @@ class Lab:
         """The folder of a node's images."""
         return self.folder / node / "images"
 
-    def _agent(self, node: str) -> Process:
+    def _agent(self, node: str, *options: str) -> Process:
         folder = self.folder / node
         folder.mkdir(exist_ok=True)
         port = free_port()
@@ -218,17 +232,21 @@ class Lab:
         pod = self.kube.get(POD, f"node-{node}", NAMESPACE)
         token.write_text(self.token(ACCOUNT, AUDIENCE, pod=pod))
         argv = [
-            "image-agent", f"--node-id={node}", f"--state-dir={folder}", f"--listen={HOST}:{port}",
+            f"--node-id={node}", f"--state-dir={folder}", f"--listen={HOST}:{port}",
             f"--address={HOST}:{port}", f"--tls-dir={self.tls}", f"--token-file={token}", "--allow-local",
-            "--log-level=debug",
+            "--log-level=debug", *options,
         ]  # fmt: skip
-        environment = {"KUBECONFIG": str(self._kubeconfig_of(ACCOUNT, folder / "kubeconfig", pod))}
-        return Process(argv, folder / "agent.log", environment)
+        environment = {"KUBECONFIG": str(self._kubeconfig_of(ACCOUNT, folder / "kubeconfig"))}
+        return self._process("image-agent", argv, folder / "agent.log", environment)
 
     def _operator(self) -> Process:
         environment = {"KUBECONFIG": str(self._kubeconfig_of(OPERATOR, self.folder / "operator.kubeconfig"))}
-        argv = ["operator", "--log-level=debug", "--lost-seconds=1"]
-        return Process(argv, self.folder / "operator.log", environment)
+        argv = ["--log-level=debug", "--lost-seconds=1"]
+        return self._process("operator", argv, self.folder / "operator.log", environment)
+
+    def _process(self, command: str, options: Sequence[str], log: Path, environment: dict[str, str]) -> Process:
+        program = self._programs.get(command, (_LUKS_CSI, command))
+        return Process([*program, *options], log, environment)
 
     def token(self, account: str, *audiences: str, pod: Json | None = None) -> str:
         """A token of a service account of the driver's namespace; with `pod`, as kubelet has one made for that pod."""

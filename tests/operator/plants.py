@@ -1,0 +1,112 @@
+"""`python -m tests.operator.plants PLANT OPTION…`: operator or agent with a bug in it, or with an end at a chosen moment.
+
+Each bug must turn `make operator-random` red (test_random.py). PLANT:COUNT is for those that count.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from csi_driver.agent.run import NodeAgent
+from csi_driver.agent.settings import AgentSettings
+from csi_driver.cli.image_agent import image_agent
+from csi_driver.cli.logs import configure_logs
+from csi_driver.cli.operator import operator
+from csi_driver.images.library import ImageLibrary
+from csi_driver.kube.client import Kube
+from csi_driver.kube.kinds import IMAGE_COPY, Json, Kind
+from csi_driver.operator.run import Operator
+from csi_driver.operator.settings import OperatorSettings
+from csi_driver.rpc.signals import told_to_stop
+
+
+def program(plant: str) -> list[str]:
+    """The command that runs it; options follow."""
+    return [sys.executable, "-m", "tests.operator.plants", plant]
+
+
+class KeepingLibrary(ImageLibrary):
+    """Removes nothing."""
+
+    def drop(self, name: str, owner: str) -> None:
+        """Leave it."""
+
+
+class ForgetfulKube(Kube):
+    """Lets one copy of an image be made, and no other one."""
+
+    def create(self, kind: Kind, thing: Json, namespace: str = "") -> Json:
+        if kind == IMAGE_COPY and not thing["spec"]["make"]:
+            return thing
+        return super().create(kind, thing, namespace)
+
+
+class HastyKube(Kube):
+    """Lets go of copies whose files are there."""
+
+    def delete(self, kind: Kind, name: str, namespace: str = "") -> None:
+        if kind == IMAGE_COPY:
+            self.patch(kind, name, {"metadata": {"finalizers": None}})
+        super().delete(kind, name, namespace)
+
+
+class MortalKube(Kube):
+    """Ends the process at a write: the COUNTth one has been done, or with half a step more is just not done."""
+
+    writes = 0
+    halves = 0
+
+    def create(self, kind: Kind, thing: Json, namespace: str = "") -> Json:
+        return self._done(lambda: super(MortalKube, self).create(kind, thing, namespace))
+
+    def patch(self, kind: Kind, name: str, patch: Json, namespace: str = "", *, status: bool = False) -> Json:
+        return self._done(lambda: super(MortalKube, self).patch(kind, name, patch, namespace, status=status))
+
+    def delete(self, kind: Kind, name: str, namespace: str = "") -> None:
+        self._done(lambda: super(MortalKube, self).delete(kind, name, namespace) or {})
+
+    def _done(self, write: Callable[[], Json]) -> Json:
+        self._moment()
+        done = write()
+        self._moment()
+        return done
+
+    def _moment(self) -> None:
+        MortalKube.halves += 1
+        if MortalKube.halves == MortalKube.writes:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+_KUBES: Final[Mapping[str, type[Kube]]] = {"forgets": ForgetfulKube, "hasty": HastyKube, "mortal": MortalKube}
+
+
+def main(plant: str, arguments: list[str]) -> None:
+    """Run it until SIGTERM."""
+    name, _, count = plant.partition(":")
+    options = _options(image_agent if name == "keeps" else operator, arguments)
+    configure_logs(options.pop("log_format"), options.pop("log_level"))
+    running: Operator | NodeAgent
+    if name == "keeps":
+        settings = AgentSettings(node=options.pop("node_id"), **options)
+        running = NodeAgent(Kube.of(), settings, KeepingLibrary(settings.images))
+    else:
+        MortalKube.writes = int(count or 0)
+        running = Operator(_KUBES[name].of(Path(os.environ["KUBECONFIG"])), OperatorSettings(**options))
+    with told_to_stop() as (told, _):
+        running.start()
+        os.read(told, 1)
+    running.stop()
+
+
+def _options(command: click.Command, arguments: list[str]) -> dict[str, Any]:
+    with command.make_context("plant", arguments) as context:
+        return dict(context.params)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
