@@ -47,6 +47,7 @@ OPERATOR: Final = "luks-csi-operator"
 _PATIENCE: Final = float(os.environ.get("PATIENCE", "120"))  # no verdict hangs on it, only how long a failure takes
 _POLL_SECONDS: Final = 0.05
 
+_OPERATOR_OPTIONS: Final = ("--log-level=debug", "--lost-seconds=1")
 _LUKS_CSI: Final = str(Path(sys.executable).with_name("luks-csi"))
 _USUAL: Final[Mapping[str, Sequence[str]]] = {}
 
@@ -64,13 +65,13 @@ class Process:
     def __init__(self, argv: Sequence[str], log: Path, environment: dict[str, str]) -> None:
         self._argv = argv
         self.log = log
-        self._environment = environment
+        self.environment = environment
         self._running: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         with open(self.log, "ab") as output:
             self._running = subprocess.Popen(
-                self._argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ | self._environment
+                self._argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ | self.environment
             )
 
     def kill(self) -> None:
@@ -185,8 +186,8 @@ class Lab:
 
     # Nodes.
 
-    def node(self, name: str, *options: str, **labels: str) -> Process:
-        """A node with an agent that runs, with these options."""
+    def node(self, name: str, *options: str, within: Sequence[str] = (), **labels: str) -> Process:
+        """A node with an agent that runs, with these options; `within` is a command that runs its program."""
         self.kube.create(NODE, {"metadata": {"name": name, "labels": labels}})
         pod = {
             "metadata": {
@@ -201,7 +202,7 @@ class Lab:
         }
         self.kube.create(POD, pod, NAMESPACE)
         self.pod_up(name, up=True)
-        agent = self.agents[name] = self._agent(name, *options)
+        agent = self.agents[name] = self._agent(name, options, within)
         agent.start()
         return agent
 
@@ -224,7 +225,7 @@ class Lab:
         """The folder of a node's images."""
         return self.folder / node / "images"
 
-    def _agent(self, node: str, *options: str) -> Process:
+    def _agent(self, node: str, options: Sequence[str], within: Sequence[str]) -> Process:
         folder = self.folder / node
         folder.mkdir(exist_ok=True)
         port = free_port()
@@ -237,16 +238,21 @@ class Lab:
             "--log-level=debug", *options,
         ]  # fmt: skip
         environment = {"KUBECONFIG": str(self._kubeconfig_of(ACCOUNT, folder / "kubeconfig"))}
-        return self._process("image-agent", argv, folder / "agent.log", environment)
+        return self._process("image-agent", argv, folder / "agent.log", environment, within)
 
     def _operator(self) -> Process:
         environment = {"KUBECONFIG": str(self._kubeconfig_of(OPERATOR, self.folder / "operator.kubeconfig"))}
-        argv = ["--log-level=debug", "--lost-seconds=1"]
-        return self._process("operator", argv, self.folder / "operator.log", environment)
+        return self._process("operator", _OPERATOR_OPTIONS, self.folder / "operator.log", environment)
 
-    def _process(self, command: str, options: Sequence[str], log: Path, environment: dict[str, str]) -> Process:
+    def planted(self, program: Sequence[str]) -> Process:
+        """The operator as another program; not started."""
+        return Process([*program, *_OPERATOR_OPTIONS], self.operator.log, self.operator.environment)
+
+    def _process(
+        self, command: str, options: Sequence[str], log: Path, environment: dict[str, str], within: Sequence[str] = ()
+    ) -> Process:
         program = self._programs.get(command, (_LUKS_CSI, command))
-        return Process([*program, *options], log, environment)
+        return Process([*within, *program, *options], log, environment)
 
     def token(self, account: str, *audiences: str, pod: Json | None = None) -> str:
         """A token of a service account of the driver's namespace; with `pod`, as kubelet has one made for that pod."""

@@ -56,10 +56,9 @@ class HastyKube(Kube):
 
 
 class MortalKube(Kube):
-    """Ends the process at a write: the COUNTth one has been done, or with half a step more is just not done."""
+    """Ends the process behind its COUNTth write."""
 
-    writes = 0
-    halves = 0
+    left = 0
 
     def create(self, kind: Kind, thing: Json, namespace: str = "") -> Json:
         return self._done(lambda: super(MortalKube, self).create(kind, thing, namespace))
@@ -71,15 +70,11 @@ class MortalKube(Kube):
         self._done(lambda: super(MortalKube, self).delete(kind, name, namespace) or {})
 
     def _done(self, write: Callable[[], Json]) -> Json:
-        self._moment()
         done = write()
-        self._moment()
-        return done
-
-    def _moment(self) -> None:
-        MortalKube.halves += 1
-        if MortalKube.halves == MortalKube.writes:
+        MortalKube.left -= 1
+        if not MortalKube.left:
             os.kill(os.getpid(), signal.SIGKILL)
+        return done
 
 
 _KUBES: Final[Mapping[str, type[Kube]]] = {"forgets": ForgetfulKube, "hasty": HastyKube, "mortal": MortalKube}
@@ -95,7 +90,7 @@ def main(plant: str, arguments: list[str]) -> None:
         settings = AgentSettings(node=options.pop("node_id"), **options)
         running = NodeAgent(Kube.of(), settings, KeepingLibrary(settings.images))
     else:
-        MortalKube.writes = int(count or 0)
+        MortalKube.left = int(count or 0)
         running = Operator(_KUBES[name].of(Path(os.environ["KUBECONFIG"])), OperatorSettings(**options))
     with told_to_stop() as (told, _):
         running.start()
