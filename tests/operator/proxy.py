@@ -1,0 +1,75 @@
+"""A way to the API that can be cut: TCP, byte by byte as it comes."""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+
+from tests.keys.servers import HOST
+
+_PIECE = 1 << 16
+
+
+class Proxy:
+    """Passes connections on to `port` until it is cut; then those that are there end, and no new one is let through."""
+
+    def __init__(self, port: int) -> None:
+        self._to = port
+        self._guard = threading.Lock()
+        self._is_cut = False
+        self._open: list[socket.socket] = []
+        self._listening = socket.create_server((HOST, 0))
+        self.address = f"https://{HOST}:{self._listening.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        with self._guard:
+            self._is_cut = True
+            for each in self._open:
+                _end(each)
+            self._open.clear()
+
+    def mend(self) -> None:
+        with self._guard:
+            self._is_cut = False
+
+    def close(self) -> None:
+        self.cut()
+        _end(self._listening)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                here, _ = self._listening.accept()
+                with self._guard:
+                    if self._is_cut:
+                        here.close()
+                        continue
+                    there = socket.create_connection((HOST, self._to))
+                    self._open += [here, there]
+                for each in ((here, there), (there, here)):
+                    threading.Thread(target=_pass_on, args=each, daemon=True).start()
+
+
+def _pass_on(start: socket.socket, end: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while piece := start.recv(_PIECE):
+            end.sendall(piece)
+    for each in (start, end):
+        _end(each)
+
+
+def _end(each: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        each.shutdown(socket.SHUT_RDWR)
+    each.close()
+
+
+@contextlib.contextmanager
+def proxy(port: int) -> Iterator[Proxy]:
+    """One as long as the block."""
+    made = Proxy(port)
+    try:
+        yield made
+    finally:
+        made.close()
