@@ -1,4 +1,4 @@
-"""An HTTP server on 127.0.0.1 that serves one image, well or as badly as a test says."""
+"""An HTTP server on this machine that serves one image, well or as badly as a test says."""
 
 import contextlib
 import hashlib
@@ -17,8 +17,9 @@ class ImageServer(http.server.ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, content: bytes = b"") -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, content: bytes = b"", host: str = "127.0.0.1") -> None:
+        super().__init__((host, 0), Handler)
+        self.host = host
         self.content = content
         self.etag = '"1"'
         self.answers: list[Answer] = []
@@ -30,7 +31,7 @@ class ImageServer(http.server.ThreadingHTTPServer):
         return self.server_address[1]
 
     def url(self, path: str = "/image") -> str:
-        return f"http://127.0.0.1:{self.port}{path}"
+        return f"http://{self.host}:{self.port}{path}"
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Clients that hang up in the middle are what is tested."""
@@ -114,9 +115,9 @@ def raw(*pieces: bytes, pause: float = 0.0, times: int = 1) -> Answer:
 
 
 @contextlib.contextmanager
-def serving(content: bytes = b"", tls: ssl.SSLContext | None = None) -> Iterator[ImageServer]:
+def serving(content: bytes = b"", tls: ssl.SSLContext | None = None, host: str = "127.0.0.1") -> Iterator[ImageServer]:
     """A server for the length of the block; nothing of it remains."""
-    with ImageServer(content) as server:
+    with ImageServer(content, host) as server:
         if tls:
             server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
