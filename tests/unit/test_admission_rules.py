@@ -374,6 +374,14 @@ def test_a_class_without_a_secrets_passphrase_needs_none(cluster: MemoryCluster,
     assert rules.review(asked(STORAGE_CLASS, storage_class(parameters))) == Verdict([])
 
 
+def test_all_operations_of_a_class_have_one_secret(cluster: MemoryCluster) -> None:
+    rules = ClassRules(cluster, DRIVER, Profile.LONGHORN)
+    prefix = "csi.storage.k8s.io/node-expand-secret"
+    other = {f"{prefix}-name": "b", f"{prefix}-namespace": "team"}
+    with pytest.raises(InvalidArgument, match="the secrets of StorageClass it differ: team/a, team/b; all of its"):
+        rules.review(asked(STORAGE_CLASS, storage_class(encrypted("a", **other))))
+
+
 def test_a_class_of_an_image_that_is_gone_goes(cluster: MemoryCluster) -> None:
     rules = ClassRules(cluster, DRIVER, Profile.LONGHORN)
     note = {"images.luks.csi.internal/origin": "VirtualMachineImage/team/m/7"}
@@ -414,6 +422,23 @@ def test_an_exported_volume_is_its_claims(cluster: MemoryCluster) -> None:
     backing["spec"]["sourceParameters"] = {"volume-name": "pv"}
     cluster.put(VOLUME, {"metadata": {"name": "pv"}, "spec": {"claimRef": {"name": "c", "namespace": "n"}}})
     assert list(map(str, needs.of_backing_image(backing, cluster))) == ["PersistentVolumeClaim n/c"]
+
+
+def test_who_decrypts_a_machine_image_must_know_its_secret(cluster: MemoryCluster) -> None:
+    security = {"cryptoOperation": "decrypt", "sourceImageName": "s", "sourceImageNamespace": "team"}
+    machine: Json = {"metadata": {"name": "m"}, "spec": {"sourceType": "clone", "securityParameters": security}}
+    source: Json = {"metadata": {"name": "s"}, "spec": {"storageClassParameters": encrypted("key", "vault")}}
+
+    def found(of: Json | None) -> list[str]:
+        return list(map(str, needs.of_machine_image(machine, of, cluster)))
+
+    assert found(None) == ["VirtualMachineImage team/s", "every Secret"]
+    assert found(source) == ["VirtualMachineImage team/s", "Secret vault/key"]
+    security["cryptoOperation"] = "encrypt"
+    assert found(source) == ["VirtualMachineImage team/s"]
+    machine["metadata"]["annotations"] = {"harvesterhci.io/storageClassName": "c"}
+    cluster.put(STORAGE_CLASS, storage_class(encrypted("key", "team")))
+    assert found(source) == ["Secret team/key", "VirtualMachineImage team/s"]
 
 
 def image_rules(cluster: MemoryCluster) -> ImageRules:
