@@ -32,7 +32,7 @@ from tests.keys.servers import HOST, free_port
 from tests.operator.api import DEPLOY, Api
 from tests.operator.lab import documents
 
-_WATCHED = (STORAGE_CLASS, IMAGE, IMAGE_COPY, VOLUME, CLAIM)
+_WATCHED = (STORAGE_CLASS, IMAGE, IMAGE_COPY, BACKING_IMAGE, VIRTUAL_MACHINE_IMAGE, VOLUME, CLAIM)
 URL = "https://example.org/disk.raw"
 
 

@@ -508,6 +508,8 @@ def test_what_stands_for_another_object_goes_with_that_one(lab: Admitted) -> Non
         {"metadata": {"name": name, "annotations": note}, "spec": {"sourceType": "upload"}},
         "longhorn-system",
     )
+    lab.seen(VIRTUAL_MACHINE_IMAGE, "m", "team")
+    lab.seen(BACKING_IMAGE, name, "longhorn-system")
     origin = {"images.luks.csi.internal/origin": f"BackingImage/longhorn-system/{name}/{backing['metadata']['uid']}"}
     lab.operator.create(IMAGE, {"metadata": {"name": name, "annotations": origin}, "spec": {"source": {"upload": {}}}})
     made = {

@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from csi_driver.kube.kinds import VIRTUAL_MACHINE_IMAGE, Json, is_going, uid_of
+from csi_driver.kube.kinds import VIRTUAL_MACHINE_IMAGE, Json
 from csi_driver.model.errors import FailedPrecondition, InvalidArgument
-from csi_driver.operator.admission.lookups import Cluster
+from csi_driver.operator.admission.lookups import Cluster, is_there
 from csi_driver.operator.admission.review import Request, Verdict
 from csi_driver.operator.admission.secrets import look_at
 from csi_driver.operator.settings import Profile
@@ -41,8 +41,7 @@ class ClassRules:
         origin = Origin.of(storage_class)
         if origin is None or origin.kind != VIRTUAL_MACHINE_IMAGE.name:
             return
-        image = self._cluster.get(VIRTUAL_MACHINE_IMAGE, origin.name, origin.namespace)
-        if image is not None and uid_of(image) == origin.uid and not is_going(image):
+        if is_there(self._cluster, VIRTUAL_MACHINE_IMAGE, origin.uid):
             raise FailedPrecondition(
                 f"the StorageClass {name} is used by VirtualMachineImage {origin.namespace}/{origin.name}, which makes "
                 f"it; delete the image, and the class goes with it"

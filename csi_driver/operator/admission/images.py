@@ -14,11 +14,10 @@ from csi_driver.kube.kinds import (
     Kind,
     is_going,
     name_of,
-    uid_of,
 )
 from csi_driver.model.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 from csi_driver.operator.admission import machine_images, needs
-from csi_driver.operator.admission.lookups import Cluster, is_ending
+from csi_driver.operator.admission.lookups import Cluster, is_ending, is_there
 from csi_driver.operator.admission.needs import Need
 from csi_driver.operator.admission.review import Request, User, Verdict
 from csi_driver.operator.admission.secrets import look_at
@@ -139,7 +138,6 @@ class ImageRules:
         kind = next((each for each in _KINDS.values() if origin is not None and each.name == origin.kind), None)
         if origin is None or kind is None:
             return []
-        owner = self._cluster.get(kind, origin.name, origin.namespace)
-        if owner is None or uid_of(owner) != origin.uid or is_going(owner):
+        if not is_there(self._cluster, kind, origin.uid):
             return []
         return [f"{kind} {origin.namespace}/{origin.name} stands for it, delete that one"]

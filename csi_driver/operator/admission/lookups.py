@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
-from csi_driver.kube.kinds import ACCESS_REVIEW, NAMESPACE, Json, Kind, is_going
+from csi_driver.kube.kinds import ACCESS_REVIEW, NAMESPACE, Json, Kind, is_going, uid_of
 from csi_driver.model.errors import CommandFailed, PermissionDenied
 from csi_driver.operator.admission.review import User
 
@@ -54,6 +54,11 @@ class ApiCluster:
         except PermissionDenied as error:
             raise CommandFailed(str(error)) from None
         return bool(status.get("allowed")) and not status.get("denied")
+
+
+def is_there(cluster: Cluster, kind: Kind, uid: str) -> bool:
+    """Whether what another object was made for is still there, as it was seen: a kind that was taken away has none."""
+    return any(uid_of(each) == uid and not is_going(each) for each in cluster.all(kind))
 
 
 def is_ending(cluster: Cluster, namespace: str) -> bool:
