@@ -30,7 +30,7 @@ def sentences() -> Iterator[str]:
     configuration are told of, and what works with Kubernetes' objects speak to administrators.
     """
     for path in sorted(Path(csi_driver.__file__).parent.rglob("*.py")):
-        if path.parent.name in {"agent", "cli", "kube", "operator", "rpc"} or path.name in {
+        if path.parent.name in {"admission", "agent", "cli", "kube", "operator", "rpc"} or path.name in {
             "health.py",
             "storage_health.py",
         }:
