@@ -4,6 +4,7 @@ lightkube does the talking: kubeconfig, tokens, TLS. Here is what it leaves open
 meant (that would be the whole collection), and connections that notice when the other end has gone silently.
 """
 
+import contextlib
 import functools
 import re
 import socket
@@ -241,6 +242,11 @@ def _refused(error: ApiError, kind: Kind, name: str) -> DriverError:
 
 
 def _raise(error: Exception, _count: int) -> Any:
+    """Of a watch: that it was refused, and why, stands in an answer that lightkube does not read."""
+    if isinstance(error, httpx2.HTTPStatusError) and not isinstance(error, ApiError):
+        error.response.read()
+        with contextlib.suppress(ValueError):  # what says so is not the API, and no JSON
+            error = ApiError(error.request, error.response)
     raise error
 
 

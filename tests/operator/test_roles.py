@@ -4,7 +4,11 @@ One API; for each verb a new operator and two new agents, and everything that th
 """
 
 import contextlib
+import http.client
 import itertools
+import json
+import ssl
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +28,7 @@ from csi_driver.kube.kinds import (
     MUTATING,
     SECRET,
     VALIDATING,
+    VIRTUAL_MACHINE_IMAGE,
     VOLUME,
     Json,
     Kind,
@@ -36,6 +41,7 @@ from tests.cluster.pki import Authority
 from tests.image_clones import make_source, nothing
 from tests.image_server import ImageServer
 from tests.keys.apiserver import ACCOUNT, NAMESPACE, api_server
+from tests.keys.servers import HOST, free_port
 from tests.operator.lab import DEPLOY, DRIVER, OPERATOR, Lab, documents
 from tests.operator.roles import BINDING, ROLE, may_upload
 
@@ -47,6 +53,7 @@ _ROLES: Final = [
 ]  # fmt: skip
 _OURS: Final = "images.luks.csi.internal"
 _UPLOADER: Final = "uploader"
+_WEBHOOK_PORT: Final = free_port()
 _NUMBERS: Final = itertools.count()
 
 
@@ -117,6 +124,8 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         lab = Lab(api, authority, folder)
         try:
             lab.kube.delete(BINDING, f"{NAMESPACE}-{ACCOUNT}")
+            webhooks = f"--webhook-listen={HOST}:{_WEBHOOK_PORT}"
+            lab.operator = lab.planted([str(Path(sys.executable).with_name("luks-csi")), "operator", webhooks])
             api.account(NAMESPACE, _UPLOADER)
             may_upload(lab, _UPLOADER)
             lab.operator.start()
@@ -216,9 +225,40 @@ class Occasions:
                 )
             except PermissionDenied as error:
                 self._said.append(str(error))
+        self._review()
         goes = kube.get(IMAGE, self._name("goes"))
         if goes is not None and goes.get("status", {}).get("phase") == "Ready":
             kube.delete(IMAGE, name_of(goes))
+
+    def _review(self) -> None:
+        """What the API would ask the webhooks."""
+        secret = {"name": f"key-{self._number}", "namespace": NAMESPACE}
+        clone = {"source": {"clone": {"image": self._name("kept"), "encryption": "encrypt"}}, "secretRef": secret}
+        self._ask("images", "CREATE", IMAGE, "new", "", {"spec": clone})
+        self._ask("secrets", "DELETE", SECRET, secret["name"], NAMESPACE, {"data": {}})
+        annotations = {"harvesterhci.io/storageClassName": "none"}
+        self._ask("parameters", "CREATE", VIRTUAL_MACHINE_IMAGE, "new", "default", {"spec": {}}, **annotations)
+
+    def _ask(  # noqa: PLR0913
+        self, path: str, operation: str, kind: Kind, name: str, namespace: str, thing: Json, **annotations: str
+    ) -> None:
+        thing = {**thing, "metadata": {"name": name, "namespace": namespace, "annotations": annotations}}
+        request = {
+            "uid": "1", "operation": operation, "resource": {"group": kind.group, "resource": kind.plural},
+            "name": name, "namespace": namespace, "userInfo": {"username": "admin", "groups": ["system:masters"]},
+            ("oldObject" if operation == "DELETE" else "object"): thing,
+        }  # fmt: skip
+        review = {"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request": request}
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # the API is not who asks
+        with (
+            contextlib.suppress(OSError, http.client.HTTPException),
+            contextlib.closing(
+                http.client.HTTPSConnection(HOST, _WEBHOOK_PORT, timeout=20, context=context)
+            ) as connection,
+        ):
+            connection.request("POST", f"/{path}", json.dumps(review), {"Content-Type": "application/json"})
+            self._said.append(connection.getresponse().read().decode())
 
     def clear(self) -> None:
         """Nothing of it is left in the API."""

@@ -193,8 +193,9 @@ class ReviewServer:
         except InvalidArgument as error:
             return _Response(HTTPStatus.BAD_REQUEST, f"{error}\n".encode())
         except Exception as error:  # noqa: BLE001 - whatever it is, failurePolicy decides
-            # By its class alone: a text may quote what the request held.
-            log.error("admission review failed", webhook=path[1:], error=type(error).__name__)
+            # A sentence of ours; anything else by its class alone, as a text may quote what the request held.
+            said = str(error) if isinstance(error, DriverError) else type(error).__name__
+            log.error("admission review failed", webhook=path[1:], error=said)
             return _Response(HTTPStatus.INTERNAL_SERVER_ERROR, b"the review failed; the operator's log tells more\n")
 
 
