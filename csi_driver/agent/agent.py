@@ -27,6 +27,8 @@ from csi_driver.model.errors import DriverError, InvalidArgument, NotFound
 _STOP_SECONDS: Final = 20.0
 _FIRST_PAUSE, _MOST_PAUSE = 10.0, 300.0
 _BUSY_PAUSE: Final = 2.0
+_LOOK_SECONDS: Final = 300.0
+"""Between two looks at a file that is ready: somebody may have taken it away."""
 
 
 class Agent:
@@ -103,7 +105,7 @@ class Agent:
         known = status.get("image", {}).get("checksum")
         if record is not None and record.owner == uid and known:
             self._ready(copy, record, known)
-            return None
+            return _LOOK_SECONDS
         if record is not None and record.owner != uid:
             return self._failed(copy, Failed(_foreign(image_name), permanent=True))
         if status.get("permanent"):

@@ -269,12 +269,13 @@ def inspect(name: str, output: str, state_dir: Path) -> None:
 @image.command("delete", cls=BesideServer, params=[*_PARAMS])
 @click.argument("name", shell_complete=image_names)
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def delete(name: str, output: str, state_dir: Path, *, yes: bool) -> None:
+@click.option("--owned", is_flag=True, help="Also this node's copy of an Image object.")
+def delete(name: str, output: str, state_dir: Path, *, yes: bool, owned: bool) -> None:
     """Delete an image, or what a cut command has left of it."""
     confirm(f"Delete image {name}?", yes=yes)
     library = _library(state_dir)
     found = _look(library, name)
-    library.delete(name)
+    library.delete(name, owned=owned)
     if output == Output.JSON:
         return show_json(found)
     return show_text(f"image {name} is deleted")

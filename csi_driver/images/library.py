@@ -202,11 +202,19 @@ class ImageLibrary:
                 raise CommandFailed(f"{path} cannot be made ({error_name(error)}); check that file system") from None
             self._files.rename(part, path)  # a file system without links
 
-    def delete(self, name: str) -> None:
-        """Remove an image, and what a cut call has left of it. Raises NotFound, VolumeBusy, DeviceInUse (read)."""
+    def delete(self, name: str, *, owned: bool = False) -> None:
+        """Remove an image, and what a cut call has left of it; that of an Image object where `owned` says so.
+
+        Raises NotFound, VolumeBusy, DeviceInUse (read), FailedPrecondition (an Image object's).
+        """
         check_name(name)
         self._store.start()
         with self._lock(name):
+            if not owned and (owner := self._owner(name)) is not None:
+                raise FailedPrecondition(
+                    f"image {name} is this node's copy of the Image object with the uid {owner} and was not deleted; "
+                    f"delete that object (kubectl delete image {name}), or add --owned where the cluster has it no more"
+                )
             self._store.delete(name)
 
     def drop(self, name: str, owner: str) -> None:
@@ -214,12 +222,17 @@ class ImageLibrary:
         check_name(name)
         self._store.start()
         with self._lock(name):
-            try:
-                ours = self._store.get(name).owner == owner
-            except NotFound:
-                ours = self._store.maker(name) == owner
-            if ours:
+            if self._owner(name) == owner:
                 self._store.delete(name)
+
+    def _owner(self, name: str) -> str | None:
+        """The uid of the Image object that what there is of that name is for."""
+        try:
+            return self._store.get(name).owner
+        except NotFound:
+            return self._store.maker(name)
+        except FailedPrecondition:
+            return None  # damaged: it can be removed
 
     @contextlib.contextmanager
     def _made(self, name: str, owner: str | None) -> Iterator[Path]:

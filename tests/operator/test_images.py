@@ -1,6 +1,7 @@
 """Images from wish to file: each source, each way of cloning, copies, and what ends them."""
 
 import hashlib
+import shutil
 
 from csi_driver.kube.kinds import IMAGE, IMAGE_COPY
 from tests.image_server import ImageServer, sha512
@@ -42,3 +43,16 @@ def test_another_node_gets_its_copy_and_the_same_bytes(lab: Lab, web: ImageServe
     assert lab.status("both")["copies"] == "2/2"
     lab.delete_image("both")
     assert lab.kube.get(IMAGE, "both") is None
+
+
+def test_a_file_that_somebody_took_away_is_pulled_again(lab: Lab, web: ImageServer) -> None:
+    lab.image("taken", {"download": {"url": web.url()}}, copies=2)
+    lab.wait_copies("taken", 2)
+    agent = lab.agents["one"]
+    agent.stop()
+    shutil.rmtree(lab.file("one", "taken").parent)
+    agent.start()
+    lab.wait("the file again", lambda: lab.file("one", "taken").exists() and lab.status("taken")["copies"] == "2/2")
+    assert lab.file("one", "taken").read_bytes() == web.content
+    assert len(web.requests) == 1
+    lab.delete_image("taken")

@@ -499,9 +499,14 @@ def test_an_image_of_an_object_is_not_taken_for_one_by_hand(tmp_path: Path) -> N
     record = library.import_(Import("disk", str(source), take=True, owner="uid-1"), unmetered)
     assert (record.owner, os.stat(library.file("disk")).st_ino) == ("uid-1", source.stat().st_ino)
     library.drop("disk", "uid-2")
+    with pytest.raises(FailedPrecondition, match=r"copy of the Image object with the uid uid-1.*kubectl delete image"):
+        library.delete("disk")
     assert library.names() == ["disk"]
     library.drop("disk", "uid-1")
     library.drop("disk", "uid-1")
+    assert library.names() == []
+    library.import_(Import("disk", str(source), owner="uid-1"), unmetered)
+    library.delete("disk", owned=True)
     assert library.names() == []
     assert source.exists()
 
