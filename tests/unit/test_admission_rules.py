@@ -548,13 +548,19 @@ class Refusing:
         return {"status": self._status}
 
 
-def test_a_right_that_the_operator_lacks_is_no_refusal_of_the_user() -> None:
-    cluster = ApiCluster(Refusing(PermissionDenied("no")), {})
+@pytest.mark.parametrize("error", [PermissionDenied("no"), FailedPrecondition("no credentials")])
+def test_a_right_that_the_operator_lacks_is_no_refusal_of_the_user(error: DriverError) -> None:
+    cluster = ApiCluster(Refusing(error), {})
     with pytest.raises(CommandFailed):
         cluster.get(SECRET, "a", "n")
     with pytest.raises(CommandFailed):
         cluster.may_get(User("alice", {"user": "alice"}), SECRET, "a", "n")
     assert cluster.all(SECRET) == []
+
+
+def test_a_question_on_rights_that_the_api_does_not_take_is_no_refusal_of_the_user() -> None:
+    with pytest.raises(CommandFailed):
+        ApiCluster(Refusing(InvalidArgument("no")), {}).may_get(User("alice", {"user": "alice"}), SECRET, "a", "n")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
 from csi_driver.kube.kinds import ACCESS_REVIEW, NAMESPACE, Json, Kind, is_going, uid_of
-from csi_driver.model.errors import CommandFailed, PermissionDenied
+from csi_driver.model.errors import CommandFailed, FailedPrecondition, InvalidArgument, PermissionDenied
 from csi_driver.operator.admission.review import User
 
 
@@ -39,7 +39,7 @@ class ApiCluster:
     def get(self, kind: Kind, name: str, namespace: str = "") -> Json | None:
         try:
             return self._api.get(kind, name, namespace)
-        except PermissionDenied as error:
+        except (FailedPrecondition, PermissionDenied) as error:
             raise CommandFailed(str(error)) from None  # it is ours, and says nothing of the user
 
     def all(self, kind: Kind) -> list[Json]:
@@ -51,7 +51,7 @@ class ApiCluster:
         asked = {"spec": user.document | {"resourceAttributes": attributes}}
         try:
             status = self._api.create(ACCESS_REVIEW, asked).get("status") or {}
-        except PermissionDenied as error:
+        except (FailedPrecondition, InvalidArgument, PermissionDenied) as error:
             raise CommandFailed(str(error)) from None
         return bool(status.get("allowed")) and not status.get("denied")
 
