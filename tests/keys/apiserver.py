@@ -105,8 +105,8 @@ class ApiServer:
 
 
 @contextmanager
-def api_server(folder: Path, authority: Authority) -> Iterator[ApiServer]:
-    """The API, with the driver's namespace and service account in it."""
+def api_server(folder: Path, authority: Authority, *options: str) -> Iterator[ApiServer]:
+    """The API, with the driver's namespace and service account in it; `options` are for kube-apiserver."""
     binaries = Path(os.environ[KUBERNETES_BIN])
     client, peer, port = free_port(), free_port(), free_port()
     authority.issue("apiserver", "kube-apiserver", names=[f"IP:{HOST}"])
@@ -141,7 +141,7 @@ def api_server(folder: Path, authority: Authority) -> Iterator[ApiServer]:
                     f"--service-account-signing-key-file={file('service-accounts.key')}",
                     "--service-cluster-ip-range=10.96.0.0/24", "--authorization-mode=Node,RBAC",
                     # Nobody runs the controller that makes each namespace its account.
-                    "--disable-admission-plugins=ServiceAccount",
+                    "--disable-admission-plugins=ServiceAccount", *options,
                 ],
                 log,
             )

@@ -4,27 +4,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster.pki import Authority
 from tests.image_server import ImageServer, serving
-from tests.keys.apiserver import api_server
 from tests.operator.api import Api, running
-from tests.operator.lab import Lab
+from tests.operator.lab import Lab, a_lab
 
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    folder = tmp_path_factory.mktemp("operator")
-    authority = Authority(folder / "pki")
-    with api_server(folder, authority) as api:
-        lab = Lab(api, authority, folder)
-        try:
-            lab.operator.start()
-            lab.mount_certificates()
-            for name in ("one", "two"):
-                lab.node(name)
-            yield lab
-        finally:
-            lab.close()
+    with a_lab(tmp_path_factory.mktemp("operator"), ("one", "two")) as lab:
+        yield lab
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ from csi_driver.kube.kinds import (
 from csi_driver.model.errors import AlreadyExists, DriverError
 from csi_driver.operator.certificates import AGENT_SECRET
 from tests.cluster.pki import Authority
-from tests.keys.apiserver import ACCOUNT, NAMESPACE, ApiServer
+from tests.keys.apiserver import ACCOUNT, NAMESPACE, ApiServer, api_server
 from tests.keys.servers import HOST, free_port
 
 DEPLOY: Final = Path(__file__).parents[2] / "deploy" / "kubernetes"
@@ -329,3 +329,21 @@ class Lab:
         for process in (self.operator, *self.agents.values()):
             process.stop()
         self.kube.close()
+
+
+@contextlib.contextmanager
+def a_lab(
+    folder: Path, nodes: Sequence[str], *options: str, programs: Mapping[str, Sequence[str]] = _USUAL
+) -> Iterator[Lab]:
+    """A lab with an operator and these nodes at work, as long as the block; `options` are for kube-apiserver."""
+    authority = Authority(folder / "pki")
+    with api_server(folder, authority, *options) as api:
+        lab = Lab(api, authority, folder, programs)
+        try:
+            lab.operator.start()
+            lab.mount_certificates()
+            for node in nodes:
+                lab.node(node)
+            yield lab
+        finally:
+            lab.close()

@@ -22,15 +22,15 @@ from csi_driver.kube.copies import AUDIENCE, AUTHORITY, State, state_of
 from csi_driver.kube.kinds import CONFIG_MAP, IMAGE, IMAGE_COPY, Json, is_going, name_of, uid_of
 from csi_driver.model.errors import DriverError
 from csi_driver.model.secret import Passphrase
-from tests.cluster.pki import Authority
 from tests.image_clones import decrypted, digest_of, nothing
 from tests.image_server import ImageServer, serving
-from tests.keys.apiserver import ACCOUNT, NAMESPACE, api_server
+from tests.keys.apiserver import ACCOUNT, NAMESPACE
 from tests.operator.chaos_model import SECRETS, Model, Wanted
-from tests.operator.lab import Lab, Process
+from tests.operator.lab import Lab, Process, a_lab
 from tests.operator.roles import may_upload
 
 _FOLDERS: Final = ("ready", "new", "trash", "uploads", "cluster", "wanted")
+_NODES: Final = ("node-1", "node-2", "node-3")
 _DOWNLOADS: Final = 5
 _STEPS: Final = {"image": 10, "copies": 3, "delete": 4, "kill": 4, "revive": 5, "want": 1, "pause": 4}
 _PATIENCE: Final = float(os.environ.get("PATIENCE", "900"))
@@ -311,22 +311,6 @@ class Run:
         return self._model.chooser.choice(sorted(self._model.images)) if self._model.images else None
 
 
-@contextlib.contextmanager
-def _lab(folder: Path, programs: Mapping[str, Sequence[str]]) -> Iterator[Lab]:
-    authority = Authority(folder / "pki")
-    with api_server(folder, authority) as api:
-        lab = Lab(api, authority, folder, programs)
-        try:
-            lab.operator.start()
-            lab.mount_certificates()
-            may_upload(lab, ACCOUNT)
-            for number in (1, 2, 3):
-                lab.node(f"node-{number}")
-            yield lab
-        finally:
-            lab.close()
-
-
 def run(
     folder: Path, seed: int, count: int, programs: Mapping[str, Sequence[str]] = _USUAL, patience: float = _PATIENCE
 ) -> Verdict:
@@ -334,7 +318,8 @@ def run(
     contents = [random.Random(f"{seed} {number}").randbytes((1 + number % 3) << 20) for number in range(_DOWNLOADS)]
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(serving(content)) for content in contents]
-        lab = stack.enter_context(_lab(folder, programs))
+        lab = stack.enter_context(a_lab(folder, _NODES, programs=programs))
+        may_upload(lab, ACCOUNT)
         return Run(lab, seed, servers, patience).run(count)
 
 
