@@ -45,7 +45,7 @@ MACHINE_PYTEST := $(PY) -m pytest -p no:cacheprovider
 .DELETE_ON_ERROR:
 .PHONY: help backends-test demo shell test test-danger test-machine test-servers check sanity faults crashes storm danger canary cluster-test keys-test \
     keys-kills bench bench-keys bench-images format clean venv system lock fuzz images images-demo images-matrix images-kills images-hostile \
-    images-limits images-random
+    images-limits images-random operator-test operator-random bench-operator
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -67,6 +67,14 @@ UDEV := tests/machine/test_udev.py
 BACKENDS := $(addprefix tests/backends/test_,life.py::test_a_volume_is_made_used_restarted_enlarged_given_another_key_and_deleted \
     conformance.py::test_a_volume_is_blank_and_as_long_as_asked_for conformance.py::test_foreign_storage_of_the_name_is_left_alone \
     lvm.py::test_a_backend_that_clears_nothing_is_noticed lvm.py::test_a_pool_above_its_limit_takes_nothing_new_and_says_so)
+# A handful of `make operator-test`.
+OPERATOR := $(addprefix tests/operator/test_,images.py upload.py admission.py \
+    random.py::test_everything_converges_while_all_are_killed \
+    kills.py::test_copies_of_a_lost_node_are_made_anew_and_it_may_come_back_or_go_for_good \
+    kills.py::test_what_was_lost_with_its_last_copy_is_told_and_never_made_anew \
+    faults.py::test_who_is_cut_off_for_a_while_misses_nothing \
+    faults.py::test_what_is_being_cloned_is_not_deleted_before_that_has_ended \
+    faults.py::test_an_image_that_somebody_made_by_hand_is_not_touched)
 test-danger: venv system
 	$(GUEST) $(MACHINE_PYTEST) $(DANGER)
 
@@ -78,6 +86,7 @@ test-servers: venv system $(KUBERNETES_BIN) $(KEY_SERVERS)
 	$(PY) -m pytest tests/keys
 	$(GUEST_FOR) --udev -- $(MACHINE_PYTEST) $(UDEV)
 	$(GUEST) $(MACHINE_PYTEST) $(BACKENDS)
+	$(PY) -m pytest $(OPERATOR)
 	$(PY) -m tests.cluster tests/cluster/test_smoke.py tests/cluster/test_examples.py
 
 check: venv system ## linters, types, layers, unit tests
@@ -150,6 +159,14 @@ cluster-test: venv $(KUBERNETES_BIN) $(CSI_ADDONS_BIN) ## a real Kubernetes; ONL
 	@tools/system.sh cluster
 	@$(PY) -m tests.cluster $(or $(ONLY:%=tests/cluster/test_%.py),tests/cluster)
 
+operator-test: venv $(KUBERNETES_BIN) ## images as Kubernetes objects: operator and agents at a real API
+	@tools/system.sh cluster
+	@$(PY) -m tests.operator
+
+operator-random: venv $(KUBERNETES_BIN) ## images at random while operator and agents are killed, against a model
+	@tools/system.sh cluster
+	@$(PY) -m tests.operator.random
+
 bench: venv system $(BENCH_BASE) ## times beside their bounds, and beside an older commit; then with udev
 	@code=0; $(BENCH_GUEST) -- $(PY) -m benchmarks || code=1; \
 	echo; echo 'with udev:'; $(BENCH_GUEST) --udev -- $(PY) -m benchmarks before || code=1; exit $$code
@@ -159,6 +176,10 @@ bench-keys: venv system ## a node with 50 keys of a KMS comes back; a stage with
 
 bench-images: venv system $(BENCH_IMAGES_BASE) ## the image engine beside cp, qemu-img and cryptsetup
 	@$(PY) -m benchmarks.images
+
+bench-operator: venv $(KUBERNETES_BIN) ## a clone as an Image beside the command, idle images, writes of progress
+	@tools/system.sh cluster
+	@$(PY) -m benchmarks.operator
 
 format: venv ## mend form and what ruff can mend by itself
 	.venv/bin/ruff format

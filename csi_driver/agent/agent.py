@@ -29,6 +29,7 @@ _FIRST_PAUSE, _MOST_PAUSE = 10.0, 300.0
 _BUSY_PAUSE: Final = 2.0
 _LOOK_SECONDS: Final = 300.0
 """Between two looks at a file that is ready: somebody may have taken it away."""
+_TELL_SECONDS: Final = 1.0  # between two words about how far a job is
 
 
 class Agent:
@@ -42,6 +43,7 @@ class Agent:
         self._requests = Requests(kube, settings, uploads)
         self._jobs: dict[str, Job] = {}
         self._paused: dict[str, float] = {}
+        self._told: dict[str, float] = {}
         self.controller = Controller("copies", self.reconcile)
         self.copies = Informer(kube, IMAGE_COPY, self._copy_changed, fields={"spec.node": settings.node})
         self.images = Informer(kube, IMAGE, self._image_changed)
@@ -75,11 +77,15 @@ class Agent:
             if job is not None and job.result is None:
                 job.stop()
                 return 0.5
+            self._told.pop(name, None)
             if self._jobs.pop(name, None) is not None:
                 self._wake_waiting()
             return self._remove(copy) if copy is not None else None
         if job is not None and job.result is None:
+            if (wait := self._told.get(name, 0.0) + _TELL_SECONDS - time.monotonic()) > 0:
+                return wait
             self._tell(copy, State.IN_PROGRESS, _words(job), **_progress(job))
+            self._told[name] = time.monotonic()
             return None
         if job is not None:
             del self._jobs[name]
@@ -128,6 +134,7 @@ class Agent:
         key = name_of(copy)
         self._jobs[key] = Job(request, lambda: self.controller.tell(key))
         self._tell(copy, State.IN_PROGRESS, "starting", progress=0)
+        self._told[key] = time.monotonic()
         return None
 
     def _ready(self, copy: Json, record: ImageRecord, checksum: str) -> None:

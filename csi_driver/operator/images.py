@@ -100,13 +100,13 @@ class Images:
         patch = {name: value for name, value in found.status.items() if before.get(name) != value}
         if not patch:
             return None
-        name, now = name_of(image), time.monotonic()
-        wait = self._written.get(name, 0.0) + _WRITE_SECONDS - now
+        name = name_of(image)
+        wait = self._written.get(name, 0.0) + _WRITE_SECONDS - time.monotonic()
         if patch.keys() <= _PROGRESS and before.get("phase") == found.status["phase"] and wait > 0:
             return wait
         with contextlib.suppress(NotFound):
             self.images.saw(self._kube.patch(IMAGE, name, {"status": patch}, status=True))
-            self._written[name] = now
+            self._written[name] = time.monotonic()
             self._tell_event(image, found.status)
         return None
 

@@ -1,4 +1,4 @@
-"""What a random run knows: which Images were asked for, what each must hold in the end, and which may be lost by then."""
+"""What a random run knows: which Images were asked for, what each must hold in the end, which may be lost by then."""
 
 import random
 from collections.abc import Iterator

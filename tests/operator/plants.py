@@ -1,4 +1,4 @@
-"""`python -m tests.operator.plants PLANT OPTION…`: operator or agent with a bug in it, or with an end at a chosen moment.
+"""`python -m tests.operator.plants PLANT OPTION…`: operator or agent with a bug in it, or an end at a chosen moment.
 
 Each bug must turn `make operator-random` red (test_random.py). PLANT:COUNT is for those that count.
 """

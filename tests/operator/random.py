@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -100,7 +100,7 @@ class Run:
 
     def _image(self) -> None:
         name, chooser = self._model.name(), self._model.chooser
-        if name not in (f"image-{self._model.made}",):
+        if name != f"image-{self._model.made}":
             self._all_up()
             self._until(f"end of {name}", lambda: self._lab.kube.get(IMAGE, name) is None)
         what = chooser.choices(["download", "upload", "clone"], [2, 1, 7])[0]
@@ -272,9 +272,11 @@ class Run:
         images = {name_of(image) for image in self._lab.kube.list(IMAGE)[0]}
         copies = self._lab.kube.list(IMAGE_COPY)[0]
         found = [f"Image {name}" for name in sorted(images - {*self._model.images})]
-        for copy in copies:
-            if copy["spec"]["image"] not in self._model.images or copy["spec"]["node"] not in self._lab.agents:
-                found.append(f"ImageCopy {name_of(copy)} of node {copy['spec']['node']}")
+        found += [
+            f"ImageCopy {name_of(copy)} of node {copy['spec']['node']}"
+            for copy in copies
+            if copy["spec"]["image"] not in self._model.images or copy["spec"]["node"] not in self._lab.agents
+        ]
         for node in self._lab.agents:
             here = {copy["spec"]["image"] for copy in copies if copy["spec"]["node"] == node}
             wanted = {"ready": here, "cluster": {f"{name}.json" for name in images}}

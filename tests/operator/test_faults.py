@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -217,3 +218,23 @@ def test_an_image_that_waits_for_its_turn_gets_it_when_another_one_is_deleted(la
     lab.delete_image("second")
     lab.forget_node("busy")
     assert not list((lab.folder / "busy" / "images" / "new").glob("*"))
+
+
+def test_how_far_it_is_is_told_once_a_second_at_most(lab: Lab, web: ImageServer) -> None:
+    _, version = lab.kube.list(IMAGE_COPY)
+    lab.image("told", {"download": {"url": web.url()}})
+    lab.wait_phase("told")
+    told, begun, ended = 0, 0.0, 0.0
+    for _, copy in lab.kube.watch(IMAGE_COPY, version):
+        state = copy.get("status", {}).get("state")
+        if copy["spec"]["image"] != "told" or state is None:
+            continue
+        at = max(
+            datetime.fromisoformat(each["time"]).timestamp()
+            for each in copy["metadata"]["managedFields"] if each.get("subresource") == "status"
+        )  # fmt: skip
+        if state == "Ready":
+            break
+        told, begun, ended = told + 1, begun or at, at
+    assert 0 < told <= ended - begun + 1, f"{told} words in {ended - begun} s"
+    lab.delete_image("told")

@@ -12,7 +12,7 @@ from csi_driver.kube.kinds import IMAGE, IMAGE_COPY, NODE, Json
 from csi_driver.model.secret import Passphrase
 from tests.image_clones import clone
 from tests.image_server import ImageServer, serving
-from tests.operator.lab import Lab
+from tests.operator.lab import Lab, Process
 from tests.operator.plants import program
 
 _LARGE = 768 * MIB  # a clone's first checkpoint stands at a third of it
@@ -104,6 +104,23 @@ def test_a_copy_whose_agent_was_killed_goes_on_where_it_was(lab: Lab) -> None:
         lab.forget_node(node)
 
 
+def _lives_through(lab: Lab, mortal: Process, name: str, content: bytes) -> None:
+    """Until the image was made on both nodes and deleted; the operator lives on where the mortal one has ended."""
+    deleted = False
+
+    def at_the_end() -> bool:
+        nonlocal deleted
+        if not mortal.is_up and not lab.operator.is_up:
+            lab.operator.start()
+        if not deleted and lab.status(name).get("copies") == "2/2":
+            assert {lab.file(node, name).read_bytes() for node in ("one", "two")} == {content}
+            lab.kube.delete(IMAGE, name)
+            deleted = True
+        return deleted and lab.kube.get(IMAGE, name) is None
+
+    lab.wait(f"end of {name}", at_the_end)
+
+
 def test_an_operator_killed_behind_each_of_its_writes_comes_to_the_same_end(lab: Lab, web: ImageServer) -> None:
     lab.operator.stop()
     writes = 0
@@ -114,19 +131,7 @@ def test_an_operator_killed_behind_each_of_its_writes_comes_to_the_same_end(lab:
         mortal.start()
         name = f"written-{writes}"
         lab.image(name, {"download": {"url": web.url(f"/{name}")}}, copies=2)
-        deleted = False
-
-        def at_the_end(name: str = name) -> bool:
-            nonlocal deleted
-            if not mortal.is_up and not lab.operator.is_up:
-                lab.operator.start()
-            if not deleted and lab.status(name).get("copies") == "2/2":
-                assert {lab.file(node, name).read_bytes() for node in ("one", "two")} == {web.content}
-                lab.kube.delete(IMAGE, name)
-                deleted = True
-            return deleted and lab.kube.get(IMAGE, name) is None
-
-        lab.wait(f"end of {name}", at_the_end)
+        _lives_through(lab, mortal, name, web.content)
         assert not any(lab.file(node, name).exists() for node in ("one", "two"))
         assert [request["path"] for request in web.requests].count(f"/{name}") == 1
         survived = mortal.is_up

@@ -158,7 +158,8 @@ class Occasions:
         lab.image(self._name("both"), download, copies=2)
         lab.image(self._name("goes"), download)
         lab.clone(self._name("sealed"), self._name("kept"), "encrypt", f"key-{self._number}")
-        trusting = {"url": web.url(), "caConfigMapRef": {"name": AUTHORITY, "namespace": NAMESPACE}}
+        lab.kube.create(CONFIG_MAP, {"metadata": {"name": self._name("ca")}, "data": {}}, NAMESPACE)
+        trusting = {"url": web.url(), "caConfigMapRef": {"name": self._name("ca"), "namespace": NAMESPACE}}
         lab.image(self._name("trusting"), {"download": trusting})
         lab.image(self._name("uploaded"), {"upload": {}})
         self._claim()
@@ -239,7 +240,7 @@ class Occasions:
         annotations = {"harvesterhci.io/storageClassName": "none"}
         self._ask("parameters", "CREATE", VIRTUAL_MACHINE_IMAGE, "new", "default", {"spec": {}}, **annotations)
 
-    def _ask(  # noqa: PLR0913
+    def _ask(
         self, path: str, operation: str, kind: Kind, name: str, namespace: str, thing: Json, **annotations: str
     ) -> None:
         thing = {**thing, "metadata": {"name": name, "namespace": namespace, "annotations": annotations}}
