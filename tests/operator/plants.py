@@ -40,10 +40,10 @@ class KeepingLibrary(ImageLibrary):
 class ForgetfulKube(Kube):
     """Lets one copy of an image be made, and no other one."""
 
-    def create(self, kind: Kind, thing: Json, namespace: str = "") -> Json:
+    def create(self, kind: Kind, thing: Json, namespace: str = "", *, dry_run: bool = False) -> Json:
         if kind == IMAGE_COPY and not thing["spec"]["make"]:
             return thing
-        return super().create(kind, thing, namespace)
+        return super().create(kind, thing, namespace, dry_run=dry_run)
 
 
 class HastyKube(Kube):
@@ -60,14 +60,18 @@ class MortalKube(Kube):
 
     left = 0
 
-    def create(self, kind: Kind, thing: Json, namespace: str = "") -> Json:
-        return self._done(lambda: super(MortalKube, self).create(kind, thing, namespace))
+    def create(self, kind: Kind, thing: Json, namespace: str = "", *, dry_run: bool = False) -> Json:
+        return self._done(lambda: super(MortalKube, self).create(kind, thing, namespace, dry_run=dry_run))
 
     def patch(self, kind: Kind, name: str, patch: Json, namespace: str = "", *, status: bool = False) -> Json:
         return self._done(lambda: super(MortalKube, self).patch(kind, name, patch, namespace, status=status))
 
     def delete(self, kind: Kind, name: str, namespace: str = "") -> None:
-        self._done(lambda: super(MortalKube, self).delete(kind, name, namespace) or {})
+        def delete() -> Json:
+            super(MortalKube, self).delete(kind, name, namespace)
+            return {}
+
+        self._done(delete)
 
     def _done(self, write: Callable[[], Json]) -> Json:
         done = write()

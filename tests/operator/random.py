@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -159,7 +160,7 @@ class Run:
             self._all_up()
             for clone in self._model.clones(name):
                 if clone.sure and not clone.refused:
-                    self._until(f"{clone.name} to be ready", lambda clone=clone: self._is_ready(clone.name))
+                    self._until(f"{clone.name} to be ready", partial(self._is_ready, clone.name))
                     self._model.is_ready(clone.name)
         self._lab.kube.delete(IMAGE, name)
         self._model.deleted(name)
@@ -307,7 +308,8 @@ class Run:
             self._verdict.lost.append(f"no {what}")
 
     def _is_ready(self, name: str) -> bool:
-        return (self._lab.kube.get(IMAGE, name) or {}).get("status", {}).get("phase") == "Ready"
+        image = self._lab.kube.get(IMAGE, name)
+        return image is not None and bool(image.get("status", {}).get("phase") == "Ready")
 
     def _any(self) -> str | None:
         return self._model.chooser.choice(sorted(self._model.images)) if self._model.images else None
