@@ -7,6 +7,7 @@ left alone: what is there then is compared with a model, on the API, on each nod
 import contextlib
 import os
 import random
+import shutil
 import sys
 import tempfile
 import threading
@@ -336,15 +337,8 @@ def main() -> int:
         print(line)
     print(f"operator-random seed={seed} {verdict}{'' if verdict.is_good else f'; logs in {folder}'}", flush=True)
     if verdict.is_good:
-        remove(folder)
+        shutil.rmtree(folder)
     return int(not verdict.is_good)
-
-
-def remove(folder: Path) -> None:
-    """The files of a run."""
-    import shutil
-
-    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

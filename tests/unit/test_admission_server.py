@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.model.errors import FailedPrecondition, InvalidArgument
+from csi_driver.model.errors import CommandFailed, InvalidArgument
 from csi_driver.operator.admission.server import Limits, ReviewServer
 from tests.cluster.pki import Authority
 from tests.told_lines import told_lines
@@ -46,7 +46,7 @@ class Certificates:
 
 
 class Reviews:
-    """What the paths do: /echo answers, /hang waits until `go`, /bad and /broken fail."""
+    """What the paths do: /echo answers, /hang waits until `go`, /bad, /broken and /refused fail."""
 
     def __init__(self) -> None:
         self.go = threading.Event()
@@ -63,9 +63,13 @@ class Reviews:
     def broken(self, body: bytes) -> bytes:
         raise RuntimeError(body.decode())
 
+    def refused(self, _body: bytes) -> bytes:
+        raise CommandFailed("the Kubernetes API refuses Secret key; look at the role of this service account")
+
     @property
     def paths(self) -> dict[str, object]:
-        return {"/echo": lambda body: body, "/hang": self.hang, "/bad": self.bad, "/broken": self.broken}
+        failing = {"/bad": self.bad, "/broken": self.broken, "/refused": self.refused}
+        return {"/echo": lambda body: body, "/hang": self.hang, **failing}
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +135,7 @@ def test_one_connection_serves_many_reviews(server: ReviewServer, certificates: 
 @pytest.mark.parametrize(
     ("path", "method", "headers", "status", "said"),
     [
-        ("/nothing", "POST", {}, 404, b"there are /echo, /hang, /bad, /broken\n"),
+        ("/nothing", "POST", {}, 404, b"there are /echo, /hang, /bad, /broken, /refused\n"),
         ("/echo", "GET", {}, 405, b"there is only POST\n"),
         ("/echo", "POST", {"Content-Length": "9999999999"}, 413, b"a review has at most 8388608 bytes\n"),
         ("/echo", "POST", {"Content-Length": "9" * 400}, 413, b"a review has at most 8388608 bytes\n"),
@@ -163,6 +167,13 @@ def test_what_fails_is_told_without_what_was_asked(server: ReviewServer, certifi
         "admission review failed",
         {"webhook": "broken", "error": "RuntimeError"},
     )
+
+
+def test_what_the_operator_lacks_for_a_review_is_told(server: ReviewServer, certificates: Certificates) -> None:
+    with told_lines() as lines:
+        assert ask(server, certificates, "/refused")[0] == 500
+    (line,) = lines
+    assert "look at the role of this service account" in line.fields["error"]
 
 
 def test_a_new_certificate_is_shown_at_once_and_none_is_no_connection(tmp_path: Path, reviews: Reviews) -> None:
