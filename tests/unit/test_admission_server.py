@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.model.errors import CommandFailed, InvalidArgument
+from csi_driver.model.errors import CommandFailed, FailedPrecondition, InvalidArgument
 from csi_driver.operator.admission.server import Limits, ReviewServer
 from tests.cluster.pki import Authority
 from tests.told_lines import told_lines
