@@ -23,13 +23,13 @@ from csi_driver.host.log import log
 from csi_driver.kube.client import Conflict
 from csi_driver.kube.copies import AGENTS, AUTHORITY
 from csi_driver.kube.kinds import CONFIG_MAP, MANAGED_BY, MANAGER, MUTATING, SECRET, VALIDATING, Json, Kind
-from csi_driver.model.errors import AlreadyExists, FailedPrecondition
+from csi_driver.model.errors import AlreadyExists, DriverError, FailedPrecondition
 from csi_driver.operator.standing import Api
 
 AGENT_SECRET: Final = "luks-csi-image-agents"
 OPERATOR_SECRET: Final = "luks-csi-operator"
-WEBHOOKS: Final = "luks-csi"
-"""The name of our webhook configurations, and of the operator's service without its suffix."""
+WEBHOOKS: Final = "luks-csi-images"
+"""The name of our webhook configurations."""
 
 _AUTHORITY_LIFE: Final = timedelta(days=3650)
 _LIFE: Final = timedelta(days=90)
@@ -59,9 +59,20 @@ class Certificates:
         self._clock = clock
         self._guard = threading.Lock()
         self._shown: tuple[Signed, ssl.SSLContext] | None = None
+        self.error = "not looked at yet"
+        """Why not all of them are in place, "" when they are."""
 
     def reconcile(self, _name: str) -> float:
         """Look at all of them; seconds until the next look."""
+        try:
+            self._reconcile()
+        except DriverError as error:
+            self.error = str(error)
+            raise
+        self.error = ""
+        return _LOOK_SECONDS
+
+    def _reconcile(self) -> None:
         authority, bundle = self._authority()
         self._publish(bundle)
         self._serving(AGENT_SECRET, AGENTS, authority, bundle)
@@ -69,7 +80,6 @@ class Certificates:
         if ours:
             for kind in (MUTATING, VALIDATING):
                 self._trust(kind, bundle)
-        return _LOOK_SECONDS
 
     def context(self) -> ssl.SSLContext:
         """What the operator's own server shows. Raises FailedPrecondition while there is no certificate."""

@@ -73,8 +73,10 @@ class Operator:
         log.info("operator started", namespace=self._settings.namespace)
 
     def obstacle(self) -> str | None:
-        """Why what is known may be old, so that nothing can be relied on; None while it is not."""
+        """Why what is known may be old, or certificates are not in place; None while all is well."""
         errors = {f"{each.kind}: {each.error}" for each in self._informers if each.error}
+        if self.certificates.error:
+            errors.add(f"certificates: {self.certificates.error}")
         return "; ".join(sorted(errors)) or None
 
     def stop(self) -> None:

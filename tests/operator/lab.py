@@ -237,7 +237,7 @@ class Lab:
             f"--address={HOST}:{port}", f"--tls-dir={self.tls}", f"--token-file={token}", "--allow-local",
             "--log-level=debug", *options,
         ]  # fmt: skip
-        environment = {"KUBECONFIG": str(self._kubeconfig_of(ACCOUNT, folder / "kubeconfig"))}
+        environment = {"KUBECONFIG": str(self._kubeconfig_of(ACCOUNT, folder / "kubeconfig", pod))}
         return self._process("image-agent", argv, folder / "agent.log", environment, within)
 
     def _operator(self) -> Process:
