@@ -15,7 +15,20 @@ import pytest
 from tests.cluster.api import Json
 from tests.cluster.cluster import Cluster
 from tests.cluster.documents import MANIFESTS
-from tests.cluster.driver import DEPLOY, KEY, NAME, NAMESPACE, STATE, Driver, at_once, claim, pod, secret, storage_class
+from tests.cluster.driver import (
+    DEPLOY,
+    KEY,
+    NAME,
+    NAMESPACE,
+    PASSPHRASE,
+    STATE,
+    Driver,
+    at_once,
+    claim,
+    pod,
+    secret,
+    storage_class,
+)
 from tests.cluster.leftovers import assert_clean
 from tests.cluster.node import Node
 
@@ -82,6 +95,15 @@ def _image(cluster: Cluster, name: str, source: Json, secret_name: str = "", **s
     }])  # fmt: skip
 
 
+def _luks_csi(cluster: Cluster, *words: str, passphrase: str = "") -> None:
+    """`luks-csi image` on this machine, which is no node."""
+    done = subprocess.run(
+        [_LUKS_CSI, "image", *words], env=os.environ | {"KUBECONFIG": str(cluster.control_plane.kubeconfig)},
+        input=passphrase, capture_output=True, text=True, check=False, timeout=_IMAGE_SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def _status(cluster: Cluster, name: str) -> Json:
     status: Json = cluster.api.get("Image", name).get("status", {})
     return status
@@ -131,10 +153,7 @@ def images(cluster: Cluster, content: bytes, tmp_path_factory: pytest.TempPathFa
     """A disk that was uploaded, and its encrypted clone; the node that has both."""
     path = tmp_path_factory.mktemp("images") / "disk.raw"
     path.write_bytes(content)
-    argv = [_LUKS_CSI, "image", "upload", str(path), _DISK, f"--service-account={NAMESPACE}/{_UPLOADER}"]
-    environment = os.environ | {"KUBECONFIG": str(cluster.control_plane.kubeconfig)}
-    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False, timeout=_IMAGE_SECONDS)
-    assert done.returncode == 0, done.stderr
+    _luks_csi(cluster, "upload", str(path), _DISK, f"--service-account={NAMESPACE}/{_UPLOADER}")
     _image(cluster, _ENCRYPTED, {"clone": {"image": _DISK, "encryption": "encrypt"}}, KEY)
     assert _wait_ready(cluster, _ENCRYPTED)["encrypted"] is True
     (node,) = _nodes(cluster, _ENCRYPTED)
@@ -204,6 +223,26 @@ def test_what_is_in_use_is_kept_and_an_encrypted_claim_becomes_an_image(
         changed = b"changed\n" + content[8:]
         assert _reads(cluster, namespace) == hashlib.sha256(changed).hexdigest()
     _delete(cluster, "exported")
+
+
+def test_an_image_that_was_encrypted_elsewhere_is_uploaded_and_used_as_it_is(
+    cluster: Cluster, content: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "disk.raw").write_bytes(content)
+    here = f"--state-dir={tmp_path / 'state'}"
+    _luks_csi(cluster, "import", str(tmp_path / "disk.raw"), "plain", here)
+    clone = ("clone", "plain", "sealed", "--encryption=encrypt", "--passphrase-file=-", here)
+    _luks_csi(cluster, *clone, passphrase=PASSPHRASE)
+    _luks_csi(cluster, "export", "sealed", str(tmp_path / "disk.luks"), here)
+    account = f"--service-account={NAMESPACE}/{_UPLOADER}"
+    _luks_csi(cluster, "upload", str(tmp_path / "disk.luks"), "sealed", f"--secret={NAMESPACE}/{KEY}", account)
+    status = _status(cluster, "sealed")
+    assert (status["encrypted"], status["secret"], status["virtualSize"]) == (True, f"{NAMESPACE}/{KEY}", _SIZE)
+    (node,) = _nodes(cluster, "sealed")
+    of_sealed = storage_class("of-sealed", {"backingImage": "sealed"})
+    with _classes(cluster, of_sealed), _vm(cluster, "of-sealed", node) as namespace:
+        assert _reads(cluster, namespace) == hashlib.sha256(content).hexdigest()
+    _delete(cluster, "sealed")
 
 
 def test_an_operator_that_is_away_hinders_nobody_and_an_agent_that_is_killed_goes_on(
