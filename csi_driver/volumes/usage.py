@@ -35,7 +35,12 @@ class Usages:
             return [Usage("bytes", blockdev.size_of(present.number))]
         if present.mount_at(volume_path) is None:
             raise NotFound(f"volume {volume_id} is not mounted at {volume_path}")
-        found = os.statvfs(volume_path)
+        try:
+            found = os.statvfs(volume_path)
+        except FileNotFoundError:
+            raise NotFound(
+                f"volume {volume_id} was taken down at {volume_path} while it was looked at; there is nothing to count"
+            ) from None
         size = found.f_frsize
         counts = [Usage("bytes", found.f_blocks * size, (found.f_blocks - found.f_bfree) * size, found.f_bavail * size)]
         if found.f_files:  # btrfs makes inodes as it goes and counts none

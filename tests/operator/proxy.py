@@ -11,10 +11,14 @@ _PIECE = 1 << 16
 
 
 class Proxy:
-    """Passes connections on to `port` until it is cut; then those that are there end, and no new one is let through."""
+    """Passes connections on to `port` until it is cut; then those that are there end, and no new one is let through.
 
-    def __init__(self, port: int) -> None:
+    Of what a client sends `most` bytes come through, and no more, if that is given.
+    """
+
+    def __init__(self, port: int, most: int | None = None) -> None:
         self._to = port
+        self._most = most
         self._guard = threading.Lock()
         self._is_cut = False
         self._open: list[socket.socket] = []
@@ -47,14 +51,17 @@ class Proxy:
                         continue
                     there = socket.create_connection((HOST, self._to))
                     self._open += [here, there]
-                for each in ((here, there), (there, here)):
+                for each in ((here, there, self._most), (there, here, None)):
                     threading.Thread(target=_pass_on, args=each, daemon=True).start()
 
 
-def _pass_on(start: socket.socket, end: socket.socket) -> None:
+def _pass_on(start: socket.socket, end: socket.socket, most: int | None) -> None:
+    passed = 0
     with contextlib.suppress(OSError):
         while piece := start.recv(_PIECE):
-            end.sendall(piece)
+            passed += len(piece)
+            if most is None or passed <= most:
+                end.sendall(piece)
     for each in (start, end):
         _end(each)
 
@@ -66,9 +73,9 @@ def _end(each: socket.socket) -> None:
 
 
 @contextlib.contextmanager
-def proxy(port: int) -> Iterator[Proxy]:
+def proxy(port: int, most: int | None = None) -> Iterator[Proxy]:
     """One as long as the block."""
-    made = Proxy(port)
+    made = Proxy(port, most)
     try:
         yield made
     finally:

@@ -281,7 +281,9 @@ class Run:
         ]
         for node in self._lab.agents:
             here = {copy["spec"]["image"] for copy in copies if copy["spec"]["node"] == node}
-            wanted = {"ready": here, "cluster": {f"{name}.json" for name in images}}
+            # The lock of one that was killed at its very end stays with the image, and goes with it.
+            locks = {f".{name}.lock" for name in here}
+            wanted = {"ready": here, "new": locks, "cluster": {f"{name}.json" for name in images}}
             for folder in _FOLDERS:
                 there = {path.name for path in (self._lab.images_of(node) / folder).glob("*")}
                 found += [f"{node}: {folder}/{name}" for name in sorted(there - wanted.get(folder, set()))]

@@ -12,6 +12,7 @@ import pytest
 from csi_driver.kube.kinds import Kind
 from tests.keys.apiserver import NAMESPACE
 from tests.operator.lab import Lab
+from tests.operator.proxy import proxy
 
 _LUKS_CSI = str(Path(sys.executable).with_name("luks-csi"))
 _ACCOUNT = Kind("", "v1", "ServiceAccount", "serviceaccounts", namespaced=True)
@@ -60,17 +61,20 @@ def test_a_file_is_uploaded_and_is_there_with_its_bytes(lab: Lab, tmp_path: Path
 
 
 def test_an_upload_that_was_interrupted_goes_on(lab: Lab, tmp_path: Path) -> None:
-    content = _content(tmp_path / "disk.raw", 512)
-    running = _upload(lab, tmp_path / "disk.raw", "cut")
+    content = _content(tmp_path / "disk.raw", 64)
+    lab.image("cut", {"upload": {}})
+    port = int(lab.wait("place of the upload", lambda: lab.status("cut").get("upload"))["address"].rpartition(":")[2])
     parts = [lab.images_of(node) / "uploads" / "cut" / "part" for node in ("one", "two")]
 
     def begun() -> Path | None:
         return next((part for part in parts if part.exists() and part.stat().st_size > 1 << 20), None)
 
-    part = lab.wait("begin of the upload", begun)
-    running.send_signal(signal.SIGINT)
-    _, said = running.communicate(timeout=60)
-    assert running.returncode == 130, said
+    with proxy(port, most=8 << 20) as way:  # more than that does not come through: it cannot end before it is told to
+        running = _upload(lab, tmp_path / "disk.raw", "cut", address=way.address.removeprefix("https://"))
+        part = lab.wait("begin of the upload", begun)
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=60)
+        assert running.returncode == 130, said
     received = 0
     while part.stat().st_size != received:  # until the agent has seen that nobody sends any more
         received = part.stat().st_size
