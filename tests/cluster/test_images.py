@@ -197,6 +197,7 @@ def test_pods_on_both_nodes_read_the_disk_and_the_one_without_a_copy_waits_for_i
 
 def test_a_class_that_binds_at_once_brings_the_image_too(cluster: Cluster, images: str, content: bytes) -> None:
     other = _other(cluster, images).name
+    assert other not in _nodes(cluster, _DISK)
     of_disk = at_once("at-once", other)
     of_disk["parameters"] = of_disk["parameters"] | {"backingImage": _DISK, "encrypted": "false"}
     for name in [name for name in of_disk["parameters"] if "secret" in name]:
@@ -262,6 +263,11 @@ def test_an_operator_that_is_away_hinders_nobody_and_an_agent_that_is_killed_goe
     key = {"name": KEY, "namespace": NAMESPACE}
     again = {"clone": {"image": _ENCRYPTED, "encryption": "reencrypt"}}
     _image(cluster, "again", again, KEY, newSecretRef=key, nodeSelector=here)
+
+    def begun() -> bool:
+        return bool(_status(cluster, "again").get("phase") in ("InProgress", "Ready"))
+
+    cluster.wait("begin of the clone", begun)
     uid = installed.delete_pod(node)
     installed.wait_other_pod(node, uid)
     assert _wait_ready(cluster, "again")["encrypted"] is True

@@ -2,6 +2,9 @@
 
 import re
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,3 +24,50 @@ def test_the_provisioner_has_the_settings_that_are_explained() -> None:
     explained = set(re.findall(r"^\| `(--[^`]+)`", section, re.MULTILINE))
     assert explained > {"--enable-capacity", "--capacity-for-immediate-binding"}
     assert explained <= arguments_of("provisioner")
+
+
+def containers(file: str) -> dict[str, Any]:
+    """The containers of a manifest's pods, by their names."""
+    found = yaml.safe_load_all((ROOT / "deploy/kubernetes" / file).read_text())
+    pods = [each["spec"]["template"]["spec"] for each in found if each["kind"] in ("DaemonSet", "Deployment")]
+    return {each["name"]: each for pod in pods for each in pod["containers"]}
+
+
+def mounts(container: dict[str, Any]) -> set[str]:
+    return {each["name"] for each in container.get("volumeMounts", ())}
+
+
+def test_only_what_needs_the_api_has_a_token() -> None:
+    base, images = containers("driver/node.yaml"), containers("images/node.yaml")
+    assert {name for name, each in base.items() if "token" in mounts(each)} == {"provisioner"}
+    assert set(images) == {"image-agent"}  # the patch gives nothing to the driver's own
+    assert {"token", "agents"} <= mounts(images["image-agent"])
+
+
+def test_the_image_agent_has_the_rights_that_are_told_and_no_more() -> None:
+    context = containers("images/node.yaml")["image-agent"]["securityContext"]
+    assert (context.get("privileged"), context["allowPrivilegeEscalation"]) == (None, False)
+    assert context["readOnlyRootFilesystem"] is True
+    assert context["capabilities"] == {
+        "drop": ["ALL"],
+        "add": ["DAC_OVERRIDE", "SETFCAP", "SETGID", "SETPCAP", "SETUID", "SYS_ADMIN"],
+    }
+    assert "Root with five capabilities beside `SYS_ADMIN`" in (ROOT / "docs/kubernetes.md").read_text()
+    assert not {"dev", "udev", "kubelet"} & mounts(containers("images/node.yaml")["image-agent"])
+
+
+def test_the_operator_runs_as_anybody() -> None:
+    found = yaml.safe_load_all((ROOT / "deploy/kubernetes/images/operator.yaml").read_text())
+    (pod,) = (each["spec"]["template"]["spec"] for each in found if each["kind"] == "Deployment")
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert not [each for each in pod["volumes"] if "hostPath" in each]
+    assert pod["containers"][0]["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_no_kind_goes_with_the_component() -> None:
+    """Whoever deletes a kind deletes all its objects: the images of a cluster."""
+    component = yaml.safe_load((ROOT / "deploy/kubernetes/images/kustomization.yaml").read_text())
+    assert "crds.yaml" not in component["resources"]
+    for file in component["resources"]:
+        found = yaml.safe_load_all((ROOT / "deploy/kubernetes/images" / file).read_text())
+        assert "CustomResourceDefinition" not in {each["kind"] for each in found}
