@@ -22,7 +22,7 @@ from csi_driver.kube.controller import Controller
 from csi_driver.kube.copies import State, state_of
 from csi_driver.kube.informer import Informer
 from csi_driver.kube.kinds import FINALIZER, IMAGE, IMAGE_COPY, Json, is_going, name_of, uid_of
-from csi_driver.model.errors import DriverError, InvalidArgument, NotFound
+from csi_driver.model.errors import DriverError, InvalidArgument, NotFound, VolumeBusy
 
 _STOP_SECONDS: Final = 20.0
 _FIRST_PAUSE, _MOST_PAUSE = 10.0, 300.0
@@ -138,7 +138,8 @@ class Agent:
         return None
 
     def _ready(self, copy: Json, record: ImageRecord, checksum: str) -> None:
-        self._uploads.forget(record.name)
+        with contextlib.suppress(VolumeBusy):  # it goes at the next look
+            self._uploads.forget(record.name)
         self._paused.pop(name_of(copy), None)
         facts = facts_of(record, checksum)
         self._tell(copy, State.READY, "", progress=100, address=self._settings.address, image=facts)

@@ -2,17 +2,18 @@
 
 GET  /v1/copies/NAME/record     what the copy is: its record and SHA-256 (agents)
 GET  /v1/copies/NAME/file       its bytes; Range goes on behind a cut (agents)
-HEAD /v1/uploads/NAME           how much of an upload is here: Upload-Offset
+GET  /v1/uploads/NAME           how much of an upload is here: Upload-Offset
 PUT  /v1/uploads/NAME           bytes of it, Content-Range says which
 """
 
 import contextlib
 import os
 import re
+import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -42,7 +43,11 @@ from csi_driver.model.errors import (
 
 _PIECE: Final = 1 << 20
 _IDLE_SECONDS: Final = 60.0
-_MOST_AT_ONCE: Final = 32
+_ASK_SECONDS: Final = 15.0
+"""For a handshake and a request's head together: until then nobody knows who it is."""
+_MOST_ASKING: Final = 256
+_MOST_AT_ONCE: Final = 32  # transfers of those who may
+_LENGTH: Final = re.compile(r"[0-9]{1,18}")
 _PATH: Final = re.compile(r"/v1/(copies|uploads)/([a-z0-9][a-z0-9.-]{0,62})(/record|/file|)")
 _RANGE: Final = re.compile(r"bytes=([0-9]{1,18})-")
 _CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
@@ -95,6 +100,7 @@ class CopyServer:
         self._tls = _Certificate(tls_dir)
         self._thread: threading.Thread | None = None
         self._server: _Server | None = None
+        self._room = threading.BoundedSemaphore(_MOST_AT_ONCE)
         outer = self
 
         class Handler(_Handler):
@@ -129,6 +135,16 @@ class CopyServer:
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
+
+    @contextlib.contextmanager
+    def transfer(self) -> Iterator[None]:
+        """One of those that may be under way at once, for the length of the block. Raises Aborted."""
+        if not self._room.acquire(blocking=False):
+            raise Aborted(f"{_MOST_AT_ONCE} transfers are under way on this node; try again in a moment")
+        try:
+            yield
+        finally:
+            self._room.release()
 
     def copy(self, name: str) -> Json:
         """The object of a copy that is ready here. Raises NotFound."""
@@ -174,12 +190,18 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, listen: tuple[str, int], handler: type["_Handler"], certificate: _Certificate) -> None:
         self._certificate = certificate
-        self._room = threading.BoundedSemaphore(_MOST_AT_ONCE)
+        self._guard = threading.Lock()
+        self._asking: dict[int, tuple[float, socket.socket]] = {}
         super().__init__(listen, handler)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """In the connection's own thread: who is slow in the handshake keeps nobody else waiting."""
-        if not self._room.acquire(blocking=False):
+        number = request.fileno()
+        with self._guard:
+            too_many = len(self._asking) >= _MOST_ASKING
+            if not too_many:
+                self._asking[number] = time.monotonic() + _ASK_SECONDS, request
+        if too_many:
             self.shutdown_request(request)
             return
         try:
@@ -189,15 +211,33 @@ class _Server(ThreadingHTTPServer):
             except OSError:
                 self.shutdown_request(request)
                 return
+            with self._guard:
+                if number in self._asking:  # the same descriptor, another object
+                    self._asking[number] = self._asking[number][0], secured
             super().process_request_thread(secured, client_address)
         finally:
-            self._room.release()
+            self.has_asked(number)
+
+    def has_asked(self, number: int) -> None:
+        """The request is there: from now on each read and write has its own limit."""
+        with self._guard:
+            self._asking.pop(number, None)
+
+    def service_actions(self) -> None:
+        """Twice a second: who has not asked in time goes, however little he sends again and again."""
+        now = time.monotonic()
+        with self._guard:
+            for until, connection in self._asking.values():
+                if until < now:
+                    with contextlib.suppress(OSError):
+                        connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, _request: Any, _client_address: Any) -> None:
-        """A connection that broke is the other side's to tell."""
+        """A connection that broke is the other side's to tell; what nobody foresaw `_answer` has told."""
 
 
 class _Handler(BaseHTTPRequestHandler):
+    server: _Server
     server_side: ClassVar[CopyServer]
     protocol_version = "HTTP/1.1"
     server_version = "luks-csi"
@@ -215,6 +255,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, do: Callable[[str, str, str], None]) -> None:
         self.close_connection = True
+        self.server.has_asked(self.connection.fileno())
         try:
             found = _PATH.fullmatch(self.path)
             if found is None:
@@ -226,6 +267,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self._say(status, f"{error}\n".encode())
         except OSError as error:
             log.debug("connection of a copy broke", path=self.path, error=error.strerror or type(error).__name__)
+        except Exception as error:  # noqa: BLE001 - of a request that nobody foresaw the others know nothing
+            log.error("request of a copy failed", path=self.path, error=type(error).__name__)
+            with contextlib.suppress(OSError):
+                self._say(HTTPStatus.INTERNAL_SERVER_ERROR, b"it failed; the agent's log tells more\n")
 
     def _token(self) -> str:
         kind, _, token = self.headers.get("Authorization", "").partition(" ")
@@ -246,7 +291,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise NotFound(f"image {name} is not ready on this node")
         if part == "/record":
             return self._say(HTTPStatus.OK, msgspec.json.encode(Offer(record, checksum)), "application/json")
-        return self._send(name, record.file_size, f'"{checksum}"')
+        with side.transfer():
+            return self._send(name, record.file_size, f'"{checksum}"')
 
     def _send(self, name: str, size: int, tag: str) -> None:
         start = 0
@@ -284,13 +330,15 @@ class _Handler(BaseHTTPRequestHandler):
         uid = self._uploader(what, name, part)
         length = self.headers.get("Content-Length", "")
         found = _CONTENT_RANGE.fullmatch(self.headers.get("Content-Range", ""))
-        if found is None or not length.isdigit() or int(length) != int(found[2]) - int(found[1]) + 1:
+        if found is None or not _LENGTH.fullmatch(length) or int(length) != int(found[2]) - int(found[1]) + 1:
             raise InvalidArgument("an upload says by Content-Range and Content-Length which bytes it brings")
         side = self.server_side
         if self.headers.get("Expect", "").lower() == "100-continue":
             self.send_response_only(HTTPStatus.CONTINUE)
             self.end_headers()
-        there = side.uploads.receive(name, uid, int(found[1]), int(found[3]), int(length), cast("BinaryIO", self.rfile))
+        with side.transfer():
+            stream = cast("BinaryIO", self.rfile)
+            there = side.uploads.receive(name, uid, int(found[1]), int(found[3]), int(length), stream)
         self.send_response(HTTPStatus.NO_CONTENT)
         self._headers({"Upload-Offset": str(there)})
 

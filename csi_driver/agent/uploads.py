@@ -52,6 +52,7 @@ class Uploads:
             raise InvalidArgument(f"{length} bytes from {start} on are no part of an image of {total} bytes")
         with self._alone(name), _told(name):
             folder = self._begin(name, uid)
+            self._agree(folder / "total", name, total)
             if (folder / "whole").exists():
                 return total
             part = folder / "part"
@@ -66,8 +67,22 @@ class Uploads:
         return there
 
     def forget(self, name: str) -> None:
-        """Remove what was uploaded; absent is fine."""
-        self._files.remove_folder(self._folder / name)
+        """Remove what was uploaded; absent is fine. Raises VolumeBusy while somebody uploads it."""
+        with self._alone(name), _told(name):
+            self._files.remove_folder(self._folder / name)
+
+    def _agree(self, path: Path, name: str, total: int) -> None:
+        """The first piece says how long the image is; who says otherwise later would make half of it the whole."""
+        try:
+            begun = int(read_file(path))
+        except (FileNotFoundError, ValueError):
+            self._files.write(path, str(total).encode())
+            return
+        if begun != total:
+            raise InvalidArgument(
+                f"the upload of image {name} was begun with {begun} bytes in all and goes on with {total}; send the "
+                f"same file, or delete the Image and make it anew"
+            )
 
     def _append(self, name: str, part: Path, start: int, length: int, stream: BinaryIO) -> int:
         at, durable = start, start

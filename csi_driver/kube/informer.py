@@ -133,6 +133,9 @@ class Informer:
             if event == "DELETED":
                 self._things.pop(_key(thing), None)
             elif event in ("ADDED", "MODIFIED"):
+                known = self._things.get(_key(thing))
+                if known is not None and _version(known) > _version(thing):
+                    return  # an own write was seen already
                 self._things[_key(thing)] = thing
             else:
                 return

@@ -113,8 +113,11 @@ def test_an_error_is_told_until_it_is_over(kube: FakeKube, informer: Informer, t
     assert informer.error == ""
 
 
-def test_an_own_write_is_seen_at_once_and_an_older_one_never(informer: Informer) -> None:
+def test_an_own_write_is_seen_at_once_and_an_older_one_never(kube: FakeKube, informer: Informer, told: Told) -> None:
     informer.saw(thing("a", 5))
+    kube.events.put(("MODIFIED", thing("a", 3)))  # of before that write
+    kube.events.put(("MODIFIED", thing("b", 6)))
+    assert told.next() == "b"
     informer.saw(thing("a", 4))
     informer.saw(thing("unknown", 9))
     assert informer.get("a") == thing("a", 5)

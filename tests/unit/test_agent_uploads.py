@@ -1,0 +1,80 @@
+"""Uploads as an agent takes them: piece by piece, for one Image, and never half for whole."""
+
+import io
+import threading
+from pathlib import Path
+
+import pytest
+
+from csi_driver.agent.uploads import Uploads
+from csi_driver.model.errors import Aborted, InvalidArgument, OutOfRange, VolumeBusy
+
+
+@pytest.fixture
+def came() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def uploads(tmp_path: Path, came: list[str]) -> Uploads:
+    return Uploads(tmp_path / "uploads", came.append)
+
+
+def test_pieces_make_a_whole(uploads: Uploads, came: list[str]) -> None:
+    assert uploads.receive("disk", "uid", 0, 10, 4, io.BytesIO(b"0123")) == 4
+    assert (uploads.received("disk", "uid"), uploads.whole("disk", "uid"), came) == (4, None, [])
+    assert uploads.receive("disk", "uid", 4, 10, 6, io.BytesIO(b"456789")) == 10
+    whole = uploads.whole("disk", "uid")
+    assert whole is not None
+    assert (whole.read_bytes(), came) == (b"0123456789", ["disk"])
+    assert uploads.whole("disk", "another") is None
+    uploads.forget("disk")
+    assert not whole.exists()
+
+
+def test_what_came_before_the_cut_is_kept_and_gone_on_with(uploads: Uploads) -> None:
+    with pytest.raises(Aborted, match="ended at byte 3; it goes on there"):
+        uploads.receive("disk", "uid", 0, 10, 10, io.BytesIO(b"012"))
+    with pytest.raises(OutOfRange, match="goes on at byte 3, not at 0"):
+        uploads.receive("disk", "uid", 0, 10, 10, io.BytesIO(b"0123456789"))
+    assert uploads.receive("disk", "uid", 3, 10, 7, io.BytesIO(b"3456789")) == 10
+
+
+def test_half_is_never_taken_for_the_whole(uploads: Uploads) -> None:
+    uploads.receive("disk", "uid", 0, 10, 4, io.BytesIO(b"0123"))
+    with pytest.raises(InvalidArgument, match="begun with 10 bytes in all and goes on with 6"):
+        uploads.receive("disk", "uid", 4, 6, 2, io.BytesIO(b"45"))
+    assert uploads.whole("disk", "uid") is None
+
+
+def test_what_an_earlier_image_of_the_name_got_is_not_this_ones(uploads: Uploads) -> None:
+    uploads.receive("disk", "uid", 0, 10, 4, io.BytesIO(b"0123"))
+    assert uploads.received("disk", "another") == 0
+    assert uploads.receive("disk", "another", 0, 2, 2, io.BytesIO(b"ab")) == 2
+
+
+@pytest.mark.parametrize(("start", "total", "length"), [(0, 0, 1), (5, 4, 1), (0, 4, 5), (-1, 4, 1), (0, 1 << 60, 1)])
+def test_what_is_no_part_of_an_image_is_refused(uploads: Uploads, start: int, total: int, length: int) -> None:
+    with pytest.raises(InvalidArgument, match="are no part of an image"):
+        uploads.receive("disk", "uid", start, total, length, io.BytesIO(b"x"))
+
+
+def test_one_at_a_time(uploads: Uploads) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    class Slow(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            begun.set()
+            go.wait(30)
+            return super().read(size)
+
+    first = threading.Thread(target=uploads.receive, args=("disk", "uid", 0, 4, 4, Slow(b"0123")))
+    first.start()
+    assert begun.wait(30)
+    with pytest.raises(VolumeBusy, match="is being uploaded already"):
+        uploads.receive("disk", "uid", 0, 4, 4, io.BytesIO(b"0123"))
+    with pytest.raises(VolumeBusy):
+        uploads.forget("disk")
+    go.set()
+    first.join()
+    assert uploads.whole("disk", "uid") is not None
