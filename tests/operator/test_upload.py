@@ -37,7 +37,18 @@ def accounts(lab: Lab) -> None:
 
 def _upload(lab: Lab, path: Path, name: str, account: str = "uploader", **more: str) -> subprocess.Popen[str]:
     options = [f"--{option.replace('_', '-')}={value}" for option, value in more.items()]
-    argv = [_LUKS_CSI, "image", "upload", str(path), name, f"--service-account={NAMESPACE}/{account}", *options]
+    # A shell's job in the background ignores SIGINT, and so would all below it.
+    argv = [
+        "env",
+        "--default-signal=INT",
+        _LUKS_CSI,
+        "image",
+        "upload",
+        str(path),
+        name,
+        f"--service-account={NAMESPACE}/{account}",
+        *options,
+    ]
     environment = os.environ | {"KUBECONFIG": str(lab.kubeconfig)}
     return subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
