@@ -25,6 +25,8 @@ from csi_driver.kube.kinds import (
     CONFIG_MAP,
     IMAGE,
     IMAGE_COPY,
+    MANAGED_BY,
+    MANAGER,
     MUTATING,
     SECRET,
     VALIDATING,
@@ -191,13 +193,15 @@ class Occasions:
                 "admissionReviewVersions": ["v1"], "failurePolicy": "Ignore",
             }  # fmt: skip
             kube.create(kind, {"metadata": {"name": WEBHOOKS}, "webhooks": [webhook]})
-        things = [(SECRET, AGENT_SECRET), (SECRET, AUTHORITY), (SECRET, OPERATOR_SECRET), (CONFIG_MAP, AUTHORITY)]
-        for kind, name in things:
-            if self._right.verb == "create":
-                kube.delete(kind, name, NAMESPACE)
-            elif name != AUTHORITY or kind == CONFIG_MAP:
-                with contextlib.suppress(NotFound):
-                    kube.patch(kind, name, {"data": {"ca.crt": "b2xk" if kind == SECRET else "old"}}, NAMESPACE)
+        for name in (AGENT_SECRET, OPERATOR_SECRET, AUTHORITY):
+            kube.delete(SECRET, name, NAMESPACE)
+        kube.delete(CONFIG_MAP, AUTHORITY, NAMESPACE)
+        if self._right.verb == "create":
+            return
+        old: Json = {"labels": {MANAGED_BY: MANAGER}}
+        for name in (AGENT_SECRET, OPERATOR_SECRET):
+            kube.create(SECRET, {"metadata": old | {"name": name}, "data": {"ca.crt": "b2xk"}}, NAMESPACE)
+        kube.create(CONFIG_MAP, {"metadata": old | {"name": AUTHORITY}, "data": {"ca.crt": "old"}}, NAMESPACE)
 
     def look(self) -> bool:
         """Whether somebody has said that he misses the right."""
