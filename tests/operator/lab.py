@@ -93,6 +93,11 @@ class Process:
     def is_up(self) -> bool:
         return self._running is not None and self._running.poll() is None
 
+    @property
+    def code(self) -> int | None:
+        """How it ended by itself, as subprocess tells it."""
+        return self._running.poll() if self._running is not None else None
+
     def _end(self, number: int) -> None:
         running, self._running = self._running, None
         if running is not None:

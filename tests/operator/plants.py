@@ -95,6 +95,8 @@ def main(plant: str, arguments: list[str]) -> None:
         running = NodeAgent(Kube.of(), settings, KeepingLibrary(settings.images))
     else:
         MortalKube.left = int(count or 0)
+        for each in ("http_address", "webhook_listen", "profile"):
+            del options[each]  # no part of what is planted here
         running = Operator(_KUBES[name].of(Path(os.environ["KUBECONFIG"])), OperatorSettings(**options))
     with told_to_stop() as (told, _):
         running.start()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,7 @@ def _lives_through(lab: Lab, mortal: Process, name: str, content: bytes) -> None
         return deleted and lab.kube.get(IMAGE, name) is None
 
     lab.wait(f"end of {name}", at_the_end)
+    assert mortal.code in (None, -signal.SIGKILL), "it did not end behind a write"
 
 
 def test_an_operator_killed_behind_each_of_its_writes_comes_to_the_same_end(lab: Lab, web: ImageServer) -> None:
