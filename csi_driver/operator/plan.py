@@ -115,7 +115,7 @@ def _spread(image: Json, near: Sequence[Json], ready: Sequence[Json], world: Wor
     wanted = image["spec"].get("copies", 1)
     selected = image["spec"].get("nodeSelector", {})
     coming = [copy for copy in near if state_of(copy) is not State.FAILED and copy not in ready]
-    counted = [copy for copy in (*ready, *coming) if _fits(world, copy["spec"]["node"], selected)]
+    counted = [copy for copy in (*ready, *coming) if _counts(world, copy["spec"]["node"], selected)]
     missing = wanted - len(counted)
     if missing > 0:
         taken = {copy["spec"]["node"] for copy in near}
@@ -208,6 +208,11 @@ def _nodes(image: Json, world: World) -> list[str]:
 def _fits(world: World, node: str, selector: Mapping[str, str]) -> bool:
     labels = world.agents.get(node)
     return labels is not None and all(labels.get(name) == value for name, value in selector.items())
+
+
+def _counts(world: World, node: str, selector: Mapping[str, str]) -> bool:
+    """Whether a copy there is one of those that are wanted; an agent that starts anew takes nothing away."""
+    return node not in world.agents or _fits(world, node, selector)
 
 
 def _said(copies: Sequence[Json]) -> str:

@@ -105,8 +105,8 @@ def test_a_node_that_is_gone_is_replaced_and_one_that_is_silent_for_too_long_too
     silent = plan(wanted, copies, world("a", "c", nodes=frozenset("abc"), lost=frozenset("b")))
     assert (silent.forget, silent.delete, placed(silent)) == ([], [], [("c", False)])
     not_yet = plan(wanted, copies, world("a", "c", nodes=frozenset("abc")))
-    # It has an agent no more, so it does not count as one that fits; nothing is removed.
-    assert (not_yet.forget, not_yet.delete) == ([], [])
+    # Its agent may only be starting anew.
+    assert (not_yet.forget, not_yet.delete, not_yet.create) == ([], [], [])
 
 
 def test_a_maker_that_is_lost_before_it_was_ready_is_replaced() -> None:
