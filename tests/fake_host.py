@@ -1,7 +1,7 @@
 """The operating system's seams without an operating system: files, loop devices, holders, and a backend in memory."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,9 +22,10 @@ from csi_driver.keys.audit import Audit
 from csi_driver.keys.config import KmsConfig
 from csi_driver.keys.kubernetes import Kubernetes
 from csi_driver.keys.sources import KeySources
-from csi_driver.model.errors import Aborted, DeviceAbsent, DeviceInUse, NotFound, ResourceExhausted
+from csi_driver.model.access import Access
+from csi_driver.model.errors import Aborted, DeviceAbsent, DeviceInUse, FailedPrecondition, NotFound, ResourceExhausted
 from csi_driver.model.settings import Limits
-from csi_driver.model.volume import VolumeParameters, VolumeRecord
+from csi_driver.model.volume import VolumeParameters, VolumeRecord, volume_id_for
 from csi_driver.volumes.from_image import BackingImages
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.keyslots import KeySlots
@@ -346,3 +347,37 @@ class MemoryBackend:
 
     def remove_orphans(self, volume_id: str) -> Sequence[str]:
         return []
+
+
+@dataclass
+class SharedMemoryBackend(MemoryBackend):
+    """The same as storage outside the nodes: one pool, whose name is in each id."""
+
+    used: list[tuple[str, Access]] = field(default_factory=list)
+    nodes: dict[str, list[str]] = field(default_factory=dict)
+    takes_many_nodes: bool = True
+
+    def id_for(self, name: str, parameters: VolumeParameters) -> str:
+        return f"{volume_id_for(name)}.pool"
+
+    def places(self, record: VolumeRecord) -> Sequence[Mapping[str, str]]:
+        return []
+
+    def use(self, volume_id: str, access: Access) -> None:
+        self.used.append((volume_id, access))
+
+    def publish(self, volume_id: str, node_id: str, *, many_nodes: bool) -> Mapping[str, str]:
+        others = [node for node in self.nodes.get(volume_id, []) if node != node_id]
+        if others and not many_nodes:
+            raise FailedPrecondition(f"volume {volume_id} is on {others[0]}")
+        self.nodes[volume_id] = sorted({*others, node_id})
+        return {"given": node_id}
+
+    def unpublish(self, volume_id: str, node_id: str) -> None:
+        self.nodes[volume_id] = [node for node in self.nodes.get(volume_id, []) if node_id not in ("", node)]
+
+    def published(self, volume_id: str) -> Sequence[str]:
+        return self.nodes.get(volume_id, [])
+
+    def most_volumes(self) -> int:
+        return 7

@@ -54,7 +54,10 @@ class FakeProvisioning(Provisioning):
             encryption=EncryptionState.PREPARED,
             created="2026-11-20T00:00:00+00:00",
         )
-        return self.views.setdefault(record.id, VolumeView(record, {"encrypted": "true"}, {"place": "here"}))
+        return self.views.setdefault(record.id, VolumeView(record, {"encrypted": "true"}, [{"place": "here"}]))
+
+    def new_id(self, name: str, given: Mapping[str, str]) -> str:
+        return volume_id_for(name)
 
     def delete(self, volume_id: str) -> None:
         self._calls.note(("delete", volume_id))

@@ -13,16 +13,17 @@ The contract, beside what each method says:
 - *What is whose.* By identity, never by name alone. What a backend did not make it does not touch, whatever its name.
 - *Where it runs.* Nothing here forks. What may hang on a device, and every program, runs in a worker.
 
-What not every backend can do is a Protocol of its own: `MakesFromFile`, `MovesVolumeKey`, `HasPools`.
+What not every backend can do is a Protocol of its own: `MakesFromFile`, `MovesVolumeKey`, `HasPools`, `SharedStorage`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from csi_driver.host.handle import Handle
+from csi_driver.model.access import Access
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.volume import VolumeParameters, VolumeRecord
 
@@ -202,6 +203,53 @@ class HasPools(Protocol):
         """The same of the pool that the volume is in; None where all is well."""
 
 
+@runtime_checkable
+class SharedStorage(Protocol):
+    """A backend whose volumes lie outside the nodes: a central controller makes them and says who may have one.
+
+    What is in `Backend` holds on controller and nodes alike, with these differences. An attached device stays until
+    `detach`, `lasting` or not. `ids` on a node are those of the volumes that are attached to it. What needs no record
+    on a node, which is to publish a complete stage, unpublish and unstage, must not need the storage to answer.
+    """
+
+    @property
+    def takes_many_nodes(self) -> bool:
+        """Whether a block volume may be used on several nodes at once, as live migration does."""
+
+    def id_for(self, name: str, parameters: VolumeParameters) -> str:
+        """The id of the volume that CreateVolume calls `name`: an `is_volume_id`; it may tell where the volume lies.
+
+        Raises InvalidArgument where the parameters lack what says where.
+        """
+
+    def places(self, record: VolumeRecord) -> Sequence[Mapping[str, str]]:
+        """The topology segments from which it can be reached; none means from every node."""
+
+    def use(self, volume_id: str, access: Access) -> None:
+        """Take what a call brought to reach the volume; kept in memory, for the calls that bring nothing, until
+        `detach` or `delete`. Called, under the volume's lock where there is one, before anything else of the call.
+        """
+
+    def publish(self, volume_id: str, node_id: str, *, many_nodes: bool) -> Mapping[str, str]:
+        """Let a node have the volume, durably; returns the publish context. Repeating is fine.
+
+        With `many_nodes` others may have it as well. Raises NotFound (also for a node that is known not to be),
+        FailedPrecondition naming the node that has it, Aborted while it is being made ready.
+        """
+
+    def unpublish(self, volume_id: str, node_id: str) -> None:
+        """Take it away from a node, from all with ""; absent is fine. Behind it that node writes nothing any more.
+
+        Raises FailedPrecondition where the node may still write and cannot be kept from it.
+        """
+
+    def published(self, volume_id: str) -> Sequence[str]:
+        """The ids of the nodes that have it, sorted."""
+
+    def most_volumes(self) -> int:
+        """How many volumes this node can have at once; 0 where nothing says."""
+
+
 def made_from_file(backend: Backend, volume_id: str) -> MakesFromFile:
     """The backend, if its volumes can start with content. Raises FailedPrecondition."""
     if isinstance(backend, MakesFromFile):
@@ -210,6 +258,16 @@ def made_from_file(backend: Backend, volume_id: str) -> MakesFromFile:
         f"volume {volume_id} cannot start from an image or a disk: the backend {backend.name} makes blank volumes "
         f"only; use a driver with the backend loopfile for it"
     )
+
+
+def shared(backend: Backend) -> SharedStorage | None:
+    """The backend, if its volumes lie outside the nodes."""
+    return backend if isinstance(backend, SharedStorage) else None
+
+
+def takes_many_nodes(backend: Backend) -> bool:
+    """Whether its block volumes may be used on several nodes at once."""
+    return isinstance(backend, SharedStorage) and backend.takes_many_nodes
 
 
 def movable(backend: Backend) -> MovesVolumeKey | None:

@@ -118,9 +118,9 @@ class CsiClient:
         )
         return _volume(self._call(self._controller.CreateVolume, request).volume)
 
-    def delete_volume(self, volume_id: str) -> None:
+    def delete_volume(self, volume_id: str, secrets: Mapping[str, str] = _NOTHING) -> None:
         """DeleteVolume."""
-        self._call(self._controller.DeleteVolume, csi.DeleteVolumeRequest(volume_id=volume_id))
+        self._call(self._controller.DeleteVolume, csi.DeleteVolumeRequest(volume_id=volume_id, secrets=secrets))
 
     def volume(self, volume_id: str) -> RemoteVolume:
         """ControllerGetVolume."""
@@ -142,12 +142,34 @@ class CsiClient:
         request = csi.GetCapacityRequest(parameters=parameters)
         return self._call(self._controller.GetCapacity, request).available_capacity
 
-    def expand_volume(self, volume_id: str, required_bytes: int) -> int:
+    def expand_volume(self, volume_id: str, required_bytes: int, secrets: Mapping[str, str] = _NOTHING) -> int:
         """ControllerExpandVolume; returns the capacity in bytes. `expand_on_node` does the rest."""
         request = csi.ControllerExpandVolumeRequest(
-            volume_id=volume_id, capacity_range=csi.CapacityRange(required_bytes=required_bytes)
+            volume_id=volume_id, capacity_range=csi.CapacityRange(required_bytes=required_bytes), secrets=secrets
         )
         return self._call(self._controller.ControllerExpandVolume, request).capacity_bytes
+
+    def attach(
+        self,
+        volume: RemoteVolume,
+        node_id: str,
+        capability: Capability,
+        secrets: Mapping[str, str] = _NOTHING,
+    ) -> Mapping[str, str]:
+        """ControllerPublishVolume, of a driver whose volumes lie outside the nodes; returns the publish context."""
+        request = csi.ControllerPublishVolumeRequest(
+            volume_id=volume.id,
+            node_id=node_id,
+            volume_capability=_capability(capability),
+            secrets=secrets,
+            volume_context=volume.context,
+        )
+        return dict(self._call(self._controller.ControllerPublishVolume, request).publish_context)
+
+    def detach(self, volume_id: str, node_id: str, secrets: Mapping[str, str] = _NOTHING) -> None:
+        """ControllerUnpublishVolume."""
+        request = csi.ControllerUnpublishVolumeRequest(volume_id=volume_id, node_id=node_id, secrets=secrets)
+        self._call(self._controller.ControllerUnpublishVolume, request)
 
     def stage(
         self,
@@ -155,6 +177,7 @@ class CsiClient:
         staging_path: Path,
         capability: Capability,
         secrets: Mapping[str, str] = _NOTHING,
+        publish_context: Mapping[str, str] = _NOTHING,
     ) -> None:
         """NodeStageVolume."""
         request = csi.NodeStageVolumeRequest(
@@ -163,6 +186,7 @@ class CsiClient:
             volume_capability=_capability(capability),
             secrets=secrets,
             volume_context=volume.context,
+            publish_context=publish_context,
         )
         self._call(self._node.NodeStageVolume, request)
 

@@ -5,6 +5,7 @@ from google.protobuf.wrappers_pb2 import Int64Value
 
 from csi_driver.rpc import convert, csi_pb2_grpc
 from csi_driver.rpc import csi_pb2 as csi
+from csi_driver.volumes.attachment import Attachments
 from csi_driver.volumes.provision import Provisioning
 
 _Capability = csi.ControllerServiceCapability
@@ -21,10 +22,12 @@ _OFFERED = (
 class ControllerServicer(csi_pb2_grpc.ControllerServicer):
     """Each call is one use case of provisioning."""
 
+    offered: tuple[_Capability.RPC.Type.ValueType, ...] = _OFFERED
+
     def __init__(self, provisioning: Provisioning) -> None:
         self._provisioning = provisioning
         self._capabilities = csi.ControllerGetCapabilitiesResponse(
-            capabilities=[_Capability(rpc=_Capability.RPC(type=kind)) for kind in _OFFERED]
+            capabilities=[_Capability(rpc=_Capability.RPC(type=kind)) for kind in self.offered]
         )
 
     def ControllerGetCapabilities(
@@ -55,7 +58,13 @@ class ControllerServicer(csi_pb2_grpc.ControllerServicer):
 
     def ListVolumes(self, request: csi.ListVolumesRequest, context: grpc.ServicerContext) -> csi.ListVolumesResponse:
         views, next_token = self._provisioning.list(request.max_entries, request.starting_token)
-        entries = [csi.ListVolumesResponse.Entry(volume=convert.volume(view)) for view in views]
+        entries = [
+            csi.ListVolumesResponse.Entry(
+                volume=convert.volume(view),
+                status=csi.ListVolumesResponse.VolumeStatus(published_node_ids=view.published),
+            )
+            for view in views
+        ]
         return csi.ListVolumesResponse(entries=entries, next_token=next_token)
 
     def ControllerGetVolume(
@@ -63,7 +72,8 @@ class ControllerServicer(csi_pb2_grpc.ControllerServicer):
     ) -> csi.ControllerGetVolumeResponse:
         found = self._provisioning.get(convert.known_volume_id(request.volume_id))
         return csi.ControllerGetVolumeResponse(
-            volume=convert.volume(found), status=csi.ControllerGetVolumeResponse.VolumeStatus()
+            volume=convert.volume(found),
+            status=csi.ControllerGetVolumeResponse.VolumeStatus(published_node_ids=found.published),
         )
 
     def GetCapacity(self, request: csi.GetCapacityRequest, context: grpc.ServicerContext) -> csi.GetCapacityResponse:
@@ -79,3 +89,29 @@ class ControllerServicer(csi_pb2_grpc.ControllerServicer):
     ) -> csi.ControllerExpandVolumeResponse:
         capacity = self._provisioning.expand(*convert.growth(request))
         return csi.ControllerExpandVolumeResponse(capacity_bytes=capacity, node_expansion_required=True)
+
+
+class AttachingControllerServicer(ControllerServicer):
+    """The same for volumes outside the nodes, which a node has to be given first."""
+
+    offered = (
+        *_OFFERED,
+        _Capability.RPC.PUBLISH_UNPUBLISH_VOLUME,
+        _Capability.RPC.LIST_VOLUMES_PUBLISHED_NODES,
+    )
+
+    def __init__(self, provisioning: Provisioning, attachments: Attachments) -> None:
+        super().__init__(provisioning)
+        self._attachments = attachments
+
+    def ControllerPublishVolume(
+        self, request: csi.ControllerPublishVolumeRequest, context: grpc.ServicerContext
+    ) -> csi.ControllerPublishVolumeResponse:
+        given = self._attachments.attach(convert.attach_request(request))
+        return csi.ControllerPublishVolumeResponse(publish_context=given)
+
+    def ControllerUnpublishVolume(
+        self, request: csi.ControllerUnpublishVolumeRequest, context: grpc.ServicerContext
+    ) -> csi.ControllerUnpublishVolumeResponse:
+        self._attachments.detach(*convert.detaching(request))
+        return csi.ControllerUnpublishVolumeResponse()

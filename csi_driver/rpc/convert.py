@@ -7,12 +7,14 @@ driver's.
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from csi_driver.keys.secret import SecretKey, read_secret
+from csi_driver.model.access import Access
 from csi_driver.model.errors import FailedPrecondition, InvalidArgument, NotFound
 from csi_driver.model.volume import is_volume_id, volume_id_for
 from csi_driver.rpc import csi_pb2 as csi
+from csi_driver.volumes.attachment import AttachRequest
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.expand import ExpandRequest
 from csi_driver.volumes.provision import CreateRequest, VolumeView
@@ -114,6 +116,36 @@ def create_request(request: csi.CreateVolumeRequest) -> CreateRequest:
         key=read_secret(request.secrets),
         topologies=tuple(dict(topology.segments) for topology in wish.requisite or wish.preferred),
     )
+
+
+def access(request: Any) -> Access:
+    """What a request brings to reach the volume's storage: whichever of the fields its message has."""
+    wish = getattr(request, "accessibility_requirements", None)
+    return Access(
+        secrets=dict(request.secrets),
+        volume_context=dict(getattr(request, "volume_context", {})),
+        publish_context=dict(getattr(request, "publish_context", {})),
+        topologies=tuple(dict(one.segments) for one in (*wish.preferred, *wish.requisite)) if wish else (),
+    )
+
+
+def attach_request(request: csi.ControllerPublishVolumeRequest) -> AttachRequest:
+    """ControllerPublishVolume."""
+    _require(request.volume_id, "volume_id")
+    _require(request.node_id, "node_id")
+    wanted = _one_capability(request)
+    return AttachRequest(
+        volume_id=known_volume_id(request.volume_id),
+        node_id=request.node_id,
+        capability=wanted,
+        read_only=request.readonly,
+        context=dict(request.volume_context),
+    )
+
+
+def detaching(request: csi.ControllerUnpublishVolumeRequest) -> tuple[str, str]:
+    """ControllerUnpublishVolume: the volume's id and the node's, "" for all."""
+    return any_volume_id(request.volume_id), request.node_id
 
 
 def growth(request: csi.ControllerExpandVolumeRequest) -> tuple[str, int, int]:
@@ -219,7 +251,7 @@ def volume(view: VolumeView) -> csi.Volume:
         volume_id=view.record.id,
         capacity_bytes=view.record.capacity_bytes,
         volume_context=view.context,
-        accessible_topology=[csi.Topology(segments=view.topology)],
+        accessible_topology=[csi.Topology(segments=segments) for segments in view.places],
     )
 
 
@@ -230,7 +262,9 @@ def usage(count: Usage) -> csi.VolumeUsage:
     )
 
 
-def _one_capability(request: csi.NodeStageVolumeRequest | csi.NodePublishVolumeRequest) -> Capability:
+def _one_capability(
+    request: csi.ControllerPublishVolumeRequest | csi.NodeStageVolumeRequest | csi.NodePublishVolumeRequest,
+) -> Capability:
     if not request.HasField("volume_capability"):
         raise InvalidArgument("the request has no volume_capability")
     return capability(request.volume_capability)

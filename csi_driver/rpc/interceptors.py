@@ -20,6 +20,7 @@ from google.protobuf import descriptor_pool
 
 from csi_driver.host.locks import VolumeLocks
 from csi_driver.host.log import Log, request_id
+from csi_driver.model.access import Access
 from csi_driver.model.errors import DriverError
 from csi_driver.model.volume import volume_id_for
 from csi_driver.rpc import convert, csi_pb2
@@ -189,14 +190,19 @@ class Timing:
         return timed
 
 
-class VolumeLocking:
-    """Holds the volume's lock around each call that changes a volume; who comes second gets VolumeBusy.
+NewId = Callable[[str, Mapping[str, str]], str]
+"""The id of the volume that CreateVolume calls so, made with these parameters. Raises InvalidArgument."""
 
-    The request is read in full before, so that nothing is locked for one that cannot be right.
-    """
 
-    _LOCKED: Mapping[str, Callable[[Any], str]] = {
-        "CreateVolume": lambda request: volume_id_for(convert.create_request(request).name),
+def _readers(new_id: NewId) -> Mapping[str, Callable[[Any], str]]:
+    """For each method that changes a volume, which one; a request is read in full, so that it raises what is wrong."""
+
+    def made(request: Any) -> str:
+        wanted = convert.create_request(request)
+        return new_id(wanted.name, wanted.parameters)
+
+    return {
+        "CreateVolume": made,
         "DeleteVolume": lambda request: convert.any_volume_id(request.volume_id),
         "ControllerExpandVolume": lambda request: convert.growth(request)[0],
         "NodeStageVolume": lambda request: convert.stage_request(request).volume_id,
@@ -207,11 +213,25 @@ class VolumeLocking:
         "EncryptionKeyRotate": lambda request: convert.rotation(request)[0],
     }
 
-    def __init__(self, locks: VolumeLocks) -> None:
+
+_ATTACHING: Mapping[str, Callable[[Any], str]] = {
+    "ControllerPublishVolume": lambda request: convert.attach_request(request).volume_id,
+    "ControllerUnpublishVolume": lambda request: convert.detaching(request)[0],
+}
+
+
+class VolumeLocking:
+    """Holds the volume's lock around each call that changes a volume; who comes second gets VolumeBusy.
+
+    Nothing is locked for a request that cannot be right, nor for the methods of attaching where they are not served.
+    """
+
+    def __init__(self, locks: VolumeLocks, new_id: NewId, *, attaching: bool) -> None:
         self._locks = locks
+        self._locked = {**_readers(new_id), **(_ATTACHING if attaching else {})}
 
     def around(self, method: Method, behaviour: Behaviour) -> Behaviour:
-        volume_of, hold = self._LOCKED.get(method.name), self._locks.hold
+        volume_of, hold = self._locked.get(method.name), self._locks.hold
         if volume_of is None:
             return behaviour
 
@@ -220,6 +240,31 @@ class VolumeLocking:
                 return behaviour(request, context)
 
         return locked
+
+
+class StorageAccess:
+    """Gives what a call brings to reach storage outside the node to the backend, by `use`, ahead of the call."""
+
+    _BRING_NOTHING = frozenset({"NodeUnstageVolume", "NodeUnpublishVolume"})
+
+    def __init__(self, use: Callable[[str, Access], None], new_id: NewId) -> None:
+        self._use = use
+        self._readers: dict[str, Callable[[Any], str]] = {
+            **_readers(new_id),
+            **_ATTACHING,
+            "ValidateVolumeCapabilities": lambda request: convert.validation(request)[0],
+        }
+
+    def around(self, method: Method, behaviour: Behaviour) -> Behaviour:
+        volume_of, use = self._readers.get(method.name), self._use
+        if volume_of is None or method.name in self._BRING_NOTHING:
+            return behaviour
+
+        def reaching(request: object, context: grpc.ServicerContext) -> object:
+            use(volume_of(request), convert.access(request))
+            return behaviour(request, context)
+
+        return reaching
 
 
 def _method(path: str) -> Method:

@@ -1,5 +1,7 @@
 """The Node service; calls that are not here answer UNIMPLEMENTED."""
 
+from collections.abc import Callable
+
 import grpc
 
 from csi_driver.model.settings import Settings
@@ -21,10 +23,16 @@ _OFFERED = (
 
 
 class NodeServicer(csi_pb2_grpc.NodeServicer):
-    """Each call is one use case on this node."""
+    """Each call is one use case on this node; `most_volumes` tells how many it can have, 0 for no limit."""
 
     def __init__(
-        self, settings: Settings, staging: Staging, publishing: Publishing, expansion: Expansion, usage: Usages
+        self,
+        settings: Settings,
+        staging: Staging,
+        publishing: Publishing,
+        expansion: Expansion,
+        usage: Usages,
+        most_volumes: Callable[[], int] = lambda: 0,
     ) -> None:
         self._staging = staging
         self._publishing = publishing
@@ -33,10 +41,8 @@ class NodeServicer(csi_pb2_grpc.NodeServicer):
         self._capabilities = csi.NodeGetCapabilitiesResponse(
             capabilities=[_Capability(rpc=_Capability.RPC(type=kind)) for kind in _OFFERED]
         )
-        self._info = csi.NodeGetInfoResponse(
-            node_id=settings.node_id,
-            accessible_topology=csi.Topology(segments={settings.topology_key: settings.node_id}),
-        )
+        self._settings = settings
+        self._most_volumes = most_volumes
 
     def NodeGetCapabilities(
         self, request: csi.NodeGetCapabilitiesRequest, context: grpc.ServicerContext
@@ -44,7 +50,12 @@ class NodeServicer(csi_pb2_grpc.NodeServicer):
         return self._capabilities
 
     def NodeGetInfo(self, request: csi.NodeGetInfoRequest, context: grpc.ServicerContext) -> csi.NodeGetInfoResponse:
-        return self._info
+        settings = self._settings
+        return csi.NodeGetInfoResponse(
+            node_id=settings.node_id,
+            max_volumes_per_node=self._most_volumes(),
+            accessible_topology=csi.Topology(segments={settings.topology_key: settings.node_id}),
+        )
 
     def NodeStageVolume(
         self, request: csi.NodeStageVolumeRequest, context: grpc.ServicerContext

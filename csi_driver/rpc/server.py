@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import grpc
 
+from csi_driver.backends.base import shared
 from csi_driver.host.log import log
 from csi_driver.keys.sources import KeySources
 from csi_driver.model.errors import DriverError
@@ -19,10 +20,19 @@ from csi_driver.model.settings import Service, Settings
 from csi_driver.rpc import csi_pb2_grpc
 from csi_driver.rpc.central import CentralControllerServicer
 from csi_driver.rpc.client import CsiClient, RemoteError
-from csi_driver.rpc.controller import ControllerServicer
+from csi_driver.rpc.controller import AttachingControllerServicer, ControllerServicer
 from csi_driver.rpc.endpoint import Endpoint, listen_on
 from csi_driver.rpc.identity import IdentityServicer
-from csi_driver.rpc.interceptors import CallLog, Chain, Concern, OwnThreads, Statuses, Timing, VolumeLocking
+from csi_driver.rpc.interceptors import (
+    CallLog,
+    Chain,
+    Concern,
+    OwnThreads,
+    Statuses,
+    StorageAccess,
+    Timing,
+    VolumeLocking,
+)
 from csi_driver.rpc.node import NodeServicer
 from csi_driver.rpc.signals import told_to_stop
 from csi_driver.volumes.driver import Driver
@@ -183,15 +193,17 @@ class Server:
 
 def driver_server(driver: Driver) -> Server:
     """The server of a started driver, with the services of its settings."""
-    settings, health = driver.settings, driver.health
+    settings, health, storage = driver.settings, driver.health, shared(driver.backend)
     add: list[Add] = [
         lambda server: csi_pb2_grpc.add_IdentityServicer_to_server(IdentityServicer(settings, health.obstacle), server)
     ]
     if Service.CONTROLLER in settings.services:
-        controller = ControllerServicer(driver.provisioning)
+        attachments, made = driver.attachments, driver.provisioning
+        controller = ControllerServicer(made) if attachments is None else AttachingControllerServicer(made, attachments)
         add.append(lambda server: csi_pb2_grpc.add_ControllerServicer_to_server(controller, server))
     if Service.NODE in settings.services:
-        node = NodeServicer(settings, driver.staging, driver.publishing, driver.expansion, driver.usage)
+        most = storage.most_volumes if storage is not None else lambda: 0
+        node = NodeServicer(settings, driver.staging, driver.publishing, driver.expansion, driver.usage, most)
         add.append(lambda server: csi_pb2_grpc.add_NodeServicer_to_server(node, server))
     gauges: Gauges = {
         "luks_csi_open_mappings": ("Open LUKS mappings of volumes on this node.", health.open_mappings),
@@ -220,7 +232,11 @@ def driver_server(driver: Driver) -> Server:
         addons = servicers(settings, health.obstacle, driver.rotation)
     jobs: list[Job] = [driver.kms_health, *(driver.jobs if Service.NODE in settings.services else ())]
     details = driver.kms_health.details
-    return Server(settings, add, [VolumeLocking(driver.locks)], gauges, driver.sources, addons, jobs, details)
+    new_id = driver.provisioning.new_id
+    inner: list[Concern] = [VolumeLocking(driver.locks, new_id, attaching=storage is not None)]
+    if storage is not None:
+        inner.append(StorageAccess(storage.use, new_id))
+    return Server(settings, add, inner, gauges, driver.sources, addons, jobs, details)
 
 
 def central_server(settings: Settings) -> Server:

@@ -40,6 +40,11 @@ class Capability:
     mount_flags: tuple[str, ...] = ()
 
     @property
+    def many_nodes(self) -> bool:
+        """Whether the mode lets several nodes have the volume at once."""
+        return self.mode in _MULTI_NODE
+
+    @property
     def reader_only(self) -> bool:
         """Whether the mode lets nobody write."""
         return self.mode is AccessMode.SINGLE_NODE_READER_ONLY
@@ -49,11 +54,23 @@ class Capability:
         return parse_options(self.mount_flags, fs_type)
 
 
-def refusal(capability: Capability) -> str | None:
-    """Why a volume on one node cannot have this capability, in one sentence; None when it can."""
-    if capability.mode in _MULTI_NODE:
+def refusal(capability: Capability, *, many_nodes: bool = False) -> str | None:
+    """Why a volume cannot have this capability, in one sentence; None when it can.
+
+    With `many_nodes` a block volume may be written on several nodes at once.
+    """
+    if capability.many_nodes:
         name = _KUBERNETES_NAMES.get(capability.mode, capability.mode.name)
-        return f"the access mode {name} needs a volume on several nodes, and a volume of this backend lives on one node"
+        if not many_nodes:
+            return (
+                f"the access mode {name} needs a volume on several nodes, and a volume of this backend lives on one "
+                f"node"
+            )
+        if not (capability.block and capability.mode is AccessMode.MULTI_NODE_MULTI_WRITER):
+            return (
+                f"the access mode {name} is not offered on several nodes for such a volume: ReadWriteMany with "
+                f"volumeMode Block is, as file systems here are for one node"
+            )
     if not capability.block and capability.fs_type not in (None, *FILE_SYSTEMS):
         return f"the file system {capability.fs_type} is not offered; choose one of {', '.join(FILE_SYSTEMS)}"
     if not capability.block:
@@ -64,8 +81,8 @@ def refusal(capability: Capability) -> str | None:
     return None
 
 
-def check(capabilities: Sequence[Capability]) -> None:
+def check(capabilities: Sequence[Capability], *, many_nodes: bool = False) -> None:
     """Raise InvalidArgument for the first capability that cannot be had."""
     for capability in capabilities:
-        if reason := refusal(capability):
+        if reason := refusal(capability, many_nodes=many_nodes):
             raise InvalidArgument(reason)

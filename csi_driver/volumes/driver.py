@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from csi_driver.backends.base import Backend
+from csi_driver.backends.base import Backend, shared
 from csi_driver.backends.loopfile import LoopfileBackend
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.commands import Commands
@@ -28,7 +28,8 @@ from csi_driver.keys.kubernetes import Kubernetes
 from csi_driver.keys.sources import KeySources
 from csi_driver.luks.mapping import Mappings
 from csi_driver.model.errors import DriverError, FailedPrecondition
-from csi_driver.model.settings import Settings
+from csi_driver.model.settings import Service, Settings
+from csi_driver.volumes.attachment import Attachments
 from csi_driver.volumes.condition import Conditions
 from csi_driver.volumes.drift import KeyDrift
 from csi_driver.volumes.encryption import Encryption
@@ -84,6 +85,7 @@ class Host:
     mounts: Mounts = field(default_factory=Mounts)
     holders: Holders = field(default_factory=Holders)
     sources: KeySources | None = None
+    backend: Backend | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class Driver:
     rekeying: Rekeying
     rotation: KeyRotation
     provisioning: Provisioning
+    attachments: Attachments | None
     staging: Staging
     publishing: Publishing
     expansion: Expansion
@@ -134,10 +137,11 @@ class Driver:
                 f"folder"
             ) from None
 
-        try:
-            self.mappings.names()
-        except DriverError as error:
-            log.warning("no encrypted volume can be staged on this host", error=str(error))
+        if Service.NODE in self.settings.services:
+            try:
+                self.mappings.names()
+            except DriverError as error:
+                log.warning("no encrypted volume can be staged on this host", error=str(error))
 
     def warm_up(self) -> None:
         """Start the worker launcher ahead of the first call that needs it."""
@@ -203,7 +207,7 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         Mounts(NODE_MOUNTS),
         require_mount=settings.require_mount,
     )
-    backend = make_backend(settings, host)
+    backend = host.backend or make_backend(settings, host)
     mappings = Mappings(host.mapper, host.holders)
     stages = Stages(state / "stages", host.files)
     presences = Presences(backend, stages, mappings, host.mounts)
@@ -226,6 +230,9 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         backend, directory.check, stages, presences, host.workers, encryption, file_systems, mappings, healing, drift,
         keys, rekeying,
     )  # fmt: skip
+    storage, is_node = shared(backend), Service.NODE in settings.services
+    # A central controller has no devices, and may not look for any; whether a volume is in use its storage knows.
+    release = staging.release if is_node or storage is None else lambda _: None
     standing = StandingVolumes(backend, locks, presences, host.workers, host.mapper, encryption)
     rotation = KeyRotation(backend, locks, rekeying, directory.check)
 
@@ -249,7 +256,8 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         keys=keys,
         rekeying=rekeying,
         rotation=rotation,
-        provisioning=Provisioning(settings, backend, images, directory.check, staging.release, keys),
+        provisioning=Provisioning(settings, backend, images, directory.check, release, keys),
+        attachments=Attachments(backend, storage) if storage is not None else None,
         staging=staging,
         publishing=Publishing(backend, presences, host.mounts, host.holders, file_systems, healing),
         expansion=Expansion(

@@ -17,7 +17,7 @@ from csi_driver.host.mounts import Mounts
 from csi_driver.luks.libcryptsetup import check_library
 from csi_driver.luks.mapping import Mappings
 from csi_driver.model.errors import FailedPrecondition
-from csi_driver.model.settings import Settings
+from csi_driver.model.settings import Service, Settings
 from csi_driver.model.volume import mapping_name
 from csi_driver.volumes.filesystem import PROGRAMS
 from csi_driver.volumes.finding import Finding, look_at
@@ -139,6 +139,8 @@ class Health:
         return len(self._stages.drifted())
 
     def _fatal_checks(self) -> tuple[Callable[[], Finding], ...]:
+        if Service.NODE not in self._settings.services:
+            return (self._state_dir,)
         return (self._dm_crypt, self._loop, self._library, self._state_dir, self._propagation)
 
     def _dm_crypt(self) -> Finding:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from csi_driver.backends.base import Backend, MakesFromFile, made_from_file
+from csi_driver.backends.base import Backend, MakesFromFile, made_from_file, shared, takes_many_nodes
 from csi_driver.host.log import log
 from csi_driver.keys.secret import SecretKey
 from csi_driver.luks import formats
@@ -64,11 +64,16 @@ class CreateRequest:
 
 @dataclass(frozen=True)
 class VolumeView:
-    """A volume as the controller shows it."""
+    """A volume as the controller shows it.
+
+    `places` are the topology segments from which it can be reached, none for every node; `published` are the ids of the
+    nodes that have it, where the controller says who may.
+    """
 
     record: VolumeRecord
     context: dict[str, str]
-    topology: dict[str, str]
+    places: Sequence[Mapping[str, str]]
+    published: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -111,12 +116,12 @@ class Provisioning:
         """
         if not request.name or len(request.name.encode()) > _LONGEST_NAME or _BANNED_IN_NAMES.search(request.name):
             raise InvalidArgument(f"a volume's name must have 1 to {_LONGEST_NAME} bytes and no control characters")
-        capabilities.check(request.capabilities)
+        capabilities.check(request.capabilities, many_nodes=takes_many_nodes(self._backend))
         parameters = self._parameters(request)
         random_key = parameters.kms_id is not None or parameters.generate_key
         chosen = luks_format(parameters, request.key, self._settings.limits.pbkdf_memory_kib, random_key=random_key)
         self._check_topology(request.topologies)
-        volume_id = volume_id_for(request.name)
+        volume_id = self._id_for(request.name, parameters)
         _check_range(request.required_bytes, request.limit_bytes)
         self._check_state()
         try:
@@ -125,6 +130,10 @@ class Provisioning:
             return self._view(self._make(request, volume_id, parameters, chosen.cipher))
         _check_same(found, request, parameters)
         return self._view(self._images.finish(self._backend, found, request.key))  # it needs its image no more
+
+    def new_id(self, name: str, given: Mapping[str, str]) -> str:
+        """The id of the volume that CreateVolume calls `name`, made with these parameters. Raises InvalidArgument."""
+        return volume_id_for(name) if shared(self._backend) is None else self._id_for(name, self._read(given))
 
     def delete(self, volume_id: str) -> None:
         """Remove the volume; an unknown one is fine, no key is needed.
@@ -182,9 +191,11 @@ class Provisioning:
     ) -> Capacity:
         """Room for volumes of these parameters, as a pod would see it; 0 where such a volume cannot be."""
         parameters = self._read(given)
-        if topology and topology.get(self._settings.topology_key) != self._settings.node_id:
+        is_elsewhere = topology and topology.get(self._settings.topology_key) != self._settings.node_id
+        if is_elsewhere and shared(self._backend) is None:
             return Capacity(0, 0)
-        if any(capabilities.refusal(capability) for capability in wanted):
+        many_nodes = takes_many_nodes(self._backend)
+        if any(capabilities.refusal(capability, many_nodes=many_nodes) for capability in wanted):
             return Capacity(0, 0)
         if parameters.backing_image is not None and not (
             isinstance(self._backend, MakesFromFile) and self._images.is_here(parameters.backing_image)
@@ -205,7 +216,7 @@ class Provisioning:
         record = self.get(volume_id).record
         check_context(record, context)
         for capability in wanted:
-            if reason := capabilities.refusal(capability):
+            if reason := capabilities.refusal(capability, many_nodes=takes_many_nodes(self._backend)):
                 return reason
             fs_type = record.made_fs_type or record.parameters.fs_type
             if not capability.block and None not in (fs_type, capability.fs_type) and fs_type != capability.fs_type:
@@ -254,7 +265,14 @@ class Provisioning:
             check_mkfs_options(parameters.fs_type or DEFAULT_FILE_SYSTEM, parameters.mkfs_options)
         return parameters
 
+    def _id_for(self, name: str, parameters: VolumeParameters) -> str:
+        outside = shared(self._backend)
+        return volume_id_for(name) if outside is None else outside.id_for(name, parameters)
+
     def _check_topology(self, topologies: Sequence[Mapping[str, str]]) -> None:
+        """Refuse what must be made on another node; storage outside the nodes is told the wish, see `Access`."""
+        if shared(self._backend) is not None:
+            return
         here = {self._settings.topology_key: self._settings.node_id}
         if topologies and not any(all(here.get(k) == v for k, v in segments.items()) for segments in topologies):
             raise ResourceExhausted(
@@ -286,11 +304,10 @@ class Provisioning:
         return record
 
     def _view(self, record: VolumeRecord) -> VolumeView:
-        return VolumeView(
-            record,
-            volume_context(record, self._backend.name),
-            {self._settings.topology_key: self._settings.node_id},
-        )
+        context, outside = volume_context(record, self._backend.name), shared(self._backend)
+        if outside is None:
+            return VolumeView(record, context, [{self._settings.topology_key: self._settings.node_id}])
+        return VolumeView(record, context, outside.places(record), outside.published(record.id))
 
 
 def grow_device(backend: Backend, record: VolumeRecord, required_bytes: int, limit_bytes: int) -> VolumeRecord:

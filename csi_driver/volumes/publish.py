@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from csi_driver.backends.base import Backend
+from csi_driver.backends.base import Backend, takes_many_nodes
 from csi_driver.host.handle import Handle
 from csi_driver.host.holders import Holders, describe
 from csi_driver.host.log import log
@@ -63,7 +63,7 @@ class Publishing:
         Raises NotFound, FailedPrecondition (not staged there, staged otherwise, sick for good, ReadWriteOncePod already
         published elsewhere), AlreadyExists (published at this path otherwise).
         """
-        capabilities.check([request.capability])
+        capabilities.check([request.capability], many_nodes=takes_many_nodes(self._backend))
         present = self._presences.of(request.volume_id)
         staged = self._require_staged(present, request)
         present = self._healing.restored(present)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-from csi_driver.backends.base import Backend, movable
+from csi_driver.backends.base import Backend, movable, shared, takes_many_nodes
 from csi_driver.host.handle import Handle
 from csi_driver.host.log import log
 from csi_driver.host.mountinfo import Mount
@@ -95,7 +95,7 @@ class Staging:
         record = self._backend.get(request.volume_id)
         check_context(record, request.context)
         refuse_half(self._backend, record)
-        capabilities.check([request.capability])
+        capabilities.check([request.capability], many_nodes=takes_many_nodes(self._backend))
         present = self._presences.of(record.id, record)
         if present.stage is not None and present.is_complete:
             self._check_same(record, present.stage, request)
@@ -135,7 +135,7 @@ class Staging:
             undo.callback(attempt, self._backend.guard, record.id)  # an earlier stage's device may still be in use
             lasting = block and record.encryption is None
             device = self._backend.attach(record.id, lasting=lasting)
-            if lasting:
+            if lasting or shared(self._backend) is not None:
                 undo.callback(attempt, self._backend.detach, record.id)
             undo.callback(let_go, device)
             with ExitStack() as opened:

@@ -71,7 +71,7 @@ class FakeClient(CsiClient):
         self.note("create", name, tuple(capabilities), required_bytes, limit_bytes, dict(parameters), dict(secrets))
         return RemoteVolume(name, required_bytes, {"encrypted": parameters.get("encrypted", "false")}, {})
 
-    def delete_volume(self, volume_id: str) -> None:
+    def delete_volume(self, volume_id: str, secrets: Mapping[str, str] = NOTHING) -> None:
         self.note("delete", volume_id)
 
     def stage(
@@ -80,6 +80,7 @@ class FakeClient(CsiClient):
         staging_path: Path,
         capability: Capability,
         secrets: Mapping[str, str] = NOTHING,
+        publish_context: Mapping[str, str] = NOTHING,
     ) -> None:
         assert staging_path.is_dir()
         self.note("stage", volume, staging_path, capability, dict(secrets))
@@ -101,7 +102,7 @@ class FakeClient(CsiClient):
     def unpublish(self, volume_id: str, target_path: Path) -> None:
         self.note("unpublish", volume_id, target_path)
 
-    def expand_volume(self, volume_id: str, required_bytes: int) -> int:
+    def expand_volume(self, volume_id: str, required_bytes: int, secrets: Mapping[str, str] = NOTHING) -> int:
         self.note("expand", volume_id, required_bytes)
         return required_bytes
 

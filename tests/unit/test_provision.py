@@ -79,7 +79,7 @@ def test_an_encrypted_volume_is_tagged_and_has_room_for_its_header() -> None:
     assert view.record.luks is None
     assert backend.sizes == {"pvc-1": GIB + 16 * MIB}
     assert view.context == {"encrypted": "true", "backend": "memory"}
-    assert view.topology == HERE
+    assert view.places == [HERE]
 
 
 def test_a_plain_volume_has_no_header() -> None:
@@ -280,7 +280,7 @@ def test_a_volume_is_made_on_this_node_only() -> None:
     with pytest.raises(ResourceExhausted, match=r"node node-1: none of the wished topologies"):
         driver.create(request(topologies=({next(iter(HERE)): "node-2"}, {"zone": "a"}, {**HERE, "zone": "a"})))
     assert not backend.records
-    assert driver.create(request(topologies=({"zone": "a"}, HERE))).topology == HERE
+    assert driver.create(request(topologies=({"zone": "a"}, HERE))).places == [HERE]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import copy_context
 from pathlib import Path
@@ -13,11 +13,22 @@ import pytest
 
 from csi_driver.host.holders import Holders
 from csi_driver.host.locks import VolumeLocks
+from csi_driver.model.access import Access
 from csi_driver.model.errors import Aborted, DriverError, NotFound, VolumeBusy
 from csi_driver.model.volume import volume_id_for
 from csi_driver.rpc import addons_keyrotation_pb2 as keyrotation
 from csi_driver.rpc import csi_pb2 as csi
-from csi_driver.rpc.interceptors import Behaviour, CallLog, Chain, Concern, Method, Statuses, Timing, VolumeLocking
+from csi_driver.rpc.interceptors import (
+    Behaviour,
+    CallLog,
+    Chain,
+    Concern,
+    Method,
+    Statuses,
+    StorageAccess,
+    Timing,
+    VolumeLocking,
+)
 from tests.told_lines import Told
 
 SECRET = "correct horse battery staple"
@@ -30,6 +41,11 @@ STAGE = csi.NodeStageVolumeRequest(
 REQUESTS: dict[str, tuple[Any, str]] = {
     "Controller/CreateVolume": (CREATE, volume_id_for("A volume")),
     "Controller/DeleteVolume": (csi.DeleteVolumeRequest(volume_id="v"), "v"),
+    "Controller/ControllerPublishVolume": (
+        csi.ControllerPublishVolumeRequest(volume_id="v", node_id="n", volume_capability=BLOCK),
+        "v",
+    ),
+    "Controller/ControllerUnpublishVolume": (csi.ControllerUnpublishVolumeRequest(volume_id="v"), "v"),
     "Controller/ControllerExpandVolume": (
         csi.ControllerExpandVolumeRequest(volume_id="v", capacity_range=csi.CapacityRange(required_bytes=1)),
         "v",
@@ -110,6 +126,10 @@ def raising(error: Exception) -> Behaviour:
 
 def served(_request: object, _context: object) -> str:
     return "answer"
+
+
+def locking(locks: VolumeLocks) -> VolumeLocking:
+    return VolumeLocking(locks, lambda name, _: volume_id_for(name), attaching=True)
 
 
 class Naming:
@@ -266,14 +286,14 @@ def test_a_call_that_changes_a_volume_holds_its_lock(method: str) -> None:
         assert locks.held == [volume_id]
         return "answer"
 
-    assert chain(behaviour, method, VolumeLocking(locks))(request, CONTEXT) == "answer"
+    assert chain(behaviour, method, locking(locks))(request, CONTEXT) == "answer"
     assert locks.held == [volume_id, f"end of {volume_id}"]
 
 
 @pytest.mark.parametrize("method", REQUESTS)
 def test_a_volume_that_is_busy_is_not_touched(method: str) -> None:
     request, volume_id = REQUESTS[method]
-    call = chain(raising(AssertionError()), method, VolumeLocking(RecordingLocks(busy=volume_id)))
+    call = chain(raising(AssertionError()), method, locking(RecordingLocks(busy=volume_id)))
     with pytest.raises(VolumeBusy):
         call(request, CONTEXT)
 
@@ -282,7 +302,7 @@ def test_a_volume_that_is_busy_is_not_touched(method: str) -> None:
 def test_nothing_is_locked_for_a_request_that_cannot_be_right(method: str) -> None:
     request, _ = REQUESTS[method]
     locks = RecordingLocks()
-    call = chain(raising(AssertionError()), method, VolumeLocking(locks))
+    call = chain(raising(AssertionError()), method, locking(locks))
     with pytest.raises(DriverError):
         call(type(request)(), CONTEXT)
     assert locks.held == []
@@ -291,21 +311,70 @@ def test_nothing_is_locked_for_a_request_that_cannot_be_right(method: str) -> No
 @pytest.mark.parametrize("method", READING)
 def test_calls_that_read_take_no_lock(method: str) -> None:
     locks = RecordingLocks()
-    assert chain(served, method, VolumeLocking(locks))(None, CONTEXT) == "answer"
+    assert chain(served, method, locking(locks))(None, CONTEXT) == "answer"
     assert locks.held == []
 
 
 def test_foreign_ids_never_name_a_lock_file() -> None:
     locks = RecordingLocks()
-    call = chain(served, "Controller/DeleteVolume", VolumeLocking(locks))
+    call = chain(served, "Controller/DeleteVolume", locking(locks))
     call(csi.DeleteVolumeRequest(volume_id="../../etc/passwd"), CONTEXT)
     assert "/" not in "".join(locks.held)
 
 
 def test_the_real_lock_answers_who_comes_second(tmp_path: Path) -> None:
     locks = VolumeLocks(tmp_path, Holders())
-    call = chain(served, "Controller/DeleteVolume", Statuses(), VolumeLocking(locks))
+    call = chain(served, "Controller/DeleteVolume", Statuses(), locking(locks))
     with locks.hold("v"), pytest.raises(AbortedCall) as raised:
         call(csi.DeleteVolumeRequest(volume_id="v"), CONTEXT)
     assert raised.value.args[0] is grpc.StatusCode.ABORTED
     assert call(csi.DeleteVolumeRequest(volume_id="v"), CONTEXT) == "answer"
+
+
+def test_what_a_call_brings_reaches_the_storage_before_the_call_and_shows_no_secret() -> None:
+    seen: list[tuple[str, Access]] = []
+
+    def behaviour(_request: object, _context: object) -> str:
+        assert len(seen) == 1
+        return "answer"
+
+    request = csi.NodeStageVolumeRequest()
+    request.CopyFrom(STAGE)
+    request.secrets["userKey"] = "AQ-secret"
+    request.volume_context["pool"] = "rbd"
+    request.publish_context["node"] = "n"
+    around = StorageAccess(lambda volume_id, access: seen.append((volume_id, access)), lambda name, _: name)
+    assert chain(behaviour, "Node/NodeStageVolume", around)(request, CONTEXT) == "answer"
+    ((volume_id, access),) = seen
+    assert (volume_id, access.secrets["userKey"]) == ("v", "AQ-secret")
+    assert (access.volume_context, access.publish_context) == ({"pool": "rbd"}, {"node": "n"})
+    assert "AQ-secret" not in repr(access)
+
+
+def test_a_new_volume_is_known_by_the_id_that_its_storage_gives_it() -> None:
+    request = csi.CreateVolumeRequest()
+    request.CopyFrom(CREATE)
+    request.parameters["pool"] = "rbd"
+    request.accessibility_requirements.preferred.add().segments["zone"] = "a"
+    request.accessibility_requirements.requisite.add().segments["zone"] = "b"
+
+    def new_id(name: str, parameters: Mapping[str, str]) -> str:
+        return f"{volume_id_for(name)}.{parameters['pool']}"
+
+    locks, seen = RecordingLocks(), list[tuple[str, Access]]()
+    concerns = VolumeLocking(locks, new_id, attaching=True), StorageAccess(lambda *each: seen.append(each), new_id)
+    assert chain(served, "Controller/CreateVolume", *concerns)(request, CONTEXT) == "answer"
+    expected = f"{volume_id_for('A volume')}.rbd"
+    assert locks.held == [expected, f"end of {expected}"]
+    ((volume_id, access),) = seen
+    assert (volume_id, access.topologies) == (expected, ({"zone": "a"}, {"zone": "b"}))
+
+
+@pytest.mark.parametrize("method", ["Node/NodeUnstageVolume", "Node/NodeUnpublishVolume", *READING])
+def test_a_call_that_brings_nothing_needs_no_storage(method: str) -> None:
+    request, _ = REQUESTS.get(method, (None, ""))
+
+    def use(*brought: object) -> None:
+        raise AssertionError(brought)
+
+    assert chain(served, method, StorageAccess(use, lambda name, _: name))(request, CONTEXT) == "answer"
