@@ -44,7 +44,7 @@ MACHINE_PYTEST := $(PY) -m pytest -p no:cacheprovider
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help backends-test demo shell test test-danger test-machine test-servers check sanity faults crashes storm danger canary cluster-test keys-test \
-    keys-kills bench bench-keys bench-images format clean venv system lock fuzz images images-demo images-matrix images-kills images-hostile \
+    keys-kills bench bench-data bench-keys bench-images format clean venv system lock fuzz images images-demo images-matrix images-kills images-hostile \
     images-limits images-random operator-test operator-random bench-operator
 
 help: ## this list
@@ -173,6 +173,10 @@ bench: venv system $(BENCH_BASE) ## times beside their bounds, and beside an old
 
 bench-keys: venv system ## a node with 50 keys of a KMS comes back; a stage with each KMS
 	@$(BENCH_GUEST) -- $(PY) -m benchmarks keys
+
+bench-data: venv ## the data path, by fio, beside bare dm-crypt and other choices
+	@tools/system.sh data
+	@$(BENCH_GUEST) -- $(PY) -m benchmarks data
 
 bench-images: venv system $(BENCH_IMAGES_BASE) ## the image engine beside cp, qemu-img and cryptsetup
 	@$(PY) -m benchmarks.images

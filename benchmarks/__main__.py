@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import before, calls, keys, many, restart, scale, staging
+from benchmarks import before, calls, data, keys, many, restart, scale, staging
 from benchmarks.table import Row, table
 
 _GROUPS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
@@ -21,9 +21,10 @@ _GROUPS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
     "restart": restart.rows,
     "before": before.rows,
     "keys": keys.rows,
+    "data": data.rows,
 }
-_APART = {"keys"}
-"""Measured when named alone: `make bench-keys`."""
+_APART = {"keys", "data"}
+"""Measured when named alone: `make bench-keys`, `make bench-data`."""
 
 
 def main(names: Sequence[str]) -> int:

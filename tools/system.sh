@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs the system packages that the work on luks-csi needs, those that are missing only.
 # `system.sh python PYTHON`: enough for a virtual environment; `system.sh`: the demo and the device tests; `system.sh
-# cluster`: the tests in a cluster too.
+# cluster`: the tests in a cluster too; `system.sh data`: the benchmark of the data path.
 set -eu
 
 fail() {
@@ -47,6 +47,7 @@ grep -qs device-mapper /proc/misc || modprobe -q dm_mod 2>/dev/null || packages=
 [ "${1-}" != cluster ] || packages="$packages buildah busybox-static ca-certificates containerd
     containernetworking-plugins debian-archive-keyring gcc gpg libc6-dev mmdebstrap opensc openssl softhsm2
     user-mode-linux"
+[ "${1-}" != data ] || packages="$packages fio"
 installed() {
     [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ] && return
     # Docker's own packages bring these two, and apt-get would remove Docker for Debian's.

@@ -37,6 +37,8 @@ HASHES: Final = ("sha256", "sha384", "sha512")
 READABLE_HASHES: Final = (*HASHES, "sha1")
 """Those of images that others made: SHA-1 was cryptsetup's choice up to 2016, and is not broken for key derivation."""
 SECTOR_SIZES: Final = (512, 1024, 2048, 4096)
+LARGE_SECTOR: Final = 4096
+"""What file systems use anyhow, and the largest that dm-crypt takes."""
 PBKDFS: Final = ("argon2id", "argon2i", "pbkdf2")
 
 PBKDF2_LEAST_ITERATIONS: Final = 1000

@@ -61,6 +61,7 @@ block sizes of ext4, as in a larger one there may be no room for a journal.
 Each takes a value: what followed one that takes none (-M of btrfs) would be one more device to format.
 """
 _MKFS_VALUE = re.compile(r"[A-Za-z0-9^=_,.:+-]+")  # nothing that could name a file
+_SIZE = re.compile(r"(?:size=)?([0-9]{1,9})([kK]?)")  # of blocks or sectors, for all three
 _LONGEST_KMS_ID = 253
 _POOL_NAME = re.compile(r"[A-Za-z0-9_.+][A-Za-z0-9_.+-]{0,63}")  # lvm(8), "Valid names"
 _PERIOD = re.compile(r"([1-9][0-9]{0,3})([hdw])")
@@ -147,6 +148,13 @@ def check_mkfs_options(fs_type: str, options: Sequence[str]) -> None:
                 f"of its own"
             )
         _check_suboptions(fs_type, flag, value, allowed[flag])
+
+
+def wants_small_blocks(options: Sequence[str]) -> bool:
+    """Whether checked mkfsOptions ask for blocks or sectors below 4096 bytes, which a device of such sectors lacks."""
+    sizes = [value for flag, value in zip(options[::2], options[1::2], strict=True) if flag in ("-b", "-s")]
+    found = (_SIZE.fullmatch(part) for value in sizes for part in value.split(","))
+    return any(one and int(one[1]) << (10 if one[2] else 0) < formats.LARGE_SECTOR for one in found)
 
 
 @functools.cache  # once in the life of the process is enough

@@ -38,11 +38,17 @@ from csi_driver.volumes.filesystem import LEAST_BYTES
 from csi_driver.volumes.from_image import BackingImage, BackingImages
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.keyslots import device_size
-from csi_driver.volumes.parameters import DEFAULT_FILE_SYSTEM, check_mkfs_options, read_parameters
+from csi_driver.volumes.parameters import (
+    DEFAULT_FILE_SYSTEM,
+    check_mkfs_options,
+    read_parameters,
+    wants_small_blocks,
+)
 
 DEFAULT_BYTES = 1 << 30
 _LEAST_BYTES = 1 << 20
 _LARGEST_BYTES = (1 << 63) - (1 << 30)
+_LARGE_BLOCKS_FROM = 512 << 20  # where mke2fs chooses blocks of 4096 bytes by itself: mke2fs.conf(5), "small"
 _LONGEST_NAME = 128
 _TOKEN_PREFIX = "after:"
 # CSI spec, CreateVolumeRequest.name; `convert.any_volume_id` relies on NUL being among them.
@@ -225,7 +231,7 @@ class Provisioning:
             asked = read_parameters(parameters)
             if asked.fs_type is None:  # the volume's may have come with its capability
                 asked = msgspec.structs.replace(asked, fs_type=record.parameters.fs_type)
-            if _without_claim(asked) != _without_claim(record.parameters):
+            if not _is_same_class(record.parameters, asked):
                 return f"volume {volume_id} was made with other parameters"
         return None
 
@@ -284,6 +290,8 @@ class Provisioning:
         if parameters.backing_image is not None:
             made_from_file(self._backend, volume_id)
         image = self._images.find(volume_id, parameters, request.key)
+        if image is None:
+            parameters = msgspec.structs.replace(parameters, sector_size=_choose_sector(request, parameters))
         capacity = _choose_capacity(request, parameters, image)
         if parameters.encrypted:
             formats.check_capacity(image.luks.cipher if image and image.luks else cipher, capacity)
@@ -338,6 +346,22 @@ def grow_device(backend: Backend, record: VolumeRecord, required_bytes: int, lim
     return backend.update(grown)
 
 
+def _choose_sector(request: CreateRequest, parameters: VolumeParameters) -> int | None:
+    """The sector size of a class that names none: 4096 bytes where only a file system will see it (docs/benchmarks.md).
+
+    A disk that was installed with blocks of 512 does not boot on larger ones. On larger ones there is no place for a
+    file system with smaller blocks: those that were asked for, and those of a small ext4, which mke2fs gives blocks of
+    1024 bytes, so that it has a second superblock to be mended from, nor for an exact size that is no multiple.
+    """
+    if parameters.sector_size is not None or not parameters.encrypted:
+        return parameters.sector_size
+    large, limit = formats.LARGE_SECTOR, request.limit_bytes
+    is_for_files = not any(capability.block for capability in request.capabilities)
+    size = _round_up(request.required_bytes or min(DEFAULT_BYTES, limit or DEFAULT_BYTES), large)
+    fits = size >= _LARGE_BLOCKS_FROM and (not limit or not request.required_bytes or size <= limit)
+    return large if is_for_files and fits and not wants_small_blocks(parameters.mkfs_options) else None
+
+
 def _choose_capacity(request: CreateRequest, parameters: VolumeParameters, image: BackingImage | None) -> int:
     required, limit = request.required_bytes, request.limit_bytes
     fs_types = {c.fs_type or parameters.fs_type or DEFAULT_FILE_SYSTEM for c in request.capabilities if not c.block}
@@ -381,7 +405,7 @@ def _check_same(found: VolumeRecord, request: CreateRequest, parameters: VolumeP
         request.limit_bytes and found.capacity_bytes > request.limit_bytes
     ):
         differences.append(f"{found.capacity_bytes} bytes")
-    if _without_claim(found.parameters) != _without_claim(parameters):
+    if not _is_same_class(found.parameters, parameters):
         differences.append("other parameters or another file system")
     if differences:
         raise AlreadyExists(
@@ -389,8 +413,10 @@ def _check_same(found: VolumeRecord, request: CreateRequest, parameters: VolumeP
         )
 
 
-def _without_claim(parameters: VolumeParameters) -> VolumeParameters:
-    return msgspec.structs.replace(parameters, claim=None)
+def _is_same_class(made: VolumeParameters, asked: VolumeParameters) -> bool:
+    """Whether a volume was made by such a class, whoever claimed it; what the class left open may be anything."""
+    sector_size = made.sector_size if asked.sector_size is None else asked.sector_size
+    return msgspec.structs.replace(asked, claim=made.claim, sector_size=sector_size) == made
 
 
 def _sector(parameters: VolumeParameters, luks: LuksIdentity | None) -> int:

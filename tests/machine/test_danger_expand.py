@@ -291,3 +291,20 @@ def test_lh9205_a_volume_of_large_sectors_is_rounded_up_to_them(node: Node) -> N
     assert node.expand(LARGER) == LARGER - 512 + 4096
     is_sized_to_the_byte(node, LARGER - 512 + 4096)
     node.unstage()
+
+
+@pytest.mark.parametrize("fs_type", ["ext4", "xfs", "btrfs"])
+def test_a_large_volume_for_files_has_large_sectors_in_every_file_system(node: Node, fs_type: str) -> None:
+    capability = Capability(AccessMode.SINGLE_NODE_WRITER, block=False, fs_type=fs_type)
+    size = 640 * MIB
+    node.create(size=size, capability=capability)
+    node.stage(capability=capability)
+    mapping = node.open_mapping()
+    assert Path(f"/sys/dev/block/{mapping.major}:{mapping.minor}/queue/logical_block_size").read_text() == "4096\n"
+    node.write()
+    assert node.expand(size + 32 * MIB + 1) == size + 32 * MIB + 4096
+    is_sized_to_the_byte(node, size + 32 * MIB + 4096)
+    node.unstage()
+    node.stage(capability=capability)
+    assert node.read() == "precious"
+    node.unstage()

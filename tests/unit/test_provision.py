@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 import pytest
@@ -193,6 +194,8 @@ def test_required_equal_to_limit_is_met_to_the_byte(parameters: dict[str, str], 
         (0, 2 * GIB, {}, GIB),
         (GIB + 1, 0, {}, GIB + 512),
         (GIB + 1, 0, {"sectorSize": "4096"}, GIB + 4096),
+        (GIB + 1, 0, {"encrypted": "true"}, GIB + 4096),
+        (GIB + 1, GIB + 512, {"encrypted": "true"}, GIB + 512),
         (GIB + 1, GIB + 512, {}, GIB + 512),
         (1, GIB, {"fstype": "xfs"}, 300 * MIB),
         (1, GIB, {"fstype": "btrfs"}, 256 * MIB),
@@ -205,6 +208,47 @@ def test_a_capacity_within_the_range_is_chosen(
     driver = provisioning(MemoryBackend(total=1 << 64))
     found = driver.create(request(required=required, limit=limit, parameters=parameters)).record
     assert found.capacity_bytes == capacity
+
+
+@pytest.mark.parametrize(
+    ("wished", "chosen"),
+    [
+        ({}, 4096),
+        ({"capabilities": (BLOCK,)}, None),
+        ({"capabilities": (MOUNT, BLOCK)}, None),
+        ({"parameters": {}}, None),
+        ({"parameters": ENCRYPTED | {"sectorSize": "512"}}, 512),
+        ({"parameters": ENCRYPTED | {"mkfsOptions": "-b 1024"}}, None),
+        ({"parameters": ENCRYPTED | {"mkfsOptions": "-b 4096 -I 512"}}, 4096),
+        ({"parameters": ENCRYPTED | {"mkfsOptions": "-b size=4k -s size=512", "fstype": "xfs"}}, None),
+        ({"parameters": ENCRYPTED | {"mkfsOptions": "-s size=4k", "fstype": "xfs"}}, 4096),
+        ({"required": GIB + 512, "limit": GIB + 512}, None),
+        ({"required": GIB + 1, "limit": GIB + 4096}, 4096),
+        ({"required": 0, "limit": GIB + 512}, 4096),
+        ({"required": 512 * MIB}, 4096),
+        ({"required": 512 * MIB - 4096}, None),
+        ({"required": 0, "limit": 256 * MIB}, None),
+    ],
+    ids=str,
+)
+def test_sectors_are_large_where_only_a_file_system_sees_them(wished: dict[str, Any], chosen: int | None) -> None:
+    backend = MemoryBackend()
+    driver = provisioning(backend)
+    record = driver.create(request(**wished)).record
+    assert record.parameters.sector_size == chosen
+    assert driver.create(request(**wished)).record == record  # made once
+
+
+def test_a_volume_that_was_made_with_small_sectors_is_still_that_of_its_class() -> None:
+    backend = MemoryBackend()
+    driver = provisioning(backend)
+    made = driver.create(request()).record
+    older = msgspec.structs.replace(made.parameters, sector_size=None)
+    backend.records[made.id] = msgspec.structs.replace(made, parameters=older)
+    assert driver.create(request()).record.parameters.sector_size is None
+    assert driver.refusal(made.id, {}, ENCRYPTED, (MOUNT,)) is None
+    with pytest.raises(AlreadyExists, match="other parameters"):
+        driver.create(request(parameters=ENCRYPTED | {"sectorSize": "4096"}))
 
 
 @pytest.mark.parametrize(
@@ -494,7 +538,7 @@ def test_a_volume_that_fills_the_maximum_can_be_made(parameters: dict[str, str])
 def test_expand_grows_device_then_record_and_never_shrinks() -> None:
     backend = MemoryBackend()
     driver = provisioning(backend)
-    driver.create(request())
+    driver.create(request(parameters=ENCRYPTED | {"sectorSize": "512"}))
     assert driver.expand("pvc-1", 2 * GIB + 1, 0) == 2 * GIB + 512
     assert backend.sizes["pvc-1"] == 2 * GIB + 512 + 16 * MIB
     for required, limit in ((GIB, 0), (0, 0), (1, 3 * GIB), (2 * GIB + 1, 2 * GIB + 512)):
