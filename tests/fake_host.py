@@ -21,6 +21,7 @@ from csi_driver.images.store import ImageStore
 from csi_driver.keys.audit import Audit
 from csi_driver.keys.config import KmsConfig
 from csi_driver.keys.kubernetes import Kubernetes
+from csi_driver.keys.ledger import KeyLedger
 from csi_driver.keys.sources import KeySources
 from csi_driver.model.access import Access
 from csi_driver.model.errors import Aborted, DeviceAbsent, DeviceInUse, FailedPrecondition, NotFound, ResourceExhausted
@@ -114,7 +115,8 @@ def no_images() -> BackingImages:
 def no_kms() -> VolumeKeys:
     """Keys of a node without any KMS: secrets alone open its volumes."""
     nowhere, nobody = Path("/nonexistent"), Kubernetes("", "")
-    return VolumeKeys(KeySources(KmsConfig(nowhere, nobody), nobody, Workers(()), nowhere, Audit(None)), "node-1")
+    sources = KeySources(KmsConfig(nowhere, nobody), nobody, Workers(()), nowhere, Audit(None))
+    return VolumeKeys(sources, KeyLedger(nowhere, Files()))
 
 
 @dataclass

@@ -36,6 +36,9 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--tenant", metavar="NAMESPACE", default="", help="The namespace of its claim, for a KMS that asks by it."
 )
+@click.option(
+    "--share-key", "share", is_flag=True, help="Leave it the key that the KMS keeps for what FILE is a copy of."
+)
 @secret_options
 @click.pass_context
 def adopt(
@@ -49,14 +52,18 @@ def adopt(
     wrapped: Path | None,
     tenant: str,
     output: str,
+    *,
+    share: bool,
     **given: Any,
 ) -> None:
     """Make a volume NAME of a LUKS2 FILE: a backing file, or a copy of a device. Without a server, on the node.
 
     The file is copied and stays as it is. Its header must be one that this driver opens, and its key must open it. It
-    comes from the passphrase that is given, or from a KMS.
+    comes from the passphrase that is given, or from a KMS. Where the KMS keeps it, the volume gets another one, as that
+    one goes with what was copied.
     """
     from csi_driver.volumes.adoption import AdoptRequest
+    from csi_driver.volumes.keys import SHARED, shares_key
 
     if volume_id_for(name) != name:
         raise click.BadParameter(f"{name!r} cannot be a volume's name here.", context)
@@ -70,13 +77,9 @@ def adopt(
     with local_driver(context, given) as driver:
         key = read_secret(secret.read(f"Passphrase of {file}"))
         with driver.locks.hold(name):
-            made = driver.offline().adoption.adopt(AdoptRequest(name, file.absolute(), key, trail))
-    if made.key is not None and not made.key.wrapped:
-        show_text(
-            f"volume {made.id} opens with the key of what it was copied from: give it one of its own (luks-csi keys "
-            f"rotate {made.id}, once it was staged) before that is deleted or gets another key",
-            err=True,
-        )
+            made = driver.offline().adoption.adopt(AdoptRequest(name, file.absolute(), key, trail, share))
+    if shares_key(made):
+        show_text(f"warning: {SHARED.format(made.id)}", err=True)
     if output == Output.JSON:
         show_json(made)
     else:

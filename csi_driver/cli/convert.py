@@ -21,7 +21,7 @@ from csi_driver.model.volume import VolumeRecord, is_volume_id
 _LIMITS = ("format_seconds", "unlock_seconds", "mount_seconds", "pbkdf_memory_kib")
 _PARAMS = [
     *PARAMS,
-    *settings_params("node_id", "free_space_floor", "kms_config", "kms_programs", "audit_file", *_LIMITS),
+    *settings_params("free_space_floor", "kms_config", "kms_programs", "audit_file", *_LIMITS),
     OUTPUT_OPTION,
 ]
 

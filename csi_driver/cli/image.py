@@ -26,6 +26,7 @@ from csi_driver.images.destinations import Connector
 from csi_driver.images.library import ImageLibrary
 from csi_driver.images.requests import MOST_BYTES, Clone, Import
 from csi_driver.images.store import ImageRecord, Provenance
+from csi_driver.keys.audit import Audit
 from csi_driver.keys.secret import SecretKey, read_secret
 from csi_driver.luks.formats import SECTOR_SIZES
 from csi_driver.luks.header_metadata import Argon2id, Keyslot, Pbkdf2
@@ -94,7 +95,7 @@ def import_volume(
     _tell(output, library, record)
 
 
-@image.command("clone", cls=BesideServer, params=[*_PARAMS])
+@image.command("clone", cls=BesideServer, params=[*_PARAMS, *settings_params("audit_file")])
 @click.argument("source", shell_complete=image_names)
 @click.argument("name")
 @click.option("--encryption", type=click.Choice([each.value for each in Operation]), default=Operation.IGNORE.value,
@@ -107,7 +108,7 @@ def import_volume(
 @new_secret_options
 def clone(
     source: str, name: str, encryption: str, sector_size: str | None, secret: str | None, output: str, *,
-    verify: bool, state_dir: Path, secret_dir: Path | None, passphrase_file: Path | None,
+    verify: bool, state_dir: Path, audit_file: Path | None, secret_dir: Path | None, passphrase_file: Path | None,
     new_secret_dir: Path | None, new_passphrase_file: Path | None,
 ) -> None:  # fmt: skip
     """Make the image NAME of the image SOURCE.
@@ -125,7 +126,7 @@ def clone(
         new_key = _key((second if operation.decrypts else first).read(f"New passphrase of image {name}", new=True))
     size = int(sector_size) if sector_size else None
     wanted = Clone(source, name, operation, key, new_key, secret, size, verify)
-    library = _library(state_dir)
+    library = _library(state_dir, audit_file=audit_file)
     _tell(output, library, library.clone(wanted, _Meter()))
 
 
@@ -317,11 +318,11 @@ class _Meter:
             yield line
 
 
-def _library(state_dir: Path, connector: Connector | None = None) -> ImageLibrary:
+def _library(state_dir: Path, connector: Connector | None = None, audit_file: Path | None = None) -> ImageLibrary:
     def warn(told: str) -> None:
         show_text(f"warning: {told}", err=True)
 
-    return ImageLibrary(Path(state_dir) / "images", connector, tell_stopping, warn)
+    return ImageLibrary(Path(state_dir) / "images", connector, tell_stopping, warn, Audit(audit_file))
 
 
 def _key(entries: Mapping[str, str]) -> SecretKey | None:

@@ -1,7 +1,7 @@
 """`luks-csi keys`: where the keys of volumes come from, and new ones for them; on their node, beside its server."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,11 +13,13 @@ from csi_driver.cli.names import volume_names
 from csi_driver.cli.output import OUTPUT_OPTION, Output, confirm, show_json, show_table, show_text
 from csi_driver.cli.secret_files import SecretSource, new_secret_options, secret_options
 from csi_driver.cli.serve import settings_params
+from csi_driver.keys.ledger import KeyEntry
 from csi_driver.keys.secret import read_secret
 from csi_driver.model.errors import DriverError
 from csi_driver.model.times import recorded
 from csi_driver.model.volume import VolumeRecord, is_volume_id
 from csi_driver.volumes.driver import Driver
+from csi_driver.volumes.keys import SHARED, shares_key
 from csi_driver.volumes.rekey import Rekeyed
 from csi_driver.volumes.rotation import schedule
 
@@ -43,15 +45,19 @@ def status(context: click.Context, /, volume_ids: tuple[str, ...], output: str, 
     Also which key of a KMS wraps it, and a change under way.
     """
     documents, failed = [], False
+    warnings: list[str] = []
     with local_driver(context, given) as driver:
         for each in volume_ids or driver.backend.ids():
             try:
                 record = driver.backend.get(each)
                 if record.encryption is not None or record.conversion is not None:
                     documents.append(_document(record) | {"by_request": _by_request(driver, record)})
+                warnings += [SHARED.format(record.id)] * shares_key(record)
             except DriverError as error:
                 failed = True
                 show_text(str(error), err=True)
+        if not (failed or volume_ids):
+            warnings += _left_told(driver)
     if output == Output.JSON:
         show_json(documents)
     elif documents:
@@ -59,6 +65,7 @@ def status(context: click.Context, /, volume_ids: tuple[str, ...], output: str, 
         show_table(rows, ("VOLUME", "KMS", "TYPE", "KEY", "VERSION", "CHANGE", "SINCE", "NEXT"))
     elif not failed:
         show_text("no encrypted volumes")
+    _warn(warnings)
     if failed:
         context.exit(1)
 
@@ -136,6 +143,70 @@ def rewrap(context: click.Context, /, volume_ids: tuple[str, ...], output: str, 
         show_text(f"volume {one['volume']}: {one['error'] or f'its key {how}'}", err=bool(one["error"]))
     if failed:
         context.exit(1)
+
+
+@keys.command("leftovers", cls=BesideServer, params=[*_PARAMS])
+@click.argument("names", metavar="[KEY…]", nargs=-1)
+@click.option("--destroy", is_flag=True, help="Have their KMS destroy them: those that are named, or all.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.pass_context
+def leftovers(
+    context: click.Context, /, names: tuple[str, ...], output: str, *, destroy: bool, yes: bool, **given: Any
+) -> None:
+    """Show the keys that a KMS keeps for no volume: of one that is gone, or that was not made to its end.
+
+    A volume that is being made at this moment has one too. With --destroy the exit code is 1 when one is still there.
+    """
+    with local_driver(context, given) as driver:
+        found = [entry for entry in _left(driver) if not names or entry.key.name in names]
+        if absent := set(names) - {entry.key.name for entry in found}:
+            raise click.ClickException(f"no KMS keeps {', '.join(sorted(absent))} for nothing")
+        gone: set[str] = set()
+        if destroy and found:
+            confirm(f"Destroy {len(found)} keys for good?", yes=yes)
+            for entry in found:
+                with driver.locks.hold(entry.volume):
+                    if entry in _left(driver) and driver.keys.destroy_left(entry):
+                        gone.add(entry.key.name)
+    if output == Output.JSON:
+        show_json([_leftover(entry) | {"destroyed": entry.key.name in gone} for entry in found])
+    elif found:
+        rows = [tuple(_leftover(entry).values()) for entry in found]
+        ends = [("destroyed" if entry.key.name in gone else "kept",) * destroy for entry in found]
+        show_table(
+            [(*row, *end) for row, end in zip(rows, ends, strict=True)],
+            ("VOLUME", "KMS", "TYPE", "KEY", "LEFT BY", *("NOW",) * destroy),
+        )
+    else:
+        show_text("no KMS keeps a key for nothing")
+    if destroy and len(gone) < len(found):
+        context.exit(1)
+
+
+def _warn(sentences: Sequence[str]) -> None:
+    for each in sentences:
+        show_text(f"warning: {each}", err=True)
+
+
+def _left_told(driver: Driver) -> list[str]:
+    count = len(_left(driver))
+    return [f"a KMS keeps {count} keys for nothing; look at them with `luks-csi keys leftovers`"] * bool(count)
+
+
+def _left(driver: Driver) -> list[KeyEntry]:
+    """Of all volumes; one record that cannot be read might name any of them."""
+    return driver.keys.left([driver.backend.get(each) for each in driver.backend.ids()])
+
+
+def _leftover(entry: KeyEntry) -> dict[str, str]:
+    """A key that is left, for programs: the one schema of that noun."""
+    return {
+        "volume": entry.volume,
+        "kms": entry.key.kms_id or "-",
+        "type": entry.key.type,
+        "key": entry.key.name,
+        "left_by": "deletion" if entry.leaving else "creation",
+    }
 
 
 _COLUMNS = ("volume", "kms", "type", "key", "key_version", "change", "since")

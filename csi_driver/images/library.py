@@ -30,6 +30,7 @@ from csi_driver.images.stopping import Told, untold
 from csi_driver.images.store import ImageRecord, ImageStore, Provenance, check_name
 from csi_driver.images.target import Encryption, PassResult, Target
 from csi_driver.images.unwrap import Warn
+from csi_driver.keys.audit import Audit
 from csi_driver.luks.header import PRIMARY_MAGIC, Header
 from csi_driver.luks.image_header import ImageHeader, read_image_header
 from csi_driver.model.errors import (
@@ -61,7 +62,9 @@ class ImageLibrary:
         connector: Connector | None = None,
         stopping: Told = untold,
         warn: Warn = lambda _: None,
+        audit: Audit | None = None,
     ) -> None:
+        self._audit = audit or Audit(None)
         self._files = Files()
         self._store = ImageStore(folder, self._files)
         self._run = functools.partial(run_pass, stopping=stopping)
@@ -120,18 +123,20 @@ class ImageLibrary:
         """
         source = self._store.get(wanted.source)
         check_clone(source, wanted)
+        fields = {"image": wanted.name, "key": "secret", "operation": "use", "purpose": wanted.operation.value}
+        is_copied = wanted.operation is Operation.IGNORE
         with (
+            contextlib.nullcontext() if is_copied else self._audit.using(**fields),
             self._made(wanted.name, wanted.owner) as folder,
             self._store.reading(wanted.source, f"image {wanted.name}"),
         ):
             file = self._store.file(wanted.source)
             where = f"image {wanted.source}"
-            kept = wanted.operation is Operation.IGNORE  # the file is copied as it is, whatever its format
             job = Job(
                 wanted.operation,
                 file,
                 SourceIdentity.of(file, where),
-                ImageFormat.RAW if kept else source.format,
+                ImageFormat.RAW if is_copied else source.format,  # whatever its format
                 where,
             )
             if self._store.get(wanted.source) != source:

@@ -87,6 +87,8 @@ class _Client:
 class KeyVault:
     """A source that keeps DEKs in the Key Vault of an account, which `account` finds when a client is made."""
 
+    keeps = True
+
     def __init__(self, where: str, account: Callable[[], Account]) -> None:
         self._where = where
         self._client = KeptClient(where, EXTRA, lambda: account().client(where), lambda: _told(where))

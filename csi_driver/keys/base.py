@@ -48,6 +48,10 @@ class RequestNeeded(FailedPrecondition):
 class KeySource(Protocol):
     """An entry of the KMS configuration; safe for many threads."""
 
+    @property
+    def keeps(self) -> bool:
+        """Whether the KMS keeps DEKs itself, so that one stays there until it is destroyed."""
+
     def create(self, name: str) -> KeyTrail:
         """Make a DEK and have it wrapped or kept; repeating is fine. The trail's `kms_id`, `type` are left to others.
 
@@ -104,6 +108,8 @@ class Rewrapper(Protocol):
 
 class Wrapping:
     """The source that a `Wrapper` makes; what it wraps lives in the volume's record and header."""
+
+    keeps = False
 
     def __init__(self, wrapper: Wrapper) -> None:
         self._wrapper = wrapper

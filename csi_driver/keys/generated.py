@@ -18,6 +18,8 @@ PREFIX: Final = "luks-csi-key-"
 class GeneratedKeys:
     """A source whose KMS is the Kubernetes API; the trail's `key_id` is the namespace."""
 
+    keeps = True
+
     def __init__(self, kubernetes: Kubernetes) -> None:
         self._kubernetes = kubernetes
 
@@ -43,7 +45,7 @@ class GeneratedKeys:
         return trail
 
     def destroy(self, trail: KeyTrail) -> None:
-        self._kubernetes.drop_secret(trail.key_id, PREFIX + trail.name)
+        self._kubernetes.drop_secret(trail.key_id or self._kubernetes.namespace, PREFIX + trail.name)
 
     def check(self) -> str:
         return self._kubernetes.check()

@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -21,7 +22,7 @@ from csi_driver.keys.config import KmsConfig
 from csi_driver.keys.generated import GeneratedKeys
 from csi_driver.keys.kubernetes import Kubernetes
 from csi_driver.keys.types import BUILDERS, Surroundings
-from csi_driver.model.errors import DriverError, FailedPrecondition
+from csi_driver.model.errors import DriverError, FailedPrecondition, KeyLost
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import KeyTrail
 
@@ -58,9 +59,21 @@ class KeySources:
         self._lock = threading.Lock()
         self.observers: list[Observe] = []
 
-    def create(self, kms_id: str | None, name: str, request: KeyRequest, purpose: str) -> KeyTrail:
-        """A new DEK under `name`; kms_id None is a secret made for it. Nothing is asked twice if this is repeated."""
+    def create(
+        self,
+        kms_id: str | None,
+        name: str,
+        request: KeyRequest,
+        purpose: str,
+        announce: Callable[[KeyTrail], None] = lambda _: None,
+    ) -> KeyTrail:
+        """A new DEK under `name`; kms_id None is a secret made for it. Nothing is asked twice if this is repeated.
+
+        Where the KMS is to keep it, `announce` is told before what will have to be destroyed.
+        """
         kind, source = self._source(kms_id, request)
+        if source.keeps:
+            announce(KeyTrail(kms_id=kms_id or "", type=kind, name=name, tenant=request.tenant))
         made = self._told("create", purpose, request, kms_id, name, lambda: source.create(name))
         return msgspec.structs.replace(made, kms_id=kms_id or "", type=kind, tenant=request.tenant)
 
@@ -71,8 +84,8 @@ class KeySources:
         def fetched() -> Passphrase:
             key = source.fetch(trail)
             if not key.reveal():  # libcryptsetup would take it, and then anybody could open the volume
-                raise FailedPrecondition(
-                    f"the KMS {trail.kms_id!r} gave an empty key for {trail.name}; check its entry"
+                raise KeyLost(
+                    f"the KMS {trail.kms_id!r} gave an empty key for {trail.name}; check its entry, or restore the key"
                 )
             return key
 
@@ -98,11 +111,11 @@ class KeySources:
             return False
         return False
 
-    def tell(self, request: KeyRequest, purpose: str) -> None:
-        """Tell the use of a passphrase that came in a secret."""
-        self._audit.record(
+    def using(self, request: KeyRequest, purpose: str) -> AbstractContextManager[None]:
+        """Tell the use of a passphrase that came in a secret, or was given, and how it ended."""
+        return self._audit.using(
             volume=request.volume_id, claim_namespace=request.tenant, kms="", key="secret", operation="use",
-            purpose=purpose, outcome="OK",
+            purpose=purpose,
         )  # fmt: skip
 
     def ids(self) -> list[str]:

@@ -17,6 +17,8 @@ _VERSIONS: Final = {"kv": 1, "generic": 1, "kv-v2": 2}
 class VaultKv:
     """A source that keeps DEKs at `mount`, below `folder` there."""
 
+    keeps = True
+
     def __init__(self, vault: Vault, reader: EntryReader, mount: str, folder: str) -> None:
         self._vault = vault
         self._mount = joined(mount)

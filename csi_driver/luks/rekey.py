@@ -6,8 +6,9 @@ fsynced. So one copy is whole at any moment, and no header names a key slot that
 names any more is overwritten behind that.
 """
 
+import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,7 +29,16 @@ from csi_driver.model.volume import KeyTrail, LuksIdentity, NamedSlot
 _PIECE = 1 << 20
 
 
-def add_passphrase(
+@dataclass(frozen=True)
+class Added:
+    """A key slot that is to be added: that of the present passphrase, the new one, and of what header it was made."""
+
+    present: NamedSlot
+    new: NamedSlot
+    header: bytes
+
+
+def prepare_passphrase(
     where: str,
     device: Handle,
     size: int,
@@ -37,40 +47,76 @@ def add_passphrase(
     current: Passphrase,
     new: Passphrase,
     chosen: LuksFormat,
-) -> NamedSlot:
-    """Give `new` a key slot of its own, proven to open; `current` opens one that is there, and keeps it.
+    draft: Handle,
+) -> Added:
+    """Make a key slot for `new` beside that of `current`, in the empty file `draft` and not on the device.
 
-    Returns the key slot of `current`. Repeating is fine: a slot that `new` opens already is enough. Raises
-    Unauthenticated when `current` opens none, FailedPrecondition when the two open the same or there is no free slot,
-    and what `open_device` raises; CommandFailed; OSError (ENOSPC).
+    So whoever keeps the record can name it there before it is written by `write_prepared`. A slot that `new` opens
+    already is enough. Raises Unauthenticated when `current` opens none, FailedPrecondition when the two open the same
+    or there is no free slot, and what `open_device` raises; CommandFailed; ResourceExhausted.
     """
-    with _edited(where, device, size, identity, limits) as edit:
-        old_slot = edit.context.unlock(current)
+    with _loaded(where, device, size, identity, limits) as edit:
+        before = edit.header
+        present = edit.context.unlock(current)
         try:
-            new_slot = edit.context.unlock(new)
+            added = edit.context.unlock(new)
         except Unauthenticated:
-            new_slot = None
-        if new_slot == old_slot:
+            added = None
+        if added == present:
             raise FailedPrecondition(f"the new passphrase of {where} is the one that it has; give another one")
-        if new_slot is None:
-            if len(edit.header.keyslots) >= limits.keyslots:
+        if added is None:
+            if len(before.keyslots) >= limits.keyslots:
                 raise FailedPrecondition(
-                    f"{where} has {len(edit.header.keyslots)} key slots, which is the most that are tried; remove one "
+                    f"{where} has {len(before.keyslots)} key slots, which is the most that are tried; remove one "
                     f"that nobody needs (cryptsetup luksKillSlot)"
                 )
-            edit.context.add_keyslot(current, new, chosen)
-    with _edited(where, device, size, identity, limits) as edit:
-        if edit.context.unlock(new) == old_slot:
-            raise FailedPrecondition(f"the key slots of {where} were changed by somebody else meanwhile; look at them")
-    return NamedSlot(number=old_slot, salt=edit.header.keyslots[str(old_slot)].kdf.salt.hex())
+            added = edit.context.add_keyslot(current, new, chosen)
+        both = blockdev.read_at(edit.memory, 0, 2 * before.hdr_size)
+        after = parse(both, where)
+        write_at(draft.fd, both, 0)
+        for slot in after.keyslots.values():
+            write_at(draft.fd, blockdev.read_at(edit.memory, slot.area.offset, slot.area.size), slot.area.offset)
+        return Added(named_slot(after, present), named_slot(after, added), _digest(edit))
 
 
-def prove(
-    where: str, device: Handle, size: int, identity: LuksIdentity, limits: Limits, passphrase: Passphrase
+def write_prepared(
+    where: str,
+    device: Handle,
+    size: int,
+    identity: LuksIdentity,
+    limits: Limits,
+    added: Added,
+    draft: Handle,
+    new: Passphrase,
 ) -> None:
-    """Try `passphrase` on the header of a file or device, changing nothing. Errors as `add_passphrase`."""
+    """Write what `prepare_passphrase` has made, with proof that `new` opens it. Repeating is fine.
+
+    Raises FailedPrecondition when the header is not the one of which it was made, and as `prepare_passphrase`.
+    """
     with _loaded(where, device, size, identity, limits) as edit:
-        edit.context.unlock(passphrase)
+        if _digest(edit) != added.header:
+            raise FailedPrecondition(f"the header of {where} was changed by somebody else meanwhile; call again")
+        both = blockdev.read_at(draft.fd, 0, 2 * edit.header.hdr_size)
+        after = parse(both, where)
+        if after.seqid != edit.header.seqid or edit.header.damaged_copy is not None:
+            validate(after, identity, edit.length, where, limits=limits)
+            _write(where, device, edit.header, after, both, draft.fd)
+    with _loaded(where, device, size, identity, limits) as edit:
+        if named_slot(edit.header, edit.context.unlock(new)) != added.new:
+            raise FailedPrecondition(f"the key slots of {where} were changed by somebody else meanwhile; look at them")
+
+
+def slot_of(
+    where: str, device: Handle, size: int, identity: LuksIdentity, limits: Limits, passphrase: Passphrase
+) -> NamedSlot:
+    """The key slot that `passphrase` opens; nothing is changed. Errors as `prepare_passphrase`."""
+    with _loaded(where, device, size, identity, limits) as edit:
+        return named_slot(edit.header, edit.context.unlock(passphrase))
+
+
+def named_slot(header: Header, number: int) -> NamedSlot:
+    """How a key slot of that header is named in a record."""
+    return NamedSlot(number=number, salt=header.keyslots[str(number)].kdf.salt.hex())
 
 
 def remove_passphrase(
@@ -79,31 +125,31 @@ def remove_passphrase(
     size: int,
     identity: LuksIdentity,
     limits: Limits,
-    slot: NamedSlot | None,
+    slots: Collection[NamedSlot],
     keep: Passphrase,
     trail: KeyTrail | None,
 ) -> None:
-    """Take out a key slot, if it is there, after proof that `keep` opens another one; and let our token say `trail`.
+    """Take out those key slots, after proof that `keep` opens another one; and let our token say `trail`.
 
-    `slot` None takes none out, and neither does a number that another key slot has by now. What an earlier one left on
-    the device is overwritten. No other token is touched. Errors as `add_passphrase`.
+    One that is gone is fine, and a number that another key slot has by now is left alone. What earlier ones left on the
+    device is overwritten. No other token is touched. Errors as `prepare_passphrase`.
     """
     with _edited(where, device, size, identity, limits) as edit:
-        kept = edit.context.unlock(keep)
-        there = edit.header.keyslots.get(str(slot.number)) if slot else None
-        if slot is not None and there is not None and there.kdf.salt.hex() == slot.salt:
-            if kept == slot.number:
-                raise FailedPrecondition(
-                    f"the passphrase that counts opens key slot {kept} of {where}, which was to be removed; nothing "
-                    f"was changed, look at its key slots"
-                )
-            edit.context.destroy_keyslot(slot.number)
+        kept = named_slot(edit.header, edit.context.unlock(keep))
+        if kept in slots:
+            raise FailedPrecondition(
+                f"the passphrase that counts opens key slot {kept.number} of {where}, which was to be removed; nothing "
+                f"was changed, look at its key slots"
+            )
+        for slot in slots:
+            if str(slot.number) in edit.header.keyslots and named_slot(edit.header, slot.number) == slot:
+                edit.context.destroy_keyslot(slot.number)
         if key_token.read(edit.area, edit.header) != trail:
             for place in key_token.places(edit.header):
                 edit.context.set_token(None, place)
             if trail is not None:
                 edit.context.set_token(key_token.encode(trail))
-    if slot is not None:
+    if slots:
         _overwrite_unnamed(where, device)
 
 
@@ -166,12 +212,22 @@ def _edited(where: str, device: Handle, size: int, identity: LuksIdentity, limit
         after = parse(changed, where)
         if after.seqid != before.seqid or before.damaged_copy is not None:
             validate(after, identity, edit.length, where, limits=limits)
-            areas = {
-                int(slot.area.offset): blockdev.read_at(edit.memory, slot.area.offset, slot.area.size)
-                for key, slot in after.keyslots.items()
-                if before.keyslots.get(key) != slot
-            }
-            write_header(where, device, before.hdr_size, changed, areas)
+            _write(where, device, before, after, changed, edit.memory)
+
+
+def _write(where: str, device: Handle, before: Header, after: Header, both: bytes, source: int) -> None:
+    """Write a changed header, with the areas of its new key slots as they lie in `source`."""
+    areas = {
+        int(slot.area.offset): blockdev.read_at(source, slot.area.offset, slot.area.size)
+        for key, slot in after.keyslots.items()
+        if before.keyslots.get(key) != slot
+    }
+    write_header(where, device, before.hdr_size, both, areas)
+
+
+def _digest(edit: _Edit) -> bytes:
+    """Of the bytes of a header, both copies."""
+    return hashlib.sha256(edit.area[: 2 * edit.header.hdr_size]).digest()
 
 
 def write_header(where: str, device: Handle, length: int, both: bytes, areas: Mapping[int, bytes]) -> None:

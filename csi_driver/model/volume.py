@@ -80,13 +80,15 @@ class NamedSlot(msgspec.Struct, frozen=True, kw_only=True):
 class Rekey(msgspec.Struct, frozen=True, kw_only=True):
     """A change of a volume's passphrase under way (docs/architecture.md, "A new key").
 
-    While `adding`, `other` is the trail of the key that is to come; while `removing`, of the one that was, and `slot`
-    is the key slot that it opens. None for the passphrase of a secret. What counts is the record's `key`.
+    While `adding`, `other` is the trail of the key that is to come; while `removing`, of the one that was. None for the
+    passphrase of a secret. What counts is the record's `key`. `slots` are key slots of ours: while `adding`, that of
+    the key that is there, and those that this change, and any that was cut before it, has made or was about to make;
+    while `removing`, those that are to go.
     """
 
     phase: RekeyPhase
     other: KeyTrail | None = None
-    slot: NamedSlot | None = None
+    slots: tuple[NamedSlot, ...] = ()
 
 
 class Conversion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -1,9 +1,10 @@
 """`luks-csi volume adopt`: a LUKS2 volume that Ceph-CSI, Longhorn or somebody by hand has made becomes one of ours.
 
-Its file is copied, by shared blocks where the file system can, and stays as it is. Nothing in the copy is changed: key
-slots, UUID and data are the file's. The new volume is `raw`, so nothing is ever formatted in it.
+Its file is copied, by shared blocks where the file system can, and stays as it is. UUID and data of the copy are the
+file's, and so are its key slots, unless a KMS keeps the key. The new volume is `raw`: nothing is ever formatted in it.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from csi_driver.keys.secret import SecretKey, require_passphrase
 from csi_driver.keys.sources import GENERATED, KeySources
 from csi_driver.luks import recovery
 from csi_driver.luks.header_rules import Limits as HeaderLimits
-from csi_driver.model.errors import AlreadyExists, FailedPrecondition
+from csi_driver.model.errors import AlreadyExists, DriverError, FailedPrecondition
 from csi_driver.model.settings import Limits
 from csi_driver.model.times import recorded_now
 from csi_driver.model.volume import (
@@ -32,8 +33,10 @@ from csi_driver.model.volume import (
     VolumeRecord,
     volume_id_for,
 )
+from csi_driver.volumes.keys import shares_key
 from csi_driver.volumes.keyslots import KeySlots
 from csi_driver.volumes.recovery import opened_file
+from csi_driver.volumes.rekey import Rekeying
 
 _LEAST_BYTES: Final = 1 << 20
 _SLOWEST: Final = 8 << 20  # bytes per second, below which a copy counts as hanging
@@ -42,32 +45,42 @@ _SLOWEST: Final = 8 << 20  # bytes per second, below which a copy counts as hang
 @dataclass(frozen=True)
 class AdoptRequest:
     """A name for the volume, the file with its LUKS2 header and data, and what opens it: a secret's passphrase or,
-    with `trail`, a key of a KMS. Without either the token in its header is asked, which our own volumes have.
+    with `trail`, a key of a KMS. Without either the token in its header is asked, which our own volumes have. A key
+    that the KMS keeps is its maker's to destroy, so the volume gets one of its own, unless it is to `share` that.
     """
 
     name: str
     file: Path
     secret: SecretKey
     trail: KeyTrail | None = None
+    share: bool = False
 
 
 class Adoption:
     """Makes volumes of LUKS2 files; callers hold the volume's lock."""
 
     def __init__(
-        self, backend: Backend, workers: Workers, slots: KeySlots, sources: KeySources, limits: Limits
+        self,
+        backend: Backend,
+        workers: Workers,
+        slots: KeySlots,
+        sources: KeySources,
+        rekeying: Rekeying,
+        limits: Limits,
     ) -> None:
         self._backend = backend
         self._workers = workers
         self._slots = slots
         self._sources = sources
+        self._rekeying = rekeying
         self._limits = limits
         self._header_limits = HeaderLimits(memory_kib=limits.pbkdf_memory_kib)
 
     def adopt(self, request: AdoptRequest) -> VolumeRecord:
         """Look at the file, prove that the key opens it, then make the volume, wholly or not at all.
 
-        Raises AlreadyExists, FailedPrecondition (no file, too small), InvalidHeader (what this driver does not open),
+        Where it is to have another key and cannot be given it the volume is there, and the error says so. Raises
+        AlreadyExists, FailedPrecondition (no file, too small), InvalidHeader (what this driver does not open),
         Unauthenticated, ResourceExhausted, Aborted (the file was changed meanwhile), and what a KMS raises.
         """
         volume_id, where = volume_id_for(request.name), f"the file {request.file}"
@@ -95,12 +108,14 @@ class Adoption:
                 trail = found.trail
             if trail is not None:
                 trail = msgspec.structs.replace(trail, foreign=True)
-            passphrase = (
-                require_passphrase(request.secret, volume_id)
-                if trail is None
-                else self._sources.fetch(trail, KeyRequest(volume_id, trail.tenant, request.secret), "adopt")
-            )
-            self._slots.check_image(where, file, luks, passphrase)
+            told: AbstractContextManager[None] = nullcontext()
+            if trail is not None:
+                passphrase = self._sources.fetch(trail, KeyRequest(volume_id, trail.tenant, request.secret), "adopt")
+            else:
+                passphrase = require_passphrase(request.secret, volume_id)
+                told = self._sources.using(KeyRequest(volume_id), "adopt")
+            with told:
+                self._slots.check_image(where, file, luks, passphrase)
             capacity = (file.size - luks.data_offset) // luks.sector_size * luks.sector_size
             if capacity < _LEAST_BYTES:
                 raise FailedPrecondition(
@@ -124,7 +139,18 @@ class Adoption:
             size = luks.data_offset + capacity
             record = maker.create_filled(record, size, partial(self._fill, where, file, size))
         log.info("volume adopted", volume_id=volume_id, file=str(request.file), luks_uuid=luks.uuid)
-        return record
+        return record if request.share else self._with_own_key(record, request.secret)
+
+    def _with_own_key(self, record: VolumeRecord, secret: SecretKey) -> VolumeRecord:
+        if not shares_key(record):
+            return record
+        try:
+            return self._rekeying.rotate(record.id, secret, None).record
+        except DriverError as error:
+            raise type(error)(
+                f"volume {record.id} was adopted and opens with the key of what it was copied from, which is lost with "
+                f"that, as it could not be given its own: {error}; then give it one (luks-csi keys rotate {record.id})"
+            ) from None
 
     def _fill(self, where: str, file: FileIdentity, size: int, path: str) -> None:
         self._workers.call(

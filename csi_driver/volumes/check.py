@@ -89,7 +89,8 @@ class Checking:
             undo.callback(let_go, device)
             shown: Handle = device
             if in_hand is not None:
-                shown = self._encryption.open(self._backend, record, device, in_hand, undo).mapping
+                with self._keys.using(record, "check"):
+                    shown = self._encryption.open(self._backend, record, device, in_hand, undo).mapping
             self._backend.guard(volume_id)
             checked = self._run(record, Attached(record, device, shown), repair=repair, seconds=seconds)
             shown.close()

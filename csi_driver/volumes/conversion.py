@@ -73,6 +73,7 @@ class Conversions:
         self._stages = stages
         self._workers = workers
         self._encryption = encryption
+        self._keys = keys
         self._devices = ConversionDevices(backend, presences, slots)
         self._begin = ConversionBegin(backend, self._devices, workers, slots, keys, limits)
         self._steps = ConversionSteps(backend, self._devices, presences, stages, mapper, encryption, chunk)
@@ -141,7 +142,7 @@ class Conversions:
                         return record  # another command has ended it
                     done = record.conversion.done
                     if moving is None and self._devices.beside(volume_id).has_next(volume_id):
-                        moving = stack.enter_context(self._steps.moving(record, passphrase))
+                        moving = stack.enter_context(self._moving(record, passphrase))
                     if done >= capacity:
                         return self._finish(record)
                     if moving is None or moving.luks != record.conversion.luks:
@@ -158,6 +159,16 @@ class Conversions:
                         f"{watch.stop.name} stopped it: {record.percent_moved} % of volume {volume_id} are under "
                         f"the new volume key; the same command goes on with it, and should soon"
                     )
+
+    @contextmanager
+    def _moving(self, record: VolumeRecord, passphrase: Passphrase) -> Iterator[Moving]:
+        with ExitStack() as stack:
+            if record.encryption is not None:  # which `ConversionBegin.opening` has told
+                moving = stack.enter_context(self._steps.moving(record, passphrase))
+            else:
+                with self._keys.using(record, "encrypt", conversion_of(record).key):
+                    moving = stack.enter_context(self._steps.moving(record, passphrase))
+            yield moving
 
     def _finish(self, record: VolumeRecord) -> VolumeRecord:
         stage = self._stages.get(record.id)

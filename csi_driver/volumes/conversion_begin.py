@@ -49,13 +49,13 @@ class ConversionBegin:
         """What opens the volume's header: its key, or the secret's passphrase, or the one that it had before."""
         passphrase = self._keys.of(record, secret, "reencrypt").passphrase
         try:
-            with self._devices.attached(record) as device:
+            with self._devices.attached(record) as device, self._keys.using(record, "reencrypt"):
                 self._slots.verify(record, device, passphrase)
                 return passphrase
         except Unauthenticated:
             if record.key is not None or secret.previous is None:
                 raise
-        with self._devices.attached(record) as device:
+        with self._devices.attached(record) as device, self._keys.using(record, "reencrypt"):
             self._slots.verify(record, device, secret.previous)
         return secret.previous
 
@@ -104,11 +104,11 @@ class ConversionBegin:
                 f"that is to make one"
             )
         chosen = luks_format(parameters, secret, self._limits.pbkdf_memory_kib, random_key=own)
-        trail = self._keys.make(record.id, parameters, secret)
-        passphrase = self.passphrase(record, trail, secret)
-        made = self._make_next(record, chosen, str(uuid.uuid4()), passphrase, trail)
-        conversion = Conversion(luks=made, key=trail)
-        return self._backend.update(msgspec.structs.replace(record, conversion=conversion)), passphrase
+        with self._keys.making(record.id, parameters, secret, lambda: self._is_begun(record.id)) as trail:
+            passphrase = self.passphrase(record, trail, secret)
+            made = self._make_next(record, chosen, str(uuid.uuid4()), passphrase, trail)
+            conversion = Conversion(luks=made, key=trail)
+            return self._backend.update(msgspec.structs.replace(record, conversion=conversion)), passphrase
 
     def passphrase(self, record: VolumeRecord, trail: KeyTrail | None, secret: SecretKey) -> Passphrase:
         """What that trail leads to; the secret's own without one."""
@@ -138,6 +138,9 @@ class ConversionBegin:
             attempt(beside.drop_next, record.id)
             raise
         return msgspec.structs.replace(identity, digest=digest)
+
+    def _is_begun(self, volume_id: str) -> bool:
+        return self._backend.get(volume_id).conversion is not None
 
     def _format_next(
         self,

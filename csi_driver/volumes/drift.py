@@ -13,6 +13,7 @@ from csi_driver.keys.secret import SecretKey
 from csi_driver.model.errors import DeviceAbsent, DriverError, Unauthenticated
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import VolumeRecord
+from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.keyslots import KeySlots
 from csi_driver.volumes.stages import Stage, Stages
 
@@ -23,10 +24,11 @@ class KeyDrift:
     What was seen is remembered as a digest under a random key of this process, and in memory alone.
     """
 
-    def __init__(self, backend: Backend, stages: Stages, slots: KeySlots) -> None:
+    def __init__(self, backend: Backend, stages: Stages, slots: KeySlots, keys: VolumeKeys) -> None:
         self._backend = backend
         self._stages = stages
         self._slots = slots
+        self._keys = keys
         self._digest_key = os.urandom(32)
         self._seen: dict[str, tuple[bytes, bool]] = {}
 
@@ -73,7 +75,8 @@ class KeyDrift:
             raise DeviceAbsent(f"the device of volume {record.id} is not attached")
         with device:
             try:
-                self._slots.verify(record, device, passphrase)
+                with self._keys.using(record, "stage"):
+                    self._slots.verify(record, device, passphrase)
             except Unauthenticated:
                 return False
             return True

@@ -25,6 +25,7 @@ from csi_driver.images.store import ImageStore
 from csi_driver.keys.audit import Audit
 from csi_driver.keys.config import KmsConfig
 from csi_driver.keys.kubernetes import Kubernetes
+from csi_driver.keys.ledger import KeyLedger
 from csi_driver.keys.sources import KeySources
 from csi_driver.luks.mapping import Mappings
 from csi_driver.model.errors import DriverError, FailedPrecondition
@@ -216,7 +217,7 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
     slots = KeySlots(host.workers, settings.limits)
     encryption = Encryption(host.workers, mappings, slots, settings.limits)
     sources = host.sources or key_sources(settings, host.workers)
-    keys = VolumeKeys(sources, settings.node_id)
+    keys = VolumeKeys(sources, KeyLedger(state, host.files))
     file_systems = FileSystems(host.workers, commands, host.mounts, host.holders, settings.limits)
     ailments = FileSystemHealth(host.mounts)
     healing = Healing(backend, presences, host.workers, file_systems, ailments)
@@ -224,7 +225,7 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
     images = BackingImages(
         ImageStore(here, host.files), ClusterImages(here), host.workers, slots, keys, settings.limits
     )
-    drift = KeyDrift(backend, stages, slots)
+    drift = KeyDrift(backend, stages, slots, keys)
     rekeying = Rekeying(backend, host.workers, slots, keys)
     staging = Staging(
         backend, directory.check, stages, presences, host.workers, encryption, file_systems, mappings, healing, drift,
@@ -241,7 +242,7 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
 
         return Offline(
             settings.limits, host, backend, locks, stages, presences, mappings, commands, slots, encryption,
-            file_systems, sources, keys,
+            file_systems, sources, keys, rekeying,
         )  # fmt: skip
 
     return Driver(

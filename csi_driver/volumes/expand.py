@@ -106,11 +106,13 @@ class Expansion:
     def _verify(self, record: VolumeRecord, device: Handle, secret: SecretKey, passphrase: Passphrase) -> Passphrase:
         """What opens the volume: the secret's passphrase, or the one that it had before, until the next stage."""
         try:
-            self._slots.verify(record, device, passphrase)
+            with self._keys.using(record, "expand"):
+                self._slots.verify(record, device, passphrase)
         except Unauthenticated:
             if secret.previous is None:
                 raise
-            self._slots.verify(record, device, secret.previous)
+            with self._keys.using(record, "expand"):
+                self._slots.verify(record, device, secret.previous)
             return secret.previous
         return passphrase
 

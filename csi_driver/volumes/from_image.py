@@ -118,7 +118,8 @@ class BackingImages:
                 f"csi.storage.k8s.io/provisioner-secret-name and -namespace of the StorageClass too"
             )
         try:
-            slots = self._slots.check_image(image.where, file, record.luks, key.passphrase)
+            with self._keys.using_image(volume_id, parameters):
+                slots = self._slots.check_image(image.where, file, record.luks, key.passphrase)
         except InvalidHeader as error:
             raise with_advice(
                 error,

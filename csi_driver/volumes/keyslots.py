@@ -3,8 +3,9 @@
 What changes one does so in a worker, by csi_driver.luks.rekey; docs/architecture.md, "A new key", tells the order.
 """
 
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import msgspec
@@ -97,42 +98,57 @@ class KeySlots:
         current: Passphrase,
         new: Passphrase,
         wishes: SecretKey,
-    ) -> NamedSlot:
-        """Give `new` a key slot beside that of `current`; returns the latter. Errors as `rekey`.
+        announce: Callable[[rekey.Added], None] = lambda _: None,
+    ) -> rekey.Added:
+        """Give `new` a key slot beside that of `current`. `announce` is told of both before anything is written.
 
         No header is changed of which there is no copy, and none is left whose copy opens with another key. A copy gives
-        way to what was just opened alone: it may be the last good header.
+        way to what was just opened alone: it may be the last good header. Errors as `rekey`.
         """
         chosen = self.format_of(record, wishes)
+        where = where_is(record, device)
+        checked = where, device, device_size(record), recorded_identity(record), self.header_limits
+        with Handle(os.memfd_create("luks-draft", os.MFD_CLOEXEC), "a header to be") as draft:
+            with self.unlocking(f"volume {record.id}"):
+                added = self._workers.call(
+                    f"luks-make-key of {where}",
+                    self._limits.format_seconds,
+                    rekey.prepare_passphrase,
+                    *checked,
+                    current,
+                    new,
+                    chosen,
+                    draft,
+                )
+            self.back_up_header(backend, record, device)
+            announce(added)
+            with self.unlocking(f"volume {record.id}"):
+                self._workers.call(
+                    f"luks-add-key of {where}",
+                    self._limits.format_seconds,
+                    rekey.write_prepared,
+                    *checked,
+                    added,
+                    draft,
+                    new,
+                )
+        self.back_up_header(backend, record, device)
+        return added
+
+    def slot_of(self, record: VolumeRecord, device: Handle, passphrase: Passphrase) -> NamedSlot:
+        """The key slot that the passphrase opens. Errors as `rekey`."""
         with self.unlocking(f"volume {record.id}"):
-            self._workers.call(
+            return self._workers.call(
                 f"luks-unlock of {where_is(record, device)}",
                 self._limits.unlock_seconds,
-                rekey.prove,
+                rekey.slot_of,
                 where_is(record, device),
                 device,
                 device_size(record),
                 recorded_identity(record),
                 self.header_limits,
-                current,
+                passphrase,
             )
-        self.back_up_header(backend, record, device)
-        with self.unlocking(f"volume {record.id}"):
-            slot = self._workers.call(
-                f"luks-add-key of {where_is(record, device)}",
-                self._limits.format_seconds,
-                rekey.add_passphrase,
-                where_is(record, device),
-                device,
-                device_size(record),
-                recorded_identity(record),
-                self.header_limits,
-                current,
-                new,
-                chosen,
-            )
-        self.back_up_header(backend, record, device)
-        return slot
 
     def take_key(
         self,
@@ -145,15 +161,15 @@ class KeySlots:
     ) -> None:
         """Let `own` open the header of a clone, file or device, instead of `current`. Repeating is fine."""
         try:
-            slot = self.add_passphrase(backend, record, clone, current, own, wishes)
+            going = [self.add_passphrase(backend, record, clone, current, own, wishes).present]
         except Unauthenticated:
-            slot = None  # it was taken out by a call that was cut; that `own` opens the header is proven below
-        self.remove_passphrase(backend, record, clone, slot, own)
+            going = []  # it was taken out by a call that was cut; that `own` opens the header is proven below
+        self.remove_passphrase(backend, record, clone, going, own)
 
     def remove_passphrase(
-        self, backend: Backend, record: VolumeRecord, device: Handle, slot: NamedSlot | None, keep: Passphrase
+        self, backend: Backend, record: VolumeRecord, device: Handle, slots: Collection[NamedSlot], keep: Passphrase
     ) -> None:
-        """Take out a key slot, None for none, with proof that `keep` opens another; our token says the record's key."""
+        """Take out key slots, with proof that `keep` opens another; our token says the record's key."""
         with self.unlocking(f"volume {record.id}"):
             self._workers.call(
                 f"luks-remove-key of {where_is(record, device)}",
@@ -164,7 +180,7 @@ class KeySlots:
                 device_size(record),
                 recorded_identity(record),
                 self.header_limits,
-                slot,
+                slots,
                 keep,
                 record.key,
             )

@@ -18,6 +18,7 @@ from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.keyslots import KeySlots
 from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.recovery import Recovery
+from csi_driver.volumes.rekey import Rekeying
 from csi_driver.volumes.stages import Stages
 
 if TYPE_CHECKING:
@@ -42,8 +43,9 @@ class Offline:
         file_systems: FileSystems,
         sources: KeySources,
         keys: VolumeKeys,
+        rekeying: Rekeying,
     ) -> None:
-        self.adoption = Adoption(backend, host.workers, slots, sources, limits)
+        self.adoption = Adoption(backend, host.workers, slots, sources, rekeying, limits)
         self.checking = Checking(
             backend, presences, host.workers, commands, mappings, encryption, file_systems, keys, limits
         )

@@ -149,21 +149,21 @@ class Provisioning:
         """
         self._check_state()
         self._release(volume_id)
+        record, left = None, True
         try:
             record = self._backend.get(volume_id)
         except NotFound:
-            record = None
+            pass
         except FailedPrecondition as error:
-            record = None  # no key is needed
+            left = False  # no key is needed, and which are to stay nobody knows
             log.warning(
                 "a key of its own stays in its KMS, if the volume had one", volume_id=volume_id, error=str(error)
             )
+        leaving = self._keys.leave(volume_id, record)
         self._backend.delete(volume_id)
-        if record is not None:
-            others = record.rekey.other if record.rekey else None, record.conversion.key if record.conversion else None
-            for trail in (record.key, *others):
-                if trail is not None:
-                    self._keys.destroy(record, trail, "delete volume")
+        if left:
+            for entry in leaving:
+                self._keys.destroy_left(entry)
         log.info("volume deleted", volume_id=volume_id)
 
     def get(self, volume_id: str) -> VolumeView:
@@ -295,19 +295,20 @@ class Provisioning:
         capacity = _choose_capacity(request, parameters, image)
         if parameters.encrypted:
             formats.check_capacity(image.luks.cipher if image and image.luks else cipher, capacity)
-        record = VolumeRecord(
-            id=volume_id,
-            name=request.name,
-            capacity_bytes=capacity,
-            parameters=parameters,
-            encryption=EncryptionState.PREPARED if parameters.encrypted else None,
-            key=self._keys.make(volume_id, parameters, request.key),
-            created=recorded_now(),
-        )
-        if image is not None:
-            record = self._images.make(self._backend, record, image, request.key)
-        else:
-            record = self._backend.create(record, capacity + (formats.DATA_OFFSET if parameters.encrypted else 0))
+        with self._keys.making(volume_id, parameters, request.key, lambda: self._backend.has(volume_id)) as key:
+            record = VolumeRecord(
+                id=volume_id,
+                name=request.name,
+                capacity_bytes=capacity,
+                parameters=parameters,
+                encryption=EncryptionState.PREPARED if parameters.encrypted else None,
+                key=key,
+                created=recorded_now(),
+            )
+            if image is not None:
+                record = self._images.make(self._backend, record, image, request.key)
+            else:
+                record = self._backend.create(record, capacity + (formats.DATA_OFFSET if parameters.encrypted else 0))
         log.info("volume created", volume_id=volume_id, capacity_bytes=capacity, encrypted=parameters.encrypted)
         return record
 

@@ -3,7 +3,7 @@
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -92,29 +92,34 @@ class Recovery:
             found = self._workers.call(
                 f"luks-read of {copy}", self._limits.mount_seconds, recovery.look, str(copy), copy, self._header_limits
             )
-            passphrase = self._passphrase(where, found, secret)
-            self._workers.call(
-                f"luks-open of {where}",
-                self._limits.unlock_seconds,
-                recovery.open_with_header,
-                where,
-                opened,
-                copy,
-                found.identity,
-                self._header_limits,
-                passphrase,
-                Opening(name),
-                read_only=read_only,
-            )
+            passphrase, told = self._passphrase(where, found, secret)
+            with told:
+                self._workers.call(
+                    f"luks-open of {where}",
+                    self._limits.unlock_seconds,
+                    recovery.open_with_header,
+                    where,
+                    opened,
+                    copy,
+                    found.identity,
+                    self._header_limits,
+                    passphrase,
+                    Opening(name),
+                    read_only=read_only,
+                )
         log.info("volume opened for recovery", device=where, mapping=name, luks_uuid=found.identity.uuid)
         return f"/dev/mapper/{name}"
 
-    def _passphrase(self, where: str, found: recovery.Found, secret: SecretKey) -> Passphrase:
+    def _passphrase(
+        self, where: str, found: recovery.Found, secret: SecretKey
+    ) -> tuple[Passphrase, AbstractContextManager[None]]:
+        """What opens it, and what tells its use."""
         if found.trail is None or (secret.passphrase is not None and found.trail.type != "metadata"):
             if secret.passphrase is None:
                 raise FailedPrecondition(f"the header of {where} names no KMS, so a passphrase opens it; {_ADVICE}")
-            return secret.passphrase
-        return self._sources.fetch(found.trail, KeyRequest(where, found.trail.tenant, secret), "recover")
+            return secret.passphrase, self._sources.using(KeyRequest(where), "recover")
+        key = self._sources.fetch(found.trail, KeyRequest(where, found.trail.tenant, secret), "recover")
+        return key, nullcontext()
 
     @contextmanager
     def _device(self, path: Path, *, read_only: bool) -> Iterator[Handle]:

@@ -2,7 +2,7 @@
 
 Each step is durable before the next, and the record says which key counts (docs/architecture.md, "A new key"):
 
-    adding      the old one opens the volume; the new one may have a key slot
+    adding      the old one opens the volume; the new one may have a key slot, which is named before it is written
     removing    the new one was proven to open it and counts; the old one's key slot, if it is there, is to go
 """
 
@@ -17,10 +17,11 @@ from csi_driver.host.handle import Handle
 from csi_driver.host.log import log
 from csi_driver.host.workers import Workers
 from csi_driver.keys.secret import SecretKey
-from csi_driver.model.errors import DriverError, FailedPrecondition, InvalidArgument, Unauthenticated
+from csi_driver.luks.rekey import Added
+from csi_driver.model.errors import DriverError, FailedPrecondition, InvalidArgument, KeyLost, Unauthenticated
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.times import recorded_now
-from csi_driver.model.volume import EncryptionState, KeyTrail, Rekey, RekeyPhase, VolumeRecord
+from csi_driver.model.volume import EncryptionState, KeyTrail, NamedSlot, Rekey, RekeyPhase, VolumeRecord
 from csi_driver.volumes.encryption import attempt
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.keyslots import KeySlots
@@ -58,7 +59,8 @@ class Rekeying:
             )
         with self._device(volume_id) as device, self._workers.session():
             if record.key is None:
-                return self._change_passphrase(record, device, secret, new)
+                with self._keys.using(record, "rotate"):
+                    return self._change_passphrase(record, device, secret, new)
             record = self._end(record, device, secret)
             return Rekeyed(self._change_key(record, device, secret), changed=True)
 
@@ -84,7 +86,7 @@ class Rekeying:
             if changed:  # what was wrapped anew counts when it was unwrapped and has opened the volume, not before
                 self._slots.verify(record, device, passphrase)
                 record = self._backend.update(msgspec.structs.replace(record, key=fresh, rekey=rekey))
-            self._slots.remove_passphrase(self._backend, record, device, None, passphrase)
+            self._slots.remove_passphrase(self._backend, record, device, (), passphrase)
         if changed:
             log.info("key wrapped anew", volume_id=volume_id, kms=fresh.kms_id, key_version=fresh.key_version)
         return Rekeyed(record, changed)
@@ -109,19 +111,18 @@ class Rekeying:
         previous = secret.previous if secret.previous != secret.passphrase else None
         if secret.passphrase is None or (previous is None and record.rekey is None):
             return record
-        if previous is not None:
-            return self._change_passphrase(record, device, secret, secret.passphrase).record
-        if record.rekey is not None and record.rekey.phase is RekeyPhase.REMOVING:
-            return self._remove(record, device, secret.passphrase)
-        return record  # what was begun with another secret is ended by whoever brings both passphrases
+        with self._keys.using(record, "rotate"):
+            if previous is not None:
+                return self._change_passphrase(record, device, secret, secret.passphrase).record
+            return self._settled(record, device, secret.passphrase)
 
     def _change_passphrase(
         self, record: VolumeRecord, device: Handle, secret: SecretKey, new: Passphrase | None
     ) -> Rekeyed:
         """From one passphrase of secrets to another; both are in hand, so a cut one is simply done again.
 
-        One that was cut while it was `removing` ends with whichever of the two opens another key slot than the one that
-        is to go: the secret may have been changed once more since.
+        The secret may have been changed once more since: one that was cut while it was `removing` ends with whichever
+        of the two opens another key slot than those that are to go, and whatever was being added goes with the old one.
         """
         old = secret.previous if new is secret.passphrase else secret.passphrase
         if old is None or new is None:
@@ -139,32 +140,60 @@ class Rekeying:
                     record = self._remove(record, device, old)
                 except Unauthenticated:
                     raise error from None
-        if record.rekey is None:
-            try:
-                self._slots.verify(record, device, old)
-            except Unauthenticated:
+        try:
+            record = self._added(record, device, old, new, secret, None)
+        except Unauthenticated:
+            if record.rekey is None:
                 self._slots.verify(record, device, new)
                 return Rekeyed(record, changed=ended)  # it was changed already
-        record = self._note(record, Rekey(phase=RekeyPhase.ADDING))
-        try:
-            slot = self._slots.add_passphrase(self._backend, record, device, old, new, secret)
-        except Unauthenticated:
-            self._note(record, None)
-            raise
-        removing = Rekey(phase=RekeyPhase.REMOVING, slot=slot)
-        record = self._backend.update(msgspec.structs.replace(record, rekey=removing, key_since=recorded_now()))
+            return Rekeyed(self._settled(record, device, new), changed=True)
         record = self._remove(record, device, new)
         log.info("passphrase changed", volume_id=record.id)
         return Rekeyed(record, changed=True)
 
+    def _settled(self, record: VolumeRecord, device: Handle, keep: Passphrase) -> VolumeRecord:
+        """End a change of passphrases that was cut with the one that is in hand, if its key slot is one of ours."""
+        if record.rekey is None:
+            return record
+        if record.rekey.phase is RekeyPhase.ADDING:
+            kept = self._slots.slot_of(record, device, keep)
+            if kept not in record.rekey.slots:
+                return record
+            record = self._note(record, Rekey(phase=RekeyPhase.REMOVING, slots=_without(record.rekey.slots, kept)))
+        return self._remove(record, device, keep)
+
+    def _added(
+        self,
+        record: VolumeRecord,
+        device: Handle,
+        current: Passphrase,
+        new: Passphrase,
+        secret: SecretKey,
+        key: KeyTrail | None,
+    ) -> VolumeRecord:
+        """Give `new`, whose trail is `key`, a slot beside that of `current`, then let it count.
+
+        The record names both slots before one is written, and those of earlier changes that were cut: all but the one
+        that counts are to go in the end. Raises Unauthenticated when `current` opens none, which changes nothing.
+        """
+        begun = record.rekey.slots if record.rekey else ()
+
+        def announce(added: Added) -> None:
+            nonlocal record, begun
+            begun = tuple(dict.fromkeys((*begun, added.present, added.new)))
+            record = self._note(record, Rekey(phase=RekeyPhase.ADDING, other=key, slots=begun))
+
+        added = self._slots.add_passphrase(self._backend, record, device, current, new, secret, announce)
+        removing = Rekey(phase=RekeyPhase.REMOVING, other=record.key, slots=_without(begun, added.new))
+        return self._backend.update(msgspec.structs.replace(record, key=key, rekey=removing, key_since=recorded_now()))
+
     def _change_key(self, record: VolumeRecord, device: Handle, secret: SecretKey) -> VolumeRecord:
-        old = _trail(record)
-        new = self._keys.successor(record, old, secret)
-        record = self._note(record, Rekey(phase=RekeyPhase.ADDING, other=new))
+        with self._keys.successor(record, _trail(record), secret) as new:
+            record = self._note(record, Rekey(phase=RekeyPhase.ADDING, other=new))
         return self._end(record, device, secret)
 
     def _end(self, record: VolumeRecord, device: Handle, secret: SecretKey) -> VolumeRecord:
-        """Go on with a change from key to key, wherever it was cut."""
+        """Go on with a change from key to key, wherever it was cut; one whose new key is lost is given up."""
         if record.rekey is None:
             return record
         other = record.rekey.other
@@ -175,25 +204,34 @@ class Rekeying:
                 )
             old = _trail(record)
             current = self._keys.fetch(record, old, secret, "rotate")
-            fresh = self._keys.fetch(record, other, secret, "rotate")
-            slot = self._slots.add_passphrase(self._backend, record, device, current, fresh, secret)
-            removing = Rekey(phase=RekeyPhase.REMOVING, other=old, slot=slot)
-            record = self._backend.update(
-                msgspec.structs.replace(record, key=other, rekey=removing, key_since=recorded_now())
-            )
+            try:
+                fresh = self._keys.fetch(record, other, secret, "rotate")
+            except KeyLost as error:
+                return self._given_up(record, device, current, other, error)
+            record = self._added(record, device, current, fresh, secret, other)
             other = old
         keep = self._keys.fetch(record, _trail(record), secret, "rotate")
-        removed = record.rekey.slot if record.rekey else None
-        self._slots.remove_passphrase(self._backend, record, device, removed, keep)
+        self._slots.remove_passphrase(self._backend, record, device, record.rekey.slots if record.rekey else (), keep)
         if other is not None:
             self._keys.destroy(record, other, "rotate")
         record = self._note(record, None)
         log.info("key changed", volume_id=record.id, key=_trail(record).name)
         return record
 
+    def _given_up(
+        self, record: VolumeRecord, device: Handle, current: Passphrase, lost: KeyTrail, error: KeyLost
+    ) -> VolumeRecord:
+        """Take back a change to a key that is lost before it counted: the key slots that it was given go."""
+        log.warning("a new key is lost and was given up", volume_id=record.id, key=lost.name, error=str(error))
+        if record.rekey is not None and record.rekey.slots:
+            kept = self._slots.slot_of(record, device, current)
+            self._slots.remove_passphrase(self._backend, record, device, _without(record.rekey.slots, kept), current)
+        self._keys.destroy(record, lost, "rotate")
+        return self._note(record, None)
+
     def _remove(self, record: VolumeRecord, device: Handle, keep: Passphrase) -> VolumeRecord:
-        slot = record.rekey.slot if record.rekey else None
-        self._slots.remove_passphrase(self._backend, record, device, slot, keep)
+        slots = record.rekey.slots if record.rekey else ()
+        self._slots.remove_passphrase(self._backend, record, device, slots, keep)
         return self._note(record, None)
 
     def _note(self, record: VolumeRecord, rekey: Rekey | None) -> VolumeRecord:
@@ -224,6 +262,10 @@ class Rekeying:
                 attached = self._backend.attach(volume_id, lasting=False)
             with attached:
                 yield attached
+
+
+def _without(slots: tuple[NamedSlot, ...], kept: NamedSlot) -> tuple[NamedSlot, ...]:
+    return tuple(slot for slot in slots if slot != kept)
 
 
 def _trail(record: VolumeRecord) -> KeyTrail:

@@ -16,6 +16,7 @@ from csi_driver.backends.base import Backend
 from csi_driver.host.locks import VolumeLocks
 from csi_driver.host.log import log
 from csi_driver.host.regularly import Ending
+from csi_driver.keys.audit import asker
 from csi_driver.keys.base import RequestNeeded
 from csi_driver.keys.secret import LONGHORN_VALUE, PREVIOUS, SecretKey
 from csi_driver.model.errors import DriverError, FailedPrecondition, NotFound, VolumeBusy
@@ -113,6 +114,7 @@ class KeyRotation:
 
     def look(self, ending: Ending) -> None:
         """Look at every volume once: end what was cut, change what is due. What hinders it is logged and counted."""
+        asker.set("schedule")
         try:
             self._check_state()
             ids = self._backend.ids()

@@ -159,14 +159,16 @@ class Staging:
             record = self._rekeying.renew(record, device, secret)
             key = self._keys.of(record, secret, "stage") if record.key != key.trail else key
         try:
-            return self._encryption.open(self._backend, record, device, key, undo)
+            with self._keys.using(record, "stage"):
+                return self._encryption.open(self._backend, record, device, key, undo)
         except Unauthenticated:
             if secret.previous is None or record.key is not None:
                 raise
         if record.conversion is not None:  # its passphrase is changed when that has ended
             key = replace(key, passphrase=secret.previous)
         record = self._rekeying.renew(record, device, secret)
-        return self._encryption.open(self._backend, record, device, key, undo)
+        with self._keys.using(record, "stage"):
+            return self._encryption.open(self._backend, record, device, key, undo)
 
     def unstage(self, volume_id: str, staging_path: str) -> None:
         """Unmount, close the mapping, let go of the device; needs no key, no record, and nothing to be there.

@@ -3,10 +3,13 @@
 from collections.abc import Callable
 
 from csi_driver.backends.base import Backend, HasPools
+from csi_driver.host.files import Files
 from csi_driver.host.machine import Machine
+from csi_driver.keys.ledger import KeyLedger
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.settings import Settings
 from csi_driver.volumes.finding import Finding, look_at
+from csi_driver.volumes.keys import SHARED, left_keys, shares_key
 from csi_driver.volumes.stages import Stages
 
 _GIB = 1 << 30
@@ -27,7 +30,8 @@ class StorageHealth:
     def findings(self) -> list[Finding]:
         """None of them is fatal."""
         floor = (self._floor,) if self._backend.name == "loopfile" else ()
-        return [check() for check in (self._disk, self._space, *floor, self._thin_pools, self._orphans, self._secrets)]
+        checks = (self._disk, self._space, *floor, self._thin_pools, self._orphans, self._secrets, self._keys)
+        return [check() for check in checks]
 
     def _disk(self) -> Finding:
         path = self._settings.state_dir
@@ -107,3 +111,25 @@ class StorageHealth:
 
         advice = "put the passphrase that they were formatted with back into the secret before this node boots again"
         return look_at("secrets", look, advice, fatal=False)
+
+    def _keys(self) -> Finding:
+        def look() -> str:
+            try:
+                records = [self._backend.get(volume_id) for volume_id in self._backend.ids()]
+            except FileNotFoundError:
+                return "none; no driver was started here yet"
+            if shared := [record.id for record in records if shares_key(record)]:
+                raise FailedPrecondition(SHARED.format(shared[0]))
+            if cut := [record.id for record in records if record.rekey is not None]:
+                raise FailedPrecondition(
+                    f"a change of the key is under way or was cut: {', '.join(cut[:5])}"
+                    f"{' and others' * (len(cut) > 5)}; stage the volume with the secret that it has, or end it by "
+                    f"luks-csi keys rotate"
+                )
+            if left := left_keys(KeyLedger(self._settings.state_dir, Files()), records):
+                raise FailedPrecondition(
+                    f"a KMS keeps {len(left)} keys for nothing; look at them with `luks-csi keys leftovers`"
+                )
+            return "each volume has its own, and none is left in a KMS"
+
+        return look_at("volume keys", look, "look at them with `luks-csi keys status`", fatal=False)

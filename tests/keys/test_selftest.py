@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import msgspec
 import pytest
@@ -76,6 +77,7 @@ class AnotherKey(Wrapping):
 class Keeping:
     """A KMS that keeps keys, as it should."""
 
+    keeps: ClassVar = True
     kept: dict[str, Passphrase] = field(default_factory=dict)
 
     def create(self, name: str) -> KeyTrail:

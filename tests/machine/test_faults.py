@@ -153,7 +153,7 @@ def reusing(settings: Settings, injector: Injector) -> Driver:
     stages = Stages(settings.state_dir / "stages", host.files)
     made = FileSystems(host.workers, Commands(host.workers), host.mounts, host.holders, settings.limits)
     presences = _CarelessPresences(driver.backend, stages, driver.mappings, host.mounts)
-    drift = KeyDrift(driver.backend, stages, KeySlots(host.workers, settings.limits))
+    drift = KeyDrift(driver.backend, stages, KeySlots(host.workers, settings.limits), driver.keys)
     staging = Staging(
         driver.backend,
         driver.state.check,

@@ -13,6 +13,7 @@ import pytest
 from kmip.core import enums
 
 from csi_driver.host.blockdev import size_bytes
+from csi_driver.host.files import Files
 from csi_driver.host.keyring import unlink_from_user
 from csi_driver.host.loop import LoopDevices
 from csi_driver.host.workers import Workers
@@ -26,6 +27,7 @@ from csi_driver.keys.gcp import CloudKms
 from csi_driver.keys.http import Tls
 from csi_driver.keys.ibm import Instance, KeyProtect
 from csi_driver.keys.kmip import KmipWrapper, server_of
+from csi_driver.keys.ledger import KeyLedger
 from csi_driver.keys.metadata import MetadataWrapper
 from csi_driver.keys.plugin import PluginWrapper
 from csi_driver.keys.secret import read_secret
@@ -35,6 +37,7 @@ from csi_driver.keys.vault_transit import VaultTransit
 from csi_driver.luks import key_token
 from csi_driver.luks.device import read_header, volume_key_name
 from csi_driver.luks.header import Header
+from csi_driver.luks.rekey import Added
 from csi_driver.model.errors import (
     AlreadyExists,
     DeviceInUse,
@@ -48,13 +51,15 @@ from csi_driver.model.secret import Passphrase
 from csi_driver.model.settings import Limits
 from csi_driver.model.volume import EncryptionState, KeyTrail, NamedSlot, Rekey, RekeyPhase
 from csi_driver.volumes.adoption import Adoption, AdoptRequest
-from csi_driver.volumes.keys import VolumeKeys
+from csi_driver.volumes.keys import VolumeKeys, shares_key
+from csi_driver.volumes.keyslots import KeySlots
 from csi_driver.volumes.recovery import Recovery
 from tests import volume_images
 from tests.cluster.pki import Authority
 from tests.keys import clouds, servers, softhsm
 from tests.keys.given import GivenSources
-from tests.machine.node import BLANK, MIB, SECRET, SIZE, VOLUME, Node, fingerprint
+from tests.machine.keeping import KeepingKms
+from tests.machine.node import BLANK, CHEAP, MIB, SECRET, SIZE, VOLUME, Node, fingerprint
 from tests.volume_images import BOOT_FILE, GREETING, encrypted_image, make_file_system, put_image
 
 NONE: dict[str, str] = {}
@@ -63,7 +68,11 @@ OTHER = {"CRYPTO_KEY_VALUE": "another passphrase"}
 
 
 def with_keys(folder: Path, workers: Workers, sources: GivenSources) -> Node:
-    return Node(folder, workers, given_keys=VolumeKeys(sources, "node-1"))
+    return Node(folder, workers, given_keys=keys_of(folder, sources))
+
+
+def keys_of(folder: Path, sources: GivenSources) -> VolumeKeys:
+    return VolumeKeys(sources, KeyLedger(folder / "state", Files()))
 
 
 def rotate(node: Node, secret: Mapping[str, str] = NONE, new: Mapping[str, str] = NONE) -> bool:
@@ -479,9 +488,9 @@ def slot_of(node: Node, number: int = 0) -> NamedSlot:
     return NamedSlot(number=number, salt=node.header().keyslots[str(number)].kdf.salt.hex())
 
 
-def cut(node: Node, phase: RekeyPhase, slot: NamedSlot | None = None) -> None:
+def cut(node: Node, phase: RekeyPhase, *slots: NamedSlot) -> None:
     """Let the record say that a change was cut there."""
-    node.store.update(msgspec.structs.replace(node.record(), rekey=Rekey(phase=phase, slot=slot)))
+    node.store.update(msgspec.structs.replace(node.record(), rekey=Rekey(phase=phase, slots=slots)))
 
 
 def test_a_record_that_names_the_slot_that_counts_takes_none(used: Node) -> None:
@@ -524,6 +533,132 @@ def test_a_secret_that_is_changed_once_more_behind_a_cut_ends_at_what_it_says(
     assert len(used.header().keyslots) == 1
     used.stage(secret=third)
     used.unstage()
+
+
+SECOND, THIRD = OTHER, {"CRYPTO_KEY_VALUE": "a third one"}
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+class CutSlots(KeySlots):
+    """Is killed in the middle of adding a key slot: before it is in the header, or behind that."""
+
+    at: str | None = None
+
+    def add_passphrase(self, *args: Any) -> Added:
+        *others, announce = args
+
+        def killed(added: Added) -> None:
+            announce(added)
+            if self.at == "before":
+                raise Killed
+
+        add: Callable[..., Added] = super().add_passphrase
+        made = add(*others, killed)
+        if self.at is not None:
+            raise Killed
+        return made
+
+
+def cut_in_adding(folder: Path, workers: Workers, at: str, **options: Any) -> Node:
+    """A used volume whose change of its key was killed `at` that moment, and the driver after a restart."""
+    node = Node(folder, workers, make_slots=CutSlots, **options)
+    assert isinstance(node.slots, CutSlots)
+    given = options.get("given_keys")
+    node.create(parameters=OF_KMS if given else CHEAP, secret=NONE if given else SECRET)
+    node.stage(secret=NONE if given else SECRET)
+    node.write()
+    node.unstage()
+    node.slots.at = at
+    with suppress(Killed):
+        rotate(node, NONE if given else SECRET, NONE if given else SECOND)
+    rekey = node.record().rekey
+    assert rekey is not None
+    assert (rekey.phase, len(rekey.slots)) == (RekeyPhase.ADDING, 2)
+    return Node(folder, workers, **options)
+
+
+@pytest.mark.parametrize("others", [True, False], ids=["beside an administrator's", "alone"])
+@pytest.mark.parametrize(
+    ("at", "secret", "counts"),
+    [
+        ("behind", {**THIRD, "CRYPTO_KEY_VALUE_PREVIOUS": SECRET["CRYPTO_KEY_VALUE"]}, THIRD),
+        ("behind", {**THIRD, "CRYPTO_KEY_VALUE_PREVIOUS": SECOND["CRYPTO_KEY_VALUE"]}, THIRD),
+        ("behind", SECRET, SECRET),
+        ("behind", SECOND, SECOND),
+        ("before", {**THIRD, "CRYPTO_KEY_VALUE_PREVIOUS": SECRET["CRYPTO_KEY_VALUE"]}, THIRD),
+        ("before", {**SECOND, "CRYPTO_KEY_VALUE_PREVIOUS": SECRET["CRYPTO_KEY_VALUE"]}, SECOND),
+        ("before", SECRET, SECRET),
+    ],
+    ids=["third of first", "third of second", "first", "second", "third", "as it was meant", "taken back"],
+)
+def test_whatever_the_secret_says_behind_a_cut_one_key_slot_of_ours_is_left(
+    folder: Path, workers: Workers, at: str, secret: Mapping[str, str], counts: Mapping[str, str], *, others: bool
+) -> None:
+    node = cut_in_adding(folder, workers, at)
+    if others:
+        _add_slot(node, b"an administrator's")
+    node.stage(secret=secret)
+    assert node.read() == "precious"
+    node.unstage()
+    assert node.record().rekey is None
+    assert len(node.header().keyslots) == 1 + others
+    assert opens(node.disk(), Passphrase(counts["CRYPTO_KEY_VALUE"].encode()))
+    assert opens(node.disk(), Passphrase(b"an administrator's")) is others
+
+
+def test_a_cut_change_that_no_secret_in_hand_ends_stays_in_the_record(folder: Path, workers: Workers) -> None:
+    node = cut_in_adding(folder, workers, "before")
+    _add_slot(node, b"an administrator's")
+    begun = node.record().rekey
+    node.stage(secret={"CRYPTO_KEY_VALUE": "an administrator's"})  # which is no key slot of ours, and takes none away
+    assert node.read() == "precious"
+    node.unstage()
+    with pytest.raises(Unauthenticated):
+        node.stage(secret={**THIRD, "CRYPTO_KEY_VALUE_PREVIOUS": "wrong"})
+    assert node.record().rekey == begun
+    node.stage()
+    node.unstage()
+    assert node.record().rekey is None
+    assert len(node.header().keyslots) == 2
+
+
+class Forgetful(MetadataWrapper):
+    """Unwraps no key whose name is in `lost`."""
+
+    lost: tuple[str, ...] = ()
+
+    def unwrap(self, trail: KeyTrail) -> Passphrase:
+        if trail.name in self.lost:
+            raise KeyLost(f"the key {trail.name} is gone")
+        return super().unwrap(trail)
+
+
+@pytest.mark.parametrize("at", ["before", "behind"])
+@pytest.mark.parametrize("by_stage", [True, False], ids=["stage", "rotate"])
+def test_a_new_key_that_is_lost_before_it_counted_is_given_up(
+    folder: Path, workers: Workers, at: str, *, by_stage: bool
+) -> None:
+    wrapper = Forgetful("KMS kms (metadata)", lambda: Passphrase(b"a passphrase"))
+    keys = keys_of(folder, GivenSources(kms=Wrapping(wrapper)))
+    node = cut_in_adding(folder, workers, at, given_keys=keys)
+    rekey, before = node.record().rekey, trail_of(node)
+    assert rekey is not None
+    assert rekey.other is not None
+    wrapper.lost = (rekey.other.name,)
+    if by_stage:
+        node.stage(secret=NONE)
+        assert trail_of(node) == before
+    else:
+        assert rotate(node)
+        assert trail_of(node).name not in (before.name, *wrapper.lost)
+        node.stage(secret=NONE)
+    assert node.read() == "precious"
+    node.unstage()
+    assert node.record().rekey is None
+    assert len(node.header().keyslots) == 1
 
 
 def test_a_change_that_cannot_be_leaves_no_trace_in_the_record(used: Node) -> None:
@@ -586,9 +721,7 @@ def test_a_key_that_opens_nothing_is_told_by_its_name(folder: Path, workers: Wor
     node.stage(secret=NONE)
     node.unstage()
     wrapper.more = b"x"
-    with pytest.raises(
-        KeyLost, match=r"^the key pvc-1\.[0-9a-f]{8}\.1 of the KMS kms opens no key slot of volume pvc-1"
-    ):
+    with pytest.raises(KeyLost, match=r"^the key pvc-1\.[0-9a-f]{16} of the KMS kms opens no key slot of volume pvc-1"):
         node.stage(secret=NONE)
     wrapper.more = b""
     node.stage(secret=NONE)
@@ -616,8 +749,8 @@ def test_wrapping_anew_takes_along_the_key_that_is_to_come(folder: Path, workers
     node.write()
     node.unstage()
     record = node.record()
-    other = VolumeKeys(sources, "node-1").successor(record, trail_of(node), read_secret({}))
-    node.store.update(msgspec.structs.replace(record, rekey=Rekey(phase=RekeyPhase.ADDING, other=other)))
+    with keys_of(folder, sources).successor(record, trail_of(node), read_secret({})) as other:
+        node.store.update(msgspec.structs.replace(record, rekey=Rekey(phase=RekeyPhase.ADDING, other=other)))
     passphrases.append(newest)
     assert rewrap(node)
     del passphrases[0]
@@ -760,7 +893,7 @@ def foreign(folder: Path, passphrase: bytes, *options: str) -> Path:
 
 
 def adoption(node: Node, sources: GivenSources) -> Adoption:
-    return Adoption(node.store, node.workers, node.slots, sources, node.limits)
+    return Adoption(node.store, node.workers, node.slots, sources, node.rekeying, node.limits)
 
 
 def test_a_volume_that_was_made_by_hand_is_adopted(node: Node) -> None:
@@ -804,6 +937,73 @@ def test_a_volume_of_ceph_csi_is_adopted_with_its_wrapped_key(folder: Path, work
     node.unstage()
     node.stage(secret=NONE)
     node.unstage()
+
+
+@pytest.fixture
+def kept_here(folder: Path, workers: Workers) -> tuple[Node, GivenSources, KeepingKms, Path]:
+    """A used volume whose key a KMS keeps, and a copy of its file as it was, before anything was done to either."""
+    kms = KeepingKms()
+    sources = GivenSources(kms=kms)
+    node = with_keys(folder, workers, sources)
+    node.create(parameters=OF_KMS, secret=NONE)
+    node.stage(secret=NONE)
+    node.write()
+    node.unstage()
+    copy = folder / "copy.img"
+    subprocess.run(["cp", "--sparse=always", str(node.disk()), str(copy)], check=True, timeout=60)
+    return node, sources, kms, copy
+
+
+def test_an_adopted_copy_of_what_a_kms_keeps_the_key_of_outlives_the_original(
+    kept_here: tuple[Node, GivenSources, KeepingKms, Path],
+) -> None:
+    node, sources, kms, copy = kept_here
+    before = copy.read_bytes()
+    made = adoption(node, sources).adopt(AdoptRequest("copy", copy, read_secret({})))
+    assert not shares_key(made)
+    assert copy.read_bytes() == before
+    node.delete()
+    assert list(kms.kept) == [made.key.name if made.key else ""]
+    node.stage("copy", secret=NONE)
+    assert node.read(volume="copy") == "precious"
+    node.unstage("copy")
+    node.delete("copy")
+    assert not kms.kept
+
+
+def test_an_adopted_copy_that_is_to_share_a_key_is_told(
+    kept_here: tuple[Node, GivenSources, KeepingKms, Path],
+) -> None:
+    node, sources, kms, copy = kept_here
+    made = adoption(node, sources).adopt(AdoptRequest("copy", copy, read_secret({}), share=True))
+    assert shares_key(made)
+    assert made.key is not None
+    assert made.key.name == trail_of(node).name
+    node.delete("copy")
+    assert list(kms.kept) == [trail_of(node).name]
+    node.stage(secret=NONE)
+    node.unstage()
+
+
+def test_a_copy_that_cannot_be_given_its_own_key_is_there_and_says_so(
+    kept_here: tuple[Node, GivenSources, KeepingKms, Path],
+) -> None:
+    node, sources, kms, copy = kept_here
+
+    def refuse(_name: str) -> KeyTrail:
+        raise Unavailable("the KMS is down; call again")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kms, "create", refuse)
+        with pytest.raises(Unavailable, match=r"^volume copy was adopted .* lost with that, .*keys rotate copy"):
+            adoption(node, sources).adopt(AdoptRequest("copy", copy, read_secret({})))
+    assert shares_key(node.store.get("copy"))
+    with node.locks.hold("copy"):
+        assert not shares_key(node.rekeying.rotate("copy", read_secret({}), None).record)
+    node.delete()
+    node.stage("copy", secret=NONE)
+    assert node.read(volume="copy") == "precious"
+    node.unstage("copy")
 
 
 def test_what_cannot_be_adopted_makes_no_volume(node: Node) -> None:

@@ -1,6 +1,7 @@
 """A seeded handful of the first half of `make keys-kills`, and the proof that it turns red: bugs in changes of keys."""
 
 import random
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from csi_driver.backends.base import Backend
 from csi_driver.host.handle import Handle
 from csi_driver.keys.secret import SecretKey
+from csi_driver.luks.rekey import Added
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.settings import Settings
 from csi_driver.model.volume import NamedSlot, VolumeRecord
@@ -50,19 +52,20 @@ class _OldSlotFirst(KeySlots):
         current: Passphrase,
         new: Passphrase,
         wishes: SecretKey,
-    ) -> NamedSlot:
-        slot = super().add_passphrase(backend, record, device, current, new, wishes)
-        self.remove_passphrase(backend, record, device, slot, new)
-        return slot
+        announce: Callable[[Added], None] = lambda _: None,
+    ) -> Added:
+        added = super().add_passphrase(backend, record, device, current, new, wishes, announce)
+        self.remove_passphrase(backend, record, device, (added.present,), new)
+        return added
 
 
 class _NeverDone(KeySlots):
     """The old key's slot stays when the change has ended."""
 
     def remove_passphrase(
-        self, backend: Backend, record: VolumeRecord, device: Handle, slot: NamedSlot | None, keep: Passphrase
+        self, backend: Backend, record: VolumeRecord, device: Handle, slots: Collection[NamedSlot], keep: Passphrase
     ) -> None:
-        super().remove_passphrase(backend, record, device, None, keep)
+        super().remove_passphrase(backend, record, device, (), keep)
 
 
 def _with_slots(slots: type[KeySlots]) -> Build:

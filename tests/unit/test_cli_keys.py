@@ -9,6 +9,8 @@ import msgspec
 import pytest
 
 from csi_driver.backends.records import RecordCodec
+from csi_driver.host.files import Files
+from csi_driver.keys.ledger import KeyEntry, KeyLedger
 from csi_driver.model.volume import (
     EncryptionState,
     KeyTrail,
@@ -28,7 +30,7 @@ SECRET = msgspec.structs.replace(
     PLAIN,
     id="of-a-secret",
     encryption=EncryptionState.ENCRYPTED,
-    rekey=Rekey(phase=RekeyPhase.REMOVING, slot=NamedSlot(number=0, salt="00")),
+    rekey=Rekey(phase=RekeyPhase.REMOVING, slots=(NamedSlot(number=0, salt="00"),)),
 )
 OF_KMS = msgspec.structs.replace(PLAIN, id="of-a-kms", encryption=EncryptionState.ENCRYPTED, key=TRAIL)
 
@@ -77,6 +79,78 @@ def test_status_tells_where_keys_come_from_and_never_what_they_are(state: list[s
     assert "of-a-kms" in table
     assert "transit/csi" in table
     assert TRAIL.wrapped not in table + done.stdout
+
+
+LEFT = KeyTrail(kms_id="vault-1", type="vault", name="gone.0123456789abcdef")
+
+
+def note(state: list[str], trail: KeyTrail = LEFT, *, leaving: bool = True) -> None:
+    volume = trail.name.rpartition(".")[0]
+    KeyLedger(Path(state[1]), Files()).note(KeyEntry(volume=volume, key=trail, leaving=leaving))
+
+
+def test_a_key_that_is_left_is_told_and_one_that_a_record_names_is_not(state: list[str]) -> None:
+    put(state, msgspec.structs.replace(OF_KMS, id="kept", key=msgspec.structs.replace(LEFT, name="kept.00")))
+    note(state, msgspec.structs.replace(LEFT, name="kept.00"))
+    assert run_cli("keys", "leftovers", *state).stdout == "no KMS keeps a key for nothing\n"
+    assert run_cli("keys", "status", *state).stderr == ""
+    note(state)
+    note(state, msgspec.structs.replace(LEFT, name="half.11", kms_id="", type="kubernetes-secret"), leaving=False)
+    assert "a KMS keeps 2 keys for nothing" in run_cli("keys", "status", *state).stderr
+    assert run_cli("keys", "status", "of-a-kms", *state).stderr == ""
+    found = json.loads(run_cli("keys", "leftovers", *state, "-o", "json").stdout)
+    assert found == [
+        {
+            "volume": "gone",
+            "kms": "vault-1",
+            "type": "vault",
+            "key": LEFT.name,
+            "left_by": "deletion",
+            "destroyed": False,
+        },
+        {
+            "volume": "half",
+            "kms": "-",
+            "type": "kubernetes-secret",
+            "key": "half.11",
+            "left_by": "creation",
+            "destroyed": False,
+        },
+    ]
+    done = run_cli("keys", "leftovers", LEFT.name, *state)
+    assert "LEFT BY" in done.stdout
+    assert LEFT.name in done.stdout
+    assert "half.11" not in done.stdout
+
+
+def test_what_its_kms_does_not_destroy_stays_listed(state: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    note(state)
+    assert run_cli("keys", "leftovers", "--destroy", *state).exit_code == 2  # it asks first
+    done = run_cli("keys", "leftovers", "--destroy", "--yes", *state)
+    assert done.exit_code == 1
+    assert "kept" in done.stdout
+    assert "no KMS is configured" in capfd.readouterr().err
+    assert LEFT.name in run_cli("keys", "leftovers", *state).stdout
+
+
+def test_no_key_is_destroyed_while_a_record_that_may_name_it_cannot_be_read(state: list[str]) -> None:
+    note(state)
+    (Path(state[1]) / "loopfile/volumes/plain/record.json").write_text("{")
+    done = run_cli("keys", "leftovers", "--destroy", "--yes", *state)
+    assert done.exit_code == 1
+    assert "record.json cannot be read" in done.stderr
+
+
+def test_a_key_that_is_not_left_is_not_destroyed_by_its_name(state: list[str]) -> None:
+    done = run_cli("keys", "leftovers", "transit/csi", "--destroy", "--yes", *state)
+    assert done.exit_code == 1
+    assert "no KMS keeps transit/csi for nothing" in done.stderr
+
+
+def test_an_adopted_volume_that_shares_a_key_is_told(state: list[str]) -> None:
+    foreign = msgspec.structs.replace(TRAIL, wrapped="", foreign=True)
+    put(state, msgspec.structs.replace(OF_KMS, id="copy", key=foreign))
+    assert "volume copy opens with the key of what it was adopted from" in run_cli("keys", "status", *state).stderr
 
 
 def put(state: list[str], record: VolumeRecord) -> None:

@@ -171,7 +171,9 @@ def test_every_key_of_json_is_told() -> None:
     kinds = {"finding": finding.Finding, "check": Checked}
     for noun, kind in kinds.items():
         assert others.pop(noun) == [field.name for field in dataclasses.fields(kind)]
-    assert others.keys() == {"leftover", "usage", "key", "rewrapped key", "KMS"}, "tested where they are printed"
+    assert others.keys() == {"leftover", "usage", "key", "key that is left", "rewrapped key", "KMS"}, (
+        "tested where they are printed"
+    )
 
 
 def test_every_setting_is_told_with_its_variable_and_default() -> None:

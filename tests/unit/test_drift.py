@@ -1,6 +1,6 @@
 """A secret that no longer opens its staged volume: told while the volume works on, tried no more often than needed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,7 @@ import pytest
 from csi_driver.keys.secret import SecretKey, read_secret
 from csi_driver.model.errors import DeadlineExceeded
 from csi_driver.model.secret import Passphrase
-from tests.told_lines import told_lines
+from tests.told_lines import Line, told_lines
 from tests.unit.test_staging_model import BLOCK, KEY, NO_KEY, WRONG_KEY, Rig
 
 TOLD = "the secret of a staged volume no longer opens it"
@@ -29,7 +29,12 @@ def tried_and_told(rig: Rig, key: SecretKey, name: str = "enc-1") -> tuple[int, 
     rig.kernel.plan = steps.append
     with told_lines() as lines:
         rig.stage(name, key=key)
-    return steps.count("before check_passphrase"), [str(line.event) for line in lines]
+    return steps.count("before check_passphrase"), without_uses(lines)
+
+
+def without_uses(lines: Sequence[Line]) -> list[str]:
+    """The events but for those of the audit trail."""
+    return [line.event for line in lines if line.event != "key used"]
 
 
 def test_a_secret_that_drifted_is_tried_once_and_told_each_time(rig: Rig) -> None:
@@ -99,7 +104,7 @@ def test_what_hinders_the_look_is_no_error_and_it_is_made_again(rig: Rig) -> Non
     rig.kernel.plan = busy
     with told_lines() as lines:
         rig.stage("enc-1", key=WRONG_KEY)
-    assert [line.event for line in lines] == [UNTRIED]
+    assert without_uses(lines) == [UNTRIED]
     assert rig.stages.drifted() == []
     assert tried_and_told(rig, WRONG_KEY) == (1, [TOLD])
 
@@ -112,7 +117,7 @@ def test_a_full_or_read_only_state_directory_is_no_error(rig: Rig) -> None:
     rig.kernel.plan = read_only
     with told_lines() as lines:
         rig.stage("enc-1", key=WRONG_KEY)
-    assert [line.event for line in lines] == [TOLD, "a stage could not be written"]
+    assert without_uses(lines) == [TOLD, "a stage could not be written"]
 
 
 def test_block_volumes_drift_too_and_plain_ones_have_no_key(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from csi_driver.backends.records import RecordCodec
 from csi_driver.host.commands import Commands
 from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.files import Files
@@ -14,8 +16,10 @@ from csi_driver.host.holders import Holders
 from csi_driver.host.keyquota import KeyQuota, read_key_quota
 from csi_driver.host.machine import Disk, Machine, OwnProcesses, Swap
 from csi_driver.host.mounts import Mounts
+from csi_driver.keys.ledger import KeyEntry, KeyLedger
 from csi_driver.luks.mapping import Mappings
 from csi_driver.model.settings import Limits, Settings
+from csi_driver.model.volume import EncryptionState, KeyTrail, Rekey, RekeyPhase, VolumeParameters, VolumeRecord
 from csi_driver.volumes.driver import build_driver
 from csi_driver.volumes.finding import Finding
 from csi_driver.volumes.health import Health
@@ -183,3 +187,30 @@ def test_this_kernels_quota_can_be_read() -> None:
     assert quota.most_keys > 0
     assert quota.most_bytes > 0
     assert 0 <= quota.used <= 1
+
+
+def test_keys_that_need_somebody_are_told(found: Found, settings: Settings) -> None:
+    (settings.state_dir / "loopfile/volumes").mkdir(parents=True)
+    assert found("volume keys", settings, FakeMachine()).found == "each volume has its own, and none is left in a KMS"
+    kept = KeyTrail(kms_id="kms", type="vault", name="gone.0123456789abcdef")
+    KeyLedger(settings.state_dir, Files()).note(KeyEntry(volume="gone", key=kept, leaving=True))
+    finding = found("volume keys", settings, FakeMachine())
+    assert (finding.ok, finding.found) == (False, "a KMS keeps 1 keys for nothing")
+    assert finding.advice == "look at them with `luks-csi keys leftovers`"
+    record = VolumeRecord(
+        id="cut", name="cut", capacity_bytes=1, parameters=VolumeParameters(encrypted=True), created="now",
+        encryption=EncryptionState.ENCRYPTED, rekey=Rekey(phase=RekeyPhase.ADDING),
+    )  # fmt: skip
+    put(settings, record)
+    assert found("volume keys", settings, FakeMachine()).found == "a change of the key is under way or was cut: cut"
+    foreign = msgspec.structs.replace(kept, foreign=True)
+    put(settings, msgspec.structs.replace(record, id="copy", rekey=None, key=foreign))
+    finding = found("volume keys", settings, FakeMachine())
+    assert "volume copy opens with the key of what it was adopted from" in finding.found
+    assert "luks-csi keys rotate copy" in finding.advice
+
+
+def put(settings: Settings, record: VolumeRecord) -> None:
+    folder = settings.state_dir / "loopfile/volumes" / record.id
+    folder.mkdir(parents=True)
+    (folder / "record.json").write_bytes(RecordCodec().encode(record))

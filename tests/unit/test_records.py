@@ -82,7 +82,7 @@ RECORDS = st.builds(
     conversion=st.none() | st.builds(Conversion, luks=LUKS, done=WHOLE, key=st.none() | KEYS),
     key_since=st.none() | TEXTS,
     rekey=st.none()
-    | st.builds(Rekey, phase=st.sampled_from(RekeyPhase), other=st.none() | KEYS, slot=st.none() | SLOTS),
+    | st.builds(Rekey, phase=st.sampled_from(RekeyPhase), other=st.none() | KEYS, slots=st.lists(SLOTS).map(tuple)),
     made_fs_type=st.none() | TEXTS,
     created=TEXTS,
     revision=WHOLE,

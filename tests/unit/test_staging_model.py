@@ -130,7 +130,7 @@ class Rig:
         self.conditions = Conditions(self.backend, presences, KernelFileSystemHealth(kernel))
         self.healing = Healing(self.backend, presences, workers, made, KernelFileSystemHealth(kernel))
         self.rekeying = Rekeying(self.backend, workers, slots, keys)
-        self.drift = KeyDrift(self.backend, stages, slots)
+        self.drift = KeyDrift(self.backend, stages, slots, keys)
         self.staging = Staging(
             self.backend,
             lambda: None,

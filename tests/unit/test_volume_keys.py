@@ -1,31 +1,45 @@
-"""Whose key a volume's is: what may be destroyed with it, and what a new one is called."""
+"""Whose key a volume's is: what may be destroyed with it, what a new one is called, and what a cut leaves in a KMS."""
 
 import re
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
 
 import msgspec
 import pytest
 
+from csi_driver.host.files import Files
+from csi_driver.keys.ledger import KeyEntry, KeyLedger
 from csi_driver.keys.secret import SecretKey, read_secret
 from csi_driver.keys.sources import GENERATED
+from csi_driver.model.errors import Aborted, DriverError, FailedPrecondition, ResourceExhausted, Unavailable
 from csi_driver.model.secret import Passphrase
-from csi_driver.model.volume import KeyTrail, VolumeParameters, VolumeRecord
+from csi_driver.model.volume import KeyTrail, Rekey, RekeyPhase, VolumeParameters, VolumeRecord
 from csi_driver.volumes.keys import VolumeKeys
 from tests.keys.given import GivenSources
 
-OWN = KeyTrail(kms_id="kms", type="given", name="pvc-1.0123abcd.1")
-RECORD = VolumeRecord(
-    id="pvc-1", name="pvc-1", capacity_bytes=1, parameters=VolumeParameters(encrypted=True), key=OWN, created="now"
-)
+OWN = KeyTrail(kms_id="kms", type="given", name="pvc-1.0123456789abcdef")
+OF_KMS = VolumeParameters(encrypted=True, kms_id="kms")
+RETAINED = VolumeParameters(encrypted=True, kms_id="kms", retain_key=True)
+RECORD = VolumeRecord(id="pvc-1", name="pvc-1", capacity_bytes=1, parameters=OF_KMS, key=OWN, created="now")
 NO_SECRET = SecretKey(None)
 
 
+class Kill(BaseException):
+    """The process ends here."""
+
+
 class Kept:
-    """A KMS that keeps keys by their names."""
+    """A KMS that keeps keys by their names; `down` is what it answers instead."""
+
+    keeps = True
 
     def __init__(self) -> None:
         self.names = {OWN.name}
+        self.down: DriverError | None = None
 
     def create(self, name: str) -> KeyTrail:
+        self._answer()
         self.names.add(name)
         return KeyTrail(kms_id="", type="", name=name)
 
@@ -36,6 +50,7 @@ class Kept:
         return trail
 
     def destroy(self, trail: KeyTrail) -> None:
+        self._answer()
         self.names.discard(trail.name)
 
     def check(self) -> str:
@@ -44,38 +59,147 @@ class Kept:
     def close(self) -> None:
         """Nothing."""
 
+    def _answer(self) -> None:
+        if self.down is not None:
+            raise self.down
 
-def given(kept: Kept) -> VolumeKeys:
-    return VolumeKeys(GivenSources(kms=kept), "node-1")
+
+@pytest.fixture
+def kept() -> Kept:
+    return Kept()
 
 
-def test_a_volumes_own_key_goes_with_it_and_a_foreign_or_retained_one_does_not() -> None:
-    kept = Kept()
-    keys = given(kept)
+@pytest.fixture
+def keys(kept: Kept, tmp_path: Path) -> VolumeKeys:
+    return VolumeKeys(GivenSources(kms=kept), KeyLedger(tmp_path, Files()))
+
+
+def make(
+    keys: VolumeKeys,
+    error: BaseException | None = None,
+    volume: str = "pvc-1",
+    named: Callable[[], bool] = lambda: False,
+) -> str:
+    """Make a volume's key; the volume is there when this returns, or `error` has ended it."""
+    made = ""
+    with suppress(*([type(error)] if error else [])), keys.making(volume, OF_KMS, NO_SECRET, named) as trail:
+        assert trail is not None
+        made = trail.name
+        if error is not None:
+            raise error
+    return made
+
+
+def destroy(keys: VolumeKeys, entries: Iterable[KeyEntry]) -> None:
+    for entry in entries:
+        keys.destroy_left(entry)
+
+
+def left(keys: VolumeKeys, *records: VolumeRecord) -> list[str]:
+    return [entry.key.name for entry in keys.left(records)]
+
+
+def test_a_volumes_own_key_goes_with_it_and_a_foreign_or_retained_one_does_not(keys: VolumeKeys, kept: Kept) -> None:
     keys.destroy(RECORD, msgspec.structs.replace(OWN, foreign=True), "delete volume")
-    retained = msgspec.structs.replace(RECORD, parameters=VolumeParameters(encrypted=True, retain_key=True))
-    keys.destroy(retained, OWN, "delete volume")
+    keys.destroy(msgspec.structs.replace(RECORD, parameters=RETAINED), OWN, "delete volume")
     assert kept.names == {OWN.name}
     keys.destroy(RECORD, OWN, "delete volume")
     assert kept.names == set()
+    assert left(keys) == []
 
 
-def test_a_successor_is_the_next_of_the_same_name() -> None:
-    assert given(Kept()).successor(RECORD, OWN, NO_SECRET).name == "pvc-1.0123abcd.2"
+def test_no_two_volumes_and_no_two_keys_of_one_have_a_name(keys: VolumeKeys) -> None:
+    made = [make(keys) for _ in range(3)]
+    assert len(set(made)) == 3
+    assert all(re.fullmatch(r"pvc-1\.[0-9a-f]{16}", name) for name in made)
+    assert left(keys) == []
+
+
+def test_a_key_is_used_again_by_the_call_that_was_killed_and_by_no_other(keys: VolumeKeys, kept: Kept) -> None:
+    killed = make(keys, Kill())
+    assert left(keys) == [killed]
+    assert make(keys, volume="pvc-1.x") != killed
+    assert make(keys, Aborted("goes on")) == killed
+    assert make(keys) == killed
+    assert left(keys) == []
+    assert make(keys) != killed
+    assert killed in kept.names
+
+
+@pytest.mark.parametrize("down", [False, True])
+def test_the_key_of_a_volume_that_could_not_be_made_goes(keys: VolumeKeys, kept: Kept, *, down: bool) -> None:
+    def named() -> bool:
+        kept.down = Unavailable("down") if down else None
+        return False
+
+    failed = make(keys, ResourceExhausted("no room"), named=named)
+    kept.down = None
+    assert (failed in kept.names) is down
+    assert left(keys) == [failed] * down
+    assert make(keys) != failed  # the one of another call, whatever it was that failed
+    destroy(keys, keys.left([]))
+    assert failed not in kept.names
+    assert left(keys) == []
+
+
+def test_a_key_that_a_record_names_is_never_taken_for_left(keys: VolumeKeys, kept: Kept) -> None:
+    """A record that was written, though its call failed or was killed right behind it."""
+    name = make(keys, FailedPrecondition("written and not durable"), named=lambda: True)
+    assert name in kept.names
+    record = msgspec.structs.replace(RECORD, key=msgspec.structs.replace(OWN, name=name))
+    assert left(keys, record) == []
+    with keys.successor(record, record.key or OWN, NO_SECRET) as other:
+        assert other.name != name
+
+
+def test_what_a_volume_had_goes_with_it_though_the_deletion_is_killed_between(keys: VolumeKeys, kept: Kept) -> None:
+    other = make(keys, Kill())  # by a rotation that was killed before its record named it
+    leaving = keys.leave("pvc-1", RECORD)
+    assert sorted(entry.key.name for entry in leaving) == sorted((OWN.name, other))
+    assert left(keys, RECORD) == [other]  # killed here, and the volume is there still
+    assert sorted(left(keys)) == sorted((OWN.name, other))  # killed here, and it is gone
+    assert make(keys) not in (OWN.name, other)
+    destroy(keys, keys.leave("pvc-1", None))  # the repeated call
+    assert not {OWN.name, other} & kept.names
+    assert left(keys) == []
+
+
+def test_a_retained_key_is_not_the_next_volumes_of_that_name(keys: VolumeKeys, kept: Kept) -> None:
+    killed = make(keys, Kill())  # behind the write of the record
+    record = msgspec.structs.replace(RECORD, key=msgspec.structs.replace(OWN, name=killed), parameters=RETAINED)
+    assert keys.leave("pvc-1", record) == []
+    assert left(keys) == []
+    assert make(keys) != killed
+    assert killed in kept.names
+
+
+def test_a_kms_that_is_down_leaves_the_name_of_what_it_keeps(keys: VolumeKeys, kept: Kept) -> None:
+    kept.down = Unavailable("down")
+    destroy(keys, keys.leave("pvc-1", RECORD))
+    assert left(keys) == [OWN.name]
+    kept.down = None
+    destroy(keys, keys.left([]))
+    assert OWN.name not in kept.names
 
 
 @pytest.mark.parametrize("name", ["pvc-1.0123abcd.1", "0001-0009-rook-ceph-0000000000000001-8a710f4c", "a.7"])
-def test_the_successor_of_a_foreign_key_is_no_other_volumes(name: str) -> None:
-    """Of a copy of pvc-1 it would be the name that pvc-1 itself goes on to, and both would have one key."""
+def test_a_successor_has_a_name_of_its_own_and_is_found_again_where_it_was_cut(keys: VolumeKeys, name: str) -> None:
+    """Of a copy of pvc-1, say, it must not be the name that pvc-1 itself goes on to: both would have one key."""
     foreign = msgspec.structs.replace(OWN, name=name, foreign=True)
-    made = [given(Kept()).successor(RECORD, foreign, NO_SECRET) for _ in range(2)]
-    assert all(re.fullmatch(r"pvc-1\.[0-9a-f]{8}\.1", trail.name) for trail in made)
-    assert made[0] == made[1]  # what a cut call has left is found again
-    assert made[0].name != OWN.name
-    assert not any(trail.foreign for trail in made)
+    record = msgspec.structs.replace(RECORD, key=foreign)
+    made = []
+    for _ in range(2):
+        with suppress(Kill), keys.successor(record, foreign, NO_SECRET) as trail:
+            made.append(trail)
+            raise Kill
+    assert made[0] == made[1]
+    assert re.fullmatch(r"pvc-1\.[0-9a-f]{16}", made[0].name)
+    assert not made[0].foreign
+    rekey = Rekey(phase=RekeyPhase.ADDING, other=made[0])
+    assert left(keys, msgspec.structs.replace(record, rekey=rekey)) == []
 
 
-def test_the_successor_of_a_generated_key_is_generated_whatever_the_class_said() -> None:
+def test_the_successor_of_a_generated_key_is_generated_whatever_the_class_said(tmp_path: Path) -> None:
     asked: list[str | None] = []
 
     class Sources(GivenSources):
@@ -83,8 +207,26 @@ def test_the_successor_of_a_generated_key_is_generated_whatever_the_class_said()
             asked.append(kms_id)
             return OWN
 
-    VolumeKeys(Sources(), "node-1").successor(RECORD, KeyTrail(kms_id="", type=GENERATED, name="x"), NO_SECRET)
-    assert asked == [None]
+    keys = VolumeKeys(Sources(), KeyLedger(tmp_path, Files()))
+    with keys.successor(RECORD, KeyTrail(kms_id="", type=GENERATED, name="x"), NO_SECRET):
+        assert asked == [None]
+
+
+def test_a_name_that_cannot_be_written_makes_no_key(kept: Kept, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("in the way")
+    keys = VolumeKeys(GivenSources(kms=kept), KeyLedger(tmp_path, Files()))
+    with pytest.raises(FailedPrecondition, match="which is to name a key of volume pvc-1, cannot be written"):
+        make(keys)
+    assert kept.names == {OWN.name}
+    destroy(keys, keys.leave("pvc-1", RECORD))  # which keeps nobody from deleting
+    assert kept.names == set()
+
+
+def test_an_entry_that_cannot_be_read_is_told_by_its_file(keys: VolumeKeys, tmp_path: Path) -> None:
+    name = make(keys, Kill())
+    (tmp_path / "keys" / f"{name}.json").write_text('{"version": 9}')
+    with pytest.raises(FailedPrecondition, match=rf"keys/{name}\.json cannot be read as the entry of a key"):
+        make(keys)
 
 
 def test_a_previous_passphrase_that_was_emptied_is_none() -> None:

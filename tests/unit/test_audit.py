@@ -1,0 +1,106 @@
+"""The audit trail: who asked, and how the use of a key ended; and the file that it is told in too."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from csi_driver.host.log import request_id
+from csi_driver.images.checkpoint import Operation
+from csi_driver.images.library import ImageLibrary
+from csi_driver.images.requests import Clone, Import
+from csi_driver.keys.audit import Audit, asker
+from csi_driver.keys.secret import read_secret
+from csi_driver.model.errors import Unauthenticated
+from tests.machine.image_lab import unmetered
+from tests.told_lines import told_lines
+
+FIELDS = {
+    "volume": "pvc-1",
+    "claim_namespace": "team",
+    "kms": "",
+    "key": "secret",
+    "operation": "use",
+    "purpose": "test",
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "audit.jsonl"
+
+
+def lines(file: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_what_came_of_it_is_told_when_it_has_ended(file: Path) -> None:
+    audit = Audit(file)
+    with audit.using(**FIELDS):
+        assert not file.exists()
+    with pytest.raises(Unauthenticated), audit.using(**FIELDS):
+        raise Unauthenticated("the passphrase opens no key slot")
+    assert [(line["outcome"], line["volume"], line["purpose"]) for line in lines(file)] == [
+        ("OK", "pvc-1", "test"),
+        ("Unauthenticated", "pvc-1", "test"),
+    ]
+    assert "key slot" not in file.read_text()
+
+
+def test_who_asked_is_a_call_the_schedule_or_a_command_of_whoever_logged_in(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audit, login = Audit(file), tmp_path / "loginuid"
+    monkeypatch.setattr("csi_driver.keys.audit._LOGIN", login)
+    monkeypatch.setattr("os.getuid", lambda: 0)
+    audit.record(**FIELDS)
+    login.write_text("1000\n")
+    audit.record(**FIELDS)
+    login.write_text("4294967295\n")
+    audit.record(**FIELDS)
+    for variable, text in ((asker, "schedule"), (request_id, "r-1")):
+        token = variable.set(text)
+        audit.record(**FIELDS)
+        variable.reset(token)
+    assert [(line["by"], line.get("request_id")) for line in lines(file)] == [
+        ("command of user 0", None),
+        ("command of user 1000", None),
+        ("command of user 0", None),
+        ("schedule", None),
+        ("call", "r-1"),
+    ]
+
+
+def test_a_full_file_becomes_the_one_before(file: Path) -> None:
+    audit = Audit(file, most_bytes=600)
+    for number in range(9):
+        audit.record(**FIELDS | {"volume": f"pvc-{number}"})
+    before = lines(file.with_name("audit.jsonl.1"))
+    assert [line["volume"] for line in before + lines(file)][-1] == "pvc-8"
+    assert file.stat().st_size <= 600
+
+
+def test_a_file_that_cannot_be_written_keeps_nobody_from_a_key(tmp_path: Path) -> None:
+    with told_lines() as told:
+        Audit(tmp_path / "nowhere" / "file").record(**FIELDS)
+    assert [line.event for line in told] == ["key used", "the audit file cannot be written"]
+
+
+def test_the_passphrases_of_clones_are_told_and_copies_have_none(file: Path, tmp_path: Path) -> None:
+    library = ImageLibrary(tmp_path / "images", audit=Audit(file))
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(bytes(1 << 20))
+
+    cheap = {"CRYPTO_PBKDF": "pbkdf2", "CRYPTO_KEY_HASH": "sha256"}
+    key, wrong = (read_secret({"CRYPTO_KEY_VALUE": text, **cheap}) for text in ("right", "wrong"))
+    library.import_(Import("disk", str(raw)), unmetered)
+    library.clone(Clone("disk", "copy"), unmetered)
+    library.clone(Clone("disk", "safe", Operation.ENCRYPT, new_key=key), unmetered)
+    with pytest.raises(Unauthenticated):
+        library.clone(Clone("safe", "plain", Operation.DECRYPT, key=wrong), unmetered)
+    library.clone(Clone("safe", "other", Operation.REENCRYPT, key=key, new_key=wrong), unmetered)
+    assert [(line["image"], line["purpose"], line["outcome"]) for line in lines(file)] == [
+        ("safe", "encrypt", "OK"),
+        ("plain", "decrypt", "Unauthenticated"),
+        ("other", "reencrypt", "OK"),
+    ]
