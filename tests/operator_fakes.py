@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from csi_driver.kube.kinds import FINALIZER, Json, Kind, name_of
 from csi_driver.model.errors import AlreadyExists, NotFound
 
 Key = tuple[str, str]
+_NONE: Mapping[str, str] = {}
 NOW = "2026-11-28T12:00:00+00:00"
 
 
@@ -84,7 +85,7 @@ class FakeApi:
         self._drop(kind, (namespace, name))
         return copy.deepcopy(thing)
 
-    def delete(self, kind: Kind, name: str, namespace: str = "") -> None:
+    def delete(self, kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None) -> None:
         self._called("delete", kind, name)
         self.remove(kind, name, namespace)
 
@@ -107,6 +108,17 @@ class FakeApi:
         """The writes since this was asked last."""
         calls, self.calls = self.calls, []
         return calls
+
+    def list(
+        self, kind: Kind, namespace: str = "", labels: Mapping[str, str] = _NONE, fields: Mapping[str, str] = _NONE
+    ) -> tuple[list[Json], str]:
+        found = [each for (within, _), each in self._of(kind).items() if namespace in ("", within)]
+        found = [each for each in found if labels.items() <= each["metadata"].get("labels", {}).items()]
+        if fields:
+            (about,) = fields.values()
+            assert fields.keys() == {"involvedObject.uid"}
+            found = [each for each in found if each["involvedObject"]["uid"] == about]
+        return copy.deepcopy(found), "1"
 
     def _of(self, kind: Kind) -> dict[Key, Json]:
         return self._things.setdefault(kind, {})

@@ -13,7 +13,8 @@ The contract, beside what each method says:
 - *What is whose.* By identity, never by name alone. What a backend did not make it does not touch, whatever its name.
 - *Where it runs.* Nothing here forks. What may hang on a device, and every program, runs in a worker.
 
-What not every backend can do is a Protocol of its own: `MakesFromFile`, `MovesVolumeKey`, `HasPools`, `SharedStorage`.
+What not every backend can do is a Protocol of its own: `MakesFromFile`, `MovesVolumeKey`, `HasPools`, `SharedStorage`,
+`Mends`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -248,6 +249,17 @@ class SharedStorage(Protocol):
 
     def most_volumes(self) -> int:
         """How many volumes this node can have at once; 0 where nothing says."""
+
+
+@runtime_checkable
+class Mends(Protocol):
+    """A backend with something beside the calls to look after, as what it stands on may be changed by others."""
+
+    def mend(self, hold: Callable[[str], AbstractContextManager[None]], is_ending: Callable[[], bool]) -> None:
+        """Make good what was changed, or was left of calls that were cut; now and then, on controller and nodes.
+
+        `hold` is a volume's lock, which raises VolumeBusy.
+        """
 
 
 def made_from_file(backend: Backend, volume_id: str) -> MakesFromFile:

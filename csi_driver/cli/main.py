@@ -18,6 +18,7 @@ COMMANDS: Mapping[str, str] = {
     "completion": "csi_driver.cli.manual:completion",
     "controller": "csi_driver.cli.controller:controller",
     "doctor": "csi_driver.cli.doctor:doctor",
+    "holder": "csi_driver.cli.holder:holder",
     "image": "csi_driver.cli.image:image",
     "image-agent": "csi_driver.cli.image_agent:image_agent",
     "keys": "csi_driver.cli.keys:keys",

@@ -15,7 +15,9 @@ from csi_driver.cli.setting import (
     read_driver_name,
     read_folder,
     read_group,
+    read_image,
     read_memory,
+    read_name,
     read_node_id,
     read_path,
     read_some_endpoint,
@@ -29,7 +31,7 @@ from csi_driver.model.settings import Limits, LogFormat, Service, Settings
 from csi_driver.model.sizes import read_size
 from csi_driver.rpc.endpoint import endpoint_path
 
-BACKENDS = ("loopfile", "lvm")
+BACKENDS = ("csi", "loopfile", "lvm")
 
 
 def _read_services(text: str) -> frozenset[Service]:
@@ -55,6 +57,11 @@ _OPTIONS = (
     setting("--volume-group", "volume_group", read_group, "NAME", "", "The LVM volume group of the backend lvm."),
     setting("--thin-pool-limit", "thin_pool_limit", number(1, 100), "PERCENT", Settings.thin_pool_limit, "How full a "
             "thin pool may be for new volumes and growth."),
+    setting("--namespace", "namespace", read_name, "NAME", "", "Of the backend csi's objects; without it, the pod's."),
+    setting("--holder-image", "holder_image", read_image, "IMAGE", "", "The container image of the holder pods of the "
+            "backend csi."),
+    setting("--driver-below", "driver_below", read_name, "NAME", "", "The driver below the backend csi, whose limit of "
+            "volumes of a node is ours too."),
     setting("--free-space-floor", "free_space_floor", read_size, "SIZE", "1Gi", "Space that new volumes leave free."),
     setting("--threads", "threads", number(1, 256), "NUMBER", Settings.threads, "Calls at work at once."),
     setting("--grace-seconds", "grace_seconds", seconds(0), "SECONDS", Settings.grace_seconds, "Time for calls in "
@@ -93,6 +100,11 @@ def serve(**options: Any) -> None:
         raise click.UsageError("--addons-endpoint and --endpoint name one socket; give each of them its own")
     if (settings.backend == "lvm") != bool(settings.volume_group):
         raise click.UsageError("--backend lvm and --volume-group belong together; give both or none of them")
+    makes_holders = settings.backend == "csi" and Service.CONTROLLER in settings.services
+    if makes_holders and Service.NODE in settings.services:
+        raise click.UsageError("--backend csi has one controller and a server on each node; choose by --services")
+    if makes_holders != bool(settings.holder_image):
+        raise click.UsageError("--holder-image belongs to the controller of --backend csi; give it there alone")
     configure_logs(settings.log_format, settings.log_level)
     # Our own part first: it starts the worker launcher, which loads while grpcio does.
     with loading():

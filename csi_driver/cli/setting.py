@@ -12,6 +12,7 @@ from click import Option
 from csi_driver.model.errors import DriverError
 from csi_driver.model.settings import Settings
 from csi_driver.model.sizes import read_size
+from csi_driver.model.volume import is_object_name
 from csi_driver.rpc.endpoint import endpoint_path, host_and_port
 
 _LONGEST_SECONDS = 86400
@@ -20,6 +21,7 @@ _LONGEST_TOPOLOGY_PREFIX = 63
 _DOMAIN_NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
 # What LVM takes, short enough for device-mapper's names of its volumes: lvm(8), "Valid names".
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_.+][A-Za-z0-9_.+-]{0,39}")
+_IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,511}")
 _LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 
 
@@ -80,6 +82,20 @@ def read_group(text: str) -> str:
             f"{text!r} must be the name of a volume group of at most 40 letters, digits, '_', '.', '+' and '-', and "
             f"not 'luks' or one that begins with 'luks-'"
         )
+    return text
+
+
+def read_name(text: str) -> str:
+    """The name of an object of Kubernetes, or nothing. Raises ValueError."""
+    if text and not is_object_name(text):
+        raise ValueError(f"{text!r} cannot be the name of an object of Kubernetes: small letters, digits, '-' and '.'")
+    return text
+
+
+def read_image(text: str) -> str:
+    """A container image, or nothing. Raises ValueError."""
+    if text and not _IMAGE.fullmatch(text):
+        raise ValueError(f"{text!r} must be the name of a container image, such as localhost/luks-csi:0.1.0")
     return text
 
 

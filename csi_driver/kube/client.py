@@ -1,4 +1,4 @@
-"""The Kubernetes API for operator, agents and the command line: objects as they are on the wire, errors as sentences.
+"""The Kubernetes API: objects as they are on the wire, errors as sentences.
 
 lightkube does the talking: kubeconfig, tokens, TLS. Here is what it leaves open: no call without a name where a name is
 meant (that would be the whole collection), and connections that notice when the other end has gone silently.
@@ -175,11 +175,19 @@ class Kube:
             ),
         )
 
-    def delete(self, kind: Kind, name: str, namespace: str = "") -> None:
-        """Ask for an object's deletion; absent is fine. Raises InvalidArgument where an admission refuses."""
+    def delete(self, kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None) -> None:
+        """Ask for an object's deletion, with its own grace unless told; absent is fine.
+
+        Raises InvalidArgument where an admission refuses.
+        """
         _check_name(kind, name)
+        res = _class_of(kind)
         try:
-            self._ask(kind, name, lambda: self._client.delete(_class_of(kind), name, **_within(kind, namespace)) or {})
+            self._ask(
+                kind,
+                name,
+                lambda: self._client.delete(res, name, grace_period=grace_seconds, **_within(kind, namespace)) or {},
+            )
         except NotFound:
             return
 

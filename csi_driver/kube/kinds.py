@@ -1,4 +1,4 @@
-"""The kinds of Kubernetes objects that operator and agents use, and what they write into the metadata of theirs."""
+"""The kinds of Kubernetes objects that are used here, and what operator and agents write into their metadata."""
 
 from dataclasses import dataclass
 from typing import Any, Final
@@ -45,6 +45,9 @@ VOLUME: Final = Kind("", "v1", "PersistentVolume", "persistentvolumes")
 EVENT: Final = Kind("", "v1", "Event", "events", namespaced=True)
 NAMESPACE: Final = Kind("", "v1", "Namespace", "namespaces")
 STORAGE_CLASS: Final = Kind("storage.k8s.io", "v1", "StorageClass", "storageclasses")
+VOLUME_RECORD: Final = Kind("volumes.luks.csi.internal", VERSION, "VolumeRecord", "volumerecords", namespaced=True)
+HEADER_PIECE: Final = Kind("volumes.luks.csi.internal", VERSION, "HeaderPiece", "headerpieces", namespaced=True)
+CSI_NODE: Final = Kind("storage.k8s.io", "v1", "CSINode", "csinodes")
 CSI_DRIVER: Final = Kind("storage.k8s.io", "v1", "CSIDriver", "csidrivers")
 ACCESS_REVIEW: Final = Kind("authorization.k8s.io", "v1", "SubjectAccessReview", "subjectaccessreviews")
 TOKEN_REVIEW: Final = Kind("authentication.k8s.io", "v1", "TokenReview", "tokenreviews")

@@ -48,6 +48,9 @@ class Settings:
     backend: str = "loopfile"
     volume_group: str = ""
     thin_pool_limit: int = 80
+    namespace: str = ""
+    holder_image: str = ""
+    driver_below: str = ""
     free_space_floor: int = 1024 * MIB
     threads: int = 16
     grace_seconds: float = 20.0
@@ -59,6 +62,11 @@ class Settings:
     audit_file: Path | None = None
     addons_endpoint: Path | None = None
     limits: Limits = Limits()
+
+    @property
+    def holders_dir(self) -> Path:
+        """Where, on each node, the backend csi and its holder pods meet: beside the socket that kubelet calls."""
+        return self.kubelet_dir / "plugins" / self.driver_name / "holders"
 
     @property
     def topology_key(self) -> str:

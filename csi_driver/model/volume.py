@@ -9,6 +9,7 @@ import msgspec
 _SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
 _HASHED_PREFIX = "x-"
 _MOST_ID_BYTES = 66
+_MOST_OBJECT_NAME = 253
 
 
 class EncryptionState(StrEnum):
@@ -132,6 +133,7 @@ class VolumeParameters(msgspec.Struct, frozen=True, kw_only=True):
     image_source: dict[str, str] = {}
     backend: str | None = None
     thin_pool: str | None = None
+    backing_storage_class: str | None = None
     replicas: int = 1
     claim: str | None = None
 
@@ -214,6 +216,12 @@ def volume_id_for(name: str) -> str:
     if _SAFE_NAME.fullmatch(name) and not name.startswith(_HASHED_PREFIX):
         return name
     return _HASHED_PREFIX + hashlib.sha256(name.encode()).hexdigest()
+
+
+def is_object_name(text: str) -> bool:
+    """Whether an object of Kubernetes can be called so (RFC 1123, subdomain)."""
+    label = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
+    return len(text) <= _MOST_OBJECT_NAME and re.fullmatch(rf"{label}(\.{label})*", text) is not None
 
 
 def is_volume_id(text: str) -> bool:

@@ -230,7 +230,7 @@ def driver_server(driver: Driver) -> Server:
         from csi_driver.rpc.addons import servicers  # noqa: PLC0415
 
         addons = servicers(settings, health.obstacle, driver.rotation)
-    jobs: list[Job] = [driver.kms_health, *(driver.jobs if Service.NODE in settings.services else ())]
+    jobs: list[Job] = [driver.kms_health, *driver.mends, *(driver.jobs if Service.NODE in settings.services else ())]
     details = driver.kms_health.details
     new_id = driver.provisioning.new_id
     inner: list[Concern] = [VolumeLocking(driver.locks, new_id, attaching=storage is not None)]

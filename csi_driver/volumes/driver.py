@@ -3,10 +3,11 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from csi_driver.backends.base import Backend, shared
+from csi_driver.backends.base import Backend, Mends, shared
 from csi_driver.backends.loopfile import LoopfileBackend
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.commands import Commands
@@ -73,6 +74,7 @@ WARM = (
 
 
 _STANDING_SECONDS = 10.0
+_MENDING_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ class Driver:
     conditions: Conditions
     health: Health
     kms_health: KmsHealth
+    mends: Sequence[Regularly]
     jobs: Sequence[Regularly]
     offline: Callable[[], "Offline"]
 
@@ -170,6 +173,8 @@ def make_backend(settings: Settings, host: Host) -> Backend:
     """
     state = settings.state_dir
     memory = state / "lvm.json"
+    if settings.backend == "csi":
+        return _csi(settings, host, state / "csi")
     if settings.backend == "lvm" or memory.exists():
         return _lvm(settings, host, state / "lvm", memory)
     folder = state / "loopfile"
@@ -193,6 +198,31 @@ def _lvm(settings: Settings, host: Host, folder: Path, memory: Path) -> Backend:
         host.mapper,
         limits,
         settings.thin_pool_limit / 100,
+    )
+
+
+def _csi(settings: Settings, host: Host, folder: Path) -> Backend:
+    from csi_driver.backends.csi import CsiBackend  # noqa: PLC0415 - who has no Kubernetes below pays nothing for it
+    from csi_driver.backends.csiclaims import Claims  # noqa: PLC0415
+    from csi_driver.backends.csiheaders import HeaderCopies  # noqa: PLC0415
+    from csi_driver.backends.csiholders import HolderPods  # noqa: PLC0415
+    from csi_driver.backends.csinode import NodeDevices  # noqa: PLC0415
+    from csi_driver.backends.csipins import Pins  # noqa: PLC0415
+    from csi_driver.backends.csirecords import RecordObjects  # noqa: PLC0415
+    from csi_driver.kube.client import Kube  # noqa: PLC0415
+
+    kube = Kube.of()
+    namespace = settings.namespace or kube.namespace
+    records = RecordObjects(kube, namespace, RecordCodec())
+    pins = Pins(settings.holders_dir, host.files)
+    return CsiBackend(
+        records,
+        HeaderCopies(kube, namespace, records, folder, host.files),
+        Claims(kube, namespace, settings.driver_name),
+        HolderPods(kube, namespace, settings.holder_image, settings.holders_dir),
+        NodeDevices(kube, records, pins, settings.node_id, settings.driver_below),
+        is_node=Service.NODE in settings.services,
+        node_topology=settings.topology_key,
     )
 
 
@@ -234,6 +264,10 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
     storage, is_node = shared(backend), Service.NODE in settings.services
     # A central controller has no devices, and may not look for any; whether a volume is in use its storage knows.
     release = staging.release if is_node or storage is None else lambda _: None
+    mends = []
+    if isinstance(backend, Mends):
+        mending = partial(backend.mend, locks.hold)
+        mends.append(Regularly("backend", mending, _MENDING_SECONDS, first=_MENDING_SECONDS))
     standing = StandingVolumes(backend, locks, presences, host.workers, host.mapper, encryption)
     rotation = KeyRotation(backend, locks, rekeying, directory.check)
 
@@ -270,6 +304,7 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         health=Health(
             settings, backend, stages, commands, host.mapper, mappings, host.mounts, directory.check, sources.checked
         ),
+        mends=mends,
         jobs=(
             Regularly("standing volumes", standing.look, _STANDING_SECONDS),
             Regularly("rotation", rotation.look, LOOK_SECONDS, first=LOOK_SECONDS),

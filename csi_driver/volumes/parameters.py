@@ -14,7 +14,7 @@ from csi_driver.host.log import log
 from csi_driver.luks import formats
 from csi_driver.luks.choice import one_of, whole_number
 from csi_driver.model.errors import InvalidArgument
-from csi_driver.model.volume import VolumeParameters
+from csi_driver.model.volume import VolumeParameters, is_object_name
 from csi_driver.volumes import image_source
 
 FILE_SYSTEMS = ("ext4", "xfs", "btrfs")
@@ -209,6 +209,12 @@ def _period(text: str) -> int:
     return int(found[1]) * _UNIT_SECONDS[found[2]]
 
 
+def _class_name(text: str) -> str:
+    if not is_object_name(text):
+        raise ValueError("a name of small letters, digits, '-' and '.'")
+    return text
+
+
 _file_system = one_of(*FILE_SYSTEMS)
 _READERS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "encrypted": ("encrypted", _boolean),
@@ -232,6 +238,7 @@ _READERS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     image_source.PARAMETERS: ("image_source", image_source.read_source),
     "backend": ("backend", str),
     "thinPool": ("thin_pool", _pool),
+    "backingStorageClass": ("backing_storage_class", _class_name),
     "numberOfReplicas": ("replicas", whole_number(1, 20)),
     "fstype": ("fs_type", _file_system),
     "fsType": ("fs_type", _file_system),

@@ -256,6 +256,11 @@ class Provisioning:
                 f"the parameter thinPool is {parameters.thin_pool!r} and means nothing for the backend "
                 f"{self._backend.name}; leave it out"
             )
+        if parameters.backing_storage_class is not None and self._backend.name != "csi":
+            raise InvalidArgument(
+                f"the parameter backingStorageClass is {parameters.backing_storage_class!r} and means nothing for the "
+                f"backend {self._backend.name}; leave it out"
+            )
         return parameters
 
     def _parameters(self, request: CreateRequest) -> VolumeParameters:

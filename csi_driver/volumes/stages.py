@@ -6,11 +6,10 @@ from pathlib import Path
 
 import msgspec
 
+from csi_driver.host.boot import boot_id
 from csi_driver.host.files import Files, read_file
 from csi_driver.host.keyring import KeptKey
 from csi_driver.host.log import log
-
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +48,7 @@ class Stages:
         self._folder = folder
         self._name = str(folder)
         self._files = files
-        self._boot_id = _BOOT_ID.read_text().strip()
+        self._boot_id = boot_id()
 
     def get(self, volume_id: str) -> Stage | None:
         """The stage of this boot, complete or being made."""

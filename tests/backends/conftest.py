@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.backends.base import shared
 from csi_driver.backends.lvmtool import dm_name
 from csi_driver.host.workers import Workers
 from tests.backends.rigs import GROUP, POOL, RIGS, LvmRig, Rig
@@ -57,6 +58,8 @@ def rig(storage: Rig) -> Iterator[Rig]:
         return [one for one in found if one.startswith(("mappings", "loops")) and dm_name(GROUP, POOL) not in one]
 
     yield storage
+    if shared(storage.backend()) is not None:
+        storage.restart()  # what it attached stays until then
     if leaked := settled(left):
         pytest.fail(f"left behind: {'; '.join(leaked)}")
 

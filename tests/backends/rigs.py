@@ -26,6 +26,7 @@ from csi_driver.host.mounts import Mounts
 from csi_driver.host.workers import Workers
 from csi_driver.model.settings import MIB, Limits
 from csi_driver.model.volume import VolumeParameters
+from tests.backends.csirig import CsiRig
 from tests.fake_host import Step, SteppedFiles, undisturbed
 
 LIMITS = Limits(format_seconds=60, unlock_seconds=20, mount_seconds=60)
@@ -45,6 +46,8 @@ class Rig(Protocol):
     """Of a class of volumes on it."""
     rounding: int
     """By less than so many bytes a device may be longer than asked for."""
+    knows_newest: bool
+    """Whether an older record is told from the newest one."""
 
     def backend(self, step: Step = undisturbed) -> Backend:
         """A backend, prepared, as of a server that has just been started; `step` may end it at each step."""
@@ -58,12 +61,16 @@ class Rig(Protocol):
     def put_foreign(self, volume_id: str) -> Callable[[], object]:
         """Put somebody else's storage where a new volume of that id would be; returns a look at it."""
 
+    def id_of(self, name: str) -> str:
+        """The id of a volume that is called so."""
+
 
 class LoopfileRig:
     """Sparse files."""
 
     parameters = VolumeParameters()
     rounding = 1
+    knows_newest = True
 
     def __init__(self, folder: Path, workers: Workers) -> None:
         self._folder = folder / "loopfile"
@@ -84,6 +91,9 @@ class LoopfileRig:
 
     def clear(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def id_of(self, name: str) -> str:
+        return name
 
     def put_foreign(self, volume_id: str) -> Callable[[], object]:
         file = self._folder / "volumes" / volume_id / "disk.img"
@@ -110,6 +120,7 @@ class LvmRig:
     """A volume group on a loop device whose free extents hold what others have left."""
 
     rounding = 4 * MIB
+    knows_newest = True
 
     def __init__(
         self, folder: Path, workers: Workers, *, thin: bool, disk_bytes: int = 1600 * MIB, pool_bytes: int = 256 * MIB
@@ -192,6 +203,9 @@ class LvmRig:
         Mounts().unmount(str(self.state / "lvm"))
         lvm("vgchange", "-an", GROUP)
 
+    def id_of(self, name: str) -> str:
+        return name
+
     def put_foreign(self, volume_id: str) -> Callable[[], object]:
         lvm("lvcreate", "-an", "-Zn", "-Wn", "-L", "8M", "-n", f"luks-{volume_id}", GROUP)
         return lambda: lvm("lvs", "--noheadings", "-o", "lv_uuid,lv_size,lv_tags", f"{GROUP}/luks-{volume_id}")
@@ -206,6 +220,7 @@ def lvm(command: str, *words: str) -> str:
 
 
 RIGS: Mapping[str, Callable[[Path, Workers], AbstractContextManager[Rig]]] = {
+    "csi": CsiRig,
     "loopfile": LoopfileRig,
     "lvm-thick": lambda folder, workers: LvmRig(folder, workers, thin=False),
     "lvm-thin": lambda folder, workers: LvmRig(folder, workers, thin=True),

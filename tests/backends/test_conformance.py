@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from csi_driver.backends.base import Backend
+from csi_driver.backends.base import Backend, shared
 from csi_driver.host.handle import Handle
 from csi_driver.model.errors import (
     Aborted,
@@ -38,7 +38,7 @@ class Killed(BaseException):
 def record_of(rig: Rig, volume_id: str = "pvc-1") -> VolumeRecord:
     """As of an encrypted volume: what is below its mapping is never shown to anybody."""
     return VolumeRecord(
-        id=volume_id,
+        id=rig.id_of(volume_id),
         name=volume_id,
         capacity_bytes=SIZE,
         parameters=msgspec.structs.replace(rig.parameters, encrypted=True),
@@ -68,8 +68,11 @@ def write(device: Handle, content: bytes, at: int = 0) -> None:
         os.fsync(file.fileno())
 
 
-def gone(backend: Backend, volume_id: str = "pvc-1") -> bool:
-    """Whether nothing shows the volume any more: a device with its last user goes by and by."""
+def gone(rig: Rig, backend: Backend, name: str = "pvc-1") -> bool:
+    """Whether nothing shows the volume any more: a device with its last user goes by and by, or is let go of."""
+    volume_id = rig.id_of(name)
+    if shared(backend) is not None:
+        backend.detach(volume_id)
     deadline = time.monotonic() + GONE_SECONDS
     while (found := backend.device_of(volume_id)) is not None and time.monotonic() < deadline:
         found.close()
@@ -77,8 +80,8 @@ def gone(backend: Backend, volume_id: str = "pvc-1") -> bool:
     return found is None
 
 
-def check_made(rig: Rig, volume_id: str = "pvc-1", size: int = SIZE) -> None:
-    with rig.backend().attach(volume_id, lasting=False) as device:
+def check_made(rig: Rig, name: str = "pvc-1", size: int = SIZE) -> None:
+    with rig.backend().attach(rig.id_of(name), lasting=False) as device:
         assert size <= length(device) < size + rig.rounding
         assert is_clear(device)
 
@@ -87,13 +90,13 @@ def test_a_volume_is_blank_and_as_long_as_asked_for(rig: Rig) -> None:
     backend = rig.backend()
     for name, size in (("pvc-2", SIZE), ("pvc-1", 33 * MIB), ("a.b-c--d", SIZE + 512)):
         record = record_of(rig, name)
-        assert not backend.has(name)
-        assert backend.create(record, size) == backend.get(name) == record
-        assert backend.has(name)
+        assert not backend.has(record.id)
+        assert backend.create(record, size) == backend.get(record.id) == record
+        assert backend.has(record.id)
         check_made(rig, name, size)
-    assert list(backend.ids()) == ["a.b-c--d", "pvc-1", "pvc-2"]
+    assert list(backend.ids()) == [rig.id_of(name) for name in ("a.b-c--d", "pvc-1", "pvc-2")]
     assert not backend.orphans()
-    with pytest.raises(FailedPrecondition, match=r"volume pvc-1 cannot be made: .* may hold data"):
+    with pytest.raises(FailedPrecondition, match=r"volume pvc-1\S* cannot be made: .* may hold data"):
         backend.create(record_of(rig), SIZE)
 
 
@@ -106,85 +109,90 @@ def test_records_are_compared_and_swapped_and_outlive_the_node(rig: Rig) -> None
         backend.update(first)
     rig.restart()
     again = rig.backend()
-    assert again.get("pvc-1") == second
-    assert again.is_newest(second)
-    assert list(again.ids()) == ["pvc-1"]
+    assert again.get(rig.id_of("pvc-1")) == second
+    assert again.is_newest(second) == rig.knows_newest
+    assert list(again.ids()) == [rig.id_of("pvc-1")]
     check_made(rig)
 
 
 def test_what_is_not_there_is_said_to_be_absent(rig: Rig) -> None:
     backend = rig.backend()
     with pytest.raises(NotFound):
-        backend.get("nix")
+        backend.get(rig.id_of("nix"))
     with pytest.raises(NotFound):
-        backend.grow("nix", SIZE)
+        backend.grow(rig.id_of("nix"), SIZE)
     with pytest.raises(NotFound):
         backend.update(record_of(rig, "nix"))
     with pytest.raises(DeviceAbsent):
-        backend.attach("nix", lasting=False)
+        backend.attach(rig.id_of("nix"), lasting=False)
     with pytest.raises(DeviceAbsent):
-        backend.open_storage("nix")
-    assert backend.device_of("nix") is None
-    assert not backend.is_device_of("nix", (7, 1000))
-    backend.detach("nix")
-    backend.guard("nix")
-    backend.delete("nix")
-    assert not backend.has_header_copy("nix")
+        backend.open_storage(rig.id_of("nix"))
+    assert backend.device_of(rig.id_of("nix")) is None
+    assert not backend.is_device_of(rig.id_of("nix"), (7, 1000))
+    backend.detach(rig.id_of("nix"))
+    backend.guard(rig.id_of("nix"))
+    backend.delete(rig.id_of("nix"))
+    assert not backend.has_header_copy(rig.id_of("nix"))
 
 
 def test_a_device_is_the_volumes_own_and_goes_with_its_last_user(rig: Rig) -> None:
     backend = rig.backend()
     for name in ("pvc-1", "pvc-2"):
         backend.create(record_of(rig, name), SIZE)
-    with backend.attach("pvc-1", lasting=False) as device, backend.attach("pvc-2", lasting=False) as other:
-        with rig.backend().attach("pvc-1", lasting=False) as again:
+    with (
+        backend.attach(rig.id_of("pvc-1"), lasting=False) as device,
+        backend.attach(rig.id_of("pvc-2"), lasting=False) as other,
+    ):
+        with rig.backend().attach(rig.id_of("pvc-1"), lasting=False) as again:
             assert again.number == device.number
-        assert backend.is_device_of("pvc-1", device.number)
-        assert not backend.is_device_of("pvc-1", other.number)
-        assert not backend.is_device_of("pvc-1", (device.major, 1 << 19))
-        found = rig.backend().device_of("pvc-2")
+        assert backend.is_device_of(rig.id_of("pvc-1"), device.number)
+        assert not backend.is_device_of(rig.id_of("pvc-1"), other.number)
+        assert not backend.is_device_of(rig.id_of("pvc-1"), (device.major, 1 << 19))
+        found = rig.backend().device_of(rig.id_of("pvc-2"))
         assert found is not None
         with found:
             assert found.number == other.number
-        backend.guard("pvc-1")
+        backend.guard(rig.id_of("pvc-1"))
         write(device, b"one")
         write(other, b"other")
-        with backend.open_storage("pvc-1") as storage, open(storage, "rb") as file:
+        with backend.open_storage(rig.id_of("pvc-1")) as storage, open(storage, "rb") as file:
             assert file.read(3) == b"one"
-    assert gone(backend, "pvc-1")
-    assert gone(backend, "pvc-2")
-    backend.detach("pvc-1")
+    assert gone(rig, backend, "pvc-1")
+    assert gone(rig, backend, "pvc-2")
+    backend.detach(rig.id_of("pvc-1"))
 
 
 def test_a_lasting_device_stays_until_it_is_let_go_of(rig: Rig) -> None:
     backend = rig.backend()
     backend.create(record_of(rig), SIZE)
-    backend.attach("pvc-1", lasting=True).close()
-    with backend.storage("pvc-1") as storage:
+    backend.attach(rig.id_of("pvc-1"), lasting=True).close()
+    with backend.storage(rig.id_of("pvc-1")) as storage:
         write(storage, b"kept")
     time.sleep(0.1)
-    found = backend.device_of("pvc-1")
+    found = backend.device_of(rig.id_of("pvc-1"))
     assert found is not None
     with found, open(found, "rb") as file:
         assert file.read(4) == b"kept"
     for _ in range(2):
-        backend.detach("pvc-1")
-        assert gone(backend)
+        backend.detach(rig.id_of("pvc-1"))
+        assert gone(rig, backend)
 
 
 def test_a_volume_in_use_is_not_deleted(rig: Rig) -> None:
     backend = rig.backend()
     record = backend.create(record_of(rig), SIZE)
-    with backend.attach("pvc-1", lasting=False) as device:
-        backend.guard("pvc-1")
-        with pytest.raises(DeviceInUse, match=r"volume pvc-1 cannot be deleted: .*/dev/.*; unpublish and unstage it"):
-            backend.delete("pvc-1")
-        assert backend.get("pvc-1") == record
+    with backend.attach(rig.id_of("pvc-1"), lasting=False) as device:
+        backend.guard(rig.id_of("pvc-1"))
+        with pytest.raises(
+            DeviceInUse, match=r"volume pvc-1\S* cannot be deleted: .*/dev/.*; unpublish and unstage it"
+        ):
+            backend.delete(rig.id_of("pvc-1"))
+        assert backend.get(rig.id_of("pvc-1")) == record
         assert is_clear(device)
-    assert gone(backend)
+    assert gone(rig, backend)
     for _ in range(2):
-        backend.delete("pvc-1")
-        assert not backend.has("pvc-1")
+        backend.delete(rig.id_of("pvc-1"))
+        assert not backend.has(rig.id_of("pvc-1"))
     assert not backend.ids()
     backend.create(record_of(rig), SIZE)
     check_made(rig)
@@ -195,14 +203,14 @@ def test_a_volume_grows_keeps_its_content_and_shows_nothing_of_others(rig: Rig, 
     backend = rig.backend()
     backend.create(record_of(rig), SIZE)
     with contextlib.ExitStack() as stack:
-        with backend.attach("pvc-1", lasting=False) as device:
+        with backend.attach(rig.id_of("pvc-1"), lasting=False) as device:
             write(device, b"content", SIZE - 512)
             if attached:
-                stack.enter_context(backend.attach("pvc-1", lasting=False))
-        assert attached or gone(backend)
+                stack.enter_context(backend.attach(rig.id_of("pvc-1"), lasting=False))
+        assert attached or gone(rig, backend)
         for size, expected in ((SIZE, SIZE), (1, SIZE), (41 * MIB, 41 * MIB), (20 * MIB, 41 * MIB)):
-            backend.grow("pvc-1", size)
-            with backend.attach("pvc-1", lasting=False) as device:
+            backend.grow(rig.id_of("pvc-1"), size)
+            with backend.attach(rig.id_of("pvc-1"), lasting=False) as device:
                 backend.refresh(device)
                 assert expected <= length(device) < expected + rig.rounding
                 assert is_clear(device, SIZE)
@@ -220,12 +228,12 @@ def test_what_has_no_room_is_refused_and_leaves_nothing(rig: Rig) -> None:
     assert not backend.orphans()
     backend.create(record_of(rig), SIZE)
     with pytest.raises(ResourceExhausted, match=r"no room for volume pvc-1"):
-        backend.grow("pvc-1", room.total + (1 << 30))
+        backend.grow(rig.id_of("pvc-1"), room.total + (1 << 30))
     check_made(rig)
 
 
 def check_foreign(rig: Rig) -> None:
-    look = rig.put_foreign("pvc-1")
+    look = rig.put_foreign(rig.id_of("pvc-1"))
     before = look()
     for _ in range(2):
         with pytest.raises(FailedPrecondition, match=r"pvc-1"):
@@ -240,7 +248,7 @@ def test_foreign_storage_of_the_name_is_left_alone(rig: Rig) -> None:
 def test_a_header_copy_is_the_last_one_that_was_kept_whole(rig: Rig) -> None:
     backend = rig.backend()
     backend.create(record_of(rig), SIZE)
-    assert not backend.has_header_copy("pvc-1")
+    assert not backend.has_header_copy(rig.id_of("pvc-1"))
 
     def put(content: bytes, path: str) -> None:
         Path(path).write_bytes(content)
@@ -250,11 +258,11 @@ def test_a_header_copy_is_the_last_one_that_was_kept_whole(rig: Rig) -> None:
         raise Aborted("cut")
 
     for content in (b"first", b"second"):
-        backend.keep_header_copy("pvc-1", partial(put, content))
+        backend.keep_header_copy(rig.id_of("pvc-1"), partial(put, content))
         with pytest.raises(Aborted):
-            backend.keep_header_copy("pvc-1", cut)
-        assert rig.backend().header_copy("pvc-1").read_bytes() == content
-    assert rig.backend().has_header_copy("pvc-1")
+            backend.keep_header_copy(rig.id_of("pvc-1"), cut)
+        assert rig.backend().header_copy(rig.id_of("pvc-1")).read_bytes() == content
+    assert rig.backend().has_header_copy(rig.id_of("pvc-1"))
 
 
 def test_many_callers_get_in_nobodys_way(rig: Rig) -> None:
@@ -263,16 +271,17 @@ def test_many_callers_get_in_nobodys_way(rig: Rig) -> None:
 
     def live(name: str) -> None:
         start.wait()
+        volume_id = rig.id_of(name)
         record = backend.create(record_of(rig, name), SIZE)
-        with backend.attach(name, lasting=False) as device:
+        with backend.attach(volume_id, lasting=False) as device:
             assert is_clear(device)
             write(device, name.encode())
-        backend.grow(name, 2 * SIZE)
-        assert backend.get(name) == record
-        with backend.attach(name, lasting=False) as device, open(device, "rb") as file:
+        backend.grow(volume_id, 2 * SIZE)
+        assert backend.get(volume_id) == record
+        with backend.attach(volume_id, lasting=False) as device, open(device, "rb") as file:
             assert file.read(len(name)) == name.encode()
-        assert gone(backend, name)
-        backend.delete(name)
+        assert gone(rig, backend, name)
+        backend.delete(volume_id)
 
     with ThreadPoolExecutor(len(names)) as pool:
         for done in [pool.submit(live, name) for name in names]:
@@ -297,7 +306,7 @@ def at_every_step(
 ) -> None:
     before(rig.backend())
     steps = steps_of(rig, act)
-    rig.backend().delete("pvc-1")
+    rig.backend().delete(rig.id_of("pvc-1"))
     assert len(steps) > 1
     for number, name in enumerate(steps):
         before(rig.backend())
@@ -306,7 +315,7 @@ def at_every_step(
         with pytest.raises((Killed, DriverError)):
             act(started)
         after(name)
-        rig.backend().delete("pvc-1")
+        rig.backend().delete(rig.id_of("pvc-1"))
         assert not rig.backend().orphans(), name
         assert not rig.backend().ids(), name
 
@@ -328,9 +337,9 @@ class Countdown:
 def test_killed_at_every_step_of_its_creation_a_volume_is_there_or_made_by_the_next_call(rig: Rig) -> None:
     def after(step: str) -> None:
         backend = rig.backend()
-        if not backend.has("pvc-1"):
+        if not backend.has(rig.id_of("pvc-1")):
             backend.create(record_of(rig), SIZE)
-        assert backend.get("pvc-1") == record_of(rig), step
+        assert backend.get(rig.id_of("pvc-1")) == record_of(rig), step
         assert not backend.orphans(), step
         check_made(rig)
 
@@ -340,18 +349,18 @@ def test_killed_at_every_step_of_its_creation_a_volume_is_there_or_made_by_the_n
 def test_killed_at_every_step_of_its_growth_a_volume_is_whole_and_grows_with_the_next_call(rig: Rig) -> None:
     def before(backend: Backend) -> None:
         backend.create(record_of(rig), SIZE)
-        with backend.attach("pvc-1", lasting=False) as device:
+        with backend.attach(rig.id_of("pvc-1"), lasting=False) as device:
             write(device, b"content")
 
     def after(step: str) -> None:
         backend = rig.backend()
-        backend.grow("pvc-1", 2 * SIZE)
-        with backend.attach("pvc-1", lasting=False) as device, open(device, "rb") as file:
+        backend.grow(rig.id_of("pvc-1"), 2 * SIZE)
+        with backend.attach(rig.id_of("pvc-1"), lasting=False) as device, open(device, "rb") as file:
             assert 2 * SIZE <= length(device) < 2 * SIZE + rig.rounding, step
             assert is_clear(device, 4096), step
             assert file.read(7) == b"content", step
 
-    at_every_step(rig, before, lambda backend: backend.grow("pvc-1", 2 * SIZE), after)
+    at_every_step(rig, before, lambda backend: backend.grow(rig.id_of("pvc-1"), 2 * SIZE), after)
 
 
 def test_killed_at_every_step_of_its_deletion_a_volume_is_whole_or_gone_with_the_next_call(rig: Rig) -> None:
@@ -366,12 +375,14 @@ def test_killed_at_every_step_of_its_deletion_a_volume_is_whole_or_gone_with_the
     def after(step: str) -> None:
         backend = rig.backend()
         with contextlib.suppress(NotFound):
-            assert backend.get("pvc-1") == record, step
-            with backend.attach("pvc-1", lasting=False) as device:
+            assert backend.get(rig.id_of("pvc-1")) == record, step
+            with backend.attach(rig.id_of("pvc-1"), lasting=False) as device:
                 assert length(device) >= SIZE
-        backend.delete("pvc-1")
-        assert not backend.has("pvc-1")
+        backend.delete(rig.id_of("pvc-1"))
+        assert not backend.has(rig.id_of("pvc-1"))
         backend.create(record_of(rig), SIZE)
         check_made(rig)
 
-    at_every_step(rig, lambda backend: backend.create(record, SIZE), lambda backend: backend.delete("pvc-1"), after)
+    at_every_step(
+        rig, lambda backend: backend.create(record, SIZE), lambda backend: backend.delete(rig.id_of("pvc-1")), after
+    )

@@ -57,7 +57,7 @@ def test_a_large_volume_is_cleared_in_several_calls(thick: LvmRig) -> None:
         backend.attach("pvc-1", lasting=False)
     with thick.backend().attach("pvc-1", lasting=False) as device:
         assert is_clear(device)
-    assert gone(backend)
+    assert gone(thick, backend)
 
 
 def test_a_cut_volume_is_deleted_or_made_anew_with_another_size(thick: LvmRig) -> None:
@@ -81,7 +81,7 @@ def test_a_plain_thick_volume_in_use_shows_no_extents_that_are_not_cleared(thick
         with pytest.raises(FailedPrecondition, match=r"is not encrypted, is attached, .*unstage it, then enlarge it"):
             backend.grow("pvc-1", 2 * SIZE)
         backend.grow("pvc-1", SIZE)
-    assert gone(backend)
+    assert gone(thick, backend)
     backend.grow("pvc-1", 2 * SIZE)
     check_made(thick, size=2 * SIZE)
 
@@ -91,7 +91,7 @@ def test_a_volume_without_its_record_is_never_made_over(lvm_rig: LvmRig) -> None
     backend.create(record_of(lvm_rig), SIZE)
     with backend.attach("pvc-1", lasting=False) as device:
         write(device, b"precious")
-    assert gone(backend)
+    assert gone(lvm_rig, backend)
     os.rename(lvm_rig.state / "lvm/volumes/pvc-1", lvm_rig.state / "lvm/aside")
     assert backend.orphans() == [f"{GROUP}/pvc-1"]
     with pytest.raises(FailedPrecondition, match=r"luks-pvc-1 was made for it before, has no record and may hold data"):
@@ -154,7 +154,7 @@ def test_a_long_name_with_many_hyphens_is_a_volume_like_any_other(lvm_rig: LvmRi
     backend, name = lvm_rig.backend(), "a" + "-b" * 31
     backend.create(record_of(lvm_rig, name), SIZE)
     check_made(lvm_rig, name)
-    assert gone(backend, name)
+    assert gone(lvm_rig, backend, name)
     backend.delete(name)
 
 
@@ -229,7 +229,7 @@ def test_a_pool_above_its_limit_takes_nothing_new_and_says_so(thin: LvmRig) -> N
         assert 15 <= lower.fullest_pool() <= 25
         lvm("lvextend", "-L", "+256M", f"{GROUP}/{POOL}")
         lower.grow("pvc-1", 52 * MIB)
-    assert gone(backend)
+    assert gone(thin, backend)
     backend.delete("pvc-1")
 
 
@@ -262,13 +262,13 @@ def settled(rig: LvmRig, content: bytes) -> None:
     backend = rig.backend()
     with backend.attach("pvc-1", lasting=False) as device:
         write(device, content)
-    assert gone(backend)
+    assert gone(rig, backend)
 
 
 def holds(rig: LvmRig, content: bytes) -> bool:
     with rig.backend().attach("pvc-1", lasting=False) as device, open(device, "rb") as file:
         found = file.read(len(content)) == content
-    assert gone(rig.backend())
+    assert gone(rig, rig.backend())
     return found
 
 
@@ -352,7 +352,7 @@ def test_what_was_cut_off_by_hand_is_cleared_again(thick: LvmRig) -> None:
     with backend.attach("pvc-1", lasting=False) as device, open(device, "rb") as file:
         file.seek(SIZE)
         assert not any(file.read(SIZE))
-    assert gone(backend)
+    assert gone(thick, backend)
 
 
 # --- self-tests: a bug is planted, and what is there to notice it must ------------------------------------------------

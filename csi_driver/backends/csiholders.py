@@ -1,0 +1,201 @@
+"""Holder pods: one for each node that may have a volume, with the claim below it, so that its driver attaches it there.
+
+Kubernetes keeps a volume on a node for as long as a pod there has it. Whoever deletes a holder takes the device away:
+nobody does but `HolderPods`, when the node has nothing open on it any more.
+"""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from csi_driver.backends.csiclaims import last_event, name_for
+from csi_driver.backends.csiheaders import LABEL
+from csi_driver.backends.csipins import digest
+from csi_driver.backends.csirecords import GROUP, Api, Known
+from csi_driver.kube.kinds import MANAGED_BY, MANAGER, NODE, POD, VOLUME_RECORD, Json, is_going, name_of, uid_of
+from csi_driver.model.errors import Aborted, AlreadyExists, FailedPrecondition, NotFound
+
+COMPONENT: Final = "holder"
+DEVICE: Final = "/dev/backing"
+FOLDER: Final = "/holders"
+_COMPONENT: Final = "app.kubernetes.io/component"
+_VOLUME: Final = f"{GROUP}/volume-id"
+_LASTING_SECONDS: Final = 10 * 365 * 24 * 3600  # kubelet kills a container that is slower than its pod's grace
+_OUT_OF_SERVICE: Final = "node.kubernetes.io/out-of-service"
+_PAUSE: Final = 0.2
+
+
+class HolderPods:
+    """The holder pods in `namespace`, of the container image `image`; `folder` of each node is shared with the driver.
+
+    `wait_seconds` is how long one call waits for a pod to come or go.
+    """
+
+    def __init__(self, api: Api, namespace: str, image: str, folder: Path, wait_seconds: float = 8.0) -> None:
+        self._api = api
+        self._namespace = namespace
+        self._image = image
+        self._folder = folder
+        self._wait_seconds = wait_seconds
+
+    def check_node(self, volume_id: str, node: str) -> None:
+        """Raises NotFound where the cluster has no such node."""
+        if self._api.get(NODE, node) is None:
+            raise NotFound(f"volume {volume_id} cannot be given to node {node}: the cluster has no node of that name")
+
+    def is_past(self, node: str, boot_id: str) -> bool:
+        """Whether nothing of that boot of the node can be at work any more: the node is gone, was booted anew, or an
+        administrator has said that it is off (the taint node.kubernetes.io/out-of-service).
+        """
+        found = self._api.get(NODE, node)
+        if found is None or found.get("status", {}).get("nodeInfo", {}).get("bootID") not in (None, "", boot_id):
+            return True
+        return any(taint.get("key") == _OUT_OF_SERVICE for taint in found["spec"].get("taints", ()))
+
+    def is_down(self, node: str) -> bool:
+        """Whether no kubelet is there to end a pod."""
+        found = self._api.get(NODE, node)
+        return found is None or any(each.get("key") == _OUT_OF_SERVICE for each in found["spec"].get("taints", ()))
+
+    def all(self) -> Sequence[Json]:
+        """Every holder pod."""
+        return self._api.list(POD, self._namespace, labels={_COMPONENT: COMPONENT, MANAGED_BY: MANAGER})[0]
+
+    def of(self, volume_id: str) -> Sequence[Json]:
+        """Those of a volume."""
+        return self._api.list(POD, self._namespace, labels={_COMPONENT: COMPONENT, LABEL: digest(volume_id)})[0]
+
+    def ensure(self, known: Known, node: str) -> Json:
+        """Have the volume's holder on that node, and wait for it. Raises Aborted, saying why it is not ready yet."""
+        name = pod_name(known.volume_id, node)
+        deadline = time.monotonic() + self._wait_seconds
+        while True:
+            found = self._api.get(POD, name, self._namespace)
+            if found is None:
+                found = self._make(known, node, name)
+            phase = found.get("status", {}).get("phase")
+            if is_going(found) or phase in ("Failed", "Succeeded"):
+                if not is_going(found):
+                    self._api.delete(POD, name, self._namespace, grace_seconds=0)
+                said = found.get("status", {}).get("message") or "an earlier one is ending"
+            elif _is_ready(found):
+                return found
+            else:
+                said = last_event(self._api, self._namespace, found) or str(phase)
+            if time.monotonic() > deadline:
+                raise Aborted(
+                    f"the holder pod {self._namespace}/{name} of volume {known.volume_id} on node {node} is not ready "
+                    f"yet ({said}); this is tried again"
+                )
+            time.sleep(_PAUSE)
+
+    def drop(self, volume_id: str, pod: Json, *, at_once: bool) -> None:
+        """Have a holder end, and wait until its node says so; `at_once` where there is no kubelet that could.
+
+        Raises Aborted while it is there: it stays on its own while something is on its device.
+        """
+        name, uid = name_of(pod), uid_of(pod)
+        deadline = time.monotonic() + self._wait_seconds
+        if at_once or not is_going(pod):
+            self._api.delete(POD, name, self._namespace, grace_seconds=0 if at_once else None)
+        while (found := self._api.get(POD, name, self._namespace)) is not None and uid_of(found) == uid:
+            if time.monotonic() > deadline:
+                node = found["spec"].get("nodeName")
+                raise Aborted(
+                    f"the holder pod {self._namespace}/{name} of volume {volume_id} has not ended on node {node} yet; "
+                    f"it stays while the volume's device is in use there, see its log; this is tried again"
+                )
+            time.sleep(_PAUSE)
+
+    def _make(self, known: Known, node: str, name: str) -> Json:
+        try:
+            return self._api.create(POD, self._pod(known, node, name), self._namespace)
+        except AlreadyExists:
+            return self._api.get(POD, name, self._namespace) or {"metadata": {"name": name}, "status": {}}
+
+    def _pod(self, known: Known, node: str, name: str) -> Json:
+        socket = f"{FOLDER}/{digest(known.volume_id)}.sock"
+        owner = {
+            "apiVersion": VOLUME_RECORD.api_version,
+            "kind": VOLUME_RECORD.name,
+            "name": known.volume_id,
+            "uid": known.uid,
+            "controller": True,  # a drain passes by no pod without one
+        }
+        container = {
+            "name": COMPONENT,
+            "image": self._image,
+            "args": ["holder", f"--device={DEVICE}", f"--folder={FOLDER}", f"--volume-id={known.volume_id}",
+                     "--holder-id=$(POD_UID)"],
+            "env": [{"name": "POD_UID", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}],
+            "securityContext": {
+                "runAsUser": 0,
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+                "readOnlyRootFilesystem": True,
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            # Its socket is there. Nothing is looked at later: a holder that does not answer is told by who asks it.
+            "startupProbe": {
+                "exec": {"command": ["test", "-S", socket]}, "periodSeconds": 1, "failureThreshold": 600,
+                "timeoutSeconds": 10,
+            },
+            "resources": {"requests": {"cpu": "1m", "memory": "24Mi"}},
+            "volumeDevices": [{"name": "backing", "devicePath": DEVICE}],
+            "volumeMounts": [{"name": "holders", "mountPath": FOLDER}],
+        }  # fmt: skip
+        return {
+            "metadata": {
+                "name": name,
+                "labels": {
+                    "app.kubernetes.io/name": MANAGER,
+                    _COMPONENT: COMPONENT,
+                    MANAGED_BY: MANAGER,
+                    LABEL: digest(known.volume_id),
+                },
+                "annotations": {_VOLUME: known.volume_id},
+                "ownerReferences": [owner],
+            },
+            "spec": {
+                "nodeName": node,
+                "priorityClassName": "system-node-critical",
+                "restartPolicy": "Always",
+                "terminationGracePeriodSeconds": _LASTING_SECONDS,
+                "hostNetwork": True,  # it has no use for an address, and one less thing can fail
+                "automountServiceAccountToken": False,
+                "enableServiceLinks": False,
+                "tolerations": [{"operator": "Exists"}],
+                "securityContext": {"seLinuxOptions": {"type": "spc_t"}},
+                "containers": [container],
+                "volumes": [
+                    {"name": "backing", "persistentVolumeClaim": {"claimName": name_for(known.volume_id)}},
+                    {"name": "holders", "hostPath": {"path": str(self._folder), "type": "DirectoryOrCreate"}},
+                ],
+            },
+        }
+
+
+def pod_name(volume_id: str, node: str) -> str:
+    """The name of the holder of a volume on a node."""
+    return f"luks-holder-{hashlib.sha256(f'{volume_id}/{node}'.encode()).hexdigest()[:32]}"
+
+
+def volume_of(pod: Json) -> str:
+    """The volume whose holder it is."""
+    return str(pod["metadata"].get("annotations", {}).get(_VOLUME, ""))
+
+
+def refuse_open(volume_id: str, node: str, device: str) -> FailedPrecondition:
+    """That a node may still write."""
+    return FailedPrecondition(
+        f"volume {volume_id} cannot be taken from node {node}: it may be open there as {device}, and to take its "
+        f"device away would break what is written; let its pods end and the driver on that node unstage it. If the "
+        f"node is off for good, say so by the taint {_OUT_OF_SERVICE}, or delete its Node object"
+    )
+
+
+def _is_ready(pod: Json) -> bool:
+    statuses = pod.get("status", {}).get("containerStatuses", ())
+    return bool(statuses) and all(each.get("ready") and each.get("started") for each in statuses)

@@ -1,0 +1,146 @@
+"""Which device of this node is a volume's, while it is attached: what the kernel calls it, in a file for each volume.
+
+The folder is shared with the holder pods: who holds a device sees here whether it may let go of it.
+
+<folder>/<digest of the id>.sock   where the volume's holder hands its device on
+<folder>/<digest of the id>.json   the pin
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from csi_driver.host.boot import boot_id
+from csi_driver.host.files import Files, read_attribute, read_file
+from csi_driver.host.handle import Handle
+
+_PIN: Final = ".json"
+
+
+class Pin(msgspec.Struct, frozen=True, kw_only=True):
+    """The device of a volume that is attached, in this boot.
+
+    A number can become another device's; `disk` tells disks apart that had it (`diskseq` of sysfs; 0 where the kernel
+    tells none). `holder` is the uid of the pod that handed it on. `ticket` is what the volume's record says of this
+    very attachment. One that is `released` only waits for the record to hear of it.
+    """
+
+    volume_id: str
+    boot_id: str
+    major: int
+    minor: int
+    disk: int
+    holder: str
+    ticket: str
+    released: bool = False
+
+    @property
+    def number(self) -> tuple[int, int]:
+        """(major, minor)."""
+        return self.major, self.minor
+
+
+class Pins:
+    """The pins in `folder`; those of an earlier boot count as none, and need no fsync."""
+
+    def __init__(self, folder: Path, files: Files) -> None:
+        self._folder = folder
+        self._files = files
+        self._boot_id = boot_id()
+
+    @property
+    def boot_id(self) -> str:
+        """Of this boot."""
+        return self._boot_id
+
+    def prepare(self) -> None:
+        """Make the folder. Raises OSError."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def socket(self, volume_id: str) -> Path:
+        """Where the volume's holder hands its device on."""
+        return self._folder / f"{digest(volume_id)}.sock"
+
+    def get(self, volume_id: str) -> Pin | None:
+        """The pin of this boot, released or not."""
+        found = self._read(self._path(volume_id))
+        return found if found is not None and found.volume_id == volume_id else None
+
+    def held(self, volume_id: str) -> Pin | None:
+        """The pin of a volume that is attached."""
+        found = self.get(volume_id)
+        return found if found is not None and not found.released else None
+
+    def put(self, pin: Pin) -> None:
+        """Write it, before anything is put on the device. Raises OSError."""
+        self._files.write_volatile(self._path(pin.volume_id), msgspec.json.encode(pin))
+
+    def remove(self, volume_id: str) -> None:
+        """Forget it; absent is fine. Raises OSError."""
+        self._files.remove(self._path(volume_id))
+
+    def all(self) -> Sequence[Pin]:
+        """The pins of this boot, in the order of the volumes' ids."""
+        return sorted(self._all(), key=lambda pin: pin.volume_id)
+
+    def _all(self) -> Iterator[Pin]:
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(self._folder):
+                if name.endswith(_PIN) and name[0] != "." and (found := self._read(self._folder / name)):
+                    yield found
+
+    def _path(self, volume_id: str) -> Path:
+        return self._folder / f"{digest(volume_id)}{_PIN}"
+
+    def _read(self, path: Path) -> Pin | None:
+        try:
+            found = msgspec.json.decode(read_file(path), type=Pin)
+        except (FileNotFoundError, ValueError):  # msgspec's errors are ValueErrors
+            return None
+        return found if found.boot_id == self._boot_id else None
+
+
+def digest(volume_id: str) -> str:
+    """A short name for a volume: ids are longer than a label of Kubernetes, or a socket's name, can be."""
+    return hashlib.sha256(volume_id.encode()).hexdigest()[:32]
+
+
+def disk_of(number: tuple[int, int]) -> int:
+    """Tells the disk of that number from others that had the number (`diskseq`, Linux 5.15); 0 where nothing tells."""
+    major, minor = number
+    for place in ("diskseq", "../diskseq"):  # of a partition its disk has it
+        with contextlib.suppress(OSError, ValueError):
+            return int(read_attribute(f"/sys/dev/block/{major}:{minor}/{place}"))
+    return 0
+
+
+def fits(pin: Pin, number: tuple[int, int]) -> bool:
+    """Whether the device of that number is the pinned one, still."""
+    return pin.number == number and pin.disk == disk_of(number)
+
+
+def opened_by_number(name: str, number: tuple[int, int], aside: Path) -> Handle | None:
+    """The block device of that number, by the kernel's node `name`, else by one made at `aside` for the moment.
+
+    None when there is no such device any more. Raises OSError.
+    """
+    device = os.makedev(*number)
+    with contextlib.suppress(OSError):
+        descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        if os.fstat(descriptor).st_rdev == device:
+            return Handle(descriptor, name)
+        os.close(descriptor)
+    with contextlib.suppress(FileNotFoundError):
+        aside.unlink()
+    os.mknod(aside, 0o60600, device)
+    try:
+        return Handle(os.open(aside, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), name)
+    except OSError:
+        return None
+    finally:
+        aside.unlink()
