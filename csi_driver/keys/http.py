@@ -27,6 +27,10 @@ _PASSING: Final = frozenset({408, 412, 425, 429})
 """412 is Vault's, of a standby that has not heard of a write yet."""
 
 
+class NotTaken(FailedPrecondition):
+    """HTTP 400: the server was reached, knows us, and cannot do what it was asked with what it was given."""
+
+
 @dataclass(frozen=True)
 class Tls:
     """How a server is trusted. `ca`, `certificate` and `key` are PEM texts; without `ca` the system's decide."""
@@ -83,7 +87,7 @@ class HttpService:
         """The answer's JSON object, {} for an answer without a body, None for 404.
 
         `again` asks once more after what passes by itself; `quotes` lets an error repeat what the server says. Raises
-        Unavailable, PermissionDenied (401, 403), FailedPrecondition (certificate, other refusals).
+        Unavailable, PermissionDenied (401, 403), NotTaken (400), FailedPrecondition (certificate, other refusals).
         """
 
         def once() -> dict[str, Any] | None:
@@ -181,7 +185,8 @@ class HttpService:
             return Unavailable(f"{self._where} has too many requests (HTTP 429{said}); the call may be repeated")
         if status in _PASSING or status >= 500:
             return Unavailable(f"{self._where} failed (HTTP {status}{said}); look at its log, the call may be repeated")
-        return FailedPrecondition(f"{self._where} does not take the request (HTTP {status}{said}); check its entry")
+        kind = NotTaken if status == 400 else FailedPrecondition
+        return kind(f"{self._where} does not take the request (HTTP {status}{said}); check its entry")
 
 
 def _said(content: bytes) -> str:

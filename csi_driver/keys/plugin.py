@@ -31,6 +31,7 @@ _MOST_QUOTED: Final = 200
 _ERRORS: Final[dict[grpc.StatusCode, tuple[type[DriverError], str]]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: (Unavailable, "did not answer in time; look at it, the call may be repeated"),
     grpc.StatusCode.UNAVAILABLE: (Unavailable, "cannot be reached; check that it runs, the call may be repeated"),
+    grpc.StatusCode.INTERNAL: (Unavailable, "is broken; look at its log, the call may be repeated"),
     grpc.StatusCode.RESOURCE_EXHAUSTED: (Unavailable, "is overloaded; the call may be repeated"),
     grpc.StatusCode.PERMISSION_DENIED: (PermissionDenied, "refuses; check what its KMS allows it"),
     grpc.StatusCode.UNAUTHENTICATED: (PermissionDenied, "refuses; check its credentials"),

@@ -9,6 +9,7 @@ import re
 from typing import Any, Final
 
 from csi_driver.keys.base import EntryReader, Wrapped
+from csi_driver.keys.http import NotTaken
 from csi_driver.keys.vault import Vault, joined
 from csi_driver.model.errors import FailedPrecondition, KeyLost
 from csi_driver.model.secret import Passphrase
@@ -33,20 +34,31 @@ class VaultTransit:
         return wrapped
 
     def unwrap(self, trail: KeyTrail) -> Passphrase:
-        found = self._ask("decrypt", {"ciphertext": trail.wrapped, "context": _context(trail.name)})
+        found = self._known("decrypt", trail)
         try:
             return Passphrase(base64.b64decode(str(found.get("plaintext", "")), validate=True))
         except ValueError:
             raise FailedPrecondition(f"{self._vault.where} gave a key that is no base64; check its address") from None
 
     def rewrap_there(self, trail: KeyTrail) -> Wrapped:
-        return self._wrapped(self._ask("rewrap", {"ciphertext": trail.wrapped, "context": _context(trail.name)}))
+        return self._wrapped(self._known("rewrap", trail))
 
     def check(self) -> str:
         return f"{self._vault.health()}, key {self._key} at {self._mount}"
 
     def close(self) -> None:
         self._vault.close()
+
+    def _known(self, operation: str, trail: KeyTrail) -> dict[str, Any]:
+        """What comes of a wrapped key. Raises KeyLost where its key, or that version of it, is gone or another one."""
+        try:
+            return self._ask(operation, {"ciphertext": trail.wrapped, "context": _context(trail.name)})
+        except NotTaken as error:
+            said = str(error).partition("; ")[0]
+            raise KeyLost(
+                f"{said}: its key {self._key} does not unwrap that of {trail.name}; restore the key or its version "
+                f"there, or the record of the volume from a backup"
+            ) from None
 
     def _ask(self, operation: str, document: dict[str, str], *, quotes: bool = True) -> dict[str, Any]:
         answer = self._vault.ask("POST", f"{self._mount}/{operation}/{self._key}", document, quotes=quotes)
@@ -67,7 +79,7 @@ class VaultTransit:
     def _refuse_unbound(self, name: str, text: str) -> None:
         try:
             self._ask("decrypt", {"ciphertext": text, "context": _context(f"{name}/another")})
-        except FailedPrecondition:
+        except NotTaken:
             return  # as it must be: the context is part of the key
         raise FailedPrecondition(
             f"the key {self._key} of {self._vault.where} is no derived one, so one volume's wrapped key would do for "

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import google_crc32c
@@ -107,7 +107,17 @@ class HttpCloud:
         (fault or self.answer(request))(handler)
 
 
-Served = TypeVar("Served", bound=HttpCloud)
+class Service(Protocol):
+    """What `serving` serves, and tells where."""
+
+    address: str
+    connections: int
+
+    def handle(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+        """Answer a request."""
+
+
+Served = TypeVar("Served", bound=Service)
 
 
 @contextmanager
@@ -125,7 +135,7 @@ def serving(cloud: Served, authority: Authority) -> Iterator[Served]:
         def do_GET(self) -> None:
             cloud.handle(self)
 
-        do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815 - the module's own names
+        do_POST = do_PUT = do_PATCH = do_DELETE = do_GET  # noqa: N815 - the module's own names
 
         def log_message(self, *_: object) -> None:
             """Nothing."""

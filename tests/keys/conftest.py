@@ -5,6 +5,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import stamina
 
 from csi_driver.host.workers import Workers
 from csi_driver.keys.audit import Audit
@@ -107,6 +108,14 @@ def workers() -> Iterator[Workers]:
     workers.start()
     yield workers
     workers.stop()
+
+
+@pytest.fixture
+def once() -> Iterator[None]:
+    """Nothing is tried again."""
+    stamina.set_testing(True, attempts=1)
+    yield
+    stamina.set_testing(False)
 
 
 Make = Callable[..., KeySources]

@@ -187,14 +187,6 @@ def cloud(request: pytest.FixtureRequest) -> Cloud:
 
 
 @pytest.fixture
-def once() -> Iterator[None]:
-    """Nothing is tried again."""
-    stamina.set_testing(True, attempts=1)
-    yield
-    stamina.set_testing(False)
-
-
-@pytest.fixture
 def at_once() -> Iterator[None]:
     """What is tried again is tried without a pause."""
     stamina.set_testing(True, attempts=3)
