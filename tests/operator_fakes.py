@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -114,10 +115,9 @@ class FakeApi:
     ) -> tuple[list[Json], str]:
         found = [each for (within, _), each in self._of(kind).items() if namespace in ("", within)]
         found = [each for each in found if labels.items() <= each["metadata"].get("labels", {}).items()]
-        if fields:
-            (about,) = fields.values()
-            assert fields.keys() == {"involvedObject.uid"}
-            found = [each for each in found if each["involvedObject"]["uid"] == about]
+        for field, value in fields.items():
+            part, name = field.split(".")
+            found = [each for each in found if each[part].get(name) == value]
         return copy.deepcopy(found), "1"
 
     def _of(self, kind: Kind) -> dict[Key, Json]:
@@ -133,6 +133,18 @@ class FakeApi:
         metadata = self._of(kind)[key]["metadata"]
         if metadata.get("deletionTimestamp") and not metadata.get("finalizers"):
             del self._of(kind)[key]
+
+
+class SilentApi(FakeApi):
+    """Tells what there is when it is asked, and of nothing that changes, until `end` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.end = threading.Event()
+
+    def watch(self, *_: object, **__: object) -> Iterator[tuple[str, Json]]:
+        self.end.wait()
+        yield from ()
 
 
 class Cache:

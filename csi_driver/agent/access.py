@@ -3,24 +3,16 @@
 import hashlib
 import threading
 import time
-from dataclasses import dataclass
 from typing import Final
 
 from csi_driver.kube.client import Kube
 from csi_driver.kube.copies import AUDIENCE
-from csi_driver.kube.kinds import ACCESS_REVIEW, IMAGE, TOKEN_REVIEW, Json
+from csi_driver.kube.kinds import IMAGE, TOKEN_REVIEW
+from csi_driver.kube.users import User, may
 from csi_driver.model.errors import PermissionDenied, Unauthenticated
 
 _KEPT_SECONDS: Final = 30.0
 _MOST_KEPT: Final = 256
-
-
-@dataclass(frozen=True)
-class User:
-    """Who a token is of."""
-
-    name: str
-    document: Json
 
 
 class Access:
@@ -47,11 +39,7 @@ class Access:
             user = self._user(token, [AUDIENCE])
         except Unauthenticated:
             user = self._user(token, [])
-        attributes = {
-            "group": IMAGE.group, "resource": IMAGE.plural, "subresource": "upload", "verb": "update", "name": image,
-        }  # fmt: skip
-        asked = {"spec": user.document | {"resourceAttributes": attributes}}
-        if not self._kube.create(ACCESS_REVIEW, asked).get("status", {}).get("allowed"):
+        if not may(self._kube, user, "update", IMAGE, image, subresource="upload"):
             raise PermissionDenied(
                 f"{user.name} may not upload image {image}; a role must allow update of images/upload in "
                 f"{IMAGE.group} for it"
@@ -68,11 +56,7 @@ class Access:
         status = self._kube.create(TOKEN_REVIEW, {"spec": spec}).get("status", {})
         if not status.get("authenticated") or not set(audiences) <= {*status.get("audiences", ())}:
             raise Unauthenticated("the token is not valid, or not made for this; take a new one")
-        found = status["user"]
-        document = {"user": found.get("username", "")} | {
-            name: found[name] for name in ("uid", "groups", "extra") if name in found
-        }
-        user = User(found.get("username", ""), document)
+        user = User.of(status["user"])
         with self._guard:
             if len(self._known) >= _MOST_KEPT:
                 self._known.clear()

@@ -9,11 +9,12 @@ import time
 from typing import Final
 
 from csi_driver.agent.jobs import Job
+from csi_driver.agent.leftovers import Leftovers
 from csi_driver.agent.requests import Requests
 from csi_driver.agent.settings import AgentSettings
 from csi_driver.agent.uploads import Uploads
 from csi_driver.agent.wishes import Wishes
-from csi_driver.agent.work import Failed, Made, facts_of
+from csi_driver.agent.work import Failed, Made, facts_of, foreign
 from csi_driver.host.log import log
 from csi_driver.images.library import ImageLibrary
 from csi_driver.images.store import ImageRecord
@@ -23,6 +24,7 @@ from csi_driver.kube.copies import State, state_of
 from csi_driver.kube.informer import Informer
 from csi_driver.kube.kinds import FINALIZER, IMAGE, IMAGE_COPY, Json, is_going, name_of, uid_of
 from csi_driver.model.errors import DriverError, InvalidArgument, NotFound, VolumeBusy
+from csi_driver.model.times import recorded_now
 
 _STOP_SECONDS: Final = 20.0
 _FIRST_PAUSE, _MOST_PAUSE = 10.0, 300.0
@@ -48,6 +50,7 @@ class Agent:
         self.copies = Informer(kube, IMAGE_COPY, self._copy_changed, fields={"spec.node": settings.node})
         self.images = Informer(kube, IMAGE, self._image_changed)
         self.wishes = Wishes(kube, settings, self.images, self.copies)
+        self.leftovers = Leftovers(kube, settings, library, uploads, self.images, self.copies)
 
     def start(self) -> None:
         """Begin."""
@@ -58,6 +61,7 @@ class Agent:
     def stop(self) -> None:
         """Begin nothing any more; what children do is gone on with by the next agent."""
         self.wishes.ask_to_end()
+        self.leftovers.ask_to_end()
         self.controller.ask_to_end()
         for informer in (self.images, self.copies):
             informer.ask_to_end()
@@ -78,6 +82,7 @@ class Agent:
                 job.stop()
                 return 0.5
             self._told.pop(name, None)
+            self._paused.pop(name, None)
             if self._jobs.pop(name, None) is not None:
                 self._wake_waiting()
             return self._remove(copy) if copy is not None else None
@@ -90,15 +95,21 @@ class Agent:
         if job is not None:
             del self._jobs[name]
             self._wake_waiting()
-            if isinstance(job.result, Failed):
-                if job.result.busy:
-                    self._tell(copy, State.PENDING, job.result.text)
-                    return _BUSY_PAUSE
-                return self._failed(copy, job.result)
-            if isinstance(job.result, Made):
-                self._ready(copy, job.result.record, job.result.checksum)
-            return None
+            return self._ended(copy, job.result)
         return self._look(copy)
+
+    def _ended(self, copy: Json, result: Made | Failed | None) -> float | None:
+        """Its child has told how it ended."""
+        if isinstance(result, Failed) and result.busy:
+            self._tell(copy, State.PENDING, result.text)
+            return _BUSY_PAUSE
+        if isinstance(result, Failed):
+            return self._failed(copy, result)
+        if isinstance(result, Made):
+            if (said := self._unlike(copy, result.checksum)) is not None:
+                return self._failed(copy, Failed(said, permanent=True))
+            self._ready(copy, result.record, result.checksum)
+        return None
 
     def _look(self, copy: Json) -> float | None:
         """Nothing is at work on it: what is there, and what is to be done."""
@@ -113,9 +124,9 @@ class Agent:
             self._ready(copy, record, known)
             return _LOOK_SECONDS
         if record is not None and record.owner != uid:
-            return self._failed(copy, Failed(_foreign(image_name), permanent=True))
-        if status.get("permanent"):
-            return None
+            return self._failed(copy, Failed(foreign(record), elsewhere=True))
+        if status.get("permanent") and (record is not None or copy["spec"].get("make")):
+            return _LOOK_SECONDS
         if (wait := self._paused.get(name_of(copy), 0.0) - time.monotonic()) > 0:
             return wait
         image = self.images.get(image_name)
@@ -139,30 +150,43 @@ class Agent:
 
     def _ready(self, copy: Json, record: ImageRecord, checksum: str) -> None:
         with contextlib.suppress(VolumeBusy):  # it goes at the next look
-            self._uploads.forget(record.name)
+            self._uploads.forget(record.name, copy["spec"]["imageUID"])
         self._paused.pop(name_of(copy), None)
-        facts = facts_of(record, checksum)
-        self._tell(copy, State.READY, "", progress=100, address=self._settings.address, image=facts)
+        facts, used = facts_of(record, checksum), copy.get("status", {}).get("lastUsed", "")
+        used = max(used, self.wishes.last_used(record.name)) or recorded_now()
+        self._tell(copy, State.READY, "", progress=100, address=self._settings.address, image=facts, lastUsed=used)
 
     def _failed(self, copy: Json, failed: Failed) -> float | None:
         attempts = copy.get("status", {}).get("attempts", 0) + 1
         image = self.images.get(copy["spec"]["image"]) or {"spec": {}}
-        retries = image["spec"].get("retries")
-        permanent, text = failed.permanent, failed.text
-        if not permanent and retries is not None and attempts > retries:
-            permanent, text = True, f"{text} (given up after {attempts} attempts)"
-        pause = min(_FIRST_PAUSE * 2 ** min(attempts - 1, 10), _MOST_PAUSE)
+        retries, tried = image["spec"].get("retries"), image.get("status", {}).get("tried") or ()
+        in_all = attempts + sum(each["attempts"] for each in tried) if copy["spec"].get("make") else attempts
+        permanent, text, elsewhere = failed.permanent, failed.text, failed.elsewhere
+        if not permanent and retries is not None and in_all > retries:
+            permanent, text, elsewhere = True, f"{text} (given up after {in_all} attempts)", False
+        pause = min(_FIRST_PAUSE * 2 ** min(in_all - 1, 10), _MOST_PAUSE)
         log.warning("image not made", image=copy["spec"]["image"], error=text, permanent=permanent, attempts=attempts)
         self._paused[name_of(copy)] = time.monotonic() + pause
-        self._tell(copy, State.FAILED, text, attempts=attempts, permanent=permanent)
-        return None if permanent else pause
+        self._tell(copy, State.FAILED, text, attempts=attempts, permanent=permanent, elsewhere=elsewhere or None)
+        return _LOOK_SECONDS if permanent else pause
+
+    def _unlike(self, copy: Json, checksum: str) -> str | None:
+        """What to say of a file that is another one than the Image's: all of its copies are the same."""
+        name = copy["spec"]["image"]
+        expected = (self.images.get(name) or {}).get("status", {}).get("checksum")
+        if expected in (None, checksum):
+            return None
+        return (
+            f"the file of image {name} on this node has the SHA-256 {checksum} and that of the Image is {expected}; "
+            f"remove it there with luks-csi image delete {name} --owned, it is pulled from another node then"
+        )
 
     def _remove(self, copy: Json) -> float | None:
         name, uid = copy["spec"]["image"], copy["spec"]["imageUID"]
         try:
             if not self._wanted_otherwise(copy):
                 self._library.drop(name, uid)
-                self._uploads.forget(name)
+                self._uploads.forget(name, uid)
         except DriverError as error:
             self._tell(copy, state_of(copy), f"not removed yet: {error}")
             return 2.0
@@ -186,7 +210,7 @@ class Agent:
         if state is not State.IN_PROGRESS:  # what told of the way there is told no more
             wanted = dict.fromkeys(("doing", "bytesDone", "bytesTotal", "bytesPerSecond")) | wanted
         if state is State.READY:
-            wanted |= {"attempts": None, "permanent": None}
+            wanted |= {"attempts": None, "permanent": None, "elsewhere": None}
         patch = {key: value for key, value in wanted.items() if before.get(key) != value}
         if patch:
             with contextlib.suppress(NotFound):
@@ -207,13 +231,6 @@ class Agent:
         for copy in self.copies.all():
             if copy["spec"]["image"] == name_of(image):
                 self.controller.tell(name_of(copy))
-
-
-def _foreign(name: str) -> str:
-    return (
-        f"this node has an image {name} already that is not this Image's; remove it there with luks-csi image delete "
-        f"{name}, or give the Image another name"
-    )
 
 
 def _words(job: Job) -> str:

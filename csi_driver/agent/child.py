@@ -15,8 +15,10 @@ from typing import Final
 import msgspec
 
 from csi_driver.agent.pulling import pull
-from csi_driver.agent.work import CloneWork, Doing, Download, Export, Failed, Line, Made, Pull, Request, Upload
+from csi_driver.agent.rate import Rate, paced
+from csi_driver.agent.work import CloneWork, Doing, Download, Export, Failed, Line, Made, Pull, Request, Upload, foreign
 from csi_driver.host.hardening import die_with_parent, harden_process
+from csi_driver.host.syscalls import error_name
 from csi_driver.images.base import Progress
 from csi_driver.images.checkpoint import Operation
 from csi_driver.images.checksum import Checksum
@@ -28,16 +30,20 @@ from csi_driver.keys.secret import read_secret
 from csi_driver.model.errors import (
     Aborted,
     AlreadyExists,
+    CommandFailed,
+    DeviceUnreadable,
     DriverError,
     InvalidArgument,
     InvalidHeader,
     NotFound,
     OutOfRange,
+    ResourceExhausted,
 )
 from csi_driver.model.settings import Settings
 
 _EVERY_SECONDS: Final = 1.0
 _PERMANENT: Final = (InvalidArgument, InvalidHeader, OutOfRange)
+_OF_THIS_NODE: Final = (ResourceExhausted, DeviceUnreadable, CommandFailed, AlreadyExists)
 
 
 def main() -> None:
@@ -49,9 +55,11 @@ def main() -> None:
     try:
         _tell(make(request))
     except DriverError as error:
-        _tell(Failed(str(error), isinstance(error, _PERMANENT), isinstance(error, Aborted)))
+        busy, elsewhere = isinstance(error, Aborted), isinstance(error, _OF_THIS_NODE)
+        _tell(Failed(str(error), isinstance(error, _PERMANENT), busy, elsewhere))
     except OSError as error:
-        _tell(Failed(f"image {request.name} could not be made ({error.strerror}); check the disk of this node"))
+        said = f"image {request.name} could not be made ({error_name(error)}); check the disk of this node"
+        _tell(Failed(said, elsewhere=True))
 
 
 def make(request: Request) -> Made:
@@ -64,10 +72,7 @@ def make(request: Request) -> Made:
         except NotFound:
             record = _made(library, request)
     if record.owner != request.owner:
-        raise AlreadyExists(
-            f"this node has an image {request.name} that is not this Image's; remove it with luks-csi image delete "
-            f"{request.name}, or give the Image another name"
-        )
+        raise AlreadyExists(foreign(record))
     return Made(record, library.checksum(request.name, _meter).digest)
 
 
@@ -100,8 +105,8 @@ def _exported(library: ImageLibrary, request: Request, work: Export) -> ImageRec
 
     driver = build_driver(Settings(state_dir=Path(work.state_dir)))
     try:
-        wanted = Wanted(work.volume, request.name, request.secret, request.owner)
-        return driver.offline().exports.export(wanted, library, _meter)
+        wanted = Wanted(work.volume, request.name, request.secret, request.owner, work.limit)
+        return driver.offline().exports.export(wanted, library, paced(_meter, Rate(work.rate)))
     finally:
         driver.stop()
 

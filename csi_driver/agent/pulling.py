@@ -14,7 +14,7 @@ from csi_driver.images.destinations import Connector, Destination, SocketAddress
 from csi_driver.images.fetch import fetch
 from csi_driver.images.store import ImageRecord
 from csi_driver.kube.copies import AGENTS
-from csi_driver.model.errors import DriverError, Unavailable
+from csi_driver.model.errors import DriverError, InvalidArgument, Unavailable
 
 _LARGEST_RECORD: Final = 1 << 20
 _WAIT_SECONDS: Final = 3.0
@@ -45,10 +45,15 @@ def _from(name: str, peer: str, work: Pull, folder: Path, meter: Meter) -> tuple
     def there(_host: str, number: int) -> list[SocketAddress]:
         return [(address, number)]
 
-    connector = Connector(resolve=there, allow_local=True, cacert=Path(work.ca))
+    try:
+        connector = Connector(resolve=there, allow_local=True, cacert=Path(work.ca))
+    except InvalidArgument as error:  # kubelet mounts them within minutes of when the operator has made them
+        raise Unavailable(f"nobody can be trusted yet: {error}") from None
     url = f"https://{AGENTS}:{port}/v1/copies/{name}"
     headers = {"Authorization": f"Bearer {work.token}"}
     offer = _offer(parse_url(f"{url}/record"), connector, headers, peer)
+    if work.checksum is not None and offer.checksum != work.checksum:
+        raise Unavailable(f"the agent at {peer} has another file under that name, of SHA-256 {offer.checksum}")
     path = folder / "pulled"
     if not path.exists():
         with meter("pulling", offer.record.file_size) as progress:

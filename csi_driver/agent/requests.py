@@ -7,12 +7,13 @@ import contextlib
 from csi_driver.agent.settings import AgentSettings
 from csi_driver.agent.uploads import Uploads
 from csi_driver.agent.work import CloneWork, Download, Entries, Export, Pull, Request, Upload
+from csi_driver.host.syscalls import error_name
 from csi_driver.images.checkpoint import Operation
 from csi_driver.images.credentials import PAIRS, authorization, pair_of
 from csi_driver.images.requests import MOST_BYTES
 from csi_driver.kube.client import Kube
 from csi_driver.kube.copies import State, state_of
-from csi_driver.kube.kinds import CONFIG_MAP, IMAGE_COPY, IMAGE_LABEL, SECRET, Json, name_of, uid_of
+from csi_driver.kube.kinds import CONFIG_MAP, IMAGE_COPY, IMAGE_LABEL, SECRET, Json, is_going, name_of, uid_of
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.sizes import read_size
 
@@ -35,11 +36,11 @@ class Requests:
         name, uid = name_of(image), uid_of(image)
         work: Download | Upload | CloneWork | Export | Pull | None
         if there:
-            work = Pull((), "", "")
+            work = Pull((), "", "")  # only its checksum is wanted
         elif copy["spec"].get("make") and "image" not in copy.get("status", {}):
             work = self._making(copy, image)
         else:
-            work = self._pulling(name, uid)
+            work = self._pulling(name, uid, image.get("status", {}).get("checksum"))
         if work is None:
             return None
         reference = spec.get("newSecretRef") or spec.get("secretRef")
@@ -61,7 +62,7 @@ class Requests:
             path = self._uploads.whole(name_of(image), uid_of(image))
             return None if path is None else Upload(str(path), checksum, limit)
         if "claim" in source:
-            return Export(copy["spec"].get("volume", ""), str(self._settings.state_dir))
+            return Export(copy["spec"].get("volume", ""), str(self._settings.state_dir), limit, self._settings.rate)
         clone = source["clone"]
         operation = Operation(clone.get("encryption", Operation.IGNORE))
         first = self._secret(spec.get("secretRef"))
@@ -74,7 +75,7 @@ class Requests:
             spec.get("sectorSize"),
         )
 
-    def _pulling(self, name: str, uid: str) -> Pull:
+    def _pulling(self, name: str, uid: str, checksum: str | None) -> Pull:
         there, _ = self._kube.list(IMAGE_COPY, labels={IMAGE_LABEL: name})
         peers = tuple(
             copy["status"]["address"]
@@ -82,11 +83,21 @@ class Requests:
             if copy["spec"]["imageUID"] == uid
             and copy["spec"]["node"] != self._settings.node
             and state_of(copy) is State.READY
+            and not is_going(copy)
             and copy["status"].get("address")
         )
         if not peers:
             raise FailedPrecondition(f"no other node has image {name} now; it is pulled when one does")
-        return Pull(peers, str(self._settings.tls_dir / "ca.crt"), self._settings.token_file.read_text().strip())
+        settings = self._settings
+        try:
+            token = settings.token_file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise FailedPrecondition(
+                f"the token by which agents know each other cannot be read from {settings.token_file} "
+                f"({error_name(error) if isinstance(error, OSError) else 'it is no text'}); look at the volumes of the "
+                f"node pod"
+            ) from None
+        return Pull(peers, str(settings.tls_dir / "ca.crt"), token, checksum)
 
     def _secret(self, reference: Json | None) -> Entries | None:
         """The entries that are text. Raises FailedPrecondition without the secret."""

@@ -4,7 +4,8 @@ from typing import Final
 
 from csi_driver.agent.access import Access
 from csi_driver.agent.agent import Agent
-from csi_driver.agent.server import CopyServer, Rate
+from csi_driver.agent.rate import Rate
+from csi_driver.agent.server import CopyServer
 from csi_driver.agent.settings import AgentSettings
 from csi_driver.agent.uploads import Uploads
 from csi_driver.host.log import log
@@ -32,6 +33,7 @@ class NodeAgent:
             Access(kube, settings.account),
             self._agent.copies.all,
             Rate(settings.rate),
+            self._obstacle,
         )
 
     def start(self) -> None:
@@ -42,12 +44,18 @@ class NodeAgent:
             if not informer.wait_synced(_SYNC_SECONDS):
                 raise FailedPrecondition(f"the agent cannot see the objects {informer.kind}: {informer.error}")
         self._agent.wishes.start()
+        self._agent.leftovers.start()
         log.info("image agent started", node=self._settings.node, address=self._settings.address)
 
     def stop(self) -> None:
         """End; what is under way is gone on with by the next agent."""
         self._server.stop()
         self._agent.stop()
+
+    def _obstacle(self) -> str:
+        """Why what is known of the cluster may be old."""
+        informers = (self._agent.images, self._agent.copies)
+        return "; ".join(f"{each.kind}: {each.error}" for each in informers if each.error)
 
     def _uploaded(self, name: str) -> None:
         for copy in self._agent.copies.all():

@@ -4,13 +4,13 @@ GET  /v1/copies/NAME/record     what the copy is: its record and SHA-256 (agents
 GET  /v1/copies/NAME/file       its bytes; Range goes on behind a cut (agents)
 GET  /v1/uploads/NAME           how much of an upload is here: Upload-Offset
 PUT  /v1/uploads/NAME           bytes of it, Content-Range says which
+GET  /readyz                    whether the agent can be used, and why not (anybody: kubelet)
 """
 
 import contextlib
 import os
 import re
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +22,11 @@ from typing import Any, BinaryIO, ClassVar, Final, cast
 import msgspec
 
 from csi_driver.agent.access import Access
+from csi_driver.agent.certificate import Certificate
 from csi_driver.agent.pulling import Offer
+from csi_driver.agent.rate import Rate
 from csi_driver.agent.uploads import Uploads
+from csi_driver.host.listening import listening
 from csi_driver.host.log import log
 from csi_driver.images.library import ImageLibrary
 from csi_driver.kube.copies import State, state_of
@@ -64,27 +67,10 @@ _STATUS: Final = (
 )
 
 
-class Rate:
-    """At most so many bytes a second, all senders together; 0 is without a limit."""
-
-    def __init__(self, bytes_per_second: int) -> None:
-        self._per_second = bytes_per_second
-        self._guard = threading.Lock()
-        self._free_at = 0.0
-
-    def spend(self, count: int) -> None:
-        """Wait until so many bytes more may go."""
-        if not self._per_second:
-            return
-        with self._guard:
-            now = time.monotonic()
-            self._free_at = max(now, self._free_at) + count / self._per_second
-            wait = self._free_at - now
-        time.sleep(wait)
-
-
 class CopyServer:
-    """Serves at `listen` (host, port) from `start` to `stop`. `copies` tells the objects of this node."""
+    """Serves at `listen` (host, port) from `start` to `stop`. `copies` tells the objects of this node, `obstacle` why
+    its agent is not ready, "" when it is: an agent without a certificate can tell nobody.
+    """
 
     def __init__(
         self,
@@ -95,9 +81,10 @@ class CopyServer:
         access: Access,
         copies: Callable[[], list[Json]],
         rate: Rate,
+        obstacle: Callable[[], str] = lambda: "",
     ) -> None:
         self._listen = listen
-        self._tls = _Certificate(tls_dir)
+        self._tls = Certificate(tls_dir)
         self._thread: threading.Thread | None = None
         self._server: _Server | None = None
         self._room = threading.BoundedSemaphore(_MOST_AT_ONCE)
@@ -112,6 +99,7 @@ class CopyServer:
         self.access = access
         self.copies = copies
         self.rate = rate
+        self.obstacle = obstacle
 
     def start(self) -> None:
         """Listen. Raises FailedPrecondition when the address cannot be used."""
@@ -161,38 +149,18 @@ class CopyServer:
         raise NotFound(f"no upload of image {name} is awaited on this node")
 
 
-class _Certificate:
-    """The certificate of a folder like a mounted secret of type kubernetes.io/tls; read anew when it was changed."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._seen = (0, 0)
-        self._context: ssl.SSLContext | None = None
-        self._guard = threading.Lock()
-
-    def context(self) -> ssl.SSLContext:
-        """Raises OSError without one (ssl.SSLError is one)."""
-        with self._guard:
-            found = os.stat(self._folder / "tls.crt")
-            seen = (found.st_ino, found.st_mtime_ns)
-            if self._context is None or seen != self._seen:
-                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-                context.minimum_version = ssl.TLSVersion.TLSv1_2
-                context.load_cert_chain(self._folder / "tls.crt", self._folder / "tls.key")
-                self._context, self._seen = context, seen
-            return self._context
-
-
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
-    request_queue_size = 64
 
-    def __init__(self, listen: tuple[str, int], handler: type["_Handler"], certificate: _Certificate) -> None:
+    def __init__(self, listen: tuple[str, int], handler: type["_Handler"], certificate: Certificate) -> None:
         self._certificate = certificate
         self._guard = threading.Lock()
         self._asking: dict[int, tuple[float, socket.socket]] = {}
-        super().__init__(listen, handler)
+        super().__init__(listen, handler, bind_and_activate=False)
+        self.socket.close()  # that one is of IPv4 only
+        self.socket = listening(*listen)
+        self.server_address = self.socket.getsockname()
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """In the connection's own thread: who is slow in the handshake keeps nobody else waiting."""
@@ -257,6 +225,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.server.has_asked(self.connection.fileno())
         try:
+            if self.path == "/readyz" and self.command == "GET":
+                return self._ready()
             found = _PATH.fullmatch(self.path)
             if found is None:
                 raise NotFound("there is nothing of that name")
@@ -271,6 +241,11 @@ class _Handler(BaseHTTPRequestHandler):
             log.error("request of a copy failed", path=self.path, error=type(error).__name__)
             with contextlib.suppress(OSError):
                 self._say(HTTPStatus.INTERNAL_SERVER_ERROR, b"it failed; the agent's log tells more\n")
+
+    def _ready(self) -> None:
+        obstacle = self.server_side.obstacle()
+        status = HTTPStatus.SERVICE_UNAVAILABLE if obstacle else HTTPStatus.OK
+        self._say(status, f"{obstacle or 'ok'}\n".encode())
 
     def _token(self) -> str:
         kind, _, token = self.headers.get("Authorization", "").partition(" ")

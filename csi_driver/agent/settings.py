@@ -8,6 +8,7 @@ from pathlib import Path
 class AgentSettings:
     """What an administrator can set. `address` is HOST:PORT where other agents reach this one, `listen` what it listens
     at; `account` is whose tokens are agents'. `rate` is in bytes a second, 0 without a limit.
+    Files of Images that are gone stay for `leftover_seconds`.
     """
 
     node: str
@@ -20,6 +21,7 @@ class AgentSettings:
     rate: int = 0
     jobs_at_once: int = 2
     allow_local: bool = False
+    leftover_seconds: float = 3600.0
 
     @property
     def images(self) -> Path:

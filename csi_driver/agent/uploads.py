@@ -66,10 +66,19 @@ class Uploads:
             self.came(name)
         return there
 
-    def forget(self, name: str) -> None:
-        """Remove what was uploaded; absent is fine. Raises VolumeBusy while somebody uploads it."""
+    def owned(self) -> dict[str, str]:
+        """What there is of uploads: by the image's name the uid of the Image that it is for."""
+        found = {}
+        for path in self._folder.glob("*/for"):
+            with contextlib.suppress(OSError):
+                found[path.parent.name] = read_file(path).decode(errors="replace")
+        return found
+
+    def forget(self, name: str, uid: str) -> None:
+        """Remove what was uploaded for this Image; nothing of it is fine. Raises VolumeBusy while it is uploaded."""
         with self._alone(name), _told(name):
-            self._files.remove_folder(self._folder / name)
+            if self._is_for(name, uid):
+                self._files.remove_folder(self._folder / name)
 
     def _agree(self, path: Path, name: str, total: int) -> None:
         """The first piece says how long the image is; who says otherwise later would make half of it the whole."""

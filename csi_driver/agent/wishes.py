@@ -40,6 +40,10 @@ class Wishes:
         """Look no more."""
         self._looks.ask_to_end()
 
+    def last_used(self, name: str) -> str:
+        """When a volume of this node last started from an image, as it is recorded; "" where nobody knows of any."""
+        return self._cluster.last_used(name)
+
     def look(self, _ending: Ending) -> None:
         """Tell of every image, and have a copy of each that a volume of this node waits for."""
         images = {name_of(image): image for image in self._images.all() if not is_going(image)}

@@ -47,21 +47,26 @@ class CloneWork(msgspec.Struct, frozen=True, tag=True):
 
 
 class Pull(msgspec.Struct, frozen=True, tag=True):
-    """From an agent that has it: `peers` are HOST:PORT, `ca` is the path of a PEM file, `token` says who we are."""
+    """From an agent that has it: `peers` are HOST:PORT, `ca` is the path of a PEM file, `token` says who we are;
+    `checksum` is the SHA-256 that the Image says, where it does.
+    """
 
     peers: tuple[str, ...]
     ca: str
     token: str
+    checksum: str | None = None
 
     def __repr__(self) -> str:
         return f"Pull(peers={self.peers!r})"
 
 
 class Export(msgspec.Struct, frozen=True, tag=True):
-    """The content of a volume of this node."""
+    """The content of a volume of this node: `limit` bytes at most, and `rate` of them a second where that is not 0."""
 
     volume: str
     state_dir: str
+    limit: int
+    rate: int
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,15 +97,26 @@ class Made(msgspec.Struct, frozen=True, tag=True):
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
     """It could not be made. `text` is one sentence; `permanent` where no repetition helps, `busy` where a state passes
-    by itself: an earlier child that has not ended, a file that is being removed.
+    by itself: an earlier child that has not ended, a file that is being removed; `elsewhere` where it is this node's
+    fault, its disk's say, and another one may be able to.
     """
 
     text: str
     permanent: bool = False
     busy: bool = False
+    elsewhere: bool = False
 
 
 Line = Doing | Made | Failed
+
+
+def foreign(record: ImageRecord) -> str:
+    """What to do about an image that has the name of an Image and is not its copy."""
+    whose, owned = ("that was made by hand", "") if record.owner is None else ("of an earlier Image", " --owned")
+    return (
+        f"this node has an image {record.name} {whose} already that is not this Image's; remove it there with luks-csi "
+        f"image delete {record.name}{owned}, or give the Image another name"
+    )
 
 
 def facts_of(record: ImageRecord, checksum: str) -> Json:

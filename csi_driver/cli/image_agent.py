@@ -1,5 +1,7 @@
 """`luks-csi image-agent`: makes and keeps a node's copies of the Images of its cluster."""
 
+import contextlib
+import ipaddress
 import os
 from typing import Any
 
@@ -9,7 +11,7 @@ from csi_driver.cli.cluster import cluster
 from csi_driver.cli.loading import loading
 from csi_driver.cli.logs import configure_logs
 from csi_driver.cli.serve import settings_params
-from csi_driver.cli.setting import number, read_folder, read_path, read_truth, setting
+from csi_driver.cli.setting import number, read_folder, read_path, read_truth, seconds, setting
 from csi_driver.host.hardening import harden_process
 from csi_driver.model.settings import LogFormat
 from csi_driver.model.sizes import read_size
@@ -19,6 +21,10 @@ _OPTIONS = ("node_id", "state_dir", "log_format", "log_level")
 
 
 def _address(text: str) -> str:
+    """$(POD_IP):9810 of a manifest has no brackets around an address of IPv6."""
+    host, _, port = text.rpartition(":")
+    with contextlib.suppress(ValueError):
+        text = f"[{ipaddress.IPv6Address(host)}]:{port}"
     host_and_port(text)
     return text
 
@@ -38,8 +44,10 @@ def _text(text: str) -> str:
         setting("--account", "account", _text, "USER", "system:serviceaccount:luks-csi:luks-csi-node", "Whose tokens "
                 "are agents'."),
         setting("--jobs", "jobs_at_once", number(1, 16), "NUMBER", 2, "Images at work at once."),
-        setting("--rate-limit", "rate", read_size, "SIZE", "0", "Most bytes a second that go to other nodes; 0 is "
-                "without a limit."),
+        setting("--rate-limit", "rate", read_size, "SIZE", "0", "Most bytes a second that go to other nodes, and "
+                "that an export reads; 0 is without a limit."),
+        setting("--leftover-seconds", "leftover_seconds", seconds(1), "SECONDS", "3600", "How long files stay whose "
+                "Image is gone."),
         setting("--allow-local", "allow_local", read_truth, "true|false", "false", "Download from loopback, link-local "
                 "and metadata addresses too.", is_flag=False, flag_value="true"),
     ]

@@ -39,6 +39,8 @@ def _listen(text: str) -> tuple[str, int] | None:
                 "BackingImages lie."),
         setting("--lost-seconds", "lost_seconds", seconds(1), "SECONDS", "300", "Without an agent for so long, a "
                 "node's copies count no more."),
+        setting("--unused-seconds", "unused_seconds", seconds(0), "SECONDS", "3600", "A copy beyond those that are "
+                "wanted goes when no volume started from it for so long; 0 keeps it."),
         setting("--admission-profile", "profile", one_of(("longhorn", "harvester")), "longhorn|harvester", "longhorn",
                 "Whose rules hold where the documents contradict each other."),
         setting("--webhook-listen", "webhook_listen", _listen, "HOST:PORT", "", "Where to serve the admission "

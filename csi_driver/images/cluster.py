@@ -2,6 +2,7 @@
 
 cluster/<image>.json    by the agent: an Image that is ready or being made, and how far bringing it to this node is
 wanted/<image>          by the driver: a volume waits for it here; the agent removes it when the image is here
+used/<image>            by the driver: its time is that of the last volume that started from it; removed with the first
 
 The driver has no token to ask Kubernetes with, and the agent no socket to be called at. Whoever is killed leaves whole
 files, and each says again what it has to say: neither is durable, as nothing hangs on them after a restart.
@@ -11,6 +12,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -20,6 +22,7 @@ from csi_driver.host.files import Files
 from csi_driver.host.syscalls import error_name
 from csi_driver.images.store import check_name
 from csi_driver.model.errors import FailedPrecondition, InvalidArgument
+from csi_driver.model.times import recorded
 
 _MOST_BYTES: Final = 16 << 10
 _LONGEST_MESSAGE: Final = 1024
@@ -48,6 +51,7 @@ class ClusterImages:
     def __init__(self, folder: Path) -> None:
         self._told = folder / "cluster"
         self._wanted = folder / "wanted"
+        self._used = folder / "used"
         self._files = Files()
 
     def tell(self, name: str, uid: str, *, ready: bool, percent: int | None, message: str) -> None:
@@ -55,13 +59,14 @@ class ClusterImages:
         found = ClusterImage(uid=uid, ready=ready, percent=percent, message=_one_line(message))
         path = self._path(name)
         with _usable(path):
-            self._made(self._told)
+            _made(self._told)
             self._files.write_volatile(path, msgspec.json.encode(found))
 
     def forget(self, name: str) -> None:
         """For the agent: the cluster has no such Image any more; none that was told of is fine."""
         path = self._path(name)
         with _usable(path):
+            self._files.remove(self._used / name)
             self._files.remove(path)
 
     def names(self) -> Sequence[str]:
@@ -97,11 +102,20 @@ class ClusterImages:
 
     def want(self, name: str) -> None:
         """For the driver: a volume waits for that image; again is fine, and by several calls at once."""
-        path = self._wanting(name)
-        with _usable(path):
-            self._made(self._wanted)
-            # Not written beside and renamed: others may do the same, and of an empty file there is no half.
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        _touch(self._wanting(name))
+
+    def use(self, name: str) -> None:
+        """For the driver: a volume starts from that image now."""
+        check_name(name)
+        _touch(self._used / name)
+
+    def last_used(self, name: str) -> str:
+        """For the agent: when `use` was called last, in the form of records; "" if it never was."""
+        check_name(name)
+        path = self._used / name
+        with _usable(path), suppress(FileNotFoundError):
+            return recorded(datetime.fromtimestamp(path.stat(follow_symlinks=False).st_mtime, UTC))
+        return ""
 
     def _path(self, name: str) -> Path:
         check_name(name)
@@ -111,10 +125,22 @@ class ClusterImages:
         check_name(name)
         return self._wanted / name
 
-    @staticmethod
-    def _made(folder: Path) -> None:
-        for each in (folder.parent, folder):
-            each.mkdir(mode=0o700, exist_ok=True)
+
+def _made(folder: Path) -> None:
+    for each in (folder.parent, folder):
+        each.mkdir(mode=0o700, exist_ok=True)
+
+
+def _touch(path: Path) -> None:
+    """Have an empty file with the time of now."""
+    with _usable(path):
+        _made(path.parent)
+        # Not written beside and renamed: others may do the same, and of an empty file there is no half.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            os.utime(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _names(folder: Path, end: str) -> Sequence[str]:

@@ -79,6 +79,11 @@ class ImageLibrary:
         """What cut calls have left: the same call goes on with it, `delete` removes it."""
         return list(self._store.unfinished())
 
+    def owned(self) -> dict[str, str]:
+        """Which of both are for Image objects: by name the uid. What cannot be read is left out."""
+        owners = ((name, self._owner(name)) for name in (*self.names(), *self.unfinished()))
+        return {name: owner for name, owner in owners if owner is not None}
+
     def get(self, name: str) -> ImageRecord:
         """The record of an image. Raises InvalidArgument, NotFound, FailedPrecondition."""
         return self._store.get(name)

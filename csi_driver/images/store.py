@@ -129,7 +129,7 @@ class ImageStore:
         elif (maker := self.maker(name)) != owner:
             raise AlreadyExists(
                 f"an unfinished image {name} is on this node that was begun {_begun_by(maker)}; let that end, or "
-                f"remove it with luks-csi image delete {name}"
+                f"remove it with luks-csi image delete {name}{'' if maker is None else ' --owned'}"
             )
         return folder
 

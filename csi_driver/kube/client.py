@@ -22,6 +22,7 @@ from lightkube.models.meta_v1 import ObjectMeta
 from lightkube.resources.core_v1 import ServiceAccountToken
 from lightkube.types import PatchType
 
+from csi_driver.host.syscalls import error_name
 from csi_driver.kube.kinds import Json, Kind
 from csi_driver.model.errors import (
     Aborted,
@@ -80,7 +81,6 @@ class Kube:
         self._client: Any = Client(
             config=config, timeout=httpx2.Timeout(_SECONDS), trust_env=False, transport=transport
         )
-        self.server = config.cluster.server
 
     @classmethod
     def of(cls, kubeconfig: Path | None = None) -> "Kube":
@@ -192,7 +192,12 @@ class Kube:
             return
 
     def account_token(self, namespace: str, name: str, audience: str) -> str:
-        """A token of a service account for an hour, made for that audience (TokenRequest). Raises NotFound."""
+        """A token of a service account for an hour, made for that audience (TokenRequest).
+
+        Raises NotFound, InvalidArgument.
+        """
+        _check_name(_ACCOUNT, name)
+        _check_namespace(namespace)
         asked = ServiceAccountToken(
             metadata=ObjectMeta(),  # lightkube looks into it
             spec=TokenRequestSpec(audiences=[audience], expirationSeconds=3600),
@@ -202,10 +207,16 @@ class Kube:
 
     @property
     def own_token(self) -> str | None:
-        """The bearer token of the kubeconfig's user, if that is what it has."""
+        """The bearer token of the kubeconfig's user, if that is what it has. Raises FailedPrecondition."""
         user = self._client.config.user
         if user is not None and user.token_file:
-            return Path(user.token_file).read_text().strip()
+            try:
+                return Path(user.token_file).read_text().strip()
+            except (OSError, UnicodeDecodeError) as error:
+                why = error_name(error) if isinstance(error, OSError) else "it is no text"
+                raise FailedPrecondition(
+                    f"the token of the kubeconfig's user cannot be read from {user.token_file} ({why}); check that file"
+                ) from None
         return user.token if user is not None else None
 
     def close(self) -> None:
@@ -267,10 +278,15 @@ def _check_name(kind: Kind, name: str) -> None:
         raise InvalidArgument(f"no {kind} can have the name {name!r}; name another one")
 
 
+def _check_namespace(namespace: str) -> None:
+    if not _is_name(namespace):
+        raise InvalidArgument(f"no namespace can have the name {namespace!r}; name another one")
+
+
 def _within(kind: Kind, namespace: str) -> dict[str, str]:
     """The namespace as lightkube takes it."""
-    if namespace not in ("", ALL_NS) and not _is_name(namespace):
-        raise InvalidArgument(f"no namespace can have the name {namespace!r}; name another one")
+    if namespace not in ("", ALL_NS):
+        _check_namespace(namespace)
     if kind.namespaced and not namespace:
         raise InvalidArgument(f"a {kind} without a namespace was asked for; name it")
     return {"namespace": namespace} if kind.namespaced else {}

@@ -3,23 +3,21 @@
 from typing import Final, Protocol
 
 from csi_driver.kube.kinds import (
-    BACKING_IMAGE,
     CRD,
     CSI_DRIVER,
     IMAGE,
     IMAGE_COPY,
-    MANAGED_BY,
     MANAGER,
     NODE,
     POD,
     VALIDATING,
-    VIRTUAL_MACHINE_IMAGE,
     Json,
     Kind,
     name_of,
 )
 from csi_driver.model.errors import AlreadyExists, DriverError, FailedPrecondition, InvalidArgument
 from csi_driver.operator.certificates import WEBHOOKS
+from csi_driver.operator.compat import check_crds
 from csi_driver.operator.images import AGENT_LABELS, is_up
 from csi_driver.volumes.finding import Finding, look_at
 
@@ -73,17 +71,7 @@ class ClusterHealth:
         return "Image and ImageCopy are there"
 
     def _foreign_kinds(self) -> str:
-        found = {kind: self._definition(kind) for kind in (BACKING_IMAGE, VIRTUAL_MACHINE_IMAGE)}
-        theirs = [
-            str(kind) for kind, definition in found.items()
-            if definition is not None and (definition["metadata"].get("labels") or {}).get(MANAGED_BY) != MANAGER
-        ]  # fmt: skip
-        if theirs:
-            raise FailedPrecondition(
-                f"{' and '.join(theirs)} are another program's, and the operator does not start beside it; remove what "
-                f"is left of that program, or take the operator away"
-            )
-        ours = [str(kind) for kind, definition in found.items() if definition is not None]
+        ours = [kind.name for kind in sorted(check_crds(self._api), key=str)]
         return f"{' and '.join(ours)} are served" if ours else "none are served"
 
     def _definition(self, kind: Kind) -> Json | None:

@@ -11,13 +11,18 @@ from csi_driver.kube.informer import Informer
 from csi_driver.kube.kinds import BACKING_IMAGE, CRD, MANAGED_BY, MANAGER, VIRTUAL_MACHINE_IMAGE, Json, Kind
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.operator.backing_images import BackingImages
-from csi_driver.operator.standing import Api
 from csi_driver.operator.virtual_machine_images import VirtualMachineImages
 
 _KINDS: Final = (BACKING_IMAGE, VIRTUAL_MACHINE_IMAGE)
 
 
-def check_crds(api: Api) -> frozenset[Kind]:
+class Reads(Protocol):
+    """The call of `Kube` that is made here, with its errors."""
+
+    def get(self, kind: Kind, name: str, namespace: str = "") -> Json | None: ...
+
+
+def check_crds(api: Reads) -> frozenset[Kind]:
     """Which of the two kinds are served here. Raises FailedPrecondition where one is somebody else's."""
     served = set()
     for kind in _KINDS:

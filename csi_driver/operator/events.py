@@ -15,10 +15,9 @@ _MOST_BYTES: Final = 1024
 class Events:
     """Writes events; one that cannot be written is left out, and that is logged."""
 
-    def __init__(self, kube: Kube, component: str, namespace: str) -> None:
+    def __init__(self, kube: Kube, component: str) -> None:
         self._kube = kube
         self._component = component
-        self._namespace = namespace
 
     def tell(self, kind: Kind, thing: Json, reason: str, message: str, *, warning: bool = False) -> None:
         """Write one about `thing`; a cluster-scoped one's lies in the namespace `default`, as kubectl expects."""

@@ -3,15 +3,16 @@
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from csi_driver.host.log import log
 from csi_driver.kube.client import Kube
 from csi_driver.kube.controller import Controller
+from csi_driver.kube.copies import State, state_of
 from csi_driver.kube.informer import Informer
 from csi_driver.kube.kinds import (
     CLAIM,
-    FINALIZER,
     IMAGE,
     IMAGE_COPY,
     NODE,
@@ -28,6 +29,7 @@ from csi_driver.model.times import recorded_now
 from csi_driver.operator.events import Events
 from csi_driver.operator.plan import FAILED, READY, Exported, Plan, World, plan
 from csi_driver.operator.settings import OperatorSettings
+from csi_driver.operator.standing import keep, sooner
 from csi_driver.operator.users import users_of_image
 
 AGENT_LABELS: Final = {"app.kubernetes.io/name": "luks-csi", "app.kubernetes.io/component": "node"}
@@ -67,15 +69,16 @@ class Images:
             return None
         copies = self._copies(name)
         lost, look_again = self._lost(copies)
+        idle, idle_later = self._idle(image, copies)
         world = World(
             now=recorded_now(), agents=self._agents(), nodes=frozenset(map(name_of, self.nodes.all())), lost=lost,
-            **self._of_source(image), users=self._users(image) if is_going(image) else (),
+            **self._of_source(image), users=self._users(image) if is_going(image) else (), idle=idle,
         )  # fmt: skip
         found = plan(image, copies, world)
         later = self._write(image, found)
         self._do(image, copies, found)
         claim = _CLAIM_SECONDS if isinstance(world.claim, str) else None
-        return min((each for each in (later, look_again, claim) if each is not None), default=None)
+        return sooner(later, look_again, idle_later, claim)
 
     def _do(self, image: Json, copies: Sequence[Json], found: Plan) -> None:
         for copy in found.create:
@@ -88,11 +91,7 @@ class Images:
             self._kube.delete(IMAGE_COPY, name)
         self._let_go([copy for copy in copies if name_of(copy) in found.forget])
         if found.finalizer is not None:
-            others = [each for each in image["metadata"].get("finalizers", ()) if each != FINALIZER]
-            wanted = [*others, FINALIZER] if found.finalizer else others
-            patch = {"metadata": {"finalizers": wanted, "resourceVersion": image["metadata"]["resourceVersion"]}}
-            with contextlib.suppress(NotFound):
-                self.images.saw(self._kube.patch(IMAGE, name_of(image), patch))
+            keep(self._kube, IMAGE, self.images, image, kept=found.finalizer)
 
     def _write(self, image: Json, found: Plan) -> float | None:
         """Write what changed in the status; what only tells how far it is once a second. Seconds until that may be."""
@@ -181,24 +180,58 @@ class Images:
         return f"the volume of claim {namespace}/{name} lies on no node that its PersistentVolume names"
 
     def _users(self, image: Json) -> list[str]:
-        """Who keeps an image from being deleted, in words."""
-        return users_of_image(
-            name_of(image), self._settings.driver_name, self.classes.all(), self.images.all(), self.copies.all()
-        )
+        """Who keeps an image from being deleted, in words.
+
+        A clone that this operator has begun a moment ago may not be among the copies that were seen: whose end it would
+        be is asked of the API.
+        """
+        found = self._users_among(image, self.copies.all())
+        return found or self._users_among(image, self._kube.list(IMAGE_COPY)[0])
+
+    def _users_among(self, image: Json, copies: Sequence[Json]) -> list[str]:
+        return users_of_image(name_of(image), self._settings.driver_name, self.classes.all(), self.images.all(), copies)
+
+    def _idle(self, image: Json, copies: Sequence[Json]) -> tuple[list[str], float | None]:
+        """The copies that were ready and of no use for long enough, the longest first; when the next one has been so.
+
+        One beyond what is wanted: nobody has to look again for the others.
+        """
+        seconds, wanted = self._settings.unused_seconds, image["spec"].get("copies", 1)
+        ready = [copy for copy in copies if state_of(copy) is State.READY and not is_going(copy)]
+        if not seconds or len(ready) <= wanted:
+            return [], None
+        read = {copy["spec"]["node"] for copy in self._makers_of(name_of(image))}
+        now, since, waits = datetime.now(UTC), {}, [_CLAIM_SECONDS] if read else []
+        for copy in ready:
+            used = datetime.fromisoformat(copy["status"].get("lastUsed") or copy["metadata"]["creationTimestamp"])
+            left = seconds - (now - used).total_seconds()
+            if left > 0:
+                waits.append(left)
+            elif copy["spec"]["node"] not in read:
+                since[name_of(copy)] = used
+        return sorted(since, key=lambda name: since[name]), min(waits, default=None)
+
+    def _makers_of(self, source: str) -> list[Json]:
+        """The copies that are being made of an image."""
+        clones = {name_of(image) for image in self.images.all() if _cloned(image) == source}
+        return [
+            copy for copy in self.copies.all()
+            if copy["spec"]["image"] in clones and copy["spec"].get("make") and state_of(copy) is not State.READY
+        ]  # fmt: skip
 
     def _image_changed(self, image: Json) -> None:
         self.controller.tell(name_of(image))
-        source = image["spec"]["source"].get("clone", {}).get("image")
-        if source is not None:
+        if (source := _cloned(image)) is not None:
             self.controller.tell(source)
-        for other in self.images.all():
-            if other["spec"]["source"].get("clone", {}).get("image") == name_of(image):
-                self.controller.tell(name_of(other))
+        self._tell_clones(name_of(image))
 
     def _copy_changed(self, copy: Json) -> None:
         self.controller.tell(copy["spec"]["image"])
+        self._tell_clones(copy["spec"]["image"])
+
+    def _tell_clones(self, source: str) -> None:
         for image in self.images.all():
-            if image["spec"]["source"].get("clone", {}).get("image") == copy["spec"]["image"]:
+            if _cloned(image) == source:
                 self.controller.tell(name_of(image))
 
     def _nodes_changed(self, _thing: Json) -> None:
@@ -214,6 +247,12 @@ class Images:
         name = (storage_class.get("parameters") or {}).get("backingImage")
         if name and self.images.get(name) is not None:
             self.controller.tell(name)
+
+
+def _cloned(image: Json) -> str | None:
+    """The image that it is a clone of."""
+    name: str | None = image["spec"]["source"].get("clone", {}).get("image")
+    return name
 
 
 def is_up(pod: Json) -> bool:

@@ -1,7 +1,8 @@
 """What is to be done for one Image: decided from what there is, without a call, the same each time it is asked.
 
 The first copy is made on one node from the image's source; the others are pulled from nodes that have it. A file that
-once was ready is never made anew: it would be another one, with another volume key.
+once was ready is never made anew: it would be another one, with another volume key. What fails by a node's own fault is
+made on another one, when the first has let go of it: there are never two that make the same image.
 """
 
 import hashlib
@@ -11,13 +12,16 @@ from typing import Final
 
 from csi_driver.kube.copies import FACTS, State, copy_of, is_of, state_of
 from csi_driver.kube.kinds import Json, has_finalizer, is_going, name_of, uid_of
+from csi_driver.operator.standing import condition
 
 PENDING, IN_PROGRESS, READY, FAILED, DELETING = "Pending", "InProgress", "Ready", "Failed", "Deleting"
 
 _STATUS_KEYS: Final = (
     "phase", "message", "progress", "bytesPerSecond", "copies", "nodes", "upload", "conditions", "observedGeneration",
-    *FACTS,
+    "tried", *FACTS,
 )  # fmt: skip
+_TRIES: Final = 3
+"""How often a node that fails by its own fault tries, before another one does."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class World:
     """What else decides. `agents` are the nodes with an agent that is up, with their labels; `nodes` those there are;
     `lost` those without an agent for too long. `source` is the image that is cloned, `source_copies` its copies;
     `claim` tells volume and node of an exported claim, or why there is none. `users` keep the image from being deleted.
+    `idle` are the names of copies that nobody has used for long enough, the one that has waited longest first.
     """
 
     now: str
@@ -35,6 +40,7 @@ class World:
     source_copies: Sequence[Json] = ()
     claim: "Exported | str | None" = None
     users: Sequence[str] = ()
+    idle: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -58,9 +64,14 @@ class Plan:
 
 @dataclass
 class _Outcome:
+    """`tried` are the nodes that have failed by their own fault, while the image is not made: node, attempts, whether
+    that was for good, and the message.
+    """
+
     phase: str
     message: str
     reason: str
+    tried: Sequence[Json] = ()
 
 
 def plan(image: Json, copies: Sequence[Json], world: World) -> Plan:
@@ -75,7 +86,7 @@ def plan(image: Json, copies: Sequence[Json], world: World) -> Plan:
     else:
         found.forget = [name_of(copy) for copy in ours if copy["spec"]["node"] not in world.nodes]
         there = [copy for copy in ours if not is_going(copy) and copy["spec"]["node"] in world.nodes]
-        outcome = _keep(image, there, world, found)
+        outcome = _keep(image, there, ours, world, found)
         ours = there
     found.status = _status(image, ours, outcome, world)
     return found
@@ -93,7 +104,7 @@ def _delete(image: Json, ours: Sequence[Json], world: World, found: Plan) -> _Ou
     return _Outcome(DELETING, "; ".join(slow) or f"its files are being removed from {len(ours)} nodes", "Deleting")
 
 
-def _keep(image: Json, there: Sequence[Json], world: World, found: Plan) -> _Outcome:
+def _keep(image: Json, there: Sequence[Json], ours: Sequence[Json], world: World, found: Plan) -> _Outcome:
     near = [copy for copy in there if copy["spec"]["node"] not in world.lost]
     ready = [copy for copy in near if state_of(copy) is State.READY]
     if ready:
@@ -107,6 +118,10 @@ def _keep(image: Json, there: Sequence[Json], world: World, found: Plan) -> _Out
         return _Outcome(
             FAILED, "the nodes that had it are gone, and with them each copy; delete it and make it anew", "CopiesLost"
         )
+    leaving = [copy["spec"]["node"] for copy in ours if is_going(copy) and copy["spec"].get("make")]
+    if leaving := sorted(node for node in {*leaving} & world.nodes if node not in world.lost):
+        said = f"another node makes it when {' and '.join(leaving)} has removed its part"
+        return _Outcome(PENDING, "; ".join((*_failures(_tried(image)), said)), "Moving", _tried(image))
     return _make(image, near, there, world, found)
 
 
@@ -122,30 +137,35 @@ def _spread(image: Json, near: Sequence[Json], ready: Sequence[Json], world: Wor
         free = [node for node in _nodes(image, world) if node not in taken]
         found.create = [copy_of(image, node) for node in free[:missing]]
         missing -= len(found.create)
+    _remove_idle(ready, [copy for copy in ready if copy in counted], wanted, world, found)
     message = "" if missing <= 0 else f"{missing} more copies are wanted and no other node can have one"
     return _Outcome(READY, message, "Ready")
+
+
+def _remove_idle(ready: Sequence[Json], counted: Sequence[Json], wanted: int, world: World, found: Plan) -> None:
+    """Copies that are more than wanted, those first that nobody has used for longest."""
+    spare = len(counted) - wanted
+    by_name = {name_of(copy): copy for copy in ready}
+    for name in (name for name in world.idle if name in by_name and spare >= 0):
+        is_one = by_name[name] in counted
+        if not is_one or spare:
+            found.delete.append(name)
+            spare -= is_one
 
 
 def _make(image: Json, near: Sequence[Json], there: Sequence[Json], world: World, found: Plan) -> _Outcome:
     """There is none yet: one node makes it from its source."""
     makers = [copy for copy in near if copy["spec"].get("make")]
     if makers:
-        (maker, *_) = makers
-        state, message = state_of(maker), maker.get("status", {}).get("message", "")
-        if state is State.FAILED:
-            again = "" if maker["status"].get("permanent") else "; it is tried again"
-            return _Outcome(FAILED, f"node {maker['spec']['node']}: {message}{again}", "NotMade")
-        if state is State.AWAITING_UPLOAD:
-            return _Outcome(PENDING, "waits for luks-csi image upload", "AwaitingUpload")
-        if state is State.IN_PROGRESS:
-            return _Outcome(IN_PROGRESS, f"node {maker['spec']['node']}: {message}", "InProgress")
-        return _Outcome(PENDING, f"node {maker['spec']['node']} is to make it", "Scheduled")
+        return _made_by(image, makers[0], world, found)
     # One whose node has no agent any more is tidied up when that comes back.
     found.delete = [name_of(copy) for copy in there]
     source = image["spec"]["source"]
     if "claim" in source:
         return _export(image, world, found)
-    nodes = _nodes(image, world)
+    nodes = _makers(image, world)
+    if not nodes and _tried(image):
+        return _Outcome(FAILED, "; ".join(_failures(_tried(image))), "NotMade", _tried(image))
     if not nodes:
         return _Outcome(PENDING, "no node with an agent fits its nodeSelector", "NoNode")
     if "clone" in source:
@@ -153,9 +173,56 @@ def _make(image: Json, near: Sequence[Json], there: Sequence[Json], world: World
     return _begin(image, nodes[0], found)
 
 
+def _made_by(image: Json, maker: Json, world: World, found: Plan) -> _Outcome:
+    """How far the node is that makes it; one that fails by its own fault makes place for another one."""
+    node, told = maker["spec"]["node"], maker.get("status", {})
+    state, message, tried = state_of(maker), told.get("message", ""), _tried(image)
+    if state is State.FAILED:
+        permanent, attempts = bool(told.get("permanent")), told.get("attempts", 0)
+        others = [each for each in tried if each["node"] != node]
+        this = {"node": node, "attempts": _attempts(image, node) + attempts, "permanent": permanent, "message": message}
+        after, said = [*others, this], "; ".join(_failures([*others, this]))
+        if told.get("elsewhere") and (permanent or attempts >= _TRIES) and _can_move(image):
+            image = image | {"status": {**image.get("status", {}), "tried": after}}
+            if any(other != node for other in _makers(image, world)):
+                found.delete = [name_of(maker)]
+                return _Outcome(PENDING, f"{said}; another node is to make it", "Moving", after)
+        return _Outcome(FAILED, said if permanent else f"{said}; it is tried again", "NotMade", tried)
+    if state is State.AWAITING_UPLOAD:
+        return _Outcome(PENDING, "waits for luks-csi image upload", "AwaitingUpload")
+    if state is State.IN_PROGRESS:
+        return _Outcome(IN_PROGRESS, f"node {node}: {message}", "InProgress", tried)
+    return _Outcome(PENDING, f"node {node} is to make it", "Scheduled", tried)
+
+
+def _can_move(image: Json) -> bool:
+    """What is uploaded lies on its node, and so does a claim's volume."""
+    return not image["spec"]["source"].keys().isdisjoint(("download", "clone"))
+
+
+def _makers(image: Json, world: World) -> list[str]:
+    """The nodes that may make it, those that have failed least first; not those that have failed for good."""
+    for_good = {each["node"] for each in _tried(image) if each["permanent"]}
+    nodes = [node for node in _nodes(image, world) if node not in for_good]
+    return sorted(nodes, key=lambda node: _attempts(image, node))
+
+
+def _tried(image: Json) -> Sequence[Json]:
+    """The nodes that have failed by their own fault."""
+    return image.get("status", {}).get("tried") or ()
+
+
+def _attempts(image: Json, node: str) -> int:
+    return next((int(each["attempts"]) for each in _tried(image) if each["node"] == node), 0)
+
+
+def _failures(tried: Sequence[Json]) -> list[str]:
+    return [f"node {each['node']}: {each['message']}" for each in tried]
+
+
 def _begin(image: Json, node: str, found: Plan, volume: str | None = None) -> _Outcome:
     found.create = [copy_of(image, node, make=True, volume=volume)]
-    return _Outcome(PENDING, f"node {node} is to make it", "Scheduled")
+    return _Outcome(PENDING, f"node {node} is to make it", "Scheduled", _tried(image))
 
 
 def _export(image: Json, world: World, found: Plan) -> _Outcome:
@@ -179,15 +246,21 @@ def _clone(image: Json, nodes: Sequence[str], world: World, found: Plan) -> _Out
     having = {
         copy["spec"]["node"]: copy
         for copy in world.source_copies
-        if is_of(copy, source) and not is_going(copy) and copy["spec"]["node"] in world.agents
+        if is_of(copy, source) and copy["spec"]["node"] in world.agents
     }
-    for node in nodes:
-        if node in having and state_of(having[node]) is State.READY:
+    failed = [having[node] for node in nodes if node in having and state_of(having[node]) is State.FAILED]
+    usable = [node for node in nodes if node not in {copy["spec"]["node"] for copy in failed}]
+    if not usable:
+        return _Outcome(PENDING, f"image {name} cannot be brought: {_said(failed)}", "SourceNotHere", _tried(image))
+    least = [node for node in usable if _attempts(image, node) == _attempts(image, usable[0])]
+    for node in least:
+        if node in having and not is_going(having[node]) and state_of(having[node]) is State.READY:
             return _begin(image, node, found)
-    # None of the wanted nodes has the source: it is brought to one of them.
-    if not any(node in having for node in nodes):
-        found.create = [copy_of(source, nodes[0])]
-    return _Outcome(PENDING, f"image {name} is being brought to a node that fits its nodeSelector", "SourceNotHere")
+    # None of them has the source: it is brought to one.
+    if not any(node in having for node in least):
+        found.create = [copy_of(source, least[0])]
+    message = f"image {name} is being brought to a node that fits its nodeSelector"
+    return _Outcome(PENDING, message, "SourceNotHere", _tried(image))
 
 
 def refusal(name: str, encryption: str, *, encrypted: bool) -> str | None:
@@ -216,8 +289,8 @@ def _counts(world: World, node: str, selector: Mapping[str, str]) -> bool:
 
 
 def _said(copies: Sequence[Json]) -> str:
-    said = (f"node {copy['spec']['node']}: {copy['status']['message']}" for copy in copies if _message(copy))
-    return "; ".join(said)
+    told = ({"node": copy["spec"]["node"], "message": _message(copy)} for copy in copies if _message(copy))
+    return "; ".join(_failures([*told]))
 
 
 def _message(copy: Json) -> str:
@@ -228,7 +301,7 @@ def _status(image: Json, copies: Sequence[Json], outcome: _Outcome, world: World
     before = image.get("status", {})
     ready = [copy for copy in copies if state_of(copy) is State.READY]
     wanted = image["spec"].get("copies", 1)
-    facts = ready[0]["status"]["image"] if ready else before
+    facts = before if "checksum" in before or not ready else ready[0]["status"]["image"]
     maker = next((copy for copy in copies if copy["spec"].get("make")), None)
     told = maker.get("status", {}) if maker else {}
     awaiting = outcome.reason == "AwaitingUpload"
@@ -241,13 +314,16 @@ def _status(image: Json, copies: Sequence[Json], outcome: _Outcome, world: World
         "bytesPerSecond": told.get("bytesPerSecond") if outcome.phase == IN_PROGRESS else None,
         "copies": f"{len(ready)}/{wanted}",
         "nodes": sorted(map(_node, copies), key=lambda node: str(node["name"])),
+        "tried": [*outcome.tried] or None,
         "upload": {"node": maker["spec"]["node"], "address": told["address"]} if maker and awaiting else None,
     }
     complete = len(ready) >= wanted
     several = f"{len(ready)} of {wanted} copies are ready"
     status["conditions"] = [
-        _condition(before, "Ready", outcome.phase == READY, outcome.reason, outcome.message, world.now),
-        _condition(before, "CopiesComplete", complete, "Complete" if complete else "Incomplete", several, world.now),
+        condition(before, "Ready", _truth(outcome.phase == READY), outcome.reason, outcome.message, world.now),
+        condition(
+            before, "CopiesComplete", _truth(complete), "Complete" if complete else "Incomplete", several, world.now
+        ),
     ]
     return status
 
@@ -262,8 +338,5 @@ def _node(copy: Json) -> Json:
     return found
 
 
-def _condition(before: Json, kind: str, holds: bool, reason: str, message: str, now: str) -> Json:  # noqa: FBT001
-    status = "True" if holds else "False"
-    known = next((each for each in before.get("conditions", ()) if each["type"] == kind), None)
-    since = known["lastTransitionTime"] if known and known["status"] == status else now
-    return {"type": kind, "status": status, "reason": reason, "message": message, "lastTransitionTime": since}
+def _truth(holds: bool) -> str:  # noqa: FBT001 - of a condition
+    return "True" if holds else "False"

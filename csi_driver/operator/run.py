@@ -41,7 +41,7 @@ class Operator:
     def __init__(self, kube: Kube, settings: OperatorSettings, listen: tuple[str, int] | None = None) -> None:
         self._kube = kube
         self._settings = settings
-        self._events = Events(kube, "luks-csi-operator", settings.namespace)
+        self._events = Events(kube, "luks-csi-operator")
         self.images = Images(kube, settings, self._events)
         self.certificates = Certificates(kube, settings.namespace)
         self._certifying = Controller("certificates", self.certificates.reconcile)

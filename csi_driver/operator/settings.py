@@ -15,7 +15,8 @@ class Profile(StrEnum):
 class OperatorSettings:
     """Times in seconds. `backing_image_namespace` is where BackingImages lie, those of VirtualMachineImages too.
 
-    A copy counts no more when its node has had no agent for `lost_seconds`.
+    A copy counts no more when its node has had no agent for `lost_seconds`. One more than wanted is removed when no
+    volume was made of it for `unused_seconds`, with 0 never.
     """
 
     namespace: str = "luks-csi"
@@ -23,3 +24,4 @@ class OperatorSettings:
     backing_image_namespace: str = "longhorn-system"
     profile: Profile = Profile.LONGHORN
     lost_seconds: float = 300.0
+    unused_seconds: float = 3600.0

@@ -80,10 +80,20 @@ def users_of_image(
     users = [f"StorageClass {name_of(each)} names it" for each in classes_of_image(name, driver_name, classes)]
     for other in images:
         clone = other["spec"]["source"].get("clone", {})
-        going_on = other.get("status", {}).get("phase") not in (READY, FAILED) and not is_going(other)
-        if clone.get("image") == name and going_on and any(is_of(copy, other) for copy in copies):
+        if clone.get("image") == name and not is_going(other) and _is_being_made(other, copies):
             users.append(f"image {name_of(other)} is being cloned from it")
     return users
+
+
+def _is_being_made(image: Json, copies: Sequence[Json]) -> bool:
+    """Whether a node has begun to make it and may go on, or another one after it; it was not ready yet."""
+    told = image.get("status", {})
+    if "virtualSize" in told:
+        return False
+    makers = [copy for copy in copies if is_of(copy, image) and copy["spec"].get("make")]
+    return any(not copy.get("status", {}).get("permanent") for copy in makers) or bool(
+        told.get("tried") and told.get("phase") != FAILED
+    )
 
 
 def classes_of_image(name: str, driver_name: str, classes: Iterable[Json]) -> list[Json]:

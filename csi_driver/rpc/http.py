@@ -7,13 +7,13 @@ it meanwhile gets the same. Imported only where an HTTP address is set.
 
 import asyncio
 import contextlib
-import socket
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from email.utils import formatdate
 from http import HTTPStatus
 
+from csi_driver.host.listening import listening
 from csi_driver.host.log import log
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.rpc.endpoint import host_and_port
@@ -50,14 +50,14 @@ class HttpServer:
     def start(self) -> None:
         """Listen. Raises FailedPrecondition when the address cannot be used."""
         try:
-            listening = _listen(*host_and_port(self._address))
+            at = listening(*host_and_port(self._address))
         except OSError as error:
             raise FailedPrecondition(
                 f"the HTTP address {self._address} cannot be used ({error.strerror}); choose another"
             ) from None
         self._loop = asyncio.new_event_loop()
         server = self._loop.run_until_complete(
-            asyncio.start_server(self._clients.serve, sock=listening, limit=_LONGEST_HEAD, backlog=_MOST_CLIENTS)
+            asyncio.start_server(self._clients.serve, sock=at, limit=_LONGEST_HEAD, backlog=_MOST_CLIENTS)
         )
         self._thread = threading.Thread(target=self._serve, args=(self._loop, server), name="http", daemon=True)
         self._thread.start()
@@ -153,10 +153,3 @@ def _response(page: Page) -> bytes:
         f"Content-Type: {page.content_type}\r\nContent-Length: {len(page.body)}\r\nConnection: close\r\n\r\n"
     )
     return head.encode() + page.body
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    # Without a host: every address, of IPv6 too where there is such a thing. Clusters can be IPv6 only.
-    both = not host and socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, dualstack_ipv6=both)

@@ -20,7 +20,7 @@ from csi_driver.images.bring import Meter
 from csi_driver.images.checkpoint import Job, Operation, SourceIdentity
 from csi_driver.images.clone import run_pass
 from csi_driver.images.library import ImageLibrary
-from csi_driver.images.requests import check_secret
+from csi_driver.images.requests import MOST_BYTES, check_secret
 from csi_driver.images.source import RawReader
 from csi_driver.images.stopping import Told, untold
 from csi_driver.images.store import ImageRecord, Provenance, check_name
@@ -38,18 +38,21 @@ from csi_driver.volumes.two_keys import refuse_half
 
 @dataclass(frozen=True)
 class Export:
-    """The image `name` is to be made of a volume. `secret` (namespace/name), of an encrypted one, and `owner` as in
-    Import.
+    """The image `name` is to be made of a volume of `limit` bytes at most. `secret` (namespace/name), of an encrypted
+    one, and `owner` as in Import.
     """
 
     volume_id: str
     name: str
     secret: str | None = None
     owner: str | None = None
+    limit: int = MOST_BYTES
 
 
 class Exports:
-    """Makes images of volumes. It takes the volume's lock itself, for as long as the volume is read."""
+    """Makes images of volumes. It takes the volume's lock itself, for as long as the volume is read: a moment where the
+    file system lets image and volume share their blocks.
+    """
 
     def __init__(
         self, backend: Backend, locks: VolumeLocks, presences: Presences, loops: LoopDevices, slots: KeySlots
@@ -64,9 +67,9 @@ class Exports:
         """Copy a closed volume's file into the library; a killed call is gone on with by the next one of this name.
 
         A volume that was written to in between is copied from its start. Raises InvalidArgument (a secret for what is
-        not encrypted), NotFound, VolumeBusy, DeviceInUse (it is staged or open), FailedPrecondition (nothing is in it
-        yet, its key or volume key is being changed, it has a key of its own, it is no file, record and content
-        disagree), InvalidHeader, AlreadyExists and what `run_pass` raises.
+        not encrypted, more than the limit), NotFound, VolumeBusy, DeviceInUse (it is staged or open),
+        FailedPrecondition (nothing is in it yet, its key or volume key is being changed, it has a key of its own, it
+        is no file, record and content disagree), InvalidHeader, AlreadyExists and what `run_pass` raises.
         """
         check_name(wanted.name)
         check_secret(wanted.secret)
@@ -111,6 +114,11 @@ class Exports:
         if size != device_size(record):
             raise FailedPrecondition(
                 f"{where} is recorded with {device_size(record)} bytes and its file has {size}; end its expansion first"
+            )
+        if size > wanted.limit:
+            raise InvalidArgument(
+                f"{where} has {size} bytes and at most {wanted.limit} are allowed for image {wanted.name}; raise the "
+                f"limit"
             )
         payload, luks = size, None
         if record.encryption is not None:

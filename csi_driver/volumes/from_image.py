@@ -215,6 +215,8 @@ class BackingImages:
             )
         if record.owner is not None:
             self._refuse_replaced(name, record.owner)
+            with contextlib.suppress(DriverError):  # a copy that is taken for unused is brought again
+                self._cluster.use(name)
         return file, record
 
     def _absent(self, name: str) -> DriverError:

@@ -249,6 +249,10 @@ class Lab:
         environment = {"KUBECONFIG": str(self._kubeconfig_of(OPERATOR, self.folder / "operator.kubeconfig"))}
         return self._process("operator", _OPERATOR_OPTIONS, self.folder / "operator.log", environment)
 
+    def operator_with(self, *options: str) -> Process:
+        """The operator with options beside the usual ones; not started."""
+        return self.planted([*self._programs.get("operator", (_LUKS_CSI, "operator")), *options])
+
     def planted(self, program: Sequence[str]) -> Process:
         """The operator as another program; not started."""
         return Process([*program, *_OPERATOR_OPTIONS], self.operator.log, self.operator.environment)

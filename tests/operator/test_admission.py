@@ -129,6 +129,7 @@ kind: Role
 metadata: {name: alice, namespace: team}
 rules:
   - {apiGroups: [""], resources: [secrets, persistentvolumeclaims], verbs: [get]}
+  - {apiGroups: [""], resources: [pods], verbs: [create]}
   - {apiGroups: [harvesterhci.io], resources: [virtualmachineimages], verbs: [get]}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
@@ -149,6 +150,8 @@ spec:
 
 # Nobody has the operator read for him what he may not.
 
+BESIDE = ", create of every Pod of namespace vault"
+
 
 def make(kube: Kube, name: str, source: Json, **spec: object) -> Json:
     return kube.create(IMAGE, {"metadata": {"name": name}, "spec": {"source": source, **spec}})
@@ -164,7 +167,7 @@ def test_an_image_needs_its_users_right_to_each_secret_source_and_claim(lab: Adm
         ("a", clone("sealed", "reencrypt"),
          {"secretRef": reference("hidden", "vault"), "newSecretRef": reference("key")}, "Secret vault/hidden"),
         ("a", clone("others"), {}, "Image others"),
-        ("a", {"claim": reference("data", "vault")}, {}, "PersistentVolumeClaim vault/data"),
+        ("a", {"claim": reference("data", "vault")}, {}, f"PersistentVolumeClaim vault/data{BESIDE}"),
         ("a", {"download": {"url": "http://example.org", "credentialsRef": reference("hidden", "vault")}}, {},
          "Secret vault/hidden"),
         ("a", {"download": {"url": "http://example.org", "caConfigMapRef": reference("trust", "vault")}}, {},
@@ -188,9 +191,9 @@ def test_a_backing_image_needs_the_same(lab: Admitted, alice: Kube) -> None:
     for kind, parameters, spec, what in (
         ("clone", {"backing-image": "plain", "encryption": "encrypt", **hidden}, {}, "Secret vault/hidden"),
         ("clone", {"backing-image": "others"}, {}, "Image others"),
-        ("clone", {"backing-image": "later"}, {}, "BackingImage longhorn-system/later, Image later"),
+        ("clone", {"backing-image": "later"}, {}, "BackingImage longhorn-system/later, get of Image later"),
         ("upload", {}, {"secret": "hidden", "secretNamespace": "vault"}, "Secret vault/hidden"),
-        ("export-from-volume", {"volume-name": "pvc-1"}, {}, "every PersistentVolumeClaim"),
+        ("export-from-volume", {"volume-name": "pvc-1"}, {}, "every PersistentVolumeClaim, create of every Pod"),
     ):
         said = refusal(partial(lab.backing, "b", kind, parameters, alice, **spec))
         assert said.endswith("a role must allow get of " + what), said
@@ -206,7 +209,11 @@ def test_a_machine_image_needs_the_secrets_of_its_class_and_of_its_source(lab: A
     for kind, spec, what in (
         ("download", {"class_name": "hidden"}, "Secret vault/hidden"),
         ("download", {"storageClassParameters": encrypted("hidden", "vault")}, "Secret vault/hidden"),
-        ("export-from-volume", {"pvcName": "data", "pvcNamespace": "vault"}, "PersistentVolumeClaim vault/data"),
+        (
+            "export-from-volume",
+            {"pvcName": "data", "pvcNamespace": "vault"},
+            "PersistentVolumeClaim vault/data" + BESIDE,
+        ),
         ("clone", {"securityParameters": crypto("decrypt", "later")}, "every Secret"),
     ):
         said = refusal(partial(lab.machine, "m", kind, alice, **spec))
@@ -488,7 +495,7 @@ def test_an_image_in_use_is_not_deleted_and_its_users_are_named(lab: Admitted) -
         "team/disk waits for a volume of it; it can be deleted when it is not"
     )
     lab.kube.delete(STORAGE_CLASS, "from-busy")
-    lab.operator.patch(IMAGE, "copying", {"status": {"phase": "Ready"}}, status=True)
+    lab.operator.patch(IMAGE, "copying", {"status": ready()}, status=True)
     lab.seen(STORAGE_CLASS, "from-busy")
     lab.seen(IMAGE, "copying")
     lab.kube.delete(IMAGE, "busy")

@@ -88,17 +88,24 @@ def test_an_image_that_somebody_made_by_hand_is_not_touched(lab: Lab, web: Image
         subprocess.run([_LUKS_CSI, "image", "delete", "by-hand", "--yes", state], check=True)
 
 
-def test_a_full_disk_is_told_and_another_node_is_not_troubled(lab: Lab) -> None:
-    small = lab.folder / "small" / "images"
-    small.mkdir(parents=True)
+@pytest.fixture
+def small(lab: Lab) -> Iterator[str]:
+    """A node whose disk has room for four MiB."""
+    images = lab.images_of("small")
+    images.mkdir(parents=True, exist_ok=True)
     alone = ("unshare", "--user", "--map-root-user", "--mount")
-    if subprocess.run([*alone, "mount", "-t", "tmpfs", "none", small], capture_output=True, check=False).returncode:
+    if subprocess.run([*alone, "mount", "-t", "tmpfs", "none", images], capture_output=True, check=False).returncode:
         pytest.skip("no user namespaces here")
-    mount = f'mount -t tmpfs -o size=4m none "{small}" && exec "$@"'
-    lab.node("small", within=[*alone, "sh", "-c", mount, "sh"], room="little")
+    mount = f'mount -t tmpfs -o size=4m none "{images}" && exec "$@"'
+    lab.node("small", within=[*alone, "sh", "-c", mount, "sh"], room="little", spare="room")
+    yield "small"
+    lab.forget_node("small")
+
+
+def test_a_full_disk_is_told_and_another_node_is_not_troubled(lab: Lab, small: str) -> None:
     with serving(os.urandom(8 * MIB)) as server:
         lab.image("big", {"download": {"url": server.url()}}, nodeSelector={"room": "little"})
-        lab.wait_phase("big", "Failed", "node small: ")
+        lab.wait_phase("big", "Failed", f"node {small}: ")
         said = lab.status("big")["message"]
         assert said.endswith("make room; it is tried again"), said
         lab.image("big-elsewhere", {"download": {"url": server.url()}}, nodeSelector={"room": "enough"})
@@ -108,7 +115,28 @@ def test_a_full_disk_is_told_and_another_node_is_not_troubled(lab: Lab) -> None:
     assert lab.wait_copies("big-elsewhere", 1) == ["two"]
     for name in ("big", "big-elsewhere"):
         lab.delete_image(name)
-    lab.forget_node("small")
+
+
+def test_what_a_full_node_cannot_make_another_one_makes_and_the_source_comes_to_it(lab: Lab, small: str) -> None:
+    """A clone of two MiB has no room beside its source in four, of which a part is kept."""
+    lab.secret("moved-key")
+    with serving(os.urandom(2 * MIB)) as server:
+        lab.image("stays", {"download": {"url": server.url()}}, nodeSelector={"room": "little"})
+        lab.wait_phase("stays")
+        assert lab.wait_copies("stays", 1) == [small]
+        lab.kube.patch(NODE, "one", {"metadata": {"labels": {"spare": "room"}}})
+        lab.clone("moves", "stays", "encrypt", "moved-key", nodeSelector={"spare": "room"})
+        lab.wait("word of the node that is full", lambda: any(
+            each["node"] == small and each["attempts"] >= 3 for each in lab.status("moves").get("tried") or ()
+        ))  # fmt: skip
+        lab.wait_phase("moves")
+    assert lab.wait_copies("moves", 1) == ["one"]
+    assert "tried" not in lab.status("moves")
+    assert sorted(lab.wait_copies("stays", 2)) == sorted(["one", small])
+    assert len(server.requests) == 1
+    for name in ("moves", "stays"):
+        lab.delete_image(name)
+    lab.kube.patch(NODE, "one", {"metadata": {"labels": {"spare": None}}})
 
 
 def test_a_secret_that_is_missing_or_wrong_is_told_and_one_that_comes_is_used(lab: Lab, web: ImageServer) -> None:

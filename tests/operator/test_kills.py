@@ -175,6 +175,44 @@ def test_copies_of_a_lost_node_are_made_anew_and_it_may_come_back_or_go_for_good
         lab.forget_node(node)
 
 
+def test_a_node_that_was_taken_out_and_returns_gives_back_what_is_wanted_and_removes_what_is_not(
+    lab: Lab, web: ImageServer
+) -> None:
+    lab.node("returns", away="for-long")
+    for name in ("still-there", "gone-meanwhile"):
+        lab.image(name, {"download": {"url": web.url()}}, nodeSelector={"away": "for-long"})
+        lab.wait_phase(name)
+    lab.forget_node("returns")
+    lab.wait_phase("still-there", "Failed", "the nodes that had it are gone")
+    lab.delete_image("gone-meanwhile")
+    assert lab.file("returns", "gone-meanwhile").exists()
+    lab.node("returns", "--leftover-seconds=1", away="for-long")
+    lab.wait_phase("still-there")  # with its last file, which nobody has made anew
+    lab.wait("end of what is left", lambda: not lab.file("returns", "gone-meanwhile").exists())
+    assert lab.file("returns", "still-there").read_bytes() == web.content
+    assert len(web.requests) == 2
+    lab.delete_image("still-there")
+    lab.forget_node("returns")
+
+
+def test_a_copy_that_nobody_wants_any_more_goes(lab: Lab, web: ImageServer) -> None:
+    lab.image("fewer", {"download": {"url": web.url()}}, copies=2)
+    lab.wait_copies("fewer", 2)
+    lab.operator.stop()
+    short = lab.operator_with("--unused-seconds=1")
+    short.start()
+    try:
+        lab.kube.patch(IMAGE, "fewer", {"spec": {"copies": 1}})
+        (kept,) = lab.wait_copies("fewer", 1)
+        (other,) = {"one", "two"} - {kept}
+        lab.wait("end of the other file", lambda: not lab.file(other, "fewer").exists())
+        assert lab.file(kept, "fewer").read_bytes() == web.content
+    finally:
+        short.stop()
+        lab.operator.start()
+    lab.delete_image("fewer")
+
+
 def test_a_deletion_ends_when_the_node_that_it_waits_for_goes(lab: Lab, web: ImageServer) -> None:
     lab.node("dying", dying="yes")
     lab.image("held", {"download": {"url": web.url()}}, nodeSelector={"dying": "yes"})

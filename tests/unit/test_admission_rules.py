@@ -19,13 +19,14 @@ from csi_driver.kube.kinds import (
     Json,
     Kind,
 )
+from csi_driver.kube.users import User
 from csi_driver.model.errors import CommandFailed, DriverError, FailedPrecondition, InvalidArgument, PermissionDenied
 from csi_driver.operator.admission import machine_images, needs, review
 from csi_driver.operator.admission.admission import Admission
 from csi_driver.operator.admission.classes import ClassRules
 from csi_driver.operator.admission.images import ImageRules
 from csi_driver.operator.admission.lookups import ApiCluster
-from csi_driver.operator.admission.review import Request, User, Verdict
+from csi_driver.operator.admission.review import Request, Verdict
 from csi_driver.operator.admission.secrets import SecretRules, check_content
 from csi_driver.operator.admission.tally import Tally
 from csi_driver.operator.settings import OperatorSettings, Profile
@@ -62,8 +63,8 @@ class MemoryCluster:
     def all(self, kind: Kind) -> list[Json]:
         return [thing for (of, _, _), thing in self.things.items() if of == kind]
 
-    def may_get(self, _user: User, kind: Kind, name: str, namespace: str = "") -> bool:
-        return (kind.name, namespace, name) in self.may
+    def may_do(self, _user: User, verb: str, kind: Kind, name: str, namespace: str = "") -> bool:
+        return (kind.name if verb == "get" else f"{verb} {kind.name}", namespace, name) in self.may
 
 
 @pytest.fixture
@@ -406,22 +407,26 @@ def test_what_a_backing_image_clones_is_read_through_whom_it_stands_for(cluster:
     def found() -> list[str]:
         return list(map(str, needs.of_backing_image(backing, cluster)))
 
-    assert found() == ["BackingImage lh/s", "Image s"]
+    assert found() == ["get of BackingImage lh/s", "get of Image s"]
     cluster.put(BACKING_IMAGE, {"metadata": {"name": "s"}}, "lh")
-    assert found() == ["BackingImage lh/s"]
+    assert found() == ["get of BackingImage lh/s"]
     cluster.put(IMAGE, {"metadata": {"name": "s"}})  # somebody else's
-    assert found() == ["Image s"]
+    assert found() == ["get of Image s"]
     origin = {"images.luks.csi.internal/origin": "BackingImage/lh/s/1"}
     cluster.put(IMAGE, {"metadata": {"name": "s", "annotations": origin}})
-    assert found() == ["BackingImage lh/s"]
+    assert found() == ["get of BackingImage lh/s"]
 
 
 def test_an_exported_volume_is_its_claims(cluster: MemoryCluster) -> None:
     backing: Json = {"metadata": {"name": "b"}, "spec": {"sourceType": "export-from-volume", "sourceParameters": {}}}
-    assert list(map(str, needs.of_backing_image(backing, cluster))) == ["every PersistentVolumeClaim"]
+    assert list(map(str, needs.of_backing_image(backing, cluster))) == [
+        "get of every PersistentVolumeClaim", "create of every Pod",
+    ]  # fmt: skip
     backing["spec"]["sourceParameters"] = {"volume-name": "pv"}
     cluster.put(VOLUME, {"metadata": {"name": "pv"}, "spec": {"claimRef": {"name": "c", "namespace": "n"}}})
-    assert list(map(str, needs.of_backing_image(backing, cluster))) == ["PersistentVolumeClaim n/c"]
+    assert list(map(str, needs.of_backing_image(backing, cluster))) == [
+        "get of PersistentVolumeClaim n/c", "create of every Pod of namespace n",
+    ]  # fmt: skip
 
 
 def test_who_decrypts_a_machine_image_must_know_its_secret(cluster: MemoryCluster) -> None:
@@ -432,13 +437,49 @@ def test_who_decrypts_a_machine_image_must_know_its_secret(cluster: MemoryCluste
     def found(of: Json | None) -> list[str]:
         return list(map(str, needs.of_machine_image(machine, of, cluster)))
 
-    assert found(None) == ["VirtualMachineImage team/s", "every Secret"]
-    assert found(source) == ["VirtualMachineImage team/s", "Secret vault/key"]
+    assert found(None) == ["get of VirtualMachineImage team/s", "get of every Secret"]
+    assert found(source) == ["get of VirtualMachineImage team/s", "get of Secret vault/key"]
     security["cryptoOperation"] = "encrypt"
-    assert found(source) == ["VirtualMachineImage team/s"]
+    assert found(source) == ["get of VirtualMachineImage team/s"]
     machine["metadata"]["annotations"] = {"harvesterhci.io/storageClassName": "c"}
     cluster.put(STORAGE_CLASS, storage_class(encrypted("key", "team")))
-    assert found(source) == ["Secret team/key", "VirtualMachineImage team/s"]
+    assert found(source) == ["get of Secret team/key", "get of VirtualMachineImage team/s"]
+
+
+@pytest.mark.parametrize(
+    ("namespace", "name", "needed"),
+    [
+        ("${pvc.namespace}", "key", []),
+        ("${pvc.namespace}", "${pvc.annotations['key']}", []),
+        ("vault", "${pvc.name}", ["get of every Secret of namespace vault"]),
+        ("vault", "${pvc.annotations['key']}", ["get of every Secret of namespace vault"]),
+        ("${pv.name}", "key", ["get of every Secret"]),
+        ("${pvc.namespace}-vault", "key", ["get of every Secret"]),
+    ],
+)
+def test_a_class_that_lets_claims_choose_a_secret_gives_no_more_than_its_maker_may_read(
+    cluster: MemoryCluster, namespace: str, name: str, needed: list[str]
+) -> None:
+    parameters = encrypted(name, namespace)
+    machine: Json = {
+        "metadata": {"name": "m"},
+        "spec": {"sourceType": "download", "storageClassParameters": parameters},
+    }
+    assert list(map(str, needs.of_machine_image(machine, None, cluster))) == needed
+    machine["spec"]["storageClassParameters"] = {}
+    machine["metadata"]["annotations"] = {"harvesterhci.io/storageClassName": "c"}
+    cluster.put(STORAGE_CLASS, storage_class(parameters))
+    assert list(map(str, needs.of_machine_image(machine, None, cluster))) == needed
+
+
+def test_who_may_look_at_a_claim_and_have_no_pod_beside_it_has_no_image_made_of_it(cluster: MemoryCluster) -> None:
+    claim = {"source": {"claim": {"name": "c", "namespace": "n"}}}
+    asking = asked(IMAGE, {"metadata": {"name": "it"}, "spec": claim})
+    cluster.may = {("PersistentVolumeClaim", "n", "c")}
+    with pytest.raises(PermissionDenied, match=r"a role must allow create of every Pod of namespace n$"):
+        image_rules(cluster).review(asking)
+    cluster.may.add(("create Pod", "n", ""))
+    assert not image_rules(cluster).review(asking).warnings
 
 
 def image_rules(cluster: MemoryCluster) -> ImageRules:
@@ -554,13 +595,15 @@ def test_a_right_that_the_operator_lacks_is_no_refusal_of_the_user(error: Driver
     with pytest.raises(CommandFailed):
         cluster.get(SECRET, "a", "n")
     with pytest.raises(CommandFailed):
-        cluster.may_get(User("alice", {"user": "alice"}), SECRET, "a", "n")
+        cluster.may_do(User("alice", {"user": "alice"}), "get", SECRET, "a", "n")
     assert cluster.all(SECRET) == []
 
 
 def test_a_question_on_rights_that_the_api_does_not_take_is_no_refusal_of_the_user() -> None:
     with pytest.raises(CommandFailed):
-        ApiCluster(Refusing(InvalidArgument("no")), {}).may_get(User("alice", {"user": "alice"}), SECRET, "a", "n")
+        ApiCluster(Refusing(InvalidArgument("no")), {}).may_do(
+            User("alice", {"user": "alice"}), "get", SECRET, "a", "n"
+        )
 
 
 @pytest.mark.parametrize(
@@ -570,8 +613,10 @@ def test_a_question_on_rights_that_the_api_does_not_take_is_no_refusal_of_the_us
 def test_the_api_is_asked_as_the_user(status: dict[str, bool], may: bool) -> None:  # noqa: FBT001
     api = Refusing(None, **status)
     user = review.read(document()).user
-    assert ApiCluster(api, {}).may_get(user, SECRET, "a", "n") is may
-    attributes = {"verb": "get", "group": "", "resource": "secrets", "name": "a", "namespace": "n"}
+    assert ApiCluster(api, {}).may_do(user, "get", SECRET, "a", "n") is may
+    attributes = {
+        "verb": "get", "group": "", "resource": "secrets", "subresource": "", "name": "a", "namespace": "n",
+    }  # fmt: skip
     assert api.asked == [{"spec": {**user.document, "resourceAttributes": attributes}}]
 
 

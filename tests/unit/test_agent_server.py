@@ -5,14 +5,15 @@ import contextlib
 import http.client
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
 import pytest
 
 from csi_driver.agent.access import Access
-from csi_driver.agent.server import CopyServer, Rate
+from csi_driver.agent.rate import Rate
+from csi_driver.agent.server import CopyServer
 from csi_driver.agent.uploads import Uploads
 from csi_driver.images.library import ImageLibrary
 from csi_driver.kube.copies import AGENTS, State
@@ -20,6 +21,7 @@ from csi_driver.kube.kinds import SECRET, Json
 from csi_driver.model.errors import PermissionDenied, Unauthenticated
 from csi_driver.operator.certificates import AGENT_SECRET, Certificates
 from tests.operator_fakes import FakeApi
+from tests.told_lines import told_lines
 
 _HOST = "127.0.0.1"
 _WAITING: Json = {"spec": {"image": "disk", "imageUID": "uid"}, "status": {"state": State.AWAITING_UPLOAD}}
@@ -36,21 +38,34 @@ class TokenAccess:
             raise Unauthenticated("the token is not valid")
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[CopyServer]:
+def mount(folder: Path) -> None:
+    """The certificate, as kubelet mounts it."""
     api = FakeApi()
     Certificates(api, "luks-csi").reconcile("all")
     secret = api.get(SECRET, AGENT_SECRET, "luks-csi")
     assert secret is not None
     for name, value in secret["data"].items():
-        (tmp_path / name).write_bytes(base64.b64decode(value))
+        (folder / name).write_bytes(base64.b64decode(value))
+
+
+@contextlib.contextmanager
+def serving(folder: Path, host: str = _HOST, obstacle: Callable[[], str] = lambda: "") -> Iterator[CopyServer]:
     made = CopyServer(
-        (_HOST, 0), tmp_path, ImageLibrary(tmp_path / "images"), Uploads(tmp_path / "uploads"),
-        cast("Access", TokenAccess()), lambda: [_WAITING], Rate(0),
+        (host, 0), folder, ImageLibrary(folder / "images"), Uploads(folder / "uploads"),
+        cast("Access", TokenAccess()), lambda: [_WAITING], Rate(0), obstacle,
     )  # fmt: skip
     made.start()
-    yield made
-    made.stop()
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[CopyServer]:
+    mount(tmp_path)
+    with serving(tmp_path) as made:
+        yield made
 
 
 def ask(
@@ -105,3 +120,26 @@ def test_an_upload_comes_in(server: CopyServer, tmp_path: Path) -> None:
     headers = {"Authorization": "Bearer good", "Content-Range": "bytes 0-3/8", "Content-Length": "4"}
     assert ask(server, tmp_path, "PUT", "/v1/uploads/disk", headers, b"half") == (204, "4")
     assert ask(server, tmp_path, "GET", "/v1/uploads/disk", {"Authorization": "Bearer good"}) == (204, "4")
+
+
+def test_an_agent_is_ready_when_it_has_a_certificate_and_says_once_that_it_has_none(tmp_path: Path) -> None:
+    obstacles = [""]
+    with told_lines() as told, serving(tmp_path, obstacle=lambda: obstacles[-1]) as server:
+        for _ in range(3):
+            plain = socket.create_connection((_HOST, server.port), timeout=30)
+            with plain, pytest.raises(OSError):  # noqa: PT011 - whatever TLS makes of the end
+                ssl.create_default_context().wrap_socket(plain, server_hostname=AGENTS)
+        assert [line.event for line in told] == ["no certificate for copies and uploads"]
+        mount(tmp_path)
+        assert ask(server, tmp_path, "GET", "/readyz", {}) == (200, "ok\n")
+        obstacles.append("Image: the Kubernetes API refuses Image")
+        assert ask(server, tmp_path, "GET", "/readyz", {}) == (503, "Image: the Kubernetes API refuses Image\n")
+        assert ask(server, tmp_path, "PUT", "/readyz", {})[0] == 404
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_who_has_an_address_of_ipv6_only_is_served(tmp_path: Path) -> None:
+    mount(tmp_path)
+    with serving(tmp_path, host="") as server:
+        for host in ("::1", _HOST):
+            socket.create_connection((host, server.port), timeout=30).close()

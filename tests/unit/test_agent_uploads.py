@@ -28,7 +28,7 @@ def test_pieces_make_a_whole(uploads: Uploads, came: list[str]) -> None:
     assert whole is not None
     assert (whole.read_bytes(), came) == (b"0123456789", ["disk"])
     assert uploads.whole("disk", "another") is None
-    uploads.forget("disk")
+    uploads.forget("disk", "uid")
     assert not whole.exists()
 
 
@@ -51,6 +51,9 @@ def test_what_an_earlier_image_of_the_name_got_is_not_this_ones(uploads: Uploads
     uploads.receive("disk", "uid", 0, 10, 4, io.BytesIO(b"0123"))
     assert uploads.received("disk", "another") == 0
     assert uploads.receive("disk", "another", 0, 2, 2, io.BytesIO(b"ab")) == 2
+    assert uploads.owned() == {"disk": "another"}
+    uploads.forget("disk", "uid")  # the earlier one's copy is removed now
+    assert uploads.received("disk", "another") == 2
 
 
 @pytest.mark.parametrize(("start", "total", "length"), [(0, 0, 1), (5, 4, 1), (0, 4, 5), (-1, 4, 1), (0, 1 << 60, 1)])
@@ -74,7 +77,7 @@ def test_one_at_a_time(uploads: Uploads) -> None:
     with pytest.raises(VolumeBusy, match="is being uploaded already"):
         uploads.receive("disk", "uid", 0, 4, 4, io.BytesIO(b"0123"))
     with pytest.raises(VolumeBusy):
-        uploads.forget("disk")
+        uploads.forget("disk", "uid")
     go.set()
     first.join()
     assert uploads.whole("disk", "uid") is not None

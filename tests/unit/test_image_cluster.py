@@ -46,6 +46,23 @@ def test_what_the_driver_wants_the_agent_sees_until_it_is_brought(images: Cluste
     assert ClusterImages(folder).wanted() == ["alpine"]
 
 
+def test_the_last_volume_that_started_from_an_image_is_remembered_as_long_as_the_image(
+    images: ClusterImages, folder: Path
+) -> None:
+    images.tell("debian", "uid-1", ready=True, percent=None, message="")
+    assert images.last_used("debian") == ""
+    images.use("debian")
+    os.utime(folder / "used" / "debian", (0, 0))
+    assert images.last_used("debian") == "1970-01-01T00:00:00+00:00"
+    images.use("debian")
+    assert ClusterImages(folder).last_used("debian") > "2026"
+    images.forget("debian")
+    assert images.last_used("debian") == ""
+    for call in (images.use, images.last_used):
+        with pytest.raises(InvalidArgument):
+            call("../debian")
+
+
 def test_several_volumes_may_want_an_image_at_once(images: ClusterImages) -> None:
     def want(_: int) -> None:
         images.want("debian")

@@ -227,3 +227,130 @@ def test_a_condition_keeps_its_time_while_it_holds() -> None:
     found = plan(wanted, [copy(wanted, "a", "Ready", make=True)], world("a"))
     times = {each["type"]: each["lastTransitionTime"] for each in found.status["conditions"]}
     assert times == {"Ready": "before", "CopiesComplete": _NOW}
+
+
+# A node that fails by its own fault.
+
+FULL = {"message": "no room", "attempts": 3, "elsewhere": True}
+
+
+def told(of: Json, found: Plan) -> Json:
+    """The image as it is when that status was written."""
+    return {**of, "status": {name: value for name, value in found.status.items() if value is not None}}
+
+
+def test_another_node_makes_it_when_the_first_has_let_go_of_it() -> None:
+    wanted = image()
+    (first, _), *_ = placed(plan(wanted, [], world("a", "b")))
+    (other,) = {"a", "b"} - {first}
+    for attempts in (1, 2):
+        trying = copy(wanted, first, "Failed", make=True, **{**FULL, "attempts": attempts})
+        found = plan(wanted, [trying], world("a", "b"))
+        assert (found.delete, found.status["message"]) == ([], f"node {first}: no room; it is tried again")
+    failed = copy(wanted, first, "Failed", make=True, **FULL)
+    found = plan(wanted, [failed], world("a", "b"))
+    assert (found.delete, found.create) == ([name_of(failed)], [])
+    assert found.status["phase"] == "Pending"
+    assert found.status["message"] == f"node {first}: no room; another node is to make it"
+    assert found.status["tried"] == [{"node": first, "attempts": 3, "permanent": False, "message": "no room"}]
+    wanted = told(wanted, found)
+    failed["metadata"]["deletionTimestamp"] = _NOW
+    waits = plan(wanted, [failed], world("a", "b"))
+    assert (waits.delete, waits.create) == ([], [])
+    assert waits.status["message"] == f"node {first}: no room; another node makes it when {first} has removed its part"
+    assert waits.status["tried"] == found.status["tried"]
+    # Nobody waits for one that is silent.
+    silent = plan(wanted, [failed], world(other, nodes=frozenset("ab"), lost=frozenset([first])))
+    assert placed(silent) == [(other, True)]
+    assert placed(plan(wanted, [], world("a", "b"))) == [(other, True)]
+    ready = plan(wanted, [copy(wanted, other, "Ready", make=True)], world("a", "b"))
+    assert (ready.status["phase"], ready.status["tried"]) == ("Ready", None)
+
+
+def test_when_all_have_failed_each_has_its_turn_again_and_all_are_told() -> None:
+    wanted = image(status={"tried": [{"node": "a", "attempts": 3, "permanent": False, "message": "no room"}]})
+    trying = copy(wanted, "b", "Failed", make=True, message="broken", attempts=1, elsewhere=True)
+    said = plan(wanted, [trying], world("a", "b")).status
+    assert (said["phase"], said["message"]) == ("Failed", "node a: no room; node b: broken; it is tried again")
+    failed = copy(wanted, "b", "Failed", make=True, message="broken", attempts=4, elsewhere=True)
+    wanted = told(wanted, plan(wanted, [failed], world("a", "b")))
+    assert placed(plan(wanted, [], world("a", "b"))) == [("a", True)]
+    again = copy(wanted, "a", "Failed", make=True, **FULL)
+    found = plan(wanted, [again], world("a", "b"))
+    assert {each["node"]: each["attempts"] for each in found.status["tried"]} == {"a": 6, "b": 4}
+
+
+def test_who_has_failed_for_good_is_not_asked_again() -> None:
+    wanted = image()
+    failed = copy(wanted, "a", "Failed", make=True, **FULL, permanent=True)
+    wanted = told(wanted, plan(wanted, [failed], world("a", "b")))
+    last = copy(wanted, "b", "Failed", make=True, **FULL, permanent=True)
+    found = plan(wanted, [last], world("a", "b"))
+    assert (found.delete, found.create, found.status["phase"]) == ([], [], "Failed")
+    assert found.status["message"] == "node a: no room; node b: no room"
+    alone = plan(wanted, [], world("a"))  # b is gone
+    assert (alone.create, alone.status["phase"], alone.status["message"]) == ([], "Failed", "node a: no room")
+
+
+@pytest.mark.parametrize(
+    ("source", "status"),
+    [
+        ({"download": {"url": "https://example.org/disk"}}, {"message": "the server is away", "attempts": 9}),
+        ({"upload": {}}, FULL),
+        ({"claim": {"name": "c", "namespace": "n"}}, FULL),
+    ],
+)
+def test_what_another_node_cannot_do_better_stays_where_it_is(source: Json, status: Json) -> None:
+    wanted = image(source=source)
+    found = plan(wanted, [copy(wanted, "a", "Failed", make=True, **status)], world("a", "b"))
+    assert (found.delete, found.status["phase"], found.status["tried"]) == ([], "Failed", None)
+
+
+def test_the_source_of_a_clone_is_brought_to_the_node_that_makes_it_then() -> None:
+    source, wanted = image(status=READY), clone()
+    failed = copy(wanted, "a", "Failed", make=True, **FULL)
+    having: dict[str, Any] = {"source": source, "source_copies": [copy(source, "a", "Ready", make=True)]}
+    wanted = told(wanted, plan(wanted, [failed], world("a", "b", "c", **having)))
+    found = plan(wanted, [], world("a", "b", "c", **having))
+    ((brought, make),) = placed(found)
+    assert (brought in "bc", make, found.create[0]["spec"]["image"]) == (True, False, "disk")
+    # It has no room for that either: the third node, and after that the first again.
+    having["source_copies"].append(copy(source, brought, "Failed", message="no room"))
+    ((third, _),) = placed(plan(wanted, [], world("a", "b", "c", **having)))
+    assert {brought, third} == {"b", "c"}
+    having["source_copies"].append(copy(source, third, "Failed", message="no room"))
+    assert placed(plan(wanted, [], world("a", "b", "c", **having))) == [("a", True)]
+    nowhere = plan(wanted, [], world("b", "c", **having))
+    assert nowhere.create == []
+    assert "image disk cannot be brought: node b: no room" in nowhere.status["message"]
+
+
+# Copies that nobody uses.
+
+
+def test_copies_beyond_what_is_wanted_go_when_nobody_has_used_them_the_oldest_first() -> None:
+    wanted = image()
+    copies = [copy(wanted, node, "Ready", make=node == "a") for node in "abc"]
+    names = [name_of(each) for each in copies]
+    assert plan(wanted, copies, world("a", "b", "c")).delete == []
+    idle = (names[2], names[0], names[1])
+    assert plan(wanted, copies, world("a", "b", "c", idle=idle)).delete == [names[2], names[0]]
+    assert plan(wanted, copies, world("a", "b", "c", idle=names[1:2])).delete == [names[1]]
+    wanted["spec"]["copies"] = 3
+    assert plan(wanted, copies, world("a", "b", "c", idle=idle)).delete == []
+
+
+def test_where_the_selector_wants_none_a_copy_goes_when_enough_are_where_it_wants_them() -> None:
+    wanted = image(nodeSelector={"kubernetes.io/hostname": "b"})
+    copies = [copy(wanted, "a", "Ready", make=True), copy(wanted, "b", "Pending")]
+    names = tuple(map(name_of, copies))
+    assert plan(wanted, copies, world("a", "b", idle=names)).delete == []  # the one on b is on its way
+    copies[1] = copy(wanted, "b", "Ready")
+    assert plan(wanted, copies, world("a", "b", idle=names)).delete == [names[0]]
+
+
+def test_what_an_image_is_stays_what_it_was_when_it_was_ready_first() -> None:
+    wanted = image(status=READY)
+    other = copy(wanted, "a", "Ready", make=True)
+    other["status"]["image"] = _FACTS | {"checksum": "11"}
+    assert plan(wanted, [other], world("a")).status["checksum"] == "00"

@@ -79,7 +79,7 @@ class Node:
     stages: Stages
     loops: FakeLoops
 
-    def export(self, volume: str, name: str = "copy", meter: Meter = unmetered, **more: str) -> ImageRecord:
+    def export(self, volume: str, name: str = "copy", meter: Meter = unmetered, **more: Any) -> ImageRecord:
         return self.exports.export(Export(volume, name, **more), self.library, meter)
 
     def record(self, volume: str) -> VolumeRecord:
@@ -295,6 +295,14 @@ def test_names_and_secrets_are_looked_at_first(node: Node) -> None:
     with pytest.raises(NotFound, match=r"volume gone does not exist"):
         node.export("gone")
     assert not (node.state / "locks" / "gone").exists()
+
+
+def test_no_more_than_the_limit_becomes_an_image(node: Node) -> None:
+    size = node.rig.disk("plain-1").stat().st_size
+    with pytest.raises(InvalidArgument, match=rf"has {size} bytes and at most {size - 1} are allowed for image copy"):
+        node.export("plain-1", limit=size - 1)
+    assert (node.library.names(), node.library.unfinished()) == (["plain", "sealed"], [])
+    assert node.export("plain-1", limit=size).file_size == size
 
 
 def test_a_volume_of_another_backend_is_refused(node: Node) -> None:

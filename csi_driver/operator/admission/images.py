@@ -15,11 +15,12 @@ from csi_driver.kube.kinds import (
     is_going,
     name_of,
 )
+from csi_driver.kube.users import User
 from csi_driver.model.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 from csi_driver.operator.admission import machine_images, needs
 from csi_driver.operator.admission.lookups import Cluster, is_ending, is_there
 from csi_driver.operator.admission.needs import Need
-from csi_driver.operator.admission.review import Request, User, Verdict
+from csi_driver.operator.admission.review import Request, Verdict
 from csi_driver.operator.admission.secrets import look_at
 from csi_driver.operator.plan import refusal
 from csi_driver.operator.settings import OperatorSettings
@@ -71,11 +72,11 @@ class ImageRules:
             what = ", ".join(map(str, missing))
             raise PermissionDenied(
                 f"{request.user.name} may not have an image made of what he may not read himself; a role must allow "
-                f"get of {what}"
+                f"{what}"
             )
 
     def _may(self, user: User, need: Need) -> bool:
-        return self._cluster.may_get(user, need.kind, need.name, need.namespace)
+        return self._cluster.may_do(user, need.verb, need.kind, need.name, need.namespace)
 
     def _check_image(self, spec: Json) -> list[str]:
         """What to warn of."""

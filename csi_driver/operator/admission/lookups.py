@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
-from csi_driver.kube.kinds import ACCESS_REVIEW, NAMESPACE, Json, Kind, is_going, uid_of
+from csi_driver.kube import users
+from csi_driver.kube.kinds import NAMESPACE, Json, Kind, is_going, uid_of
+from csi_driver.kube.users import User
 from csi_driver.model.errors import CommandFailed, FailedPrecondition, InvalidArgument, PermissionDenied
-from csi_driver.operator.admission.review import User
 
 
 class Cluster(Protocol):
@@ -17,8 +18,8 @@ class Cluster(Protocol):
     def all(self, kind: Kind) -> list[Json]:
         """All of a kind, as they were last seen; nothing of a kind that is not watched."""
 
-    def may_get(self, user: User, kind: Kind, name: str, namespace: str = "") -> bool:
-        """Whether a role lets the user `get` that object; with name and namespace "" all of the kind."""
+    def may_do(self, user: User, verb: str, kind: Kind, name: str, namespace: str = "") -> bool:
+        """Whether a role lets the user do that to an object; with name and namespace "" to all of the kind."""
 
 
 class _Api(Protocol):
@@ -46,14 +47,11 @@ class ApiCluster:
         listed = self._seen.get(kind)
         return [] if listed is None else listed()
 
-    def may_get(self, user: User, kind: Kind, name: str, namespace: str = "") -> bool:
-        attributes = {"verb": "get", "group": kind.group, "resource": kind.plural, "name": name, "namespace": namespace}
-        asked = {"spec": user.document | {"resourceAttributes": attributes}}
+    def may_do(self, user: User, verb: str, kind: Kind, name: str, namespace: str = "") -> bool:
         try:
-            status = self._api.create(ACCESS_REVIEW, asked).get("status") or {}
+            return users.may(self._api, user, verb, kind, name, namespace)
         except (FailedPrecondition, InvalidArgument, PermissionDenied) as error:
             raise CommandFailed(str(error)) from None
-        return bool(status.get("allowed")) and not status.get("denied")
 
 
 def is_there(cluster: Cluster, kind: Kind, uid: str) -> bool:

@@ -11,6 +11,7 @@ from csi_driver.kube.kinds import (
     CLAIM,
     CONFIG_MAP,
     IMAGE,
+    POD,
     SECRET,
     STORAGE_CLASS,
     VIRTUAL_MACHINE_IMAGE,
@@ -20,23 +21,30 @@ from csi_driver.kube.kinds import (
 )
 from csi_driver.operator.admission.lookups import Cluster
 from csi_driver.operator.standing import Origin
-from csi_driver.operator.users import Place, parameters_of, secrets_of_class
+from csi_driver.operator.users import Place, is_template, parameters_of, secret_pairs, secrets_of_class
 
 CLASS_NAME: Final = "harvesterhci.io/storageClassName"
 """Annotation of a VirtualMachineImage: the class whose parameters it takes over."""
 
+_OWN_NAMESPACE: Final = "${pvc.namespace}"
+"""Of a class's secret: where whoever may have pods may read secrets by them."""
+
 
 @dataclass(frozen=True)
 class Need:
-    """An object that the user must be allowed to `get`; all of its kind where the name is ""."""
+    """An object that the user must be allowed to `get`; all of its kind where the name is "", in one namespace or in
+    all. Or another verb.
+    """
 
     kind: Kind
     namespace: str
     name: str
+    verb: str = "get"
 
     def __str__(self) -> str:
         place = "/".join(filter(None, (self.namespace, self.name)))
-        return f"{self.kind} {place}" if self.name else f"every {self.kind}"
+        within = f" of namespace {self.namespace}" if self.namespace else ""
+        return f"{self.verb} of {self.kind} {place}" if self.name else f"{self.verb} of every {self.kind}{within}"
 
 
 def of_image(spec: Json) -> list[Need]:
@@ -48,7 +56,7 @@ def of_image(spec: Json) -> list[Need]:
     if download.get("caConfigMapRef"):
         needs.append(Need(CONFIG_MAP, *_place(download["caConfigMapRef"])))
     if source.get("claim"):
-        needs.append(Need(CLAIM, *_place(source["claim"])))
+        needs += _claim(*_place(source["claim"]))
     if source.get("clone"):
         needs.append(Need(IMAGE, "", source["clone"].get("image", "")))
     return needs
@@ -66,7 +74,7 @@ def of_backing_image(backing: Json, cluster: Cluster) -> list[Need]:
     if spec.get("sourceType") == "clone":
         needs += _source(parameters.get("backing-image", ""), backing["metadata"].get("namespace", ""), cluster)
     if spec.get("sourceType") == "export-from-volume":
-        needs.append(_claim_of(parameters.get("volume-name", ""), cluster))
+        needs += _claim_of(parameters.get("volume-name", ""), cluster)
     return needs
 
 
@@ -84,24 +92,28 @@ def _source(name: str, namespace: str, cluster: Cluster) -> list[Need]:
     return [backing] if is_its else [Need(IMAGE, "", name)]
 
 
-def _claim_of(volume_name: str, cluster: Cluster) -> Need:
+def _claim_of(volume_name: str, cluster: Cluster) -> list[Need]:
     """The claim of a PersistentVolume; where it has none yet nobody knows whose it will be."""
     volume = cluster.get(VOLUME, volume_name) if volume_name else None
     claim = (volume or {"spec": {}})["spec"].get("claimRef")
-    return Need(CLAIM, *_place(claim)) if claim else Need(CLAIM, "", "")
+    return _claim(*_place(claim)) if claim else _claim("", "")
+
+
+def _claim(namespace: str, name: str) -> list[Need]:
+    """Who may see a claim, as many may, does not see what is in it: who may have a pod beside it does."""
+    return [Need(CLAIM, namespace, name), Need(POD, namespace, "", "create")]
 
 
 def of_machine_image(machine: Json, source: Json | None, cluster: Cluster) -> list[Need]:
     """Of a VirtualMachineImage, `source` being the one that it is cloned from, if that is there."""
     spec = machine["spec"]
-    places = secrets_of_class(spec.get("storageClassParameters") or {})
+    needs = _secrets_of_class(spec.get("storageClassParameters") or {})
     class_name = (machine["metadata"].get("annotations") or {}).get(CLASS_NAME)
     storage_class = cluster.get(STORAGE_CLASS, class_name) if class_name else None
     if storage_class is not None:
-        places += secrets_of_class(parameters_of(storage_class))
-    needs = [*_secrets(places)]
+        needs += _secrets_of_class(parameters_of(storage_class))
     if spec.get("sourceType") == "export-from-volume":
-        needs.append(Need(CLAIM, spec.get("pvcNamespace", ""), spec.get("pvcName", "")))
+        needs += _claim(spec.get("pvcNamespace", ""), spec.get("pvcName", ""))
     security = spec.get("securityParameters")
     if security:
         place = security.get("sourceImageNamespace", ""), security.get("sourceImageName", "")
@@ -114,6 +126,19 @@ def of_machine_image(machine: Json, source: Json | None, cluster: Cluster) -> li
                 else _secrets(secrets_of_class(source["spec"].get("storageClassParameters") or {}))
             )
     return needs
+
+
+def _secrets_of_class(parameters: Mapping[str, str]) -> list[Need]:
+    """Those that a class names. It is made for whoever makes the image, and his claims' names and annotations would
+    choose among the secrets of another namespace.
+    """
+    chosen = []
+    for namespace, name in secret_pairs(parameters).values():
+        if is_template(namespace) and namespace != _OWN_NAMESPACE:
+            chosen.append("")
+        elif namespace and is_template(name) and namespace != _OWN_NAMESPACE:
+            chosen.append(namespace)
+    return _secrets(secrets_of_class(parameters)) + [Need(SECRET, namespace, "") for namespace in dict.fromkeys(chosen)]
 
 
 def _secrets(places: Iterable[Place]) -> list[Need]:

@@ -8,19 +8,12 @@ from typing import Final
 import msgspec
 
 from csi_driver.kube.kinds import Json
+from csi_driver.kube.users import User
 from csi_driver.model.errors import DriverError, InvalidArgument
 
 _API_VERSION: Final = "admission.k8s.io/v1"
 _MOST_WARNING: Final = 250
 """Characters of one: the API cuts what is longer than 256."""
-
-
-@dataclass(frozen=True)
-class User:
-    """Who makes a request, as SubjectAccessReview wants him: user, groups, uid, extra."""
-
-    name: str
-    document: Json
 
 
 @dataclass(frozen=True)
@@ -62,14 +55,13 @@ def read(body: bytes) -> Request:
         thing, old, user = request.get("object"), request.get("oldObject"), request.get("userInfo") or {}
         # Of a deletion of a collection the name is in the object only.
         metadata = (thing or old or {}).get("metadata") or {}
-        asked = {name: user[name] for name in ("groups", "uid", "extra") if user.get(name)}
         found = Request(
             uid=request["uid"],
             operation=request["operation"],
             resource=f"{request['resource']['resource']}.{request['resource']['group']}".rstrip("."),
             name=request.get("name") or metadata.get("name") or "",
             namespace=request.get("namespace") or "",
-            user=User(user.get("username", ""), {"user": user.get("username", ""), **asked}),
+            user=User.of(user),
             thing=thing,
             old=old,
         )

@@ -5,7 +5,6 @@ webhook's failurePolicy decides.
 
 import asyncio
 import contextlib
-import socket
 import ssl
 import threading
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
 
+from csi_driver.host.listening import listening
 from csi_driver.host.log import log
 from csi_driver.model.errors import DriverError, FailedPrecondition, InvalidArgument
 
@@ -78,16 +78,16 @@ class ReviewServer:
         """Listen. Raises FailedPrecondition when the address cannot be used."""
         host, port = self._listen
         try:
-            listening = _bind(host, port)
+            at = listening(host, port)
         except OSError as error:
             raise FailedPrecondition(
                 f"the address {host}:{port} for admission reviews cannot be used ({error.strerror}); choose another"
             ) from None
-        self.port = listening.getsockname()[1]
+        self.port = at.getsockname()[1]
         self._loop = asyncio.new_event_loop()
         server = self._loop.run_until_complete(
             asyncio.start_server(
-                self._serve_client, sock=listening, limit=_LONGEST_HEAD, backlog=_MOST_CLIENTS,
+                self._serve_client, sock=at, limit=_LONGEST_HEAD, backlog=_MOST_CLIENTS,
                 ssl=self._first_context(), ssl_handshake_timeout=self._limits.to_ask, ssl_shutdown_timeout=1.0,
             )
         )  # fmt: skip
@@ -227,13 +227,6 @@ def _head(response: _Response, *, goes_on: bool) -> bytes:
         f"Content-Type: {response.content_type}\r\nContent-Length: {len(response.body)}\r\n"
         f"Connection: {'keep-alive' if goes_on else 'close'}\r\n\r\n"
     ).encode()
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    # Without a host: every address, of IPv6 too where there is such a thing. Clusters can be IPv6 only.
-    both = not host and socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, dualstack_ipv6=both)
 
 
 def _tell_broken(_loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:

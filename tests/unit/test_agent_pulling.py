@@ -1,0 +1,58 @@
+"""What a pull needs of its node, and whom it believes."""
+
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from csi_driver.agent.pulling import pull
+from csi_driver.agent.requests import Requests
+from csi_driver.agent.settings import AgentSettings
+from csi_driver.agent.uploads import Uploads
+from csi_driver.agent.work import Pull
+from csi_driver.kube.client import Kube
+from csi_driver.kube.copies import copy_of
+from csi_driver.kube.kinds import IMAGE_COPY, Json
+from csi_driver.model.errors import FailedPrecondition, Unavailable
+from tests.machine.image_lab import unmetered
+from tests.operator_fakes import NOW, SilentApi
+
+IMAGE: Json = {
+    "metadata": {"name": "disk", "uid": "uid"},
+    "spec": {"source": {"upload": {}}},
+    "status": {"checksum": "00"},
+}
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> AgentSettings:
+    return AgentSettings(
+        node="here", state_dir=tmp_path, address="", listen=("", 0), tls_dir=tmp_path, token_file=tmp_path / "token",
+        account="",
+    )  # fmt: skip
+
+
+def test_before_there_are_certificates_it_is_tried_again(tmp_path: Path) -> None:
+    """An error that counts as lasting would leave the node without a copy for good."""
+    work = Pull(("127.0.0.1:1",), str(tmp_path / "ca.crt"), "token")
+    with pytest.raises(Unavailable, match=r"nobody can be trusted yet: the certificates in .*ca\.crt cannot be used"):
+        pull("disk", work, tmp_path, unmetered)
+
+
+def test_who_is_asked_is_who_keeps_it_and_a_token_that_cannot_be_read_is_told(settings: AgentSettings) -> None:
+    api = SilentApi()
+    requests = Requests(cast("Kube", api), settings, Uploads(settings.images / "uploads"))
+    own = copy_of(IMAGE, "here")
+    for node in ("stays", "goes"):
+        made = copy_of(IMAGE, node) | {"status": {"state": "Ready", "address": f"{node}:1"}}
+        made["metadata"] = {**made["metadata"], **({"deletionTimestamp": NOW} if node == "goes" else {})}
+        api.put(IMAGE_COPY, made)
+    with pytest.raises(FailedPrecondition, match=r"token by which agents know each other cannot be read .*ENOENT"):
+        requests.of(own, IMAGE, there=False)
+    settings.token_file.write_bytes(b"\xff")
+    with pytest.raises(FailedPrecondition, match="it is no text"):
+        requests.of(own, IMAGE, there=False)
+    settings.token_file.write_text("token\n")
+    found = requests.of(own, IMAGE, there=False)
+    assert found is not None
+    assert found.work == Pull(("stays:1",), str(settings.tls_dir / "ca.crt"), "token", "00")

@@ -1,0 +1,124 @@
+"""The operator's look at one Image, where it has not yet seen what it has done itself."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
+
+import pytest
+
+from csi_driver.kube.client import Kube
+from csi_driver.kube.copies import copy_of
+from csi_driver.kube.kinds import FINALIZER, IMAGE, IMAGE_COPY, NODE, POD, Json, name_of
+from csi_driver.model.times import recorded
+from csi_driver.operator.events import Events
+from csi_driver.operator.images import AGENT_LABELS, Images
+from csi_driver.operator.settings import OperatorSettings
+from tests.operator_fakes import NOW, FakeApi, SilentApi
+
+_NODES = ("one", "two")
+
+
+@pytest.fixture
+def api() -> Iterator[SilentApi]:
+    api = SilentApi()
+    for node in _NODES:
+        api.put(NODE, {"metadata": {"name": node}})
+        pod = {
+            "metadata": {"name": f"node-{node}", "labels": AGENT_LABELS},
+            "spec": {"nodeName": node},
+            "status": {"containerStatuses": [{"name": "image-agent", "ready": True}]},
+        }
+        api.put(POD, pod, "luks-csi")
+    yield api
+    api.end.set()
+
+
+def seeing(api: SilentApi, **settings: Any) -> Images:
+    """The controller, when it has seen what there is now."""
+    kube = cast("Kube", api)
+    images = Images(kube, OperatorSettings(**settings), Events(kube, "operator"))
+    for informer in images.informers:
+        informer.start()
+        assert informer.wait_synced(60)
+    return images
+
+
+def image(api: FakeApi, name: str, source: Json, **status: object) -> Json:
+    metadata = {"name": name, "uid": f"uid-{name}", "finalizers": [FINALIZER]}
+    return api.put(IMAGE, {"metadata": metadata, "spec": {"source": source}, "status": status})
+
+
+def ready(api: FakeApi, of: Json, node: str, used: datetime | None = None) -> Json:
+    facts = {"format": "raw", "fileSize": 1, "virtualSize": 1, "encrypted": False, "checksum": "00"}
+    status = {"state": "Ready", "image": facts} | ({"lastUsed": recorded(used)} if used else {})
+    return api.put(IMAGE_COPY, copy_of(of, node, make=node == "one") | {"status": status})
+
+
+def deleted(api: FakeApi) -> list[str]:
+    return [call.name for call in api.written() if (call.verb, call.kind) == ("delete", IMAGE_COPY)]
+
+
+def disk(api: FakeApi) -> Json:
+    return image(api, "disk", {"download": {"url": "https://example.org/d"}}, phase="Ready", virtualSize=1)
+
+
+def test_what_a_clone_has_begun_to_be_made_of_a_moment_ago_is_kept(api: SilentApi) -> None:
+    source = disk(api)
+    ready(api, source, "one")
+    image(api, "clone", {"clone": {"image": "disk"}})
+    images = seeing(api)
+    images.reconcile("clone")
+    assert [call.name for call in api.written() if call.verb == "create"]
+    assert len(images.copies.all()) == 1  # it has not seen that
+    images.images.saw(api.change(IMAGE, "disk", {"metadata": {"deletionTimestamp": NOW}}))
+    images.reconcile("disk")
+    assert deleted(api) == []
+    found = api.get(IMAGE, "disk")
+    assert found is not None
+    assert "image clone is being cloned from it" in found["status"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("permanent", "tried", "is_kept"), [(False, [], True), (True, [], False), (None, ["one"], True), (None, [], False)]
+)
+def test_a_clone_that_is_tried_again_keeps_its_source(
+    api: SilentApi,
+    permanent: bool | None,  # noqa: FBT001
+    tried: list[str],
+    is_kept: bool,  # noqa: FBT001
+) -> None:
+    source = disk(api)
+    ready(api, source, "one")
+    entries = [{"node": node, "attempts": 3, "permanent": False, "message": "full"} for node in tried]
+    clone = image(api, "clone", {"clone": {"image": "disk"}}, phase="Pending" if tried else "Failed", tried=entries)
+    if permanent is not None:
+        api.put(IMAGE_COPY, copy_of(clone, "one", make=True) | {"status": {"state": "Failed", "permanent": permanent}})
+    api.change(IMAGE, "disk", {"metadata": {"deletionTimestamp": NOW}})
+    seeing(api).reconcile("disk")
+    assert (deleted(api) == []) == is_kept
+
+
+def test_a_copy_goes_when_it_is_not_wanted_and_was_not_used_for_long_enough(api: SilentApi) -> None:
+    now = datetime.now(UTC)
+    source = disk(api)
+    ready(api, source, "one", now - timedelta(days=1))
+    unused = ready(api, source, "two", now - timedelta(days=2))
+    assert seeing(api, unused_seconds=0.0).reconcile("disk") is None
+    assert deleted(api) == []
+    wait = seeing(api, unused_seconds=4 * 86400.0).reconcile("disk")
+    assert wait is not None
+    assert 86400 < wait < 3 * 86400  # the first one of them
+    assert deleted(api) == []
+    seeing(api, unused_seconds=3600.0).reconcile("disk")
+    assert deleted(api) == [name_of(unused)]
+
+
+def test_a_copy_that_a_clone_is_made_of_is_in_use(api: SilentApi) -> None:
+    long_ago = datetime.now(UTC) - timedelta(days=2)
+    source = disk(api)
+    ready(api, source, "two", long_ago - timedelta(days=1))
+    other = ready(api, source, "one", long_ago)
+    clone = image(api, "clone", {"clone": {"image": "disk"}})
+    api.put(IMAGE_COPY, copy_of(clone, "two", make=True))
+    assert seeing(api).reconcile("disk") is not None
+    assert deleted(api) == [name_of(other)]
