@@ -1,0 +1,78 @@
+"""The manifests in another namespace than luks-csi, as docs/kubernetes.md says it."""
+
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.operator.lab import DEPLOY
+
+_KUBECTL = Path(os.environ.get("KUBERNETES_BIN", "")) / "kubectl"
+_PAGE = (DEPLOY.parents[1] / "docs" / "kubernetes.md").read_text()
+
+
+def told(words: str) -> dict[str, Any]:
+    """The kustomization of the page that has these words."""
+    (text,) = [text for text in re.findall(r"```yaml\n(.*?)```", _PAGE, re.DOTALL) if words in text]
+    found: dict[str, Any] = yaml.safe_load(text)
+    return found
+
+
+def built(folder: Path, kustomization: dict[str, Any]) -> list[Any]:
+    """What `kubectl kustomize` makes of it, from a folder beside the project."""
+    place = os.path.relpath(DEPLOY.parents[1], folder)
+    for key in ("resources", "components", "transformers"):
+        if key in kustomization:
+            kustomization[key] = [each.replace("luks-csi/deploy", f"{place}/deploy", 1) for each in kustomization[key]]
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    done = subprocess.run([_KUBECTL, "kustomize", folder], capture_output=True, text=True, check=True)
+    return [*yaml.safe_load_all(done.stdout)]
+
+
+def places(thing: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Where a namespace is named, and which."""
+    if isinstance(thing, dict):
+        for key, value in thing.items():
+            here = f"{path}.{key}"
+            if key == "namespace" and isinstance(value, str):
+                yield here, value
+            elif key == "kubernetes.io/metadata.name":
+                yield here, value
+            yield from places(value, here)
+    elif isinstance(thing, list):
+        for value in thing:
+            yield from places(value, path)
+    elif isinstance(thing, str):
+        yield from ((path, found) for found in re.findall(r"system:serviceaccount:([^:]+):", thing))
+
+
+@pytest.mark.parametrize("components", [[], ["images"], ["images", "csi-addons"]], ids=str)
+def test_everything_is_in_the_namespace_that_is_wanted(tmp_path: Path, components: list[str]) -> None:
+    wanted = told("transformers:")
+    assert wanted["components"] == ["luks-csi/deploy/kubernetes/images"]
+    wanted["components"] = [f"luks-csi/deploy/kubernetes/{each}" for each in components]
+    things = built(tmp_path, wanted)
+    found = {place for thing in things for place in places(thing)}
+    assert {name for _, name in found} <= {wanted["namespace"], "$(NAMESPACE)"}, found
+    assert [each["metadata"]["name"] for each in things if each["kind"] == "Namespace"] == [wanted["namespace"]]
+    if components:
+        secrets = next(
+            webhook for thing in things if thing["kind"] == "ValidatingWebhookConfiguration"
+            for webhook in thing["webhooks"] if webhook["name"].startswith("secrets.")
+        )  # fmt: skip
+        values = secrets["namespaceSelector"]["matchExpressions"][0]["values"]
+        assert values == ["kube-system", wanted["namespace"]]
+        said = [path for path, _ in found if "xpression" in path]
+        assert len(said) == 2, found  # policies and webhooks
+
+
+def test_other_projects_kinds_know_the_operator_there(tmp_path: Path) -> None:
+    things = built(tmp_path, told("kubernetes/compat"))
+    (binding,) = [each for each in things if each["kind"] == "ClusterRoleBinding"]
+    assert binding["subjects"][0]["namespace"] == told("transformers:")["namespace"]
+    assert sum(each["kind"] == "CustomResourceDefinition" for each in things) == 2
