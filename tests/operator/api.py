@@ -42,10 +42,14 @@ class Api:
 
     def account(self, name: str, pod: Json | None = None) -> Kube:
         """The operator's client, as a service account of the driver's namespace; with `pod`, as in that pod."""
+        return Kube.of(self.account_kubeconfig(name, pod))
+
+    def account_kubeconfig(self, name: str, pod: Json | None = None, namespace: str = NAMESPACE) -> Path:
+        """The way to the API for a service account."""
         spec: Json = {"expirationSeconds": 3600}
         if pod is not None:
             spec["boundObjectRef"] = {"kind": "Pod", "apiVersion": "v1", "name": name_of(pod), "uid": uid_of(pod)}
-        path = f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/{name}/token"
+        path = f"/api/v1/namespaces/{namespace}/serviceaccounts/{name}/token"
         token = self.server.ask("POST", path, {"spec": spec})["status"]["token"]
         cluster = {"server": self.server.address, "certificate-authority": self._authority.certificate}
         config = {
@@ -53,12 +57,12 @@ class Api:
             "kind": "Config",
             "clusters": [{"name": "test", "cluster": cluster}],
             "users": [{"name": name, "user": {"token": token}}],
-            "contexts": [{"name": "test", "context": {"cluster": "test", "user": name}}],
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": name, "namespace": namespace}}],
             "current-context": "test",
         }
         path_of_it = self._authority.folder / f"account-{name}-{name_of(pod) if pod else 'none'}.kubeconfig"
         path_of_it.write_text(json.dumps(config))
-        return Kube.of(path_of_it)
+        return path_of_it
 
     def kubectl(self, *words: str | Path, stdin: str = "", check: bool = True, user: str = "") -> Output:
         """What kubectl says to a user, an administrator unless told; ClusterError with `check` if it fails."""

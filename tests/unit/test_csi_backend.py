@@ -1,0 +1,623 @@
+"""The controller of the backend csi: claims, holder pods and records, on an API in memory with a kubelet that obeys."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from csi_driver.backends.csi import CsiBackend
+from csi_driver.backends.csiclaims import Claims, name_for, places_of
+from csi_driver.backends.csiheaders import HeaderCopies
+from csi_driver.backends.csiholders import HolderPods, pod_name
+from csi_driver.backends.csinode import NodeDevices
+from csi_driver.backends.csipins import Pin, Pins
+from csi_driver.backends.csirecords import KEEPS, Known, RecordObjects, Staged
+from csi_driver.backends.records import RecordCodec
+from csi_driver.host.boot import boot_id
+from csi_driver.host.files import Files
+from csi_driver.kube.kinds import (
+    CLAIM,
+    CSI_NODE,
+    EVENT,
+    HEADER_PIECE,
+    NODE,
+    POD,
+    STORAGE_CLASS,
+    VOLUME,
+    VOLUME_RECORD,
+    Json,
+    Kind,
+    name_of,
+    uid_of,
+)
+from csi_driver.model.access import Access
+from csi_driver.model.errors import (
+    Aborted,
+    DeviceInUse,
+    DriverError,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+    VolumeBusy,
+)
+from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeParameters, VolumeRecord
+from tests.operator_fakes import Call, FakeApi
+
+NAMESPACE, DRIVER, TOPOLOGY, MIB = "luks", "luks.csi.internal", "topology.luks.csi.internal/node", 1 << 20
+SIZE = 16 * MIB
+PARAMETERS = VolumeParameters(encrypted=True, backing_storage_class="below")
+
+
+class Killed(BaseException):
+    """The process ends at this step."""
+
+
+class Cluster(FakeApi):
+    """Binds claims at once where `binds`, and has kubelets that start and end pods at once where `obeys`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.binds = self.obeys = True
+        self.affinity: Json = {}
+        self.below: Json = {"driver": "below.test", "volumeHandle": "x"}
+        self.mode = "Block"
+        for name in ("one", "two"):
+            self.put(NODE, {"metadata": {"name": name}, "spec": {}, "status": {"nodeInfo": {"bootID": boot_id()}}})
+        binding = {"volumeBindingMode": "WaitForFirstConsumer", "allowVolumeExpansion": True}
+        self.put(STORAGE_CLASS, {"metadata": {"name": "below"}, "provisioner": "below.test", **binding})
+
+    def create(self, kind: Kind, thing: Json, namespace: str = "") -> Json:
+        made = super().create(kind, thing, namespace)
+        if kind == CLAIM and self.binds:
+            self.bind(name_of(made))
+        if kind == POD and self.obeys:
+            self.start(name_of(made))
+        return self._of(kind)[namespace, name_of(made)]
+
+    def bind(self, name: str) -> None:
+        size = self._of(CLAIM)[NAMESPACE, name]["spec"]["resources"]["requests"]["storage"]
+        spec = {
+            "volumeMode": self.mode,
+            "capacity": {"storage": size},
+            "csi": self.below,
+            "nodeAffinity": self.affinity,
+        }
+        self.put(VOLUME, {"metadata": {"name": f"pv-{name}"}, "spec": spec})
+        bound = {"spec": {"volumeName": f"pv-{name}"}, "status": {"phase": "Bound"}}
+        self.change(CLAIM, name, bound, NAMESPACE)
+
+    def start(self, name: str) -> None:
+        status = {"phase": "Running", "containerStatuses": [{"ready": True, "started": True}]}
+        self.change(POD, name, {"status": status}, NAMESPACE)
+
+    def remove(self, kind: Kind, name: str, namespace: str = "") -> None:
+        if kind == POD and not self.obeys:
+            self.change(POD, name, {"metadata": {"finalizers": ["kubelet"]}}, namespace)
+        super().remove(kind, name, namespace)
+
+    def delete(self, kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None) -> None:
+        super().delete(kind, name, namespace, grace_seconds=grace_seconds)
+        if grace_seconds == 0 and self.get(kind, name, namespace) is not None:
+            self.lose(kind, name, namespace)
+
+    def tell(self, thing: Json, message: str) -> None:
+        """An event about an object."""
+        about = {"uid": uid_of(thing)}
+        event = {"metadata": {"name": f"event-{len(self.all(EVENT))}"}, "involvedObject": about, "message": message}
+        self.put(EVENT, {**event, "type": "Warning", "reason": "ProvisioningFailed"}, NAMESPACE)
+
+
+class Careless(CsiBackend):
+    """A detach that does not look."""
+
+    def _refuse_open(self, known: Known, node: str) -> None:
+        """Nothing is looked at."""
+
+
+class World:
+    """The cluster, a controller on it, and the node `one`."""
+
+    def __init__(self, folder: Path, make: type[CsiBackend] = CsiBackend) -> None:
+        self.api = Cluster()
+        self.records = RecordObjects(self.api, NAMESPACE, RecordCodec())
+        self.headers = HeaderCopies(self.api, NAMESPACE, self.records, folder / "headers", Files())
+        self.pins = Pins(folder / "holders", Files())
+        self.pins.prepare()
+        self.devices = NodeDevices(self.api, self.records, self.pins, "one", "below.test", 0.0)
+        self.controller = self._made(make, is_node=False)
+        self.node = self._made(make, is_node=True)
+
+    def _made(self, make: type[CsiBackend], *, is_node: bool) -> CsiBackend:
+        return make(
+            self.records,
+            self.headers,
+            Claims(self.api, NAMESPACE, DRIVER, 0.0),
+            HolderPods(self.api, NAMESPACE, "image", Path("/holders"), 0.0),
+            self.devices,
+            is_node=is_node,
+            node_topology=TOPOLOGY,
+        )
+
+    def create(self, volume_id: str = "pvc-1") -> VolumeRecord:
+        return self.controller.create(record(volume_id), SIZE)
+
+    def claim(self, volume_id: str = "pvc-1") -> Json:
+        found = self.api.get(CLAIM, name_for(volume_id), NAMESPACE)
+        assert found is not None
+        return found
+
+    def spec(self, volume_id: str = "pvc-1") -> Json:
+        found = self.api.get(VOLUME_RECORD, volume_id, NAMESPACE)
+        assert found is not None
+        spec: Json = found["spec"]
+        return spec
+
+    def stage(self, node: str = "one", boot: str = "") -> None:
+        """As a node's plug-in says that it has the device attached."""
+        staged = Staged(node=node, boot_id=boot or boot_id(), ticket="ticket", device="/dev/loop7")
+        self.records.change("pvc-1", staged=staged)
+
+    def holders(self) -> list[str]:
+        return [each["spec"]["nodeName"] for each in self.api.all(POD)]
+
+
+def record(volume_id: str = "pvc-1") -> VolumeRecord:
+    return VolumeRecord(
+        id=volume_id, name=volume_id, capacity_bytes=SIZE - MIB, parameters=PARAMETERS,
+        encryption=EncryptionState.PREPARED, created="now",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+@contextmanager
+def no_lock(_: str) -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def busy(volume_id: str) -> Iterator[None]:
+    if volume_id:
+        raise VolumeBusy("busy")
+    yield
+
+
+# --- claims ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_claim_is_raw_block_of_the_class_below_for_the_chosen_node(world: World) -> None:
+    world.controller.use("pvc-1", Access(topologies=({TOPOLOGY: "two"}, {TOPOLOGY: "one"})))
+    world.create()
+    claim = world.claim()
+    assert claim["spec"]["volumeMode"] == "Block"
+    assert claim["spec"]["storageClassName"] == "below"
+    assert claim["spec"]["resources"]["requests"]["storage"] == str(SIZE)
+    assert claim["metadata"]["annotations"]["volume.kubernetes.io/selected-node"] == "two"
+    assert claim["metadata"]["finalizers"] == [KEEPS]
+    assert world.spec()["claimUid"] == claim["metadata"]["uid"]
+
+
+def test_a_class_below_that_binds_at_once_is_told_no_node(world: World) -> None:
+    world.api.change(STORAGE_CLASS, "below", {"volumeBindingMode": "Immediate"})
+    world.controller.use("pvc-1", Access(topologies=({TOPOLOGY: "two"},)))
+    world.create()
+    assert "volume.kubernetes.io/selected-node" not in world.claim()["metadata"]["annotations"]
+
+
+def test_a_claim_that_is_pending_is_waited_for_and_says_what_its_events_say(world: World) -> None:
+    world.api.binds = False
+    for _ in range(2):
+        with pytest.raises(
+            Aborted, match=r"claim luks/luks-pvc-1 below volume pvc-1, of class below, is not bound yet"
+        ):
+            world.create()
+    world.api.tell(world.claim(), "rpc error: code = DeadlineExceeded desc = the cloud is slow")
+    with pytest.raises(
+        Aborted, match=r"is not bound yet \(rpc error: code = DeadlineExceeded desc = the cloud is slow"
+    ):
+        world.create()
+    assert not world.controller.has("pvc-1")
+    assert not world.controller.ids()
+    assert world.controller.orphans() == ["VolumeRecord/pvc-1"]
+    world.api.bind(name_for("pvc-1"))
+    assert world.create() == world.controller.get("pvc-1")
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "sentence"),
+    [
+        ("rpc error: code = InvalidArgument desc = block is not supported", FailedPrecondition, "must have raw block"),
+        ("rpc error: code = ResourceExhausted desc = no disks left", ResourceExhausted, "no disks left"),
+    ],
+)
+def test_what_the_driver_below_refuses_is_told_and_leaves_nothing(
+    world: World, said: str, kind: type[DriverError], sentence: str
+) -> None:
+    world.api.binds = False
+    with pytest.raises(Aborted):
+        world.create()
+    world.api.tell(world.claim(), said)
+    with pytest.raises(kind, match=sentence):
+        world.create()
+    assert not world.api.all(CLAIM)
+    assert not world.api.all(VOLUME_RECORD)
+
+
+def test_a_class_that_cannot_be_below_is_refused_before_anything_is_made(world: World) -> None:
+    for parameters, kind, sentence in (
+        (VolumeParameters(), InvalidArgument, r"backingStorageClass must name"),
+        (VolumeParameters(backing_storage_class="nix"), FailedPrecondition, r"there is no StorageClass 'nix'"),
+        (VolumeParameters(backing_storage_class="ours"), InvalidArgument, r"'ours', a class of this driver itself"),
+    ):
+        world.api.put(STORAGE_CLASS, {"metadata": {"name": "ours"}, "provisioner": DRIVER})
+        with pytest.raises(kind, match=sentence):
+            world.controller.create(msgspec.structs.replace(record(), parameters=parameters), SIZE)
+    assert not world.api.all(VOLUME_RECORD)
+    with pytest.raises(InvalidArgument, match=r"backingStorageClass is missing"):
+        world.controller.id_for("pvc-1", VolumeParameters())
+    with pytest.raises(InvalidArgument, match=r"eraseOnDelete cannot be kept"):
+        world.controller.id_for("pvc-1", VolumeParameters(backing_storage_class="below", erase_on_delete=True))
+
+
+def test_a_volume_that_is_no_raw_block_or_our_own_is_refused_and_given_back(world: World) -> None:
+    world.api.mode = "Filesystem"
+    with pytest.raises(FailedPrecondition, match=r"was bound to pv-luks-pvc-1, which is no raw block volume"):
+        world.create()
+    world.api.mode, world.api.below = "Block", {"driver": DRIVER}
+    with pytest.raises(InvalidArgument, match=r"a volume of this driver itself"):
+        world.create()
+    assert not world.api.all(CLAIM)
+    assert not world.api.all(VOLUME_RECORD)
+
+
+def test_where_the_volume_below_is_reached_from_ours_is(world: World) -> None:
+    zone, host = "topology.kubernetes.io/zone", "kubernetes.io/hostname"
+    terms = [
+        {"matchExpressions": [{"key": zone, "operator": "In", "values": ["a", "b"]},
+                              {"key": host, "operator": "In", "values": ["one"]}]},
+        {"matchExpressions": [{"key": host, "operator": "In", "values": ["two"]}]},
+    ]  # fmt: skip
+    world.api.affinity = {"required": {"nodeSelectorTerms": terms}}
+    made = world.create()
+    expected = [{zone: "a", host: "one"}, {zone: "b", host: "one"}, {host: "two"}]
+    assert list(world.controller.places(made)) == expected
+    terms[1]["matchExpressions"][0]["operator"] = "NotIn"
+    with pytest.raises(FailedPrecondition, match=r"says more than CSI can hand on"):
+        places_of({"metadata": {"name": "x"}, "spec": {"nodeAffinity": world.api.affinity}})
+
+
+def test_another_claim_of_the_name_is_left_alone(world: World) -> None:
+    other = world.api.put(CLAIM, {"metadata": {"name": name_for("pvc-1")}, "spec": {}}, NAMESPACE)
+    with pytest.raises(FailedPrecondition, match=r"the claim luks/luks-pvc-1 is there and was not made for it"):
+        world.create()
+    assert world.claim() == other
+    assert not world.api.all(VOLUME_RECORD)
+
+
+def test_a_claim_that_went_by_hand_is_told_and_the_record_stays(world: World) -> None:
+    world.create()
+    world.api.remove(CLAIM, name_for("pvc-1"), NAMESPACE)
+    with pytest.raises(FailedPrecondition, match=r"somebody has asked for the deletion of the claim .* still there"):
+        world.controller.publish("pvc-1", "one", many_nodes=False)
+    world.api.lose(CLAIM, name_for("pvc-1"), NAMESPACE)
+    with pytest.raises(FailedPrecondition, match=r"is gone or another one \(its PersistentVolume was pv-luks-pvc-1\)"):
+        world.controller.publish("pvc-1", "one", many_nodes=False)
+    world.api.remove(VOLUME_RECORD, "pvc-1", NAMESPACE)
+    assert world.controller.get("pvc-1") == record()
+    world.controller.delete("pvc-1")
+    assert not world.api.all(VOLUME_RECORD)
+
+
+def test_growth_is_the_claims_and_waits_for_its_driver(world: World) -> None:
+    world.create()
+    with pytest.raises(Aborted, match=r"is being enlarged from 16777216 to 33554432 bytes by its own driver"):
+        world.controller.grow("pvc-1", 2 * SIZE)
+    assert world.claim()["spec"]["resources"]["requests"]["storage"] == str(2 * SIZE)
+    assert world.spec()["size"] == SIZE
+    world.api.change(VOLUME, "pv-luks-pvc-1", {"spec": {"capacity": {"storage": "32Mi"}}})
+    world.controller.grow("pvc-1", 2 * SIZE)
+    assert world.spec()["size"] == 2 * SIZE
+    world.api.change(STORAGE_CLASS, "below", {"allowVolumeExpansion": None})
+    with pytest.raises(FailedPrecondition, match=r"its class below does not say allowVolumeExpansion: true"):
+        world.controller.grow("pvc-1", 3 * SIZE)
+    with pytest.raises(FailedPrecondition, match=r"enlarge its claim, as a node cannot"):
+        world.node.grow("pvc-1", 3 * SIZE)
+
+
+# --- holders ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_node_gets_a_volume_by_a_holder_and_gives_it_back(world: World) -> None:
+    world.create()
+    given = world.controller.publish("pvc-1", "one", many_nodes=False)
+    assert given == {"holder": pod_name("pvc-1", "one")}
+    (pod,) = world.api.all(POD)
+    assert pod["spec"]["nodeName"] == "one"
+    assert pod["spec"]["priorityClassName"] == "system-node-critical"
+    assert pod["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] == name_for("pvc-1")
+    assert pod["metadata"]["ownerReferences"][0]["controller"] is True
+    assert world.controller.published("pvc-1") == ["one"]
+    with pytest.raises(FailedPrecondition, match=r"cannot be given to node two: node one has it"):
+        world.controller.publish("pvc-1", "two", many_nodes=False)
+    with pytest.raises(DeviceInUse, match=r"node one may use it"):
+        world.controller.delete("pvc-1")
+    for _ in range(2):
+        world.controller.unpublish("pvc-1", "one")
+    assert not world.holders()
+    world.controller.publish("pvc-1", "two", many_nodes=False)
+    world.controller.unpublish("pvc-1", "")
+    assert not world.controller.published("pvc-1")
+    with pytest.raises(NotFound, match=r"no node of that name"):
+        world.controller.publish("pvc-1", "nix", many_nodes=False)
+    world.controller.unpublish("nix", "one")
+
+
+def test_a_holder_that_is_not_ready_is_waited_for_in_words(world: World) -> None:
+    world.create()
+    world.api.obeys = False
+    with pytest.raises(Aborted, match=r"the holder pod luks/luks-holder-\S+ of volume pvc-1 on node one is not ready"):
+        world.controller.publish("pvc-1", "one", many_nodes=False)
+    world.api.tell(world.api.all(POD)[0], "AttachVolume.Attach failed: no more disks for this server")
+    with pytest.raises(Aborted, match=r"not ready yet \(AttachVolume.Attach failed: no more disks for this server\)"):
+        world.controller.publish("pvc-1", "one", many_nodes=False)
+    world.api.start(pod_name("pvc-1", "one"))
+    world.controller.publish("pvc-1", "one", many_nodes=False)
+
+
+def check_looks(world: World) -> None:
+    """A volume that a node may still write to is not taken away from it."""
+    world.create()
+    world.controller.publish("pvc-1", "one", many_nodes=False)
+    world.stage()
+    for node in ("one", ""):
+        with pytest.raises(
+            FailedPrecondition, match=r"cannot be taken from node one: it may be open there as /dev/loop7"
+        ):
+            world.controller.unpublish("pvc-1", node)
+        assert world.holders() == ["one"], "the holder was taken away under an open volume"
+    with pytest.raises(DeviceInUse, match=r"it is open on node one as /dev/loop7; unpublish and unstage it"):
+        world.controller.delete("pvc-1")
+
+
+def test_a_volume_that_is_open_is_not_taken_away(world: World) -> None:
+    check_looks(world)
+    world.records.change("pvc-1", staged=None)
+    world.controller.unpublish("pvc-1", "one")
+
+
+def test_a_detach_that_does_not_look_is_noticed(tmp_path: Path) -> None:
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        check_looks(World(tmp_path, Careless))
+
+
+@pytest.mark.parametrize("how", ["taint", "gone", "booted anew"])
+def test_a_node_that_is_past_it_gives_the_volume_up(world: World, how: str) -> None:
+    world.create()
+    world.controller.publish("pvc-1", "one", many_nodes=False)
+    world.stage()
+    world.api.obeys = how == "booted anew"
+    if how == "taint":
+        taint = {"key": "node.kubernetes.io/out-of-service", "value": "x", "effect": "NoExecute"}
+        world.api.change(NODE, "one", {"spec": {"taints": [taint]}})
+    elif how == "gone":
+        world.api.lose(NODE, "one")
+    else:
+        world.api.change(NODE, "one", {"status": {"nodeInfo": {"bootID": "another"}}})
+    world.controller.unpublish("pvc-1", "one")
+    assert not world.holders()
+    assert world.spec().get("staged") is None
+    world.api.obeys = True
+    world.controller.publish("pvc-1", "two", many_nodes=False)
+
+
+def test_a_holder_that_stays_is_waited_for_before_another_node_gets_the_volume(world: World) -> None:
+    world.create()
+    world.controller.publish("pvc-1", "one", many_nodes=False)
+    world.api.obeys = False
+    with pytest.raises(Aborted, match=r"has not ended on node one yet; it stays while"):
+        world.controller.unpublish("pvc-1", "one")
+    with pytest.raises(Aborted, match=r"has not ended on node one yet"):
+        world.controller.publish("pvc-1", "two", many_nodes=False)
+    world.api.change(POD, pod_name("pvc-1", "one"), {"metadata": {"finalizers": None}}, NAMESPACE)
+    world.api.obeys = True
+    world.controller.unpublish("pvc-1", "one")
+    world.controller.publish("pvc-1", "two", many_nodes=False)
+    world.api.obeys = False
+    with pytest.raises(Aborted, match=r"has not ended on node two yet"):
+        world.controller.unpublish("pvc-1", "two")
+    with pytest.raises(Aborted, match=r"has not ended on node two yet"):
+        world.controller.delete("pvc-1")
+    assert world.claim()
+
+
+def test_a_node_attaches_nothing_that_the_controller_has_taken_away(world: World) -> None:
+    world.create()
+    for node in ("", "two"):
+        world.records.change("pvc-1", node=node)
+        with pytest.raises(FailedPrecondition, match=r"volume pvc-1 is not attached to node one: "):
+            world.node.attach("pvc-1", lasting=False)
+    assert not world.node.ids()
+
+
+# --- what is mended --------------------------------------------------------------------------------------------------
+
+
+def test_holders_and_records_are_made_to_agree(world: World) -> None:
+    world.create()
+    world.create("pvc-2")
+    world.controller.publish("pvc-1", "one", many_nodes=False)
+    world.controller.publish("pvc-2", "one", many_nodes=False)
+    world.api.lose(POD, pod_name("pvc-1", "one"), NAMESPACE)  # somebody's hand
+    world.records.change("pvc-2", node="")  # a controller that was killed
+    world.controller.mend(busy, lambda: False)
+    world.controller.mend(no_lock, lambda: True)
+    assert [name_of(each) for each in world.api.all(POD)] == [pod_name("pvc-2", "one")]
+    world.controller.mend(no_lock, lambda: False)
+    assert [name_of(each) for each in world.api.all(POD)] == [pod_name("pvc-1", "one")]
+    written = world.api.written()
+    world.controller.mend(no_lock, lambda: False)
+    assert written
+    assert not world.api.written()
+
+
+def test_a_record_hears_of_a_device_that_was_let_go_of_while_the_api_was_away(world: World) -> None:
+    world.create()
+    world.controller.publish("pvc-1", "one", many_nodes=False)
+    world.stage()
+    pin = Pin(volume_id="pvc-1", boot_id=boot_id(), major=7, minor=7, disk=1, holder="uid", ticket="ticket")
+    world.pins.put(pin)
+    assert world.node.ids() == ["pvc-1"]
+
+    def away(_: Call) -> None:
+        raise Unavailable("the API is away")
+
+    world.api.before = away
+    world.node.detach("pvc-1")
+    assert not world.node.ids()
+    assert world.node.has("pvc-1")
+    world.api.before = lambda _: None
+    with pytest.raises(FailedPrecondition, match=r"it may be open there"):
+        world.controller.unpublish("pvc-1", "one")
+    world.node.mend(busy, lambda: False)
+    world.node.mend(no_lock, lambda: False)
+    assert not world.node.has("pvc-1")
+    world.controller.unpublish("pvc-1", "one")
+
+
+def test_a_later_attachment_is_not_taken_for_the_one_that_was_let_go_of(world: World) -> None:
+    world.create()
+    world.controller.publish("pvc-1", "one", many_nodes=False)
+    world.pins.put(
+        Pin(volume_id="pvc-1", boot_id=boot_id(), major=7, minor=7, disk=1, holder="uid", ticket="an earlier one")
+    )
+    world.stage()
+    world.node.detach("pvc-1")
+    assert world.spec()["staged"]["ticket"] == "ticket"
+
+
+def each_step(world: World, act: Callable[[], object], after: Callable[[], None]) -> int:
+    """Kill `act` before each of its writes, until it is done without; `after` says what must be so then."""
+    for number in range(50):
+        left = [number]
+
+        def before(call: Call, left: list[int] = left) -> None:
+            if call.verb == "get":
+                return
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+
+        world.api.before = before
+        with suppress(Killed):
+            act()
+            world.api.before = lambda _: None
+            return number
+        world.api.before = lambda _: None
+        after()
+    raise AssertionError("it never ends")
+
+
+def test_killed_at_each_step_a_volume_comes_to_a_node_and_goes_again(world: World) -> None:
+    def checked() -> None:
+        for pod in world.api.all(POD):
+            assert world.spec()["node"] == pod["spec"]["nodeName"] or not world.spec().get("staged")
+
+    world.create()
+    for _ in range(2):
+        assert each_step(world, lambda: world.controller.publish("pvc-1", "one", many_nodes=False), checked) == 2
+        assert world.holders() == ["one"]
+        assert each_step(world, lambda: world.controller.unpublish("pvc-1", "one"), checked) == 2
+        assert not world.holders()
+    steps = each_step(world, lambda: world.controller.delete("pvc-1"), lambda: None)
+    assert steps >= 3
+    assert not world.api.all(VOLUME_RECORD)
+    assert not world.api.all(CLAIM)
+
+
+# --- records and headers ---------------------------------------------------------------------------------------------
+
+
+def test_an_update_is_seen_to_be_of_the_newest_record_whatever_else_was_written(world: World) -> None:
+    first = world.create()
+    world.controller.publish("pvc-1", "one", many_nodes=False)
+    second = world.node.update(msgspec.structs.replace(first, file_system=FileSystemState.RAW))
+    assert world.controller.get("pvc-1") == second
+    with pytest.raises(Aborted, match=r"changed by another writer"):
+        world.node.update(first)
+    assert world.spec()["node"] == "one"
+
+
+@pytest.mark.parametrize("damage", [{"spec": {"state": "Odd"}}, {"spec": {"record": "{"}}, {"spec": {"record": "{}"}}])
+def test_a_record_that_cannot_be_read_is_refused_and_left(world: World, damage: Json) -> None:
+    world.create()
+    world.create("pvc-2")
+    world.api.change(VOLUME_RECORD, "pvc-1", damage, NAMESPACE)
+    with pytest.raises(FailedPrecondition, match=r"VolumeRecord luks/pvc-1 cannot be read"):
+        world.controller.get("pvc-1")
+    assert world.controller.get("pvc-2").id == "pvc-2"
+    assert "pvc-2" in world.controller.ids()
+    other = world.spec("pvc-2")["record"]
+    world.api.change(VOLUME_RECORD, "pvc-1", {"spec": {"record": other, "state": "Ready"}}, NAMESPACE)
+    with pytest.raises(FailedPrecondition, match=r"is that of volume pvc-2"):
+        world.controller.get("pvc-1")
+
+
+def test_header_copies_of_any_size_come_in_pieces_and_damage_is_told(world: World) -> None:
+    import os
+
+    world.create()
+    small, large = os.urandom(300_000), os.urandom(2_200_000)
+
+    def put(content: bytes) -> Callable[[str], None]:
+        def write(path: str) -> None:
+            Path(path).write_bytes(content)
+
+        return write
+
+    for content in (small, large, small):
+        world.node.keep_header_copy("pvc-1", put(content))
+        assert world.node.header_copy("pvc-1").read_bytes() == content
+    assert world.node.has_header_copy("pvc-1")
+    pieces = world.api.all(HEADER_PIECE)
+    assert len(pieces) > 4
+    assert all(len(str(each)) < 1_000_000 for each in pieces)
+    with pytest.raises(ResourceExhausted, match=r"take key slots away that nobody needs"):
+        world.node.keep_header_copy("pvc-1", put(os.urandom(6_000_000)))
+    old = {"metadata": {"creationTimestamp": "2020-01-01T00:00:00Z"}}
+    for each in world.api.all(HEADER_PIECE):
+        world.api.change(HEADER_PIECE, name_of(each), old, NAMESPACE)
+    world.controller.mend(no_lock, lambda: False)
+    assert len(world.api.all(HEADER_PIECE)) == world.spec()["header"]["pieces"]
+    assert world.node.header_copy("pvc-1").read_bytes() == small
+    world.api.change(HEADER_PIECE, name_of(world.api.all(HEADER_PIECE)[0]), {"spec": {"content": "AAAA"}}, NAMESPACE)
+    with pytest.raises(FailedPrecondition, match=r"the copy of the header of volume pvc-1 is damaged"):
+        world.node.header_copy("pvc-1")
+    world.controller.delete("pvc-1")
+    assert not world.api.all(HEADER_PIECE)
+
+
+def test_names_that_no_object_can_have_become_other_ids(world: World) -> None:
+    made = [world.controller.id_for(name, PARAMETERS) for name in ("pvc-1", "a..b", "a-.b", "a.", "A", "x" * 200)]
+    assert made[0] == "pvc-1"
+    assert all(each.startswith("x-") for each in made[1:])
+    assert len(set(made)) == len(made)
+
+
+def test_the_limit_of_the_driver_below_is_ours(world: World) -> None:
+    assert world.node.most_volumes() == 0
+    drivers: list[Json] = [
+        {"name": "other", "allocatable": {"count": 3}},
+        {"name": "below.test", "allocatable": {"count": 7}},
+    ]
+    world.api.put(CSI_NODE, {"metadata": {"name": "one"}, "spec": {"drivers": drivers}})
+    assert world.node.most_volumes() == 7
+    del drivers[1]["allocatable"]
+    world.api.change(CSI_NODE, "one", {"spec": {"drivers": drivers}})
+    assert world.node.most_volumes() == 0
