@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from csi_driver.backends.base import Fill, Space
+from csi_driver.backends.base import Backend, Fill, Space
 from csi_driver.host import ofdlock
 from csi_driver.host.files import Files
 from csi_driver.host.handle import Handle
@@ -30,6 +30,7 @@ from csi_driver.model.volume import VolumeParameters, VolumeRecord, volume_id_fo
 from csi_driver.volumes.from_image import BackingImages
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.keyslots import KeySlots
+from csi_driver.volumes.moved import Homes
 
 LOOP_MAJOR = 7
 Step = Callable[[str], None]
@@ -117,6 +118,11 @@ def no_kms() -> VolumeKeys:
     nowhere, nobody = Path("/nonexistent"), Kubernetes("", "")
     sources = KeySources(KmsConfig(nowhere, nobody), nobody, Workers(()), nowhere, Audit(None))
     return VolumeKeys(sources, KeyLedger(nowhere, Files()))
+
+
+def at_home(backend: Backend) -> Homes:
+    """Volumes of a node that has one driver."""
+    return Homes(backend, lambda _: False)
 
 
 @dataclass

@@ -133,6 +133,12 @@ class VolumeFolders:
                 f"the record of volume {volume_id} cannot be taken: the volume was being moved to another volume key, "
                 f"and by a record that is older half of it would be lost; restore the newest record"
             )
+        if record.move is not None:
+            raise FailedPrecondition(
+                f"the record of volume {volume_id} cannot be taken: by it the volume is {record.move.phase}, moved "
+                f"between this driver and that of {record.move.other}, and nobody knows what became of that; restore "
+                f"the newest record"
+            )
         if not record.is_settled:
             raise FailedPrecondition(
                 f"the record of volume {volume_id} cannot be taken: it says encryption={record.encryption or 'none'} "

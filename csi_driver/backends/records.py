@@ -13,14 +13,15 @@ import msgspec
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.volume import VolumeRecord
 
-VERSION = 2
+VERSION = 3
+_BEFORE_MOVES = 2
 _BEFORE_KEYS = 1
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
-MIGRATIONS: Mapping[int, Migration] = MappingProxyType({1: lambda volume: volume})
+MIGRATIONS: Mapping[int, Migration] = MappingProxyType({1: lambda volume: volume, 2: lambda volume: volume})
 """From each older version to the next one. A released version never changes its meaning.
 
-2 has `key`, `rekey`, `conversion`, `key_since` and the parameter `key_rotation_seconds`.
+2 has `key`, `rekey`, `conversion`, `key_since` and the parameter `key_rotation_seconds`; 3 has `move`.
 """
 
 
@@ -33,8 +34,9 @@ class RecordCodec:
 
     def encode(self, record: VolumeRecord) -> bytes:
         """Return the record as JSON, of the oldest version that knows all that is in it: older drivers read most."""
-        newer = record.key or record.rekey or record.conversion or record.key_since
-        version = self._version if newer else min(self._version, _BEFORE_KEYS)
+        keys = record.key or record.rekey or record.conversion or record.key_since
+        before = _BEFORE_MOVES if keys else _BEFORE_KEYS
+        version = self._version if record.move else min(self._version, before)
         return msgspec.json.encode({"version": version, "volume": record})
 
     def decode(self, content: bytes, where: str) -> VolumeRecord:

@@ -33,14 +33,14 @@ def _rate(_context: click.Context, _parameter: click.Parameter, text: str | None
         raise click.BadParameter(f"{error}.") from None
 
 
-_rate_option = click.option(
+rate_option = click.option(
     "--rate", metavar="SIZE", callback=_rate, help="The most bytes to move in a second, such as 50Mi."
 )
 
 
 @click.command(cls=BesideServer, params=[*_PARAMS])
 @click.argument("volume_id", metavar="VOLUME", shell_complete=volume_names)
-@_rate_option
+@rate_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @secret_options
 @click.pass_context
@@ -62,7 +62,7 @@ def reencrypt(
 @click.argument("volume_id", metavar="VOLUME", shell_complete=volume_names)
 @click.option("--kms", "kms_id", metavar="ID", help="Its key is to be one of its own, by that KMS of --kms-config.")
 @click.option("--generate-key", "generate", is_flag=True, help="Its key is to be one of its own, in a secret.")
-@_rate_option
+@rate_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @secret_options
 @click.pass_context

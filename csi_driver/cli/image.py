@@ -1,8 +1,7 @@
 """`luks-csi image`: VM images on this node; needs no server."""
 
-import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -16,10 +15,9 @@ from csi_driver.cli.image_upload import upload
 from csi_driver.cli.local import local_driver
 from csi_driver.cli.names import image_names, volume_names
 from csi_driver.cli.output import OUTPUT_OPTION, Output, about, confirm, show_json, show_table, show_text, size_text
-from csi_driver.cli.progress import ProgressLine, tell_stopping
+from csi_driver.cli.progress import ProgressMeter, tell_stopping
 from csi_driver.cli.secret_files import SecretSource, new_secret_options, secret_options
 from csi_driver.cli.serve import settings_params
-from csi_driver.images.base import Progress
 from csi_driver.images.checkpoint import Operation
 from csi_driver.images.checksum import Checksum
 from csi_driver.images.destinations import Connector
@@ -68,7 +66,7 @@ def import_(
         sys.stdin.buffer if source == "-" else None, read_headers(url, header_file, netrc_file, credentials_dir),
     )  # fmt: skip
     library = _library(state_dir, Connector(allow_local=allow_local, cacert=cacert))
-    _tell(output, library, library.import_(wanted, _Meter()))
+    _tell(output, library, library.import_(wanted, ProgressMeter()))
 
 
 @image.command("import-volume", cls=BesideServer, params=[*_PARAMS, *settings_params("pbkdf_memory_kib")])
@@ -91,7 +89,7 @@ def import_volume(
     library = _library(given["state_dir"])
     with local_driver(context, given) as driver:
         wanted = Export(volume_id, name, secret)
-        record = driver.offline().exports.export(wanted, library, _Meter(), tell_stopping)
+        record = driver.offline().exports.export(wanted, library, ProgressMeter(), tell_stopping)
     _tell(output, library, record)
 
 
@@ -127,7 +125,7 @@ def clone(
     size = int(sector_size) if sector_size else None
     wanted = Clone(source, name, operation, key, new_key, secret, size, verify)
     library = _library(state_dir, audit_file=audit_file)
-    _tell(output, library, library.clone(wanted, _Meter()))
+    _tell(output, library, library.clone(wanted, ProgressMeter()))
 
 
 def _check_secrets(operation: Operation, first: SecretSource, second: SecretSource) -> None:
@@ -288,7 +286,7 @@ def delete(name: str, output: str, state_dir: Path, *, yes: bool, owned: bool) -
 def export(name: str, path: Path, output: str, state_dir: Path) -> None:
     """Copy an image's file, as it is, to a new file at PATH; one that is encrypted stays so."""
     library = _library(state_dir)
-    library.export(name, path.absolute(), _Meter())
+    library.export(name, path.absolute(), ProgressMeter())
     if output == Output.JSON:
         return show_json(_look(library, name))
     return show_text(f"image {name} is at {path}")
@@ -307,15 +305,6 @@ def _slot_text(slot: Mapping[str, str | int]) -> str:
     if slot["pbkdf"] == "pbkdf2":
         return f"pbkdf2, {slot['hash']}, {slot['iterations']} iterations"
     return f"{slot['pbkdf']}, {slot['time']} passes over {about(int(slot['memory']) << 10)}B"
-
-
-class _Meter:
-    """A progress line for each part of the work."""
-
-    @contextlib.contextmanager
-    def __call__(self, what: str, total: int | None) -> Iterator[Progress]:
-        with ProgressLine(what, total) as line:
-            yield line
 
 
 def _library(state_dir: Path, connector: Connector | None = None, audit_file: Path | None = None) -> ImageLibrary:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Final, Self, TextIO
 
@@ -83,6 +83,15 @@ class ProgressLine:
         filled = int(part * _BAR)
         bar = f"[{'#' * filled}{'.' * (_BAR - filled)}] " if self._live else ""
         return f"{self._what}: {bar}{part:4.0%} of {about(self._total)}B, {about(int(rate))}B/s{left}"
+
+
+class ProgressMeter:
+    """A progress line for each part of the work."""
+
+    @contextlib.contextmanager
+    def __call__(self, what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+        with ProgressLine(what, total) as line:
+            yield line
 
 
 def _clock_text(seconds: float) -> str:

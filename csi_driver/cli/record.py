@@ -9,13 +9,18 @@ from csi_driver.cli.names import volume_names
 from csi_driver.cli.output import OUTPUT_OPTION, Output, confirm, show_json, show_text, size_text
 from csi_driver.cli.serve import settings_params
 from csi_driver.model.errors import NotFound
-from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeRecord, is_volume_id
+from csi_driver.model.volume import EncryptionState, FileSystemState, Move, MovePhase, VolumeRecord, is_volume_id
 
 _ENCRYPTION = {
     EncryptionState.PREPARED: "prepared: the first stage formats it",
     EncryptionState.FORMATTING: "formatting: the next stage goes on with it",
     EncryptionState.CLONING: "cloning: the next creation or stage goes on with it",
     EncryptionState.ENCRYPTED: "encrypted",
+}
+_MOVE = {
+    MovePhase.LEAVING: "being copied to {}; it is here until that has ended",
+    MovePhase.LEFT: "to {}; what is here is its old copy",
+    MovePhase.ARRIVED: "copied here from {}; the same command once more ends it",
 }
 _FILE_SYSTEM = {
     FileSystemState.NONE: "none yet",
@@ -36,6 +41,8 @@ def record_rows(record: VolumeRecord) -> list[tuple[str, str]]:
         ]
     if record.conversion is not None:
         rows.append(("volume key", f"moved to another one, {record.percent_moved} %"))
+    if record.move is not None:
+        rows.append(("moved", _moved(record.move)))
     made = record.made_fs_type if record.file_system is FileSystemState.MADE else None
     if record.parameters.backing_image:
         rows.append(("image", record.parameters.backing_image))
@@ -43,6 +50,12 @@ def record_rows(record: VolumeRecord) -> list[tuple[str, str]]:
     if record.parameters.claim:
         rows.append(("claim", record.parameters.claim))
     return [*rows, ("created", record.created)]
+
+
+def _moved(move: Move) -> str:
+    if move.phase is MovePhase.ARRIVING:
+        return f"being copied here from {move.other}, {move.copied.end * 100 // max(move.size, 1)} %"
+    return _MOVE[move.phase].format(move.other)
 
 
 @click.command("accept-record", params=[*settings_params("state_dir"), OUTPUT_OPTION])

@@ -7,6 +7,7 @@ import click
 from csi_driver.cli.adopt import adopt
 from csi_driver.cli.check import check
 from csi_driver.cli.convert import encrypt, reencrypt
+from csi_driver.cli.move import move
 from csi_driver.cli.names import volume_names
 from csi_driver.cli.node_view import Seen
 from csi_driver.cli.output import Output, confirm, show_json, show_table, show_text, size_text
@@ -34,8 +35,8 @@ def volume() -> None:
     """Create, stage, publish, enlarge and remove volumes by hand.
 
     A volume is staged once, which opens and mounts it, and then published to as many places as want to see it. Each
-    command but accept-record, adopt, check, encrypt, reencrypt and restore-header is a call of the Container Storage
-    Interface to the server at --endpoint. Secrets come from files or standard input only.
+    command but accept-record, adopt, check, encrypt, move, reencrypt and restore-header is a call of the Container
+    Storage Interface to the server at --endpoint. Secrets come from files or standard input only.
     """
 
 
@@ -43,6 +44,7 @@ volume.add_command(accept_record)
 volume.add_command(adopt)
 volume.add_command(check)
 volume.add_command(encrypt)
+volume.add_command(move)
 volume.add_command(reencrypt)
 volume.add_command(restore_header)
 for name, function in COMMANDS.items():

@@ -104,6 +104,40 @@ class Conversion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     key: KeyTrail | None = None
 
 
+class MovePhase(StrEnum):
+    """Where a volume is that is moved between two drivers of its node (docs/architecture.md, "Another backend")."""
+
+    LEAVING = "leaving"
+    LEFT = "left"
+    ARRIVING = "arriving"
+    ARRIVED = "arrived"
+
+
+class Span(msgspec.Struct, frozen=True, kw_only=True):
+    """The bytes of a device from its start on, and the chained digest of all of them that is not zero."""
+
+    end: int = 0
+    digest: str = ""
+
+
+class Move(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A volume that is moved, in the records of both drivers; `other` is the state directory of the other one, and
+    `volume_id` its id there. `id` is that of the move.
+
+    While it is `arriving`, `source` says what the source was when the copy began, `size` how many bytes are to come,
+    `copied` what was written, and `compared` what was read again.
+    """
+
+    phase: MovePhase
+    id: str
+    other: str
+    volume_id: str
+    source: str = ""
+    size: int = 0
+    copied: Span = Span()
+    compared: Span = Span()
+
+
 class VolumeParameters(msgspec.Struct, frozen=True, kw_only=True):
     """The StorageClass parameters of a volume, typed; None where the class says nothing.
 
@@ -143,8 +177,9 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     `revision` counts the writes: an update names the revision it was made from (compare-and-swap). `cloned_uuid` is
     set while `cloning`: the UUID of the header that was cloned, which becomes that of `luks`. `key` is set where the
-    passphrase comes from a KMS, `rekey` while it is being changed, `conversion` while the volume key is. `key_since` is
-    when the present one began to count; None where that is `created`.
+    passphrase comes from a KMS, `rekey` while it is being changed, `conversion` while the volume key is, `move` while
+    the volume goes to another backend. `key_since` is when the present key began to count; None where that is
+    `created`.
     """
 
     id: str
@@ -157,6 +192,7 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True):
     key: KeyTrail | None = None
     rekey: Rekey | None = None
     conversion: Conversion | None = None
+    move: Move | None = None
     key_since: str | None = None
     file_system: FileSystemState = FileSystemState.NONE
     made_fs_type: str | None = None
@@ -183,6 +219,7 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True):
         """Whether nothing is ever formatted, made, moved or given another identity by what it says."""
         return (
             self.conversion is None
+            and self.move is None
             and self.encryption in (None, EncryptionState.ENCRYPTED)
             and self.file_system
             in (

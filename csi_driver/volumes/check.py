@@ -20,6 +20,7 @@ from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeReco
 from csi_driver.volumes.encryption import Encryption, attempt
 from csi_driver.volumes.filesystem import FSCK, Attached, FileSystems
 from csi_driver.volumes.keys import VolumeKeys
+from csi_driver.volumes.moved import Homes
 from csi_driver.volumes.presence import Presence, Presences
 from csi_driver.volumes.stage import let_go
 from csi_driver.volumes.two_keys import refuse_half
@@ -58,6 +59,7 @@ class Checking:
         encryption: Encryption,
         file_systems: FileSystems,
         keys: VolumeKeys,
+        homes: Homes,
         limits: Limits,
     ) -> None:
         self._backend = backend
@@ -68,6 +70,7 @@ class Checking:
         self._encryption = encryption
         self._file_systems = file_systems
         self._keys = keys
+        self._homes = homes
         self._limits = limits
 
     def check(self, volume_id: str, key: SecretKey, *, repair: bool, seconds: float) -> Checked:
@@ -80,6 +83,7 @@ class Checking:
         record = self._backend.get(volume_id)
         _refuse_open(self._presences.of(volume_id, record))
         _refuse_unmade(record)
+        record = self._homes.here(record)
         refuse_half(self._backend, record)
         in_hand = self._keys.of(record, key, "check") if record.encryption is not None else None
         with self._workers.session(), ExitStack() as undo:

@@ -30,6 +30,7 @@ from csi_driver.volumes.conversion_steps import ConversionSteps, Moving
 from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.keyslots import KeySlots
+from csi_driver.volumes.moved import refuse_away
 from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.stages import Stages
 from csi_driver.volumes.two_keys import conversion_of
@@ -88,6 +89,7 @@ class Conversions:
         self._devices.beside(volume_id)
         with self._locks.hold(volume_id), self._workers.session():
             record = self._backend.get(volume_id)
+            refuse_away(record)
             if record.encryption is None:
                 raise FailedPrecondition(
                     f"volume {volume_id} is not encrypted; luks-csi volume encrypt {volume_id} does that"
@@ -112,6 +114,7 @@ class Conversions:
         self._devices.beside(volume_id)
         with self._locks.hold(volume_id), self._workers.session():
             record = self._backend.get(volume_id)
+            refuse_away(record)
             if record.encryption is not None:
                 raise FailedPrecondition(
                     f"volume {volume_id} is encrypted already; luks-csi volume reencrypt {volume_id} gives it another "

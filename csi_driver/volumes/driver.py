@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +31,7 @@ from csi_driver.keys.sources import KeySources
 from csi_driver.luks.mapping import Mappings
 from csi_driver.model.errors import DriverError, FailedPrecondition
 from csi_driver.model.settings import Service, Settings
+from csi_driver.model.volume import Move, MovePhase
 from csi_driver.volumes.attachment import Attachments
 from csi_driver.volumes.condition import Conditions
 from csi_driver.volumes.drift import KeyDrift
@@ -43,6 +44,7 @@ from csi_driver.volumes.health import Health
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.keyslots import KeySlots
 from csi_driver.volumes.kms_health import KmsHealth
+from csi_driver.volumes.moved import Homes
 from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.provision import Provisioning
 from csi_driver.volumes.publish import Publishing
@@ -226,6 +228,13 @@ def _csi(settings: Settings, host: Host, folder: Path) -> Backend:
     )
 
 
+def _has_left(settings: Settings, host: Host, move: Move) -> bool:
+    """Whether the other driver of this node, by its state directory, says that the volume has left it."""
+    other = replace(settings, state_dir=Path(move.other), backend=Settings.backend, volume_group="")
+    found = make_backend(other, host).get(move.volume_id).move
+    return found is not None and (found.phase, found.id) == (MovePhase.LEFT, move.id)
+
+
 def build_driver(settings: Settings, host: Host | None = None) -> Driver:
     """Put the driver together; nothing is started or touched yet."""
     host = host or Host()
@@ -256,10 +265,11 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         ImageStore(here, host.files), ClusterImages(here), host.workers, slots, keys, settings.limits
     )
     drift = KeyDrift(backend, stages, slots, keys)
+    homes = Homes(backend, partial(_has_left, settings, host))
     rekeying = Rekeying(backend, host.workers, slots, keys)
     staging = Staging(
         backend, directory.check, stages, presences, host.workers, encryption, file_systems, mappings, healing, drift,
-        keys, rekeying,
+        keys, rekeying, homes,
     )  # fmt: skip
     storage, is_node = shared(backend), Service.NODE in settings.services
     # A central controller has no devices, and may not look for any; whether a volume is in use its storage knows.
@@ -276,7 +286,7 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
 
         return Offline(
             settings.limits, host, backend, locks, stages, presences, mappings, commands, slots, encryption,
-            file_systems, sources, keys, rekeying,
+            file_systems, sources, keys, rekeying, homes, state,
         )  # fmt: skip
 
     return Driver(

@@ -32,6 +32,7 @@ from csi_driver.model.times import recorded_now
 from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeRecord
 from csi_driver.volumes.image_source import EXPORTED
 from csi_driver.volumes.keyslots import KeySlots, device_size, recorded_identity
+from csi_driver.volumes.moved import refuse_away
 from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.two_keys import refuse_half
 
@@ -164,6 +165,7 @@ def _refuse(record: VolumeRecord, wanted: Export, *, files: bool) -> None:
             f"{where} is no file of this node, and only one of the backend loopfile becomes an image; copy what it "
             f"holds, and import that"
         )
+    refuse_away(record)
     if record.conversion is not None:
         verb = "encrypt" if record.encryption is None else "reencrypt"
         raise FailedPrecondition(

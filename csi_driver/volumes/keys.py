@@ -165,6 +165,11 @@ class VolumeKeys:
         """Destroy what `leave` gave, or `left`; whether the KMS has forgotten it, else that is logged."""
         return self._forget(entry, "delete volume", noted=True)
 
+    def hand_over(self, record: VolumeRecord) -> None:
+        """Forget what is noted here of the keys of a volume that another driver has: they open it there."""
+        for name in _names(record):
+            self._ledger.forget(name)
+
     def left(self, records: Iterable[VolumeRecord]) -> list[KeyEntry]:
         """As `left_keys`."""
         return left_keys(self._ledger, records)

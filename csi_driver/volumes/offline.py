@@ -1,5 +1,6 @@
 """What commands alone do to volumes of their node, beside its server or without one; a server never loads it."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from csi_driver.backends.base import Backend
@@ -16,6 +17,9 @@ from csi_driver.volumes.export import Exports
 from csi_driver.volumes.filesystem import FileSystems
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.keyslots import KeySlots
+from csi_driver.volumes.move import Moves
+from csi_driver.volumes.move_copy import Place
+from csi_driver.volumes.moved import Homes
 from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.recovery import Recovery
 from csi_driver.volumes.rekey import Rekeying
@@ -44,13 +48,16 @@ class Offline:
         sources: KeySources,
         keys: VolumeKeys,
         rekeying: Rekeying,
+        homes: Homes,
+        state_dir: Path,
     ) -> None:
         self.adoption = Adoption(backend, host.workers, slots, sources, rekeying, limits)
         self.checking = Checking(
-            backend, presences, host.workers, commands, mappings, encryption, file_systems, keys, limits
+            backend, presences, host.workers, commands, mappings, encryption, file_systems, keys, homes, limits
         )
         self.conversions = Conversions(
             backend, locks, presences, stages, host.workers, host.mapper, encryption, slots, keys, limits
         )
         self.exports = Exports(backend, locks, presences, host.loops, slots)
-        self.recovery = Recovery(backend, presences, host.workers, host.loops, sources, limits)
+        self.recovery = Recovery(backend, presences, host.workers, host.loops, sources, homes, limits)
+        self.moves = Moves(Place(state_dir, backend, locks, presences), host.workers, keys, limits)

@@ -38,6 +38,7 @@ from csi_driver.volumes.filesystem import LEAST_BYTES
 from csi_driver.volumes.from_image import BackingImage, BackingImages
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.keyslots import device_size
+from csi_driver.volumes.moved import is_here, refuse_away
 from csi_driver.volumes.parameters import (
     DEFAULT_FILE_SYSTEM,
     check_mkfs_options,
@@ -148,7 +149,6 @@ class Provisioning:
         is used, FailedPrecondition.
         """
         self._check_state()
-        self._release(volume_id)
         record, left = None, True
         try:
             record = self._backend.get(volume_id)
@@ -159,10 +159,15 @@ class Provisioning:
             log.warning(
                 "a key of its own stays in its KMS, if the volume had one", volume_id=volume_id, error=str(error)
             )
-        leaving = self._keys.leave(volume_id, record)
-        self._backend.delete(volume_id)
-        if left:
-            for entry in leaving:
+        if record is not None and not is_here(record):
+            # It is open, if it is, by the driver that has it now; and its key opens it there.
+            self._keys.hand_over(record)
+            self._backend.delete(volume_id)
+        else:
+            self._release(volume_id)
+            leaving = self._keys.leave(volume_id, record)
+            self._backend.delete(volume_id)
+            for entry in leaving if left else ():
                 self._keys.destroy_left(entry)
         log.info("volume deleted", volume_id=volume_id)
 
@@ -330,6 +335,7 @@ def grow_device(backend: Backend, record: VolumeRecord, required_bytes: int, lim
     The device grows before the record says so: a crash between leaves a device that is too long, never one too short.
     """
     _check_range(required_bytes, limit_bytes)
+    refuse_away(record)
     capacity = _round_up(required_bytes, _sector(record.parameters, record.luks))
     if limit_bytes and max(capacity, record.capacity_bytes) > limit_bytes:
         raise OutOfRange(

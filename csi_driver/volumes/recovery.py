@@ -24,6 +24,7 @@ from csi_driver.model.secret import Passphrase
 from csi_driver.model.settings import Limits
 from csi_driver.model.volume import EncryptionState
 from csi_driver.volumes.keyslots import device_size
+from csi_driver.volumes.moved import Homes
 from csi_driver.volumes.presence import Presences
 
 _ADVICE: Final = "give its passphrase with --passphrase-file or --secret-dir"
@@ -39,6 +40,7 @@ class Recovery:
         workers: Workers,
         loops: LoopDevices,
         sources: KeySources,
+        homes: Homes,
         limits: Limits,
     ) -> None:
         self._backend = backend
@@ -46,6 +48,7 @@ class Recovery:
         self._workers = workers
         self._loops = loops
         self._sources = sources
+        self._homes = homes
         self._limits = limits
         self._header_limits = HeaderLimits(memory_kib=limits.pbkdf_memory_kib)
 
@@ -64,6 +67,7 @@ class Recovery:
             raise FailedPrecondition(
                 f"there is no copy of the header of volume {volume_id} at {copy}; name another one"
             )
+        self._homes.here(record)
         with self._workers.session(), self._backend.storage(volume_id) as storage:
             self._workers.call(
                 f"luks-restore of volume {volume_id}",

@@ -25,6 +25,7 @@ from csi_driver.model.volume import EncryptionState, KeyTrail, NamedSlot, Rekey,
 from csi_driver.volumes.encryption import attempt
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.keyslots import KeySlots
+from csi_driver.volumes.moved import refuse_away
 
 
 @dataclass(frozen=True)
@@ -245,6 +246,7 @@ class Rekeying:
             raise FailedPrecondition(f"volume {volume_id} is not encrypted, so it has no key")
         if record.encryption is not EncryptionState.ENCRYPTED:
             raise FailedPrecondition(f"volume {volume_id} was never staged, so it has no key slot yet; stage it first")
+        refuse_away(record)
         if record.conversion is not None:
             raise FailedPrecondition(
                 f"volume {volume_id} is being moved to another volume key; let luks-csi volume reencrypt {volume_id} "

@@ -21,6 +21,7 @@ from csi_driver.keys.base import RequestNeeded
 from csi_driver.keys.secret import LONGHORN_VALUE, PREVIOUS, SecretKey
 from csi_driver.model.errors import DriverError, FailedPrecondition, NotFound, VolumeBusy
 from csi_driver.model.volume import EncryptionState, VolumeRecord
+from csi_driver.volumes.moved import is_here
 from csi_driver.volumes.rekey import Rekeying
 
 LOOK_SECONDS: Final = 300.0
@@ -165,7 +166,9 @@ class KeyRotation:
             log.warning("a key could not be rotated", volume_id=volume_id, kind=type(error).__name__, where=where)
 
     def _is_to_change(self, record: VolumeRecord) -> bool:
-        if record.encryption is not EncryptionState.ENCRYPTED or record.key is None or record.conversion is not None:
+        if record.encryption is not EncryptionState.ENCRYPTED or record.key is None or not is_here(record):
+            return False
+        if record.conversion is not None:
             return False  # where it is being encrypted anew, the next look after that is soon enough
         if record.rekey is not None:
             return True
@@ -180,5 +183,5 @@ class KeyRotation:
             self._rekeying.rotate(volume_id, _NO_SECRET, None)
 
     def _is_overdue(self, record: VolumeRecord) -> bool:
-        planned = schedule(record) if record.encryption is EncryptionState.ENCRYPTED else None
+        planned = schedule(record) if record.encryption is EncryptionState.ENCRYPTED and is_here(record) else None
         return planned is not None and self._clock() >= planned.limit

@@ -32,6 +32,7 @@ from csi_driver.volumes.encryption import Encryption, Opened, attempt, raw_if_un
 from csi_driver.volumes.filesystem import Attached, FileSystems
 from csi_driver.volumes.healing import Healing
 from csi_driver.volumes.keys import KeyInHand, VolumeKeys
+from csi_driver.volumes.moved import Homes
 from csi_driver.volumes.presence import Presence, Presences
 from csi_driver.volumes.rekey import Rekeying
 from csi_driver.volumes.stages import Stage, Stages
@@ -72,6 +73,7 @@ class Staging:
         drift: KeyDrift,
         keys: VolumeKeys,
         rekeying: Rekeying,
+        homes: Homes,
     ) -> None:
         self._backend = backend
         self._check_state = check_state
@@ -85,6 +87,7 @@ class Staging:
         self._drift = drift
         self._keys = keys
         self._rekeying = rekeying
+        self._homes = homes
 
     def stage(self, request: StageRequest) -> None:
         """Make the volume ready on this node, formatting it the first time; repeating a complete stage is cheap.
@@ -94,6 +97,7 @@ class Staging:
         self._check_state()
         record = self._backend.get(request.volume_id)
         check_context(record, request.context)
+        record = self._homes.here(record)
         refuse_half(self._backend, record)
         capabilities.check([request.capability], many_nodes=takes_many_nodes(self._backend))
         present = self._presences.of(record.id, record)

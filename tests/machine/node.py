@@ -25,7 +25,7 @@ from csi_driver.keys.secret import read_secret
 from csi_driver.luks.header import Header, parse
 from csi_driver.luks.mapping import Mappings
 from csi_driver.model.settings import Limits, Settings
-from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeRecord, mapping_name
+from csi_driver.model.volume import EncryptionState, FileSystemState, Move, VolumeRecord, mapping_name
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.conversion import Conversions
 from csi_driver.volumes.drift import KeyDrift
@@ -37,6 +37,9 @@ from csi_driver.volumes.from_image import BackingImages
 from csi_driver.volumes.healing import Healing
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.keyslots import KeySlots
+from csi_driver.volumes.move import Moves
+from csi_driver.volumes.move_copy import Place
+from csi_driver.volumes.moved import HasLeft, Homes
 from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.provision import CreateRequest, Provisioning, VolumeView
 from csi_driver.volumes.publish import Publishing, PublishRequest
@@ -89,6 +92,11 @@ def _next_data(descriptor: int, at: int) -> tuple[int, bytes] | None:
 BLANK = hashlib.sha256().hexdigest()
 
 
+def nowhere_else(_: Move) -> bool:
+    """There is no other driver on this node."""
+    return False
+
+
 @dataclass
 class Node:
     """A driver on the state directory below `folder`; a second one on the same folder is the driver after a restart.
@@ -106,6 +114,7 @@ class Node:
     make_slots: Callable[[Workers, Limits], KeySlots] = KeySlots
     make_encryption: Callable[[Workers, Mappings, KeySlots, Limits], Encryption] = Encryption
     given_keys: VolumeKeys | None = None
+    has_left: HasLeft = nowhere_else
 
     def __post_init__(self) -> None:
         self.state = self.folder / "state"
@@ -137,6 +146,7 @@ class Node:
         healing = Healing(self.store, presences, self.workers, file_systems, FileSystemHealth(self.mounts))
         self.rekeying = Rekeying(self.store, self.workers, self.slots, self.keys)
         drift = KeyDrift(self.store, self.stages, self.slots, self.keys)
+        self.homes = Homes(self.store, self.has_left)
         self.staging = Staging(
             self.store,
             healthy,
@@ -150,6 +160,7 @@ class Node:
             drift,
             self.keys,
             self.rekeying,
+            self.homes,
         )
         self.provisioning = Provisioning(settings, self.store, images, healthy, self.staging.release, self.keys)
         self.publishing = Publishing(self.store, presences, self.mounts, holders, file_systems, healing)
@@ -168,6 +179,9 @@ class Node:
             self.keys,
             self.limits,
             MIB,
+        )
+        self.moves = Moves(
+            Place(self.state, self.store, self.locks, presences), self.workers, self.keys, self.limits, MIB
         )
         self.exports = Exports(self.store, self.locks, presences, self.loops, self.slots)
         self.standing = StandingVolumes(self.store, self.locks, presences, self.workers, self.mapper, self.encryption)

@@ -228,7 +228,7 @@ def test_a_damaged_header_can_be_put_back_in_the_middle(node: Node) -> None:
         file.write(bytes(32768))
     with pytest.raises(DriverError):
         reencrypt(node)
-    recovery = Recovery(node.store, node.presences, node.workers, node.loops, GivenSources(), LIMITS)
+    recovery = Recovery(node.store, node.presences, node.workers, node.loops, GivenSources(), node.homes, LIMITS)
     recovery.restore_header(VOLUME, loopfile(node).header_copy(VOLUME))
     reencrypt(node)
     node.stage(capability=BLOCK)
@@ -313,7 +313,7 @@ def test_recover_tells_of_the_other_half(node: Node) -> None:
     filled(node)
     node.unstage()
     stop_after(node, 2)
-    recovery = Recovery(node.store, node.presences, node.workers, node.loops, GivenSources(), LIMITS)
+    recovery = Recovery(node.store, node.presences, node.workers, node.loops, GivenSources(), node.homes, LIMITS)
     with pytest.raises(FailedPrecondition, match=r"next\.img the other half"):
         recovery.open(node.disk(), "review", None, read_secret(SECRET), read_only=False)
 

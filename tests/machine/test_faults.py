@@ -27,6 +27,7 @@ from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.provision import Provisioning
 from csi_driver.volumes.stage import Staging
 from csi_driver.volumes.stages import Stages
+from tests.fake_host import at_home
 from tests.machine.fault_points import FaultyFiles, FaultyLoops, FaultyWorkers, Injector, Kind, P, Point, R, faulty_host
 from tests.machine.fault_server import Build, faulty_driver
 from tests.machine.faults import LEAST_POINTS, Case, Result, cases_of, lab
@@ -167,6 +168,7 @@ def reusing(settings: Settings, injector: Injector) -> Driver:
         drift,
         driver.keys,
         driver.rekeying,
+        at_home(driver.backend),
     )
     return replace(driver, staging=staging)
 

@@ -798,7 +798,7 @@ def test_a_volume_from_an_encrypted_image_gets_a_key_of_its_own(
 
 
 def recovery(node: Node, sources: GivenSources) -> Recovery:
-    return Recovery(node.store, node.presences, node.workers, LoopDevices(), sources, Limits())
+    return Recovery(node.store, node.presences, node.workers, LoopDevices(), sources, node.homes, Limits())
 
 
 def test_a_damaged_header_is_put_back_from_its_copy(used: Node) -> None:

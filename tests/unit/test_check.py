@@ -22,6 +22,7 @@ from csi_driver.volumes.driver import Driver, build_driver
 from csi_driver.volumes.filesystem import FSCK, PROGRAMS
 from csi_driver.volumes.offline import Offline
 from csi_driver.volumes.presence import Presences
+from tests.fake_host import at_home
 from tests.fake_kernel import KernelCommands, KernelMounts, KernelWorkers
 from tests.unit.test_staging_model import BLOCK, KEY, WRONG_KEY, Rig
 
@@ -66,7 +67,16 @@ def checking(rig: Rig, commands: KernelCommands) -> Checking:
     workers = KernelWorkers(rig.kernel)
     presences = Presences(rig.backend, rig.stages, rig.mappings, KernelMounts(rig.kernel))
     return Checking(
-        rig.backend, presences, workers, commands, rig.mappings, rig.encryption, rig.file_systems, rig.keys, Limits()
+        rig.backend,
+        presences,
+        workers,
+        commands,
+        rig.mappings,
+        rig.encryption,
+        rig.file_systems,
+        rig.keys,
+        at_home(rig.backend),
+        Limits(),
     )
 
 

@@ -14,7 +14,7 @@ from csi_driver.volumes.expand import ExpandRequest
 from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.stage import StageRequest, Staging
 from csi_driver.volumes.stages import Stages
-from tests.fake_host import SteppedFiles
+from tests.fake_host import SteppedFiles, at_home
 from tests.fake_kernel import KernelMounts, KernelWorkers
 from tests.unit.test_staging_model import KEY, MOUNT, NO_KEY, Rig
 
@@ -53,6 +53,7 @@ def staging(rig: Rig, free: int) -> Staging:
         rig.drift,
         rig.keys,
         rig.rekeying,
+        at_home(backend),
     )
 
 

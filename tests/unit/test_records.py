@@ -15,9 +15,12 @@ from csi_driver.model.volume import (
     FileSystemState,
     KeyTrail,
     LuksIdentity,
+    Move,
+    MovePhase,
     NamedSlot,
     Rekey,
     RekeyPhase,
+    Span,
     VolumeParameters,
     VolumeRecord,
 )
@@ -80,6 +83,18 @@ RECORDS = st.builds(
     file_system=st.sampled_from(FileSystemState),
     key=st.none() | KEYS,
     conversion=st.none() | st.builds(Conversion, luks=LUKS, done=WHOLE, key=st.none() | KEYS),
+    move=st.none()
+    | st.builds(
+        Move,
+        phase=st.sampled_from(MovePhase),
+        id=TEXTS,
+        other=TEXTS,
+        volume_id=TEXTS,
+        source=TEXTS,
+        size=WHOLE,
+        copied=st.builds(Span, end=WHOLE, digest=TEXTS),
+        compared=st.builds(Span, end=WHOLE, digest=TEXTS),
+    ),
     key_since=st.none() | TEXTS,
     rekey=st.none()
     | st.builds(Rekey, phase=st.sampled_from(RekeyPhase), other=st.none() | KEYS, slots=st.lists(SLOTS).map(tuple)),
@@ -97,6 +112,7 @@ RECORD = VolumeRecord(
     created="2026-11-20T00:00:00+00:00",
 )
 KEYED = msgspec.structs.replace(RECORD, key=KeyTrail(kms_id="vault", type="vault", name="pvc-1"))
+MOVED = msgspec.structs.replace(RECORD, move=Move(phase=MovePhase.LEAVING, id="m", other="/state", volume_id="pvc-1"))
 ROTATED = msgspec.structs.replace(KEYED, key_since="2026-11-20T00:00:00+00:00")
 
 
@@ -110,7 +126,7 @@ def test_every_older_version_can_be_read() -> None:
 
 
 def test_a_file_says_its_version() -> None:
-    document = msgspec.json.decode(RecordCodec().encode(ROTATED))
+    document = msgspec.json.decode(RecordCodec().encode(MOVED))
     assert document["version"] == VERSION
     assert document["volume"]["encryption"] == "formatting"
 
@@ -123,11 +139,12 @@ def test_a_record_is_written_in_the_oldest_version_that_knows_what_is_in_it() ->
     assert version(RECORD) == 1
     assert version(replace(RECORD, rekey=Rekey(phase=RekeyPhase.ADDING))) == 2
     assert version(KEYED) == 2
-    assert version(ROTATED) == VERSION
+    assert version(ROTATED) == 2
     assert RECORD.luks is not None
-    assert version(replace(RECORD, conversion=Conversion(luks=RECORD.luks))) == VERSION
+    assert version(replace(RECORD, conversion=Conversion(luks=RECORD.luks))) == 2
     scheduled = VolumeParameters(encrypted=True, kms_id="vault", key_rotation_seconds=3600)
-    assert version(replace(KEYED, parameters=scheduled)) == VERSION
+    assert version(replace(KEYED, parameters=scheduled)) == 2
+    assert version(MOVED) == VERSION
 
 
 @given(st.binary(max_size=100) | st.text(max_size=100).map(str.encode))
@@ -200,7 +217,7 @@ def test_a_field_of_another_type_is_no_record(field: str, value: object) -> None
 
 
 def test_a_newer_version_is_left_to_the_newer_driver() -> None:
-    newer = RecordCodec(version=VERSION + 1).encode(ROTATED)
+    newer = RecordCodec(version=VERSION + 1).encode(MOVED)
     with pytest.raises(FailedPrecondition, match=rf"version {VERSION + 1}, written by a newer driver .*run the newer"):
         RecordCodec().decode(newer, WHERE)
 
@@ -223,7 +240,7 @@ def test_an_older_version_is_carried_forward_step_by_step() -> None:
         RECORD, created="unknown", name="pvc-1 of unknown"
     )
     assert steps == [2, 3]
-    assert codec.decode(codec.encode(ROTATED), WHERE) == ROTATED
+    assert codec.decode(codec.encode(MOVED), WHERE) == MOVED
     assert steps == [2, 3]
 
 

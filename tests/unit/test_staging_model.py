@@ -50,7 +50,7 @@ from csi_driver.volumes.publish import Publishing, PublishRequest
 from csi_driver.volumes.rekey import Rekeying
 from csi_driver.volumes.stage import StageRequest, Staging
 from csi_driver.volumes.stages import Stages
-from tests.fake_host import NoHolders, SteppedFiles, no_kms
+from tests.fake_host import NoHolders, SteppedFiles, at_home, no_kms
 from tests.fake_kernel import (
     Kernel,
     KernelCommands,
@@ -144,6 +144,7 @@ class Rig:
             self.drift,
             keys,
             self.rekeying,
+            at_home(self.backend),
         )
         self.provisioning = Provisioning(
             Settings(node_id="node-1"), self.backend, images, lambda: None, self.staging.release, keys

@@ -1,0 +1,76 @@
+"""What may be done with a volume that is moved to another backend, or was: the record of either driver decides.
+
+Its content counts in one place at any moment: docs/architecture.md, "Another backend".
+"""
+
+from collections.abc import Callable
+
+import msgspec
+
+from csi_driver.backends.base import Backend
+from csi_driver.host.log import log
+from csi_driver.model.errors import DriverError, FailedPrecondition
+from csi_driver.model.volume import Move, MovePhase, VolumeRecord
+
+HasLeft = Callable[[Move], bool]
+"""Whether the driver from which a volume `arrived` says that it has left. Raises DriverError, OSError."""
+
+
+class Homes:
+    """Says of a volume whether it is here, before it is used."""
+
+    def __init__(self, backend: Backend, has_left: HasLeft) -> None:
+        self._backend = backend
+        self._has_left = has_left
+
+    def here(self, record: VolumeRecord) -> VolumeRecord:
+        """The record of a volume that is about to be used here; a copy of it that is under way counts no more.
+
+        One that arrived is here once the other driver says that it has left. Callers hold the volume's lock. Raises
+        FailedPrecondition where the volume is not here.
+        """
+        if record.move is None:
+            return record
+        if record.move.phase is MovePhase.LEAVING:
+            log.warning("a volume is used, so a copy of it that was under way counts no more", volume_id=record.id)
+        elif record.move.phase is not MovePhase.ARRIVED or not self._is_settled(record.move):
+            raise away(record, record.move)
+        return self._backend.update(msgspec.structs.replace(record, move=None))
+
+    def _is_settled(self, move: Move) -> bool:
+        try:
+            return self._has_left(move)
+        except (DriverError, OSError) as error:
+            log.warning("the driver that a volume came from cannot be asked", state_dir=move.other, error=str(error))
+            return False
+
+
+def refuse_away(record: VolumeRecord) -> None:
+    """Raise FailedPrecondition for a volume that is not here, or may not be; what is changed here would be lost."""
+    if record.move is not None and record.move.phase is not MovePhase.LEAVING:
+        raise away(record, record.move)
+
+
+def is_here(record: VolumeRecord) -> bool:
+    """Whether the volume is here as far as its record alone tells; a copy of it may be under way."""
+    return record.move is None or record.move.phase is MovePhase.LEAVING
+
+
+def away(record: VolumeRecord, move: Move) -> FailedPrecondition:
+    """Why it cannot be used here, and where it can."""
+    again = f"luks-csi volume move {move.volume_id} --state-dir {move.other} --to-state-dir …"
+    if move.phase is MovePhase.LEFT:
+        return FailedPrecondition(
+            f"volume {record.id} was moved to the driver with the state directory {move.other}, and what lies here is "
+            f"its old copy; stage it by that driver, as its volume {move.volume_id}"
+        )
+    if move.phase is MovePhase.ARRIVED:
+        return FailedPrecondition(
+            f"volume {record.id} was copied here from {move.other}, and nobody knows whether it may still be used "
+            f"there; run the same command once more on this node, which ends the move: {again}"
+        )
+    done = move.copied.end * 100 // move.size if move.size else 0
+    return FailedPrecondition(
+        f"volume {record.id} is being copied here from {move.other}, {done} % are there; let the same command run to "
+        f"its end on this node ({again}), or use it by the driver from which it comes"
+    )

@@ -1,0 +1,118 @@
+"""Two drivers of one node, on sparse files and on a volume group, and volumes that go from one to the other."""
+
+import contextlib
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from csi_driver.backends.base import Backend
+from csi_driver.host.workers import Workers
+from csi_driver.model.errors import FailedPrecondition, NotFound
+from csi_driver.model.volume import Move, MovePhase, VolumeRecord
+from csi_driver.volumes.move import MoveRequest
+from csi_driver.volumes.move_copy import Onlooker
+from tests.machine.node import BLOCK, MIB, VOLUME, Node
+
+SIZE = 5 * MIB + 512
+PLAIN = {"encrypted": "false"}
+_MOST = 64 * MIB
+
+
+@dataclass
+class Shown:
+    """A meter that keeps what it was shown."""
+
+    parts: list[str] = field(default_factory=list)
+    done: list[int] = field(default_factory=list)
+    each: Callable[[int], object] = lambda _: None
+
+    @contextlib.contextmanager
+    def __call__(self, what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+        self.parts.append(f"{what} of {total}")
+
+        def progress(done: int) -> None:
+            self.done.append(done)
+            self.each(done)
+
+        yield progress
+
+
+@dataclass
+class Pair:
+    """The two drivers."""
+
+    files: Node
+    group: Node
+    pool: str | None
+
+    def other(self, node: Node) -> Node:
+        return self.group if node is self.files else self.files
+
+    def move(self, source: Node | None = None, onlooker: Onlooker | None = None, *, keep: bool = False) -> VolumeRecord:
+        """From the files unless told otherwise."""
+        source = source or self.files
+        there, pool = self.other(source), self.pool if source is self.files else None
+        return source.moves.move(MoveRequest(VOLUME, pool, keep), there.moves.here, onlooker or Onlooker(Shown()))
+
+
+def pair_in(folder: Path, group: Backend, workers: Workers, pool: str | None) -> Pair:
+    """The two drivers, each of which can ask for the other one's records."""
+    nodes: list[Node] = []
+
+    def has_left(move: Move) -> bool:
+        (other,) = (node for node in nodes if os.path.realpath(node.state) == move.other)
+        found = other.record(move.volume_id).move
+        return found is not None and (found.phase, found.id) == (MovePhase.LEFT, move.id)
+
+    nodes.append(Node(folder / "files", workers, has_left=has_left))
+    nodes.append(Node(folder / "group", workers, backend=group, has_left=has_left))
+    return Pair(nodes[0], nodes[1], pool)
+
+
+@contextlib.contextmanager
+def opened(node: Node) -> Iterator[int]:
+    """What a pod sees of the volume as a block device, for as long as it is staged."""
+    node.stage(capability=BLOCK)
+    try:
+        with node.presences.held(node.presences.of(VOLUME, node.record())) as device:
+            descriptor = os.open(device, os.O_RDWR)
+            try:
+                yield descriptor
+            finally:
+                os.close(descriptor)
+    finally:
+        node.unstage()
+
+
+def fill(node: Node, parameters: Mapping[str, str], seed: int = 1, thin_pool: str | None = None) -> bytes:
+    """A block volume with noise, and a hole in it; closed. Returns what a pod sees of it."""
+    pool = {"thinPool": thin_pool} if thin_pool else {}
+    node.create(size=SIZE, parameters={**parameters, **pool}, capability=BLOCK)
+    return write(node, seed)
+
+
+def write(node: Node, seed: int) -> bytes:
+    """Other noise in it. Returns what a pod sees of it."""
+    with opened(node) as device:
+        noise = random.Random(seed).randbytes(SIZE)
+        os.pwrite(device, noise[:MIB], 0)
+        os.pwrite(device, noise[3 * MIB :], 3 * MIB)
+        os.fsync(device)
+        return os.pread(device, _MOST, 0)
+
+
+def shown(node: Node) -> bytes:
+    """What a stage shows of the volume; of a hole in it noise, which stays the same."""
+    with opened(node) as device:
+        return os.pread(device, _MOST, 0)
+
+
+def is_refused(node: Node) -> bool:
+    """Whether the volume cannot be used there."""
+    try:
+        shown(node)
+    except (FailedPrecondition, NotFound):
+        return True
+    return False
