@@ -43,7 +43,7 @@ MACHINE_PYTEST := $(PY) -m pytest -p no:cacheprovider
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help backends-test demo shell test test-danger test-machine test-servers check sanity faults crashes storm danger canary cluster-test keys-test \
+.PHONY: help backends-test ceph-test demo shell test test-danger test-machine test-servers check sanity faults crashes storm danger canary cluster-test keys-test \
     keys-kills bench bench-data bench-keys bench-images format clean venv system lock fuzz images images-demo images-matrix images-kills images-hostile \
     images-limits images-random operator-test operator-random bench-operator
 
@@ -98,6 +98,12 @@ check: venv system ## linters, types, layers, unit tests
 
 sanity: venv system $(CSI_SANITY) ## csi-sanity against the server, mount and block; BACKEND=lvm-thick or lvm-thin
 	@$(GUEST_FOR) --env BACKEND -- $(PY) -m tests.machine.sanity
+
+ceph-test: export BACKEND := rbd
+ceph-test: venv system $(CSI_SANITY) ## the backend rbd on a Ceph in the guest: conformance, nodes, life, csi-sanity
+	@tools/system.sh ceph
+	@code=0; $(GUEST_FOR) --env BACKEND --timeout 7200 -- $(PY) -m tests.backends || code=1; \
+	$(GUEST_FOR) --env BACKEND --timeout 7200 -- $(PY) -m tests.machine.sanity || code=1; exit $$code
 
 backends-test: venv system ## the conformance suite of backends; BACKEND=loopfile, lvm-thick or lvm-thin for one
 	@$(GUEST_FOR) --env BACKEND -- $(PY) -m tests.backends

@@ -48,6 +48,7 @@ grep -qs device-mapper /proc/misc || modprobe -q dm_mod 2>/dev/null || packages=
     containernetworking-plugins debian-archive-keyring gcc gpg libc6-dev mmdebstrap opensc openssl softhsm2
     user-mode-linux"
 [ "${1-}" != data ] || packages="$packages fio"
+[ "${1-}" != ceph ] || packages="$packages ceph-common ceph-mgr ceph-mon ceph-osd"
 installed() {
     [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ] && return
     # Docker's own packages bring these two, and apt-get would remove Docker for Debian's.

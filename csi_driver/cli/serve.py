@@ -31,7 +31,7 @@ from csi_driver.model.settings import Limits, LogFormat, Service, Settings
 from csi_driver.model.sizes import read_size
 from csi_driver.rpc.endpoint import endpoint_path
 
-BACKENDS = ("csi", "loopfile", "lvm")
+BACKENDS = ("csi", "loopfile", "lvm", "rbd")
 
 
 def _read_services(text: str) -> frozenset[Service]:
@@ -62,6 +62,10 @@ _OPTIONS = (
             "backend csi."),
     setting("--driver-below", "driver_below", read_name, "NAME", "", "The driver below the backend csi, whose limit of "
             "volumes of a node is ours too."),
+    setting("--ceph-config", "ceph_config", read_path, "FILE", Settings.ceph_config, "The Ceph clusters of the backend "
+            "rbd, as Ceph-CSI has them."),
+    setting("--ceph-secret", "ceph_secret", read_some_path, "FOLDER", "", "Where a Secret with userID and userKey is "
+            "mounted, for calls that bring none, if at all."),
     setting("--free-space-floor", "free_space_floor", read_size, "SIZE", "1Gi", "Space that new volumes leave free."),
     setting("--threads", "threads", number(1, 256), "NUMBER", Settings.threads, "Calls at work at once."),
     setting("--grace-seconds", "grace_seconds", seconds(0), "SECONDS", Settings.grace_seconds, "Time for calls in "

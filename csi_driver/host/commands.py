@@ -84,6 +84,12 @@ class Commands:
             by_name=by_name,
         )
 
+    def run_into(self, output: Handle, argv: Sequence[str | Handle], *, timeout: float) -> None:
+        """`run` for an answer of any length, which goes to the file `output`."""
+        limit = timeout + 2 * _KILL_GRACE_SECONDS
+        what = f"{argv[0]} on {argv[-1]}"
+        self._workers.call(what, limit, run_program, tuple(argv), timeout=timeout, output=output)
+
     def read(self, argv: Sequence[str], *, timeout: float) -> str:
         """`run` for a long answer: what the program writes to its standard output, up to 100 KiB."""
         limit = timeout + 2 * _KILL_GRACE_SECONDS
@@ -99,15 +105,16 @@ def run_program(
     ok_codes: Sequence[int] = (0,),
     by_name: bool = False,
     most_output: int = _MOST_OUTPUT,
+    output: Handle | None = None,
 ) -> Completed:
     """Run `argv` for at most `timeout` seconds.
 
     The program inherits what the running call holds, its lock and devices, and finds a Handle under the path of its
     descriptor; errors call it by its name. `by_name` is for those that hand the path on to somebody who keeps it: they
     get a name that is seen to mean the device, which they hold as well. It ends with this process. Of each output the
-    last `most_output` bytes are kept, which an answer of a worker must have room for. Raises
-    FailedPrecondition when it is not installed, ProgramFailed for an exit code outside `ok_codes`, DeadlineExceeded
-    when it had to be killed.
+    last `most_output` bytes are kept, which an answer of a worker must have room for; where there is a file `output`,
+    all of its standard output goes there. Raises FailedPrecondition when it is not installed, ProgramFailed for an exit
+    code outside `ok_codes`, DeadlineExceeded when it had to be killed.
     """
     shown = [str(one) for one in argv]
     handles = [one for one in argv if isinstance(one, Handle)]
@@ -115,7 +122,7 @@ def run_program(
         process = subprocess.Popen(
             [(name_of(one) if by_name else one.path) if isinstance(one, Handle) else one for one in argv],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=subprocess.PIPE if output is None else output.fd,
             stderr=subprocess.PIPE,
             env=_ENVIRONMENT,
             pass_fds={*held_descriptors(), *(handle.fd for handle in handles)},
@@ -134,7 +141,8 @@ def run_program(
             if pipe is not None:
                 pipes.enter_context(pipe)
         try:
-            stdout, stderr = (_text(output[-most_output:], handles) for output in process.communicate(timeout=timeout))
+            said = process.communicate(timeout=timeout)
+            stdout, stderr = (_text((each or b"")[-most_output:], handles) for each in said)
         except subprocess.TimeoutExpired:
             raise _killed(process, shown, timeout) from None
     if process.returncode not in ok_codes:

@@ -51,6 +51,8 @@ class Settings:
     namespace: str = ""
     holder_image: str = ""
     driver_below: str = ""
+    ceph_config: Path = Path("/etc/ceph-csi-config/config.json")
+    ceph_secret: Path | None = None
     free_space_floor: int = 1024 * MIB
     threads: int = 16
     grace_seconds: float = 20.0

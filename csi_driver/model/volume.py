@@ -168,6 +168,12 @@ class VolumeParameters(msgspec.Struct, frozen=True, kw_only=True):
     backend: str | None = None
     thin_pool: str | None = None
     backing_storage_class: str | None = None
+    cluster_id: str | None = None
+    pool: str | None = None
+    data_pool: str | None = None
+    image_features: tuple[str, ...] | None = None
+    mounter: str | None = None
+    map_options: tuple[str, ...] = ()
     replicas: int = 1
     claim: str | None = None
 

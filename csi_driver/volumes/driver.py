@@ -179,6 +179,8 @@ def make_backend(settings: Settings, host: Host) -> Backend:
         return _csi(settings, host, state / "csi")
     if settings.backend == "lvm" or memory.exists():
         return _lvm(settings, host, state / "lvm", memory)
+    if settings.backend == "rbd":
+        return _rbd(settings, host, state / "rbd")
     folder = state / "loopfile"
     return LoopfileBackend(folder, settings.free_space_floor, host.files, host.loops, RecordCodec())
 
@@ -235,6 +237,33 @@ def _has_left(settings: Settings, host: Host, move: Move) -> bool:
     return found is not None and (found.phase, found.id) == (MovePhase.LEFT, move.id)
 
 
+def _rbd(settings: Settings, host: Host, folder: Path) -> Backend:
+    from csi_driver.backends.rbd import RbdBackend  # noqa: PLC0415 - who has no Ceph pays nothing for it
+    from csi_driver.backends.rbdaccess import CephAccess  # noqa: PLC0415
+    from csi_driver.backends.rbddevices import MappedVolumes  # noqa: PLC0415
+    from csi_driver.backends.rbdimages import Images  # noqa: PLC0415
+    from csi_driver.backends.rbdnodes import NodeAttachments  # noqa: PLC0415
+    from csi_driver.backends.rbdplace import Clusters  # noqa: PLC0415
+    from csi_driver.backends.rbdrecords import VolumeLogs  # noqa: PLC0415
+    from csi_driver.backends.rbdtool import CephPrograms  # noqa: PLC0415
+    from csi_driver.host.krbd import MappedImages  # noqa: PLC0415
+
+    limits, logs = settings.limits, VolumeLogs()
+    programs = CephPrograms(Commands(host.workers), limits.mount_seconds)
+    devices = MappedVolumes(folder, host.files, host.workers, MappedImages(), limits.mount_seconds)
+    return RbdBackend(
+        folder,
+        CephAccess(Clusters(settings.ceph_config), programs, settings.ceph_secret),
+        logs,
+        Images(logs, limits.format_seconds),
+        NodeAttachments(logs, settings.node_id, devices.boot),
+        devices,
+        RecordCodec(),
+        host.files,
+        is_central=Service.CONTROLLER in settings.services,
+    )
+
+
 def build_driver(settings: Settings, host: Host | None = None) -> Driver:
     """Put the driver together; nothing is started or touched yet."""
     host = host or Host()
@@ -252,7 +281,10 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
     stages = Stages(state / "stages", host.files)
     presences = Presences(backend, stages, mappings, host.mounts)
     commands = Commands(host.workers)
-    locks = VolumeLocks(state / "locks", host.holders, backend.has, remade=True)
+    storage = shared(backend)
+    # Whether a volume outside the node exists its storage alone tells, which may not answer: its lock's file goes.
+    is_known = backend.has if storage is None else (lambda _: False)
+    locks = VolumeLocks(state / "locks", host.holders, is_known, remade=True)
     slots = KeySlots(host.workers, settings.limits)
     encryption = Encryption(host.workers, mappings, slots, settings.limits)
     sources = host.sources or key_sources(settings, host.workers)
@@ -271,7 +303,7 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
         backend, directory.check, stages, presences, host.workers, encryption, file_systems, mappings, healing, drift,
         keys, rekeying, homes,
     )  # fmt: skip
-    storage, is_node = shared(backend), Service.NODE in settings.services
+    is_node = Service.NODE in settings.services
     # A central controller has no devices, and may not look for any; whether a volume is in use its storage knows.
     release = staging.release if is_node or storage is None else lambda _: None
     mends = []

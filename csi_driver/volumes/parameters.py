@@ -15,7 +15,7 @@ from csi_driver.luks import formats
 from csi_driver.luks.choice import one_of, whole_number
 from csi_driver.model.errors import InvalidArgument
 from csi_driver.model.volume import VolumeParameters, is_object_name
-from csi_driver.volumes import image_source
+from csi_driver.volumes import ceph_parameters, image_source
 
 FILE_SYSTEMS = ("ext4", "xfs", "btrfs")
 DEFAULT_FILE_SYSTEM = "ext4"
@@ -39,6 +39,9 @@ _IGNORED = {
     "staleReplicaTimeout": "volumes have no replicas",
     "migratable": "a volume lives on one node",
     "imageFeatures": "it belongs to Ceph images",
+    "dataPool": "it names a Ceph pool and this backend is not Ceph",
+    "mounter": "it says how Ceph images are mapped and this backend is not Ceph",
+    "mapOptions": "it says how Ceph images are mapped and this backend is not Ceph",
     "clusterID": "it names a Ceph cluster and this backend is not Ceph",
     "pool": "it names a Ceph pool and this backend is not Ceph",
     "dataLocality": "a volume's data is always on its own node",
@@ -71,17 +74,18 @@ _NO_JOURNAL = re.compile(r"none|clear|[-^](has_journal|feature_c[+0]*2)", re.IGN
 """Values of -O that take ext4's journal away (mke2fs(8); libe2p reads a feature's number too)."""
 
 
-def read_parameters(given: Mapping[str, str]) -> VolumeParameters:
-    """Read the parameters of CreateVolume.
+def read_parameters(given: Mapping[str, str], backend: str = "") -> VolumeParameters:
+    """Read the parameters of CreateVolume for a driver of that backend; those of other backends are ignored.
 
     Raises InvalidArgument for an unknown parameter (naming the nearest known one) or a value that cannot be; what must
     fit together is for `luks_format` and `check_mkfs_options` to say. A parameter that other drivers' classes carry and
     that promises nothing here is logged as ignored.
     """
     values: dict[str, Any] = {}
+    own = _OF_BACKENDS.get(backend, {})
     for name, text in given.items():
-        if name in _READERS:
-            field, value = _value(name, text)
+        if (reader := own.get(name) or _READERS.get(name)) is not None:
+            field, value = _value(name, text, reader)
             if values.get(field, value) != value:
                 raise InvalidArgument(f"the parameter {name} says {text!r} and another one says {values[field]!r}")
             values[field] = value
@@ -122,8 +126,8 @@ def _check_key_source(parameters: VolumeParameters) -> None:
         )
 
 
-def _value(name: str, text: str) -> tuple[str, object]:
-    field, read = _READERS[name]
+def _value(name: str, text: str, reader: tuple[str, Callable[[str], Any]]) -> tuple[str, object]:
+    field, read = reader
     try:
         return field, read(text)
     except ValueError as error:
@@ -244,6 +248,7 @@ _READERS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "fsType": ("fs_type", _file_system),
     f"{_KUBERNETES}fstype": ("fs_type", _file_system),
 }
+_OF_BACKENDS: Mapping[str, Mapping[str, tuple[str, Callable[[str], Any]]]] = {"rbd": ceph_parameters.READERS}
 _CHECKED: Mapping[str, Callable[[str], str | None]] = {
     "fromBackup": lambda text: "the parameter fromBackup names a backup; this driver restores none" if text else None,
     f"{_KUBERNETES}pvc/name": lambda _: None,

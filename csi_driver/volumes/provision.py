@@ -233,7 +233,7 @@ class Provisioning:
             if not capability.block and None not in (fs_type, capability.fs_type) and fs_type != capability.fs_type:
                 return f"volume {volume_id} has the file system {fs_type}, not {capability.fs_type}"
         if parameters:
-            asked = read_parameters(parameters)
+            asked = read_parameters(parameters, self._backend.name)
             if asked.fs_type is None:  # the volume's may have come with its capability
                 asked = msgspec.structs.replace(asked, fs_type=record.parameters.fs_type)
             if not _is_same_class(record.parameters, asked):
@@ -250,7 +250,7 @@ class Provisioning:
         return grow_device(self._backend, record, required_bytes, limit_bytes).capacity_bytes
 
     def _read(self, given: Mapping[str, str]) -> VolumeParameters:
-        parameters = read_parameters(given)
+        parameters = read_parameters(given, self._backend.name)
         if parameters.backend not in (None, self._backend.name):
             raise InvalidArgument(
                 f"the parameter backend is {parameters.backend!r} and this driver serves {self._backend.name!r}; "

@@ -9,7 +9,7 @@ import pytest
 from csi_driver.backends.base import shared
 from csi_driver.backends.lvmtool import dm_name
 from csi_driver.host.workers import Workers
-from tests.backends.rigs import GROUP, POOL, RIGS, LvmRig, Rig
+from tests.backends.rigs import GROUP, ON_REQUEST, POOL, RIGS, LvmRig, RbdRig, Rig
 from tests.machine.conftest import workers
 from tests.machine.leaks import Facts, settled
 
@@ -18,7 +18,7 @@ __all__ = ["workers"]
 CHOSEN = os.environ.get("BACKEND", "")
 """Only what begins with it."""
 
-_OF = {"thick": "lvm-thick", "thin": "lvm-thin", "lvm_rig": "lvm"}
+_OF = {"thick": "lvm-thick", "thin": "lvm-thin", "lvm_rig": "lvm", "rbd_rig": "rbd"}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -27,6 +27,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     own = next((prefix for fixture, prefix in _OF.items() if fixture in metafunc.fixturenames), "")
     names = [name for name in RIGS if name.startswith(CHOSEN) and name.startswith(own)]
+    names = [name for name in names if CHOSEN or not name.startswith(ON_REQUEST)]
     metafunc.parametrize("storage", names, indirect=True, scope="session")
 
 
@@ -68,6 +69,13 @@ def rig(storage: Rig) -> Iterator[Rig]:
 def lvm_rig(rig: Rig) -> LvmRig:
     """A backend of LVM, thick or thin."""
     assert isinstance(rig, LvmRig)
+    return rig
+
+
+@pytest.fixture
+def rbd_rig(rig: Rig) -> RbdRig:
+    """A backend of Ceph."""
+    assert isinstance(rig, RbdRig)
     return rig
 
 

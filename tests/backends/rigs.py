@@ -4,9 +4,11 @@ A further backend brings a class with the members of `Rig` and a line in RIGS.
 """
 
 import contextlib
+import gc
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,21 +19,34 @@ from csi_driver.backends.loopfile import LoopfileBackend
 from csi_driver.backends.lvm import LvmBackend
 from csi_driver.backends.lvmrecords import GroupRecords
 from csi_driver.backends.lvmtool import VolumeGroup
+from csi_driver.backends.rbd import RbdBackend
+from csi_driver.backends.rbdaccess import CephAccess
+from csi_driver.backends.rbddevices import MappedVolumes
+from csi_driver.backends.rbdimages import Images
+from csi_driver.backends.rbdnodes import Fence, NodeAttachments, fence_off
+from csi_driver.backends.rbdplace import Cluster, Clusters, image_name
+from csi_driver.backends.rbdrecords import VolumeLogs
+from csi_driver.backends.rbdtool import CephPrograms, Credentials
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.commands import Commands
 from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.files import Files
+from csi_driver.host.handle import Handle
+from csi_driver.host.krbd import MappedImages
 from csi_driver.host.loop import LoopDevices
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.workers import Workers
 from csi_driver.model.settings import MIB, Limits
 from csi_driver.model.volume import VolumeParameters
+from tests.backends.ceph import CLUSTER, USER, Ceph
+from tests.backends.ceph import POOL as CEPH_POOL
 from tests.backends.csirig import CsiRig
 from tests.fake_host import Step, SteppedFiles, undisturbed
 
 LIMITS = Limits(format_seconds=60, unlock_seconds=20, mount_seconds=60)
 GROUP = "vg-test"
 POOL = "thin-pool"
+_CHANGING = {"append", "put", "rm", "setomapval", "rmomapkey", "create", "resize", "image-meta", "import-diff", "map"}
 _DIRTY_BYTES = 160 * MIB
 _CONFIG = (
     "activation{udev_sync=0 udev_rules=0 monitoring=0 verify_udev_operations=0} backup{backup=0 archive=0} "
@@ -100,6 +115,120 @@ class LoopfileRig:
         file.parent.mkdir(parents=True)
         file.write_bytes(b"somebody's")
         return file.read_bytes
+
+
+class SteppedPrograms(CephPrograms):
+    """Tells `step` before and after each program of Ceph that changes something."""
+
+    step: Step
+
+    def run(
+        self,
+        cluster: Cluster,
+        credentials: Credentials,
+        program: str,
+        *words: str | Handle,
+        seconds: float | None = None,
+    ) -> str:
+        changing = _CHANGING.intersection(word for word in words if isinstance(word, str))
+        if not changing:
+            return super().run(cluster, credentials, program, *words, seconds=seconds)
+        what = f"{program} {' '.join(changing)}"
+        self.step(f"before {what}")
+        said = super().run(cluster, credentials, program, *words, seconds=seconds)
+        self.step(f"after {what}")
+        return said
+
+
+class RbdRig:
+    """A pool of a Ceph on this machine."""
+
+    rounding = 512
+    knows_newest = True
+    parameters = VolumeParameters(cluster_id=CLUSTER, pool=CEPH_POOL)
+
+    def __init__(self, folder: Path, workers: Workers) -> None:
+        self._folder = folder
+        self.workers = workers
+        # In memory: a monitor waits for its disk at each change.
+        self._memory = tempfile.TemporaryDirectory(dir="/dev/shm", prefix="ceph-")
+        self.ceph = Ceph(Path(self._memory.name))
+
+    def __enter__(self) -> Self:
+        subprocess.run(["modprobe", "rbd"], check=True)
+        self.config.parent.mkdir(exist_ok=True, parents=True)
+        self.config.write_text(self.ceph.config())
+        self.secret.mkdir(exist_ok=True)
+        (self.secret / "userID").write_text(USER)
+        (self.secret / "userKey").write_text(self.ceph.key)
+        self.ceph.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.restart()
+        finally:
+            self.ceph.__exit__()
+            self._memory.cleanup()
+
+    @property
+    def config(self) -> Path:
+        """Of the clusters."""
+        return self._folder / "config.json"
+
+    @property
+    def secret(self) -> Path:
+        """The server's own."""
+        return self._folder / "secret"
+
+    def id_of(self, name: str) -> str:
+        return Cluster(CLUSTER, ("one",)).place(CEPH_POOL).id_for(name)
+
+    def folder_of(self, node_id: str) -> Path:
+        """What a node keeps."""
+        return self._folder / f"state-{node_id}"
+
+    def backend(
+        self,
+        step: Step = undisturbed,
+        node_id: str = "node-1",
+        seconds: float = LIMITS.mount_seconds,
+        make_devices: type[MappedVolumes] = MappedVolumes,
+        fence: Fence = fence_off,
+    ) -> RbdBackend:
+        programs, folder = SteppedPrograms(Commands(self.workers), seconds), self.folder_of(node_id)
+        programs.step = step
+        logs, files = VolumeLogs(), Files()
+        devices = make_devices(folder, files, self.workers, MappedImages(), seconds)
+        made = RbdBackend(
+            folder,
+            CephAccess(Clusters(self.config), programs, self.secret),
+            logs,
+            Images(logs, LIMITS.format_seconds),
+            NodeAttachments(logs, node_id, devices.boot, fence),
+            devices,
+            RecordCodec(),
+            files,
+            is_central=True,
+        )
+        made.prepare()
+        return made
+
+    def restart(self) -> None:
+        gc.collect()  # a test that failed keeps its devices open
+        for mapped in list(MappedImages().all()):
+            MappedImages().unmap(mapped)
+
+    def clear(self) -> None:
+        self.restart()
+        for node in self._folder.glob("state-*"):
+            shutil.rmtree(node)
+        self.ceph.clear()
+
+    def put_foreign(self, volume_id: str) -> Callable[[], object]:
+        image = f"{CEPH_POOL}/{image_name(volume_id)}"
+        self.ceph.admin("rbd", "create", "--size", "8M", image)
+        return lambda: (self.ceph.asked("rbd", "info", image), self.ceph.admin("rados", "-p", CEPH_POOL, "ls"))
 
 
 class SteppedGroup(VolumeGroup):
@@ -224,5 +353,9 @@ RIGS: Mapping[str, Callable[[Path, Workers], AbstractContextManager[Rig]]] = {
     "loopfile": LoopfileRig,
     "lvm-thick": lambda folder, workers: LvmRig(folder, workers, thin=False),
     "lvm-thin": lambda folder, workers: LvmRig(folder, workers, thin=True),
+    "rbd": RbdRig,
 }
 """What the suite runs on, by name."""
+
+ON_REQUEST = ("rbd",)
+"""Those that need more than a machine has for the other tests: they run where BACKEND names them."""

@@ -32,6 +32,8 @@ GIVEN: tuple[tuple[str, str, str, object], ...] = (
     ("namespace", "--namespace", "luks", "luks"),
     ("holder_image", "--holder-image", "registry.example/luks-csi:1", "registry.example/luks-csi:1"),
     ("driver_below", "--driver-below", "csi.example.com", "csi.example.com"),
+    ("ceph_config", "--ceph-config", "/etc/ceph/clusters.json", Path("/etc/ceph/clusters.json")),
+    ("ceph_secret", "--ceph-secret", "/etc/ceph-secret", Path("/etc/ceph-secret")),
     ("free_space_floor", "--free-space-floor", "512Mi", 512 << 20),
     ("threads", "--threads", "3", 3),
     ("grace_seconds", "--grace-seconds", "1.5", 1.5),

@@ -1,0 +1,434 @@
+"""Volumes as images of Ceph RBD, mapped by the kernel (krbd).
+
+csi-vol-<id>       the image; what is known of it lies beside it in its pool: `csi_driver.backends.rbdrecords`
+<folder>/attached  which images this node has mapped: `csi_driver.backends.rbddevices`
+<folder>/headers   copies of headers that somebody asked for here
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from csi_driver.backends.base import Fill, Space
+from csi_driver.backends.rbdaccess import CephAccess
+from csi_driver.backends.rbddevices import MappedVolumes, Pin
+from csi_driver.backends.rbdimages import Images, rounded
+from csi_driver.backends.rbdnodes import NodeAttachments, whole
+from csi_driver.backends.rbdplace import digest_of, image_name
+from csi_driver.backends.rbdrecords import VolumeLogs, VolumeState
+from csi_driver.backends.rbdtool import CephPool
+from csi_driver.backends.records import RecordCodec
+from csi_driver.host.files import Files, read_file
+from csi_driver.host.handle import Handle
+from csi_driver.host.krbd import MappedImage
+from csi_driver.host.log import log
+from csi_driver.model.access import Access
+from csi_driver.model.errors import (
+    Aborted,
+    DeadlineExceeded,
+    DeviceAbsent,
+    DeviceInUse,
+    DriverError,
+    FailedPrecondition,
+    NotFound,
+)
+from csi_driver.model.volume import EncryptionState, VolumeParameters, VolumeRecord
+
+_ENCRYPTED: Final = "rbd.csi.ceph.com/encrypted"  # Ceph-CSI, internal/rbd/encryption.go
+_HEADER_SIZE: Final = "rbd.csi.ceph.com/luks2HeaderSize"
+
+
+class _Opened(Handle):
+    """A device that was mapped for this handle alone; it goes with it."""
+
+    def __init__(self, handle: Handle, backend: "RbdBackend", volume_id: str) -> None:
+        super().__init__(handle.fd, handle.name)
+        self._backend = backend
+        self._volume_id = volume_id
+
+    def close(self) -> None:
+        """Close it and let go of the device; again is fine."""
+        was_open = self.fd >= 0
+        super().close()
+        if was_open:
+            self._backend.detach(self._volume_id)
+
+
+class RbdBackend:
+    """Images in the clusters that `access` knows. `is_central`: this server makes volumes, and lists them all."""
+
+    name = "rbd"
+    takes_many_nodes = True
+
+    def __init__(
+        self,
+        folder: Path,
+        access: CephAccess,
+        logs: VolumeLogs,
+        images: Images,
+        nodes: NodeAttachments,
+        devices: MappedVolumes,
+        codec: RecordCodec,
+        files: Files,
+        *,
+        is_central: bool,
+    ) -> None:
+        self._headers = folder / "headers"
+        self._access = access
+        self._logs = logs
+        self._images = images
+        self._nodes = nodes
+        self._devices = devices
+        self._codec = codec
+        self._files = files
+        self._is_central = is_central
+
+    # --- storage outside the nodes
+
+    def id_for(self, name: str, parameters: VolumeParameters) -> str:
+        return self._access.place_of(parameters).id_for(name)
+
+    def places(self, record: VolumeRecord) -> Sequence[Mapping[str, str]]:  # noqa: ARG002 - a cluster is everywhere
+        return ()
+
+    def use(self, volume_id: str, access: Access) -> None:
+        self._access.use(volume_id, access)
+
+    def most_volumes(self) -> int:
+        """The kernel has numbers for more images than a node can carry (drivers/block/rbd.c, single_major)."""
+        return 0
+
+    def publish(self, volume_id: str, node_id: str, *, many_nodes: bool) -> Mapping[str, str]:
+        """Write it down beside the image, which is where whoever maps it looks."""
+        self._nodes.give(self._access.pool(volume_id), volume_id, node_id, many_nodes=many_nodes)
+        return {}
+
+    def unpublish(self, volume_id: str, node_id: str) -> None:
+        """Take it away, with the cluster's blocklist where the node did not let go of it."""
+        if digest_of(volume_id) is not None:
+            self._nodes.take(self._access.pool(volume_id), volume_id, node_id)
+
+    def published(self, volume_id: str) -> Sequence[str]:
+        return sorted(self._state(volume_id).nodes)
+
+    # --- the life of a volume
+
+    def prepare(self) -> None:
+        """Make the folders; no cluster is asked."""
+        self._devices.prepare()
+        self._headers.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def create(self, record: VolumeRecord, size: int) -> VolumeRecord:
+        """Say that it is being made, make the image, then write which it is together with the record."""
+        volume_id, parameters = record.id, record.parameters
+        pool = self._access.pool(volume_id, self._access.place_of(parameters))
+        if pool.place.digest != digest_of(volume_id):
+            raise FailedPrecondition(f"volume {volume_id} cannot be made in {pool.place}: its id names another pool")
+        state = self._logs.state(pool, volume_id)
+        if state is not None and state.record is not None:
+            raise FailedPrecondition(
+                f"volume {volume_id} cannot be made: its image {image_name(volume_id)} is in {pool.place} and may hold "
+                f"data; delete the volume"
+            )
+        number = self._images.check_room(pool, volume_id, parameters, size)
+        cluster, written = self._access.uuid(pool), self._codec.encode(record).decode()
+        try:
+            made = VolumeState(cluster=cluster, pool_number=number, record=written)
+            self._images.make(pool, volume_id, state, parameters, size, made)
+        except DriverError as error:
+            if not isinstance(error, Aborted | DeadlineExceeded | FailedPrecondition):
+                with contextlib.suppress(DriverError):
+                    self.delete(volume_id)
+            raise
+        self._describe(pool, record)
+        return record
+
+    def has(self, volume_id: str) -> bool:
+        try:
+            self._state(volume_id)
+        except NotFound:
+            return False
+        return True
+
+    def get(self, volume_id: str) -> VolumeRecord:
+        return self._record(volume_id, self._state(volume_id))
+
+    def update(self, record: VolumeRecord) -> VolumeRecord:
+        """By compare-and-swap in the cluster; then Ceph-CSI's keys of the image are made to say the same."""
+        updated = msgspec.structs.replace(record, revision=record.revision + 1)
+        before: list[VolumeRecord] = []
+
+        def swap(state: VolumeState | None) -> VolumeState:
+            state = whole(record.id, state)
+            found = self._record(record.id, state)
+            if found.revision != record.revision:
+                raise Aborted(f"the record of volume {record.id} was changed by another writer; call again")
+            before[:] = [found]
+            return msgspec.structs.replace(state, record=self._codec.encode(updated).decode())
+
+        pool = self._access.pool(record.id)
+        self._logs.change(pool, record.id, swap)
+        if before[0].encryption != updated.encryption:
+            self._describe(pool, updated)
+        return updated
+
+    def delete(self, volume_id: str) -> None:
+        """Take the record away in one step, then the image, then what is known of it.
+
+        Raises DeviceInUse while a client has the image open or a node has the volume.
+        """
+        if digest_of(volume_id) is None:
+            return
+        pool = self._access.pool(volume_id)
+        state = self._logs.state(pool, volume_id)
+        if state is not None:
+            if state.record is not None:
+                self._release(pool, volume_id)
+                state = self._state(volume_id)
+                self._images.refuse_used(pool, volume_id, state)
+                state = self._images.mark_removed(pool, volume_id, self._to_erase(volume_id, state))
+            self._images.remove(pool, volume_id, state)
+        self._logs.forget(pool, volume_id)
+        self._access.forget(volume_id)
+        self._devices.forget(volume_id)
+        self._files.remove(self._headers / volume_id)
+
+    def ids(self) -> Sequence[str]:
+        """On a node those that are mapped on it, else those of every pool of the configured clusters."""
+        if not self._is_central:
+            return self._devices.ids()
+        return sorted(
+            volume_id
+            for pool in self._access.every_pool()
+            for volume_id in self._logs.ids(pool)
+            if digest_of(volume_id) == pool.place.digest
+        )
+
+    def grow(self, volume_id: str, size: int) -> None:
+        pool, state = self._access.pool(volume_id), self._state(volume_id)
+        image = image_name(volume_id)
+        found = pool.info(image)
+        if found is None or found.id != state.image_id:
+            raise self._absent(pool, volume_id, state)
+        if found.size < (size := rounded(size)):
+            parameters = self._record(volume_id, state).parameters
+            self._images.check_room(pool, volume_id, parameters, size - found.size)
+            pool.resize(image, size)
+
+    @contextmanager
+    def storage(self, volume_id: str) -> Iterator[Handle]:
+        """The image, mapped for the length of the block if it is not mapped already."""
+        with self.open_storage(volume_id) as handle:
+            yield handle
+
+    def open_storage(self, volume_id: str) -> Handle:
+        """The image as a device, of which samples are read; mapped as long as the handle is open where it is not."""
+        if (handle := self.device_of(volume_id)) is not None:
+            return handle
+        return _Opened(self.attach(volume_id, lasting=False), self, volume_id)
+
+    def is_newest(self, record: VolumeRecord) -> bool:
+        """Records are with their image and have one order: what is there is the newest."""
+        return self.get(record.id).revision == record.revision
+
+    def accept_record(self, volume_id: str) -> VolumeRecord:
+        record = self.get(volume_id)
+        if not record.is_settled:
+            raise FailedPrecondition(
+                f"the record of volume {volume_id} cannot be taken: by what it says the volume would be formatted; "
+                f"restore a newer record or read the data by hand"
+            )
+        return record
+
+    def header_copy(self, volume_id: str) -> Path:
+        """Fetched from the cluster, where it is kept beside the image."""
+        path = self._headers / volume_id
+        content = self._logs.header(self._access.pool(volume_id), volume_id)
+        if content is None:
+            self._files.remove(path)
+        else:
+            self._files.write(path, content)
+        return path
+
+    def has_header_copy(self, volume_id: str) -> bool:
+        try:
+            return self._logs.has_header(self._access.pool(volume_id), volume_id)
+        except NotFound:
+            return False
+
+    def keep_header_copy(self, volume_id: str, fill: Fill) -> None:
+        fresh = self._headers / f".{volume_id}.new"
+        try:
+            fill(str(fresh))
+            self._logs.keep_header(self._access.pool(volume_id), volume_id, read_file(fresh))
+        finally:
+            self._files.remove(fresh)
+
+    # --- devices
+
+    def attach(self, volume_id: str, *, lasting: bool) -> Handle:  # noqa: ARG002 - it stays until `detach`
+        """Map it by a client of its own, and write that client's address down before the device is used.
+
+        While the volume is for one node, or might still be formatted, nobody else may have it open: who does is told,
+        and it is let go of again. Of two that come at once each sees the other, as each looks behind his own mapping.
+        """
+        try:
+            pool, state = self._access.pool(volume_id), self._state(volume_id)
+        except NotFound as error:
+            raise DeviceAbsent(str(error)) from None
+        record, mine = self._record(volume_id, state), self._nodes.mine(volume_id, state)
+        pin = self._pin(pool, volume_id, state)
+        mapped = self._devices.mapped(volume_id)
+        if mapped is not None and mapped.client != mine.client:
+            self._devices.unmap(volume_id, mapped)  # fenced off, perhaps, when the volume was taken from this node
+            mapped = None
+        is_new = mapped is None
+        try:
+            if mapped is None:
+                self._nodes.fence_earlier_boot(pool, volume_id, mine)
+                mapped = self._devices.map(volume_id, pool, pin, record.parameters.map_options)
+            if not (mine.many_nodes and record.is_settled):
+                self._refuse_others(pool, volume_id, mapped)
+            self._nodes.may_write(pool, volume_id, mapped.client)
+            return self._devices.open(mapped)
+        except BaseException:
+            if is_new:
+                self._let_go(volume_id)
+            raise
+
+    def guard(self, volume_id: str) -> None:
+        """Nothing is to be done: a node has one device of an image, and the cluster knows who else has it open."""
+
+    def refresh(self, device: Handle) -> None:
+        self._devices.refresh(device)
+
+    def device_of(self, volume_id: str) -> Handle | None:
+        mapped = self._devices.mapped(volume_id)
+        return self._devices.open(mapped) if mapped is not None else None
+
+    def is_device_of(self, volume_id: str, number: tuple[int, int]) -> bool:
+        return self._devices.is_of(volume_id, number)
+
+    def detach(self, volume_id: str) -> None:
+        """Unmap it; then the cluster is told that this node writes no more, if anybody can tell it."""
+        if self._devices.pin(volume_id) is None:
+            return
+        if (mapped := self._devices.mapped(volume_id)) is not None:
+            self._devices.unmap(volume_id, mapped)
+        if self._access.knows(volume_id):
+            try:
+                self._nodes.writes_no_more(self._access.pool(volume_id), volume_id)
+            except DriverError as error:
+                # Who takes the volume from this node will put the client on the blocklist, where it hits nobody.
+                log.warning("a cluster was not told that a volume was unmapped", volume_id=volume_id, error=str(error))
+        self._devices.forget(volume_id)
+        self._access.forget(volume_id)
+
+    # --- room and leftovers
+
+    def space(self, parameters: VolumeParameters | None = None) -> Space:
+        """What the cluster says can still be written to the class's pool, its quota and copies counted in.
+
+        Without a class it is the roomiest pool: pools share disks, and a sum would count those twice.
+        """
+        if parameters is None or parameters.pool is None:
+            rooms = [room for pool in self._access.one_pool_each() for room in pool.rooms()]
+        else:
+            pool = self._access.class_pool(parameters)
+            rooms = [pool.room_of(pool.rooms(), parameters.data_pool or parameters.pool)]
+        spaces = (Space(room.used + room.available, room.available, room.available) for room in rooms)
+        return max(spaces, key=lambda space: space.available, default=Space(0, 0, 0))
+
+    def orphans(self) -> Sequence[str]:
+        """Volumes in the making, or half removed; a node has none."""
+        return sorted(
+            self._orphan(volume_id) for volume_id in self.ids() if self._is_central and not self.has(volume_id)
+        )
+
+    def remove_orphans(self, volume_id: str) -> Sequence[str]:
+        if not self._is_central or self.has(volume_id) or volume_id not in self.ids():
+            return []
+        self.delete(volume_id)
+        return [self._orphan(volume_id)]
+
+    # ---
+
+    def _orphan(self, volume_id: str) -> str:
+        return f"{self._access.pool(volume_id).place.spec}/{volume_id}"
+
+    def _release(self, pool: CephPool, volume_id: str) -> None:
+        """Let go of a volume that is to be deleted, where this node has it mapped and nobody uses it."""
+        try:
+            self.detach(volume_id)
+        except DeviceInUse:
+            mapped = self._devices.mapped(volume_id)
+            raise DeviceInUse(
+                f"volume {volume_id} cannot be deleted: its image {pool.place.spec}/{image_name(volume_id)} is still "
+                f"in use as {mapped.path if mapped else '/dev/rbd*'}; unpublish and unstage it first"
+            ) from None
+
+    def _to_erase(self, volume_id: str, state: VolumeState) -> int:
+        try:
+            record = self._record(volume_id, state)
+        except DriverError:
+            return 0  # it must go, readable or not
+        return record.luks.data_offset if record.luks is not None and record.parameters.erase_on_delete else 0
+
+    def _state(self, volume_id: str) -> VolumeState:
+        return whole(volume_id, self._logs.state(self._access.pool(volume_id), volume_id))
+
+    def _record(self, volume_id: str, state: VolumeState) -> VolumeRecord:
+        record = self._codec.decode((state.record or "").encode(), f"beside the image {image_name(volume_id)}")
+        if record.id != volume_id:
+            raise FailedPrecondition(f"the record of volume {volume_id} is that of volume {record.id}; restore its own")
+        return record
+
+    def _describe(self, pool: CephPool, record: VolumeRecord) -> None:
+        """Ceph-CSI's own keys, for people and its tools; our record decides."""
+        if record.encryption is None:
+            return
+        is_made = record.encryption is EncryptionState.ENCRYPTED
+        pairs = {_ENCRYPTED: "encrypted" if is_made else "encryptionPrepared"}
+        if is_made and record.luks is not None:
+            pairs[_HEADER_SIZE] = str(record.luks.data_offset)
+        try:
+            for key, value in pairs.items():
+                pool.describe(image_name(record.id), key, value)
+        except DriverError as error:
+            log.warning("the metadata of an image could not be set", volume_id=record.id, error=str(error))
+
+    def _pin(self, pool: CephPool, volume_id: str, state: VolumeState) -> Pin:
+        if state.image_id is None or state.pool_number is None or state.cluster is None:
+            raise self._absent(pool, volume_id, state)
+        return Pin(
+            fsid=state.cluster,
+            namespace=pool.place.cluster.namespace,
+            pool_number=state.pool_number,
+            image_id=state.image_id,
+            image=image_name(volume_id),
+        )
+
+    def _refuse_others(self, pool: CephPool, volume_id: str, mapped: MappedImage) -> None:
+        image = image_name(volume_id)
+        if others := [address for address in pool.watchers(image) if address != mapped.client]:
+            raise Aborted(
+                f"volume {volume_id} is not attached: its image {pool.place.spec}/{image} is open at "
+                f"{', '.join(others)} too; call again when that has ended, a client that crashed is gone after 30 s"
+            )
+
+    def _let_go(self, volume_id: str) -> None:
+        """After an error: what was mapped for the call goes again."""
+        try:
+            self.detach(volume_id)
+        except DriverError as error:
+            log.warning("something was left behind after an error", volume_id=volume_id, error=str(error))
+
+    def _absent(self, pool: CephPool, volume_id: str, state: VolumeState) -> DeviceAbsent:
+        return DeviceAbsent(
+            f"volume {volume_id} has no image {image_name(volume_id)} with the id {state.image_id} in {pool.place}; "
+            f"restore it, or put back the one that had the name"
+        )

@@ -1,0 +1,146 @@
+"""How a volume's pool is reached: where its id says that it lies, and as which user of the cluster.
+
+The user comes with the calls, as Ceph-CSI's classes have it: `userID` and `userKey` of the secret. It is kept in memory
+alone, for the calls that bring none, and forgotten when the volume is detached or deleted. A Secret that is mounted for
+the server serves those that never bring one: lists, capacity, rotation.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from csi_driver.backends.rbdplace import Cluster, Clusters, Place, digest_of
+from csi_driver.backends.rbdtool import KEY, USER, CephPool, CephPrograms, Credentials, pools_of, read_credentials
+from csi_driver.model.access import Access
+from csi_driver.model.errors import DriverError, FailedPrecondition, InvalidArgument, NotFound
+from csi_driver.model.volume import VolumeParameters
+
+
+class CephAccess:
+    """The pools of volumes. `secret` is the folder of the server's own Secret, if it has one."""
+
+    def __init__(self, clusters: Clusters, programs: CephPrograms, secret: Path | None) -> None:
+        self._clusters = clusters
+        self._programs = programs
+        self._secret = secret
+        self._guard = threading.Lock()
+        self._brought: dict[str, Credentials] = {}
+        self._places: dict[str, tuple[str, str]] = {}  # cluster and pool, by the digest that ids end in
+        self._uuids: dict[str, str] = {}  # fsids, by the cluster's name
+
+    def use(self, volume_id: str, access: Access) -> None:
+        """Keep the user that a call brought for the volume. Raises FailedPrecondition where half of it is missing."""
+        user, key = access.secrets.get(USER, ""), access.secrets.get(KEY, "")
+        if not user and not key:
+            return
+        if not user or not key or not user.isprintable() or not key.isprintable():
+            raise FailedPrecondition(
+                f"the secret for volume {volume_id} has {USER if user else KEY} and not {KEY if user else USER}; a "
+                f"user of Ceph needs both, give the secret the other one"
+            )
+        with self._guard:
+            self._brought[volume_id] = Credentials(user, key)
+
+    def forget(self, volume_id: str) -> None:
+        """Forget what calls brought for the volume."""
+        with self._guard:
+            self._brought.pop(volume_id, None)
+
+    def knows(self, volume_id: str) -> bool:
+        """Whether there is a user for the volume, without a look at its cluster."""
+        try:
+            return self._credentials(volume_id, "") is not None
+        except DriverError:
+            return False
+
+    def place_of(self, parameters: VolumeParameters) -> Place:
+        """Where volumes of a class lie. Raises InvalidArgument, FailedPrecondition."""
+        if not parameters.cluster_id or not parameters.pool:
+            lacking = "pool" if parameters.cluster_id else "clusterID"
+            raise InvalidArgument(
+                f"the parameter {lacking} is missing: a class of the backend rbd says by clusterID and pool where its "
+                f"volumes lie; add it"
+            )
+        return self._clusters.named(parameters.cluster_id).place(parameters.pool)
+
+    def pool(self, volume_id: str, place: Place | None = None) -> CephPool:
+        """The volume's pool, with the user that is known for it. Raises NotFound for what is no id of Ceph's."""
+        place = place or self._find(volume_id)
+        return CephPool(self._programs, place, self._credentials(volume_id, place.cluster.id))
+
+    def class_pool(self, parameters: VolumeParameters) -> CephPool:
+        """The pool of a class, with the server's own user."""
+        place = self.place_of(parameters)
+        return CephPool(self._programs, place, self._credentials("", place.cluster.id))
+
+    def every_pool(self) -> Iterator[CephPool]:
+        """All pools of all configured clusters, with the server's own user."""
+        for cluster in self._clusters.all():
+            for place in self._of_cluster("", cluster):
+                yield CephPool(self._programs, place, self._credentials("", cluster.id))
+
+    def one_pool_each(self) -> Iterator[CephPool]:
+        """A pool of each configured cluster, with the server's own user, for what is asked of clusters."""
+        for cluster in self._clusters.all():
+            yield CephPool(self._programs, Place(cluster, ""), self._credentials("", cluster.id))
+
+    def uuid(self, pool: CephPool) -> str:
+        """The fsid of the pool's cluster, asked once."""
+        name = pool.place.cluster.id
+        if name not in self._uuids:
+            self._uuids[name] = pool.cluster_uuid()
+        return self._uuids[name]
+
+    def _credentials(self, volume_id: str, cluster: str) -> Credentials:
+        with self._guard:
+            if (brought := self._brought.get(volume_id)) is not None:
+                return brought
+        try:
+            own = read_credentials(self._secret) if self._secret is not None else None
+        except OSError as error:
+            raise FailedPrecondition(
+                f"the secret of the server in {self._secret} cannot be read ({error.strerror}); mount it there"
+            ) from None
+        if own is None:
+            what = f"volume {volume_id}" if volume_id else "this call"
+            raise FailedPrecondition(
+                f"nobody told a user of the Ceph cluster {cluster} for {what}: name a secret with {USER} and {KEY} in "
+                f"its class, or mount one for the server with --ceph-secret"
+            )
+        return own
+
+    def _find(self, volume_id: str) -> Place:
+        digest = digest_of(volume_id)
+        if digest is None:
+            raise NotFound(f"volume {volume_id} does not exist: its id names no pool of Ceph")
+        if (known := self._places.get(digest)) is not None:
+            place = self._clusters.named(known[0]).place(known[1])
+            if place.digest == digest:
+                return place
+        failed: DriverError | None = None
+        clusters = self._clusters.all()
+        for cluster in clusters:
+            try:
+                places = self._of_cluster(volume_id, cluster)
+            except DriverError as error:
+                failed = error
+                continue
+            for place in places:
+                self._places[place.digest] = cluster.id, place.pool
+                if place.digest == digest:
+                    return place
+        if failed is not None:
+            raise failed
+        raise FailedPrecondition(
+            f"none of the configured Ceph clusters ({', '.join(cluster.id for cluster in clusters) or 'none'}) has the "
+            f"pool in which volume {volume_id} lies; add its cluster and namespace to --ceph-config"
+        )
+
+    def _of_cluster(self, volume_id: str, cluster: Cluster) -> Sequence[Place]:
+        places = []
+        for name in pools_of(self._programs, cluster, self._credentials(volume_id, cluster.id)):
+            try:
+                places.append(cluster.place(name))
+            except InvalidArgument:
+                continue  # no class could name it
+        return places

@@ -1,0 +1,153 @@
+"""RBD images that the kernel shows as block devices of this node: which one is which, and how one is let go of.
+
+What the kernel says of each is below /sys/bus/rbd (Documentation/ABI/testing/sysfs-bus-rbd): the cluster, the pool's
+number, the namespace and the image's id, which no other image has, whatever its name; and the address of the client by
+which the cluster knows who writes.
+"""
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from csi_driver.host.files import read_attribute
+from csi_driver.host.handle import Handle, open_handle
+from csi_driver.model.errors import CommandFailed, DeviceInUse, DeviceMismatch
+
+_BUS: Final = "/sys/bus/rbd"
+_DEVICE: Final = re.compile(r"/devices/rbd/(\d+)/block/rbd\d+")
+
+
+@dataclass(frozen=True)
+class ImageIdentity:
+    """By what an image is known in all clusters."""
+
+    cluster: str
+    pool_number: int
+    namespace: str
+    image_id: str
+
+    def __str__(self) -> str:
+        within = f"/{self.namespace}" if self.namespace else ""
+        return f"image {self.image_id} of pool {self.pool_number}{within} of cluster {self.cluster}"
+
+
+@dataclass(frozen=True)
+class MappedImage:
+    """A mapped image. `number` is the kernel's own of it; `client` the address from which this node writes to it."""
+
+    number: int
+    identity: ImageIdentity
+    is_snapshot: bool
+    major: int
+    minor: int
+    client: str
+
+    @property
+    def path(self) -> str:
+        """Its node."""
+        return f"/dev/rbd{self.number}"
+
+
+class MappedImages:
+    """The mapped images of this node. `bus` is where the kernel tells of them."""
+
+    def __init__(self, bus: str = _BUS) -> None:
+        self._bus = bus
+
+    def find(self, identity: ImageIdentity) -> list[MappedImage]:
+        """Those of that very image, in the kernel's order; snapshots are none."""
+        return [one for one in self.all() if one.identity == identity and not one.is_snapshot]
+
+    def of_device(self, device: tuple[int, int]) -> MappedImage | None:
+        """What the block device of that (major, minor) shows; None for a partition and for what is none."""
+        major, minor = device
+        found = _DEVICE.search(os.path.realpath(f"/sys/dev/block/{major}:{minor}"))
+        return self.look(int(found[1])) if found is not None and found.end() == len(found.string) else None
+
+    def look(self, number: int) -> MappedImage | None:
+        """The mapped image of that number."""
+        try:
+            told = {name: self._read(number, name) for name in _ATTRIBUTES}
+        except OSError:
+            return None  # it went meanwhile
+        identity = ImageIdentity(told["cluster_fsid"], int(told["pool_id"]), told["pool_ns"], told["image_id"])
+        return MappedImage(
+            number,
+            identity,
+            told["current_snap"] != "-",
+            int(told["major"]),
+            int(told["minor"]),
+            told["client_addr"],
+        )
+
+    def open(self, mapped: MappedImage) -> Handle:
+        """Open it, and look once more: what is open keeps its number. Raises DeviceMismatch, CommandFailed."""
+        try:
+            handle = open_handle(mapped.path, os.O_RDONLY)
+        except OSError as error:
+            raise CommandFailed(
+                f"the device {mapped.path} of the {mapped.identity} cannot be opened "
+                f"({os.strerror(error.errno or 0)}); /dev must be the host's"
+            ) from None
+        if handle.number != (mapped.major, mapped.minor) or self.look(mapped.number) != mapped:
+            handle.close()
+            raise DeviceMismatch(
+                f"the device {mapped.path} is not the {mapped.identity} any more, or no node of it; call again"
+            )
+        return handle
+
+    def refresh(self, device: tuple[int, int]) -> None:
+        """Let the device show the size that its image has now. May wait for the cluster. Raises CommandFailed."""
+        mapped = self.of_device(device)
+        if mapped is not None:
+            self._write(f"devices/{mapped.number}/refresh", "1", mapped)
+
+    def unmap(self, mapped: MappedImage) -> None:
+        """Let go of it; gone is fine. Waits for the cluster without limit. Raises DeviceInUse, CommandFailed."""
+        if self.look(mapped.number) == mapped:
+            self._write("remove_single_major", str(mapped.number), mapped)
+
+    def _write(self, name: str, text: str, mapped: MappedImage) -> None:
+        try:
+            descriptor = os.open(f"{self._bus}/{name}", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(descriptor, text.encode())
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return
+            if error.errno == errno.EBUSY:
+                raise DeviceInUse(f"the device {mapped.path} of the {mapped.identity} is still open") from None
+            raise CommandFailed(
+                f"the kernel refuses what was asked of {mapped.path}, the {mapped.identity}: "
+                f"{os.strerror(error.errno or 0)}; look at the kernel log"
+            ) from None
+
+    def all(self) -> Iterator[MappedImage]:
+        """Every mapped image, in the kernel's order."""
+        numbers: list[int] = []
+        with contextlib.suppress(FileNotFoundError):
+            numbers = sorted(int(name) for name in os.listdir(f"{self._bus}/devices"))
+        for number in numbers:
+            if (found := self.look(number)) is not None:
+                yield found
+
+    def _read(self, number: int, name: str) -> str:
+        return os.fsdecode(read_attribute(f"{self._bus}/devices/{number}/{name}")).strip()
+
+
+_ATTRIBUTES: Final = (
+    "cluster_fsid",
+    "pool_id",
+    "pool_ns",
+    "image_id",
+    "current_snap",
+    "major",
+    "minor",
+    "client_addr",
+)

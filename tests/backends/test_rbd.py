@@ -1,0 +1,305 @@
+"""What the backend rbd alone promises, on a Ceph of this machine: nodes that are lost, many nodes, clusters that hang.
+
+Two nodes are two backends with folders of their own: each image is mapped by a client of its own, and by that the
+cluster tells them apart.
+"""
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from csi_driver.backends.rbd import RbdBackend
+from csi_driver.backends.rbddevices import MappedVolumes
+from csi_driver.backends.rbdplace import image_name
+from csi_driver.backends.rbdtool import CephPool
+from csi_driver.host.handle import Handle
+from csi_driver.host.krbd import MappedImage, MappedImages
+from csi_driver.model.access import Access
+from csi_driver.model.errors import Aborted, DeadlineExceeded, DeviceMismatch, FailedPrecondition
+from csi_driver.model.volume import EncryptionState, FileSystemState
+from tests.backends.ceph import POOL
+from tests.backends.rigs import RbdRig
+from tests.backends.test_conformance import SIZE, check_foreign, record_of, write
+
+MIB = 1 << 20
+
+
+def read(device: Handle, length: int, at: int = 0) -> bytes:
+    """Past the page cache, which remembers what the cluster may have refused."""
+    with open(device, "rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return os.pread(file.fileno(), length, at)
+
+
+def made(rig: RbdRig, *, settled: bool = False) -> str:
+    record = record_of(rig)
+    if settled:
+        record = msgspec.structs.replace(record, encryption=EncryptionState.ENCRYPTED, file_system=FileSystemState.RAW)
+    rig.backend().create(record, SIZE)
+    return record.id
+
+
+def metadata(rig: RbdRig, volume_id: str) -> dict[str, str]:
+    found = rig.ceph.asked("rbd", "image-meta", "list", f"{POOL}/{image_name(volume_id)}")
+    return dict(found) if found else {}
+
+
+# --- nodes
+
+
+def test_a_node_that_is_lost_is_fenced_off_before_another_one_writes(rbd_rig: RbdRig) -> None:
+    volume_id, controller = made(rbd_rig), rbd_rig.backend(node_id="controller")
+    lost, other = rbd_rig.backend(node_id="node-a"), rbd_rig.backend(node_id="node-b")
+    controller.publish(volume_id, "node-a", many_nodes=False)
+    with lost.attach(volume_id, lasting=False) as device:
+        write(device, b"of the lost node")
+        with pytest.raises(FailedPrecondition, match=r"node node-a has it"):
+            controller.publish(volume_id, "node-b", many_nodes=False)
+        with pytest.raises(FailedPrecondition, match=r"cannot be attached to node node-b: it was given to node-a"):
+            other.attach(volume_id, lasting=False)
+        controller.unpublish(volume_id, "node-a")  # it did not let go: nobody hears of it any more
+        with pytest.raises(OSError, match=r"Input/output error"):
+            write(device, b"too late")
+        controller.publish(volume_id, "node-b", many_nodes=False)
+        with other.attach(volume_id, lasting=False) as own:
+            assert read(own, 16) == b"of the lost node"
+            write(own, b"of the next node")
+            with pytest.raises(OSError, match=r"Input/output error"):
+                write(device, b"much too late")
+            assert read(own, 16) == b"of the next node"
+    lost.detach(volume_id)
+    other.detach(volume_id)
+    assert controller.published(volume_id) == ["node-b"]
+    controller.unpublish(volume_id, "")
+    assert len(rbd_rig.ceph.asked("ceph", "osd", "blocklist", "ls")) == 1
+
+
+def test_a_node_that_lets_go_is_put_on_no_list(rbd_rig: RbdRig) -> None:
+    volume_id, controller = made(rbd_rig), rbd_rig.backend(node_id="controller")
+    node = rbd_rig.backend(node_id="node-a")
+    before = rbd_rig.ceph.asked("ceph", "osd", "blocklist", "ls")
+    controller.publish(volume_id, "node-a", many_nodes=False)
+    node.attach(volume_id, lasting=False).close()
+    node.detach(volume_id)
+    controller.unpublish(volume_id, "node-a")
+    assert rbd_rig.ceph.asked("ceph", "osd", "blocklist", "ls") == before
+
+
+def test_a_block_volume_is_on_two_nodes_once_nothing_is_formatted_any_more(rbd_rig: RbdRig) -> None:
+    volume_id, controller = made(rbd_rig), rbd_rig.backend(node_id="controller")
+    one, two = rbd_rig.backend(node_id="node-a"), rbd_rig.backend(node_id="node-b")
+    for node in ("node-a", "node-b"):
+        controller.publish(volume_id, node, many_nodes=True)
+    with one.attach(volume_id, lasting=False) as device:
+        with pytest.raises(Aborted, match=r"is open at .* too; call again"):
+            two.attach(volume_id, lasting=False)
+        assert two.device_of(volume_id) is None
+        settled = msgspec.structs.replace(
+            one.get(volume_id), encryption=EncryptionState.ENCRYPTED, file_system=FileSystemState.RAW
+        )
+        one.update(settled)
+        with two.attach(volume_id, lasting=False) as other:
+            assert not one.is_device_of(volume_id, (device.major, device.minor + 1))
+            write(device, b"from one", 0)
+            write(other, b"from two", MIB)
+            assert (read(other, 8), read(device, 8, MIB)) == (b"from one", b"from two")
+        two.detach(volume_id)
+        write(device, b"one goes on", 2 * MIB)
+    one.detach(volume_id)
+
+
+def test_of_two_nodes_that_come_at_once_never_both_have_what_may_be_formatted(rbd_rig: RbdRig) -> None:
+    volume_id, controller = made(rbd_rig), rbd_rig.backend(node_id="controller")
+    backends = [rbd_rig.backend(node_id=name) for name in ("node-a", "node-b")]
+    for node in ("node-a", "node-b"):
+        controller.publish(volume_id, node, many_nodes=True)
+
+    def attach(backend: RbdBackend) -> bool:
+        try:
+            backend.attach(volume_id, lasting=False).close()
+        except Aborted:
+            return False
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sum(pool.map(attach, backends)) < 2
+    for backend in backends:
+        backend.detach(volume_id)
+
+
+# --- identity
+
+
+def swap(rig: RbdRig, volume_id: str) -> None:
+    """Somebody puts another image in the place of the volume's."""
+    image = f"{POOL}/{image_name(volume_id)}"
+    rig.ceph.admin("rbd", "rename", image, f"{POOL}/saved")
+    rig.ceph.admin("rbd", "create", "--size", f"{SIZE}B", "--image-feature", "layering", image)
+
+
+def check_swapped(rig: RbdRig, backend: RbdBackend) -> None:
+    volume_id = made(rig)
+    swap(rig, volume_id)
+    with pytest.raises(DeviceMismatch, match=r"is not that of volume pvc-1\S*: expected the image"):
+        backend.attach(volume_id, lasting=False)
+    assert not list(MappedImages().all())
+
+
+def test_another_image_of_the_name_is_not_mapped_enlarged_or_removed(rbd_rig: RbdRig) -> None:
+    backend = rbd_rig.backend()
+    check_swapped(rbd_rig, backend)
+    volume_id = rbd_rig.id_of("pvc-1")
+    with pytest.raises(FailedPrecondition, match=r"has no image .* with the id"):
+        backend.grow(volume_id, 2 * SIZE)
+    backend.delete(volume_id)
+    assert sorted(rbd_rig.ceph.asked("rbd", "ls", POOL)) == sorted(["saved", image_name(volume_id)])
+
+
+class ByName(MappedVolumes):
+    """Planted: takes whatever image has the name."""
+
+    def mapped(self, volume_id: str) -> MappedImage | None:
+        return next(iter(self._images.all()), None)
+
+
+def no_fence(_: CephPool, image: str, client: str) -> None:
+    """Planted: nobody is kept from anything."""
+
+
+def test_a_backend_that_maps_by_name_is_noticed(rbd_rig: RbdRig) -> None:
+    planted = rbd_rig.backend(make_devices=ByName)
+    with pytest.raises(BaseException, match=r"DID NOT RAISE"):
+        check_swapped(rbd_rig, planted)
+
+
+def test_a_backend_that_fences_nobody_off_is_noticed(rbd_rig: RbdRig) -> None:
+    volume_id, controller = made(rbd_rig), rbd_rig.backend(node_id="controller", fence=no_fence)
+    lost = rbd_rig.backend(node_id="node-a")
+    controller.publish(volume_id, "node-a", many_nodes=False)
+    with lost.attach(volume_id, lasting=False) as device:
+        controller.unpublish(volume_id, "node-a")
+        write(device, b"too late")  # what the test above forbids
+    lost.detach(volume_id)
+
+
+# --- clusters
+
+
+def test_a_cluster_that_does_not_answer_at_unstage_is_named_and_the_next_call_goes_on(rbd_rig: RbdRig) -> None:
+    volume_id = made(rbd_rig)
+    node = rbd_rig.backend(seconds=3)
+    node.attach(volume_id, lasting=False).close()
+    rbd_rig.ceph.stop("osd.0")
+    try:
+        with pytest.raises(DeadlineExceeded, match=r"/dev/rbd\d+ of volume pvc-1\S* .* does not answer the client \S+"):
+            node.detach(volume_id)
+        with pytest.raises(DeadlineExceeded, match=r"the Ceph cluster ceph-one \(127\.0\.0\.1:6789\) did not answer"):
+            node.get(volume_id)
+    finally:
+        rbd_rig.ceph.go_on("osd.0")
+    rbd_rig.backend().detach(volume_id)
+    assert not list(MappedImages().all())
+    rbd_rig.backend().delete(volume_id)
+
+
+def test_a_user_that_the_cluster_does_not_know_is_told_so_and_shown_nowhere(rbd_rig: RbdRig) -> None:
+    volume_id = made(rbd_rig)
+    backend = rbd_rig.backend()
+    for secrets in ({"userID": "nobody", "userKey": rbd_rig.ceph.key}, {"userID": "csi", "userKey": "AQ" + "A" * 38}):
+        backend.use(volume_id, Access(secrets=secrets))
+        with pytest.raises(FailedPrecondition) as refused:
+            backend.get(volume_id)
+        assert f"client.{secrets['userID']}" in str(refused.value)
+        assert secrets["userKey"] not in str(refused.value)
+
+
+def test_the_state_is_told_by_the_keys_of_ceph_csi_too(rbd_rig: RbdRig) -> None:
+    backend = rbd_rig.backend()
+    record = backend.create(record_of(rbd_rig), SIZE)
+    assert metadata(rbd_rig, record.id) == {"rbd.csi.ceph.com/encrypted": "encryptionPrepared"}
+    backend.update(msgspec.structs.replace(record, encryption=EncryptionState.ENCRYPTED))
+    assert metadata(rbd_rig, record.id) == {"rbd.csi.ceph.com/encrypted": "encrypted"}
+
+
+def test_a_class_of_the_document_makes_an_image_with_the_features_that_it_names(rbd_rig: RbdRig) -> None:
+    backend = rbd_rig.backend()
+    record = record_of(rbd_rig)
+    parameters = msgspec.structs.replace(
+        record.parameters, image_features=("layering",), map_options=("lock_timeout=5",)
+    )
+    backend.create(msgspec.structs.replace(record, parameters=parameters), SIZE)
+    assert rbd_rig.ceph.asked("rbd", "info", f"{POOL}/{image_name(record.id)}")["features"] == ["layering"]
+    with backend.attach(record.id, lasting=False) as device:
+        write(device, b"x")
+    backend.detach(record.id)
+    backend.delete(record.id)
+
+
+def test_no_process_and_no_file_has_the_key(rbd_rig: RbdRig) -> None:
+    """While programs run: their arguments and environments, and what is below the state directory."""
+    volume_id, key = made(rbd_rig), rbd_rig.ceph.key.encode()
+    backend = rbd_rig.backend(seconds=6)
+    rbd_rig.ceph.stop("osd.0")
+    seen: list[str] = []
+
+    def look() -> Sequence[str]:
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            for name in ("cmdline", "environ"):
+                with contextlib.suppress(OSError):
+                    content = (process / name).read_bytes()
+                    seen.append(content.decode(errors="replace"))
+                    if key in content:
+                        found.append(f"{process}/{name}")
+        return found
+
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(backend.get, volume_id)
+            while not asked.done():
+                assert not look()
+            with pytest.raises(DeadlineExceeded):
+                asked.result()
+    finally:
+        rbd_rig.ceph.go_on("osd.0")
+    assert any("rados" in one and "--keyfile" in one for one in seen)
+    found = subprocess.run(["grep", "-rlF", key.decode(), str(rbd_rig.folder_of("node-1"))], check=False, text=True)
+    assert found.returncode == 1, found
+
+
+def test_a_header_copy_of_a_real_size_is_kept_and_comes_back(rbd_rig: RbdRig) -> None:
+    backend, content = rbd_rig.backend(), os.urandom(9 * MIB) + bytes(7 * MIB)
+    volume_id = made(rbd_rig)
+
+    def fill(path: str) -> None:
+        Path(path).write_bytes(content)
+
+    backend.keep_header_copy(volume_id, fill)
+    assert rbd_rig.backend(node_id="node-b").header_copy(volume_id).read_bytes() == content
+
+
+def test_what_lies_in_the_pool_goes_with_the_volume(rbd_rig: RbdRig) -> None:
+    backend = rbd_rig.backend()
+    before = set(rbd_rig.ceph.admin("rados", "-p", POOL, "ls").split()) | {"luks-csi.volumes"}
+    volume_id = made(rbd_rig)
+
+    def fill(path: str) -> None:
+        Path(path).write_bytes(b"x" * 1000)
+
+    backend.keep_header_copy(volume_id, fill)
+    for number in range(70):
+        backend.publish(volume_id, f"node-{number % 2}", many_nodes=False)
+        backend.unpublish(volume_id, "")
+    backend.delete(volume_id)
+    left = set(rbd_rig.ceph.admin("rados", "-p", POOL, "ls").split()) - before
+    assert left <= {"rbd_directory", "rbd_info", "rbd_trash", "rbd_children"}
+
+
+def test_foreign_images_are_left_alone(rbd_rig: RbdRig) -> None:
+    check_foreign(rbd_rig)

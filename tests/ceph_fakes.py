@@ -1,0 +1,132 @@
+"""A pool of Ceph in memory: objects with maps, images, clients that were fenced off."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from csi_driver.backends.rbdplace import Cluster, Place
+from csi_driver.backends.rbdtool import CephExists, CephMissing, CephPool, CephPrograms, Credentials, Image, PoolRoom
+from csi_driver.host.commands import Commands
+from csi_driver.host.workers import Workers
+from csi_driver.model.errors import DeviceInUse
+
+PLACE = Place(Cluster("ceph-one", ("192.0.2.1:6789",)), "rbd")
+
+
+def no_programs() -> CephPrograms:
+    """Programs that nobody runs."""
+    return CephPrograms(Commands(Workers(())), 1)
+
+
+@dataclass
+class FakeImage:
+    """An image of the pool."""
+
+    id: str
+    size: int
+    written: bool = False
+    metadata: dict[str, str] = field(default_factory=dict)
+    open_at: list[str] = field(default_factory=list)
+
+
+class FakePool(CephPool):
+    """Answers as a pool does; `step` is told before and after each change and may raise."""
+
+    def __init__(self, step: Callable[[str], None] = lambda _: None) -> None:
+        super().__init__(no_programs(), PLACE, Credentials("csi", "secret"))
+        self.step = step
+        self.objects: dict[str, bytes] = {}
+        self.maps: dict[str, dict[str, str]] = {}
+        self.images: dict[str, FakeImage] = {}
+        self.fenced: list[str] = []
+        self.reads = 0
+        self._guard = threading.Lock()
+        self._made = 0
+
+    def get(self, name: str) -> bytes | None:
+        self.reads += 1
+        return self.objects.get(name)
+
+    def append(self, name: str, content: bytes) -> None:
+        self.step(f"before append {name}")
+        with self._guard:
+            self.objects[name] = self.objects.get(name, b"") + content
+        self.step(f"after append {name}")
+
+    def put(self, name: str, content: bytes) -> None:
+        self.step(f"before put {name}")
+        self.objects[name] = content
+        self.step(f"after put {name}")
+
+    def drop(self, name: str) -> None:
+        self.step(f"before drop {name}")
+        self.objects.pop(name, None)
+        self.maps.pop(name, None)
+        self.step(f"after drop {name}")
+
+    def has(self, name: str) -> bool:
+        return name in self.objects
+
+    def keys(self, name: str) -> Sequence[str]:
+        return sorted(self.maps.get(name, {}))
+
+    def value(self, name: str, key: str) -> str | None:
+        return self.maps.get(name, {}).get(key)
+
+    def set_value(self, name: str, key: str, value: str) -> None:
+        self.step(f"before set {key}")
+        self.maps.setdefault(name, {})[key] = value
+        self.step(f"after set {key}")
+
+    def drop_value(self, name: str, key: str) -> None:
+        self.step(f"before unset {key}")
+        self.maps.get(name, {}).pop(key, None)
+        self.step(f"after unset {key}")
+
+    def info(self, image: str) -> Image | None:
+        found = self.images.get(image)
+        return Image(found.id, found.size) if found is not None else None
+
+    def make(self, image: str, size: int, features: Sequence[str], data_pool: str | None) -> None:
+        self.step("before create")
+        if image in self.images:
+            raise CephExists(f"{image} exists")
+        self._made += 1
+        self.images[image] = FakeImage(f"id{self._made}", size)
+        self.step("after create")
+
+    def resize(self, image: str, size: int) -> None:
+        self.images[image].size = size
+
+    def remove(self, image: str, seconds: float) -> None:
+        self.step("before rm")
+        if image in self.images and self.images[image].open_at:
+            raise DeviceInUse(f"{image} is open")
+        self.images.pop(image, None)
+        self.step("after rm")
+
+    def watchers(self, image: str) -> Sequence[str]:
+        if image not in self.images:
+            raise CephMissing(f"no image {image}")
+        return tuple(self.images[image].open_at)
+
+    def is_unwritten(self, image: str, seconds: float) -> bool:
+        return not self.images[image].written
+
+    def describe(self, image: str, key: str, value: str) -> None:
+        self.images[image].metadata[key] = value
+
+    def overwrite(self, image: str, length: int, seconds: float) -> None:
+        self.step(f"overwrite {length}")
+
+    def rooms(self) -> Sequence[PoolRoom]:
+        return [PoolRoom("rbd", 7)]
+
+    def cluster_uuid(self) -> str:
+        return "fsid-1"
+
+    def fence(self, image: str, address: str) -> None:
+        self.step(f"fence {address}")
+        self.fenced.append(address)
+        if image in self.images and address in self.images[image].open_at:
+            self.images[image].open_at.remove(address)
