@@ -203,6 +203,7 @@ def test_a_class_that_binds_at_once_brings_the_image_too(cluster: Cluster, image
     for name in [name for name in of_disk["parameters"] if "secret" in name]:
         del of_disk["parameters"][name]
     with _classes(cluster, of_disk), _vm(cluster, "at-once", other) as namespace:
+        cluster.wait_event("PersistentVolumeClaim", "data", namespace, "is being brought to this node")
         assert _reads(cluster, namespace) == hashlib.sha256(content).hexdigest()
 
 
@@ -246,10 +247,50 @@ def test_an_image_that_was_encrypted_elsewhere_is_uploaded_and_used_as_it_is(
     _delete(cluster, "sealed")
 
 
-def test_an_operator_that_is_away_hinders_nobody_and_an_agent_that_is_killed_goes_on(
+def _held(cluster: Cluster, node: Node) -> int:
+    """The process that makes an image on a node, stopped before it could end; its id."""
+
+    def stopped() -> int:
+        found = node.run("pgrep -f '[c]si_driver.agent.child'", check=False).text.split()
+        assert len(found) == 1, found
+        node.run(f"kill -STOP {found[0]}")
+        return int(found[0])
+
+    return cluster.wait("process that makes the image", stopped, _IMAGE_SECONDS)
+
+
+def _reencrypted(cluster: Cluster, name: str, node: Node) -> int:
+    """A clone of the encrypted disk has begun on a node: the process that makes it, stopped."""
+    key = {"name": KEY, "namespace": NAMESPACE}
+    source = {"clone": {"image": _ENCRYPTED, "encryption": "reencrypt"}}
+    _image(cluster, name, source, KEY, newSecretRef=key, nodeSelector={"kubernetes.io/hostname": node.name})
+    found = _held(cluster, node)
+    assert _status(cluster, name).get("phase") != "Ready"
+    return found
+
+
+def _restarts(installed: Driver, node: Node) -> int:
+    statuses = installed.pod(node)["status"]["containerStatuses"]
+    return next(int(each["restartCount"]) for each in statuses if each["name"] == "image-agent")
+
+
+def test_an_agent_that_is_killed_in_the_middle_of_a_clone_goes_on(
     cluster: Cluster, images: str, installed: Driver
 ) -> None:
     node = next(each for each in cluster.nodes if each.name == images)
+    child, before = _reencrypted(cluster, "again", node), _restarts(installed, node)
+    agent = node.run(f"ps -o ppid= -p {child}").text.strip()
+    assert "image-agent" in node.run(f"tr '\\0' ' ' < /proc/{agent}/cmdline").text
+    node.run(f"kill -KILL {agent}")
+    cluster.wait("end of its process too", lambda: node.run(f"test ! -e /proc/{child}", check=False).code == 0)
+    cluster.wait("another agent", lambda: _restarts(installed, node) > before, _IMAGE_SECONDS)
+    assert _wait_ready(cluster, "again")["encrypted"] is True
+    _delete(cluster, "again")
+
+
+def test_an_operator_that_is_away_hinders_nobody_nor_a_clone_that_is_being_made(cluster: Cluster, images: str) -> None:
+    node = next(each for each in cluster.nodes if each.name == images)
+    child = _reencrypted(cluster, "meanwhile", node)
     cluster.kubectl("scale", "-n", NAMESPACE, "deployment/luks-csi-operator", "--replicas=0")
     cluster.wait("end of the operator", lambda: not cluster.items(
         "Pod", NAMESPACE, labels="app.kubernetes.io/component=operator"
@@ -257,18 +298,15 @@ def test_an_operator_that_is_away_hinders_nobody_and_an_agent_that_is_killed_goe
     unrelated = storage_class("unrelated")
     cluster.apply([unrelated, secret("unrelated")], "default")
     cluster.delete([unrelated, secret("unrelated")], "default")
+    node.run(f"kill -CONT {child}")
+
+    def made() -> bool:
+        copies = [each for each in cluster.items("ImageCopy") if each["spec"]["image"] == "meanwhile"]
+        return [each["status"].get("state") for each in copies] == ["Ready"]
+
+    cluster.wait("end of the clone", made, _IMAGE_SECONDS)
+    assert _status(cluster, "meanwhile").get("phase") != "Ready", "somebody has told of it"
     cluster.kubectl("scale", "-n", NAMESPACE, "deployment/luks-csi-operator", "--replicas=1")
     cluster.wait_rolled_out("Deployment", "luks-csi-operator", NAMESPACE)
-    here = {"kubernetes.io/hostname": images}
-    key = {"name": KEY, "namespace": NAMESPACE}
-    again = {"clone": {"image": _ENCRYPTED, "encryption": "reencrypt"}}
-    _image(cluster, "again", again, KEY, newSecretRef=key, nodeSelector=here)
-
-    def begun() -> bool:
-        return bool(_status(cluster, "again").get("phase") in ("InProgress", "Ready"))
-
-    cluster.wait("begin of the clone", begun)
-    uid = installed.delete_pod(node)
-    installed.wait_other_pod(node, uid)
-    assert _wait_ready(cluster, "again")["encrypted"] is True
-    _delete(cluster, "again")
+    assert _wait_ready(cluster, "meanwhile")["encrypted"] is True
+    _delete(cluster, "meanwhile")

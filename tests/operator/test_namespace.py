@@ -41,8 +41,6 @@ def places(thing: Any, path: str = "") -> Iterator[tuple[str, str]]:
             here = f"{path}.{key}"
             if key == "namespace" and isinstance(value, str):
                 yield here, value
-            elif key == "kubernetes.io/metadata.name":
-                yield here, value
             yield from places(value, here)
     elif isinstance(thing, list):
         for value in thing:
