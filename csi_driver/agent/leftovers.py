@@ -20,7 +20,7 @@ from csi_driver.kube.client import Kube
 from csi_driver.kube.copies import copy_of
 from csi_driver.kube.informer import Informer
 from csi_driver.kube.kinds import IMAGE, IMAGE_COPY, NAMESPACE, Json, is_going, name_of, uid_of
-from csi_driver.model.errors import AlreadyExists, FailedPrecondition, NotFound
+from csi_driver.model.errors import AlreadyExists, DriverError, FailedPrecondition, NotFound
 
 _SECONDS: Final = 20.0
 _CLUSTER: Final = "kube-system"
@@ -71,14 +71,23 @@ class Leftovers:
             return
         left = self._found() - {_of(copy) for copy in self._copies.all()}
         self._since = {each: since for each, since in self._since.items() if each in left}
+        errors = []
         for each in sorted(left):
             if ending():
                 return
-            image = self._images.get(each[0])
-            if image is not None and uid_of(image) == each[1] and self._is_whole(each):
-                self._adopt(image)
-            elif self._has_waited(each):
-                self._remove(each)
+            try:
+                self._look_at(each)
+            except DriverError as error:  # of one; the others are looked at all the same
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def _look_at(self, left: _Left) -> None:
+        image = self._images.get(left[0])
+        if image is not None and uid_of(image) == left[1] and self._is_whole(left):
+            self._adopt(image)
+        elif self._has_waited(left):
+            self._remove(left)
 
     def _belongs(self) -> bool:
         """Whether the images of this node are this cluster's: it says so in a file, from the first time on."""

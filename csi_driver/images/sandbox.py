@@ -150,7 +150,10 @@ def _watch(pid: int, control: socket.socket, parent: int, said: int) -> dict[str
                 poller.unregister(said)
             continue  # all that it said is read before its end is looked at
         if child not in ready:  # nothing is ever sent to the warden: the parent hung up or is gone
-            os.kill(pid, signal.SIGKILL)
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except PermissionError:  # another user's, and this one has no CAP_KILL: the kernel ends it with the warden
+                return {"code": -signal.SIGKILL, "said": text.decode(errors="replace")}
         break
     _, status = os.waitpid(pid, 0)
     return {"code": os.waitstatus_to_exitcode(status), "said": text.decode(errors="replace")}

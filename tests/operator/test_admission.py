@@ -561,6 +561,41 @@ def test_only_the_operator_says_what_an_image_was_made_for(lab: Admitted) -> Non
     lab.kube.delete(IMAGE, "posing")
 
 
+ALL_OF_IMAGES = """
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: bob}
+rules:
+  - {apiGroups: [images.luks.csi.internal], resources: ["*"], verbs: ["*"]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: bob}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: bob}
+subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: bob}]
+"""
+
+
+def test_who_may_do_everything_with_images_does_not_say_how_they_are_made(lab: Admitted) -> None:
+    """A copy that he makes could have another's volume read, a status another's secret named in a class."""
+    image = lab.image("tempting")
+    copy = lab.copy(image, "node")["metadata"]["name"]
+    lab.api.kubectl("apply", "-f", "-", stdin=ALL_OF_IMAGES)
+    words = "copies of images, and what is told of them and of images, are written by luks-csi alone"
+    spec = {"image": "tempting", "imageUID": image["metadata"]["uid"], "node": "node", "make": True, "volume": "pvc-1"}
+    with lab.api.client("bob", "") as bob:
+        for call in (
+            partial(bob.create, IMAGE_COPY, {"metadata": {"name": "theirs"}, "spec": spec}),
+            partial(bob.patch, IMAGE_COPY, copy, {"status": {"state": "Ready"}}, status=True),
+            partial(bob.patch, IMAGE, "tempting", {"status": {"secret": "vault/hidden"}}, status=True),
+        ):
+            assert words in refusal(call)
+        bob.patch(IMAGE, "tempting", {"spec": {"copies": 2}})
+    lab.kube.delete(IMAGE, "tempting")
+    lab.operator.patch(IMAGE_COPY, copy, {"metadata": {"finalizers": None}})
+    lab.operator.delete(IMAGE_COPY, copy)
+
+
 def test_an_agent_has_a_say_in_what_its_own_node_has_alone(lab: Admitted) -> None:
     image = lab.image("shared")
     for node in ("one", "two"):

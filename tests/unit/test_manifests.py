@@ -48,11 +48,8 @@ def test_the_image_agent_has_the_rights_that_are_told_and_no_more() -> None:
     context = containers("images/node.yaml")["image-agent"]["securityContext"]
     assert (context.get("privileged"), context["allowPrivilegeEscalation"]) == (None, False)
     assert context["readOnlyRootFilesystem"] is True
-    assert context["capabilities"] == {
-        "drop": ["ALL"],
-        "add": ["DAC_OVERRIDE", "SETFCAP", "SETGID", "SETPCAP", "SETUID", "SYS_ADMIN"],
-    }
-    assert "Root with five capabilities beside `SYS_ADMIN`" in (ROOT / "docs/kubernetes.md").read_text()
+    assert context["capabilities"] == {"drop": ["ALL"], "add": ["SETGID", "SETPCAP", "SETUID", "SYS_ADMIN"]}
+    assert "Root with three capabilities beside `SYS_ADMIN`" in (ROOT / "docs/kubernetes.md").read_text()
     assert not {"dev", "udev", "kubelet"} & mounts(containers("images/node.yaml")["image-agent"])
 
 
