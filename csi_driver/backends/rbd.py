@@ -187,8 +187,9 @@ class RbdBackend:
         state = self._logs.state(pool, volume_id)
         if state is not None:
             if state.record is not None:
-                self._release(pool, volume_id)
-                state = self._state(volume_id)
+                if self._devices.pin(volume_id) is not None:
+                    self._release(pool, volume_id)
+                    state = whole(volume_id, self._logs.state(pool, volume_id))
                 self._images.refuse_used(pool, volume_id, state)
                 state = self._images.mark_removed(pool, volume_id, self._to_erase(volume_id, state))
             self._images.remove(pool, volume_id, state)

@@ -15,7 +15,7 @@ import msgspec
 
 from csi_driver.backends.rbdplace import image_name
 from csi_driver.backends.rbdrecords import VolumeLogs, VolumeState
-from csi_driver.backends.rbdtool import CephExists, CephPool
+from csi_driver.backends.rbdtool import CephExists, CephMissing, CephPool
 from csi_driver.host.log import log
 from csi_driver.model.errors import Aborted, DeviceInUse, FailedPrecondition, ResourceExhausted
 from csi_driver.model.volume import VolumeParameters
@@ -111,8 +111,11 @@ class Images:
         text = f"volume {volume_id} cannot be deleted: "
         if state.nodes:
             raise DeviceInUse(f"{text}it was given to {', '.join(sorted(state.nodes))}; unpublish and unstage it first")
-        found = pool.info(image)
-        if found is not None and found.id == state.image_id and (clients := pool.watchers(image)):
+        try:
+            clients = pool.watchers(image)
+        except CephMissing:
+            return
+        if clients:
             raise DeviceInUse(
                 f"{text}its image {pool.place.spec}/{image} is open at {', '.join(clients)}; unpublish and unstage it "
                 f"first, or wait 30 s for a client that crashed"

@@ -125,12 +125,19 @@ class Staging:
                 self._stage(record, request, key)
             except CommandFailed as error:
                 # A device on a full disk answers with I/O errors, and what works on it knows nothing of the disk.
-                free = self._backend.space(record.parameters).free
-                if free > _FULL_BYTES:
+                free = self._free(record)
+                if free is None or free > _FULL_BYTES:
                     raise
                 raise ResourceExhausted(
                     f"{error}; the storage below volume {record.id} is full ({free} bytes are free), free space there"
                 ) from error
+
+    def _free(self, record: VolumeRecord) -> int | None:
+        """What is free below the volume; None where nobody says, as where the storage itself is what failed."""
+        try:
+            return self._backend.space(record.parameters).free
+        except DriverError:
+            return None
 
     def _stage(self, record: VolumeRecord, request: StageRequest, key: KeyInHand | None) -> None:
         block = request.capability.block

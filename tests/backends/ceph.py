@@ -116,7 +116,8 @@ class Ceph:
 
     def asked(self, program: str, *words: str) -> Any:
         """The same, its answer as JSON."""
-        return json.loads(self.admin(program, *words, "--format", "json"))
+        said = self.admin(program, *words, "--format", "json").lstrip()
+        return json.JSONDecoder().raw_decode(said)[0]  # `osd blocklist ls` says something behind it
 
     def stop(self, name: str = "osd.0") -> None:
         """It answers nobody, and goes on with `go_on`."""

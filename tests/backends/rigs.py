@@ -118,7 +118,10 @@ class LoopfileRig:
 
 
 class SteppedPrograms(CephPrograms):
-    """Tells `step` before and after each program of Ceph that changes something."""
+    """Tells `step` after each program of Ceph that changes something, and before those that change images.
+
+    Between two changes of objects nothing happens: killed behind one is killed before the next.
+    """
 
     step: Step
 
@@ -134,7 +137,8 @@ class SteppedPrograms(CephPrograms):
         if not changing:
             return super().run(cluster, credentials, program, *words, seconds=seconds)
         what = f"{program} {' '.join(changing)}"
-        self.step(f"before {what}")
+        if program == "rbd":
+            self.step(f"before {what}")
         said = super().run(cluster, credentials, program, *words, seconds=seconds)
         self.step(f"after {what}")
         return said

@@ -28,13 +28,15 @@ def failing(at: str) -> Callable[[str], None]:
 
 
 class SmallBackend(LoopfileBackend):
-    free = 0
+    free: int | None = 0
 
     def space(self, parameters: VolumeParameters | None = None) -> Space:
+        if self.free is None:
+            raise FailedPrecondition("the storage does not say how full it is")
         return Space(1 << 30, self.free, 0)  # below the floor, in any case
 
 
-def staging(rig: Rig, free: int) -> Staging:
+def staging(rig: Rig, free: int | None) -> Staging:
     kernel = rig.kernel
     files, workers, mounts = SteppedFiles(kernel.step), KernelWorkers(kernel), KernelMounts(kernel)
     backend = SmallBackend(rig.folder / "loopfile", 0, files, kernel.loops, RecordCodec())
@@ -63,8 +65,9 @@ def test_a_full_disk_is_told_where_the_device_says_input_output_error(tmp_path: 
     rig.create("enc-1")
     request = StageRequest("enc-1", rig.staging_path("enc-1"), MOUNT, KEY, {})
     rig.kernel.plan = failing(at)
-    with pytest.raises(CommandFailed, match=r"Input/output error$"):
-        staging(rig, 1 << 29).stage(request)
+    for free in (1 << 29, None):
+        with pytest.raises(CommandFailed, match=r"Input/output error$"):
+            staging(rig, free).stage(request)
     with pytest.raises(ResourceExhausted, match=r"Input/output error; .* volume enc-1 is full .*, free space there$"):
         staging(rig, 1 << 20).stage(request)
     assert rig.kernel.traces("enc-1") == []
