@@ -22,10 +22,12 @@ RUN cd /src \
  && /opt/luks-csi/bin/python3 -m compileall -q /opt/package
 
 FROM debian:12-slim
+# More packages: ceph-common for the backend rbd.
+ARG PACKAGES=
 RUN apt-get update \
  && apt-get install -y --no-install-recommends \
     btrfs-progs ca-certificates cryptsetup-bin e2fsprogs libpython3-stdlib lvm2 python3-minimal qemu-utils \
-    thin-provisioning-tools xfsprogs \
+    thin-provisioning-tools xfsprogs $PACKAGES \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/log/*
 COPY --from=build /opt/luks-csi /opt/luks-csi
 COPY --from=build /opt/package /opt/luks-csi

@@ -1,0 +1,61 @@
+"""deploy/kubernetes/rbd says what the driver takes, and what Ceph and the kernel need."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from csi_driver.cli.serve import serve
+
+FOLDER = Path(__file__).parents[2] / "deploy/kubernetes/rbd"
+
+
+def pod(name: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())["spec"]["template"]["spec"]
+    return found
+
+
+def driver(name: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = pod(name)["containers"][0]
+    return found
+
+
+def options(words: Sequence[str]) -> set[str]:
+    return {word.partition("=")[0] for word in words if word.startswith("--")}
+
+
+@pytest.mark.parametrize("name", ["controller", "node"])
+def test_the_drivers_container_says_what_serve_takes(name: str) -> None:
+    container = driver(name)
+    assert container["args"][0] == serve.name
+    known = {option for parameter in serve.params for option in parameter.opts}
+    assert options(container["args"]) <= known
+    assert {f"--services={name}", "--ceph-secret=/etc/ceph-secret"} <= set(container["args"])
+    told = {each["name"]: each.get("value") for each in container["env"]}
+    assert "--backend=rbd" in container["args"] or told["LUKS_CSI_BACKEND"] == "rbd"
+
+
+@pytest.mark.parametrize("name", ["controller", "node"])
+def test_what_is_mounted_is_there(name: str) -> None:
+    spec = pod(name)
+    there = {volume["name"] for volume in spec["volumes"]}
+    mounted = {mount["name"] for container in spec["containers"] for mount in container["volumeMounts"]}
+    assert mounted == there
+    assert {"ceph-config", "ceph-secret"} <= {mount["name"] for mount in driver(name)["volumeMounts"]}
+
+
+def test_the_controller_has_no_privileges_and_the_node_the_hosts_network() -> None:
+    assert pod("controller")["securityContext"]["runAsNonRoot"] is True
+    assert driver("controller")["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert pod("node")["hostNetwork"] is True
+    assert {mount["mountPath"] for mount in driver("node")["volumeMounts"]} >= {"/dev", "/sys", "/lib/modules"}
+
+
+def test_the_drivers_name_is_one_and_it_attaches() -> None:
+    told = yaml.safe_load((FOLDER / "csidriver.yaml").read_text())
+    kustomization = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())
+    assert kustomization["configMapGenerator"][0]["literals"] == [f"driver-name={told['metadata']['name']}"]
+    assert told["spec"]["attachRequired"] is True
+    assert all((FOLDER / file).exists() for file in kustomization["resources"])
