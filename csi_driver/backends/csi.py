@@ -40,7 +40,10 @@ _MOST_BYTES: Final = 1 << 60
 
 
 class CsiBackend:
-    """Volumes below which `claims` are, given to nodes by `holders`; with `devices` it is that of a node too."""
+    """Volumes on `claims`, given to nodes by `holders`; `devices` are those of this node.
+
+    `remember` keeps, at the server's start, what commands beside it must know.
+    """
 
     name = "csi"
     takes_many_nodes = False
@@ -55,6 +58,7 @@ class CsiBackend:
         *,
         is_node: bool,
         node_topology: str,
+        remember: Callable[[], None] = lambda: None,
     ) -> None:
         self._records = records
         self._headers = headers
@@ -63,12 +67,14 @@ class CsiBackend:
         self._devices = devices
         self._is_node = is_node
         self._node_topology = node_topology
+        self._remember = remember
         self._wished: dict[str, str] = {}
 
     # What every backend does.
 
     def prepare(self) -> None:
         """Make the folder for the sockets of holders, on a node."""
+        self._remember()
         if self._is_node:
             self._devices.prepare()
 

@@ -25,15 +25,17 @@ _VOLUME: Final = f"{GROUP}/volume-id"
 _LASTING_SECONDS: Final = 10 * 365 * 24 * 3600  # kubelet kills a container that is slower than its pod's grace
 _OUT_OF_SERVICE: Final = "node.kubernetes.io/out-of-service"
 _PAUSE: Final = 0.2
+WAIT_SECONDS: Final = 60.0
 
 
 class HolderPods:
     """The holder pods in `namespace`, of the container image `image`; `folder` of each node is shared with the driver.
 
-    `wait_seconds` is how long one call waits for a pod to come or go.
+    `wait_seconds` is how long one call waits for a pod to come or go. Long, as Kubernetes asks later and later after
+    each answer that is an error; csi-attacher has to wait longer still (--timeout).
     """
 
-    def __init__(self, api: Api, namespace: str, image: str, folder: Path, wait_seconds: float = 8.0) -> None:
+    def __init__(self, api: Api, namespace: str, image: str, folder: Path, wait_seconds: float = WAIT_SECONDS) -> None:
         self._api = api
         self._namespace = namespace
         self._image = image

@@ -171,12 +171,14 @@ def key_sources(settings: Settings, workers: Workers) -> KeySources:
 def make_backend(settings: Settings, host: Host) -> Backend:
     """What keeps the ciphertext; nothing is started or touched yet.
 
-    A state directory that had a volume group keeps it, so that no command beside the server has to be told.
+    A state directory that had a volume group, or volumes over another driver, keeps that, so that no command beside
+    the server has to be told.
     """
     state = settings.state_dir
     memory = state / "lvm.json"
-    if settings.backend == "csi":
-        return _csi(settings, host, state / "csi")
+    over = state / "csi.json"
+    if settings.backend == "csi" or over.exists():
+        return _csi(settings, host, state / "csi", over)
     if settings.backend == "lvm" or memory.exists():
         return _lvm(settings, host, state / "lvm", memory)
     if settings.backend == "rbd":
@@ -205,28 +207,35 @@ def _lvm(settings: Settings, host: Host, folder: Path, memory: Path) -> Backend:
     )
 
 
-def _csi(settings: Settings, host: Host, folder: Path) -> Backend:
+def _csi(settings: Settings, host: Host, folder: Path, memory: Path) -> Backend:
     from csi_driver.backends.csi import CsiBackend  # noqa: PLC0415 - who has no Kubernetes below pays nothing for it
     from csi_driver.backends.csiclaims import Claims  # noqa: PLC0415
     from csi_driver.backends.csiheaders import HeaderCopies  # noqa: PLC0415
     from csi_driver.backends.csiholders import HolderPods  # noqa: PLC0415
     from csi_driver.backends.csinode import NodeDevices  # noqa: PLC0415
     from csi_driver.backends.csipins import Pins  # noqa: PLC0415
+    from csi_driver.backends.csiplace import Place, read_place  # noqa: PLC0415
     from csi_driver.backends.csirecords import RecordObjects  # noqa: PLC0415
     from csi_driver.kube.client import Kube  # noqa: PLC0415
 
     kube = Kube.of()
-    namespace = settings.namespace or kube.namespace
-    records = RecordObjects(kube, namespace, RecordCodec())
+    if settings.backend == "csi":
+        place = Place.of(settings, settings.namespace or kube.namespace)
+    else:  # a command beside the server
+        place = read_place(memory)
+        settings = replace(settings, driver_name=place.driver_name, kubelet_dir=Path(place.kubelet_dir))
+    is_node = Service.NODE in settings.services
+    records = RecordObjects(kube, place.namespace, RecordCodec())
     pins = Pins(settings.holders_dir, host.files)
     return CsiBackend(
         records,
-        HeaderCopies(kube, namespace, records, folder, host.files),
-        Claims(kube, namespace, settings.driver_name),
-        HolderPods(kube, namespace, settings.holder_image, settings.holders_dir),
-        NodeDevices(kube, records, pins, settings.node_id, settings.driver_below),
-        is_node=Service.NODE in settings.services,
+        HeaderCopies(kube, place.namespace, records, folder, host.files),
+        Claims(kube, place.namespace, settings.driver_name),
+        HolderPods(kube, place.namespace, settings.holder_image, settings.holders_dir),
+        NodeDevices(kube, records, pins, place.node_id, settings.driver_below),
+        is_node=is_node,
         node_topology=settings.topology_key,
+        remember=partial(place.write, memory, host.files) if is_node else lambda: None,
     )
 
 

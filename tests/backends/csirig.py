@@ -227,6 +227,7 @@ class CsiRig:
         self._users: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
+        self._folder.parent.mkdir(exist_ok=True)
         self.clear()
         return self
 
@@ -236,6 +237,21 @@ class CsiRig:
 
     def id_of(self, name: str) -> str:
         return name
+
+    def plain(self, node_topology: str) -> CsiBackend:
+        """Controller and node in one, without anything that is done ahead of a call."""
+        records = RecordObjects(self.api, NAMESPACE, RecordCodec())
+        pins = Pins(self._holders, Files())
+        pins.prepare()
+        return CsiBackend(
+            records,
+            HeaderCopies(self.api, NAMESPACE, records, self._folder / "state", Files()),
+            Claims(self.api, NAMESPACE, DRIVER),
+            HolderPods(self.api, NAMESPACE, "image", self._holders),
+            NodeDevices(self.api, records, pins, NODE_ID, ""),
+            is_node=False,
+            node_topology=node_topology,
+        )
 
     def backend(self, step: Step = undisturbed) -> WholeBackend:
         def before(call: Call) -> None:

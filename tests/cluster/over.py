@@ -24,7 +24,7 @@ FOLDER = DEPLOY / "csi-backend"
 _HOLDERS = f"/var/lib/kubelet/plugins/{NAME}/holders"
 BELOW = SCRATCH / "below"
 """The storage below, on the host; a node sees it at the same place."""
-_SECONDS = 180
+_SECONDS = 300
 _SIDECARS = {"csi-provisioner": (), "csi-resizer": ("--handle-volume-inuse-error=false",), "csi-attacher": ()}
 _USELESS = {"files": "below-files", "itself": "over-plain", "nix": "nix"}
 _KUBELET = "/var/lib/kubelet"
@@ -247,7 +247,12 @@ def over(cluster: Cluster, storage_class: str) -> Iterator[Over]:
     """One in a namespace of its own; at the end nothing of it is left, on any node or in the storage below."""
     with cluster.namespace() as namespace:
         made = Over(cluster, namespace, storage_class)
-        yield made
+        try:
+            yield made
+        finally:
+            for kind in ("Deployment", "PersistentVolumeClaim"):
+                cluster.api.raw("DELETE", cluster.api.path(kind, namespace=namespace))
+            cluster.wait("end of its volumes", lambda: not made.volumes(), _SECONDS)
     cluster.wait("end of all that was below", lambda: nothing_left(cluster), _SECONDS)
 
 

@@ -23,9 +23,11 @@ from csi_driver.host.workers import Workers
 from csi_driver.volumes.driver import WARM
 from tests.backends.ceph import CLUSTER
 from tests.backends.ceph import POOL as CEPH_POOL
+from tests.backends.csirig import BELOW
 from tests.backends.rigs import GROUP, POOL, LvmRig, RbdRig
-from tests.machine.server import ServerProcess
+from tests.machine.server import PROGRAM, ServerProcess
 
+_CSI_SERVER = (sys.executable, "-m", "tests.backends.csi_server")
 _SKIPS = Path(__file__).parent.parent / "data" / "sanity-skips.json"
 _PASSPHRASE = "csi-sanity's own passphrase"
 _MIB = 1 << 20
@@ -75,10 +77,11 @@ def main(backend: str = "loopfile") -> int:
 def _listed(backend: str) -> frozenset[str]:
     """What is skipped on that backend."""
     read: Mapping[str, list[str]] = json.loads(_SKIPS.read_text())
-    if backend != "rbd":
+    if backend not in ("csi", "rbd"):
         return frozenset(skip for skips in read.values() for skip in skips)
     there = (skips for reason, skips in read.items() if "PUBLISH_UNPUBLISH_VOLUME" not in reason)
-    return frozenset(skip for skips in there for skip in skips) | _SKIPPED_ON_RBD
+    outside = _SKIPPED_ON_RBD if backend == "rbd" else _SKIPPED_ON_RBD - {f"{_PUBLISHING}{_UNKNOWN_NODE}"}
+    return frozenset(skip for skips in there for skip in skips) | outside
 
 
 @dataclass(frozen=True)
@@ -87,15 +90,19 @@ class _Storage:
 
     options: Sequence[str]
     parameters: str
-    end: Callable[[ServerProcess], None]
+    end: Callable[[ServerProcess], object]
     seconds: float = _RUN_SECONDS
     skip: str = ""
+    program: Sequence[str] = PROGRAM
 
 
 @contextmanager
 def _storage(folder: Path, backend: str) -> Iterator[_Storage]:
     if backend == "loopfile":
         yield _Storage((), "", lambda _: None)
+        return
+    if backend == "csi":
+        yield _Storage((), f"backingStorageClass: {BELOW}\n", ServerProcess.stop, program=_CSI_SERVER)
         return
     workers, thin = Workers(WARM), backend == "lvm-thin"
     if backend == "rbd":
@@ -123,7 +130,7 @@ def _run(program: str, folder: Path, access_type: str, storage: _Storage) -> Map
     files = {"secrets": folder / "secrets.yaml", "parameters": folder / "parameters.yaml", "report": folder / "out.xml"}
     files["secrets"].write_text("".join(f"{name}:\n  CRYPTO_KEY_VALUE: {_PASSPHRASE!r}\n" for name in _SECRETS))
     files["parameters"].write_text('encrypted: "true"\npbkdf: "pbkdf2"\npbkdfIterations: "1000"\n' + storage.parameters)
-    with ServerProcess(folder / "server", *storage.options) as server:
+    with ServerProcess(folder / "server", *storage.options, program=storage.program) as server:
         argv = [
             program,
             f"-csi.endpoint=unix://{server.endpoint}",

@@ -13,6 +13,7 @@ from csi_driver.backends.csiheaders import HeaderCopies
 from csi_driver.backends.csiholders import HolderPods, pod_name
 from csi_driver.backends.csinode import NodeDevices
 from csi_driver.backends.csipins import Pin, Pins
+from csi_driver.backends.csiplace import Place, read_place
 from csi_driver.backends.csirecords import KEEPS, Known, RecordObjects, Staged
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.boot import boot_id
@@ -44,6 +45,7 @@ from csi_driver.model.errors import (
     Unavailable,
     VolumeBusy,
 )
+from csi_driver.model.settings import Settings
 from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeParameters, VolumeRecord
 from tests.operator_fakes import Call, FakeApi
 
@@ -608,6 +610,16 @@ def test_names_that_no_object_can_have_become_other_ids(world: World) -> None:
     assert made[0] == "pvc-1"
     assert all(each.startswith("x-") for each in made[1:])
     assert len(set(made)) == len(made)
+
+
+def test_where_it_is_is_kept_for_commands(tmp_path: Path) -> None:
+    kept = Place.of(Settings(node_id="one", driver_name=DRIVER), NAMESPACE)
+    kept.write(tmp_path / "csi.json", Files())
+    assert read_place(tmp_path / "csi.json") == kept
+    for content in (b"", b"{}", b"[]"):
+        (tmp_path / "csi.json").write_bytes(content)
+        with pytest.raises(FailedPrecondition, match=r"csi.json cannot be read; start the server with --backend csi"):
+            read_place(tmp_path / "csi.json")
 
 
 def test_the_limit_of_the_driver_below_is_ours(world: World) -> None:

@@ -1,0 +1,42 @@
+"""Where the backend csi of a node is: kept in the state directory, for the commands that work beside the server."""
+
+from pathlib import Path
+
+import msgspec
+
+from csi_driver.host.files import Files, read_file
+from csi_driver.model.errors import FailedPrecondition
+from csi_driver.model.settings import Settings
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """What a server was told and commands are not. Paths are texts."""
+
+    namespace: str
+    driver_name: str
+    node_id: str
+    kubelet_dir: str
+
+    @classmethod
+    def of(cls, settings: Settings, namespace: str) -> "Place":
+        """That of a server with these settings."""
+        return cls(
+            namespace=namespace,
+            driver_name=settings.driver_name,
+            node_id=settings.node_id,
+            kubelet_dir=str(settings.kubelet_dir),
+        )
+
+    def write(self, path: Path, files: Files) -> None:
+        """Keep it, durably. Raises OSError."""
+        files.write(path, msgspec.json.encode(self))
+
+
+def read_place(path: Path) -> Place:
+    """What was kept there. Raises FailedPrecondition."""
+    try:
+        return msgspec.json.decode(read_file(path), type=Place)
+    except (OSError, ValueError):  # msgspec's errors are ValueErrors
+        raise FailedPrecondition(
+            f"{path} cannot be read; start the server with --backend csi, which makes it anew"
+        ) from None

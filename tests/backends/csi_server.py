@@ -1,0 +1,31 @@
+"""The real server on the played cluster of csirig.py, controller and node in one: python -m tests.backends.csi_server.
+
+It takes the options of `luks-csi serve`. Holder pods come and go with ControllerPublishVolume and its reverse, as ever.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from csi_driver.cli.logs import configure_logs
+from csi_driver.cli.serve import serve, settings_of
+from csi_driver.rpc.server import driver_server, serve_until_told
+from csi_driver.volumes.driver import Host, build_driver
+from tests.backends.csirig import CsiRig
+
+
+def main(words: Sequence[str]) -> None:
+    """Serve until SIGTERM."""
+    settings = settings_of(serve.make_context("serve", [*words, "--backend=csi"]).params)
+    configure_logs(settings.log_format, settings.log_level)
+    host = Host()
+    with CsiRig(settings.state_dir.parent / "played", host.workers) as rig:
+        driver = build_driver(settings, Host(workers=host.workers, backend=rig.plain(settings.topology_key)))
+        try:
+            driver.start()
+            serve_until_told(driver_server(driver), driver.warm_up)
+        finally:
+            driver.stop()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
