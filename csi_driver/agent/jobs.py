@@ -71,7 +71,8 @@ class Job:
                     result = line
         code = self._child.wait()
         if result is None:
-            result = Failed(f"the process that made image {self._name} was ended (exit code {code}); another goes on")
+            said = f"the process that made image {self._name} was ended (exit code {code}); another goes on"
+            result = Failed(said, elsewhere=True)  # there may be too little memory
             log.warning("image process ended", image=self._name, code=code)
         self.result = result
         self._changed()

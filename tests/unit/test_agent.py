@@ -1,0 +1,94 @@
+"""An agent's look at one copy: what is on the disk, and what it says of it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from csi_driver.agent.agent import Agent
+from csi_driver.agent.settings import AgentSettings
+from csi_driver.agent.uploads import Uploads
+from csi_driver.images.library import ImageLibrary
+from csi_driver.images.requests import Import
+from csi_driver.kube.client import Kube
+from csi_driver.kube.copies import copy_of
+from csi_driver.kube.kinds import IMAGE, IMAGE_COPY, Json, name_of
+from tests.machine.image_lab import unmetered
+from tests.operator_fakes import SilentApi
+
+
+class Node:
+    """A node that is to have a copy of an Image; its agent looks when it is told to."""
+
+    def __init__(self, folder: Path, status: Json | None = None, **spec: object) -> None:
+        self.api = SilentApi()
+        settings = AgentSettings(
+            node="one", state_dir=folder, address="", listen=("", 0), tls_dir=folder, token_file=folder / "token",
+            account="",
+        )  # fmt: skip
+        self.library = ImageLibrary(settings.images)
+        uploads = Uploads(settings.images / "uploads")
+        metadata = {"name": "disk", "uid": "uid-disk"}
+        image = {"metadata": metadata, "spec": {"source": {"upload": {}}, **spec}, "status": status or {}}
+        self.copy = self.api.put(IMAGE_COPY, copy_of(self.api.put(IMAGE, image), "one", make=True))
+        self._agent = Agent(cast("Kube", self.api), settings, self.library, uploads)
+        for informer in (self._agent.images, self._agent.copies):
+            informer.start()
+            assert informer.wait_synced(60)
+
+    def look(self) -> Json:
+        """The status of the copy after a look."""
+        self._agent.reconcile(name_of(self.copy))
+        found = self.api.get(IMAGE_COPY, name_of(self.copy))
+        assert found is not None
+        status: Json = found["status"]
+        return status
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Any]:
+    made: list[Node] = []
+
+    def make(status: Json | None = None, **spec: object) -> Node:
+        made.append(Node(tmp_path, status, **spec))
+        return made[-1]
+
+    yield make
+    for node in made:
+        node.api.end.set()
+
+
+def put(node: Node, folder: Path, owner: str | None) -> None:
+    (folder / "source").write_bytes(bytes(range(256)) * 16)
+    node.library.import_(Import("disk", str(folder / "source"), owner=owner), unmetered)
+
+
+@pytest.mark.parametrize(
+    ("owner", "whose", "option"),
+    [(None, "that was made by hand", ""), ("uid-earlier", "of an earlier Image", " --owned")],
+)
+def test_a_name_that_is_taken_is_told_with_what_helps_and_gone_on_with_when_it_is_free(
+    nodes: Any, tmp_path: Path, owner: str | None, whose: str, option: str
+) -> None:
+    node = nodes()
+    put(node, tmp_path, owner)
+    status = node.look()
+    assert (status["state"], status["elsewhere"], status["permanent"]) == ("Failed", True, False)
+    assert f"this node has an image disk {whose} already that is not this Image's" in status["message"]
+    assert f"luks-csi image delete disk{option}, or give" in status["message"]
+    node.library.delete("disk", owned=bool(option))
+    assert nodes().look()["state"] == "AwaitingUpload"  # that one does not wait a moment, as after a failure
+
+
+def test_given_up_is_given_up_wherever_it_was_tried(nodes: Any, tmp_path: Path) -> None:
+    tried = {"tried": [{"node": "two", "attempts": 4, "permanent": False, "message": "full"}]}
+    for retries, permanent in ((5, False), (4, True)):
+        node = nodes(status=tried, retries=retries)
+        if not permanent:
+            put(node, tmp_path, None)
+        status = node.look()
+        assert status["permanent"] is permanent
+        # What was given up is not moved on to yet another node.
+        assert status.get("elsewhere") == (None if permanent else True)
+        assert ("given up after 5 attempts" in status["message"]) is permanent
