@@ -43,7 +43,7 @@ from csi_driver.model.settings import Settings
 
 _EVERY_SECONDS: Final = 1.0
 _PERMANENT: Final = (InvalidArgument, InvalidHeader, OutOfRange)
-_OF_THIS_NODE: Final = (ResourceExhausted, DeviceUnreadable, CommandFailed, AlreadyExists)
+_OF_THIS_NODE: Final = (ResourceExhausted, DeviceUnreadable, CommandFailed, AlreadyExists, NotFound)
 
 
 def main() -> None:

@@ -200,24 +200,28 @@ class Images:
         ready = [copy for copy in copies if state_of(copy) is State.READY and not is_going(copy)]
         if not seconds or len(ready) <= wanted:
             return [], None
-        read = {copy["spec"]["node"] for copy in self._makers_of(name_of(image))}
+        read = self._read_on(name_of(image), self.copies.all())
         now, since, waits = datetime.now(UTC), {}, [_CLAIM_SECONDS] if read else []
         for copy in ready:
             used = datetime.fromisoformat(copy["status"].get("lastUsed") or copy["metadata"]["creationTimestamp"])
             left = seconds - (now - used).total_seconds()
             if left > 0:
                 waits.append(left)
-            elif copy["spec"]["node"] not in read:
+            else:
                 since[name_of(copy)] = used
+        if since:  # and as with users: what has been begun a moment ago
+            read = self._read_on(name_of(image), self._kube.list(IMAGE_COPY)[0])
+            since = {name_of(copy): since[name_of(copy)] for copy in ready
+                     if name_of(copy) in since and copy["spec"]["node"] not in read}  # fmt: skip
         return sorted(since, key=lambda name: since[name]), min(waits, default=None)
 
-    def _makers_of(self, source: str) -> list[Json]:
-        """The copies that are being made of an image."""
+    def _read_on(self, source: str, copies: Sequence[Json]) -> set[str]:
+        """The nodes that make something of an image."""
         clones = {name_of(image) for image in self.images.all() if _cloned(image) == source}
-        return [
-            copy for copy in self.copies.all()
+        return {
+            copy["spec"]["node"] for copy in copies
             if copy["spec"]["image"] in clones and copy["spec"].get("make") and state_of(copy) is not State.READY
-        ]  # fmt: skip
+        }  # fmt: skip
 
     def _image_changed(self, image: Json) -> None:
         self.controller.tell(name_of(image))

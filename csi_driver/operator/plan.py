@@ -64,14 +64,14 @@ class Plan:
 
 @dataclass
 class _Outcome:
-    """`tried` are the nodes that have failed by their own fault, while the image is not made: node, attempts, whether
-    that was for good, and the message.
+    """`tried` are the nodes that have failed by their own fault: node, attempts, whether that was for good, and the
+    message. None leaves them as they are.
     """
 
     phase: str
     message: str
     reason: str
-    tried: Sequence[Json] = ()
+    tried: Sequence[Json] | None = None
 
 
 def plan(image: Json, copies: Sequence[Json], world: World) -> Plan:
@@ -121,7 +121,7 @@ def _keep(image: Json, there: Sequence[Json], ours: Sequence[Json], world: World
     leaving = [copy["spec"]["node"] for copy in ours if is_going(copy) and copy["spec"].get("make")]
     if leaving := sorted(node for node in {*leaving} & world.nodes if node not in world.lost):
         said = f"another node makes it when {' and '.join(leaving)} has removed its part"
-        return _Outcome(PENDING, "; ".join((*_failures(_tried(image)), said)), "Moving", _tried(image))
+        return _Outcome(PENDING, "; ".join((*_failures(_tried(image)), said)), "Moving")
     return _make(image, near, there, world, found)
 
 
@@ -165,7 +165,7 @@ def _make(image: Json, near: Sequence[Json], there: Sequence[Json], world: World
         return _export(image, world, found)
     nodes = _makers(image, world)
     if not nodes and _tried(image):
-        return _Outcome(FAILED, "; ".join(_failures(_tried(image))), "NotMade", _tried(image))
+        return _Outcome(FAILED, "; ".join(_failures(_tried(image))), "NotMade")
     if not nodes:
         return _Outcome(PENDING, "no node with an agent fits its nodeSelector", "NoNode")
     if "clone" in source:
@@ -176,10 +176,10 @@ def _make(image: Json, near: Sequence[Json], there: Sequence[Json], world: World
 def _made_by(image: Json, maker: Json, world: World, found: Plan) -> _Outcome:
     """How far the node is that makes it; one that fails by its own fault makes place for another one."""
     node, told = maker["spec"]["node"], maker.get("status", {})
-    state, message, tried = state_of(maker), told.get("message", ""), _tried(image)
+    state, message = state_of(maker), told.get("message", "")
     if state is State.FAILED:
         permanent, attempts = bool(told.get("permanent")), told.get("attempts", 0)
-        others = [each for each in tried if each["node"] != node]
+        others = [each for each in _tried(image) if each["node"] != node]
         this = {"node": node, "attempts": _attempts(image, node) + attempts, "permanent": permanent, "message": message}
         after, said = [*others, this], "; ".join(_failures([*others, this]))
         if told.get("elsewhere") and (permanent or attempts >= _TRIES) and _can_move(image):
@@ -187,12 +187,12 @@ def _made_by(image: Json, maker: Json, world: World, found: Plan) -> _Outcome:
             if any(other != node for other in _makers(image, world)):
                 found.delete = [name_of(maker)]
                 return _Outcome(PENDING, f"{said}; another node is to make it", "Moving", after)
-        return _Outcome(FAILED, said if permanent else f"{said}; it is tried again", "NotMade", tried)
+        return _Outcome(FAILED, said if permanent else f"{said}; it is tried again", "NotMade")
     if state is State.AWAITING_UPLOAD:
         return _Outcome(PENDING, "waits for luks-csi image upload", "AwaitingUpload")
     if state is State.IN_PROGRESS:
-        return _Outcome(IN_PROGRESS, f"node {node}: {message}", "InProgress", tried)
-    return _Outcome(PENDING, f"node {node} is to make it", "Scheduled", tried)
+        return _Outcome(IN_PROGRESS, f"node {node}: {message}", "InProgress")
+    return _Outcome(PENDING, f"node {node} is to make it", "Scheduled")
 
 
 def _can_move(image: Json) -> bool:
@@ -222,7 +222,7 @@ def _failures(tried: Sequence[Json]) -> list[str]:
 
 def _begin(image: Json, node: str, found: Plan, volume: str | None = None) -> _Outcome:
     found.create = [copy_of(image, node, make=True, volume=volume)]
-    return _Outcome(PENDING, f"node {node} is to make it", "Scheduled", _tried(image))
+    return _Outcome(PENDING, f"node {node} is to make it", "Scheduled")
 
 
 def _export(image: Json, world: World, found: Plan) -> _Outcome:
@@ -251,7 +251,7 @@ def _clone(image: Json, nodes: Sequence[str], world: World, found: Plan) -> _Out
     failed = [having[node] for node in nodes if node in having and state_of(having[node]) is State.FAILED]
     usable = [node for node in nodes if node not in {copy["spec"]["node"] for copy in failed}]
     if not usable:
-        return _Outcome(PENDING, f"image {name} cannot be brought: {_said(failed)}", "SourceNotHere", _tried(image))
+        return _Outcome(PENDING, f"image {name} cannot be brought: {_said(failed)}", "SourceNotHere")
     least = [node for node in usable if _attempts(image, node) == _attempts(image, usable[0])]
     for node in least:
         if node in having and not is_going(having[node]) and state_of(having[node]) is State.READY:
@@ -260,7 +260,7 @@ def _clone(image: Json, nodes: Sequence[str], world: World, found: Plan) -> _Out
     if not any(node in having for node in least):
         found.create = [copy_of(source, least[0])]
     message = f"image {name} is being brought to a node that fits its nodeSelector"
-    return _Outcome(PENDING, message, "SourceNotHere", _tried(image))
+    return _Outcome(PENDING, message, "SourceNotHere")
 
 
 def refusal(name: str, encryption: str, *, encrypted: bool) -> str | None:
@@ -314,7 +314,7 @@ def _status(image: Json, copies: Sequence[Json], outcome: _Outcome, world: World
         "bytesPerSecond": told.get("bytesPerSecond") if outcome.phase == IN_PROGRESS else None,
         "copies": f"{len(ready)}/{wanted}",
         "nodes": sorted(map(_node, copies), key=lambda node: str(node["name"])),
-        "tried": [*outcome.tried] or None,
+        "tried": None if "checksum" in facts else outcome.tried or _tried(image) or None,
         "upload": {"node": maker["spec"]["node"], "address": told["address"]} if maker and awaiting else None,
     }
     complete = len(ready) >= wanted

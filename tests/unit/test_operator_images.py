@@ -113,6 +113,20 @@ def test_a_copy_goes_when_it_is_not_wanted_and_was_not_used_for_long_enough(api:
     assert deleted(api) == [name_of(unused)]
 
 
+def test_a_copy_that_a_clone_was_begun_of_a_moment_ago_is_in_use(api: SilentApi) -> None:
+    source = disk(api)
+    for node in _NODES:
+        ready(api, source, node, datetime.now(UTC) - timedelta(days=2))
+    image(api, "clone", {"clone": {"image": "disk"}})
+    images = seeing(api)
+    images.reconcile("clone")
+    (begun,) = [copy["spec"]["node"] for copy in api.all(IMAGE_COPY) if copy["spec"]["image"] == "clone"]
+    images.reconcile("disk")
+    (left,) = [copy["spec"]["node"] for copy in api.all(IMAGE_COPY) if copy["spec"]["image"] == "disk"
+               and "deletionTimestamp" not in copy["metadata"]]  # fmt: skip
+    assert left == begun
+
+
 def test_a_copy_that_a_clone_is_made_of_is_in_use(api: SilentApi) -> None:
     long_ago = datetime.now(UTC) - timedelta(days=2)
     source = disk(api)

@@ -267,6 +267,13 @@ def test_another_node_makes_it_when_the_first_has_let_go_of_it() -> None:
     assert (ready.status["phase"], ready.status["tried"]) == ("Ready", None)
 
 
+def test_what_was_tried_is_not_forgotten_while_the_source_is_away() -> None:
+    tried = [{"node": "a", "attempts": 3, "permanent": False, "message": "no room"}]
+    wanted = clone()
+    wanted["status"] = {"tried": tried}
+    assert plan(wanted, [], world("a", "b")).status["tried"] == tried
+
+
 def test_when_all_have_failed_each_has_its_turn_again_and_all_are_told() -> None:
     wanted = image(status={"tried": [{"node": "a", "attempts": 3, "permanent": False, "message": "no room"}]})
     trying = copy(wanted, "b", "Failed", make=True, message="broken", attempts=1, elsewhere=True)
