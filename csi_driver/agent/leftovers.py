@@ -116,8 +116,10 @@ class Leftovers:
             return False
 
     def _adopt(self, image: Json) -> None:
-        """It may be the last file of its Image. Whether it is the right one is seen by its checksum."""
-        if not is_going(image):
+        """It may be the last file of its Image. Whether it is the right one is seen by its checksum, so not before the
+        Image says that: another node may be making it.
+        """
+        if not is_going(image) and "checksum" in image.get("status", {}):
             log.info("file of an image found", image=name_of(image))
             with contextlib.suppress(AlreadyExists):
                 self._kube.create(IMAGE_COPY, copy_of(image, self._settings.node))

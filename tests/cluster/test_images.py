@@ -32,11 +32,13 @@ from tests.cluster.driver import (
 from tests.cluster.leftovers import assert_clean
 from tests.cluster.node import Node
 
+pytestmark = pytest.mark.timeout(900)  # two guests on a busy machine
+
 _MIB = 1 << 20
 _SIZE = 48 * _MIB
 _UPLOADER = "uploader"
-_IMAGE_SECONDS = 120
-_POD_SECONDS = 150
+_IMAGE_SECONDS = 240
+_POD_SECONDS = 300
 _LUKS_CSI = str(Path(sys.executable).with_name("luks-csi"))
 _DISK, _ENCRYPTED = "disk", "disk-encrypted"
 

@@ -79,8 +79,9 @@ def node(tmp_path: Path, api: SilentApi) -> Node:
     return Node(tmp_path / "state", api)
 
 
-def image(api: SilentApi, name: str) -> Json:
-    return api.put(IMAGE, {"metadata": {"name": name, "uid": f"uid-{name}"}, "spec": {"source": {"upload": {}}}})
+def image(api: SilentApi, name: str, **status: str) -> Json:
+    metadata = {"name": name, "uid": f"uid-{name}"}
+    return api.put(IMAGE, {"metadata": metadata, "spec": {"source": {"upload": {}}}, "status": status})
 
 
 def test_what_is_left_of_an_image_that_is_gone_goes_after_a_while(node: Node) -> None:
@@ -108,6 +109,12 @@ def test_a_new_image_of_the_name_does_not_keep_what_an_earlier_one_has_left(node
 def test_the_file_of_an_image_that_is_there_becomes_its_copy_again(node: Node, api: SilentApi) -> None:
     node.has("disk", "uid-disk")
     image(api, "disk")
+    node.start()
+    node.look()
+    assert api.all(IMAGE_COPY) == []  # another node may be making it, and that would be another file
+    node.look(_STAY)
+    assert node.library.names() == ["disk"]
+    image(api, "disk", checksum="00")
     node.start()
     node.look()
     (copy,) = api.all(IMAGE_COPY)
