@@ -115,8 +115,11 @@ def _keep(image: Json, there: Sequence[Json], ours: Sequence[Json], world: World
     if any("image" in copy.get("status", {}) for copy in there):
         return _Outcome(FAILED, _said(there) or "its file is gone from the node that had it", "FileLost")
     if "virtualSize" in image.get("status", {}):
+        said = "the nodes that had it are gone, and with them each copy"
         return _Outcome(
-            FAILED, "the nodes that had it are gone, and with them each copy; delete it and make it anew", "CopiesLost"
+            FAILED,
+            f"{said}; it is usable when one returns with its disk, else delete it and make it anew",
+            "CopiesLost",
         )
     leaving = [copy["spec"]["node"] for copy in ours if is_going(copy) and copy["spec"].get("make")]
     if leaving := sorted(node for node in {*leaving} & world.nodes if node not in world.lost):
