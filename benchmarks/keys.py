@@ -1,4 +1,4 @@
-"""Volumes with keys of their own: a node that comes back, and what asking a KMS costs a stage.
+"""Volumes with keys of their own: a node that comes back, what asking a KMS costs a stage, a change of the volume key.
 
 `python -m benchmarks keys`, or `make bench-keys`. A KMS whose credentials are in secrets of Kubernetes is left out:
 there is no cluster in the guest.
@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 
+from benchmarks import standstill
 from benchmarks.ceph import CephVolume
 from benchmarks.measure import seconds, side_by_side
 from benchmarks.servers import CHEAP, Running, Volume, our_server, random_key
@@ -48,6 +49,7 @@ def rows(folder: Path) -> Iterator[Row]:
             yield from _node_comes_back(server, folder)
             for kind in entries:
                 yield from _one_stage(server, folder, kind)
+            yield from standstill.rows(server, folder)
 
 
 def _node_comes_back(server: Running, folder: Path) -> Iterator[Row]:

@@ -1,7 +1,7 @@
 """All key sources by the type of their entry: found, made, kept for a while, and each use of them told.
 
 A source is kept for minutes, so that connections and logins serve more than one volume, and as long as its entry and
-what came with the request are the same. It keeps no DEK.
+what came with the request are the same. It keeps no DEK, and no passphrase.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from csi_driver.keys.base import EntryReader, KeyRequest, KeySource, RequestNeed
 from csi_driver.keys.config import KmsConfig
 from csi_driver.keys.generated import GeneratedKeys
 from csi_driver.keys.kubernetes import Kubernetes
-from csi_driver.keys.types import BUILDERS, Surroundings
+from csi_driver.keys.types import BUILDERS, NEVER_KEPT, Surroundings
 from csi_driver.model.errors import DriverError, FailedPrecondition, KeyLost
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import KeyTrail
@@ -181,6 +181,8 @@ class KeySources:
                 return kind, source
         reader = EntryReader(f"KMS {kms_id} ({kind})", entry)
         source = BUILDERS[kind](Surroundings(reader, entry, request, self._kubernetes, self._workers, self._programs))
+        if kind in NEVER_KEPT:
+            return kind, source
         with self._lock:
             for old in [each for each, (made_at, _) in self._kept.items() if now - made_at >= _KEPT_SECONDS]:
                 del self._kept[old]

@@ -103,11 +103,12 @@ def _vault_tenant_sa(made: Surroundings) -> KeySource:
     from csi_driver.keys import vault  # noqa: PLC0415
 
     reader = _tenant_reader(made, service_account=True)
-    tenant, account = made.request.tenant, reader.text("tenantSAName", "ceph-csi-vault-sa")
+    kubernetes, tenant = made.kubernetes, made.request.tenant  # what is kept for long holds no secret of a request
+    account = reader.text("tenantSAName", "ceph-csi-vault-sa")
     audience = reader.text("vaultAudience", "") or None
 
     def token() -> str:
-        return made.kubernetes.service_account_token(tenant, account, audience)
+        return kubernetes.service_account_token(tenant, account, audience)
 
     return _tenant_kv(made, reader, vault.kubernetes_login(reader, "kubernetes", token))
 
@@ -164,13 +165,13 @@ def _aws_sts(made: Surroundings) -> KeySource:
     from csi_driver.keys.aws import Account, AwsWrapper, assume_role  # noqa: PLC0415
     from csi_driver.keys.vault import read_token  # noqa: PLC0415
 
-    reader, tenant = made.reader, _tenant(made)
+    reader, tenant, kubernetes = made.reader, _tenant(made), made.kubernetes
     name = reader.text("secretName", "ceph-csi-aws-credentials")
     endpoint = reader.text("AWS_ENDPOINT_URL", "") or None
     token = Path(reader.text("tokenPath", str(_OIDC_TOKEN)))
 
     def account() -> Account:
-        secret = made.kubernetes.secret(tenant, name)
+        secret = kubernetes.secret(tenant, name)
         entries = EntryReader(f"the secret {tenant}/{name} of {reader.where}", secret)
         found = Account(entries.text("awsRegion"), entries.text("awsCMKARN"), {}, endpoint)
         credentials = assume_role(reader.where, found, entries.text("awsRoleARN"), read_token(token))
@@ -252,6 +253,9 @@ def _exec(made: Surroundings) -> KeySource:
 
     return Wrapping(ExecWrapper(made.reader, made.workers, made.programs))
 
+
+NEVER_KEPT: Final = frozenset({"metadata"})
+"""Types whose source holds what unwraps a DEK, the passphrase of a request, and no connection that is worth keeping."""
 
 BUILDERS: Final[Mapping[str, Builder]] = {
     "aws-metadata": _aws,

@@ -114,7 +114,8 @@ class Login:
         self._path = path
         self._document = document
         self._lock = threading.Lock()
-        self._failed: tuple[float, DriverError] | None = None
+        # Not the error itself: it would keep the frames that it went through, and a DEK in one of them.
+        self._failed: tuple[float, type[DriverError], str] | None = None
 
     def token(self, login: Callable[[str, Mapping[str, str]], dict[str, Any]]) -> str:
         """The token; `login` posts a document to a path of the API.
@@ -124,12 +125,12 @@ class Login:
         came = time.monotonic()
         with self._lock:
             if self._failed is not None and self._failed[0] > came:
-                raise type(self._failed[1])(str(self._failed[1]))
+                raise self._failed[1](self._failed[2])
             if time.monotonic() >= self._until:
                 try:
                     found = login(self._path, self._document()).get("auth")
                 except DriverError as error:
-                    self._failed = time.monotonic(), error
+                    self._failed = time.monotonic(), type(error), str(error)
                     raise
                 auth = found if isinstance(found, dict) else {}
                 seconds = auth.get("lease_duration")

@@ -109,7 +109,7 @@ class Encryption:
         identity = recorded_identity(record)
         kept: KeptKey | None = None
         kept_next: KeptKey | None = None
-        with _told_of_a_kms(where_is(record, device), key.trail):
+        with told_of_a_kms(where_is(record, device), key.trail):
             reused = self._reuse(backend, record, device, passphrase)
             if not reused:
                 undo.callback(attempt, self._mappings.close, record.mapping_name, identity.uuid)
@@ -311,7 +311,7 @@ class Encryption:
 
 
 @contextmanager
-def _told_of_a_kms(where: str, trail: KeyTrail | None) -> Iterator[None]:
+def told_of_a_kms(where: str, trail: KeyTrail | None) -> Iterator[None]:
     """Nobody has a secret to put right where a KMS gave what opens nothing."""
     try:
         yield

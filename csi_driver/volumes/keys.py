@@ -177,9 +177,12 @@ class VolumeKeys:
     def _forget(self, entry: KeyEntry, purpose: str, *, noted: bool = False) -> bool:
         """Whether the KMS has forgotten it."""
         trail = entry.key
-        try:
-            if not (noted or trail.wrapped):
+        if not (noted or trail.wrapped):
+            try:
                 self._ledger.note(entry)
+            except DriverError as error:
+                log.warning("the keys of a volume were not noted", volume_id=entry.volume, error=str(error))
+        try:
             self._sources.destroy(trail, KeyRequest(entry.volume, trail.tenant), purpose)
             self._ledger.forget(trail.name)
         except (DriverError, OSError) as error:

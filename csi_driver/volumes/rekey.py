@@ -22,9 +22,9 @@ from csi_driver.model.errors import DriverError, FailedPrecondition, InvalidArgu
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.times import recorded_now
 from csi_driver.model.volume import EncryptionState, KeyTrail, NamedSlot, Rekey, RekeyPhase, VolumeRecord
-from csi_driver.volumes.encryption import attempt
+from csi_driver.volumes.encryption import attempt, told_of_a_kms
 from csi_driver.volumes.keys import VolumeKeys
-from csi_driver.volumes.keyslots import KeySlots
+from csi_driver.volumes.keyslots import KeySlots, where_is
 from csi_driver.volumes.moved import refuse_away
 
 
@@ -34,6 +34,10 @@ class Rekeyed:
 
     record: VolumeRecord
     changed: bool
+
+
+class KeyMixedUp(KeyLost):
+    """A KMS that gives another key each time that it is asked for one."""
 
 
 class Rekeying:
@@ -175,7 +179,8 @@ class Rekeying:
         """Give `new`, whose trail is `key`, a slot beside that of `current`, then let it count.
 
         The record names both slots before one is written, and those of earlier changes that were cut: all but the one
-        that counts are to go in the end. Raises Unauthenticated when `current` opens none, which changes nothing.
+        that counts are to go in the end. A KMS must have given `new` twice. Raises Unauthenticated when `current` opens
+        none, which changes nothing.
         """
         begun = record.rekey.slots if record.rekey else ()
 
@@ -185,6 +190,11 @@ class Rekeying:
             record = self._note(record, Rekey(phase=RekeyPhase.ADDING, other=key, slots=begun))
 
         added = self._slots.add_passphrase(self._backend, record, device, current, new, secret, announce)
+        if key is not None and self._keys.fetch(record, key, secret, "rotate") != new:
+            raise KeyMixedUp(
+                f"the key {key.name} that is to be that of volume {record.id} is another one each time that its KMS is "
+                f"asked; the volume has the key that it had, look at the KMS"
+            )
         removing = Rekey(phase=RekeyPhase.REMOVING, other=record.key, slots=_without(begun, added.new))
         return self._backend.update(msgspec.structs.replace(record, key=key, rekey=removing, key_since=recorded_now()))
 
@@ -206,13 +216,21 @@ class Rekeying:
             old = _trail(record)
             current = self._keys.fetch(record, old, secret, "rotate")
             try:
-                fresh = self._keys.fetch(record, other, secret, "rotate")
+                keep = self._keys.fetch(record, other, secret, "rotate")
             except KeyLost as error:
                 return self._given_up(record, device, current, other, error)
-            record = self._added(record, device, current, fresh, secret, other)
+            try:
+                with told_of_a_kms(where_is(record, device), old):
+                    record = self._added(record, device, current, keep, secret, other)
+            except KeyMixedUp as error:
+                self._given_up(self._backend.get(record.id), device, current, other, error)
+                raise
             other = old
-        keep = self._keys.fetch(record, _trail(record), secret, "rotate")
-        self._slots.remove_passphrase(self._backend, record, device, record.rekey.slots if record.rekey else (), keep)
+        else:
+            keep = self._keys.fetch(record, _trail(record), secret, "rotate")
+        slots = record.rekey.slots if record.rekey else ()
+        with told_of_a_kms(where_is(record, device), _trail(record)):
+            self._slots.remove_passphrase(self._backend, record, device, slots, keep)
         if other is not None:
             self._keys.destroy(record, other, "rotate")
         record = self._note(record, None)

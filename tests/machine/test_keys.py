@@ -636,6 +636,64 @@ class Forgetful(MetadataWrapper):
         return super().unwrap(trail)
 
 
+def test_a_kms_that_gives_another_key_each_time_takes_no_volume_along(folder: Path, workers: Workers) -> None:
+    class Fickle(KeepingKms):
+        """Mixes up keys, but that of the volume."""
+
+        def fetch(self, trail: KeyTrail) -> Passphrase:
+            found = super().fetch(trail)
+            return found if trail.name == self.kept_name else Passphrase.random()
+
+        kept_name = ""
+
+    kms = Fickle()
+    node = with_keys(folder, workers, GivenSources(kms=kms))
+    node.create(parameters=OF_KMS, secret=NONE)
+    before = trail_of(node)
+    kms.kept_name = before.name
+    node.stage(secret=NONE)
+    node.write()
+    node.unstage()
+    for _ in range(2):
+        with pytest.raises(KeyLost, match="is another one each time that its KMS is asked"):
+            rotate(node)
+        assert trail_of(node) == before
+        assert (node.record().rekey, len(node.header().keyslots)) == (None, 1)
+        assert list(kms.kept) == [before.name]
+    kms.kept_name = "nobody's"
+    with pytest.raises(KeyLost, match=rf"^the key {before.name} of the KMS kms opens no key slot of volume pvc-1"):
+        rotate(node)
+    kms.fetch = KeepingKms.fetch.__get__(kms)  # type: ignore[method-assign]
+    assert rotate(node)
+    node.stage(secret=NONE)
+    assert node.read() == "precious"
+    node.unstage()
+    assert len(node.header().keyslots) == 1
+
+
+def test_the_life_of_a_volume_with_a_passphrase(folder: Path, workers: Workers) -> None:
+    """The KMS type `default`, and no KMS at all."""
+    node = Node(folder, workers)
+    node.create()
+    node.stage()
+    node.write()
+    node = Node(folder, workers)  # the driver after a restart
+    node.stage()
+    node.expand(2 * SIZE)
+    assert size_bytes(f"/dev/mapper/luks-{VOLUME}") == 2 * SIZE
+    assert rotate(node, SECRET, OTHER)
+    assert node.read() == "precious"
+    node.unstage()
+    with pytest.raises(Unauthenticated):
+        node.stage()
+    node.stage(secret=OTHER)
+    assert node.read() == "precious"
+    node.unstage()
+    assert len(node.header().keyslots) == 1
+    node.delete()
+    assert not node.disk().exists()
+
+
 @pytest.mark.parametrize("at", ["before", "behind"])
 @pytest.mark.parametrize("by_stage", [True, False], ids=["stage", "rotate"])
 def test_a_new_key_that_is_lost_before_it_counted_is_given_up(

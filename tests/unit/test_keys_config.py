@@ -1,5 +1,9 @@
 """The KMS configuration: found by id, read anew each time, and refused entry by entry."""
 
+import contextlib
+import gc
+import json
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +18,7 @@ from csi_driver.keys.secret import read_secret
 from csi_driver.keys.sources import KeySources
 from csi_driver.keys.types import BUILDERS
 from csi_driver.keys.vault import auth_mount, joined, plain_entry
-from csi_driver.model.errors import FailedPrecondition
+from csi_driver.model.errors import DriverError, FailedPrecondition
 
 NOBODY = Kubernetes("", "")
 
@@ -129,6 +133,29 @@ def test_a_volumes_kms_must_not_become_one_of_another_type(file: Path) -> None:
     file.write_text('{"a": {"encryptionKMSType": "exec", "program": "p"}}')
     with pytest.raises(FailedPrecondition, match="was of type metadata and is of type exec now"):
         made.fetch(trail, REQUEST, "test")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"encryptionKMSType": "metadata"},
+        {"encryptionKMSType": "kms-plugin", "endpoint": "unix:///nonexistent/kms.sock", "timeoutSeconds": "0.1"},
+        {"encryptionKMSType": "aws-sts-metadata"},
+        {"encryptionKMSType": "vaulttransit", "vaultAddress": "https://127.0.0.1:1", "vaultTransitKey": "k"},
+    ],
+    ids=lambda entry: entry["encryptionKMSType"],
+)
+def test_no_secret_of_a_request_outlives_it(file: Path, entry: dict[str, str]) -> None:
+    file.write_text(json.dumps({"a": entry}))
+    made = sources(file)
+    request = KeyRequest("pvc-1", "team-a", read_secret({"encryptionPassphrase": "a passphrase"}))
+    secret = weakref.ref(request.secret)
+    with contextlib.suppress(DriverError):
+        made.create("a", "n", request, "test")
+    del request
+    gc.collect()
+    assert secret() is None
+    made.close()
 
 
 def test_a_source_is_kept_for_the_same_entry_and_the_same_secret_alone(file: Path) -> None:
