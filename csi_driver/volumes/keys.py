@@ -135,7 +135,6 @@ class VolumeKeys:
         A retained one stays, and so does a foreign one: it opens what the volume was adopted from.
         """
         if _stays(record, trail):
-            log.info("key kept", volume_id=record.id, kms=trail.kms_id or trail.type, key=trail.name)
             self._ledger.forget(trail.name)
             return
         self._forget(KeyEntry(volume=record.id, key=trail, leaving=True), purpose)
@@ -221,7 +220,11 @@ def _names(record: VolumeRecord) -> frozenset[str]:
 
 
 def _stays(record: VolumeRecord, trail: KeyTrail) -> bool:
-    return record.parameters.retain_key or trail.foreign
+    """Whether a key outlives its use, which is told."""
+    if not (record.parameters.retain_key or trail.foreign):
+        return False
+    log.info("key kept", volume_id=record.id, kms=trail.kms_id or trail.type, key=trail.name)
+    return True
 
 
 def _request(record: VolumeRecord, secret: SecretKey) -> KeyRequest:

@@ -17,6 +17,7 @@ from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import KeyTrail, Rekey, RekeyPhase, VolumeParameters, VolumeRecord
 from csi_driver.volumes.keys import VolumeKeys
 from tests.keys.given import GivenSources
+from tests.told_lines import told_lines
 
 OWN = KeyTrail(kms_id="kms", type="given", name="pvc-1.0123456789abcdef")
 OF_KMS = VolumeParameters(encrypted=True, kms_id="kms")
@@ -167,7 +168,9 @@ def test_what_a_volume_had_goes_with_it_though_the_deletion_is_killed_between(ke
 def test_a_retained_key_is_not_the_next_volumes_of_that_name(keys: VolumeKeys, kept: Kept) -> None:
     killed = make(keys, Kill())  # behind the write of the record
     record = msgspec.structs.replace(RECORD, key=msgspec.structs.replace(OWN, name=killed), parameters=RETAINED)
-    assert keys.leave("pvc-1", record) == []
+    with told_lines() as lines:
+        assert keys.leave("pvc-1", record) == []
+    assert [(line.event, line.fields["key"]) for line in lines] == [("key kept", killed)]
     assert left(keys) == []
     assert make(keys) != killed
     assert killed in kept.names
