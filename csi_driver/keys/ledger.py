@@ -12,6 +12,7 @@ from typing import Final
 import msgspec
 
 from csi_driver.host.files import Files, read_file
+from csi_driver.host.log import log
 from csi_driver.host.syscalls import error_name
 from csi_driver.model.errors import FailedPrecondition, ResourceExhausted
 from csi_driver.model.volume import KeyTrail
@@ -54,8 +55,12 @@ class KeyLedger:
             raise FailedPrecondition(f"{told}; check that file system") from None
 
     def forget(self, name: str) -> None:
-        """Remove the entry of a key; absent is fine."""
-        self._files.remove(self._path(name))
+        """Remove the entry of a key; absent is fine. One that cannot be removed is logged, and does no harm."""
+        path = self._path(name)
+        try:
+            self._files.remove(path)
+        except OSError as error:
+            log.warning("the entry of a key could not be removed", path=str(path), error=error_name(error))
 
     def entries(self, volume_id: str | None = None) -> list[KeyEntry]:
         """All entries, or those of a volume, by the names of their keys. Raises FailedPrecondition."""

@@ -225,6 +225,23 @@ def test_a_name_that_cannot_be_written_makes_no_key(kept: Kept, tmp_path: Path) 
     assert kept.names == set()
 
 
+def test_an_entry_that_cannot_be_removed_fails_no_call(kept: Kept, tmp_path: Path) -> None:
+    class ReadOnly(Files):
+        """Takes nothing away."""
+
+        def remove(self, path: Path) -> None:
+            raise OSError(30, "Read-only file system", str(path))
+
+    keys = VolumeKeys(GivenSources(kms=kept), KeyLedger(tmp_path, ReadOnly()))
+    with told_lines() as lines:
+        name = make(keys)
+    assert [line.event for line in lines] == ["key used", "the entry of a key could not be removed"]
+    record = msgspec.structs.replace(RECORD, key=msgspec.structs.replace(OWN, name=name))
+    assert left(keys, record) == []
+    with keys.successor(record, record.key or OWN, NO_SECRET) as other:
+        assert other.name != name
+
+
 def test_an_entry_that_cannot_be_read_is_told_by_its_file(keys: VolumeKeys, tmp_path: Path) -> None:
     name = make(keys, Kill())
     (tmp_path / "keys" / f"{name}.json").write_text('{"version": 9}')
