@@ -22,7 +22,7 @@ T = TypeVar("T")
 Manifest = str | Json | list[Json] | Path
 
 _POLL_SECONDS = 0.15
-_INSTALL_SECONDS = 120
+_INSTALL_SECONDS = 300  # an image agent is ready when kubelet has mounted the certificate that the operator makes
 _CLEAN_SECONDS = 120
 _EVENTS_SHOWN = 25
 _OWNERS = ("Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "Job")  # of pods, which they would make anew
