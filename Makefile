@@ -102,9 +102,9 @@ sanity: venv system $(CSI_SANITY) ## csi-sanity against the server, mount and bl
 ceph-test: export BACKEND := rbd
 ceph-test: venv system $(CSI_SANITY) ## the backend rbd on a Ceph: conformance, nodes, life, a dead machine, csi-sanity
 	@tools/system.sh ceph
-	@code=0; $(GUEST_FOR) --env BACKEND --timeout 7200 -- $(PY) -m tests.backends || code=1; \
-	$(GUEST_FOR) --env BACKEND --timeout 7200 -- $(PY) -m tests.machine.sanity || code=1; \
-	$(PY) -m pytest tests/backends/test_rbd_guests.py || code=1; exit $$code
+	@code=0; for command in 'tests.backends' 'tests.machine.sanity'; do \
+	    $(PY) -m tests.backends.on_ceph -- $(PY) -m $$command || code=1; \
+	done; $(PY) -m pytest tests/backends/test_rbd_cluster.py tests/backends/test_rbd_guests.py || code=1; exit $$code
 
 backends-test: venv system ## the conformance suite of backends; BACKEND=loopfile, lvm-thick or lvm-thin for one
 	@$(GUEST_FOR) --env BACKEND -- $(PY) -m tests.backends

@@ -39,7 +39,7 @@ class CephAccess:
                 f"user of Ceph needs both, give the secret the other one"
             )
         with self._guard:
-            self._brought[volume_id] = Credentials(user, key)
+            self._brought[volume_id] = _checked(Credentials(user, key), f"the secret for volume {volume_id}")
 
     def forget(self, volume_id: str) -> None:
         """Forget what calls brought for the volume."""
@@ -107,7 +107,7 @@ class CephAccess:
                 f"nobody told a user of the Ceph cluster {cluster} for {what}: name a secret with {USER} and {KEY} in "
                 f"its class, or mount one for the server with --ceph-secret"
             )
-        return own
+        return _checked(own, f"the secret of the server in {self._secret}")
 
     def _find(self, volume_id: str) -> Place:
         digest = digest_of(volume_id)
@@ -144,3 +144,12 @@ class CephAccess:
             except InvalidArgument:
                 continue  # no class could name it
         return places
+
+
+def _checked(credentials: Credentials, where: str) -> Credentials:
+    """Ceph would quote a key that is none."""
+    if not credentials.is_key:
+        raise FailedPrecondition(
+            f"{where} has a {KEY} that is no key of Ceph; 'ceph auth get-key client.{credentials.user}' tells it"
+        )
+    return credentials

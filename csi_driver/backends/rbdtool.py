@@ -5,6 +5,7 @@ librbd would start in the server too; and the binding is not on PyPI. No configu
 file written: monitors are an argument, the key is a memfd, which the program gets as a descriptor.
 """
 
+import base64
 import os
 import re
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ _REFUSED: Final = re.compile(
 )
 _ONE_OPERATION: Final = str(64 << 20)  # bytes: what is put or appended is one operation of the cluster, all or nothing
 _BLOCKED_SECONDS: Final = str(5 * 365 * 24 * 3600)  # as CSI-Addons' network fence: a frozen node may wake up any time
+_KEY_HEAD: Final = 12  # CryptoKey of src/auth/Crypto.cc: type, seconds, nanoseconds, length
 _DIFF_PIECE: Final = 4 << 20
 
 
@@ -56,6 +58,15 @@ class Credentials:
 
     user: str
     key: str = field(repr=False, compare=False)
+
+    @property
+    def is_key(self) -> bool:
+        """Whether it has the form of a key of Ceph: a type, a time, and a secret behind its length, in base64."""
+        try:
+            raw = base64.b64decode(self.key, validate=True)
+        except ValueError:
+            return False
+        return len(raw) > _KEY_HEAD and len(raw) == _KEY_HEAD + int.from_bytes(raw[10:12], "little")
 
 
 class Image(msgspec.Struct, frozen=True):
@@ -153,6 +164,7 @@ class CephPrograms:
                 ) from None
             except ProgramFailed as failed:
                 said = failed.stderr or content_of(answer).decode(errors="replace")
+                said = said.replace(credentials.key, "…")  # Ceph quotes a key that it cannot decode
                 raise _told(cluster, credentials, _shown(program, words), failed.code, said) from None
             return content_of(answer).decode(errors="replace")
 

@@ -19,6 +19,11 @@ from typing import Any, Self
 POOL = "rbd"
 CLUSTER = "ceph-one"
 USER = "csi"
+TOLD = "ceph.json"
+"""In the shared folder: where it is, and the key of the driver's user."""
+WISH = "wish"
+"""In the shared folder: what the host is to do; gone when it is done."""
+
 _START_SECONDS = 120.0
 _END_SECONDS = 20.0
 _PAUSE = 0.1
@@ -86,6 +91,11 @@ class Ceph:
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     @property
+    def conf(self) -> str:
+        """An administrator's configuration."""
+        return f"{self._folder}/ceph.conf"
+
+    @property
     def monitors(self) -> list[str]:
         """As a configuration of clusters has them: the second port is what the kernel speaks."""
         return [f"{self.address}:6789"]
@@ -108,7 +118,7 @@ class Ceph:
 
     def admin(self, program: str, *words: str, check: bool = True, seconds: float = 60) -> str:
         """One of Ceph's programs, as an administrator runs it."""
-        argv = [program, "-c", f"{self._folder}/ceph.conf", *words]
+        argv = [program, "-c", f"{self._folder}/ceph.conf", "--keyring", f"{self._folder}/keyring", *words]
         done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=seconds)
         if check and done.returncode:
             raise AssertionError(f"{' '.join(argv)}: {done.stderr}")
@@ -124,6 +134,7 @@ class Ceph:
         os.kill(self._daemons[name].pid, signal.SIGSTOP)
 
     def go_on(self, name: str = "osd.0") -> None:
+        """It answers again."""
         os.kill(self._daemons[name].pid, signal.SIGCONT)
 
     def kill(self, name: str) -> None:
@@ -185,4 +196,36 @@ class Ceph:
                     return
             if time.monotonic() > deadline:
                 raise AssertionError(f"Ceph does not start; its logs are in {self._folder}/log")
+            time.sleep(_PAUSE)
+
+
+class CephOutside(Ceph):
+    """One that runs on the host of this guest, as `tests.backends.on_ceph` tells in the folder that they share."""
+
+    def __init__(self, shared: Path) -> None:
+        told = json.loads((shared / TOLD).read_text())
+        super().__init__(shared, told["address"])
+        self.key = told["key"]
+        self._shared = shared
+
+    def stop(self, name: str = "osd.0") -> None:
+        self._ask(f"stop {name}")
+
+    def go_on(self, name: str = "osd.0") -> None:
+        self._ask(f"go_on {name}")
+
+    def kill(self, name: str) -> None:
+        """It is the host's."""
+
+    def _start(self) -> None:
+        """It runs."""
+
+    def _ask(self, what: str) -> None:
+        wish = self._shared / WISH
+        wish.with_suffix(".new").write_text(what)
+        wish.with_suffix(".new").rename(wish)
+        deadline = time.monotonic() + _START_SECONDS
+        while wish.exists():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"the host does not {what}")
             time.sleep(_PAUSE)

@@ -26,7 +26,7 @@ from csi_driver.backends.rbdimages import Images
 from csi_driver.backends.rbdnodes import Fence, NodeAttachments, fence_off
 from csi_driver.backends.rbdplace import Cluster, Clusters, image_name
 from csi_driver.backends.rbdrecords import VolumeLogs
-from csi_driver.backends.rbdtool import CephPrograms, Credentials
+from csi_driver.backends.rbdtool import CephPool, CephPrograms, Credentials
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.commands import Commands
 from csi_driver.host.devicemapper import DeviceMapper
@@ -38,7 +38,7 @@ from csi_driver.host.mounts import Mounts
 from csi_driver.host.workers import Workers
 from csi_driver.model.settings import MIB, Limits
 from csi_driver.model.volume import VolumeParameters
-from tests.backends.ceph import CLUSTER, USER, Ceph
+from tests.backends.ceph import CLUSTER, USER, Ceph, CephOutside
 from tests.backends.ceph import POOL as CEPH_POOL
 from tests.backends.csirig import CsiRig
 from tests.fake_host import Step, SteppedFiles, undisturbed
@@ -144,6 +144,14 @@ class SteppedPrograms(CephPrograms):
         return said
 
 
+class RiggedBackend(RbdBackend):
+    """Shows the pool that a volume is in."""
+
+    def pool_of(self, volume_id: str) -> CephPool:
+        """As the user of the server."""
+        return self._access.pool(volume_id)
+
+
 class RbdRig:
     """A pool of a Ceph on this machine."""
 
@@ -156,10 +164,11 @@ class RbdRig:
         self.workers = workers
         # In memory: a monitor waits for its disk at each change.
         self._memory = tempfile.TemporaryDirectory(dir="/dev/shm", prefix="ceph-")
-        self.ceph = Ceph(Path(self._memory.name))
+        is_outside = "CEPH_OUTSIDE" in os.environ  # tests.backends.on_ceph
+        self.ceph = CephOutside(Path(os.environ["MACHINE_OUT"])) if is_outside else Ceph(Path(self._memory.name))
 
     def __enter__(self) -> Self:
-        subprocess.run(["modprobe", "rbd"], check=True)
+        subprocess.run(["modprobe", "-q", "rbd"], check=False)  # who attaches nothing does without
         self.config.parent.mkdir(exist_ok=True, parents=True)
         self.config.write_text(self.ceph.config())
         self.secret.mkdir(exist_ok=True)
@@ -199,12 +208,12 @@ class RbdRig:
         seconds: float = LIMITS.mount_seconds,
         make_devices: type[MappedVolumes] = MappedVolumes,
         fence: Fence = fence_off,
-    ) -> RbdBackend:
+    ) -> "RiggedBackend":
         programs, folder = SteppedPrograms(Commands(self.workers), seconds), self.folder_of(node_id)
         programs.step = step
         logs, files = VolumeLogs(), Files()
         devices = make_devices(folder, files, self.workers, MappedImages(), seconds)
-        made = RbdBackend(
+        made = RiggedBackend(
             folder,
             CephAccess(Clusters(self.config), programs, self.secret),
             logs,

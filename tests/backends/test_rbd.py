@@ -4,12 +4,8 @@ Two nodes are two backends with folders of their own: each image is mapped by a 
 cluster tells them apart.
 """
 
-import contextlib
 import os
-import subprocess
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -20,12 +16,11 @@ from csi_driver.backends.rbdplace import image_name
 from csi_driver.backends.rbdtool import CephPool
 from csi_driver.host.handle import Handle
 from csi_driver.host.krbd import MappedImage, MappedImages
-from csi_driver.model.access import Access
 from csi_driver.model.errors import Aborted, DeadlineExceeded, DeviceMismatch, FailedPrecondition
 from csi_driver.model.volume import EncryptionState, FileSystemState
 from tests.backends.ceph import POOL
 from tests.backends.rigs import RbdRig
-from tests.backends.test_conformance import SIZE, check_foreign, record_of, write
+from tests.backends.test_conformance import SIZE, record_of, write
 
 MIB = 1 << 20
 
@@ -43,11 +38,6 @@ def made(rig: RbdRig, *, settled: bool = False) -> str:
         record = msgspec.structs.replace(record, encryption=EncryptionState.ENCRYPTED, file_system=FileSystemState.RAW)
     rig.backend().create(record, SIZE)
     return record.id
-
-
-def metadata(rig: RbdRig, volume_id: str) -> dict[str, str]:
-    found = rig.ceph.asked("rbd", "image-meta", "list", f"{POOL}/{image_name(volume_id)}")
-    return dict(found) if found else {}
 
 
 # --- nodes
@@ -199,32 +189,13 @@ def test_a_cluster_that_does_not_answer_at_unstage_is_named_and_the_next_call_go
     try:
         with pytest.raises(DeadlineExceeded, match=r"/dev/rbd\d+ of volume pvc-1\S* .* does not answer the client \S+"):
             node.detach(volume_id)
-        with pytest.raises(DeadlineExceeded, match=r"the Ceph cluster ceph-one \(127\.0\.0\.1:6789\) did not answer"):
+        with pytest.raises(DeadlineExceeded, match=r"the Ceph cluster ceph-one \(\S+:6789\) did not answer"):
             node.get(volume_id)
     finally:
         rbd_rig.ceph.go_on("osd.0")
     rbd_rig.backend().detach(volume_id)
     assert not list(MappedImages().all())
     rbd_rig.backend().delete(volume_id)
-
-
-def test_a_user_that_the_cluster_does_not_know_is_told_so_and_shown_nowhere(rbd_rig: RbdRig) -> None:
-    volume_id = made(rbd_rig)
-    backend = rbd_rig.backend()
-    for secrets in ({"userID": "nobody", "userKey": rbd_rig.ceph.key}, {"userID": "csi", "userKey": "AQ" + "A" * 38}):
-        backend.use(volume_id, Access(secrets=secrets))
-        with pytest.raises(FailedPrecondition) as refused:
-            backend.get(volume_id)
-        assert f"client.{secrets['userID']}" in str(refused.value)
-        assert secrets["userKey"] not in str(refused.value)
-
-
-def test_the_state_is_told_by_the_keys_of_ceph_csi_too(rbd_rig: RbdRig) -> None:
-    backend = rbd_rig.backend()
-    record = backend.create(record_of(rbd_rig), SIZE)
-    assert metadata(rbd_rig, record.id) == {"rbd.csi.ceph.com/encrypted": "encryptionPrepared"}
-    backend.update(msgspec.structs.replace(record, encryption=EncryptionState.ENCRYPTED))
-    assert metadata(rbd_rig, record.id) == {"rbd.csi.ceph.com/encrypted": "encrypted"}
 
 
 def test_a_class_of_the_document_makes_an_image_with_the_features_that_it_names(rbd_rig: RbdRig) -> None:
@@ -239,67 +210,3 @@ def test_a_class_of_the_document_makes_an_image_with_the_features_that_it_names(
         write(device, b"x")
     backend.detach(record.id)
     backend.delete(record.id)
-
-
-def test_no_process_and_no_file_has_the_key(rbd_rig: RbdRig) -> None:
-    """While programs run: their arguments and environments, and what is below the state directory."""
-    volume_id, key = made(rbd_rig), rbd_rig.ceph.key.encode()
-    backend = rbd_rig.backend(seconds=6)
-    rbd_rig.ceph.stop("osd.0")
-    seen: list[str] = []
-
-    def look() -> Sequence[str]:
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            for name in ("cmdline", "environ"):
-                with contextlib.suppress(OSError):
-                    content = (process / name).read_bytes()
-                    seen.append(content.decode(errors="replace"))
-                    if key in content:
-                        found.append(f"{process}/{name}")
-        return found
-
-    try:
-        with ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(backend.get, volume_id)
-            while not asked.done():
-                assert not look()
-            with pytest.raises(DeadlineExceeded):
-                asked.result()
-    finally:
-        rbd_rig.ceph.go_on("osd.0")
-    assert any("rados" in one and "--keyfile" in one for one in seen)
-    found = subprocess.run(["grep", "-rlF", key.decode(), str(rbd_rig.folder_of("node-1"))], check=False, text=True)
-    assert found.returncode == 1, found
-
-
-def test_a_header_copy_of_a_real_size_is_kept_and_comes_back(rbd_rig: RbdRig) -> None:
-    backend, content = rbd_rig.backend(), os.urandom(9 * MIB) + bytes(7 * MIB)
-    volume_id = made(rbd_rig)
-
-    def fill(path: str) -> None:
-        Path(path).write_bytes(content)
-
-    backend.keep_header_copy(volume_id, fill)
-    assert rbd_rig.backend(node_id="node-b").header_copy(volume_id).read_bytes() == content
-
-
-def test_what_lies_in_the_pool_goes_with_the_volume(rbd_rig: RbdRig) -> None:
-    backend = rbd_rig.backend()
-    before = set(rbd_rig.ceph.admin("rados", "-p", POOL, "ls").split()) | {"luks-csi.volumes"}
-    volume_id = made(rbd_rig)
-
-    def fill(path: str) -> None:
-        Path(path).write_bytes(b"x" * 1000)
-
-    backend.keep_header_copy(volume_id, fill)
-    for number in range(70):
-        backend.publish(volume_id, f"node-{number % 2}", many_nodes=False)
-        backend.unpublish(volume_id, "")
-    backend.delete(volume_id)
-    left = set(rbd_rig.ceph.admin("rados", "-p", POOL, "ls").split()) - before
-    assert left <= {"rbd_directory", "rbd_info", "rbd_trash", "rbd_children"}
-
-
-def test_foreign_images_are_left_alone(rbd_rig: RbdRig) -> None:
-    check_foreign(rbd_rig)

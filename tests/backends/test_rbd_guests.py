@@ -18,11 +18,11 @@ import pytest
 from csi_driver.rpc.client import CsiClient
 from tests.backends.ceph import CLUSTER, POOL, USER, Ceph
 from tests.backends.ceph_node import MOUNT
-from tests.machine.guest import Guest, GuestConfig, missing
+from tests.backends.on_ceph import ADDRESS, NODES, machine, network
+from tests.machine.guest import Guest, missing
 from tests.machine.server import ServerProcess
 
 MIB = 1 << 20
-BRIDGE, ADDRESS, NODES = "lukscsi-ceph", "10.98.7.1", ("10.98.7.11", "10.98.7.12")
 CLASS = {"clusterID": CLUSTER, "pool": POOL, "encrypted": "true", "pbkdf": "pbkdf2", "pbkdfIterations": "1000"}
 SECONDS = 600.0
 FILES = 20
@@ -33,33 +33,10 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture
-def network() -> Iterator[None]:
-    """A bridge of the host with a tap for each machine."""
-
-    def ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True)
-
-    with contextlib.ExitStack() as stack:
-        ip("link", "add", BRIDGE, "type", "bridge")
-        stack.callback(ip, "link", "del", BRIDGE)
-        ip("addr", "add", f"{ADDRESS}/24", "dev", BRIDGE)
-        ip("link", "set", BRIDGE, "up")
-        for number in range(len(NODES)):
-            ip("tuntap", "add", f"lukscsi{number}", "mode", "tap")
-            stack.callback(ip, "link", "del", f"lukscsi{number}")
-            ip("link", "set", f"lukscsi{number}", "master", BRIDGE, "up")
+def bridged() -> Iterator[None]:
+    """The host's side of the network."""
+    with network():
         yield
-
-
-def machine(number: int, shared: Path) -> GuestConfig:
-    return GuestConfig(
-        memory=1 << 30,
-        disk_size=2 << 30,
-        sync=False,
-        out=shared,
-        tap=f"lukscsi{number}",
-        mac=f"02:98:00:00:07:1{number}",
-    )
 
 
 def command(number: int, action: str) -> list[str]:
@@ -73,7 +50,7 @@ def acknowledged(shared: Path) -> int:
     return 0
 
 
-@pytest.mark.usefixtures("network")
+@pytest.mark.usefixtures("bridged")
 def test_a_machine_that_dies_under_a_writer_is_fenced_off_and_the_next_has_what_it_wrote(tmp_path: Path) -> None:
     assert missing() is None
     shared = tmp_path / "shared"

@@ -27,7 +27,8 @@ DOCUMENT = """
   {"clusterID": "old", "radosNamespace": "ns", "monitors": ["mon.ceph.svc:6789"]}
 ]
 """
-BROUGHT = Access(secrets={"userID": "csi-user", "userKey": "AQ-brought", "encryptionPassphrase": "chairs"})
+BROUGHT_KEY, OWN_KEY = "AQD3hgtrNWVcARAA9pyAptqiXB8WuYkBlPCHSw==", "AQD9o0Fd6hQRChAAt7fMaSZXduT3NWEqylNpmg=="
+BROUGHT = Access(secrets={"userID": "csi-user", "userKey": BROUGHT_KEY, "encryptionPassphrase": "chairs"})
 
 
 class Programs(CephPrograms):
@@ -166,14 +167,28 @@ def test_what_a_call_brought_is_used_until_it_is_forgotten_and_shown_nowhere(tmp
     access.use(volume_id, BROUGHT)
     assert access.knows(volume_id)
     access.pool(volume_id)
-    assert "AQ-brought" not in repr(programs.asked)
+    assert BROUGHT_KEY not in repr(programs.asked)
     (folder / "userID").write_text("server\n")
-    (folder / "userKey").write_text("AQ-own\n")
+    (folder / "userKey").write_text(f"{OWN_KEY}\n")
     access.use(volume_id, Access())  # a call that brings nothing takes nothing away
     access.forget(volume_id)
     programs.asked.clear()
     list(access.every_pool())
-    assert {(each.user, each.key) for _, each in programs.asked} == {("server", "AQ-own")}
+    assert {(each.user, each.key) for _, each in programs.asked} == {("server", OWN_KEY)}
+
+
+@pytest.mark.parametrize("key", ["AQ" + "A" * 38, "AQD9o0Fd6hQRChAAt7fMaSZXduT3NWEqylNpmg", "precious", "ä"])
+def test_what_is_no_key_of_ceph_never_reaches_its_programs_which_would_quote_it(tmp_path: Path, key: str) -> None:
+    programs = Programs({"old": "rbd\n"})
+    access = CephAccess(clusters(tmp_path), programs, tmp_path)
+    with pytest.raises(FailedPrecondition, match=r"has a userKey that is no key of Ceph") as refused:
+        access.use("pvc-1.0123456789", Access(secrets={"userID": "a", "userKey": key}))
+    assert key not in str(refused.value)
+    (tmp_path / "userID").write_text("a")
+    (tmp_path / "userKey").write_text(key)
+    with pytest.raises(FailedPrecondition, match=r"that is no key of Ceph"):
+        access.pool("pvc-1.0123456789")
+    assert not programs.asked
 
 
 @pytest.mark.parametrize("secrets", [{"userID": "a"}, {"userKey": "b"}, {"userID": "a", "userKey": "b\n"}])
