@@ -4,8 +4,9 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from csi_driver.backends.rbderrors import CephExists, CephMissing
 from csi_driver.backends.rbdplace import Cluster, Place
-from csi_driver.backends.rbdtool import CephExists, CephMissing, CephPool, CephPrograms, Credentials, Image, PoolRoom
+from csi_driver.backends.rbdtool import CephPool, CephPrograms, Credentials, Image, PoolRoom
 from csi_driver.host.commands import Commands
 from csi_driver.host.workers import Workers
 from csi_driver.model.errors import DeviceInUse

@@ -9,13 +9,12 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
 
 import msgspec
 
 from csi_driver.backends.base import Fill, Space
 from csi_driver.backends.rbdaccess import CephAccess
-from csi_driver.backends.rbddevices import MappedVolumes, Pin
+from csi_driver.backends.rbddevices import BorrowedDevice, MappedVolumes, Pin
 from csi_driver.backends.rbdimages import Images, rounded
 from csi_driver.backends.rbdnodes import NodeAttachments, whole
 from csi_driver.backends.rbdplace import digest_of, image_name
@@ -24,7 +23,6 @@ from csi_driver.backends.rbdtool import CephPool
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.files import Files, read_file
 from csi_driver.host.handle import Handle
-from csi_driver.host.krbd import MappedImage
 from csi_driver.host.log import log
 from csi_driver.model.access import Access
 from csi_driver.model.errors import (
@@ -36,26 +34,7 @@ from csi_driver.model.errors import (
     FailedPrecondition,
     NotFound,
 )
-from csi_driver.model.volume import EncryptionState, VolumeParameters, VolumeRecord
-
-_ENCRYPTED: Final = "rbd.csi.ceph.com/encrypted"  # Ceph-CSI, internal/rbd/encryption.go
-_HEADER_SIZE: Final = "rbd.csi.ceph.com/luks2HeaderSize"
-
-
-class _Opened(Handle):
-    """A device that was mapped for this handle alone; it goes with it."""
-
-    def __init__(self, handle: Handle, backend: "RbdBackend", volume_id: str) -> None:
-        super().__init__(handle.fd, handle.name)
-        self._backend = backend
-        self._volume_id = volume_id
-
-    def close(self) -> None:
-        """Close it and let go of the device; again is fine."""
-        was_open = self.fd >= 0
-        super().close()
-        if was_open:
-            self._backend.detach(self._volume_id)
+from csi_driver.model.volume import VolumeParameters, VolumeRecord
 
 
 class RbdBackend:
@@ -144,7 +123,7 @@ class RbdBackend:
                 with contextlib.suppress(DriverError):
                     self.delete(volume_id)
             raise
-        self._describe(pool, record)
+        self._images.describe(pool, record)
         return record
 
     def has(self, volume_id: str) -> bool:
@@ -173,7 +152,7 @@ class RbdBackend:
         pool = self._access.pool(record.id)
         self._logs.change(pool, record.id, swap)
         if before[0].encryption != updated.encryption:
-            self._describe(pool, updated)
+            self._images.describe(pool, updated)
         return updated
 
     def delete(self, volume_id: str) -> None:
@@ -230,7 +209,7 @@ class RbdBackend:
         """The image as a device, of which samples are read; mapped as long as the handle is open where it is not."""
         if (handle := self.device_of(volume_id)) is not None:
             return handle
-        return _Opened(self.attach(volume_id, lasting=False), self, volume_id)
+        return BorrowedDevice(self.attach(volume_id, lasting=False), lambda: self.detach(volume_id))
 
     def is_newest(self, record: VolumeRecord) -> bool:
         """Records are with their image and have one order: what is there is the newest."""
@@ -293,7 +272,7 @@ class RbdBackend:
                 self._nodes.fence_earlier_boot(pool, volume_id, mine)
                 mapped = self._devices.map(volume_id, pool, pin, record.parameters.map_options)
             if not (mine.many_nodes and record.is_settled):
-                self._refuse_others(pool, volume_id, mapped)
+                self._nodes.refuse_others(pool, volume_id, mapped.client)
             self._nodes.may_write(pool, volume_id, mapped.client)
             return self._devices.open(mapped)
         except BaseException:
@@ -388,20 +367,6 @@ class RbdBackend:
             raise FailedPrecondition(f"the record of volume {volume_id} is that of volume {record.id}; restore its own")
         return record
 
-    def _describe(self, pool: CephPool, record: VolumeRecord) -> None:
-        """Ceph-CSI's own keys, for people and its tools; our record decides."""
-        if record.encryption is None:
-            return
-        is_made = record.encryption is EncryptionState.ENCRYPTED
-        pairs = {_ENCRYPTED: "encrypted" if is_made else "encryptionPrepared"}
-        if is_made and record.luks is not None:
-            pairs[_HEADER_SIZE] = str(record.luks.data_offset)
-        try:
-            for key, value in pairs.items():
-                pool.describe(image_name(record.id), key, value)
-        except DriverError as error:
-            log.warning("the metadata of an image could not be set", volume_id=record.id, error=str(error))
-
     def _pin(self, pool: CephPool, volume_id: str, state: VolumeState) -> Pin:
         if state.image_id is None or state.pool_number is None or state.cluster is None:
             raise self._absent(pool, volume_id, state)
@@ -412,14 +377,6 @@ class RbdBackend:
             image_id=state.image_id,
             image=image_name(volume_id),
         )
-
-    def _refuse_others(self, pool: CephPool, volume_id: str, mapped: MappedImage) -> None:
-        image = image_name(volume_id)
-        if others := [address for address in pool.watchers(image) if address != mapped.client]:
-            raise Aborted(
-                f"volume {volume_id} is not attached: its image {pool.place.spec}/{image} is open at "
-                f"{', '.join(others)} too; call again when that has ended, a client that crashed is gone after 30 s"
-            )
 
     def _let_go(self, volume_id: str) -> None:
         """After an error: what was mapped for the call goes again."""

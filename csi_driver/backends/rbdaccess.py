@@ -9,8 +9,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from csi_driver.backends.rbderrors import KEY, USER
 from csi_driver.backends.rbdplace import Cluster, Clusters, Place, digest_of
-from csi_driver.backends.rbdtool import KEY, USER, CephPool, CephPrograms, Credentials, pools_of, read_credentials
+from csi_driver.backends.rbdtool import CephPool, CephPrograms, Credentials, pools_of, read_credentials
 from csi_driver.model.access import Access
 from csi_driver.model.errors import DriverError, FailedPrecondition, InvalidArgument, NotFound
 from csi_driver.model.volume import VolumeParameters

@@ -6,7 +6,7 @@ What asks by it (publish, unstage) needs no cluster that answers.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -42,6 +42,21 @@ class Pin(msgspec.Struct, frozen=True, kw_only=True):
     def is_shown_by(self, mapped: MappedImage) -> bool:
         """Whether that is this image itself, mapped by the client that is known to be the volume's, if one is yet."""
         return mapped.identity == self.identity and not mapped.is_snapshot and self.client in (None, mapped.client)
+
+
+class BorrowedDevice(Handle):
+    """A device that was mapped for this handle alone: `let_go` is called when it is closed."""
+
+    def __init__(self, handle: Handle, let_go: Callable[[], None]) -> None:
+        super().__init__(handle.fd, handle.name)
+        self._let_go = let_go
+
+    def close(self) -> None:
+        """Close it and let go of the device; again is fine."""
+        was_open = self.fd >= 0
+        super().close()
+        if was_open:
+            self._let_go()
 
 
 class MappedVolumes:

@@ -13,18 +13,21 @@ from typing import Final
 
 import msgspec
 
+from csi_driver.backends.rbderrors import CephExists, CephMissing
 from csi_driver.backends.rbdplace import image_name
 from csi_driver.backends.rbdrecords import VolumeLogs, VolumeState
-from csi_driver.backends.rbdtool import CephExists, CephMissing, CephPool
+from csi_driver.backends.rbdtool import CephPool
 from csi_driver.host.log import log
-from csi_driver.model.errors import Aborted, DeviceInUse, FailedPrecondition, ResourceExhausted
-from csi_driver.model.volume import VolumeParameters
+from csi_driver.model.errors import Aborted, DeviceInUse, DriverError, FailedPrecondition, ResourceExhausted
+from csi_driver.model.volume import EncryptionState, VolumeParameters, VolumeRecord
 
 FEATURES: Final = ("layering", "exclusive-lock", "object-map", "fast-diff")
 """Of an image whose class says nothing: a lock that the cluster takes from a client that is gone, and quick answers to
 what was ever written."""
 
 _SECTOR: Final = 512
+_ENCRYPTED: Final = "rbd.csi.ceph.com/encrypted"  # Ceph-CSI, internal/rbd/encryption.go
+_HEADER_SIZE: Final = "rbd.csi.ceph.com/luks2HeaderSize"
 
 
 class Images:
@@ -132,6 +135,20 @@ class Images:
             return msgspec.structs.replace(state, record=None, removing=True, erase=erase)
 
         return self._logs.change(pool, volume_id, take)
+
+    def describe(self, pool: CephPool, record: VolumeRecord) -> None:
+        """Set Ceph-CSI's own keys of the image, for people and its tools; our record decides."""
+        if record.encryption is None:
+            return
+        is_made = record.encryption is EncryptionState.ENCRYPTED
+        pairs = {_ENCRYPTED: "encrypted" if is_made else "encryptionPrepared"}
+        if is_made and record.luks is not None:
+            pairs[_HEADER_SIZE] = str(record.luks.data_offset)
+        try:
+            for key, value in pairs.items():
+                pool.describe(image_name(record.id), key, value)
+        except DriverError as error:
+            log.warning("the metadata of an image could not be set", volume_id=record.id, error=str(error))
 
 
 def rounded(size: int) -> int:

@@ -79,6 +79,15 @@ class NodeAttachments:
         if mine.client is not None and mine.boot != self._boot:
             self._fence(pool, image_name(volume_id), mine.client)
 
+    def refuse_others(self, pool: CephPool, volume_id: str, client: str) -> None:
+        """Raise Aborted where anybody but that client has the image open."""
+        image = image_name(volume_id)
+        if others := [address for address in pool.watchers(image) if address != client]:
+            raise Aborted(
+                f"volume {volume_id} is not attached: its image {pool.place.spec}/{image} is open at "
+                f"{', '.join(others)} too; call again when that has ended, a client that crashed is gone after 30 s"
+            )
+
     def may_write(self, pool: CephPool, volume_id: str, client: str) -> None:
         """Write down by which client this node writes, before it does. Raises as `mine`."""
 

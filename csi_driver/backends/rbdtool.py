@@ -7,7 +7,6 @@ file written: monitors are an argument, the key is a memfd, which the program ge
 
 import base64
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,41 +14,23 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from csi_driver.backends.rbderrors import KEY, USER, CephMissing, told
 from csi_driver.backends.rbdplace import Cluster, Place
 from csi_driver.host.commands import Commands, ProgramFailed
 from csi_driver.host.handle import Handle
 from csi_driver.model.errors import (
-    Aborted,
     CommandFailed,
     DeadlineExceeded,
-    DeviceInUse,
     FailedPrecondition,
-    NotFound,
-    ResourceExhausted,
 )
 
 T = TypeVar("T")
 
-USER: Final = "userID"
-KEY: Final = "userKey"
 
-_ERRNO: Final = re.compile(r"\((\d+)\) ")
-_LOGGED: Final = re.compile(r"\d{4}-\d\d-\d\dT")
-_REFUSED: Final = re.compile(
-    r"handle_auth_bad_method|auth: unable to|couldn't connect to the cluster|authenticate timed"
-)
 _ONE_OPERATION: Final = str(64 << 20)  # bytes: what is put or appended is one operation of the cluster, all or nothing
 _BLOCKED_SECONDS: Final = str(5 * 365 * 24 * 3600)  # as CSI-Addons' network fence: a frozen node may wake up any time
 _KEY_HEAD: Final = 12  # CryptoKey of src/auth/Crypto.cc: type, seconds, nanoseconds, length
 _DIFF_PIECE: Final = 4 << 20
-
-
-class CephMissing(NotFound):
-    """No such pool, image or object."""
-
-
-class CephExists(Aborted):
-    """It exists already: somebody else makes it at the same time."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +146,7 @@ class CephPrograms:
             except ProgramFailed as failed:
                 said = failed.stderr or content_of(answer).decode(errors="replace")
                 said = said.replace(credentials.key, "…")  # Ceph quotes a key that it cannot decode
-                raise _told(cluster, credentials, _shown(program, words), failed.code, said) from None
+                raise told(cluster, credentials.user, _shown(program, words), failed.code, said) from None
             return content_of(answer).decode(errors="replace")
 
 
@@ -184,40 +165,6 @@ def content_of(file: Handle) -> bytes:
 
 def _shown(program: str, words: Sequence[str | Handle]) -> str:
     return " ".join([program, *(str(word) for word in words)])[:200]
-
-
-def _told(cluster: Cluster, credentials: Credentials, what: str, code: int, text: str) -> Exception:
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not _LOGGED.match(line)]
-    said = lines[-1] if lines else (text.splitlines() or [f"exit code {code}"])[-1]
-    found = next((int(match[1]) for line in reversed(lines) if (match := _ERRNO.search(line))), code)
-    if "No such key" in said:
-        return CephMissing(f"{what} found nothing")
-    refused = _REFUSED.search(text)
-    text = f"{what} in the Ceph cluster {cluster.id} failed: {said}"
-    if refused:
-        return FailedPrecondition(
-            f"the Ceph cluster {cluster.id} refuses client.{credentials.user}: {USER} or {KEY} in the secret is not "
-            f"one of that cluster; 'ceph auth get client.{credentials.user}' tells the key"
-        )
-    match found:
-        case 2:
-            return CephMissing(f"{text}; look whether the pool or image was removed by hand")
-        case 17:
-            return CephExists(f"{text}; call again")
-        case 16 | 39:
-            return DeviceInUse(f"{text}; unmap it where it is mapped, or wait 30 s for a client that crashed")
-        case 28 | 122:
-            return ResourceExhausted(f"{text}; free space in the pool or raise its quota")
-        case 1 | 13 if "ermi" in said:
-            return FailedPrecondition(
-                f"{text}; client.{credentials.user} needs the capabilities mon 'profile rbd', osd 'profile rbd' and "
-                f"mgr 'profile rbd'"
-            )
-        case 108:
-            return FailedPrecondition(
-                f"{text}; this node's client was fenced off, unstage the volume and stage it anew"
-            )
-    return CommandFailed(f"{text}; look at 'ceph status'")
 
 
 class CephPool:

@@ -5,13 +5,14 @@ cluster tells them apart.
 """
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import pytest
 
 from csi_driver.backends.rbd import RbdBackend
-from csi_driver.backends.rbddevices import MappedVolumes
+from csi_driver.backends.rbddevices import MappedVolumes, Pin
 from csi_driver.backends.rbdplace import image_name
 from csi_driver.backends.rbdtool import CephPool
 from csi_driver.host.handle import Handle
@@ -154,8 +155,9 @@ def test_another_image_of_the_name_is_not_mapped_enlarged_or_removed(rbd_rig: Rb
 class ByName(MappedVolumes):
     """Planted: takes whatever image has the name."""
 
-    def mapped(self, volume_id: str) -> MappedImage | None:
-        return next(iter(self._images.all()), None)
+    def map(self, volume_id: str, pool: CephPool, pin: Pin, options: Sequence[str]) -> MappedImage:
+        node = pool.map(pin.image, options)
+        return next(one for one in self._images.all() if one.path == node)
 
 
 def no_fence(_: CephPool, image: str, client: str) -> None:
