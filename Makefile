@@ -43,7 +43,7 @@ MACHINE_PYTEST := $(PY) -m pytest -p no:cacheprovider
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help backends-test ceph-test demo shell test test-danger test-machine test-servers check sanity faults crashes storm danger canary cluster-test keys-test \
+.PHONY: help backends-test move-kills ceph-test demo shell test test-danger test-machine test-servers check sanity faults crashes storm danger canary cluster-test keys-test \
     keys-kills bench bench-data bench-keys bench-images format clean venv system lock fuzz images images-demo images-matrix images-kills images-hostile \
     images-limits images-random operator-test operator-random bench-operator
 
@@ -66,7 +66,8 @@ DANGER := $(wildcard tests/machine/test_danger_*.py) $(addprefix tests/machine/t
 UDEV := tests/machine/test_udev.py
 BACKENDS := $(addprefix tests/backends/test_,life.py::test_a_volume_is_made_used_restarted_enlarged_given_another_key_and_deleted \
     conformance.py::test_a_volume_is_blank_and_as_long_as_asked_for conformance.py::test_foreign_storage_of_the_name_is_left_alone \
-    lvm.py::test_a_backend_that_clears_nothing_is_noticed lvm.py::test_a_pool_above_its_limit_takes_nothing_new_and_says_so)
+    lvm.py::test_a_backend_that_clears_nothing_is_noticed lvm.py::test_a_pool_above_its_limit_takes_nothing_new_and_says_so \
+    move.py::test_a_volume_goes_there_and_back_byte_by_byte move_command.py)
 # A handful of `make operator-test`.
 OPERATOR := $(addprefix tests/operator/test_,images.py upload.py admission.py \
     random.py::test_everything_converges_while_all_are_killed \
@@ -108,6 +109,9 @@ ceph-test: venv system $(CSI_SANITY) ## the backend rbd on a Ceph: conformance, 
 
 backends-test: venv system ## the conformance suite of backends; BACKEND=loopfile, lvm-thick or lvm-thin for one
 	@$(GUEST_FOR) --env BACKEND -- $(PY) -m tests.backends
+
+move-kills: venv system ## kill -9 at each step of a move to another backend; BACKEND=lvm-thick or lvm-thin for one
+	@$(GUEST_FOR) --env BACKEND --disk 32G --timeout 21600 -- $(PY) -m tests.backends.move_kills
 
 faults: venv system ## every command and record write fails or is killed
 	@$(GUEST) $(PY) -m tests.machine.faults

@@ -46,7 +46,7 @@ from csi_driver.model.volume import VolumeParameters, VolumeRecord
 
 class LvmBackend:
     """Logical volumes of `group`. `pool_limit` is the part of a thin pool, from 0 to 1, above which nothing new is made
-    in it; `zero_seconds` is how long one call clears what belonged to others.
+    in it; `zero_seconds` is how long one call at least clears what belonged to others.
     """
 
     name = "lvm"

@@ -4,10 +4,15 @@ Layouts: Documentation/admin-guide/device-mapper/thin-provisioning.rst, "thin-po
 """
 
 from dataclasses import dataclass
+from typing import Final
 
 from csi_driver.backends.lvmtool import VolumeGroup, dm_name
 from csi_driver.host.devicemapper import DeviceMapper
+from csi_driver.host.log import log
 from csi_driver.model.errors import FailedPrecondition
+
+_PARTS: Final = ("-tpool", "", "_tdata", "_tmeta")
+"""What the kernel's devices of a pool are called, behind its own name."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,18 @@ class ThinPools:
             is_well=words[4] == "rw" and "needs_check" not in words,
         )
 
+    def resume(self, pool: str) -> None:
+        """Let I/O flow through a pool that a killed command of LVM has left suspended: writes in it wait for ever.
+
+        By LVM, whose lock a command that is at work still holds.
+        """
+        for name in (device for part in _PARTS if (device := f"{dm_name(self._group.name, pool)}{part}")):
+            found = self._mapper.get(name)
+            if found is not None and found.suspended:
+                log.warning("a thin pool was left suspended", volume_group=self._group.name, pool=pool, mapping=name)
+                self._group.refresh(pool)
+                return
+
     def show(self, pool: str) -> PoolUse | None:
         """How it is, shown if it was not: before a command that would have LVM do so."""
         found = self.use(pool)
@@ -68,6 +85,7 @@ class ThinPools:
 
     def shown(self, pool: str) -> PoolUse:
         """How it is, shown if it was not. Raises FailedPrecondition where it cannot be, or does not zero new blocks."""
+        self.resume(pool)
         found = self.show(pool)
         if found is None:
             raise FailedPrecondition(

@@ -6,6 +6,7 @@
 
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +26,9 @@ from csi_driver.model.settings import MIB, Limits
 
 NAME: Final = "luks_csi_records"  # no volume has a name like it: see `lv_name` of the backend
 SIZE: Final = 256 * MIB
+
+OWNER: Final = f"{OURS}.owner="
+"""The identity of the state directory whose driver has the group follows: a tag of the records."""
 
 _MAKING: Final = "luks-csi.records=making"
 _MADE: Final = "luks-csi.records=made"
@@ -54,8 +58,10 @@ class GroupRecords:
         mapper: DeviceMapper,
         mounts: Mounts,
         limits: Limits,
+        owner: Callable[[], str],
     ) -> None:
         self.folder = folder
+        self._owner = owner
         self._group = group
         self._memory = memory
         self._files = files
@@ -86,6 +92,7 @@ class GroupRecords:
                 f"{self._memory}"
             )
         found = self._checked(group, known)
+        self._own(found)
         if _MAKING in found.tags:
             self._format(found)
         self._mount(found)
@@ -138,6 +145,19 @@ class GroupRecords:
                 f"found {found.uuid}; restore that one, or remove {self._memory} if this one is meant"
             )
         return found
+
+    def _own(self, records: LogicalVolume) -> None:
+        """Take the group for this state directory, if it is nobody's. Raises FailedPrecondition for another's."""
+        mine = f"{OWNER}{self._owner()}"
+        if mine not in records.tags:
+            _refuse_owned(self._group.name, records, mine)
+            self._group.retag(NAME, None, mine)
+            found = self._group.find(NAME)
+            try:
+                _refuse_owned(self._group.name, found or records, mine)  # by who did so at the same moment
+            except FailedPrecondition:
+                self._group.retag(NAME, mine, None)
+                raise
 
     def _format(self, volume: LogicalVolume) -> None:
         """What is `making` was never mounted, as that comes behind `made`; only an older metadata of LVM says else."""
@@ -200,6 +220,16 @@ def _read(memory: Path) -> _Known | None:
         raise FailedPrecondition(
             f"{memory} cannot be read; remove it if the volume group of this node is known to be the right one"
         ) from None
+
+
+def _refuse_owned(group: str, records: LogicalVolume, mine: str) -> None:
+    if others := sorted(tag for tag in records.tags if tag.startswith(OWNER) and tag != mine):
+        raise FailedPrecondition(
+            f"the volume group {group} belongs to the driver whose state directory has the identity "
+            f"{others[0].removeprefix(OWNER)}, and this one's is {mine.removeprefix(OWNER)}: two would not know what "
+            f"the other one has open. If that state directory is gone for good, run "
+            f"lvchange --deltag {others[0]} {group}/{NAME}"
+        )
 
 
 def dm_uuid(group_uuid: str, uuid: str) -> str:

@@ -7,6 +7,7 @@ thrown away.
 """
 
 import hashlib
+import time
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +16,7 @@ import msgspec
 from csi_driver.backends.lvmpool import ThinPools
 from csi_driver.backends.lvmrecords import dm_uuid
 from csi_driver.backends.lvmtool import OURS, LogicalVolume, VolumeGroup, dm_name
-from csi_driver.host import blockdev
+from csi_driver.host import blockdev, deadline
 from csi_driver.host.devicemapper import Device, DeviceMapper, MappingHandle
 from csi_driver.host.files import Files, read_file
 from csi_driver.host.handle import Handle
@@ -35,6 +36,7 @@ UNSEEN_TAG: Final = f"{OURS}.unseen="
 STATE: Final = "lv.json"
 """Beside the record of each volume."""
 _TRIES: Final = 5
+_ANSWER_SECONDS: Final = 5.0  # for the answer to reach a caller who still waits
 _LONGEST_DM_NAME: Final = 120  # of 127 (<linux/dm-ioctl.h>), as LVM puts suffixes behind some
 
 
@@ -59,7 +61,9 @@ class LvState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GroupVolumes:
-    """The logical volumes of `group` that are volumes; `zero_seconds` is how long one call clears them."""
+    """The logical volumes of `group` that are volumes; `zero_seconds` is how long one is cleared at
+    least by each call, and between two notes of how far that came.
+    """
 
     def __init__(
         self,
@@ -135,6 +139,8 @@ class GroupVolumes:
             shown = device is not None and bool(device.targets)
             if device is not None and device.suspended:
                 self._group.refresh(self.name_of(volume_id))
+            if shown and state.pool is not None:
+                self._pools.resume(state.pool)
             if not shown:
                 if state.pool is not None:
                     self._pools.shown(state.pool)
@@ -169,29 +175,32 @@ class GroupVolumes:
             )
 
     def clear(self, volume_id: str, folder: Path, state: LvState, device: Handle, unseen: int) -> LvState:
-        """Let everything behind `unseen` bytes read as zeros, for so long as one call may take.
+        """Let everything behind `unseen` bytes read as zeros, for as long as the caller waits, and for a while anyhow.
 
         Callers have seen the tag that permits it. Raises Aborted when something is left.
         """
         size = blockdev.size_bytes(device.fd)
         if state.clear is None or state.clear >= size:
             return state
-        done = self._workers.call(
-            f"luks-zero of volume {volume_id}",
-            self._zero_seconds + self._limits.format_seconds,
-            blockdev.zero_out,
-            device,
-            max(state.clear, unseen),
-            size,
-            self._zero_seconds,
-        )
-        state = msgspec.structs.replace(state, clear=done)
-        self.write(folder, state)
-        if done < size:
-            raise Aborted(
-                f"the logical volume of volume {volume_id} is being cleared, {done * 100 // size} % are done; call "
-                f"again, which goes on with it"
+        done = state.clear
+        end = time.monotonic() + max(self._zero_seconds, deadline.seconds_left() - _ANSWER_SECONDS)
+        while done < size:
+            done = self._workers.call(
+                f"luks-zero of volume {volume_id}",
+                self._zero_seconds + self._limits.format_seconds,
+                blockdev.zero_out,
+                device,
+                max(done, unseen),
+                size,
+                self._zero_seconds,
             )
+            state = msgspec.structs.replace(state, clear=done)
+            self.write(folder, state)
+            if done < size and time.monotonic() >= end:
+                raise Aborted(
+                    f"the logical volume of volume {volume_id} is being cleared, {done * 100 // size} % are done; call "
+                    f"again, which goes on with it"
+                )
         return state
 
     def grown(self, folder: Path, state: LvState, found: LogicalVolume, size: int) -> LvState:

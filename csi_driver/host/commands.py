@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from csi_driver.host import blockdev
 from csi_driver.host.blockdev import name_of
 from csi_driver.host.handle import Handle
 from csi_driver.host.held import held_descriptors
@@ -19,7 +20,6 @@ from csi_driver.model.errors import CommandFailed, DeadlineExceeded, FailedPreco
 
 _KILL_GRACE_SECONDS = 2.0
 _MOST_OUTPUT = 16 * 1024
-_MOST_READ = 100 * 1024
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _ENVIRONMENT: Mapping[str, str] = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -91,11 +91,10 @@ class Commands:
         self._workers.call(what, limit, run_program, tuple(argv), timeout=timeout, output=output)
 
     def read(self, argv: Sequence[str], *, timeout: float) -> str:
-        """`run` for a long answer: what the program writes to its standard output, up to 100 KiB."""
-        limit = timeout + 2 * _KILL_GRACE_SECONDS
-        return self._workers.call(
-            f"{argv[0]} on {argv[-1]}", limit, run_program, tuple(argv), timeout=timeout, most_output=_MOST_READ
-        ).stdout
+        """`run` for a long answer: all that the program writes to its standard output."""
+        with Handle(os.memfd_create("output", os.MFD_CLOEXEC), "its output") as output:
+            self.run_into(output, argv, timeout=timeout)
+            return blockdev.read_at(output.fd, 0, os.fstat(output.fd).st_size).decode(errors="replace")
 
 
 def run_program(
@@ -104,17 +103,16 @@ def run_program(
     timeout: float,
     ok_codes: Sequence[int] = (0,),
     by_name: bool = False,
-    most_output: int = _MOST_OUTPUT,
     output: Handle | None = None,
 ) -> Completed:
     """Run `argv` for at most `timeout` seconds.
 
     The program inherits what the running call holds, its lock and devices, and finds a Handle under the path of its
     descriptor; errors call it by its name. `by_name` is for those that hand the path on to somebody who keeps it: they
-    get a name that is seen to mean the device, which they hold as well. It ends with this process. Of each output the
-    last `most_output` bytes are kept, which an answer of a worker must have room for; where there is a file `output`,
-    all of its standard output goes there. Raises FailedPrecondition when it is not installed, ProgramFailed for an exit
-    code outside `ok_codes`, DeadlineExceeded when it had to be killed.
+    get a name that is seen to mean the device, which they hold as well. It ends with this process. Of each stream the
+    last 16 KiB are kept, which an answer of a worker must have room for; where there is a file `output`, all of its
+    standard output goes there. Raises FailedPrecondition when it is not installed, ProgramFailed for an exit code
+    outside `ok_codes`, DeadlineExceeded when it had to be killed.
     """
     shown = [str(one) for one in argv]
     handles = [one for one in argv if isinstance(one, Handle)]
@@ -142,7 +140,7 @@ def run_program(
                 pipes.enter_context(pipe)
         try:
             said = process.communicate(timeout=timeout)
-            stdout, stderr = (_text((each or b"")[-most_output:], handles) for each in said)
+            stdout, stderr = (_text((each or b"")[-_MOST_OUTPUT:], handles) for each in said)
         except subprocess.TimeoutExpired:
             raise _killed(process, shown, timeout) from None
     if process.returncode not in ok_codes:

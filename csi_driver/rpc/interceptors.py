@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 import grpc
 from google.protobuf import descriptor_pool
 
+from csi_driver.host import deadline
 from csi_driver.host.locks import VolumeLocks
 from csi_driver.host.log import Log, request_id
 from csi_driver.model.access import Access
@@ -240,6 +241,22 @@ class VolumeLocking:
                 return behaviour(request, context)
 
         return locked
+
+
+class Deadlines:
+    """Tells what may take several calls how long the caller of this one waits."""
+
+    _LONG = frozenset({"CreateVolume", "ControllerExpandVolume", "NodeExpandVolume", "NodeStageVolume"})
+
+    def around(self, method: Method, behaviour: Behaviour) -> Behaviour:
+        if method.name not in self._LONG:
+            return behaviour
+
+        def timed(request: object, context: grpc.ServicerContext) -> object:
+            with deadline.within(context.time_remaining()):
+                return behaviour(request, context)
+
+        return timed
 
 
 class StorageAccess:

@@ -27,6 +27,7 @@ from csi_driver.rpc.interceptors import (
     CallLog,
     Chain,
     Concern,
+    Deadlines,
     OwnThreads,
     Statuses,
     StorageAccess,
@@ -233,7 +234,7 @@ def driver_server(driver: Driver) -> Server:
     jobs: list[Job] = [driver.kms_health, *driver.mends, *(driver.jobs if Service.NODE in settings.services else ())]
     details = driver.kms_health.details
     new_id = driver.provisioning.new_id
-    inner: list[Concern] = [VolumeLocking(driver.locks, new_id, attaching=storage is not None)]
+    inner: list[Concern] = [Deadlines(), VolumeLocking(driver.locks, new_id, attaching=storage is not None)]
     if storage is not None:
         inner.append(StorageAccess(storage.use, new_id))
     return Server(settings, add, inner, gauges, driver.sources, addons, jobs, details)

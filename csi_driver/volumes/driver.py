@@ -53,7 +53,7 @@ from csi_driver.volumes.rotation import LOOK_SECONDS, KeyRotation
 from csi_driver.volumes.stage import Staging
 from csi_driver.volumes.stages import Stages
 from csi_driver.volumes.standing import StandingVolumes
-from csi_driver.volumes.statedir import NODE_MOUNTS, StateDirectory
+from csi_driver.volumes.statedir import NODE_MOUNTS, StateDirectory, identity_of
 from csi_driver.volumes.usage import Usages
 
 if TYPE_CHECKING:
@@ -194,7 +194,10 @@ def _lvm(settings: Settings, host: Host, folder: Path, memory: Path) -> Backend:
 
     commands, limits = Commands(host.workers), settings.limits
     group = VolumeGroup(settings.volume_group or remembered_name(memory), commands, limits.mount_seconds)
-    records = GroupRecords(group, folder, memory, host.files, host.workers, commands, host.mapper, host.mounts, limits)
+    records = GroupRecords(
+        group, folder, memory, host.files, host.workers, commands, host.mapper, host.mounts, limits,
+        partial(identity_of, settings.state_dir),
+    )  # fmt: skip
     return LvmBackend(
         group,
         records,

@@ -164,6 +164,14 @@ def server_state_dir(endpoint: Path, told: Path | None, usual: Path) -> Path:
     return folder
 
 
+def identity_of(state_dir: Path) -> str:
+    """The random id of a state directory. Raises FailedPrecondition where a server never had one there."""
+    found = _read(state_dir / _NAME)
+    if found is None:
+        raise FailedPrecondition(f"{state_dir} is no state directory: {_NAME} is absent; start the server on it")
+    return found.id
+
+
 def _memory(endpoint: Path) -> Path:
     return endpoint.with_name(f"{endpoint.name}.{_NAME}")
 

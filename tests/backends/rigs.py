@@ -17,7 +17,7 @@ from typing import Protocol, Self
 from csi_driver.backends.base import Backend
 from csi_driver.backends.loopfile import LoopfileBackend
 from csi_driver.backends.lvm import LvmBackend
-from csi_driver.backends.lvmrecords import GroupRecords
+from csi_driver.backends.lvmrecords import NAME, OWNER, GroupRecords
 from csi_driver.backends.lvmtool import VolumeGroup
 from csi_driver.backends.rbd import RbdBackend
 from csi_driver.backends.rbdaccess import CephAccess
@@ -278,6 +278,7 @@ class LvmRig:
         self._is_prepared = False
         self.zero_seconds = 20.0
         self.pool_limit = 0.8
+        self.owner = "rig"
 
     def __enter__(self) -> Self:
         DeviceMapper().target_version("thin-pool")
@@ -317,6 +318,20 @@ class LvmRig:
         if not self._thin:
             self.make_dirty()
 
+    def disown(self) -> None:
+        """As an administrator does when the state directory that had the group is gone."""
+        tags = lvm("lvs", "--noheadings", "-o", "lv_tags", f"{GROUP}/{NAME}").strip().split(",")
+        for tag in tags:
+            if tag.startswith(OWNER):
+                lvm("lvchange", "--deltag", tag, f"{GROUP}/{NAME}")
+
+    def take_back(self) -> None:
+        """From a server, or from another owner."""
+        self.owner = "rig"
+        self.restart()
+        self.disown()
+        self.backend()
+
     def make_dirty(self) -> None:
         """Let free extents hold what others have left."""
         lvm("lvcreate", "-Zn", "-Wn", "-L", f"{_DIRTY_BYTES}b", "-n", "dirt", GROUP)
@@ -331,7 +346,9 @@ class LvmRig:
         group = self.make_group(GROUP, commands, LIMITS.mount_seconds)
         group.step = step
         folder, memory = self.state / "lvm", self.state / "lvm.json"
-        records = GroupRecords(group, folder, memory, Files(), self.workers, commands, mapper, Mounts(), LIMITS)
+        records = GroupRecords(
+            group, folder, memory, Files(), self.workers, commands, mapper, Mounts(), LIMITS, lambda: self.owner
+        )
         made = LvmBackend(
             group, records, RecordCodec(), files, self.workers, mapper, LIMITS, self.pool_limit, self.zero_seconds
         )

@@ -28,6 +28,7 @@ NEW_SECRET = {"CRYPTO_KEY_VALUE": "one more chair", "CRYPTO_KEY_VALUE_PREVIOUS":
 def server(lvm_rig: LvmRig, tmp_path: Path) -> Iterator[ServerProcess]:
     """A server with a state directory of its own, to which the volume group comes as one that was another's."""
     lvm_rig.restart()
+    lvm_rig.disown()
     folder = Path(os.environ.get("MACHINE_STATE", tmp_path), tmp_path.name)
     running = ServerProcess(folder, "--backend", "lvm", "--volume-group", GROUP)
     running.start()
@@ -36,6 +37,7 @@ def server(lvm_rig: LvmRig, tmp_path: Path) -> Iterator[ServerProcess]:
     finally:
         running.stop()
         Mounts().unmount(str(running.state_dir / "lvm"))
+        lvm_rig.take_back()
 
 
 def classes(rig: LvmRig, *, encrypted: bool = True) -> Mapping[str, str]:

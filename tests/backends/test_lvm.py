@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from subprocess import CalledProcessError
 from typing import ParamSpec, TypeVar, cast
@@ -12,8 +12,11 @@ import msgspec
 import pytest
 
 from csi_driver.backends.lvm import LvmBackend
-from csi_driver.backends.lvmtool import OURS, LogicalVolume
+from csi_driver.backends.lvmrecords import NAME, OWNER
+from csi_driver.backends.lvmtool import OURS, LogicalVolume, dm_name
 from csi_driver.backends.lvmvolume import UNSEEN_TAG
+from csi_driver.host import deadline
+from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.workers import Workers
 from csi_driver.model.errors import Aborted, DeviceAbsent, DriverError, FailedPrecondition, ResourceExhausted
 from csi_driver.model.volume import VolumeRecord
@@ -58,6 +61,81 @@ def test_a_large_volume_is_cleared_in_several_calls(thick: LvmRig) -> None:
     with thick.backend().attach("pvc-1", lasting=False) as device:
         assert is_clear(device)
     assert gone(thick, backend)
+
+
+def test_one_call_clears_for_as_long_as_its_caller_waits(thick: LvmRig) -> None:
+    backend = backend_of(thick, zero_seconds=0)
+    with deadline.within(600):
+        backend.create(record_of(thick), 100 * MIB)
+    check_made(thick, size=100 * MIB)
+    with deadline.within(1), pytest.raises(Aborted, match=r"is being cleared, \d+ % are done"):
+        backend.create(record_of(thick, "pvc-2"), 100 * MIB)
+    backend.delete("pvc-2")
+
+
+@pytest.fixture
+def taken(lvm_rig: LvmRig) -> Iterator[LvmRig]:
+    """A group that another state directory may get, for the length of the test."""
+    yield lvm_rig
+    lvm_rig.take_back()
+
+
+def test_a_group_has_one_driver_and_changes_hands_by_command_alone(taken: LvmRig) -> None:
+    taken.backend().create(record_of(taken), SIZE)
+    taken.restart()
+    taken.owner = "another"
+    with pytest.raises(FailedPrecondition, match=r"belongs to the driver .* the identity rig.* lvchange --deltag"):
+        taken.backend()
+    taken.disown()
+    assert taken.backend().has("pvc-1")
+    taken.restart()
+    taken.owner = "rig"
+    with pytest.raises(FailedPrecondition, match=r"the identity another"):
+        taken.backend()
+
+
+def test_of_two_that_take_a_group_at_once_not_both_get_it(taken: LvmRig) -> None:
+    taken.restart()
+    taken.disown()
+    make_group = taken.make_group
+
+    class Raced(SteppedGroup):
+        def retag(self, name: str, old: str | None, new: str | None) -> None:
+            if new == f"{OWNER}rig":
+                lvm("lvchange", "--addtag", f"{OWNER}another", f"{GROUP}/{name}")
+            super().retag(name, old, new)
+
+    taken.make_group = Raced
+    try:
+        with pytest.raises(FailedPrecondition, match=r"the identity another"):
+            taken.backend()
+    finally:
+        taken.make_group = make_group
+    assert f"{OWNER}rig" not in lvm("lvs", "-o", "lv_tags", f"{GROUP}/{NAME}")
+
+
+def test_a_pool_that_was_left_suspended_is_resumed_before_it_is_used(thin: LvmRig) -> None:
+    """As a killed lvextend leaves it: what is written would wait for ever."""
+    backend, mapper = thin.backend(), DeviceMapper()
+    backend.create(record_of(thin), SIZE)
+    name = f"{dm_name(GROUP, POOL)}-tpool"
+    with backend.attach("pvc-1", lasting=False) as device:
+        mapper.suspend(name)
+        try:
+            with backend.attach("pvc-1", lasting=False):
+                assert not _is_suspended(mapper, name)
+            write(device, b"content")
+            mapper.suspend(name)
+            backend.create(record_of(thin, "pvc-2"), SIZE)
+            assert not _is_suspended(mapper, name)
+        finally:
+            mapper.resume(name)
+    check_made(thin, "pvc-2")
+
+
+def _is_suspended(mapper: DeviceMapper, name: str) -> bool:
+    found = mapper.get(name)
+    return found is not None and found.suspended
 
 
 def test_a_cut_volume_is_deleted_or_made_anew_with_another_size(thick: LvmRig) -> None:

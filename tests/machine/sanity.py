@@ -115,6 +115,7 @@ def _storage(folder: Path, backend: str) -> Iterator[_Storage]:
     try:
         with LvmRig(folder, workers, thin=thin, disk_bytes=16 << 30, pool_bytes=4 << 30) as rig:
             rig.restart()
+            rig.disown()
 
             def end(server: ServerProcess) -> None:
                 server.stop()

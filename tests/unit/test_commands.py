@@ -43,6 +43,19 @@ def test_what_a_program_said_comes_back(programs: Programs) -> None:
     assert (found.code, found.stdout, found.stderr) == (0, "out\n", "err\n")
 
 
+def test_a_long_answer_comes_back_whole(programs: Programs) -> None:
+    """A report of some thousand logical volumes; an answer of a worker alone has 124 KiB."""
+    workers = Workers(())
+    commands = Commands(workers)
+    try:
+        told = commands.read([programs.make("seq 1 200000; echo err >&2")], timeout=60)
+        assert told.split() == [str(number) for number in range(1, 200_001)]
+        with pytest.raises(ProgramFailed, match=r"exit code 3: why$"):
+            commands.read([programs.make("seq 1 9; echo why >&2; exit 3")], timeout=60)
+    finally:
+        workers.stop()
+
+
 def test_arguments_arrive_as_they_are(programs: Programs, tmp_path: Path) -> None:
     arguments = ["$(touch pwned)", "; touch pwned", "a b", "", "*", "\n", "--", "`id`", "'", '"', "é", "\\"]
     found = run_program([programs.make('printf "%s\\0" "$@"'), *arguments], timeout=10)
