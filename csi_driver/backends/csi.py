@@ -333,7 +333,7 @@ class CsiBackend:
                 log.warning("a holder that nobody asked for", volume_id=volume_id, pod=name_of(pod), node=place)
                 self._holders.drop(volume_id, pod, at_once=self._holders.is_down(place))
         if known is not None and node and not self._holders.is_down(node):
-            self._holders.ensure(known, node)
+            self._holders.begin(known, node)
 
     def _refuse_open(self, known: Known, node: str) -> None:
         staged = known.spec.staged

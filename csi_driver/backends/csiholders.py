@@ -69,6 +69,12 @@ class HolderPods:
         """Those of a volume."""
         return self._api.list(POD, self._namespace, labels={_COMPONENT: COMPONENT, LABEL: digest(volume_id)})[0]
 
+    def begin(self, known: Known, node: str) -> None:
+        """Have the volume's holder be made on that node, without waiting for it."""
+        name = pod_name(known.volume_id, node)
+        if self._api.get(POD, name, self._namespace) is None:
+            self._make(known, node, name)
+
     def ensure(self, known: Known, node: str) -> Json:
         """Have the volume's holder on that node, and wait for it. Raises Aborted, saying why it is not ready yet."""
         name = pod_name(known.volume_id, node)
