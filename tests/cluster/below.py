@@ -163,6 +163,9 @@ class _Devices(csi_pb2_grpc.NodeServicer):
     def NodeExpandVolume(
         self, request: csi.NodeExpandVolumeRequest, context: grpc.ServicerContext
     ) -> csi.NodeExpandVolumeResponse:
+        # hostfs does not see that the host has lengthened a file that is open here.
+        size = -(-request.capacity_range.required_bytes // 4096) * 4096
+        os.truncate(self._folder / request.volume_id, size)
         for device in self._shown(request.volume_id):
             _run("losetup", "--set-capacity", device)
         return csi.NodeExpandVolumeResponse(capacity_bytes=request.capacity_range.required_bytes)

@@ -135,7 +135,8 @@ def test_a_holder_stays_where_nobody_keeps_it_from_being_deleted(cluster: Cluste
         try:
 
             def asked() -> bool:
-                cluster.kubectl("delete", "pod", name, "-n", NAMESPACE, "--wait=false")
+                # The API takes a moment to forget a policy.
+                cluster.kubectl("delete", "pod", name, "-n", NAMESPACE, "--wait=false", check=False)
                 return "deletionTimestamp" in cluster.api.get("Pod", name, NAMESPACE)["metadata"]
 
             cluster.wait("deletion of the holder", asked, 60)
