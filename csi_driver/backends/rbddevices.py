@@ -71,12 +71,11 @@ class MappedVolumes:
         self.boot = _BOOT_ID.read_text().strip()
 
     def prepare(self) -> None:
-        """Make the folder, and forget what an earlier boot had mapped. Raises OSError."""
+        """Make the folder. Raises OSError.
+
+        What an earlier boot had mapped, or a kernel let go of late, stays pinned: `detach` still has to tell the cluster.
+        """
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for volume_id in self._names():
-            with contextlib.suppress(FailedPrecondition):
-                if self.mapped(volume_id) is None:
-                    self._files.remove(self._path(volume_id))
 
     def ids(self) -> Sequence[str]:
         """The volumes that are mapped here, sorted."""
