@@ -73,7 +73,7 @@ class MappedVolumes:
     def prepare(self) -> None:
         """Make the folder. Raises OSError.
 
-        What an earlier boot had mapped, or a kernel let go of late, stays pinned: `detach` still has to tell the cluster.
+        What an earlier boot had mapped, or a kernel let go of late, stays pinned: `detach` has to tell the cluster.
         """
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
