@@ -1,6 +1,7 @@
 """The audit trail: who asked, and how the use of a key ended; and the file that it is told in too."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,14 @@ FIELDS = {
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     return tmp_path / "audit.jsonl"
+
+
+@pytest.fixture(autouse=True)
+def no_call() -> Iterator[None]:
+    """Nobody has called, whatever an earlier test in this thread left."""
+    token = request_id.set("")
+    yield
+    request_id.reset(token)
 
 
 def lines(file: Path) -> list[dict[str, str]]:
