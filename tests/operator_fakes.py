@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from csi_driver.kube.client import Conflict
+from csi_driver.kube.informer import Informer
 from csi_driver.kube.kinds import FINALIZER, Json, Kind, name_of
 from csi_driver.model.errors import AlreadyExists, NotFound
 
@@ -136,14 +137,27 @@ class FakeApi:
 
 
 class SilentApi(FakeApi):
-    """Tells what there is when it is asked, and of nothing that changes, until `end` is set."""
+    """Tells what there is when it is asked, and of nothing that changes, until `end`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.end = threading.Event()
+        self._ended = threading.Event()
+        self._informers: list[Informer] = []
+
+    def inform(self, informer: Informer) -> None:
+        """Start one, and wait until it has seen what there is now."""
+        self._informers.append(informer)
+        informer.start()
+        assert informer.wait_synced(60)
+
+    def end(self) -> None:
+        """End all that watches: an informer that only loses its watch lists again at once, and for ever."""
+        for informer in self._informers:
+            informer.ask_to_end()
+        self._ended.set()
 
     def watch(self, *_: object, **__: object) -> Iterator[tuple[str, Json]]:
-        self.end.wait()
+        self._ended.wait()
         yield from ()
 
 

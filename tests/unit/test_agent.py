@@ -34,8 +34,7 @@ class Node:
         self.copy = self.api.put(IMAGE_COPY, copy_of(self.api.put(IMAGE, image), "one", make=True))
         self._agent = Agent(cast("Kube", self.api), settings, self.library, uploads)
         for informer in (self._agent.images, self._agent.copies):
-            informer.start()
-            assert informer.wait_synced(60)
+            self.api.inform(informer)
 
     def look(self) -> Json:
         """The status of the copy after a look."""
@@ -56,7 +55,7 @@ def nodes(tmp_path: Path) -> Iterator[Any]:
 
     yield make
     for node in made:
-        node.api.end.set()
+        node.api.end()
 
 
 def put(node: Node, folder: Path, owner: str | None) -> None:

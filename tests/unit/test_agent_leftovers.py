@@ -43,8 +43,7 @@ class Node:
         kube = cast("Kube", self.api)
         images, copies = Informer(kube, IMAGE), Informer(kube, IMAGE_COPY)
         for each in (images, copies):
-            each.start()
-            assert each.wait_synced(60)
+            self.api.inform(each)
         self._left = Leftovers(kube, self.settings, self.library, self.uploads, images, copies, lambda: self._now)
 
     def look(self, after: float = 0.0) -> None:
@@ -71,7 +70,7 @@ def api() -> Iterator[SilentApi]:
     api = SilentApi()
     api.put(NAMESPACE, {"metadata": {"name": "kube-system", "uid": "this-cluster"}})
     yield api
-    api.end.set()
+    api.end()
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def api() -> Iterator[SilentApi]:
         }
         api.put(POD, pod, "luks-csi")
     yield api
-    api.end.set()
+    api.end()
 
 
 def seeing(api: SilentApi, **settings: Any) -> Images:
@@ -38,8 +38,7 @@ def seeing(api: SilentApi, **settings: Any) -> Images:
     kube = cast("Kube", api)
     images = Images(kube, OperatorSettings(**settings), Events(kube, "operator"))
     for informer in images.informers:
-        informer.start()
-        assert informer.wait_synced(60)
+        api.inform(informer)
     return images
 
 
