@@ -142,11 +142,20 @@ class NodeDevices:
         return pin is not None and fits(pin, number)
 
     def detach(self, volume_id: str) -> None:
-        """Let go of it; the record is told now, or by and by where it cannot be reached. Absent is fine."""
+        """Let go of it; the record is told now, or by and by where it cannot be reached. Absent is fine.
+
+        Raises DeviceInUse while a mapping or mount is on it, as after a stage that failed beside an earlier one: who
+        is told that it is free takes it away.
+        """
         pin = self._pins.get(volume_id)
         if pin is None:
             return
         if not pin.released:
+            if (name := self._claimed(volume_id)) is not None:
+                raise DeviceInUse(
+                    f"volume {volume_id} cannot be let go of: a mapping or mount is on its device {name}; end that "
+                    f"first"
+                )
             pin = msgspec.structs.replace(pin, released=True)
             self._pins.put(pin)
         try:
@@ -208,14 +217,19 @@ class NodeDevices:
         earlier = self._pins.held(volume_id)
         if earlier is None or fits(earlier, device.number):
             return earlier
+        if (name := self._claimed(volume_id)) is not None:
+            raise DeviceInUse(
+                f"volume {volume_id} is open on {name} and its holder hands on {device.name}; unstage it first"
+            )
+        return None
+
+    def _claimed(self, volume_id: str) -> str | None:
+        """The name of the pinned device, if a mapping or mount is on it. Raises what `blockdev.is_claimed` does."""
         found = self.device_of(volume_id)
-        if found is not None:
-            with found:
-                if blockdev.is_claimed(found):
-                    raise DeviceInUse(
-                        f"volume {volume_id} is open on {found.name} and its holder hands on {device.name}; unstage it "
-                        f"first"
-                    )
+        if found is None:
+            return None
+        with found, suppress(DeviceAbsent):  # nothing is left to be used
+            return found.name if blockdev.is_claimed(found) else None
         return None
 
     def _await_size(self, device: HeldDevice, size: int) -> None:

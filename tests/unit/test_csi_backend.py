@@ -1,7 +1,9 @@
 """The controller of the backend csi: claims, holder pods and records, on an API in memory with a kubelet that obeys."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -18,6 +20,7 @@ from csi_driver.backends.csirecords import KEEPS, Known, RecordObjects, Staged
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.boot import boot_id
 from csi_driver.host.files import Files
+from csi_driver.host.handle import Handle
 from csi_driver.kube.kinds import (
     CLAIM,
     CSI_NODE,
@@ -490,6 +493,28 @@ def test_a_record_hears_of_a_device_that_was_let_go_of_while_the_api_was_away(wo
     world.node.mend(busy, lambda: False)
     world.node.mend(no_lock, lambda: False)
     assert not world.node.has("pvc-1")
+    world.controller.unpublish("pvc-1", "one")
+
+
+def test_a_device_that_something_is_on_is_not_said_to_be_let_go_of(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a stage that failed beside a mapping of an earlier one: the controller would take the device away."""
+    world.create()
+    world.controller.publish("pvc-1", "one", many_nodes=False)
+    world.stage()
+    world.pins.put(Pin(volume_id="pvc-1", boot_id=boot_id(), major=7, minor=7, disk=1, holder="uid", ticket="ticket"))
+    used = [True]
+    device = partial(os.open, "/dev/null", os.O_RDONLY)
+    monkeypatch.setattr(world.devices, "device_of", lambda _: Handle(device(), "/dev/loop7"))
+    monkeypatch.setattr("csi_driver.host.blockdev.is_claimed", lambda _: used[0])
+    with pytest.raises(DeviceInUse, match=r"volume pvc-1 cannot be let go of: a mapping or mount is on its device"):
+        world.node.detach("pvc-1")
+    assert world.node.ids() == ["pvc-1"]
+    with pytest.raises(FailedPrecondition, match=r"it may be open there"):
+        world.controller.unpublish("pvc-1", "one")
+    used[0] = False
+    world.node.detach("pvc-1")
     world.controller.unpublish("pvc-1", "one")
 
 
