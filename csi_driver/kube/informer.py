@@ -99,10 +99,14 @@ class Informer:
                 self._error = ""
                 self._synced.set()
                 wait = _FIRST_SECONDS
+                told = False
                 for event, thing in self._kube.watch(self.kind, version, **self._where):  # type: ignore[arg-type]
                     if self._end.is_set():
                         return
                     self._put(event, self._kept(thing))
+                    told = True
+                if not told:  # who ends each watch at once (a proxy, say) is not asked again and again
+                    self._end.wait(_FIRST_SECONDS)
             except Gone:
                 continue
             except DriverError as error:

@@ -113,6 +113,33 @@ def test_an_error_is_told_until_it_is_over(kube: FakeKube, informer: Informer, t
     assert informer.error == ""
 
 
+class Pauses(threading.Event):
+    """Tells how long is waited for it, and does not wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: queue.Queue[float | None] = queue.Queue()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.asked.put(timeout)
+        return super().wait(0)
+
+
+def test_a_watch_that_ends_without_a_word_is_not_begun_anew_at_once(
+    kube: FakeKube, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, pauses = Informer(cast("Kube", kube), IMAGE), Pauses()
+    monkeypatch.setattr(made, "_end", pauses)
+    made.start()
+    kube.events.put(("ADDED", thing("c", 2)))
+    kube.events.put(None)  # of one that told something
+    kube.events.put(None)
+    assert pauses.asked.get(timeout=_SECONDS) == 0.5
+    assert kube.lists.qsize() >= 2
+    made.ask_to_end()
+    kube.events.put(None)
+
+
 def test_an_own_write_is_seen_at_once_and_an_older_one_never(kube: FakeKube, informer: Informer, told: Told) -> None:
     informer.saw(thing("a", 5))
     kube.events.put(("MODIFIED", thing("a", 3)))  # of before that write
