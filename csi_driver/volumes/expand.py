@@ -18,7 +18,7 @@ from csi_driver.volumes.healing import Healing
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.keyslots import KeySlots
 from csi_driver.volumes.presence import Presence, Presences
-from csi_driver.volumes.provision import grow_device
+from csi_driver.volumes.sizing import grow_device
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,12 @@ from csi_driver.model.errors import (
     InvalidArgument,
     InvalidToken,
     NotFound,
-    OutOfRange,
     ResourceExhausted,
 )
 from csi_driver.model.settings import Settings
 from csi_driver.model.times import recorded_now
 from csi_driver.model.volume import (
     EncryptionState,
-    LuksIdentity,
     VolumeParameters,
     VolumeRecord,
     is_volume_id,
@@ -34,22 +32,12 @@ from csi_driver.model.volume import (
 from csi_driver.volumes import capability as capabilities
 from csi_driver.volumes.capability import Capability
 from csi_driver.volumes.context import check_context, volume_context
-from csi_driver.volumes.filesystem import LEAST_BYTES
-from csi_driver.volumes.from_image import BackingImage, BackingImages
+from csi_driver.volumes.from_image import BackingImages
 from csi_driver.volumes.keys import VolumeKeys
-from csi_driver.volumes.keyslots import device_size
-from csi_driver.volumes.moved import is_here, refuse_away
-from csi_driver.volumes.parameters import (
-    DEFAULT_FILE_SYSTEM,
-    check_mkfs_options,
-    read_parameters,
-    wants_small_blocks,
-)
+from csi_driver.volumes.moved import is_here
+from csi_driver.volumes.parameters import DEFAULT_FILE_SYSTEM, check_mkfs_options, read_parameters
+from csi_driver.volumes.sizing import LARGEST_BYTES, check_range, choose_capacity, choose_sector, grow_device
 
-DEFAULT_BYTES = 1 << 30
-_LEAST_BYTES = 1 << 20
-_LARGEST_BYTES = (1 << 63) - (1 << 30)
-_LARGE_BLOCKS_FROM = 512 << 20  # where mke2fs chooses blocks of 4096 bytes by itself: mke2fs.conf(5), "small"
 _LONGEST_NAME = 128
 _TOKEN_PREFIX = "after:"
 # CSI spec, CreateVolumeRequest.name; `convert.any_volume_id` relies on NUL being among them.
@@ -129,7 +117,7 @@ class Provisioning:
         chosen = luks_format(parameters, request.key, self._settings.limits.pbkdf_memory_kib, random_key=random_key)
         self._check_topology(request.topologies)
         volume_id = self._id_for(request.name, parameters)
-        _check_range(request.required_bytes, request.limit_bytes)
+        check_range(request.required_bytes, request.limit_bytes)
         self._check_state()
         try:
             found = self._backend.get(volume_id)
@@ -214,7 +202,7 @@ class Provisioning:
             return Capacity(0, 0)
         overhead = formats.DATA_OFFSET if parameters.encrypted else 0
         room = max(0, self._backend.space(parameters).available - overhead)
-        return Capacity(room, min(room, _LARGEST_BYTES))
+        return Capacity(room, min(room, LARGEST_BYTES))
 
     def refusal(
         self,
@@ -301,8 +289,8 @@ class Provisioning:
             made_from_file(self._backend, volume_id)
         image = self._images.find(volume_id, parameters, request.key)
         if image is None:
-            parameters = msgspec.structs.replace(parameters, sector_size=_choose_sector(request, parameters))
-        capacity = _choose_capacity(request, parameters, image)
+            parameters = msgspec.structs.replace(parameters, sector_size=choose_sector(request, parameters))
+        capacity = choose_capacity(request, parameters, image)
         if parameters.encrypted:
             formats.check_capacity(image.luks.cipher if image and image.luks else cipher, capacity)
         with self._keys.making(volume_id, parameters, request.key, lambda: self._backend.has(volume_id)) as key:
@@ -329,86 +317,6 @@ class Provisioning:
         return VolumeView(record, context, outside.places(record), outside.published(record.id))
 
 
-def grow_device(backend: Backend, record: VolumeRecord, required_bytes: int, limit_bytes: int) -> VolumeRecord:
-    """Enlarge device and record to `required_bytes`, rounded up to the volume's sectors; returns the record.
-
-    The device grows before the record says so: a crash between leaves a device that is too long, never one too short.
-    """
-    _check_range(required_bytes, limit_bytes)
-    refuse_away(record)
-    capacity = _round_up(required_bytes, _sector(record.parameters, record.luks))
-    if limit_bytes and max(capacity, record.capacity_bytes) > limit_bytes:
-        raise OutOfRange(
-            f"volume {record.id} cannot have at most {limit_bytes} bytes: it has {record.capacity_bytes} and "
-            f"{required_bytes} are required"
-        )
-    _check_possible(capacity)
-    if record.encryption is not None:
-        formats.check_capacity(record.luks.cipher if record.luks else record.parameters.cipher or "", capacity)
-    if capacity <= record.capacity_bytes:
-        return record
-    if record.conversion is not None:
-        raise FailedPrecondition(
-            f"volume {record.id} is being moved to another volume key and cannot be enlarged meanwhile; let luks-csi "
-            f"volume reencrypt {record.id} run to its end on its node, then this succeeds"
-        )
-    grown = msgspec.structs.replace(record, capacity_bytes=capacity)
-    header_to_come = formats.DATA_OFFSET if record.encryption and record.luks is None else 0
-    backend.grow(record.id, device_size(grown) + header_to_come)
-    return backend.update(grown)
-
-
-def _choose_sector(request: CreateRequest, parameters: VolumeParameters) -> int | None:
-    """The sector size of a class that names none: 4096 bytes where only a file system will see it (docs/benchmarks.md).
-
-    A disk that was installed with blocks of 512 does not boot on larger ones. On larger ones there is no place for a
-    file system with smaller blocks: those that were asked for, and those of a small ext4, which mke2fs gives blocks of
-    1024 bytes, so that it has a second superblock to be mended from, nor for an exact size that is no multiple.
-    """
-    if parameters.sector_size is not None or not parameters.encrypted:
-        return parameters.sector_size
-    large, limit = formats.LARGE_SECTOR, request.limit_bytes
-    is_for_files = not any(capability.block for capability in request.capabilities)
-    size = _round_up(request.required_bytes or min(DEFAULT_BYTES, limit or DEFAULT_BYTES), large)
-    fits = size >= _LARGE_BLOCKS_FROM and (not limit or not request.required_bytes or size <= limit)
-    return large if is_for_files and fits and not wants_small_blocks(parameters.mkfs_options) else None
-
-
-def _choose_capacity(request: CreateRequest, parameters: VolumeParameters, image: BackingImage | None) -> int:
-    required, limit = request.required_bytes, request.limit_bytes
-    fs_types = {c.fs_type or parameters.fs_type or DEFAULT_FILE_SYSTEM for c in request.capabilities if not c.block}
-    least = max([_LEAST_BYTES, *(LEAST_BYTES[fs_type] for fs_type in fs_types)])
-    sector = _sector(parameters, image.luks if image else None)
-    if image is not None:
-        least = max(least, image.size)
-        for wish in (required, limit):
-            if 0 < wish < image.size:
-                raise OutOfRange(
-                    f"{image.where} has {image.size} bytes and the volume is to have {wish}; ask for one that holds "
-                    f"the image"
-                )
-    capacity = _round_up(max(required or DEFAULT_BYTES, least), sector)
-    if limit and not required:
-        capacity = min(capacity, limit - limit % sector)
-    if limit and not least <= capacity <= limit:
-        raise OutOfRange(
-            f"no size from {required} to {limit} bytes can be made: such a volume has at least {least} bytes, in "
-            f"sectors of {sector}"
-        )
-    _check_possible(capacity)
-    return capacity
-
-
-def _check_range(required: int, limit: int) -> None:
-    if required < 0 or limit < 0 or (limit and required > limit):
-        raise InvalidArgument(f"the capacity range from {required} to {limit} bytes is none")
-
-
-def _check_possible(capacity: int) -> None:
-    if capacity > _LARGEST_BYTES:
-        raise OutOfRange(f"{capacity} bytes are more than a device can have ({_LARGEST_BYTES})")
-
-
 def _check_same(found: VolumeRecord, request: CreateRequest, parameters: VolumeParameters) -> None:
     differences = []
     if found.name != request.name:
@@ -429,16 +337,6 @@ def _is_same_class(made: VolumeParameters, asked: VolumeParameters) -> bool:
     """Whether a volume was made by such a class, whoever claimed it; what the class left open may be anything."""
     sector_size = made.sector_size if asked.sector_size is None else asked.sector_size
     return msgspec.structs.replace(asked, claim=made.claim, sector_size=sector_size) == made
-
-
-def _sector(parameters: VolumeParameters, luks: LuksIdentity | None) -> int:
-    if luks is not None:
-        return luks.sector_size
-    return parameters.sector_size or formats.LuksFormat.sector_size
-
-
-def _round_up(size: int, sector: int) -> int:
-    return -(-size // sector) * sector
 
 
 def _last_id(token: str) -> str:

@@ -26,7 +26,8 @@ from csi_driver.model.volume import (
 from csi_driver.volumes.driver import build_driver
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.moved import Homes, is_here
-from csi_driver.volumes.provision import Provisioning, grow_device
+from csi_driver.volumes.provision import Provisioning
+from csi_driver.volumes.sizing import grow_device
 from tests.fake_host import FakeLoops, MemoryBackend, no_images
 
 MIB = 1 << 20
