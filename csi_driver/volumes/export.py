@@ -34,7 +34,7 @@ from csi_driver.volumes.image_source import EXPORTED
 from csi_driver.volumes.keyslots import KeySlots, device_size, recorded_identity
 from csi_driver.volumes.moved import refuse_away
 from csi_driver.volumes.presence import Presences
-from csi_driver.volumes.two_keys import refuse_half
+from csi_driver.volumes.two_keys import refuse_changing, refuse_half
 
 
 @dataclass(frozen=True)
@@ -166,16 +166,7 @@ def _refuse(record: VolumeRecord, wanted: Export, *, files: bool) -> None:
             f"holds, and import that"
         )
     refuse_away(record)
-    if record.conversion is not None:
-        verb = "encrypt" if record.encryption is None else "reencrypt"
-        raise FailedPrecondition(
-            f"{where} is being moved to another volume key, {record.percent_moved} % are done; let luks-csi volume "
-            f"{verb} {record.id} run to its end first"
-        )
-    if record.rekey is not None:
-        raise FailedPrecondition(
-            f"the passphrase of {where} is being changed; end that first (luks-csi keys rotate {record.id})"
-        )
+    refuse_changing(record)
     if record.encryption not in (None, EncryptionState.ENCRYPTED) or record.file_system is FileSystemState.NONE:
         raise FailedPrecondition(f"{where} was never staged, so there is nothing in it; stage it first")
     if record.file_system is FileSystemState.MAKING:

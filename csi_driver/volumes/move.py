@@ -35,7 +35,7 @@ from csi_driver.volumes.encryption import attempt
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.move_copy import STRETCH, MoveCopy, Onlooker, Place, move_of
 from csi_driver.volumes.moved import away
-from csi_driver.volumes.two_keys import refuse_half
+from csi_driver.volumes.two_keys import refuse_changing, refuse_half
 
 
 @dataclass(frozen=True)
@@ -319,16 +319,7 @@ def _refuse_open(place: Place, record: VolumeRecord) -> None:
 def _refuse_unsettled(record: VolumeRecord) -> None:
     """What the record alone says against it: only what is whole is moved, or what nobody ever staged."""
     where = f"volume {record.id}"
-    if record.conversion is not None:
-        verb = "encrypt" if record.encryption is None else "reencrypt"
-        raise FailedPrecondition(
-            f"{where} is being moved to another volume key, {record.percent_moved} % are done; let luks-csi volume "
-            f"{verb} {record.id} run to its end first"
-        )
-    if record.rekey is not None:
-        raise FailedPrecondition(
-            f"the passphrase of {where} is being changed; end that first (luks-csi keys rotate {record.id})"
-        )
+    refuse_changing(record)
     is_settled = msgspec.structs.replace(record, move=None).is_settled
     is_fresh = record.encryption in (None, EncryptionState.PREPARED) and record.file_system is FileSystemState.NONE
     if not is_settled and not is_fresh:

@@ -174,6 +174,20 @@ def refuse_half(backend: Backend, record: VolumeRecord) -> None:
         )
 
 
+def refuse_changing(record: VolumeRecord) -> None:
+    """Raise FailedPrecondition while the volume's key or volume key is being changed."""
+    if record.conversion is not None:
+        verb = "encrypt" if record.encryption is None else "reencrypt"
+        raise FailedPrecondition(
+            f"volume {record.id} is being moved to another volume key, {record.percent_moved} % are done; let luks-csi "
+            f"volume {verb} {record.id} run to its end first"
+        )
+    if record.rekey is not None:
+        raise FailedPrecondition(
+            f"the passphrase of volume {record.id} is being changed; end that first (luks-csi keys rotate {record.id})"
+        )
+
+
 def _parameters(record: VolumeRecord, conversion: Conversion) -> VolumeParameters:
     if record.encryption is not None:
         return record.parameters
