@@ -18,6 +18,7 @@ from csi_driver.agent.work import Failed, Made, facts_of, foreign
 from csi_driver.host.log import log
 from csi_driver.images.library import ImageLibrary
 from csi_driver.images.store import ImageRecord
+from csi_driver.keys.audit import Audit
 from csi_driver.kube.client import Kube
 from csi_driver.kube.controller import Controller
 from csi_driver.kube.copies import State, state_of
@@ -43,6 +44,7 @@ class Agent:
         self._library = library
         self._uploads = uploads
         self._requests = Requests(kube, settings, uploads)
+        self._audit = Audit(settings.audit_file)
         self._jobs: dict[str, Job] = {}
         self._paused: dict[str, float] = {}
         self._told: dict[str, float] = {}
@@ -143,7 +145,7 @@ class Agent:
             self._tell(copy, State.AWAITING_UPLOAD, "waits for luks-csi image upload", address=self._settings.address)
             return None
         key = name_of(copy)
-        self._jobs[key] = Job(request, lambda: self.controller.tell(key))
+        self._jobs[key] = Job(request, self._audit, lambda: self.controller.tell(key))
         self._tell(copy, State.IN_PROGRESS, "starting", progress=0)
         self._told[key] = time.monotonic()
         return None

@@ -16,7 +16,20 @@ import msgspec
 
 from csi_driver.agent.pulling import pull
 from csi_driver.agent.rate import Rate, paced
-from csi_driver.agent.work import CloneWork, Doing, Download, Export, Failed, Line, Made, Pull, Request, Upload, foreign
+from csi_driver.agent.work import (
+    CloneWork,
+    Doing,
+    Download,
+    Export,
+    Failed,
+    Line,
+    Made,
+    Pull,
+    Request,
+    Upload,
+    Used,
+    foreign,
+)
 from csi_driver.host.hardening import die_with_parent, harden_process
 from csi_driver.host.syscalls import error_name
 from csi_driver.images.base import Progress
@@ -26,6 +39,7 @@ from csi_driver.images.destinations import Connector
 from csi_driver.images.library import ImageLibrary
 from csi_driver.images.requests import Clone, Import
 from csi_driver.images.store import ImageRecord
+from csi_driver.keys.audit import Audit
 from csi_driver.keys.secret import read_secret
 from csi_driver.model.errors import (
     Aborted,
@@ -44,6 +58,17 @@ from csi_driver.model.settings import Settings
 _EVERY_SECONDS: Final = 1.0
 _PERMANENT: Final = (InvalidArgument, InvalidHeader, OutOfRange)
 _OF_THIS_NODE: Final = (ResourceExhausted, DeviceUnreadable, CommandFailed, AlreadyExists, NotFound)
+
+
+class _ByAgent(Audit):
+    """The agent tells it, who has a log and the file."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def record(self, **fields: str) -> None:
+        """A line for the agent."""
+        _tell(Used(fields))
 
 
 def main() -> None:
@@ -66,7 +91,7 @@ def make(request: Request) -> Made:
     """Make the image, or find it made; raises what the library does."""
     with _certificates(request) as path:
         connector = Connector(allow_local=request.allow_local, cacert=path)
-        library = ImageLibrary(Path(request.folder), connector)
+        library = ImageLibrary(Path(request.folder), connector, audit=_ByAgent())
         try:
             record = library.get(request.name)
         except NotFound:

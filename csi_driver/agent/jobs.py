@@ -10,8 +10,9 @@ from typing import IO, Final, cast
 
 import msgspec
 
-from csi_driver.agent.work import Doing, Failed, Line, Made, Request
+from csi_driver.agent.work import Doing, Failed, Line, Made, Request, Used
 from csi_driver.host.log import log
+from csi_driver.keys.audit import Audit
 
 _LINE: Final = msgspec.json.Decoder(Line)
 _RATE_SECONDS: Final = 10.0
@@ -20,14 +21,17 @@ _RATE_SECONDS: Final = 10.0
 class Job:
     """One child at work; `changed` is called, from a thread of its own, when it has told something and when it ended.
 
+    What it did with a passphrase is told to `audit`, as asked by the Image that it is at work for.
+
     When the agent ends, however it does, the kernel ends the child (`die_with_parent`).
     """
 
-    def __init__(self, request: Request, changed: Callable[[], None]) -> None:
+    def __init__(self, request: Request, audit: Audit, changed: Callable[[], None]) -> None:
         self.doing = Doing("starting", 0, None)
         self.bytes_per_second = 0
         self.result: Made | Failed | None = None
         self._name = request.name
+        self._audit = audit
         self._changed = changed
         self._stopped = False
         self._samples: list[tuple[float, int]] = []
@@ -67,6 +71,8 @@ class Job:
                 if isinstance(line, Doing):
                     self._measure(line)
                     self._changed()
+                elif isinstance(line, Used):
+                    self._audit.record(**line.fields, by=f"Image {request.owner}")
                 else:
                     result = line
         code = self._child.wait()

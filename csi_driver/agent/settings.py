@@ -22,6 +22,7 @@ class AgentSettings:
     jobs_at_once: int = 2
     allow_local: bool = False
     leftover_seconds: float = 3600.0
+    audit_file: Path | None = None
 
     @property
     def images(self) -> Path:

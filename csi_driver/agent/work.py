@@ -88,6 +88,12 @@ class Doing(msgspec.Struct, frozen=True, tag=True):
     total: int | None
 
 
+class Used(msgspec.Struct, frozen=True, tag=True):
+    """A passphrase was used: what the audit trail is to say of it."""
+
+    fields: dict[str, str]
+
+
 class Made(msgspec.Struct, frozen=True, tag=True):
     """It is there; `checksum` is the SHA-256 of its file."""
 
@@ -107,7 +113,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     elsewhere: bool = False
 
 
-Line = Doing | Made | Failed
+Line = Doing | Used | Made | Failed
 
 
 def foreign(record: ImageRecord) -> str:

@@ -17,7 +17,7 @@ from csi_driver.model.settings import LogFormat
 from csi_driver.model.sizes import read_size
 from csi_driver.rpc.endpoint import host_and_port
 
-_OPTIONS = ("node_id", "state_dir", "log_format", "log_level")
+_OPTIONS = ("node_id", "state_dir", "audit_file", "log_format", "log_level")
 
 
 def _address(text: str) -> str:

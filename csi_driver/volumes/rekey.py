@@ -9,6 +9,7 @@ Each step is durable before the next, and the record says which key counts (docs
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 import msgspec
 
@@ -37,7 +38,7 @@ class Rekeyed:
 
 
 class KeyMixedUp(KeyLost):
-    """A KMS that gives another key each time that it is asked for one."""
+    """A KMS that gives another key each time that it is asked for one, or one key by two names."""
 
 
 class Rekeying:
@@ -219,6 +220,8 @@ class Rekeying:
                 keep = self._keys.fetch(record, other, secret, "rotate")
             except KeyLost as error:
                 return self._given_up(record, device, current, other, error)
+            if keep == current:
+                self._refuse_same(record, device, current, other)
             try:
                 with told_of_a_kms(where_is(record, device), old):
                     record = self._added(record, device, current, keep, secret, other)
@@ -242,11 +245,25 @@ class Rekeying:
     ) -> VolumeRecord:
         """Take back a change to a key that is lost before it counted: the key slots that it was given go."""
         log.warning("a new key is lost and was given up", volume_id=record.id, key=lost.name, error=str(error))
+        self._take_back(record, device, current)
+        self._keys.destroy(record, lost, "rotate")
+        return self._note(record, None)
+
+    def _refuse_same(self, record: VolumeRecord, device: Handle, current: Passphrase, other: KeyTrail) -> NoReturn:
+        """Take back a change to a key that is the present one; nothing is destroyed, it opens the volume."""
+        self._take_back(record, device, current)
+        self._note(record, None)
+        raise KeyMixedUp(
+            f"the key {other.name} that is to be that of volume {record.id} is the very one that it has, "
+            f"{_trail(record).name}; the volume has the key that it had, let the KMS keep one for each name and remove "
+            f"neither there before"
+        )
+
+    def _take_back(self, record: VolumeRecord, device: Handle, current: Passphrase) -> None:
+        """Take out the key slots of a change that has not counted; the record still tells of it."""
         if record.rekey is not None and record.rekey.slots:
             kept = self._slots.slot_of(record, device, current)
             self._slots.remove_passphrase(self._backend, record, device, _without(record.rekey.slots, kept), current)
-        self._keys.destroy(record, lost, "rotate")
-        return self._note(record, None)
 
     def _remove(self, record: VolumeRecord, device: Handle, keep: Passphrase) -> VolumeRecord:
         slots = record.rekey.slots if record.rekey else ()

@@ -671,6 +671,42 @@ def test_a_kms_that_gives_another_key_each_time_takes_no_volume_along(folder: Pa
     assert len(node.header().keyslots) == 1
 
 
+def test_a_kms_that_gives_one_key_by_two_names_leaves_the_volume_as_it_was(folder: Path, workers: Workers) -> None:
+    class OneForAll(KeepingKms):
+        """Looks at no name."""
+
+        def create(self, name: str) -> KeyTrail:
+            found = next(iter(self.kept.values()), None)
+            if found is not None and self.same:
+                self.kept.setdefault(name, found)
+            return super().create(name)
+
+        same = True
+
+    kms = OneForAll()
+    node = with_keys(folder, workers, GivenSources(kms=kms))
+    node.create(parameters=OF_KMS, secret=NONE)
+    before = trail_of(node)
+    node.stage(secret=NONE)
+    node.write()
+    head = node.header()
+    with pytest.raises(
+        KeyLost, match=rf"^the key pvc-1\.[0-9a-f]{{16}} .* is the very one that it has, {before.name};"
+    ):
+        rotate(node)
+    record = node.record()
+    assert (record.key, record.rekey, node.header()) == (before, None, head)
+    assert before.name in kms.kept  # nothing was destroyed: it may be one there
+    assert len(kms.kept) == 2
+    kms.same = False
+    assert rotate(node)
+    node.unstage()
+    node.stage(secret=NONE)
+    assert node.read() == "precious"
+    node.unstage()
+    assert (node.record().rekey, len(node.header().keyslots)) == (None, 1)
+
+
 def test_the_life_of_a_volume_with_a_passphrase(folder: Path, workers: Workers) -> None:
     """The KMS type `default`, and no KMS at all."""
     node = Node(folder, workers)

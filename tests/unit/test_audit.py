@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.agent.jobs import Job
+from csi_driver.agent.work import CloneWork, Failed, Made, Request
 from csi_driver.host.log import request_id
 from csi_driver.images.checkpoint import Operation
 from csi_driver.images.library import ImageLibrary
@@ -113,3 +115,32 @@ def test_the_passphrases_of_clones_are_told_and_copies_have_none(file: Path, tmp
         ("plain", "decrypt", "Unauthenticated"),
         ("other", "reencrypt", "OK"),
     ]
+
+
+def test_what_an_agents_child_does_with_passphrases_is_told_by_the_agent(file: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(bytes(1 << 20))
+    ImageLibrary(images).import_(Import("disk", str(raw)), unmetered)
+    right = {"CRYPTO_KEY_VALUE": "right", "CRYPTO_PBKDF": "pbkdf2", "CRYPTO_KEY_HASH": "sha256"}
+
+    def made(name: str, work: CloneWork) -> Made | Failed | None:
+        job = Job(Request(folder=str(images), name=name, owner="uid-1", secret=None, work=work), Audit(file), _nobody)
+        assert job.join(60)
+        return job.result
+
+    with told_lines() as told:
+        assert isinstance(made("copy", CloneWork("disk", "ignore", None, None, None)), Made)
+        assert isinstance(made("safe", CloneWork("disk", "encrypt", None, right, None)), Made)
+        wrong = right | {"CRYPTO_KEY_VALUE": "wrong"}
+        assert isinstance(made("plain", CloneWork("safe", "decrypt", wrong, None, None)), Failed)
+    assert [(line["by"], line["image"], line["key"], line["purpose"], line["outcome"]) for line in lines(file)] == [
+        ("Image uid-1", "safe", "secret", "encrypt", "OK"),
+        ("Image uid-1", "plain", "secret", "decrypt", "Unauthenticated"),
+    ]
+    assert [line.event for line in told if line.event == "key used"] == ["key used"] * 2
+    assert "wrong" not in file.read_text()
+
+
+def _nobody() -> None:
+    """Wants to know nothing."""
