@@ -12,13 +12,11 @@ from csi_driver.kube.controller import Controller
 from csi_driver.kube.copies import State, state_of
 from csi_driver.kube.informer import Informer
 from csi_driver.kube.kinds import (
-    CLAIM,
     IMAGE,
     IMAGE_COPY,
     NODE,
     POD,
     STORAGE_CLASS,
-    VOLUME,
     Json,
     has_finalizer,
     is_going,
@@ -27,6 +25,7 @@ from csi_driver.kube.kinds import (
 from csi_driver.model.errors import AlreadyExists, NotFound
 from csi_driver.model.times import recorded_now
 from csi_driver.operator.events import Events
+from csi_driver.operator.exports import volume_of
 from csi_driver.operator.plan import FAILED, READY, Exported, Plan, World, plan
 from csi_driver.operator.settings import OperatorSettings
 from csi_driver.operator.standing import keep, sooner
@@ -163,12 +162,9 @@ class Images:
 
     def _exported(self, reference: Json) -> Exported | str:
         namespace, name = reference["namespace"], reference["name"]
-        claim = self._kube.get(CLAIM, name, namespace)
-        if claim is None:
-            return f"there is no claim {namespace}/{name}"
-        if not (volume_name := claim["spec"].get("volumeName")):
-            return f"the claim {namespace}/{name} is not bound yet"
-        volume = self._kube.get(VOLUME, volume_name) or {"spec": {}}
+        volume = volume_of(self._kube, namespace, name)
+        if isinstance(volume, str):
+            return volume
         csi = volume["spec"].get("csi", {})
         if csi.get("driver") != self._settings.driver_name:
             return f"the volume of claim {namespace}/{name} is not one of {self._settings.driver_name}"

@@ -10,7 +10,6 @@ from csi_driver.kube.controller import Controller
 from csi_driver.kube.copies import is_of
 from csi_driver.kube.kinds import (
     BACKING_IMAGE,
-    CLAIM,
     IMAGE,
     IMAGE_COPY,
     STORAGE_CLASS,
@@ -26,6 +25,7 @@ from csi_driver.model.errors import AlreadyExists, InvalidArgument
 from csi_driver.model.times import recorded_now
 from csi_driver.operator.backing_images import RETRIES
 from csi_driver.operator.class_parameters import secret_of, verified
+from csi_driver.operator.exports import volume_of
 from csi_driver.operator.machine_image_status import Standing, is_ready, status_of
 from csi_driver.operator.standing import LATER, SOON, Api, Origin, Problem, Seen, Statuses, keep, sooner
 
@@ -139,14 +139,10 @@ class VirtualMachineImages:
         spec = machine["spec"]
         if spec["sourceType"] != "export-from-volume":
             return None
-        namespace, name = spec.get("pvcNamespace", ""), spec.get("pvcName", "")
-        claim = self._api.get(CLAIM, name, namespace)
-        if claim is None:
-            raise InvalidArgument(f"there is no claim {namespace}/{name}, which pvcName says; it is looked for again")
-        volume = claim["spec"].get("volumeName")
-        if not volume:
-            raise InvalidArgument(f"the claim {namespace}/{name} has no volume yet; it is exported when it has")
-        return str(volume)
+        volume = volume_of(self._api, spec.get("pvcNamespace", ""), spec.get("pvcName", ""))
+        if isinstance(volume, str):
+            raise InvalidArgument(f"{volume}; it is looked for again")
+        return name_of(volume)
 
     def _class(self, machine: Json, backing: Json) -> Json | Problem | None:
         """The StorageClass of an image; made when that is ready. None before that."""

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from csi_driver.host import ofdlock
-from csi_driver.kube.kinds import CLAIM, VOLUME
+from csi_driver.kube.kinds import CLAIM, VOLUME, Kind, uid_of
 from tests.image_clones import make_source
+from tests.keys.apiserver import NAMESPACE
 from tests.operator.lab import DRIVER, Lab
 from tests.unit.test_volume_from_image import SEALED, Rig, identity
 from tests.volume_images import encrypted_image, put_image
@@ -27,18 +28,19 @@ def volume(lab: Lab, tmp_path: Path) -> Iterator[Rig]:
     rig.delete_image("sealed")
     resources = {"resources": {"requests": {"storage": "4Mi"}}, "accessModes": ["ReadWriteOnce"]}
     claim = {"metadata": {"name": _CLAIM}, "spec": {"volumeName": _VOLUME, **resources}}
-    lab.kube.create(CLAIM, claim, _NAMESPACE)
+    owner = {"name": _CLAIM, "namespace": _NAMESPACE, "uid": uid_of(lab.kube.create(CLAIM, claim, _NAMESPACE))}
     node = {"key": f"topology.{DRIVER}/node", "operator": "In", "values": ["one"]}
     spec = {
         "capacity": {"storage": "4Mi"},
         "accessModes": ["ReadWriteOnce"],
+        "claimRef": owner,
         "csi": {"driver": DRIVER, "volumeHandle": _VOLUME},
         "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": [node]}]}},
     }
     lab.kube.create(VOLUME, {"metadata": {"name": _VOLUME}, "spec": spec})
     yield rig
-    lab.kube.delete(CLAIM, _CLAIM, _NAMESPACE)
-    lab.kube.delete(VOLUME, _VOLUME)
+    for kind, name, namespace in ((CLAIM, _CLAIM, _NAMESPACE), (VOLUME, _VOLUME, "")):
+        _remove(lab, kind, name, namespace)
     rig.backend.delete(_VOLUME)
 
 
@@ -61,3 +63,21 @@ def test_an_encrypted_claim_becomes_an_image_when_it_is_closed_and_travels_as_it
         assert lab.file(node, "of-claim").read_bytes() == disk.read_bytes()
     lab.delete_image("of-claim")
     assert disk.exists()
+
+
+def test_a_claim_that_names_another_claims_volume_has_no_image_made_of_that(lab: Lab, volume: Rig) -> None:
+    resources = {"resources": {"requests": {"storage": "4Mi"}}, "accessModes": ["ReadWriteOnce"]}
+    lab.kube.create(CLAIM, {"metadata": {"name": "thief"}, "spec": {"volumeName": _VOLUME, **resources}}, NAMESPACE)
+    lab.image("stolen", {"claim": {"name": "thief", "namespace": NAMESPACE}})
+    said = f"the claim {NAMESPACE}/thief names the PersistentVolume {_VOLUME}, which is not bound to it"
+    lab.wait_phase("stolen", "Pending", said)
+    assert not lab.file("one", "stolen").exists()
+    assert volume.disk(_VOLUME).exists()
+    lab.delete_image("stolen")
+    _remove(lab, CLAIM, "thief", NAMESPACE)
+
+
+def _remove(lab: Lab, kind: Kind, name: str, namespace: str) -> None:
+    """Nobody runs the controllers that let go of it."""
+    lab.kube.patch(kind, name, {"metadata": {"finalizers": None}}, namespace)
+    lab.kube.delete(kind, name, namespace)

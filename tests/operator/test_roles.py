@@ -36,6 +36,7 @@ from csi_driver.kube.kinds import (
     Kind,
     has_finalizer,
     name_of,
+    uid_of,
 )
 from csi_driver.model.errors import AlreadyExists, DriverError, NotFound, PermissionDenied
 from csi_driver.operator.certificates import AGENT_SECRET, OPERATOR_SECRET, WEBHOOKS
@@ -174,8 +175,9 @@ class Occasions:
     def _claim(self) -> None:
         resources = {"resources": {"requests": {"storage": "1Mi"}}, "accessModes": ["ReadWriteOnce"]}
         claim = {"metadata": {"name": self._name("claim")}, "spec": {"volumeName": self._name("volume"), **resources}}
-        self._lab.kube.create(CLAIM, claim, "default")
+        made = self._lab.kube.create(CLAIM, claim, "default")
         spec = {
+            "claimRef": {"name": name_of(made), "namespace": "default", "uid": uid_of(made)},
             "capacity": {"storage": "1Mi"},
             "accessModes": ["ReadWriteOnce"],
             "csi": {"driver": DRIVER, "volumeHandle": self._name("volume")},

@@ -8,7 +8,7 @@ import pytest
 
 from csi_driver.kube.client import Kube
 from csi_driver.kube.copies import copy_of
-from csi_driver.kube.kinds import FINALIZER, IMAGE, IMAGE_COPY, NODE, POD, Json, name_of
+from csi_driver.kube.kinds import CLAIM, FINALIZER, IMAGE, IMAGE_COPY, NODE, POD, VOLUME, Json, name_of
 from csi_driver.model.times import recorded
 from csi_driver.operator.events import Events
 from csi_driver.operator.images import AGENT_LABELS, Images
@@ -135,3 +135,35 @@ def test_a_copy_that_a_clone_is_made_of_is_in_use(api: SilentApi) -> None:
     api.put(IMAGE_COPY, copy_of(clone, "two", make=True))
     assert seeing(api).reconcile("disk") is not None
     assert deleted(api) == [name_of(other)]
+
+
+@pytest.mark.parametrize(
+    ("owner", "is_its"),
+    [
+        (None, False),
+        ({"namespace": "others", "name": "mine", "uid": "c-1"}, False),
+        ({"namespace": "team", "name": "mine"}, False),  # meant for a claim of that name, and not bound
+        ({"namespace": "team", "name": "mine", "uid": "c-0"}, False),  # of an earlier claim of that name
+        ({"namespace": "team", "name": "mine", "uid": "c-1"}, True),
+    ],
+)
+def test_a_claim_that_names_somebody_elses_volume_exports_nothing(
+    api: SilentApi,
+    owner: Json | None,
+    is_its: bool,  # noqa: FBT001
+) -> None:
+    api.put(CLAIM, {"metadata": {"name": "mine", "uid": "c-1"}, "spec": {"volumeName": "pvc-others"}}, "team")
+    driver = OperatorSettings().driver_name
+    node = {"key": f"topology.{driver}/node", "operator": "In", "values": ["one"]}
+    spec: Json = {
+        "csi": {"driver": driver, "volumeHandle": "pvc-others"},
+        "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": [node]}]}},
+    }
+    api.put(VOLUME, {"metadata": {"name": "pvc-others"}, "spec": spec | ({"claimRef": owner} if owner else {})})
+    image(api, "stolen", {"claim": {"name": "mine", "namespace": "team"}})
+    seeing(api).reconcile("stolen")
+    assert bool(api.all(IMAGE_COPY)) == is_its
+    told = api.get(IMAGE, "stolen")
+    assert told is not None
+    said = "the claim team/mine names the PersistentVolume pvc-others, which is not bound to it"
+    assert (told["status"]["message"] == said) == (not is_its)

@@ -16,6 +16,7 @@ from csi_driver.kube.kinds import (
     ORIGIN,
     STORAGE_CLASS,
     VIRTUAL_MACHINE_IMAGE,
+    VOLUME,
     Json,
     Kind,
 )
@@ -495,7 +496,7 @@ def test_a_clone_waits_for_its_source_and_takes_that_ones_secret(rig: Rig) -> No
 
 @pytest.mark.parametrize(
     ("claim", "said"),
-    [(None, "there is no claim team/data"), ({"spec": {}}, "the claim team/data has no volume yet")],
+    [(None, "there is no claim team/data"), ({"spec": {}}, "the claim team/data is not bound yet")],
 )
 def test_a_claim_that_cannot_be_exported_is_told_of_and_looked_for_again(
     rig: Rig, claim: Json | None, said: str
@@ -505,7 +506,17 @@ def test_a_claim_that_cannot_be_exported_is_told_of_and_looked_for_again(
     rig.put(machine("export-from-volume", pvcName="data", pvcNamespace="team"))
     assert rig.look() == LATER
     assert said in rig.told()["Imported"][2]
-    rig.api.put(CLAIM, {"metadata": {"name": "data"}, "spec": {"volumeName": "pvc-1"}}, "team")
+    rig.api.put(CLAIM, {"metadata": {"name": "data", "uid": "c-1"}, "spec": {"volumeName": "pvc-1"}}, "team")
+    volume = {
+        "metadata": {"name": "pvc-1"},
+        "spec": {"claimRef": {"name": "data", "namespace": "others", "uid": "c-0"}},
+    }
+    rig.api.put(VOLUME, volume)
+    assert rig.look() == LATER
+    assert "names the PersistentVolume pvc-1, which is not bound to it" in rig.told()["Imported"][2]
+    assert rig.backing() is None
+    volume["spec"] = {"claimRef": {"name": "data", "namespace": "team", "uid": "c-1"}}
+    rig.api.put(VOLUME, volume)
     assert rig.look() is None
     backing = rig.backing()
     assert backing is not None
