@@ -12,7 +12,8 @@ from typing import Final
 
 from csi_driver.kube.copies import FACTS, State, copy_of, is_of, state_of
 from csi_driver.kube.kinds import Json, has_finalizer, is_going, name_of, uid_of
-from csi_driver.operator.standing import condition
+from csi_driver.operator.cloning import not_its_to_clone, refusal
+from csi_driver.operator.standing import Origin, condition
 
 PENDING, IN_PROGRESS, READY, FAILED, DELETING = "Pending", "InProgress", "Ready", "Failed", "Deleting"
 
@@ -246,6 +247,8 @@ def _clone(image: Json, nodes: Sequence[str], world: World, found: Plan) -> _Out
         return _Outcome(PENDING, f"waits for image {name}, which is {status.get('phase', PENDING)}", "SourceNotReady")
     if (why := refusal(name, wanted.get("encryption", "ignore"), encrypted=status.get("encrypted", False))) is not None:
         return _Outcome(FAILED, why, "Refused")
+    if (why := not_its_to_clone(Origin.of(image), source)) is not None:
+        return _Outcome(PENDING, why, "NoSource")
     having = {
         copy["spec"]["node"]: copy
         for copy in world.source_copies
@@ -264,15 +267,6 @@ def _clone(image: Json, nodes: Sequence[str], world: World, found: Plan) -> _Out
         found.create = [copy_of(source, least[0])]
     message = f"image {name} is being brought to a node that fits its nodeSelector"
     return _Outcome(PENDING, message, "SourceNotHere")
-
-
-def refusal(name: str, encryption: str, *, encrypted: bool) -> str | None:
-    """Why an image that is, as was verified, encrypted or not cannot be cloned so; None where it can."""
-    if encryption == "encrypt" and encrypted:
-        return f"image {name} is encrypted already and is not encrypted again; use reencrypt for another key, or ignore"
-    if encryption in ("decrypt", "reencrypt") and not encrypted:
-        return f"image {name} is not encrypted, so it cannot be cloned with {encryption}; use encrypt, or ignore"
-    return None
 
 
 def _nodes(image: Json, world: World) -> list[str]:

@@ -16,6 +16,7 @@ from csi_driver.kube.kinds import (
     CLAIM,
     IMAGE,
     IMAGE_COPY,
+    ORIGIN,
     STORAGE_CLASS,
     VIRTUAL_MACHINE_IMAGE,
     VOLUME,
@@ -125,11 +126,13 @@ class Admitted:
 
         until(f"{kind} {name} seen", look)
 
-    def image(self, name: str, source: Json | None = None, status: Json | None = None, **spec: object) -> Json:
-        """An Image, with the status that the operator would have written."""
-        made = self.kube.create(
-            IMAGE, {"metadata": {"name": name}, "spec": {"source": source or {"upload": {}}, **spec}}
-        )
+    def image(
+        self, name: str, source: Json | None = None, status: Json | None = None, origin: str = "", **spec: object
+    ) -> Json:
+        """An Image, with the status that the operator would have written; `origin` says what that made it for."""
+        metadata = {"name": name, "annotations": {ORIGIN: origin} if origin else {}}
+        thing = {"metadata": metadata, "spec": {"source": source or {"upload": {}}, **spec}}
+        made = (self.operator if origin else self.kube).create(IMAGE, thing)
         if status is not None:
             made = self.operator.patch(IMAGE, name, {"status": status}, status=True)
         self.seen(IMAGE, name)

@@ -398,23 +398,28 @@ def test_a_class_of_an_image_that_is_gone_goes(cluster: MemoryCluster) -> None:
 # Rights.
 
 
-def test_what_a_backing_image_clones_is_read_through_whom_it_stands_for(cluster: MemoryCluster) -> None:
+def test_a_backing_image_clones_backing_images_alone(cluster: MemoryCluster) -> None:
+    """The right to the BackingImage that is named is none to an Image that has its name."""
     backing: Json = {
         "metadata": {"name": "b", "namespace": "lh"},
-        "spec": {"sourceType": "clone", "sourceParameters": {"backing-image": "s"}},
+        "spec": {"sourceType": "clone", "sourceParameters": {"backing-image": "s", "encryption": "decrypt"}},
     }
-
-    def found() -> list[str]:
-        return list(map(str, needs.of_backing_image(backing, cluster)))
-
-    assert found() == ["get of BackingImage lh/s", "get of Image s"]
-    cluster.put(BACKING_IMAGE, {"metadata": {"name": "s"}}, "lh")
-    assert found() == ["get of BackingImage lh/s"]
-    cluster.put(IMAGE, {"metadata": {"name": "s"}})  # somebody else's
-    assert found() == ["get of Image s"]
-    origin = {"images.luks.csi.internal/origin": "BackingImage/lh/s/1"}
-    cluster.put(IMAGE, {"metadata": {"name": "s", "annotations": origin}})
-    assert found() == ["get of BackingImage lh/s"]
+    backing["spec"]["sourceParameters"] |= {"secret": "a", "secret-namespace": "n"}
+    assert list(map(str, needs.of_backing_image(backing, cluster))) == [
+        "get of Secret n/a", "get of BackingImage lh/s",
+    ]  # fmt: skip
+    cluster.may |= {("BackingImage", "lh", "s"), ("Secret", "n", "a")}
+    request = asked(BACKING_IMAGE, backing, namespace="lh")
+    for origin in (None, "BackingImage/lh/other/1", "BackingImage/elsewhere/s/1", "VirtualMachineImage/lh/s/1"):
+        notes = {"images.luks.csi.internal/origin": origin} if origin else {}
+        image = {"metadata": {"name": "s", "annotations": notes}, "status": {"encrypted": False}}
+        cluster.put(IMAGE, image)
+        with pytest.raises(InvalidArgument, match="the Image s stands for no BackingImage of namespace lh"):
+            image_rules(cluster).review(request)
+    notes = {"images.luks.csi.internal/origin": "BackingImage/lh/s/1"}
+    cluster.put(IMAGE, {"metadata": {"name": "s", "annotations": notes}, "status": {"encrypted": False}})
+    with pytest.raises(InvalidArgument, match="image s is not encrypted"):
+        image_rules(cluster).review(request)
 
 
 def test_an_exported_volume_is_its_claims(cluster: MemoryCluster) -> None:

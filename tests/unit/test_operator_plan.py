@@ -177,6 +177,24 @@ def test_a_clone_waits_for_its_source_or_is_refused(source: Json | None, phase: 
     assert words in found.status["message"]
 
 
+@pytest.mark.parametrize(
+    ("origin", "is_made"),
+    [(None, False), ("BackingImage/lh/disk/2", True), ("BackingImage/elsewhere/disk/2", False)],
+)
+def test_a_backing_image_is_no_clone_of_an_image_that_got_the_name_of_its_source(
+    origin: str | None,
+    is_made: bool,  # noqa: FBT001
+) -> None:
+    source, wanted = image(status=READY), clone()
+    wanted["metadata"]["annotations"] = {"images.luks.csi.internal/origin": "BackingImage/lh/clone/1"}
+    source["metadata"]["annotations"] = {"images.luks.csi.internal/origin": origin} if origin else {}
+    found = plan(wanted, [], world("a", source=source, source_copies=[copy(source, "a", "Ready")]))
+    assert placed(found) == ([("a", True)] if is_made else [])
+    if not is_made:
+        assert found.status["phase"] == "Pending"
+        assert "the Image disk stands for no BackingImage of namespace lh" in found.status["message"]
+
+
 def test_what_an_image_is_comes_from_what_was_verified() -> None:
     """Whatever its class or its spec may say."""
     source = image(status=READY)

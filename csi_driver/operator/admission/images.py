@@ -22,7 +22,7 @@ from csi_driver.operator.admission.lookups import Cluster, is_ending, is_there
 from csi_driver.operator.admission.needs import Need
 from csi_driver.operator.admission.review import Request, Verdict
 from csi_driver.operator.admission.secrets import look_at
-from csi_driver.operator.plan import refusal
+from csi_driver.operator.cloning import not_its_to_clone, refusal
 from csi_driver.operator.settings import OperatorSettings
 from csi_driver.operator.standing import Origin
 from csi_driver.operator.users import Place, classes_of_image, named, users_of_image, waiting_claims
@@ -59,7 +59,7 @@ class ImageRules:
             return Verdict(self._check_image(request.thing["spec"]))
         if kind == BACKING_IMAGE:
             self._check_needs(request, needs.of_backing_image(request.thing, self._cluster))
-            return Verdict(self._check_backing(request.thing["spec"]))
+            return Verdict(self._check_backing(request.thing["spec"], request.namespace))
         source = machine_images.source_of(request.thing, self._cluster)
         self._check_needs(request, needs.of_machine_image(request.thing, source, self._cluster))
         return Verdict(machine_images.check(request.thing, source, self._cluster, self._settings.profile))
@@ -81,26 +81,29 @@ class ImageRules:
     def _check_image(self, spec: Json) -> list[str]:
         """What to warn of."""
         clone = (spec.get("source") or {}).get("clone") or {}
-        warnings = self._check_clone(clone.get("image", ""), clone.get("encryption", "ignore")) if clone else []
+        warnings = self._check_clone(clone.get("image", ""), clone.get("encryption", "ignore"), None) if clone else []
         places = [(spec[key]["namespace"], spec[key]["name"]) for key in ("secretRef", "newSecretRef") if key in spec]
         return warnings + self._check_secrets(places)
 
-    def _check_backing(self, spec: Json) -> list[str]:
+    def _check_backing(self, spec: Json, namespace: str) -> list[str]:
         parameters, warnings = spec.get("sourceParameters") or {}, []
         places = []
         if spec.get("sourceType") == "clone":
             encryption = parameters.get("encryption") or "ignore"
-            warnings = self._check_clone(parameters.get("backing-image", ""), encryption)
+            origin = Origin(BACKING_IMAGE.name, namespace, "", "")
+            warnings = self._check_clone(parameters.get("backing-image", ""), encryption, origin)
             if encryption != "ignore":
                 places.append((parameters.get("secret-namespace", ""), parameters.get("secret", "")))
         if spec.get("secret"):
             places.append((spec.get("secretNamespace", ""), spec["secret"]))
         return warnings + self._check_secrets(places)
 
-    def _check_clone(self, name: str, encryption: str) -> list[str]:
+    def _check_clone(self, name: str, encryption: str, origin: Origin | None) -> list[str]:
         source = self._cluster.get(IMAGE, name)
         if source is None:
             return [f"there is no image {name} yet; it is cloned when there is"]
+        if (why := not_its_to_clone(origin, source)) is not None:  # before anything is told of what it is
+            raise InvalidArgument(why)
         encrypted = source.get("status", {}).get("encrypted")
         why = None if encrypted is None else refusal(name, encryption, encrypted=encrypted)
         if why is not None:

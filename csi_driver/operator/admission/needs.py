@@ -20,7 +20,6 @@ from csi_driver.kube.kinds import (
     Kind,
 )
 from csi_driver.operator.admission.lookups import Cluster
-from csi_driver.operator.standing import Origin
 from csi_driver.operator.users import Place, is_template, parameters_of, secret_pairs, secrets_of_class
 
 CLASS_NAME: Final = "harvesterhci.io/storageClassName"
@@ -72,24 +71,11 @@ def of_backing_image(backing: Json, cluster: Cluster) -> list[Need]:
     ]
     needs = [*_secrets(place for place in named if place[1])]
     if spec.get("sourceType") == "clone":
-        needs += _source(parameters.get("backing-image", ""), backing["metadata"].get("namespace", ""), cluster)
+        namespace = backing["metadata"].get("namespace", "")
+        needs.append(Need(BACKING_IMAGE, namespace, parameters.get("backing-image", "")))
     if spec.get("sourceType") == "export-from-volume":
         needs += _claim_of(parameters.get("volume-name", ""), cluster)
     return needs
-
-
-def _source(name: str, namespace: str, cluster: Cluster) -> list[Need]:
-    """What is cloned is the Image of that name: one that a BackingImage stands for is read through that one."""
-    image = cluster.get(IMAGE, name)
-    origin = None if image is None else Origin.of(image)
-    backing = Need(BACKING_IMAGE, namespace, name)
-    if image is None:
-        there = cluster.get(BACKING_IMAGE, name, namespace) is not None
-        return [backing] if there else [backing, Need(IMAGE, "", name)]
-    is_its = origin is not None and (origin.kind, origin.namespace, origin.name) == (
-        BACKING_IMAGE.name, namespace, name,
-    )  # fmt: skip
-    return [backing] if is_its else [Need(IMAGE, "", name)]
 
 
 def _claim_of(volume_name: str, cluster: Cluster) -> list[Need]:
