@@ -43,7 +43,6 @@ class Agent:
         self._settings = settings
         self._library = library
         self._uploads = uploads
-        self._requests = Requests(kube, settings, uploads)
         self._audit = Audit(settings.audit_file)
         self._jobs: dict[str, Job] = {}
         self._paused: dict[str, float] = {}
@@ -51,6 +50,7 @@ class Agent:
         self.controller = Controller("copies", self.reconcile)
         self.copies = Informer(kube, IMAGE_COPY, self._copy_changed, fields={"spec.node": settings.node})
         self.images = Informer(kube, IMAGE, self._image_changed)
+        self._requests = Requests(kube, settings, uploads, self.images.get)
         self.wishes = Wishes(kube, settings, self.images, self.copies)
         self.leftovers = Leftovers(kube, settings, library, uploads, self.images, self.copies)
 
@@ -142,7 +142,9 @@ class Agent:
         except DriverError as error:
             return self._failed(copy, Failed(str(error), permanent=isinstance(error, InvalidArgument)))
         if request is None:
-            self._tell(copy, State.AWAITING_UPLOAD, "waits for luks-csi image upload", address=self._settings.address)
+            refused = self._uploads.refused(image_name, uid)
+            said, address = refused or "waits for luks-csi image upload", self._settings.address
+            self._tell(copy, State.AWAITING_UPLOAD, said, address=address, elsewhere=True if refused else None)
             return None
         key = name_of(copy)
         self._jobs[key] = Job(request, self._audit, lambda: self.controller.tell(key))

@@ -115,7 +115,10 @@ def _made(library: ImageLibrary, request: Request) -> ImageRecord:
         case CloneWork():
             key, new_key = (None if each is None else read_secret(each) for each in (work.key, work.new_key))
             operation = Operation(work.encryption)
-            clone = Clone(work.source, name, operation, key, new_key, secret, work.sector_size, owner=owner)
+            clone = Clone(
+                work.source, name, operation, key, new_key, secret, work.sector_size,
+                owner=owner, source_owner=work.source_owner,
+            )  # fmt: skip
             return library.clone(clone, _meter)
         case Pull():
             return library.receive(name, owner, lambda folder: pull(name, work, folder, _meter))

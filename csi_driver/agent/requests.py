@@ -3,6 +3,7 @@
 import base64
 import binascii
 import contextlib
+from collections.abc import Callable
 
 from csi_driver.agent.settings import AgentSettings
 from csi_driver.agent.uploads import Uploads
@@ -19,10 +20,16 @@ from csi_driver.model.sizes import read_size
 
 
 class Requests:
-    """Makes requests. Raises FailedPrecondition where what an Image names is not there or not as it must be."""
+    """Makes requests; `images` tells an Image by its name.
 
-    def __init__(self, kube: Kube, settings: AgentSettings, uploads: Uploads) -> None:
+    Raises FailedPrecondition where what an Image names is not there or not as it must be.
+    """
+
+    def __init__(
+        self, kube: Kube, settings: AgentSettings, uploads: Uploads, images: Callable[[str], Json | None]
+    ) -> None:
         self._kube = kube
+        self._images = images
         self._settings = settings
         self._uploads = uploads
 
@@ -64,11 +71,14 @@ class Requests:
         if "claim" in source:
             return Export(copy["spec"].get("volume", ""), str(self._settings.state_dir), limit, self._settings.rate)
         clone = source["clone"]
+        if (cloned := self._images(clone["image"])) is None:
+            raise FailedPrecondition(f"there is no image {clone['image']} any more, of which this one is to be made")
         operation = Operation(clone.get("encryption", Operation.IGNORE))
         first = self._secret(spec.get("secretRef"))
         second = self._secret(spec.get("newSecretRef"))
         return CloneWork(
             clone["image"],
+            uid_of(cloned),
             operation,
             first if operation.decrypts else None,
             (second if operation.decrypts else first) if operation.encrypts else None,

@@ -11,7 +11,7 @@ from typing import BinaryIO, Final
 
 from csi_driver.images.base import MIB, Progress
 from csi_driver.kube.copies import AGENTS
-from csi_driver.model.errors import CommandFailed, FailedPrecondition, PermissionDenied, Unavailable
+from csi_driver.model.errors import CommandFailed, FailedPrecondition, PermissionDenied, ResourceExhausted, Unavailable
 from csi_driver.model.text import one_line
 
 _SECONDS: Final = 60.0
@@ -35,7 +35,9 @@ class Sender:
         self._image = image
 
     def send(self, path: Path, progress: Progress) -> None:
-        """All of the file. Raises PermissionDenied, FailedPrecondition, and Unavailable: the same call goes on."""
+        """All of the file. Raises PermissionDenied, FailedPrecondition, ResourceExhausted (that node has no room), and
+        Unavailable: the same call goes on.
+        """
         total = path.stat().st_size
         if not total:
             raise FailedPrecondition(f"{path} is empty; name an image with something in it")
@@ -96,7 +98,8 @@ class Sender:
             raise PermissionDenied(f"image {self._image} cannot be uploaded: {text}")
         if response.status in (404, 409, 416, 503):
             raise Unavailable(f"image {self._image} is not taken at this moment: {text}")
-        raise CommandFailed(f"image {self._image} cannot be uploaded: {text}")
+        kind = ResourceExhausted if response.status == 507 else CommandFailed
+        raise kind(f"image {self._image} cannot be uploaded: {text}")
 
     def _connection(self) -> http.client.HTTPConnection:
         plain = socket.create_connection(self._to, timeout=_SECONDS)

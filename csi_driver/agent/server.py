@@ -30,7 +30,7 @@ from csi_driver.host.listening import listening
 from csi_driver.host.log import log
 from csi_driver.images.library import ImageLibrary
 from csi_driver.kube.copies import State, state_of
-from csi_driver.kube.kinds import Json
+from csi_driver.kube.kinds import Json, is_going
 from csi_driver.model.errors import (
     Aborted,
     DriverError,
@@ -144,7 +144,7 @@ class CopyServer:
     def awaited(self, name: str) -> str:
         """The uid of the Image that waits here for an upload. Raises NotFound."""
         for copy in self.copies():
-            if copy["spec"]["image"] == name and state_of(copy) is State.AWAITING_UPLOAD:
+            if copy["spec"]["image"] == name and state_of(copy) is State.AWAITING_UPLOAD and not is_going(copy):
                 return str(copy["spec"]["imageUID"])
         raise NotFound(f"no upload of image {name} is awaited on this node")
 

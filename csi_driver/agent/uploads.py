@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -15,17 +16,18 @@ from csi_driver.host.syscalls import error_name
 from csi_driver.images.base import MIB
 from csi_driver.images.requests import MOST_BYTES
 from csi_driver.images.room import EVERY, check_room
-from csi_driver.model.errors import Aborted, CommandFailed, InvalidArgument, OutOfRange, VolumeBusy
+from csi_driver.model.errors import Aborted, CommandFailed, InvalidArgument, OutOfRange, ResourceExhausted, VolumeBusy
 
 
 class Uploads:
-    """The uploads below `folder`; `came` is told of an image that is whole."""
+    """The uploads below `folder`; `came` is told of an image that is whole, or that there is no room for."""
 
     def __init__(self, folder: Path, came: Callable[[str], None] = lambda _: None) -> None:
         self._folder = folder
         self._files = Files()
         self._guard = threading.Lock()
         self._at_work: set[str] = set()
+        self._refused: dict[str, tuple[str, str]] = {}
         self.came = came
 
     def whole(self, name: str, uid: str) -> Path | None:
@@ -42,6 +44,11 @@ class Uploads:
                 return (self._folder / name / file).stat().st_size
         return 0
 
+    def refused(self, name: str, uid: str) -> str:
+        """Why the last piece for this Image was not taken for want of room; "" where it was, or none came."""
+        known, said = self._refused.get(name, ("", ""))
+        return said if known == uid else ""
+
     def receive(self, name: str, uid: str, start: int, total: int, length: int, stream: BinaryIO) -> int:
         """Take the bytes from `start` on, `length` of them, of `total`; how many are here then.
 
@@ -50,20 +57,31 @@ class Uploads:
         """
         if not 0 < total <= MOST_BYTES or not 0 <= start < total or not 0 < length <= total - start:
             raise InvalidArgument(f"{length} bytes from {start} on are no part of an image of {total} bytes")
-        with self._alone(name), _told(name):
-            folder = self._begin(name, uid)
-            self._agree(folder / "total", name, total)
-            if (folder / "whole").exists():
-                return total
-            part = folder / "part"
-            there = part.stat().st_size if part.exists() else 0
-            if start != there:
-                raise OutOfRange(f"the upload of image {name} goes on at byte {there}, not at {start}")
-            there = self._append(name, part, start, length, stream)
-            if there == total:
-                self._files.rename(part, folder / "whole")
+        with self._alone(name):
+            self._refused.pop(name, None)
+            try:
+                with _told(name):
+                    there = self._take(name, uid, start, total, length, stream)
+            except ResourceExhausted as error:
+                self._refused[name] = uid, str(error)
+                self.came(name)
+                raise
         if there == total:
             self.came(name)
+        return there
+
+    def _take(self, name: str, uid: str, start: int, total: int, length: int, stream: BinaryIO) -> int:
+        folder = self._begin(name, uid)
+        self._agree(folder / "total", name, total)
+        if (folder / "whole").exists():
+            return total
+        part = folder / "part"
+        there = part.stat().st_size if part.exists() else 0
+        if start != there:
+            raise OutOfRange(f"the upload of image {name} goes on at byte {there}, not at {start}")
+        there = self._append(name, part, start, length, stream)
+        if there == total:
+            self._files.rename(part, folder / "whole")
         return there
 
     def owned(self) -> dict[str, str]:
@@ -77,6 +95,7 @@ class Uploads:
     def forget(self, name: str, uid: str) -> None:
         """Remove what was uploaded for this Image; nothing of it is fine. Raises VolumeBusy while it is uploaded."""
         with self._alone(name), _told(name):
+            self._refused.pop(name, None)
             if self._is_for(name, uid):
                 self._files.remove_folder(self._folder / name)
 
@@ -146,6 +165,10 @@ def _told(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceExhausted(
+                f"no space is left for image {name} ({error_name(error)}); make room on the disk of this node"
+            ) from None
         raise CommandFailed(
             f"the upload of image {name} cannot be kept ({error_name(error)}); check the disk"
         ) from None

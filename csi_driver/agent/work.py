@@ -34,9 +34,10 @@ class Upload(msgspec.Struct, frozen=True, tag=True):
 
 
 class CloneWork(msgspec.Struct, frozen=True, tag=True):
-    """Another image of this node; the keys are entries of secrets."""
+    """Another image of this node, that of the Image object `source_owner`; the keys are entries of secrets."""
 
     source: str
+    source_owner: str
     encryption: str
     key: Entries | None
     new_key: Entries | None

@@ -13,13 +13,14 @@ from csi_driver.cli.progress import ProgressLine
 from csi_driver.images.checksum import Checksum
 from csi_driver.images.requests import check_secret
 from csi_driver.images.store import check_name
-from csi_driver.model.errors import AlreadyExists, FailedPrecondition, NotFound
+from csi_driver.model.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted
 
 if TYPE_CHECKING:
     from csi_driver.kube.client import Kube
 
 _POLL_SECONDS: Final = 0.5
 _AWAITED_SECONDS: Final = 300.0
+_MOVED_SECONDS: Final = 15.0
 
 Json = dict[str, Any]
 
@@ -67,10 +68,20 @@ def upload(
                 f"--namespace, and look whether its operator runs"
             )
         token = _token(kube, service_account, AUDIENCE)
-        sender = Sender(address or awaited["upload"]["address"], found["data"]["ca.crt"], token, name)
-        with ProgressLine("uploading", path.stat().st_size) as line:
-            sender.send(path, line)
-        awaited = _wait(kube, name, "its end", lambda _: False)
+        full: set[str] = set()
+        while "upload" in awaited:
+            full.add(awaited["upload"]["node"])
+            sender = Sender(address or awaited["upload"]["address"], found["data"]["ca.crt"], token, name)
+            try:
+                with ProgressLine("uploading", path.stat().st_size) as line:
+                    sender.send(path, line)
+            except ResourceExhausted:
+                # Another node waits for it then, but a forwarded port leads to this one.
+                if address or (other := _awaited_by_another(kube, name, full)) is None:
+                    raise
+                awaited = other
+            else:
+                awaited = _wait(kube, name, "its end", lambda _: False)
     if output == Output.JSON:
         return show_json(awaited)
     kind = "encrypted image" if awaited.get("encrypted") else "image"
@@ -111,6 +122,19 @@ def _wait(kube: "Kube", name: str, what: str, enough: Callable[[Json], bool]) ->
         if time.monotonic() > end:
             raise FailedPrecondition(f"image {name} has waited too long for {what}: {message}")
         time.sleep(_POLL_SECONDS)
+
+
+def _awaited_by_another(kube: "Kube", name: str, full: set[str]) -> Json | None:
+    """The status of the Image when a node that was not asked yet waits for the upload; None where none does."""
+    from csi_driver.kube.kinds import IMAGE
+
+    end = time.monotonic() + _MOVED_SECONDS
+    while time.monotonic() < end:
+        status: Json = (kube.get(IMAGE, name) or {}).get("status", {})
+        if status.get("upload") and status["upload"]["node"] not in full:
+            return status
+        time.sleep(_POLL_SECONDS)
+    return None
 
 
 def _token(kube: "Kube", service_account: str | None, audience: str) -> str:

@@ -124,9 +124,12 @@ class ImageLibrary:
         """Make an image of another one. A killed call is gone on with by the next one of this name.
 
         Raises InvalidArgument (encrypting what is encrypted, decrypting what is not), FailedPrecondition (no
-        passphrase), NotFound, AlreadyExists, VolumeBusy, Unauthenticated, and what `run_pass` raises.
+        passphrase), NotFound (also for a source of another owner), AlreadyExists, VolumeBusy, Unauthenticated, and what
+        `run_pass` raises.
         """
         source = self._store.get(wanted.source)
+        if wanted.source_owner not in (None, source.owner):
+            raise NotFound(f"the image {wanted.source} of this node is not the Image of that name, but another one")
         check_clone(source, wanted)
         fields = {"image": wanted.name, "key": "secret", "operation": "use", "purpose": wanted.operation.value}
         is_copied = wanted.operation is Operation.IGNORE

@@ -46,7 +46,7 @@ class Import:
 class Clone:
     """`key` opens an encrypted source, `new_key` is for an encrypted result, as is `sector_size` in bytes (512).
 
-    `owner` as in Import.
+    `owner` as in Import; `source_owner` is the one that the source must be of, where that is told.
     """
 
     source: str
@@ -58,6 +58,7 @@ class Clone:
     sector_size: int | None = None
     verify: bool = False
     owner: str | None = None
+    source_owner: str | None = None
 
 
 def chosen_format(wanted: Clone) -> LuksFormat:

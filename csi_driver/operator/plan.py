@@ -181,16 +181,20 @@ def _made_by(image: Json, maker: Json, world: World, found: Plan) -> _Outcome:
     """How far the node is that makes it; one that fails by its own fault makes place for another one."""
     node, told = maker["spec"]["node"], maker.get("status", {})
     state, message = state_of(maker), told.get("message", "")
-    if state is State.FAILED:
-        permanent, attempts = bool(told.get("permanent")), told.get("attempts", 0)
+    is_full = state is State.AWAITING_UPLOAD and told.get("elsewhere")
+    if state is State.FAILED or is_full:
+        permanent, attempts = bool(told.get("permanent")), 1 if is_full else told.get("attempts", 0)
         others = [each for each in _tried(image) if each["node"] != node]
         this = {"node": node, "attempts": _attempts(image, node) + attempts, "permanent": permanent, "message": message}
         after, said = [*others, this], "; ".join(_failures([*others, this]))
-        if told.get("elsewhere") and (permanent or attempts >= _TRIES) and _can_move(image):
+        is_over = told.get("elsewhere") and (permanent or attempts >= _TRIES) and _can_move(image)
+        if is_full or is_over:  # with an upload that there is no room for nothing is lost
             image = image | {"status": {**image.get("status", {}), "tried": after}}
             if any(other != node for other in _makers(image, world)):
                 found.delete = [name_of(maker)]
                 return _Outcome(PENDING, f"{said}; another node is to make it", "Moving", after)
+        if is_full:
+            return _Outcome(PENDING, f"{said}; then luks-csi image upload goes on", "AwaitingUpload")
         return _Outcome(FAILED, said if permanent else f"{said}; it is tried again", "NotMade")
     if state is State.AWAITING_UPLOAD:
         return _Outcome(PENDING, "waits for luks-csi image upload", "AwaitingUpload")
@@ -200,7 +204,7 @@ def _made_by(image: Json, maker: Json, world: World, found: Plan) -> _Outcome:
 
 
 def _can_move(image: Json) -> bool:
-    """What is uploaded lies on its node, and so does a claim's volume."""
+    """What was uploaded lies on its node, and so does a claim's volume."""
     return not image["spec"]["source"].keys().isdisjoint(("download", "clone"))
 
 

@@ -88,20 +88,6 @@ def test_an_image_that_somebody_made_by_hand_is_not_touched(lab: Lab, web: Image
         subprocess.run([_LUKS_CSI, "image", "delete", "by-hand", "--yes", state], check=True)
 
 
-@pytest.fixture
-def small(lab: Lab) -> Iterator[str]:
-    """A node whose disk has room for four MiB."""
-    images = lab.images_of("small")
-    images.mkdir(parents=True, exist_ok=True)
-    alone = ("unshare", "--user", "--map-root-user", "--mount")
-    if subprocess.run([*alone, "mount", "-t", "tmpfs", "none", images], capture_output=True, check=False).returncode:
-        pytest.skip("no user namespaces here")
-    mount = f'mount -t tmpfs -o size=4m none "{images}" && exec "$@"'
-    lab.node("small", within=[*alone, "sh", "-c", mount, "sh"], room="little", spare="room")
-    yield "small"
-    lab.forget_node("small")
-
-
 def test_a_full_disk_is_told_and_another_node_is_not_troubled(lab: Lab, small: str) -> None:
     with serving(os.urandom(8 * MIB)) as server:
         lab.image("big", {"download": {"url": server.url()}}, nodeSelector={"room": "little"})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.kube.kinds import Kind
+from csi_driver.kube.kinds import NODE, Kind
 from tests.keys.apiserver import NAMESPACE
 from tests.operator.lab import Lab
 from tests.operator.proxy import proxy
@@ -128,3 +128,23 @@ def test_mistakes_have_sentences(lab: Lab, tmp_path: Path) -> None:
     running = _upload(lab, tmp_path / "disk.raw", "there", namespace="elsewhere")
     assert "there is no ConfigMap luks-csi-image-ca in namespace elsewhere" in running.communicate(timeout=60)[1]
     lab.delete_image("there")
+
+
+def test_an_upload_that_a_full_node_has_no_room_for_goes_to_another_one(lab: Lab, small: str, tmp_path: Path) -> None:
+    content = _content(tmp_path / "disk.raw", 8)
+    lab.image("big-up", {"upload": {}}, nodeSelector={"room": "little"})
+    lab.wait("place of the upload", lambda: lab.status("big-up").get("upload"))
+    _, said = (running := _upload(lab, tmp_path / "disk.raw", "big-up")).communicate(timeout=120)
+    assert running.returncode == 1
+    assert "image big-up cannot be uploaded: no space is left for image big-up" in said
+    assert "make room" in said
+    lab.wait_phase("big-up", "Pending", f"node {small}: no space is left", "then luks-csi image upload goes on")
+    assert lab.status("big-up")["upload"]["node"] == small
+    lab.kube.patch(NODE, "one", {"metadata": {"labels": {"room": "little"}}})
+    out, said = (running := _upload(lab, tmp_path / "disk.raw", "big-up")).communicate(timeout=120)
+    assert (running.returncode, out) == (0, "image big-up of 8Mi is ready in the cluster\n"), said
+    assert lab.wait_copies("big-up", 1) == ["one"]
+    assert lab.file("one", "big-up").read_bytes() == content
+    assert "tried" not in lab.status("big-up")
+    lab.delete_image("big-up")
+    lab.kube.patch(NODE, "one", {"metadata": {"labels": {"room": None}}})

@@ -9,7 +9,7 @@ from csi_driver.agent.pulling import pull
 from csi_driver.agent.requests import Requests
 from csi_driver.agent.settings import AgentSettings
 from csi_driver.agent.uploads import Uploads
-from csi_driver.agent.work import Pull
+from csi_driver.agent.work import CloneWork, Pull
 from csi_driver.kube.client import Kube
 from csi_driver.kube.copies import copy_of
 from csi_driver.kube.kinds import IMAGE_COPY, Json
@@ -39,9 +39,22 @@ def test_before_there_are_certificates_it_is_tried_again(tmp_path: Path) -> None
         pull("disk", work, tmp_path, unmetered)
 
 
+def test_a_clone_is_made_of_the_very_image_that_the_cluster_has(settings: AgentSettings) -> None:
+    clone: Json = {"metadata": {"name": "clone", "uid": "c"}, "spec": {"source": {"clone": {"image": "disk"}}}}
+    copy, images = copy_of(clone, "here", make=True), {"disk": IMAGE}
+    uploads = Uploads(settings.images / "uploads")
+    requests = Requests(cast("Kube", SilentApi()), settings, uploads, images.__getitem__)
+    gone = Requests(cast("Kube", SilentApi()), settings, uploads, lambda _: None)
+    with pytest.raises(FailedPrecondition, match="there is no image disk any more, of which this one is to be made"):
+        gone.of(copy, clone, there=False)
+    found = requests.of(copy, clone, there=False)
+    assert found is not None
+    assert found.work == CloneWork("disk", IMAGE["metadata"]["uid"], "ignore", None, None, None)
+
+
 def test_who_is_asked_is_who_keeps_it_and_a_token_that_cannot_be_read_is_told(settings: AgentSettings) -> None:
     api = SilentApi()
-    requests = Requests(cast("Kube", api), settings, Uploads(settings.images / "uploads"))
+    requests = Requests(cast("Kube", api), settings, Uploads(settings.images / "uploads"), lambda _: None)
     own = copy_of(IMAGE, "here")
     for node in ("stays", "goes"):
         made = copy_of(IMAGE, node) | {"status": {"state": "Ready", "address": f"{node}:1"}}

@@ -24,7 +24,11 @@ from tests.operator_fakes import FakeApi
 from tests.told_lines import told_lines
 
 _HOST = "127.0.0.1"
-_WAITING: Json = {"spec": {"image": "disk", "imageUID": "uid"}, "status": {"state": State.AWAITING_UPLOAD}}
+_WAITING: Json = {
+    "metadata": {},
+    "spec": {"image": "disk", "imageUID": "uid"},
+    "status": {"state": State.AWAITING_UPLOAD},
+}
 
 
 class TokenAccess:

@@ -1,13 +1,15 @@
 """Uploads as an agent takes them: piece by piece, for one Image, and never half for whole."""
 
+import errno
 import io
+import os
 import threading
 from pathlib import Path
 
 import pytest
 
 from csi_driver.agent.uploads import Uploads
-from csi_driver.model.errors import Aborted, InvalidArgument, OutOfRange, VolumeBusy
+from csi_driver.model.errors import Aborted, InvalidArgument, OutOfRange, ResourceExhausted, VolumeBusy
 
 
 @pytest.fixture
@@ -81,3 +83,31 @@ def test_one_at_a_time(uploads: Uploads) -> None:
     go.set()
     first.join()
     assert uploads.whole("disk", "uid") is not None
+
+
+def test_a_piece_that_there_is_no_room_for_is_remembered_until_another_one_comes(
+    uploads: Uploads, came: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_descriptor: int, what: str) -> None:
+        raise ResourceExhausted(f"no space is left {what}")
+
+    def broken(_descriptor: int, _what: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for check, said in (
+        (full, "no space is left for image disk"),
+        (
+            broken,
+            "no space is left for image disk (ENOSPC, No space left on device); make room on the disk of this node",
+        ),
+    ):
+        monkeypatch.setattr("csi_driver.agent.uploads.check_room", check)
+        with pytest.raises(ResourceExhausted):
+            uploads.receive("disk", "uid", 0, 10, 10, io.BytesIO(b"0123456789"))
+        assert uploads.refused("disk", "uid") == said
+        assert uploads.refused("disk", "another") == ""
+    assert came == ["disk", "disk"]
+    monkeypatch.undo()
+    with pytest.raises(Aborted):
+        uploads.receive("disk", "uid", 0, 10, 10, io.BytesIO(b"012"))
+    assert uploads.refused("disk", "uid") == ""

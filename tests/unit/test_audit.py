@@ -130,10 +130,10 @@ def test_what_an_agents_child_does_with_passphrases_is_told_by_the_agent(file: P
         return job.result
 
     with told_lines() as told:
-        assert isinstance(made("copy", CloneWork("disk", "ignore", None, None, None)), Made)
-        assert isinstance(made("safe", CloneWork("disk", "encrypt", None, right, None)), Made)
+        assert isinstance(made("copy", CloneWork("disk", "uid-disk", "ignore", None, None, None)), Made)
+        assert isinstance(made("safe", CloneWork("disk", "uid-disk", "encrypt", None, right, None)), Made)
         wrong = right | {"CRYPTO_KEY_VALUE": "wrong"}
-        assert isinstance(made("plain", CloneWork("safe", "decrypt", wrong, None, None)), Failed)
+        assert isinstance(made("plain", CloneWork("safe", "uid-safe", "decrypt", wrong, None, None)), Failed)
     assert [(line["by"], line["image"], line["key"], line["purpose"], line["outcome"]) for line in lines(file)] == [
         ("Image uid-1", "safe", "secret", "encrypt", "OK"),
         ("Image uid-1", "plain", "secret", "decrypt", "Unauthenticated"),

@@ -34,6 +34,7 @@ from csi_driver.model.errors import (
     DeviceInUse,
     FailedPrecondition,
     InvalidArgument,
+    NotFound,
     ResourceExhausted,
     Unauthenticated,
     Unavailable,
@@ -363,6 +364,16 @@ def test_only_who_reads_this_very_image_is_named(library: ImageLibrary, raw: Pat
         pytest.raises(DeviceInUse, match="is being read for this one and was not deleted"),
     ):
         library.delete("disk")
+
+
+def test_a_source_that_is_another_owners_is_not_cloned(library: ImageLibrary, raw: Path) -> None:
+    """By hand, say, under the name of an Image that is gone."""
+    bring(library, raw)
+    with pytest.raises(NotFound, match="the image disk of this node is not the Image of that name"):
+        library.clone(Clone("disk", "copy", owner="uid-copy", source_owner="uid-disk"), unmetered)
+    assert library.names() == ["disk"]
+    library.clone(Clone("disk", "copy", owner="uid-copy"), unmetered)
+    library.clone(Clone("copy", "again", owner="uid-again", source_owner="uid-copy"), unmetered)
 
 
 def test_what_a_killed_clone_has_left_keeps_nobody_from_deleting_its_source(library: ImageLibrary, raw: Path) -> None:

@@ -331,6 +331,26 @@ def test_what_another_node_cannot_do_better_stays_where_it_is(source: Json, stat
     assert (found.delete, found.status["phase"], found.status["tried"]) == ([], "Failed", None)
 
 
+def test_an_upload_that_a_node_has_no_room_for_is_awaited_by_another_one() -> None:
+    wanted = image(source={"upload": {}})
+    said: dict[str, Any] = {"message": "no room", "elsewhere": True}
+    full = copy(wanted, "a", "AwaitingUpload", make=True, address="a:9810", **said)
+    alone = plan(wanted, [full], world("a"))
+    assert (alone.delete, alone.status["phase"], alone.status["upload"]) == (
+        [], "Pending", {"node": "a", "address": "a:9810"},
+    )  # fmt: skip
+    assert alone.status["message"] == "node a: no room; then luks-csi image upload goes on"
+    found = plan(wanted, [full], world("a", "b"))
+    assert (found.delete, found.create, found.status["upload"]) == ([name_of(full)], [], None)
+    assert found.status["message"] == "node a: no room; another node is to make it"
+    wanted = told(wanted, found)
+    assert placed(plan(wanted, [], world("a", "b"))) == [("b", True)]
+    # When all are full each has its turn again: whoever uploads once more finds the one that has been asked least.
+    full = copy(wanted, "b", "AwaitingUpload", make=True, **said)
+    wanted = told(wanted, plan(wanted, [full], world("a", "b")))
+    assert {each["node"]: each["attempts"] for each in wanted["status"]["tried"]} == {"a": 1, "b": 1}
+
+
 def test_the_source_of_a_clone_is_brought_to_the_node_that_makes_it_then() -> None:
     source, wanted = image(status=READY), clone()
     failed = copy(wanted, "a", "Failed", make=True, **FULL)
