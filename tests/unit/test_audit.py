@@ -121,7 +121,7 @@ def test_what_an_agents_child_does_with_passphrases_is_told_by_the_agent(file: P
     images = tmp_path / "images"
     raw = tmp_path / "disk.raw"
     raw.write_bytes(bytes(1 << 20))
-    ImageLibrary(images).import_(Import("disk", str(raw)), unmetered)
+    ImageLibrary(images).import_(Import("disk", str(raw), owner="uid-disk"), unmetered)
     right = {"CRYPTO_KEY_VALUE": "right", "CRYPTO_PBKDF": "pbkdf2", "CRYPTO_KEY_HASH": "sha256"}
 
     def made(name: str, work: CloneWork) -> Made | Failed | None:
@@ -133,7 +133,7 @@ def test_what_an_agents_child_does_with_passphrases_is_told_by_the_agent(file: P
         assert isinstance(made("copy", CloneWork("disk", "uid-disk", "ignore", None, None, None)), Made)
         assert isinstance(made("safe", CloneWork("disk", "uid-disk", "encrypt", None, right, None)), Made)
         wrong = right | {"CRYPTO_KEY_VALUE": "wrong"}
-        assert isinstance(made("plain", CloneWork("safe", "uid-safe", "decrypt", wrong, None, None)), Failed)
+        assert isinstance(made("plain", CloneWork("safe", "uid-1", "decrypt", wrong, None, None)), Failed)
     assert [(line["by"], line["image"], line["key"], line["purpose"], line["outcome"]) for line in lines(file)] == [
         ("Image uid-1", "safe", "secret", "encrypt", "OK"),
         ("Image uid-1", "plain", "secret", "decrypt", "Unauthenticated"),
