@@ -6,7 +6,9 @@ An image's content is somebody's data: the volume is `raw` from its first moment
 import contextlib
 import os
 import threading
+import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -47,6 +49,9 @@ _SLOWEST: Final = 8 << 20
 """Bytes per second below which a copy counts as hanging."""
 
 _CLONES_AT_ONCE: Final = 2
+_WAITING_AT_ONCE: Final = 4
+_HEAD_START_SECONDS: Final = 3.0
+"""More than the first delay of a provisioner, 2 s at most with --node-deployment-base-delay=2s."""
 """A copy may take minutes and keeps a thread of the server: most of them stay free for all other calls."""
 
 
@@ -68,7 +73,7 @@ class BackingImage:
 class BackingImages:
     """The images of this node, and those that the cluster brings to it, as volumes start from them.
 
-    Callers hold the volume's lock.
+    Callers hold the volume's lock. `pause` waits for so many seconds.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class BackingImages:
         slots: KeySlots,
         keys: VolumeKeys,
         limits: Limits,
+        pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._store = store
         self._cluster = cluster
@@ -87,10 +93,25 @@ class BackingImages:
         self._keys = keys
         self._limits = limits
         self._clones = threading.BoundedSemaphore(_CLONES_AT_ONCE)
+        self._pause = pause
+        self._waiting = threading.BoundedSemaphore(_WAITING_AT_ONCE)
 
     def is_here(self, name: str) -> bool:
         """Whether this node has that image, or the cluster has it and brings it here when a volume wants it."""
         return self._store.file(name).exists() or self._cluster.has(name)
+
+    def let_others_go_first(self, name: str) -> None:
+        """Wait where the cluster has an image and this node has not: others are to take a claim that binds at once.
+
+        Their provisioners ask for room last, then write their node into the claim; whose node has the image is faster.
+        It is only that: where no such node takes it, this one may. Of many claims few wait at once, for other calls.
+        """
+        found = None if self._store.file(name).exists() else self._cluster.find(name)
+        if found is not None and found.ready and self._waiting.acquire(blocking=False):
+            try:
+                self._pause(_HEAD_START_SECONDS)
+            finally:
+                self._waiting.release()
 
     def find(self, volume_id: str, parameters: VolumeParameters, key: SecretKey) -> BackingImage | None:
         """The image that the parameters name, None where they name none; nothing is made yet.

@@ -188,7 +188,10 @@ class Provisioning:
     def capacity(
         self, given: Mapping[str, str], topology: Mapping[str, str] | None, wanted: Sequence[Capability]
     ) -> Capacity:
-        """Room for volumes of these parameters, as a pod would see it; 0 where such a volume cannot be."""
+        """Room for volumes of these parameters, as a pod would see it; 0 where such a volume cannot be.
+
+        Parameters that name a claim are asked for before this node takes it (`BackingImages.let_others_go_first`).
+        """
         parameters = self._read(given)
         is_elsewhere = topology and topology.get(self._settings.topology_key) != self._settings.node_id
         if is_elsewhere and shared(self._backend) is None:
@@ -200,6 +203,8 @@ class Provisioning:
             isinstance(self._backend, MakesFromFile) and self._images.is_here(parameters.backing_image)
         ):
             return Capacity(0, 0)
+        if parameters.backing_image is not None and parameters.claim is not None:
+            self._images.let_others_go_first(parameters.backing_image)
         overhead = formats.DATA_OFFSET if parameters.encrypted else 0
         room = max(0, self._backend.space(parameters).available - overhead)
         return Capacity(room, min(room, LARGEST_BYTES))

@@ -63,6 +63,8 @@ PLAIN = {"backingImage": "plain"}
 SEALED = {"backingImage": "sealed", "encrypted": "true"}
 WRONG = {"CRYPTO_KEY_VALUE": "another one"}
 NOTHING: Mapping[str, str] = {}
+CLAIMED = {"csi.storage.k8s.io/pvc/name": "disk", "csi.storage.k8s.io/pvc/namespace": "team"}
+"""What external-provisioner adds (--extra-create-metadata)."""
 
 
 class InlineWorkers(Workers):
@@ -84,6 +86,10 @@ class InlineWorkers(Workers):
         return result
 
 
+def at_once(_seconds: float) -> None:
+    """A pause that is none."""
+
+
 @dataclass
 class Rig:
     """A node's controller on real files with real LUKS2 headers; `again` is the same node after a restart."""
@@ -92,6 +98,7 @@ class Rig:
     step: Step = undisturbed
     floor: int = 0
     limits: Limits = field(default_factory=Limits)
+    pause: Callable[[float], None] = at_once
     steps: list[str] = field(default_factory=list)
     loops: FakeLoops = field(default_factory=FakeLoops)
 
@@ -106,7 +113,7 @@ class Rig:
         slots = KeySlots(workers, limits)
         self.cluster = ClusterImages(self.state / "images")
         store = ImageStore(self.state / "images", files)
-        self.images = BackingImages(store, self.cluster, workers, slots, no_kms(), limits)
+        self.images = BackingImages(store, self.cluster, workers, slots, no_kms(), limits, self.pause)
         self.provisioning = Provisioning(
             Settings(node_id="node-1", limits=limits), self.backend, self.images, lambda: None, lambda _: None, no_kms()
         )
@@ -342,6 +349,34 @@ def test_an_image_of_the_cluster_is_asked_for_and_waited_for(
     assert rig.left() == []
     put_image(rig.state, "far", made["plain"], owner="uid-1")
     assert rig.create(wanted, secret=NOTHING).capacity_bytes == SIZE
+
+
+def test_a_node_without_the_image_lets_those_that_have_it_take_a_claim_first(
+    tmp_path: Path, made: Mapping[str, Made]
+) -> None:
+    """More waits than `pause` sees would keep other calls from being answered."""
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) < 10:
+            ask(CLAIMED)
+
+    def ask(parameters: Mapping[str, str]) -> int:
+        before = len(pauses)
+        assert rig.provisioning.capacity({"backingImage": "far", **parameters}, None, [BLOCK]).available > 0
+        return len(pauses) - before
+
+    rig = Rig(tmp_path, pause=pause)
+    rig.cluster.tell("far", "uid-1", ready=False, percent=None, message="")
+    assert ask(CLAIMED) == 0  # nobody has it
+    rig.cluster.tell("far", "uid-1", ready=True, percent=None, message="")
+    assert ask(NOTHING) == 0  # how much room there is in general, as the scheduler wants to know
+    assert ask(CLAIMED) == 4
+    assert min(pauses) > 2  # a provisioner's first delay
+    assert list(rig.cluster.wanted()) == []
+    put_image(rig.state, "far", made["plain"], owner="uid-1")
+    assert ask(CLAIMED) == 0
 
 
 def test_an_image_that_leaves_the_cluster_is_no_more_waited_for(rig: Rig) -> None:
