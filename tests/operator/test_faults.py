@@ -252,3 +252,18 @@ def test_how_far_it_is_is_told_once_a_second_at_most(lab: Lab, web: ImageServer)
         told, begun, ended = told + 1, begun or at, at
     assert 0 < told <= ended - begun + 1, f"{told} words in {ended - begun} s"
     lab.delete_image("told")
+
+
+def test_nobody_has_a_node_fetch_from_itself_or_from_its_clouds_metadata(lab: Lab, web: ImageServer) -> None:
+    lab.node("strict", "--allow-local=false", strict="yes")
+    for name, url, why in (
+        ("of-node", web.url(), "a loopback address"),
+        ("of-metadata", "http://169.254.169.254/latest/meta-data", "a cloud's metadata address"),
+        ("of-number", "http://2852039166/latest/meta-data", "a cloud's metadata address"),
+    ):
+        lab.image(name, {"download": {"url": url}}, nodeSelector={"strict": "yes"})
+        lab.wait_phase(name, "Failed", why, "refused; images are not fetched from there")
+        assert not lab.file("strict", name).exists()
+        lab.delete_image(name)
+    assert web.requests == []
+    lab.forget_node("strict")
