@@ -305,7 +305,9 @@ class CsiBackend:
     # What is mended.
 
     def mend(self, hold: Callable[[str], AbstractContextManager[None]], is_ending: Callable[[], bool]) -> None:
-        """On a node, tell the records what was let go of; on the controller, holders that should be, or not be, there.
+        """On a node, tell the records what was let go of; on the controller, mend holders and go on with deletions.
+
+        Of a deletion nobody may ask again: not of a volume that could not be made, whose claim was deleted since.
 
         `hold` is the volume's lock; one that is busy waits for the next time.
         """
@@ -317,7 +319,9 @@ class CsiBackend:
         wanted = {pod_name(each.volume_id, each.spec.node) for each in known.values() if each.spec.node}
         missing = [each.volume_id for each in known.values() if each.spec.node and
                    pod_name(each.volume_id, each.spec.node) not in pods]  # fmt: skip
-        for volume_id in sorted({*missing, *(volume_of(pod) for name, pod in pods.items() if name not in wanted)}):
+        unwanted = [volume_of(pod) for name, pod in pods.items() if name not in wanted]
+        going = [each.volume_id for each in known.values() if each.spec.state == "Deleting"]
+        for volume_id in sorted({*missing, *unwanted, *going}):
             if is_ending():
                 return
             with suppress(VolumeBusy, Aborted), hold(volume_id):
@@ -326,6 +330,9 @@ class CsiBackend:
 
     def _mend(self, volume_id: str) -> None:
         known = self._records.find(volume_id)
+        if known is not None and known.spec.state == "Deleting":
+            self._undo(volume_id)
+            return
         node = known.spec.node if known is not None else ""
         for pod in self._holders.of(volume_id):
             place = str(pod["spec"].get("nodeName"))

@@ -5,8 +5,6 @@ import os
 import signal
 from pathlib import Path
 
-import pytest
-
 from csi_driver.images.base import MIB
 from csi_driver.images.checkpoint import Operation
 from csi_driver.kube.kinds import IMAGE, IMAGE_COPY, NODE, Json
@@ -19,26 +17,27 @@ from tests.operator.plants import program
 _LARGE = 768 * MIB  # a clone's first checkpoint stands at a third of it
 _HEADER = 16 * MIB
 _MARK = b"not made again".ljust(4096)
-_ATTEMPTS = 10
+_STANDS_STILL = """
+import os, signal
+from csi_driver.images import checkpoint
+stored = checkpoint.store_checkpoint
+def stored_once(files, path, what):
+    stored(files, path, what)
+    if what.chunks:
+        os.kill(os.getpid(), signal.SIGSTOP)
+checkpoint.store_checkpoint = stored_once
+"""
 
 
 def _wait_no_copy(lab: Lab, node: str) -> None:
     lab.wait(f"no copy on {node}", lambda: all(copy["spec"]["node"] != node for copy in lab.kube.list(IMAGE_COPY)[0]))
 
 
-def _killed_at_a_checkpoint(lab: Lab, node: str, name: str) -> Path | None:
-    """The folder of an unfinished clone with a checkpoint, its agent dead; None where it was faster."""
-    folder = lab.images_of(node) / "new" / name
-
-    def begun() -> bool:
-        try:
-            return bool(json.loads((folder / "checkpoint.json").read_text())["chunks"])
-        except FileNotFoundError:
-            return lab.file(node, name).exists()
-
-    lab.wait(f"checkpoint of {name}", begun)
-    lab.agents[node].kill()
-    return folder if (folder / "checkpoint.json").exists() and not (folder / "record.json").exists() else None
+def _stopping(folder: Path) -> dict[str, str]:
+    """An environment of an agent whose children stand still behind the first checkpoint that has anything."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(_STANDS_STILL)
+    return {"PYTHONPATH": str(folder)}
 
 
 def test_a_clone_whose_agent_was_killed_goes_on_behind_its_checkpoint(lab: Lab, tmp_path: Path) -> None:
@@ -47,19 +46,21 @@ def test_a_clone_whose_agent_was_killed_goes_on_behind_its_checkpoint(lab: Lab, 
         lab.image("large", {"download": {"url": server.url()}})
         lab.wait_phase("large")
     (node,) = lab.wait_copies("large", 1)
-    for attempt in range(_ATTEMPTS):
-        lab.clone(name := f"large-{attempt}", "large", "encrypt", "large-key")
-        folder = _killed_at_a_checkpoint(lab, node, name)
-        if folder is not None:
-            break
-        lab.agents[node].start()
-        lab.delete_image(name)
-    else:
-        pytest.fail("each clone ended before it could be killed")
+    agent, name = lab.agents[node], "large-encrypted"
+    folder, environment = lab.images_of(node) / "new" / name, agent.environment
+    agent.stop()
+    agent.environment = environment | _stopping(tmp_path / "stopping")
+    agent.start()
+    lab.clone(name, "large", "encrypt", "large-key")
+    checkpoint = folder / "checkpoint.json"
+    lab.wait("checkpoint", lambda: checkpoint.exists() and json.loads(checkpoint.read_text())["chunks"])
+    agent.kill()
+    assert not (folder / "record.json").exists()
+    agent.environment = environment
     with (folder / "part").open("r+b") as part:  # behind the header: what is made anew overwrites it
         part.seek(_HEADER)
         part.write(_MARK)
-    lab.agents[node].start()
+    agent.start()
     lab.wait_phase(name)
     with lab.file(node, name).open("rb") as file:
         file.seek(_HEADER)

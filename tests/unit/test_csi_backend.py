@@ -472,6 +472,26 @@ def test_holders_and_records_are_made_to_agree(world: World) -> None:
     assert not world.api.written()
 
 
+def test_what_could_not_be_made_goes_though_nobody_asks_again(world: World) -> None:
+    world.api.binds = False
+    with pytest.raises(Aborted):
+        world.create()
+    world.api.change(
+        CLAIM, name_for("pvc-1"), {"metadata": {"finalizers": ["kubernetes.io/pvc-protection"]}}, NAMESPACE
+    )
+    world.api.tell(world.claim(), "rpc error: code = InvalidArgument desc = block is not supported")
+    with pytest.raises(FailedPrecondition, match=r"must have raw block"):
+        world.create()
+    world.controller.mend(no_lock, lambda: False)
+    assert world.spec()["state"] == "Deleting"
+    world.api.change(CLAIM, name_for("pvc-1"), {"metadata": {"finalizers": []}}, NAMESPACE)
+    world.controller.mend(busy, lambda: False)
+    assert world.spec()["state"] == "Deleting"
+    world.controller.mend(no_lock, lambda: False)
+    assert not world.api.all(VOLUME_RECORD)
+    assert not world.api.all(CLAIM)
+
+
 def test_a_record_hears_of_a_device_that_was_let_go_of_while_the_api_was_away(world: World) -> None:
     world.create()
     world.controller.publish("pvc-1", "one", many_nodes=False)
