@@ -22,6 +22,9 @@ def controller(**options: Any) -> None:
     harden_process()
     settings = settings_of({**options, "services": frozenset({Service.IDENTITY, Service.CONTROLLER})})
     configure_logs(settings.log_format, settings.log_level)
+    from csi_driver.rpc.threads import listen_with_one_poller
+
+    listen_with_one_poller()
     from csi_driver.rpc.server import central_server, serve_until_told
 
     if not serve_until_told(central_server(settings)):

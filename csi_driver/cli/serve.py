@@ -118,6 +118,9 @@ def serve(**options: Any) -> None:
     try:
         driver.start()
         with loading():
+            from csi_driver.rpc.threads import listen_with_one_poller
+
+            listen_with_one_poller()
             from csi_driver.rpc.server import driver_server, serve_until_told
 
         all_ended = serve_until_told(driver_server(driver), driver.warm_up)

@@ -4,7 +4,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -36,6 +35,7 @@ from csi_driver.rpc.interceptors import (
 )
 from csi_driver.rpc.node import NodeServicer
 from csi_driver.rpc.signals import told_to_stop
+from csi_driver.rpc.threads import CallThreads
 from csi_driver.volumes.driver import Driver
 
 if TYPE_CHECKING:
@@ -95,8 +95,8 @@ class Server:
         self._settings = settings
         self._jobs = jobs
         self._pools = (
-            ThreadPoolExecutor(settings.threads, "call"),
-            ThreadPoolExecutor(_IDENTITY_THREADS, "identity"),
+            CallThreads(settings.threads, "call"),
+            CallThreads(_IDENTITY_THREADS, "identity"),
         )
         concerns: list[Concern] = [OwnThreads("Identity", self._pools[1]), Statuses(), CallLog(log)]
         self._http = None
