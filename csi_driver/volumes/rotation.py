@@ -115,7 +115,13 @@ class KeyRotation:
 
     def look(self, ending: Ending) -> None:
         """Look at every volume once: end what was cut, change what is due. What hinders it is logged and counted."""
-        asker.set("schedule")
+        token = asker.set("schedule")
+        try:
+            self._look_at_all(ending)
+        finally:
+            asker.reset(token)
+
+    def _look_at_all(self, ending: Ending) -> None:
         try:
             self._check_state()
             ids = self._backend.ids()

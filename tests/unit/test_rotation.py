@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from csi_driver.host.locks import VolumeLocks
+from csi_driver.keys.audit import asker
 from csi_driver.keys.base import RequestNeeded
 from csi_driver.keys.secret import SecretKey, read_secret
 from csi_driver.model.errors import FailedPrecondition, NotFound, Unavailable
@@ -131,6 +132,15 @@ def test_a_key_is_changed_in_the_last_tenth_of_its_period_and_then_counts_anew(l
     assert lab.look(first + 1) == []
     assert lab.look(first + 81 * DAY - 1) == []
     assert lab.look(first + 90 * DAY) == ["v"]
+
+
+def test_only_what_a_look_does_is_the_schedules(lab: Lab) -> None:
+    asked: list[str] = []
+    lab.rotation = KeyRotation(lab.backend, lab.locks, lab.rekeying, lambda: asked.append(asker.get()), lab.clock)
+    before = asker.get()
+    lab.look(MADE)
+    assert asked == ["schedule"]
+    assert asker.get() == before != "schedule"
 
 
 def test_no_secret_is_needed_and_none_is_invented(lab: Lab) -> None:
