@@ -10,6 +10,7 @@ from csi_driver.kube.controller import Controller
 from csi_driver.kube.copies import is_of
 from csi_driver.kube.kinds import (
     BACKING_IMAGE,
+    GROUP,
     IMAGE,
     IMAGE_COPY,
     STORAGE_CLASS,
@@ -28,6 +29,9 @@ from csi_driver.operator.class_parameters import secret_of, verified
 from csi_driver.operator.exports import volume_of
 from csi_driver.operator.machine_image_status import Standing, is_ready, status_of
 from csi_driver.operator.standing import LATER, SOON, Api, Origin, Problem, Seen, Statuses, keep, sooner
+
+SOURCE: Final = f"{GROUP}/source-image"
+"""Annotation of a clone: the uid of the VirtualMachineImage that its maker was asked for his rights to."""
 
 _LONGEST: Final = 253
 
@@ -268,6 +272,12 @@ def _clone_of(machine: Json, source: Json | None) -> Json:
     operation, place = security["cryptoOperation"], "/".join(_source_of(machine) or ())
     if source is None:
         raise InvalidArgument(f"there is no VirtualMachineImage {place} to {operation}; it is looked for again")
+    asked_for = (machine["metadata"].get("annotations") or {}).get(SOURCE)
+    if asked_for not in (None, uid_of(source)):
+        raise InvalidArgument(
+            f"the VirtualMachineImage {place} is another one than when this image was made, with another secret maybe; "
+            f"delete this image and make it anew"
+        )
     owner, whose = (machine, "") if operation == "encrypt" else (source, f"of the source {place} ")
     secret = secret_of(owner["spec"].get("storageClassParameters") or {})
     if secret is None:

@@ -655,6 +655,22 @@ def test_without_the_operator_secrets_and_classes_go_on_and_images_wait(lab: Adm
     assert any('error_type="calling_webhook_error"' in line and 'name="images.images.' in line for line in closed)
 
 
+def test_a_clone_notes_which_image_it_is_made_of_and_nobody_changes_that(lab: Admitted) -> None:
+    note = "images.luks.csi.internal/source-image"
+    source = lab.machine("source")
+    lab.storage_class("mine", encrypted())
+    made = lab.machine("m", "clone", class_name="mine", securityParameters=crypto("encrypt", "source"))
+    assert made["metadata"]["annotations"][note] == source["metadata"]["uid"]
+    for value in (None, "another"):
+        forged = {"metadata": {"annotations": {note: value}}}
+        said = refusal(partial(lab.kube.patch, VIRTUAL_MACHINE_IMAGE, "m", forged, "team"))
+        assert f"the annotation {note} does not change" in said
+    for name in ("m", "source"):
+        lab.kube.delete(VIRTUAL_MACHINE_IMAGE, name, "team")
+    lab.kube.delete(STORAGE_CLASS, "mine")
+    lab.seen(STORAGE_CLASS, "mine")
+
+
 def test_what_was_reviewed_is_counted(lab: Admitted) -> None:
     make(lab.kube, "counted", {"upload": {}})
     refusal(lambda: lab.machine("m", "clone", securityParameters=crypto("encrypt", "absent")))

@@ -561,6 +561,35 @@ def test_what_its_schema_refuses_is_left_to_it(cluster: MemoryCluster, spec: obj
     assert machine_images.mutate(asked(VIRTUAL_MACHINE_IMAGE, machine), cluster) == Verdict()
 
 
+@pytest.mark.parametrize("before", [None, {}, {"mine": "x"}, {"images.luks.csi.internal/source-image": "forged"}])
+def test_which_image_a_clone_is_made_of_is_noted(cluster: MemoryCluster, before: dict[str, str] | None) -> None:
+    note, path = "images.luks.csi.internal/source-image", "/metadata/annotations/images.luks.csi.internal~1source-image"
+    security = {"cryptoOperation": "decrypt", "sourceImageName": "s", "sourceImageNamespace": "team"}
+    given = {"numberOfReplicas": "1", "staleReplicaTimeout": "30", "migratable": "true"}
+    machine: Json = {
+        "metadata": {"name": "m", **({} if before is None else {"annotations": before})},
+        "spec": {"storageClassParameters": given, "securityParameters": security},
+    }
+
+    def patch() -> list[Json]:
+        return [*machine_images.mutate(asked(VIRTUAL_MACHINE_IMAGE, machine), cluster).patch]
+
+    assert patch() == ([{"op": "remove", "path": path}] if note in (before or {}) else [])
+    source = {"metadata": {"name": "s", "uid": "uid-s"}, "spec": {}}
+    cluster.put(VIRTUAL_MACHINE_IMAGE, source, "team")
+    (found,) = patch()
+    if before:
+        assert found == {"op": "add", "path": path, "value": "uid-s"}
+    else:
+        assert found == {"op": "add", "path": "/metadata/annotations", "value": {note: "uid-s"}}
+    machine["metadata"]["annotations"] = {note: "uid-s"}
+    assert patch() == []
+    machine_images.check_noted(machine, source)
+    for other in (None, {"metadata": {"name": "s", "uid": "uid-t"}}):
+        with pytest.raises(InvalidArgument, match="was made or replaced in this very moment"):
+            machine_images.check_noted(machine, other)
+
+
 def test_parameters_that_are_complete_are_left_alone(cluster: MemoryCluster) -> None:
     given = {"numberOfReplicas": "1", "staleReplicaTimeout": "30", "migratable": "true", "encrypted": "false"}
     machine: Json = {"metadata": {"name": "m"}, "spec": {"storageClassParameters": given}}

@@ -26,7 +26,7 @@ from csi_driver.operator.class_parameters import secret_keys, verified
 from csi_driver.operator.compat import check_crds
 from csi_driver.operator.machine_image_status import Standing, status_of
 from csi_driver.operator.standing import LATER, SOON, Problem
-from csi_driver.operator.virtual_machine_images import VirtualMachineImages, backing_of, class_of
+from csi_driver.operator.virtual_machine_images import SOURCE, VirtualMachineImages, backing_of, class_of
 from tests.operator_fakes import NOW, Cache, FakeApi, conditions, kept
 
 SPACE, DRIVER = "longhorn-system", "driver.longhorn.io"
@@ -492,6 +492,21 @@ def test_a_clone_waits_for_its_source_and_takes_that_ones_secret(rig: Rig) -> No
     assert made is not None
     assert made["spec"]["secretRef"] == {"name": "of-source", "namespace": "default"}
     assert made["spec"]["source"] == {"clone": {"image": "vmi-m-alpine", "encryption": "decrypt"}}
+
+
+def test_a_clone_is_made_of_the_image_that_its_maker_was_asked_for_his_rights_to(rig: Rig) -> None:
+    """Another one of that name has another secret, which he may not read."""
+    wanted = clone("decrypt", PLAIN)
+    wanted["metadata"]["annotations"] = {SOURCE: "m-earlier"}
+    rig.put(wanted)
+    rig.put(machine(storageClassParameters=secrets("of-another")))
+    assert rig.look("result") == LATER
+    assert "default/alpine is another one than when this image was made" in rig.told("result")["Initialized"][2]
+    assert rig.api.get(IMAGE, "vmi-m-result") is None
+    wanted["metadata"]["annotations"] = {SOURCE: "m-alpine"}
+    rig.put(wanted)
+    assert rig.look("result") is None
+    assert rig.api.get(IMAGE, "vmi-m-result") is not None
 
 
 @pytest.mark.parametrize(

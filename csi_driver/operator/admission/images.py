@@ -61,6 +61,7 @@ class ImageRules:
             self._check_needs(request, needs.of_backing_image(request.thing, self._cluster))
             return Verdict(self._check_backing(request.thing["spec"], request.namespace))
         source = machine_images.source_of(request.thing, self._cluster)
+        machine_images.check_noted(request.thing, source)
         self._check_needs(request, needs.of_machine_image(request.thing, source, self._cluster))
         return Verdict(machine_images.check(request.thing, source, self._cluster, self._settings.profile))
 

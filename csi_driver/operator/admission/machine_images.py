@@ -1,9 +1,9 @@
 """Harvester's rules for a VirtualMachineImage, in its own words where it has some."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final
 
-from csi_driver.kube.kinds import IMAGE, STORAGE_CLASS, VIRTUAL_MACHINE_IMAGE, Json
+from csi_driver.kube.kinds import IMAGE, STORAGE_CLASS, VIRTUAL_MACHINE_IMAGE, Json, uid_of
 from csi_driver.model.errors import InvalidArgument
 from csi_driver.operator.admission.lookups import Cluster
 from csi_driver.operator.admission.needs import CLASS_NAME
@@ -12,13 +12,15 @@ from csi_driver.operator.admission.secrets import look_at
 from csi_driver.operator.class_parameters import ENCRYPTED, TAKEN_OVER, secret_of
 from csi_driver.operator.settings import Profile
 from csi_driver.operator.users import is_template, parameters_of
-from csi_driver.operator.virtual_machine_images import backing_name
+from csi_driver.operator.virtual_machine_images import SOURCE, backing_name
 
 _DEFAULTS: Final = {"numberOfReplicas": "3", "staleReplicaTimeout": "30", "migratable": "true"}
 
 
 def mutate(request: Request, cluster: Cluster) -> Verdict:
-    """Take over the parameters of the class that the annotation names; without one, what the image says of them."""
+    """Take over the parameters of the class that the annotation names; without one, what the image says of them. And
+    note which image a clone is made of, as another one may have that name later.
+    """
     machine = request.thing
     if machine is None or request.operation != "CREATE":
         return Verdict()
@@ -30,16 +32,41 @@ def mutate(request: Request, cluster: Cluster) -> Verdict:
     storage_class = cluster.get(STORAGE_CLASS, name) if name else None
     chosen = given if storage_class is None else parameters_of(storage_class)
     wanted = _DEFAULTS | {key: value for key, value in sorted(chosen.items()) if key in TAKEN_OVER}
-    if wanted == given:
-        return Verdict()
-    return Verdict(patch=[{"op": "add", "path": "/spec/storageClassParameters", "value": wanted}])
+    patch = [*_source_noted(machine, source_of(machine, cluster))]
+    if wanted != given:
+        patch.append({"op": "add", "path": "/spec/storageClassParameters", "value": wanted})
+    return Verdict(patch=tuple(patch))
+
+
+def _source_noted(machine: Json, source: Json | None) -> Iterator[Json]:
+    notes, path = machine["metadata"].get("annotations"), f"/metadata/annotations/{SOURCE.replace('/', '~1')}"
+    noted, uid = (notes or {}).get(SOURCE), None if source is None else uid_of(source)
+    if noted == uid:
+        return
+    if uid is None:
+        yield {"op": "remove", "path": path}
+    elif notes:
+        yield {"op": "add", "path": path, "value": uid}
+    else:
+        yield {"op": "add", "path": "/metadata/annotations", "value": {SOURCE: uid}}
+
+
+def check_noted(machine: Json, source: Json | None) -> None:
+    """Raise InvalidArgument where the source that rights are asked for is not the one that was noted."""
+    noted = (machine["metadata"].get("annotations") or {}).get(SOURCE)
+    if noted != (None if source is None else uid_of(source)):
+        raise InvalidArgument("the source image was made or replaced in this very moment; try again")
 
 
 def source_of(machine: Json, cluster: Cluster) -> Json | None:
     """The VirtualMachineImage that it is cloned from."""
-    security = machine["spec"].get("securityParameters") or {}
+    security = machine["spec"].get("securityParameters")
+    if not isinstance(security, dict):
+        return None
     name, namespace = security.get("sourceImageName"), security.get("sourceImageNamespace")
-    return cluster.get(VIRTUAL_MACHINE_IMAGE, name, namespace) if name and namespace else None
+    if not isinstance(name, str) or not isinstance(namespace, str) or not name or not namespace:
+        return None
+    return cluster.get(VIRTUAL_MACHINE_IMAGE, name, namespace)
 
 
 def check(machine: Json, source: Json | None, cluster: Cluster, profile: Profile) -> list[str]:
