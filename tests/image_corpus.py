@@ -448,7 +448,8 @@ HOSTILE = [
     ),
     Hostile("VMA", _starting(b"VMA\0\0\0\0\1"), "a backup of Proxmox"),
     Hostile("WIM", _starting(b"MSWIM\0\0\0"), "a Windows image"),
-    Hostile("partclone", _starting(b"partclone-image\0"), "a backup of partclone"),
+    Hostile("partclone", _starting(b"partclone-image\x000002"), "a backup of partclone"),
+    Hostile("partclone, before 2017", _starting(b"partclone-imageEXTFS\0"), "a backup of partclone"),
     Hostile("ntfsclone", _starting(b"\0ntfsclone-image"), "a backup of ntfsclone"),
     Hostile("E01", _starting(b"EVF\t\r\n\xff\0"), "an EnCase image"),
     Hostile("AFF", _starting(b"AFF10\r\n\0"), "an AFF image"),
@@ -463,6 +464,11 @@ HOSTILE = [
     Hostile("a list of checksums", _text(b"# of today\n" + b"ab" * 32 + b" *disk.img\n"), "a list of checksums"),
     Hostile("a list of checksums as BSD has it", _text(b"SHA256 (disk.img) = ab\n"), "a list of checksums"),
     Hostile("a sentence", _text(b"404 page not found\n"), "a text of 19 bytes"),
+    Hostile("a text in UTF-16", _text('{"error": "not found"}\r\n'.encode("utf-16")), "a text of 50 bytes"),
+    Hostile(
+        "a text in UTF-16, the other way", _text(b"\xfe\xff" + "né".encode("utf-16-be") * 40000), "a text of 160002"
+    ),
+    Hostile("a text in Latin-1", _text("Datei für héute nicht gefunden\n".encode("latin-1")), "a text of 31 bytes"),
     Hostile("a text in another language", _text("não há nada".encode() * 9000), "a text of 117000 bytes"),
     Hostile("gzip in gzip", file_of("disk.img", lambda: gzip.compress(DISK)), "packed with gzip a second time"),
     Hostile("xz in gzip", file_of("disk.img", lambda: lzma.compress(DISK)), "packed with xz a second time"),
@@ -474,6 +480,14 @@ GOOD = [
     Good("raw", file_of("disk.img", lambda: DISK), ImageFormat.RAW, len(DISK), DISK),
     Good("raw of one byte", file_of("disk.img", lambda: b"\1"), ImageFormat.RAW, 1, b"\1"),
     Good("raw that ends within a character", file_of("disk.img", lambda: b"\xc3"), ImageFormat.RAW, 1, b"\xc3"),
+    Good(
+        "raw that begins like UTF-16",
+        file_of("disk.img", lambda: b"\xff\xfe" + DISK),
+        ImageFormat.RAW,
+        len(DISK) + 2,
+        None,
+    ),
+    Good("raw of an erased flash", file_of("disk.img", lambda: b"\xff" * 4096), ImageFormat.RAW, 4096, b"\xff" * 4096),
     Good("raw that begins with text", file_of("disk.img", lambda: b"text" * 99 + b"\0"), ImageFormat.RAW, 397, None),
     Good(
         "iso",

@@ -40,7 +40,7 @@ if [ "${1-}" = python ]; then
 fi
 
 packages="btrfs-progs bzip2 cryptsetup-bin e2fsprogs iproute2 kmod lvm2 lz4 mount procps qemu-utils runc
-    thin-provisioning-tools util-linux xfsprogs xz-utils zstd"
+    thin-provisioning-tools unzip util-linux xfsprogs xz-utils zstd"
 # Without device-mapper the device tests run in a guest: tests/machine. Newer CPUs need a shim compiled for it.
 grep -qs device-mapper /proc/misc || modprobe -q dm_mod 2>/dev/null || packages="$packages gcc libc6-dev udev
     user-mode-linux"

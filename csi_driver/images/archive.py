@@ -25,6 +25,13 @@ _MOST_MEMBERS: Final = 10_000
 _NAMED: Final = 5
 # What stands beside the disk of an OVA (DMTF DSP0243, 2.1), and beside one in an archive of files.
 _NO_DISK: Final = (".ovf", ".mf", ".cert", ".xml", ".txt", ".md", ".json", ".sha256", ".sha512", ".sha256sum", ".asc")
+_EXTRACT: Final = "`python3 -m zipfile -e FILE FOLDER`"
+# Deflate64, in which Windows packs what has 2 GiB and more, is none of Python's; bzip2 and LZMA are.
+_OTHER_METHODS: Final = {
+    9: "unpack it on the way: `unzip -p FILE {name} | luks-csi image import - NAME`",
+    zipfile.ZIP_BZIP2: f"unpack it: {_EXTRACT}",
+    zipfile.ZIP_LZMA: f"unpack it: {_EXTRACT}",
+}
 _DAMAGED: Final = (
     zipfile.BadZipFile, tarfile.TarError, zlib.error, struct.error, EOFError, ValueError, NotImplementedError,
     RuntimeError, OverflowError, LookupError,
@@ -40,16 +47,17 @@ def unzipped(source: int, where: str, progress: Progress) -> Iterator[bytes]:
     with _told("zip", where):
         archive = zipfile.ZipFile(cast("IO[bytes]", file))
         members = {each.filename: each for each in archive.infolist() if not each.is_dir()}
-        name = _only(list(members), where, "zip", "`python3 -m zipfile -e FILE FOLDER`")
+        name = _only(list(members), where, "zip", _EXTRACT)
         member = members[name]
         if member.flag_bits & 1:
             raise InvalidArgument(
                 f"{where} is refused: the zip that it is in is encrypted; unpack it and give what is in it"
             )
         if member.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+            how = _OTHER_METHODS.get(member.compress_type, "unpack it with the program that packed it")
             raise InvalidArgument(
-                f"{where} is refused: it is in a zip with compression {member.compress_type}, expected 0 or 8; unpack "
-                "it: `python3 -m zipfile -e FILE FOLDER`"
+                f"{where} is refused: it is in a zip with compression {member.compress_type}, expected 0 or 8; "
+                f"{how.format(name=shlex.quote(name))}"
             )
         with archive.open(member) as opened:
             yield from _pieces(opened.read, file, progress)

@@ -43,7 +43,7 @@ _BINARY: Final = tuple(
         (0, rb"\x3a\xff\x26\xed\x01\0", "an Android sparse image", "make a raw image of it with Android's simg2img"),
         (0, rb"VMA\0{4}\x01", "a backup of Proxmox (VMA)", "restore it there, or unpack it with its program vma"),
         (0, rb"MSWIM\0\0\0", "a Windows image (WIM), files and not a disk", "install it to a disk and give that"),
-        (0, rb"\0?partclone-image\0", "a backup of partclone", _RESTORE),
+        (0, rb"\0?partclone-image", "a backup of partclone", _RESTORE),
         (0, rb"\0ntfsclone-image", "a backup of ntfsclone", _RESTORE),
         (0, rb"EVF\x09\x0d\x0a\xff\0|EVF2\x0d\x0a\x81", "an EnCase image (E01)", _RESTORE),
         (0, rb"AFF10\r\n\0", "an AFF image", _RESTORE),
@@ -86,6 +86,9 @@ _TEXTS: Final = tuple(
     )
 )
 _UTF8: Final = codecs.getincrementaldecoder("utf-8")
+_UTF16: Final = codecs.getincrementaldecoder("utf-16")
+_UTF16_MARKS: Final = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_ASCII: Final = bytes(range(128))
 # What a text may hold; a disk begins with a boot sector or with zeros.
 _CONTROLS: Final = bytes({*range(32), 127} - {*b"\t\n\r\f\x1b"})
 
@@ -112,11 +115,21 @@ def refuse_foreign(image: ImageFile, head: bytes) -> None:
 
 
 def _is_text(head: bytes, *, whole: bool) -> bool:
-    """Whether it is UTF-8 without control characters; where it is not the `whole` file, its last character is cut."""
-    try:
-        return head.translate(None, _CONTROLS) == head and bool(_UTF8().decode(head, final=whole))
-    except UnicodeDecodeError:
+    """Whether it is text without control characters: UTF-8, UTF-16 behind its mark, or an older code, mostly ASCII.
+
+    Where it is not the `whole` file, its last character may be cut.
+    """
+    if head.startswith(_UTF16_MARKS):
+        try:
+            head = _UTF16().decode(head, final=whole).encode()
+        except UnicodeDecodeError:
+            return False
+    if not head or head.translate(None, _CONTROLS) != head:
         return False
+    try:
+        return bool(_UTF8().decode(head, final=whole))
+    except UnicodeDecodeError:
+        return len(head.translate(None, _ASCII)) * 4 < len(head)
 
 
 def _has_luks_copy(image: ImageFile, place: int) -> bool:

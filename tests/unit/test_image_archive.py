@@ -119,6 +119,9 @@ REFUSED = {
     "an OVA without a disk": (tarred(*OVA[:2]), "a tar without an image"),
     "many files": (zipped(*((f"{n}.html", b"x") for n in range(99))), r"99 files .*4.html, …\)"),
     "an encrypted zip": (patched(ZIP, (6, "<H", 1), (central(ZIP) + 8, "<H", 1)), "is encrypted"),
+    "a zip with PPMd": (
+        patched(ZIP, (8, "<H", 98), (central(ZIP) + 10, "<H", 98)), "98, expected 0 or 8; unpack it with the program"
+    ),
     "a zip with LZMA": (zipped(("disk.img", DISK), method=zipfile.ZIP_LZMA), "compression 14, expected 0 or 8"),
     "a zip with a wrong sum": (patched(ZIP, (central(ZIP) + 16, "<I", 7)), "is damaged"),
     "a zip with a huge directory": (
