@@ -9,6 +9,7 @@ import click
 
 from csi_driver.cli.secret_files import SecretSource
 from csi_driver.host.hardening import harden_process
+from csi_driver.images.bring import is_url
 from csi_driver.images.credentials import PAIRS, authorization, pair_of
 
 Function = TypeVar("Function", bound=Callable[..., object])
@@ -39,10 +40,19 @@ def download_options(function: Function) -> Function:
 
 
 def read_source(source: str) -> str:
-    """The source that is meant: of `@FILE` the first line of that file, as a signed URL is a credential."""
+    """The source that is meant: of `@FILE` the URL in the first line of that file, as a signed one is a credential.
+
+    Raises ClickException; what was read is in no message.
+    """
     if not source.startswith("@"):
         return source
-    return _text(Path(source[1:])).strip()
+    url = _text(Path(source[1:])).strip().partition("\n")[0].strip()
+    if not is_url(url):  # not repeated
+        raise click.ClickException(
+            f"{source[1:]} has no http(s) URL in its first line, expected for {source}; an image of that name is "
+            f"./{source}"
+        )
+    return url
 
 
 def read_headers(
@@ -52,7 +62,7 @@ def read_headers(
     given = [each for each in (header_file, netrc_file, credentials_dir) if each is not None]
     if not given:
         return {}
-    if not source.lower().startswith(("http://", "https://")):
+    if not is_url(source):
         raise click.UsageError("--header-file, --netrc-file and --credentials-dir are for a download; leave them out.")
     if netrc_file is not None and credentials_dir is not None:
         raise click.UsageError("--netrc-file and --credentials-dir exclude each other; give one of them.")

@@ -13,19 +13,20 @@ from csi_driver.cli.beside import PARAMS, BesideServer
 from csi_driver.cli.download_access import download_options, read_headers, read_source
 from csi_driver.cli.image_upload import upload
 from csi_driver.cli.local import local_driver
-from csi_driver.cli.names import image_names, volume_names
+from csi_driver.cli.names import checked, image_names, volume_names
 from csi_driver.cli.output import OUTPUT_OPTION, Output, about, confirm, show_json, show_table, show_text, size_text
 from csi_driver.cli.progress import ProgressMeter, tell_stopping
 from csi_driver.cli.secret_files import SecretSource, new_secret_options, secret_options
 from csi_driver.cli.serve import settings_params
+from csi_driver.images.bring import is_url
 from csi_driver.images.checkpoint import Operation
 from csi_driver.images.checksum import Checksum
 from csi_driver.images.destinations import Connector
 from csi_driver.images.library import ImageLibrary
-from csi_driver.images.requests import MOST_BYTES, Clone, Import
-from csi_driver.images.store import ImageRecord, Provenance
+from csi_driver.images.requests import MOST_BYTES, Clone, Import, check_secret
+from csi_driver.images.store import ImageRecord, Provenance, check_name
 from csi_driver.keys.audit import Audit
-from csi_driver.keys.secret import SecretKey, read_secret
+from csi_driver.keys.secret import read_secret
 from csi_driver.luks.formats import SECTOR_SIZES
 from csi_driver.luks.header_metadata import Argon2id, Keyslot, Pbkdf2
 from csi_driver.model.errors import DriverError, NotFound
@@ -33,6 +34,7 @@ from csi_driver.model.sizes import read_some
 from csi_driver.model.volume import LuksIdentity, is_volume_id
 
 _PARAMS = (*PARAMS, OUTPUT_OPTION)
+_NAME, _SECRET = checked(check_name), checked(check_secret)
 
 
 @click.group()
@@ -42,9 +44,11 @@ def image() -> None:
 
 @image.command("import", cls=BesideServer, params=[*_PARAMS])
 @click.argument("source")
-@click.argument("name")
-@click.option("--checksum", metavar="DIGITS", help="SHA-512 or SHA-256 of the file as it lies there: hexadecimal.")
-@click.option("--secret", metavar="NAMESPACE/NAME", help="The secret that opens an image which is encrypted already.")
+@click.argument("name", callback=_NAME)
+@click.option("--checksum", metavar="DIGITS", callback=checked(Checksum.parse),
+              help="SHA-512 or SHA-256 of the file as it lies there: hexadecimal.")  # fmt: skip
+@click.option("--secret", metavar="NAMESPACE/NAME", callback=_SECRET,
+              help="The secret that opens an image which is encrypted already.")  # fmt: skip
 @click.option("--limit", default=size_text(MOST_BYTES), show_default=True, metavar="SIZE", help="At most so large.")
 @click.option("--allow-local", is_flag=True, help="Download from loopback, link-local and metadata addresses too.")
 @download_options
@@ -61,6 +65,8 @@ def import_(
     if source == "-" and sys.stdin.isatty():
         raise click.UsageError("- reads the image from standard input, which is a terminal; pipe the image in.")
     url = read_source(source)
+    if cacert is not None and not is_url(url):
+        raise click.UsageError("--cacert is for a download; leave it out.")
     wanted = Import(
         name, url, Checksum.parse(checksum) if checksum else None, secret, _size(limit),
         sys.stdin.buffer if source == "-" else None, read_headers(url, header_file, netrc_file, credentials_dir),
@@ -71,8 +77,9 @@ def import_(
 
 @image.command("import-volume", cls=BesideServer, params=[*_PARAMS, *settings_params("pbkdf_memory_kib")])
 @click.argument("volume_id", metavar="VOLUME", shell_complete=volume_names)
-@click.argument("name")
-@click.option("--secret", metavar="NAMESPACE/NAME", help="To be recorded: the secret that opens the volume.")
+@click.argument("name", callback=_NAME)
+@click.option("--secret", metavar="NAMESPACE/NAME", callback=_SECRET,
+              help="To be recorded: the secret that opens the volume.")  # fmt: skip
 @click.pass_context
 def import_volume(
     context: click.Context, /, volume_id: str, name: str, secret: str | None, output: str, **given: Any
@@ -94,13 +101,14 @@ def import_volume(
 
 
 @image.command("clone", cls=BesideServer, params=[*_PARAMS, *settings_params("audit_file")])
-@click.argument("source", shell_complete=image_names)
-@click.argument("name")
+@click.argument("source", shell_complete=image_names, callback=_NAME)
+@click.argument("name", callback=_NAME)
 @click.option("--encryption", type=click.Choice([each.value for each in Operation]), default=Operation.IGNORE.value,
               show_default=True, help="ignore copies as it is; reencrypt gives another key.")  # fmt: skip
 @click.option("--sector-size", type=click.Choice([str(size) for size in SECTOR_SIZES]), default=None,
               help="Of an encrypted result, 512 unless given; a VM sees blocks of this size.")  # fmt: skip
-@click.option("--secret", metavar="NAMESPACE/NAME", help="To be recorded: the secret that opens the result.")
+@click.option("--secret", metavar="NAMESPACE/NAME", callback=_SECRET,
+              help="To be recorded: the secret that opens the result.")  # fmt: skip
 @click.option("--verify", is_flag=True, help="Read the result back from the disk and compare.")
 @secret_options
 @new_secret_options
@@ -119,9 +127,11 @@ def clone(
     _check_secrets(operation, first, second)
     key = new_key = None
     if operation.decrypts:
-        key = _key(first.read(f"Passphrase of image {source}"))
+        key = read_secret(first.read(f"Passphrase of image {source}"))
     if operation.encrypts:
-        new_key = _key((second if operation.decrypts else first).read(f"New passphrase of image {name}", new=True))
+        new_key = read_secret(
+            (second if operation.decrypts else first).read(f"New passphrase of image {name}", new=True)
+        )
     size = int(sector_size) if sector_size else None
     wanted = Clone(source, name, operation, key, new_key, secret, size, verify)
     library = _library(state_dir, audit_file=audit_file)
@@ -157,7 +167,7 @@ def list_(output: str, state_dir: Path) -> None:
     if output == Output.JSON:
         show_json(found)
     elif not found:
-        show_text("no images")
+        show_text(f"no images in {state_dir / 'images'}")
     else:
         show_table([_row(each) for each in found], ("IMAGE", "STATE", "FORMAT", "SIZE", "ENCRYPTED", "FROM"))
     if any(each.state is State.DAMAGED for each in found):
@@ -234,7 +244,7 @@ def _row(found: Document) -> tuple[str, ...]:
 
 
 @image.command("inspect", cls=BesideServer, params=[*_PARAMS])
-@click.argument("name", shell_complete=image_names)
+@click.argument("name", shell_complete=image_names, callback=_NAME)
 def inspect(name: str, output: str, state_dir: Path) -> None:
     """Show an image: format, sizes, where it comes from and, if it is encrypted, what its header says."""
     library = _library(state_dir)
@@ -255,7 +265,7 @@ def inspect(name: str, output: str, state_dir: Path) -> None:
         rows.append(("checksum", record.provenance.checksum))
     if record.luks:
         rows += [
-            ("encryption", f"LUKS2 {record.luks.uuid}"),
+            ("encryption", f"{record.format.upper()} {record.luks.uuid}"),
             ("cipher", f"{record.luks.cipher}, {record.luks.key_bits}-bit key"),
             ("sector size", str(record.luks.sector_size)),
             ("data offset", size_text(record.luks.data_offset)),
@@ -266,7 +276,7 @@ def inspect(name: str, output: str, state_dir: Path) -> None:
 
 
 @image.command("delete", cls=BesideServer, params=[*_PARAMS])
-@click.argument("name", shell_complete=image_names)
+@click.argument("name", shell_complete=image_names, callback=_NAME)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--owned", is_flag=True, help="Also this node's copy of an Image object.")
 def delete(name: str, output: str, state_dir: Path, *, yes: bool, owned: bool) -> None:
@@ -281,7 +291,7 @@ def delete(name: str, output: str, state_dir: Path, *, yes: bool, owned: bool) -
 
 
 @image.command("export", cls=BesideServer, params=[*_PARAMS])
-@click.argument("name", shell_complete=image_names)
+@click.argument("name", shell_complete=image_names, callback=_NAME)
 @click.argument("path", type=click.Path(path_type=Path))
 def export(name: str, path: Path, output: str, state_dir: Path) -> None:
     """Copy an image's file, as it is, to a new file at PATH; one that is encrypted stays so."""
@@ -312,10 +322,6 @@ def _library(state_dir: Path, connector: Connector | None = None, audit_file: Pa
         show_text(f"warning: {told}", err=True)
 
     return ImageLibrary(Path(state_dir) / "images", connector, tell_stopping, warn, Audit(audit_file))
-
-
-def _key(entries: Mapping[str, str]) -> SecretKey | None:
-    return read_secret(entries) if entries else None
 
 
 def _size(text: str) -> int:

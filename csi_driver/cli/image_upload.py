@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from csi_driver.cli.cluster import cluster
+from csi_driver.cli.names import checked
 from csi_driver.cli.output import OUTPUT_OPTION, Output, show_json, show_text, size_text
 from csi_driver.cli.progress import ProgressLine
 from csi_driver.images.checksum import Checksum
@@ -27,9 +28,15 @@ Json = dict[str, Any]
 
 @click.command("upload", params=[OUTPUT_OPTION])
 @click.argument("path", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.argument("name")
-@click.option("--checksum", metavar="DIGITS", help="SHA-512 or SHA-256 of the file: hexadecimal.")
-@click.option("--secret", metavar="NAMESPACE/NAME", help="The secret that opens an image which is encrypted already.")
+@click.argument("name", callback=checked(check_name))
+@click.option(
+    "--checksum",
+    metavar="DIGITS",
+    callback=checked(Checksum.parse),
+    help="SHA-512 or SHA-256 of the file: hexadecimal.",
+)
+@click.option("--secret", metavar="NAMESPACE/NAME", callback=checked(check_secret),
+              help="The secret that opens an image which is encrypted already.")  # fmt: skip
 @click.option("--copies", type=click.IntRange(1, 64), default=1, show_default=True, help="On so many nodes at least.")
 @click.option("--kubeconfig", type=click.Path(exists=True, dir_okay=False, path_type=Path), envvar="KUBECONFIG",
               help="The way to the cluster; without it as kubectl finds it.")  # fmt: skip
@@ -46,8 +53,6 @@ def upload(
     A command that was cut is gone on with by the same command. Who uploads may create images and update images/upload
     in the group images.luks.csi.internal.
     """
-    check_name(name)
-    check_secret(secret)
     kube = cluster(kubeconfig)
     from csi_driver.agent.sending import Sender
     from csi_driver.kube.copies import AUDIENCE, AUTHORITY

@@ -1,14 +1,29 @@
-"""Names that a shell completes: of volumes and images on this node. Whatever goes wrong, there are none."""
+"""Names and other words of a command line: completed by a shell, where whatever goes wrong is no name, and checked."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import click
 
-from csi_driver.model.errors import DriverError
+from csi_driver.cli.words import for_people
+from csi_driver.model.errors import DriverError, InvalidArgument
 from csi_driver.model.settings import Settings
 
 Complete = Callable[[click.Context, click.Parameter, str], list[str]]
+
+
+def checked(check: Callable[[str], object]) -> Callable[[click.Context, click.Parameter, str | None], str | None]:
+    """What a parameter's `callback` wants: a word that `check` refuses is a command line that cannot be right."""
+
+    def callback(_context: click.Context, _parameter: click.Parameter, word: str | None) -> str | None:
+        try:
+            if word is not None:
+                check(word)
+        except InvalidArgument as error:
+            raise click.BadParameter(for_people(str(error))) from None
+        return word
+
+    return callback
 
 
 def complete_from(names: Callable[[click.Context], Iterable[str]]) -> Complete:

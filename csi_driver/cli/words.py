@@ -44,6 +44,11 @@ WORDS: Final = (
     ("the access mode ReadWriteOncePod", "the access mode RWOP"),
     ("end that pod first", "unpublish it there first"),
     (", as kubelet does for block volumes", ""),
+    # Images.
+    ("unless the settings allow it", "unless --allow-local is given"),
+    ("raise the limit if the image", "raise --limit if the image"),
+    ("image or raise the limit", "image or raise --limit"),
+    ("by standard input; raise the limit", "by standard input; raise --limit"),
 )
 """Words of the driver, and those of the command line in their place; the first ones that fit count."""
 

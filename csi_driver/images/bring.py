@@ -38,6 +38,12 @@ def is_url(source: str) -> bool:
     return source.lower().startswith(_URL)
 
 
+def check_secret_fits(found: Inspected, wanted: Import, where: str) -> None:
+    """Raise InvalidArgument where a secret is named for what is not encrypted."""
+    if found.luks is None and wanted.secret is not None:
+        raise InvalidArgument(f"{where} is not encrypted, but a secret was named for it; leave that out")
+
+
 class Bringer:
     """Brings images in; files are copied by `run`. What is worth telling of one that is taken goes to `warn`."""
 
@@ -80,7 +86,7 @@ class Bringer:
             with _Total(meter, "downloading") as progress:
                 fetch(
                     wanted.source, path, wanted.most_bytes, self._connector, expected=wanted.checksum,
-                    headers=wanted.headers, progress=progress,
+                    headers=wanted.headers, progress=progress, warn=self._warn,
                 )  # fmt: skip
         return self._unwrapped(path, folder, wanted, meter, where)
 
@@ -111,7 +117,8 @@ class Bringer:
             with _reading(wanted.source, where):
                 packed = detect_wrapping(os.pread(descriptor, HEAD_BYTES, 0))
             if packed is None:
-                inspect(descriptor, where, wanted.most_bytes)  # refused before it is copied; the copy decides
+                # Refused before it is copied; the copy decides.
+                check_secret_fits(inspect(descriptor, where, wanted.most_bytes), wanted, where)
         finally:
             os.close(descriptor)
         if packed:

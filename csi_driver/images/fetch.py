@@ -52,6 +52,7 @@ def fetch(
     expected: Checksum | None = None,
     headers: Mapping[str, str] = _NONE,
     progress: FetchProgress = lambda _done, _total: None,
+    warn: Callable[[str], None] = lambda _: None,
     retries: int = 3,
     backoff_seconds: float = 10.0,
 ) -> Fetched:
@@ -60,7 +61,8 @@ def fetch(
     After a failure that may pass, it goes on after `backoff_seconds`, `retries` times, then raises Unavailable; what is
     here stays for the next call with this URL and path. It goes on by Range only if the server proves that the file is
     still the same (strong ETag, else Last-Modified), else it starts anew. Waiting is bounded by the connector.
-    `headers` go to the server that `url` names, behind a redirect to another one no more: they may be credentials.
+    Each failure that is followed by another try is told to `warn`. `headers` go to the server that `url` names, behind
+    a redirect to another one no more: they may be credentials.
 
     Raises InvalidArgument (URL or address refused, larger than `most_bytes`, empty, wrong checksum) and
     ResourceExhausted, after which nothing is left; NotFound, FailedPrecondition (other refusals of the server),
@@ -81,6 +83,7 @@ def fetch(
                         f"the download of {first} failed {attempt + 1} times, the last time as {error}; {kept}: "
                         f"try again when the server works"
                     ) from error
+                warn(f"the download of {first} failed as {error}; it is tried again in {backoff_seconds:g} s")
             time.sleep(backoff_seconds)
         found = part.checksum()
         if expected:

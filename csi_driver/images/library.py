@@ -15,7 +15,7 @@ from csi_driver.host.holders import Holders
 from csi_driver.host.locks import VolumeLocks
 from csi_driver.host.syscalls import error_name
 from csi_driver.images.base import ImageFormat, Reader
-from csi_driver.images.bring import Bringer, Meter, is_url
+from csi_driver.images.bring import Bringer, Meter, check_secret_fits, is_url
 from csi_driver.images.checkpoint import Job, Operation, SourceIdentity
 from csi_driver.images.checksum import Algorithm, Checksum, checksum_of
 from csi_driver.images.clone import run_pass
@@ -188,10 +188,12 @@ class ImageLibrary:
                 os.close(descriptor)
 
     def export(self, name: str, path: Path, meter: Meter) -> None:
-        """Copy an image's file, as it is, to a new file at `path`. Raises AlreadyExists and what `run_pass` raises."""
+        """Copy an image's file, as it is, to a new file at `path`. Raises AlreadyExists, NotFound and as `run_pass`."""
         self._store.get(name)
         if path.exists() or path.is_symlink():
             raise AlreadyExists(f"{path} exists already; choose another name")
+        if not path.parent.is_dir():
+            raise NotFound(f"image {name} cannot be exported to {path}: there is no folder {path.parent}; make it")
         file, where = self._store.file(name), f"image {name}"
         job = Job(Operation.IGNORE, file, SourceIdentity.of(file, where), ImageFormat.RAW, where)
         target = Target(path.parent / f".{path.name}.export")
@@ -321,8 +323,7 @@ def _refuse_encrypted(reader: Reader, where: str) -> None:
 
 def _recorded(wanted: Import, made: Path, found: Inspected, where: str) -> ImageRecord:
     """What a file is that was brought in."""
-    if found.luks is None and wanted.secret is not None:
-        raise InvalidArgument(f"{where} is not encrypted, but a secret was named for it; leave that out")
+    check_secret_fits(found, wanted, where)
     size = found.virtual_size
     if found.luks is not None:
         descriptor = open_regular(str(made), where)

@@ -101,6 +101,8 @@ class ImageStore:
             with self._usable():
                 return _decode(read_file(path), path)
         except FileNotFoundError:
+            if self.exists(name):
+                raise NotFound(f"image {name} is unfinished; run the command that makes it again, it goes on") from None
             raise NotFound(
                 f"image {name} does not exist in {self._folder}; luks-csi image list shows those that do"
             ) from None

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import subprocess
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from csi_driver.images.requests import Clone, Import
 from csi_driver.keys.secret import read_secret
 from csi_driver.luks.image_header import padded
 from csi_driver.model.errors import Unauthenticated
+from tests.cli import run_cli
 from tests.headers import run_cryptsetup
 from tests.image_clones import PASSPHRASE, make_source
 from tests.machine.image_lab import unmetered
@@ -70,6 +72,8 @@ def check(library: ImageLibrary, image: Path, source: Path) -> None:
     """Imported as LUKS1, decrypted and reencrypted, it gives what is in `source`."""
     record = library.import_(Import("old", str(image), secret="vms/key"), unmetered)
     assert (record.format, record.luks is not None, record.secret) == (ImageFormat.LUKS1, True, "vms/key")
+    told = run_cli("image", "inspect", record.name, "--state-dir", library.file(record.name).parents[3]).stdout
+    assert re.search(r"^encryption +LUKS1 [0-9a-f]{8}-", told, re.MULTILINE), told
     assert library.file("old").read_bytes() == image.read_bytes()
     assert [slot.kdf for slot in library.header("old").keyslots.values()]
     library.clone(Clone("old", "plain", Operation.DECRYPT, KEY), unmetered)

@@ -112,12 +112,18 @@ def test_after_the_last_retry_the_part_stays_and_the_next_call_goes_on(tmp_path:
     assert os.listdir(tmp_path) == ["a.img"]
 
 
-def test_retries_wait_for_the_back_off(tmp_path: Path) -> None:
+def test_retries_wait_for_the_back_off_and_are_told(tmp_path: Path) -> None:
+    told: list[str] = []
     with serving(CONTENT) as server:
         server.answers = [status(503), status(500)]
         started = time.monotonic()
-        fetch(server.url(), tmp_path / "a", 4 * MIB, LOCAL, backoff_seconds=0.1)
+        fetch(server.url("/a?signature=x"), tmp_path / "a", 4 * MIB, LOCAL, backoff_seconds=0.1, warn=told.append)
         assert time.monotonic() - started >= 0.2
+        assert told == [
+            f"the download of {server.url('/a')} failed as the server answered with status {code}; it is tried again "
+            f"in 0.1 s"
+            for code in (503, 500)
+        ]
     assert len(server.requests) == 3
 
 

@@ -447,6 +447,15 @@ def test_the_list_has_what_is_unfinished_and_what_is_damaged(
     assert "record.json cannot be read" in found["other"]["error"]
 
 
+def test_an_image_that_is_unfinished_is_told_as_that(library: ImageLibrary, raw: Path, command: Command) -> None:
+    bring(library, raw)
+    (library.file("disk").parents[2] / "new" / "half").mkdir()
+    for words in (("inspect", "half"), ("clone", "half", "copy"), ("export", "half", "out")):
+        done = command(*words)
+        assert (done.exit_code, done.stdout) == (1, "")
+        assert done.stderr.startswith("luks-csi: image half is unfinished; run the command that makes it again")
+
+
 def test_every_command_that_tells_of_an_image_has_its_one_schema(
     library: ImageLibrary, raw: Path, tmp_path: Path, command: Command
 ) -> None:
@@ -489,6 +498,52 @@ def test_a_passphrase_that_is_missing_or_too_much_is_told_by_its_option(
     done = command("clone", "disk", "copy", "--encryption", *words, stdin="a passphrase")
     assert (done.exit_code, done.stdout) == (2, "")
     assert said in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("import", "x", "Disk"), "'Disk' cannot be an image's name"),
+        (("import-volume", "v", "Disk"), "'Disk' cannot be an image's name"),
+        (("clone", "Disk", "copy"), "'Disk' cannot be an image's name"),
+        (("clone", "disk", "a b"), "'a b' cannot be an image's name"),
+        (("inspect", "../disk"), "'../disk' cannot be an image's name"),
+        (("export", "Disk", "out"), "'Disk' cannot be an image's name"),
+        (("delete", "Disk", "--yes"), "'Disk' cannot be an image's name"),
+        (("import", "x", "disk", "--checksum", "abc"), "a checksum of 3 characters"),
+        (("import", "x", "disk", "--secret", "kept-for-ourselves"), "must be named as NAMESPACE/NAME, with one slash"),
+        (
+            ("clone", "disk", "copy", "--secret", "kept-for-ourselves"),
+            "must be named as NAMESPACE/NAME, with one slash",
+        ),
+        (("import", "x", "disk", "--cacert", __file__), "--cacert is for a download"),
+    ],
+)
+def test_a_command_line_that_cannot_be_right_ends_with_2(command: Command, words: tuple[str, ...], said: str) -> None:
+    done = command(*words)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert said in done.stderr
+    assert "kept-for-ourselves" not in done.stderr
+
+
+def test_a_folder_that_is_not_there_or_holds_no_passphrase_is_told(
+    library: ImageLibrary, raw: Path, command: Command, tmp_path: Path
+) -> None:
+    bring(library, raw)
+    (tmp_path / "secret").mkdir()
+    done = command("clone", "disk", "copy", "--encryption", "encrypt", "--secret-dir", str(tmp_path / "secret"))
+    assert (done.exit_code, "holds neither CRYPTO_KEY_VALUE nor" in done.stderr) == (1, True)
+    done = command("export", "disk", str(tmp_path / "none" / "out"))
+    assert done.exit_code == 1
+    assert f"there is no folder {tmp_path / 'none'}; make it" in done.stderr
+
+
+def test_a_secret_for_what_is_not_encrypted_is_refused_before_it_is_copied(library: ImageLibrary, raw: Path) -> None:
+    def meter(what: str, total: int | None) -> AbstractContextManager[Progress]:
+        raise AssertionError(what, total)
+
+    with pytest.raises(InvalidArgument, match="is not encrypted, but a secret was named for it"):
+        library.import_(Import("disk", str(raw), secret="vms/key"), meter)
 
 
 def test_a_size_limit_of_nothing_is_refused(command: Command) -> None:

@@ -23,6 +23,7 @@ from csi_driver.images.formats import check_source
 from csi_driver.images.library import ImageLibrary
 from csi_driver.images.requests import Import
 from csi_driver.model.errors import DriverError, FailedPrecondition, InvalidArgument
+from tests.cli import run_cli
 from tests.image_builders import DISK, vhd_fixed
 from tests.image_server import Handler, serving, status, usual
 from tests.machine.image_lab import unmetered
@@ -260,6 +261,44 @@ def test_a_signed_url_is_read_from_a_file_and_its_query_is_sent_and_never_kept(t
         assert "a URL that is signed anew" in str(refused.exception)
     assert "kept-for-ourselves" not in result.output + str(refused.exception)
     assert not any(b"kept-for-ourselves" in path.read_bytes() for path in (tmp_path / "state").rglob("*.json"))
+
+
+def test_a_file_without_a_url_is_told_and_not_repeated(tmp_path: Path) -> None:
+    import click
+
+    for content in (
+        "kept-for-ourselves",
+        "htps://h/disk.img?sig=kept-for-ourselves",
+        "\nfile:///kept-for-ourselves",
+        "",
+    ):
+        (tmp_path / "url").write_text(content)
+        with pytest.raises(click.ClickException, match=r"no http\(s\) URL in its first line, .* is \./@") as caught:
+            read_source(f"@{tmp_path / 'url'}")
+        assert "kept-for-ourselves" not in str(caught.value)
+    (tmp_path / "url").write_text("\n https://images.example/disk.img?a=b \n# mine\n")
+    assert read_source(f"@{tmp_path / 'url'}") == "https://images.example/disk.img?a=b"
+
+
+def test_what_a_download_is_refused_for_names_its_option(tmp_path: Path) -> None:
+    with serving(DISK) as server:
+        for options, sentence in (
+            ((), "unless --allow-local is given"),
+            (("--allow-local", "--limit", "1Ki"), "take a smaller image or raise --limit"),
+        ):
+            done = run_cli("image", "import", server.url(), "disk", "--state-dir", tmp_path / "state", *options)
+            assert (done.exit_code, done.stdout) == (1, "")
+            assert sentence in done.stderr
+
+
+def test_a_server_that_fails_for_a_while_is_told(
+    library: ImageLibrary, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("csi_driver.images.fetch.time.sleep", lambda _: None)
+    with serving(DISK) as server:
+        server.answers = [status(503)]
+        library.import_(Import("disk", server.url()), unmetered)
+    assert [sentence.partition("; ")[2] for sentence in told] == ["it is tried again in 10 s"]
 
 
 def test_certificates_of_ones_own_are_a_file_of_pem(tmp_path: Path) -> None:

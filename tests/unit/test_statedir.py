@@ -169,7 +169,7 @@ def test_commands_beside_the_server_know_nothing_of_other_folders(state: Path, e
     for folder in (state, tmp_path / "other"):
         argv = ["image", "list", "--state-dir", str(folder), "--endpoint", str(endpoint)]
         result = CliRunner().invoke(luks_csi, argv)
-        assert (result.exit_code, result.output) == (0, "no images\n")
+        assert (result.exit_code, result.output) == (0, f"no images in {folder / 'images'}\n")
 
 
 def test_what_an_earlier_version_remembered_is_completed(state: Path, endpoint: Path) -> None:
