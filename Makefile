@@ -162,9 +162,10 @@ keys-test: venv system $(KUBERNETES_BIN) $(KEY_SERVERS) ## key sources against r
 	@tools/system.sh cluster
 	@$(PY) -m tests.keys.suite $(GUEST)
 
-keys-kills: venv system ## every step of a change of keys, volume keys too, fails or is killed
+keys-kills: venv system ## every step of a change of keys, volume keys too, fails, is killed, or the power goes
 	@$(GUEST) $(PY) -m tests.machine.keys_kills
 	@$(GUEST) $(PY) -m tests.machine.conversion_kills
+	@$(GUEST) $(PY) -m tests.machine.keys_cuts
 
 cluster-test: venv $(KUBERNETES_BIN) $(CSI_ADDONS_BIN) ## a real Kubernetes; ONLY="longhorn nodes" runs some
 	@tools/system.sh cluster

@@ -26,6 +26,7 @@ _CALLERS = 8
 _ROUNDS = 2
 _COLD = 4
 _AGAIN = 16
+_AGAIN_SLOWLY = 8
 _VOLUME_BYTES = 32 << 20
 _SECRET: Mapping[str, str] = {"encrypted": "true"}
 _PASSPHRASE = "a passphrase that a person thought of"
@@ -80,12 +81,20 @@ def _node_comes_back(server: Running, folder: Path) -> Iterator[Row]:
 
 
 def _one_stage(server: Running, folder: Path, kind: str) -> Iterator[Row]:
-    """Cold is the first one after the server's start."""
+    """Cold is the first one after the server's start.
+
+    A plain secret is a random key with the cheap KDF, the hardest to compare with; or what the document's has, a
+    passphrase and the default KDF.
+    """
     key = random_key() if kind == "metadata" else ""
     parameters = {"encrypted": "true", "encryptionKMSID": kind}
-    (own,), (plain,) = (
+    (own,), (plain,), (document,) = (
         _made(server, folder, f"{kind}-{name}", chosen, secret, 1)
-        for name, chosen, secret in (("own", parameters, key), ("plain", CHEAP, random_key()))
+        for name, chosen, secret in (
+            ("own", parameters, key),
+            ("plain", CHEAP, random_key()),
+            ("document", _SECRET, _PASSPHRASE),
+        )
     )
 
     def warm(volume: Volume) -> float:
@@ -101,8 +110,10 @@ def _one_stage(server: Running, folder: Path, kind: str) -> Iterator[Row]:
     yield times(f"re-stage with {kind}, cold, against a secret with a random key", *series, 3.0)
     series = side_by_side(_AGAIN, lambda: warm(own), lambda: warm(plain), warm_up=2)
     yield times(f"re-stage with {kind}, warm, against a secret with a random key", *series, 1.1)
-    own.delete()
-    plain.delete()
+    series = side_by_side(_AGAIN_SLOWLY, lambda: warm(own), lambda: warm(document), warm_up=2)
+    yield times(f"re-stage with {kind}, warm, against the document's secret, a passphrase", *series, 1.1)
+    for volume in (own, plain, document):
+        volume.delete()
 
 
 def _made(

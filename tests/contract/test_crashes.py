@@ -11,9 +11,10 @@ import pytest
 from tests.machine.crash_check import Report
 from tests.machine.crash_log import Fact, Facts, Follower, Identity, Kind, Record, Step, expected
 from tests.machine.crash_plants import Plant
-from tests.machine.crash_replay import Entry, Flag, Interval, choose, intervals, read_log
+from tests.machine.crash_replay import choose
 from tests.machine.crashes import Moment, Outcome, machine, run
 from tests.machine.guest_uml import missing
+from tests.machine.write_log import Entry, Flag, Interval, intervals, read_log
 
 SEED, CRASHES, REPLAYS = 22, 4, 10  # a seed with crashes in the first stage and in an expansion
 SECONDS = 600  # for all three runs, on a machine that does other things too

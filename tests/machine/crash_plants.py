@@ -33,12 +33,14 @@ class Plant(StrEnum):
             case Plant.NONE:
                 return Host()
             case Plant.UNSYNCED:
-                return Host(files=_UnsyncedFiles())
+                return Host(files=UnsyncedFiles())
             case Plant.FORGETFUL:
                 return Host(files=_ForgetfulFiles(), workers=_CarelessWorkers(WARM))
 
 
-class _UnsyncedFiles(Files):
+class UnsyncedFiles(Files):
+    """Says that records are written and leaves them to the page cache."""
+
     def write(self, path: Path, content: bytes) -> None:
         self.write_volatile(path, content)
 

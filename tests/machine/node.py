@@ -115,6 +115,7 @@ class Node:
     make_encryption: Callable[[Workers, Mappings, KeySlots, Limits], Encryption] = Encryption
     given_keys: VolumeKeys | None = None
     has_left: HasLeft = nowhere_else
+    files: Files = field(default_factory=Files)
 
     def __post_init__(self) -> None:
         self.state = self.folder / "state"
@@ -122,13 +123,13 @@ class Node:
             (self.state / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         settings = Settings(node_id="node-1", state_dir=self.state, free_space_floor=64 * MIB, limits=self.limits)
         loopfile = LoopfileBackend(
-            self.state / "loopfile", settings.free_space_floor, Files(), self.loops, RecordCodec()
+            self.state / "loopfile", settings.free_space_floor, self.files, self.loops, RecordCodec()
         )
         loopfile.prepare()
         self.store: Backend = self.backend or loopfile
         self.mapper, self.mounts, holders = DeviceMapper(), Mounts(), Holders()
         self.locks = VolumeLocks(self.state / "locks", holders, self.store.has, remade=True)
-        self.stages = Stages(self.state / "stages", Files())
+        self.stages = Stages(self.state / "stages", self.files)
         self.mappings = self.make_mappings(self.mapper, holders)
         self.slots = self.make_slots(self.workers, self.limits)
         self.encryption = self.make_encryption(self.workers, self.mappings, self.slots, self.limits)
