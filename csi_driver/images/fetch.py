@@ -160,7 +160,11 @@ class _Download:
                 if response.status not in _REDIRECTS:
                     yield response
                     return
-                to = to.redirected(response.headers.get("Location") or "")
+                if not (location := response.headers.get("Location")):
+                    raise InvalidArgument(
+                        f"{self._first} is redirected with status {response.status} to nowhere; give the final URL"
+                    )
+                to = to.redirected(location)
         raise InvalidArgument(f"{self._first} leads to more than {_MOST_REDIRECTS} redirects; give the final URL")
 
     def _agree(self, response: http.client.HTTPResponse) -> int | None:
@@ -170,20 +174,15 @@ class _Download:
             raise NotFound(f"there is no image at {self._first} (status {status}); check the URL")
         if status >= 500 or status in _TRY_AGAIN:
             raise _Passing(f"the server answered with status {status}")
+        if len({*response.headers.get_all("Content-Length", [])}) > 1:  # RFC 9112, 6.3: none of them is to be believed
+            raise _Passing("the server contradicts itself about the length of its answer")
         if status == 416 and self._part.resumable:
             self._part.restart(None, "")
             raise _Passing("the server has fewer bytes than were received of it")
         if status == 206 and self._part.resumable:
             return self._continue(response)
-        if status in (401, 403, 407):
-            raise FailedPrecondition(
-                f"the server refused {self._first} with status {status}; give credentials (--header-file, --netrc-file "
-                f"or --credentials-dir), or a URL that is signed anew"
-            )
         if status != 200:
-            raise FailedPrecondition(
-                f"the server refused {self._first} with status {status}; check the URL and who may read it"
-            )
+            raise self._refused(status)
         if response.length is None and not response.chunked and not self._close_is_end:
             raise InvalidArgument(
                 f"the server does not say how large {self._first} is, so a cut download would pass for the image; "
@@ -193,6 +192,17 @@ class _Download:
             self._require_room(response.length, response.length)
         self._part.restart(response.length, _validator(response.headers))
         return response.length
+
+    def _refused(self, status: int) -> FailedPrecondition:
+        if status == 407:
+            return FailedPrecondition(
+                f"a proxy in front of {self._first} wants to know who asks (status 407), and none is used; download it "
+                f"where the proxy is not in the way, and import the file"
+            )
+        advice = "check the URL and who may read it"
+        if status in (401, 403):
+            advice = "give credentials (--header-file, --netrc-file or --credentials-dir), or a URL that is signed anew"
+        return FailedPrecondition(f"the server refused {self._first} with status {status}; {advice}")
 
     def _continue(self, response: http.client.HTTPResponse) -> int:
         part = self._part

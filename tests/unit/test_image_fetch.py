@@ -392,6 +392,26 @@ def test_bytes_beyond_the_announced_length_are_not_the_image(tmp_path: Path) -> 
     assert (tmp_path / "a.img").read_bytes() == CONTENT[:1000]
 
 
+def test_two_lengths_of_one_answer_are_not_believed(tmp_path: Path) -> None:
+    twice = b'HTTP/1.1 200 OK\r\nContent-Length: 1024\r\nContent-Length: %d\r\nETag: "1"\r\n\r\n' % len(CONTENT)
+    with serving(CONTENT) as server:
+        server.answers = [raw(twice + CONTENT)]
+        with pytest.raises(Unavailable, match="contradicts itself about the length of its answer"):
+            get(server, tmp_path / "a.img", retries=0)
+        assert os.listdir(tmp_path) == []
+        get(server, tmp_path / "a.img")
+    assert (tmp_path / "a.img").read_bytes() == CONTENT
+
+
+def test_a_proxy_and_a_redirect_to_nowhere_are_told(tmp_path: Path) -> None:
+    with serving(CONTENT) as server:
+        server.answers = [status(407), status(302)]
+        with pytest.raises(FailedPrecondition, match=r"a proxy in front of .*/image wants to know who asks"):
+            get(server, tmp_path / "a.img")
+        with pytest.raises(InvalidArgument, match="is redirected with status 302 to nowhere"):
+            get(server, tmp_path / "a.img")
+
+
 def test_chunks_tell_their_end_and_a_cut_is_noticed(tmp_path: Path) -> None:
     with serving(CONTENT) as server:
         server.answers = [chunked(CONTENT)]
@@ -427,6 +447,7 @@ def test_an_empty_image_is_refused(tmp_path: Path) -> None:
         (410, NotFound, 1),
         (401, FailedPrecondition, 1),
         (403, FailedPrecondition, 1),
+        (407, FailedPrecondition, 1),
         (206, FailedPrecondition, 1),  # nobody asked for a range
         (304, FailedPrecondition, 1),
         (429, Unavailable, 3),
