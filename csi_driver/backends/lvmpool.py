@@ -75,9 +75,9 @@ class ThinPools:
                 return
 
     def show(self, pool: str) -> PoolUse | None:
-        """How it is, shown if it was not: before a command that would have LVM do so."""
+        """How it is, shown if it was not: before a command that would have LVM do so. None where there is none."""
         found = self.use(pool)
-        if found is None:
+        if found is None and self._group.find(pool) is not None:
             self._mapper.target_version("thin-pool")  # loads the module: lvm looks for one in its own file system
             self._group.activate_pool(pool)
             found = self.use(pool)

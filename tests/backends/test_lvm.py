@@ -18,7 +18,7 @@ from csi_driver.backends.lvmvolume import UNSEEN_TAG
 from csi_driver.host import deadline
 from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.workers import Workers
-from csi_driver.model.errors import Aborted, DeviceAbsent, DriverError, FailedPrecondition, ResourceExhausted
+from csi_driver.model.errors import Aborted, DeviceAbsent, FailedPrecondition, ResourceExhausted
 from csi_driver.model.volume import VolumeRecord
 from csi_driver.volumes.driver import WARM
 from tests.backends.rigs import GROUP, POOL, LvmRig, SteppedGroup, lvm
@@ -324,7 +324,7 @@ def test_a_pool_that_does_not_zero_is_refused(thin: LvmRig) -> None:
 def test_a_pool_that_is_none_is_refused(thick: LvmRig) -> None:
     thick.parameters = msgspec.structs.replace(thick.parameters, thin_pool="nix")
     try:
-        with pytest.raises(DriverError, match=r"nix"):
+        with pytest.raises(FailedPrecondition, match=r"vg-test/nix is no thin pool that can be used; make it with"):
             thick.backend().create(record_of(thick), SIZE)
     finally:
         thick.parameters = msgspec.structs.replace(thick.parameters, thin_pool=None)

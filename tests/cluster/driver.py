@@ -29,13 +29,14 @@ _POD_SECONDS = 120
 class Driver:
     """The installed driver, as it shows on a node."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, namespace: str = NAMESPACE) -> None:
         self._cluster = cluster
+        self._namespace = namespace
 
     def pod(self, node: Node) -> Json:
         """The driver's pod on a node; AssertionError if there is none that is Ready."""
         labels = "app.kubernetes.io/name=luks-csi,app.kubernetes.io/component=node"
-        found = self._cluster.items("Pod", NAMESPACE, labels=labels, fields=f"spec.nodeName={node.name}")
+        found = self._cluster.items("Pod", self._namespace, labels=labels, fields=f"spec.nodeName={node.name}")
         there = [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
         assert len(there) == 1, f"{len(there)} pods of the driver on {node.name}"
         conditions = there[0]["status"].get("conditions", [])
@@ -45,16 +46,16 @@ class Driver:
     def exec(self, node: Node, argv: Sequence[str], *, container: str = "driver") -> str:
         """Run a command in a container of the driver's pod on a node; ClusterError if it fails."""
         pod = self.pod(node)["metadata"]["name"]
-        return self._cluster.pod_exec(pod, argv, NAMESPACE, container=container).decode()
+        return self._cluster.pod_exec(pod, argv, self._namespace, container=container).decode()
 
     def logs(self, node: Node, container: str = "driver") -> str:
         """What a container of the driver's pod on a node has written."""
-        return self._cluster.logs(self.pod(node)["metadata"]["name"], container, NAMESPACE)
+        return self._cluster.logs(self.pod(node)["metadata"]["name"], container, self._namespace)
 
     def delete_pod(self, node: Node) -> str:
         """Ask for the end of the driver's pod on a node, and return its uid; another one comes by itself."""
         pod = self.pod(node)
-        self._cluster.api.delete("Pod", pod["metadata"]["name"], NAMESPACE)
+        self._cluster.api.delete("Pod", pod["metadata"]["name"], self._namespace)
         uid: str = pod["metadata"]["uid"]
         return uid
 

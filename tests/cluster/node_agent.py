@@ -25,7 +25,13 @@ from tests.machine.guest_init import OUT, STATE, modprobe, mount
 PORT = 2222
 CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
 
-_DISK = ("kubelet", "containerd", "luks-csi", "luks-csi-over")  # folders of /var/lib that outlive a boot
+_DISK = (
+    "kubelet",
+    "containerd",
+    "luks-csi",
+    "luks-csi-lvm",
+    "luks-csi-over",
+)  # folders of /var/lib that outlive a boot
 _MODULES = ("overlay", "veth", "bridge", "xfs", "btrfs")
 _LOGS = "/var/log"
 _CPU = "cpu MHz\t\t: 2000.000\nphysical id\t: 0\ncore id\t\t: 0\ncpu cores\t: 1\n"
