@@ -123,7 +123,9 @@ class CsiBackend:
         return found is not None and found.spec.state == "Ready"
 
     def get(self, volume_id: str) -> VolumeRecord:
-        return self._records.decode(self._records.ready(volume_id))
+        known = self._records.ready(volume_id)
+        self._wished.pop(volume_id, None)  # one that is there has its place
+        return self._records.decode(known)
 
     def update(self, record: VolumeRecord) -> VolumeRecord:
         """Write the record if it was made from the one that is there, in whatever version of the object."""
@@ -138,9 +140,9 @@ class CsiBackend:
 
     def delete(self, volume_id: str) -> None:
         """Delete claim, header copies and record. Raises DeviceInUse, Aborted while something of it is going."""
+        self._wished.pop(volume_id, None)
         known = self._records.find(volume_id)
         if known is None:
-            self._wished.pop(volume_id, None)
             return
         staged = known.spec.staged
         if staged is not None and not self._holders.is_past(staged.node, staged.boot_id):

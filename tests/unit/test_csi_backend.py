@@ -216,6 +216,18 @@ def test_a_class_below_that_binds_at_once_is_told_no_node(world: World) -> None:
     assert "volume.kubernetes.io/selected-node" not in world.claim()["metadata"]["annotations"]
 
 
+def test_where_a_volume_is_wished_is_kept_only_until_it_is_there(world: World) -> None:
+    """Else a controller that is asked again and again for volumes that there are would grow for ever."""
+    wish = Access(topologies=({TOPOLOGY: "two"},))
+    world.controller.use("pvc-1", wish)
+    world.create()
+    world.controller.use("pvc-1", wish)
+    world.controller.get("pvc-1")
+    world.controller.use("pvc-2", wish)
+    world.controller.delete("pvc-2")
+    assert world.controller._wished == {}  # noqa: SLF001 - nobody else sees it
+
+
 def test_a_claim_that_is_pending_is_waited_for_and_says_what_its_events_say(world: World) -> None:
     world.api.binds = False
     for _ in range(2):
