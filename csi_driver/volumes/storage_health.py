@@ -1,6 +1,6 @@
 """What `luks-csi doctor` looks at of the state directory and what is kept in it; a server never loads it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from csi_driver.backends.base import Backend, HasPools
 from csi_driver.host.files import Files
@@ -8,6 +8,7 @@ from csi_driver.host.machine import Machine
 from csi_driver.keys.ledger import KeyLedger
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.settings import Settings
+from csi_driver.model.volume import MovePhase, VolumeRecord
 from csi_driver.volumes.finding import Finding, look_at
 from csi_driver.volumes.keys import SHARED, left_keys, shares_key
 from csi_driver.volumes.stages import Stages
@@ -30,7 +31,16 @@ class StorageHealth:
     def findings(self) -> list[Finding]:
         """None of them is fatal."""
         floor = (self._floor,) if self._backend.name == "loopfile" else ()
-        checks = (self._disk, self._space, *floor, self._thin_pools, self._orphans, self._secrets, self._keys)
+        checks = (
+            self._disk,
+            self._space,
+            *floor,
+            self._thin_pools,
+            self._orphans,
+            self._secrets,
+            self._keys,
+            self._moves,
+        )
         return [check() for check in checks]
 
     def _disk(self) -> Finding:
@@ -114,9 +124,7 @@ class StorageHealth:
 
     def _keys(self) -> Finding:
         def look() -> str:
-            try:
-                records = [self._backend.get(volume_id) for volume_id in self._backend.ids()]
-            except FileNotFoundError:
+            if (records := self._records()) is None:
                 return "none; no driver was started here yet"
             if shared := [record.id for record in records if shares_key(record)]:
                 raise FailedPrecondition(SHARED.format(shared[0]))
@@ -133,3 +141,25 @@ class StorageHealth:
             return "each volume has its own, and none is left in a KMS"
 
         return look_at("volume keys", look, "look at them with `luks-csi keys status`", fatal=False)
+
+    def _moves(self) -> Finding:
+        def look() -> str:
+            moves = [(record.id, record.move) for record in self._records() or () if record.move is not None]
+            if cut := [(volume_id, move) for volume_id, move in moves if move.phase is not MovePhase.LEFT]:
+                names = ", ".join(f"{volume_id} ({move.phase}, {move.other})" for volume_id, move in cut[:5])
+                others = " and others" * (len(cut) > 5)
+                raise FailedPrecondition(f"a move to or from another backend is under way or was cut: {names}{others}")
+            if moves:
+                kept = ", ".join(volume_id for volume_id, _ in moves[:5])
+                return f"old copies of volumes that have left are kept: {kept}{' and others' * (len(moves) > 5)}"
+            return "no volume is on its way to another backend"
+
+        advice = "run the same `luks-csi volume move` again, which goes on, or give the move up with --undo"
+        return look_at("moves", look, advice, fatal=False)
+
+    def _records(self) -> Sequence[VolumeRecord] | None:
+        """All of them; None where no driver was started yet."""
+        try:
+            return [self._backend.get(volume_id) for volume_id in self._backend.ids()]
+        except FileNotFoundError:
+            return None

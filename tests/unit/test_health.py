@@ -19,7 +19,16 @@ from csi_driver.host.mounts import Mounts
 from csi_driver.keys.ledger import KeyEntry, KeyLedger
 from csi_driver.luks.mapping import Mappings
 from csi_driver.model.settings import Limits, Settings
-from csi_driver.model.volume import EncryptionState, KeyTrail, Rekey, RekeyPhase, VolumeParameters, VolumeRecord
+from csi_driver.model.volume import (
+    EncryptionState,
+    KeyTrail,
+    Move,
+    MovePhase,
+    Rekey,
+    RekeyPhase,
+    VolumeParameters,
+    VolumeRecord,
+)
 from csi_driver.volumes.driver import build_driver
 from csi_driver.volumes.finding import Finding
 from csi_driver.volumes.health import Health
@@ -208,6 +217,30 @@ def test_keys_that_need_somebody_are_told(found: Found, settings: Settings) -> N
     finding = found("volume keys", settings, FakeMachine())
     assert "volume copy opens with the key of what it was adopted from" in finding.found
     assert "luks-csi keys rotate copy" in finding.advice
+
+
+def test_a_move_to_another_backend_that_was_cut_is_told_and_a_copy_that_is_kept_is_no_fault(
+    found: Found, settings: Settings
+) -> None:
+    (settings.state_dir / "loopfile/volumes").mkdir(parents=True)
+    assert found("moves", settings, FakeMachine()).found == "no volume is on its way to another backend"
+    record = VolumeRecord(
+        id="old", name="old", capacity_bytes=1, parameters=VolumeParameters(), created="now",
+        move=Move(phase=MovePhase.LEFT, id="1", other="/var/lib/other", volume_id="old"),
+    )  # fmt: skip
+    put(settings, record)
+    finding = found("moves", settings, FakeMachine())
+    assert (finding.ok, finding.found) == (True, "old copies of volumes that have left are kept: old")
+    for phase in (MovePhase.LEAVING, MovePhase.ARRIVING, MovePhase.ARRIVED):
+        move = Move(phase=phase, id="2", other="/var/lib/other", volume_id=phase)
+        put(settings, msgspec.structs.replace(record, id=str(phase), move=move))
+    finding = found("moves", settings, FakeMachine())
+    assert (finding.ok, finding.fatal) == (False, False)
+    assert finding.found == (
+        "a move to or from another backend is under way or was cut: arrived (arrived, /var/lib/other), "
+        "arriving (arriving, /var/lib/other), leaving (leaving, /var/lib/other)"
+    )
+    assert "run the same `luks-csi volume move` again" in finding.advice
 
 
 def put(settings: Settings, record: VolumeRecord) -> None:
