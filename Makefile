@@ -44,7 +44,7 @@ MACHINE_PYTEST := $(PY) -m pytest -p no:cacheprovider
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help backends-test move-kills ceph-test demo shell test test-danger test-machine test-servers check sanity faults crashes storm danger canary cluster-test keys-test \
-    keys-kills bench bench-data bench-keys bench-images format clean venv system lock fuzz images images-demo images-matrix images-kills images-hostile \
+    keys-kills bench bench-backends bench-data bench-keys bench-images format clean venv system lock fuzz images images-demo images-matrix images-kills images-hostile \
     images-limits images-random operator-test operator-random bench-operator
 
 help: ## this list
@@ -189,6 +189,9 @@ bench-keys: venv system ## a node with 50 keys of a KMS comes back; a stage with
 bench-data: venv ## the data path, by fio, beside bare dm-crypt and other choices
 	@tools/system.sh data
 	@$(BENCH_GUEST) -- $(PY) -m benchmarks data
+
+bench-backends: venv system ## each backend's encrypted volume beside its plain one, and 200 volumes; BACKEND=lvm-thin, say
+	@$(BENCH_GUEST) --env BACKEND -- $(PY) -m benchmarks backends
 
 bench-images: venv system $(BENCH_IMAGES_BASE) ## the image engine beside cp, qemu-img and cryptsetup
 	@$(PY) -m benchmarks.images

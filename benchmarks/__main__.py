@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import before, calls, data, keys, many, restart, scale, staging
+from benchmarks import backends, before, calls, data, keys, many, restart, scale, staging
 from benchmarks.table import Row, table
 
 _GROUPS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
@@ -22,9 +22,10 @@ _GROUPS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
     "before": before.rows,
     "keys": keys.rows,
     "data": data.rows,
+    "backends": backends.rows,
 }
-_APART = {"keys", "data"}
-"""Measured when named alone: `make bench-keys`, `make bench-data`."""
+_APART = {"keys", "data", "backends"}
+"""Measured when named alone: `make bench-keys`, `make bench-data`, `make bench-backends`."""
 
 
 def main(names: Sequence[str]) -> int:
