@@ -113,10 +113,10 @@ backends-test: venv system ## the conformance suite of backends; BACKEND=loopfil
 move-kills: venv system ## kill -9 at each step of a move to another backend; BACKEND=lvm-thick or lvm-thin for one
 	@$(GUEST_FOR) --env BACKEND --disk 32G --timeout 21600 -- $(PY) -m tests.backends.move_kills
 
-faults: venv system ## every command and record write fails or is killed
-	@$(GUEST) $(PY) -m tests.machine.faults
+faults: venv system ## every command and record write fails or is killed; BACKEND=lvm-thick or lvm-thin
+	@$(GUEST_FOR) --env BACKEND --timeout 21600 -- $(PY) -m tests.machine.faults
 
-crashes: venv system ## kernel crashes at random moments
+crashes: venv system ## kernel crashes at random moments; BACKEND=lvm-thick or lvm-thin
 	@$(PY) -m tests.machine.crashes
 
 storm: venv system ## many callers, kills, stops, a bystander

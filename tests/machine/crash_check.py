@@ -16,6 +16,7 @@ from csi_driver.rpc.client import RemoteError
 from tests.machine.crash_log import Expected, Fact, Identity, Step, expected
 from tests.machine.crash_node import Node
 from tests.machine.kernel import bound_loops, mounts
+from tests.machine.storage import VOLUMES
 
 
 class Report(msgspec.Struct):
@@ -200,11 +201,14 @@ def leftovers(node: Node, volumes: set[str]) -> list[str]:
     found = [f"the mapping {name}" for name in DeviceMapper().names() if name.startswith("luks-")]
     found += [f"the loop device {loop}" for loop in bound_loops() if _is_below(loop.backing_path, state)]
     found += [f"the mount {mount}" for mount in mounts() if _is_below(mount.mount_point, "/mnt/crash")]
-    known = {"loopfile/volumes": volumes, "loopfile/new": set(), "loopfile/trash": set(), "locks": volumes}
-    for name, allowed in {**known, "stages": set[str]()}.items():
-        found += [f"the file {name}/{entry}" for entry in set(os.listdir(state / name)) - allowed]
-    for volume in volumes & set(os.listdir(state / "loopfile" / "volumes")):
-        extra = set(os.listdir(state / "loopfile" / "volumes" / volume)) - {"record.json", "disk.img", "header.luks2"}
+    below, none = node.below, set[str]()
+    known = {below.root / "volumes": volumes, below.root / "new": none, below.root / "trash": none}
+    for folder, allowed in {**known, state / "locks": volumes, state / "stages": none}.items():
+        found += [f"the file {folder.relative_to(state)}/{entry}" for entry in set(os.listdir(folder)) - allowed]
+    found += [f"the logical volume of {entry}" for entry in below.made() - volumes]
+    found += [f"the mapping {name}" for name in DeviceMapper().names() if name.startswith(VOLUMES)]
+    for volume in volumes & set(os.listdir(below.root / "volumes")):
+        extra = set(os.listdir(below.folder(volume))) - below.files
         if node.is_between_keys(volume):
             extra -= {"next.img"}
         found += [f"the file {entry} of volume {volume}" for entry in extra]

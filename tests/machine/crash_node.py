@@ -11,6 +11,7 @@ from typing import Self
 
 import msgspec
 
+from csi_driver.backends.base import movable
 from csi_driver.host import blockdev
 from csi_driver.keys.secret import read_secret
 from csi_driver.luks.device import read_header
@@ -24,6 +25,7 @@ from csi_driver.volumes.conversion import Watch
 from csi_driver.volumes.driver import Driver, Host, build_driver
 from tests.keys.program import program
 from tests.machine.crash_log import Identity, Kind
+from tests.machine.storage import LoopfileStorage, Storage
 
 _CALL_SECONDS = 60.0
 _START_SECONDS = 60.0
@@ -40,10 +42,11 @@ def _secret(kind: Kind) -> dict[str, str]:
 
 
 class Node:
-    """`with Node(state_dir, host) as node`; calls are named as those of CSI and raise RemoteError."""
+    """`with Node(state_dir, host, below) as node`; calls are named as those of CSI and raise RemoteError."""
 
-    def __init__(self, state_dir: Path, host: Host) -> None:
+    def __init__(self, state_dir: Path, host: Host, below: Storage | None = None) -> None:
         self.state_dir = state_dir
+        self.below = below or LoopfileStorage(state_dir)
         settings = Settings(
             endpoint=Path("/run/csi.sock"),
             node_id="node",
@@ -58,11 +61,11 @@ class Node:
         _KMS.mkdir(exist_ok=True)
         program(_KMS, secret=b"the key of the KMS in crash tests")
         settings.kms_config.write_text('{"kms": {"encryptionKMSType": "exec", "program": "wrap-key"}}')
-        self._settings = settings
+        self._settings = self.below.settings(settings)
         # Each replayed disk is one of its own, and none of them is to be held against the one before.
         Path("/run/csi.sock.identity").unlink(missing_ok=True)
         self.host = host
-        self.driver: Driver = build_driver(settings, host)
+        self.driver: Driver = build_driver(self._settings, host)
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -87,6 +90,7 @@ class Node:
         parameters = {"encrypted": "true", **_PARAMETERS} if kind.encrypted else {}
         if kind.kms:
             parameters = {"encrypted": "true", "encryptionKMSID": "kms"}
+        parameters |= self.below.parameters
         wanted, secret = [_capability(kind)], _secret(kind)
         return self._client.create_volume(name, wanted, capacity, parameters=parameters, secrets=secret).capacity_bytes
 
@@ -113,14 +117,19 @@ class Node:
         """Another volume key, or the rest of a move to one that a crash has cut."""
         self.driver.offline().conversions.reencrypt(volume, read_secret(_secret(kind)), Watch())
 
+    @property
+    def moves_keys(self) -> bool:
+        """Whether a volume here can have another volume key."""
+        return movable(self.driver.backend) is not None
+
     def is_between_keys(self, volume: str) -> bool:
         """Whether such a move was cut."""
         return self.driver.backend.get(volume).conversion is not None
 
     def key_slots(self, volume: str) -> int:
         """How many its header has."""
-        disk = self.state_dir / "loopfile" / "volumes" / volume / "disk.img"
-        return len(read_header(f"volume {volume}", str(disk))[1].keyslots)
+        with self.below.device(volume) as device:
+            return len(read_header(f"volume {volume}", str(device))[1].keyslots)
 
     def unpublish(self, volume: str) -> None:
         """Repeated while it is busy: who writes and who starts programs is one process here, and a child has what its
@@ -161,8 +170,10 @@ class Node:
         found = self.driver.backend.device_of(volume)
         if found is None:
             raise AssertionError(f"volume {volume} is staged and has no device")
-        found.close()
-        return found.name
+        with found:
+            number = os.fstat(found.fd).st_rdev
+        # Not by its name: where no udev is, nobody makes those of logical volumes.
+        return f"/dev/{os.path.basename(os.readlink(f'/sys/dev/block/{os.major(number)}:{os.minor(number)}'))}"
 
     def identity(self, volume: str, kind: Kind) -> Identity:
         """What a staged volume is, read from its devices."""
@@ -171,9 +182,9 @@ class Node:
 
     def luks_identity(self, volume: str) -> Identity:
         """What the header of a volume says, staged or not; nothing without a good one."""
-        disk = self.state_dir / "loopfile" / "volumes" / volume / "disk.img"
         try:
-            header = read_header(f"volume {volume}", str(disk))[1]
+            with self.below.device(volume) as device:
+                header = read_header(f"volume {volume}", str(device))[1]
         except DriverError:
             return Identity(None, None, None)
         return Identity(header.uuid, header.key_digest, None)

@@ -1,6 +1,6 @@
 """Inside the guest: volumes that are created, staged, written, expanded, unstaged and deleted, until a crash.
 
-`python -m tests.machine.crash_workload SEED BOOT CHECK PLANT` first checks what earlier crashes left (CHECK: `none`,
+`python -m tests.machine.crash_workload SEED CHECK PLANT BACKEND` first checks what earlier crashes left (CHECK: `none`,
 `some` volumes are deleted then, `all` are and the boot ends there), then works. Its facts go to $MACHINE_OUT.
 """
 
@@ -23,6 +23,7 @@ from tests.machine.crash_check import check
 from tests.machine.crash_log import SLOT, Expected, Fact, Facts, Follower, Kind, Record, Step, expected
 from tests.machine.crash_node import Node
 from tests.machine.crash_plants import Plant
+from tests.machine.storage import after_boot
 
 FACTS = "facts"
 REPORT = "report"
@@ -97,10 +98,10 @@ class Walker:
                 fresh = not volume.formatted
                 self._one_of(volume, (self._stage, 10), (self._expand, 2), (self._delete, 1 if fresh else 4))
             case State.STAGED:
-                keys = (self._rotate, 2 * volume.kind.kms), (self._reencrypt, volume.kind.encrypted)
+                keys = (self._rotate, 2 * volume.kind.kms), self._another_key(volume)
                 self._one_of(volume, (self._publish, 8), *keys, (self._unstage, 2))
             case State.PUBLISHED:
-                keys = (self._rotate, 3 * volume.kind.kms), (self._reencrypt, volume.kind.encrypted)
+                keys = (self._rotate, 3 * volume.kind.kms), self._another_key(volume)
                 self._one_of(volume, (self._write, 10), *keys, (self._expand, 2), (self._unpublish, 3))
             case State.DELETING:
                 self._delete(volume)
@@ -125,6 +126,9 @@ class Walker:
 
     def _begin(self, step: Step, volume: Held, capacity: int = 0) -> None:
         self._tell(Fact(step, volume.id, volume.kind, capacity))
+
+    def _another_key(self, volume: Held) -> tuple[Callable[[Held], None], int]:
+        return self._reencrypt, int(volume.kind.encrypted and self._node.moves_keys)
 
     def _create(self, volume: Held) -> None:
         self._begin(Step.CREATING, volume, volume.capacity)
@@ -170,7 +174,8 @@ class Walker:
         return Record(number, "", volume.capacity - (number + 1) * SLOT if number % 4 == 0 else number * SLOT, size)
 
     def _expand(self, volume: Held) -> None:
-        if volume.growths >= _GROWTHS:
+        is_used = volume.state is not State.UNSTAGED
+        if volume.growths >= _GROWTHS or (is_used and not (volume.kind.encrypted or self._node.below.enlarges_plain)):
             return
         self._end_move(volume)
         volume.growths += 1
@@ -244,23 +249,24 @@ def work(node: Node, facts: Facts, volumes: Sequence[Expected], seed: str) -> No
         thread.join()
 
 
-def main(seed: str, how: str, plant: str) -> None:
+def main(seed: str, how: str, plant: str, backend: str = "loopfile") -> None:
     """Check and work; what ends it early is told."""
     facts = Facts(Path(os.environ["MACHINE_OUT"]) / FACTS)
     try:
-        _main(seed, how, plant)
+        _main(seed, how, plant, backend)
     except Exception as error:
         facts.add(Fact(Step.FAILED, error=f"{type(error).__name__}: {error}"))
         raise
 
 
-def _main(seed: str, how: str, plant: str) -> None:
+def _main(seed: str, how: str, plant: str, backend: str) -> None:
     out, state = Path(os.environ["MACHINE_OUT"]), Path(os.environ["MACHINE_STATE"])
     configure_logs(LogFormat.TEXT, "info")
     known = Follower(out / FACTS).news()
     facts = Facts(out / FACTS)
     host = Plant(plant).host()
-    with Node(state / "luks-csi", host) as node:
+    below = after_boot(backend, state, state / "luks-csi")
+    with Node(state / "luks-csi", host, below) as node:
         if how != "none":
             report = check(node, facts.add, known, random.Random(seed), everything=how == "all")
             (out / REPORT).write_bytes(msgspec.json.encode(report))

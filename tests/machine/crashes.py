@@ -3,7 +3,8 @@
 A kill is to the guest what a kernel crash is to a machine: what reached the device stays. A flush that was forgotten
 shows when writes are taken back that nothing had flushed: `tests.machine.crash_replay` does, its replays are counted.
 
-COUNT crashes (10), SEED to draw the same again; a run that finds something keeps its folder and tells where.
+COUNT crashes (10), SEED to draw the same again, BACKEND loopfile, lvm-thick or lvm-thin (without replays). A run that
+finds something keeps its folder and tells where.
 """
 
 import os
@@ -27,6 +28,7 @@ from tests.machine.crash_log import Fact, Follower, Step
 from tests.machine.crash_plants import Plant
 from tests.machine.crash_workload import FACTS, REPORT
 from tests.machine.guest_uml import Guest, GuestConfig, GuestError, missing
+from tests.machine.storage import chosen
 
 ROOT = Path(__file__).parents[2]
 MEMORY = 768 << 20
@@ -82,6 +84,7 @@ class Outcome:
     """What a run showed."""
 
     seed: int
+    backend: str
     crashes: int = 0
     replays: int = 0
     report: Report = field(default_factory=Report)
@@ -89,6 +92,7 @@ class Outcome:
     def summary(self) -> str:
         report = self.report
         numbers = {
+            "backend": self.backend,
             "crashes": self.crashes,
             "replays": self.replays,
             "volumes": len(set(report.volumes)),
@@ -106,11 +110,12 @@ class Outcome:
 class Machine:
     """A guest on a disk of its own that is crashed and booted again; `folder` holds its disk and its facts."""
 
-    def __init__(self, guest: Guest, folder: Path, seed: str, plant: Plant) -> None:
+    def __init__(self, guest: Guest, folder: Path, seed: str, plant: Plant, backend: str) -> None:
         self._guest = guest
         self._folder = folder
         self._seed = seed
         self._plant = plant
+        self._backend = backend
         self._boots = 0
         self._follower = Follower(folder / "out" / FACTS)
         self._last_fact = 0.0
@@ -157,7 +162,8 @@ class Machine:
         _copy(self._guest.disk, self._folder / "disk.before")
         _copy(self._folder / "out" / FACTS, self._folder / "facts.before")
         seed = f"{self._seed}/{self._boots}"
-        self._guest.start([sys.executable, "-m", f"tests.machine.{program}", seed, how, self._plant.value])
+        words = [seed, how, self._plant.value, *([self._backend] if program == "crash_workload" else [])]
+        self._guest.start([sys.executable, "-m", f"tests.machine.{program}", *words])
         self._last_fact = time.monotonic()
 
     def _take_report(self) -> None:
@@ -196,7 +202,7 @@ class Machine:
 
 
 @contextmanager
-def machine(seed: str, plant: Plant = Plant.NONE) -> Iterator[Machine]:
+def machine(seed: str, plant: Plant = Plant.NONE, backend: str = "loopfile") -> Iterator[Machine]:
     """A machine in a folder that goes away, unless something was found: then its place is told."""
     folder = Path(tempfile.mkdtemp(prefix="crashes-"))
     (folder / "out").mkdir()
@@ -204,7 +210,7 @@ def machine(seed: str, plant: Plant = Plant.NONE) -> Iterator[Machine]:
     keep = False
     try:
         with Guest(config) as guest:
-            made = Machine(guest, folder, seed, plant)
+            made = Machine(guest, folder, seed, plant, backend)
             try:
                 yield made
             except (RunFailed, GuestError):
@@ -221,13 +227,13 @@ def machine(seed: str, plant: Plant = Plant.NONE) -> Iterator[Machine]:
             shutil.rmtree(folder)
 
 
-def run(seed: int, count: int, replays: int) -> Outcome:
+def run(seed: int, count: int, replays: int, backend: str = "loopfile") -> Outcome:
     """Crash until `count` is reached or something is found, then replay."""
     rng = random.Random(seed)
-    outcome = Outcome(seed)
+    outcome = Outcome(seed, backend)
     while outcome.crashes < count and not outcome.report.findings:
         crashes = min(rng.randint(3, 6), count - outcome.crashes)
-        with machine(f"{seed}-{outcome.crashes}") as crashed:
+        with machine(f"{seed}-{outcome.crashes}", backend=backend) as crashed:
             for _ in range(crashes):
                 how, moment = "none" if rng.random() < 0.2 else "some", Moment.draw(rng)
                 if not crashed.crash(how, moment):
@@ -262,16 +268,24 @@ def main() -> int:
     if reason := missing():
         print(reason, file=sys.stderr)
         return 1
+    backend = chosen()
+    again = f"repeat with: make crashes SEED={seed} COUNT={count} BACKEND={backend}"
     try:
-        outcome = run(seed, count, REPLAYS_PER_CRASH * count)
+        # What is taken back are writes to a file system, and not those to what is below a volume group.
+        outcome = run(seed, count, REPLAYS_PER_CRASH * count if backend == "loopfile" else 0, backend)
     except (RunFailed, GuestError) as error:
-        print(error, f"repeat with: make crashes SEED={seed} COUNT={count}", sep="\n", file=sys.stderr)
+        print(error, again, sep="\n", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     findings = outcome.report.findings
     if findings:
-        print(*findings, f"repeat with: make crashes SEED={seed} COUNT={count}", sep="\n", file=sys.stderr)
+        print(
+            *findings,
+            f"repeat with: make crashes SEED={seed} COUNT={count} BACKEND={backend}",
+            sep="\n",
+            file=sys.stderr,
+        )
     print(outcome.summary())
     return 1 if findings or outcome.crashes < count else 0
 

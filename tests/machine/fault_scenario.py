@@ -13,6 +13,7 @@ from csi_driver.host import blockdev
 from csi_driver.host.devicemapper import DeviceMapper, Target
 from csi_driver.keys.secret import read_secret
 from csi_driver.luks.device import read_header
+from csi_driver.luks.header import Header
 from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeRecord, mapping_name
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.expand import ExpandRequest
@@ -28,6 +29,7 @@ from tests.machine.fault_server import (
     UnpublishRequest,
     UnstageRequest,
 )
+from tests.machine.storage import Storage
 from tests.volume_images import BOOT_FILE, GREETING, SECRET, encrypted_image, make_file_system, put_image
 
 _MIB = 1 << 20
@@ -119,10 +121,11 @@ SCENARIOS = (
 class Life:
     """One volume of a scenario; `folder` holds the state directory and the paths that kubelet would make."""
 
-    def __init__(self, scenario: Scenario, folder: Path) -> None:
+    def __init__(self, scenario: Scenario, folder: Path, below: Storage) -> None:
         self._scenario = scenario
         self._id = scenario.name.replace(" ", "-")
-        self._volume = folder / "state/loopfile/volumes" / self._id
+        self._below = below
+        self._volume = below.folder(self._id)
         self._template = folder / "templates" / self._id
         self._pod = folder / "pods" / self._id
         self._stage = self._pod / "stage"
@@ -162,7 +165,8 @@ class Life:
         context = {"encrypted": "true" if scenario.encrypted else "false"}
         match name:
             case "create":
-                return CreateRequest(self._id, _SIZE, 0, (scenario.capability,), scenario.parameters, self._key)
+                parameters = {**scenario.parameters, **self._below.parameters}
+                return CreateRequest(self._id, _SIZE, 0, (scenario.capability,), parameters, self._key)
             case "stage" | "restage":
                 return StageRequest(self._id, str(self._stage), scenario.capability, self._key, context)
             case "publish":
@@ -194,7 +198,7 @@ class Life:
             raise Lost(f"the recorded LUKS identity was {self._pinned.luks} and is {record.luks}")
         if record and record.encryption is EncryptionState.ENCRYPTED and record.luks:
             self._pinned = record
-            _, header = read_header(self._id, str(self._volume / "disk.img"))
+            header = self._header()
             if (header.uuid, header.key_digest) != (record.luks.uuid, record.luks.digest):
                 raise Lost(f"the header has UUID and digest {header.uuid} {header.key_digest}, recorded {record.luks}")
         self._made = self._made or (record is not None and record.file_system is FileSystemState.MADE)
@@ -236,7 +240,7 @@ class Life:
 
     def unspoil(self) -> None:
         """Check that somebody else's data is still there and take it away. Raises Lost."""
-        with (self._volume / "disk.img").open("rb") as disk:
+        with self._below.device(self._id) as device, device.open("rb") as disk:
             if any(os.pread(disk.fileno(), len(_FOREIGN), at) != _FOREIGN for at in _FOREIGN_AT):
                 raise Lost("somebody else's data was overwritten")
         self._scribble(bytes(len(_FOREIGN)))
@@ -253,8 +257,12 @@ class Life:
         path = self._volume / "record.json"
         return RecordCodec().decode(path.read_bytes(), str(path)) if path.exists() else None
 
+    def _header(self) -> Header:
+        with self._below.device(self._id) as device:
+            return read_header(self._id, str(device))[1]
+
     def _scribble(self, content: bytes) -> None:
-        with (self._volume / "disk.img").open("r+b") as disk:
+        with self._below.device(self._id) as device, device.open("r+b", buffering=0) as disk:
             for at in _FOREIGN_AT:
                 os.pwrite(disk.fileno(), content, at)
             os.fsync(disk.fileno())
@@ -284,8 +292,7 @@ class Life:
                 raise Lost(f"the {name} data is not what was written")
 
     def _check_rotated(self) -> None:
-        record = self._record()
-        _, header = read_header(self._id, str(self._volume / "disk.img"))
+        record, header = self._record(), self._header()
         if record is None or record.rekey is not None or len(header.keyslots) != 1:
             raise Lost(
                 f"the change of its key did not end: {record and record.rekey}, {len(header.keyslots)} key slots"
