@@ -36,8 +36,8 @@ def needed() -> set[Right]:
     rig, calls = Rig(), set[Call]()
     rig.api.before = calls.add
     check_crds(rig.api)
-    rig.api.put(CLAIM, {"metadata": {"name": "data"}, "spec": {"volumeName": "pvc-1"}}, "team")
-    claim = {"name": "data", "namespace": "team"}
+    rig.api.put(CLAIM, {"metadata": {"name": "data", "uid": "c-1"}, "spec": {"volumeName": "pvc-1"}}, "team")
+    claim = {"name": "data", "namespace": "team", "uid": "c-1"}
     rig.api.put(VOLUME, {"metadata": {"name": "pvc-1"}, "spec": {"claimRef": claim}})
     for name in ("alpine", "lost"):
         rig.put(machine("export-from-volume", name=name, pvcName="data", pvcNamespace="team"))
