@@ -18,8 +18,10 @@ import msgspec
 from csi_driver.host.boot import boot_id
 from csi_driver.host.files import Files, read_attribute, read_file
 from csi_driver.host.handle import Handle
+from csi_driver.host.passing import remove_dead
 
 _PIN: Final = ".json"
+_SOCKET: Final = ".sock"
 
 
 class Pin(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,12 +61,17 @@ class Pins:
         return self._boot_id
 
     def prepare(self) -> None:
-        """Make the folder. Raises OSError."""
+        """Make the folder, and remove what an earlier boot has left in it. Raises OSError."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in sorted(self._folder.iterdir()):
+            if path.suffix == _PIN and (pin := _decoded(path)) is not None and pin.boot_id != self._boot_id:
+                self._files.remove(path)
+            elif path.suffix == _SOCKET:
+                remove_dead(path)
 
     def socket(self, volume_id: str) -> Path:
         """Where the volume's holder hands its device on."""
-        return self._folder / f"{digest(volume_id)}.sock"
+        return self._folder / f"{digest(volume_id)}{_SOCKET}"
 
     def get(self, volume_id: str) -> Pin | None:
         """The pin of this boot, released or not."""
@@ -98,11 +105,15 @@ class Pins:
         return self._folder / f"{digest(volume_id)}{_PIN}"
 
     def _read(self, path: Path) -> Pin | None:
-        try:
-            found = msgspec.json.decode(read_file(path), type=Pin)
-        except (FileNotFoundError, ValueError):  # msgspec's errors are ValueErrors
-            return None
-        return found if found.boot_id == self._boot_id else None
+        found = _decoded(path)
+        return found if found is not None and found.boot_id == self._boot_id else None
+
+
+def _decoded(path: Path) -> Pin | None:
+    try:
+        return msgspec.json.decode(read_file(path), type=Pin)
+    except (FileNotFoundError, ValueError):  # msgspec's errors are ValueErrors
+        return None
 
 
 def digest(volume_id: str) -> str:

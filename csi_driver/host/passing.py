@@ -92,6 +92,31 @@ class Passing:
                     log.warning("a device could not be handed on", error=error_name(error))
 
 
+def remove_dead(path: Path) -> None:
+    """Remove a socket that nobody answers at, as a process leaves it that lost its power; one that comes now stays."""
+    if _answers(path):
+        return
+    aside = path.with_name(f".{path.name}.gone")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, aside)
+        if _answers(aside):  # it took the place of the dead one in between
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, path)
+        aside.unlink()
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking, _within(path.parent) as folder:
+        asking.settimeout(_SECONDS)
+        try:
+            asking.connect(f"{folder}/{path.name}")
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:
+            return True  # in doubt it stays
+    return True
+
+
 def receive(path: Path, what: str, seconds: float = _SECONDS, peer: Peer = peer_uid) -> tuple[Handle, dict[str, str]]:
     """The block device that the socket at `path` hands on, and the words that came with it; `what` names it in errors.
 

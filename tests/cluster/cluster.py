@@ -195,20 +195,24 @@ class Cluster:
     def pod_running(self, name: str, namespace: str, timeout: float = 90) -> Json:
         """Wait until a pod is Ready, since the last boot of its node, and return it."""
 
-        def running() -> Json | None:
+        def running() -> Json:
             pod = self.get("Pod", name, namespace)
             assert pod, "the pod is not there"
-            status = pod["status"]
-            ready = {"type": "Ready", "status": "True"}
-            assert any(ready.items() <= condition.items() for condition in status.get("conditions", [])), status
-            node = next(node for node in self.nodes if node.name == pod["spec"]["nodeName"])
-            for container in status["containerStatuses"]:
-                started = container["state"].get("running", {}).get("startedAt")
-                assert started, status
-                assert datetime.fromisoformat(started) >= node.booted_at, "what is seen is from before the boot"
-            return pod
+            return self.check_running(pod)
 
         return self.wait(f"ready pod {name}", running, timeout)
+
+    def check_running(self, pod: Json) -> Json:
+        """The pod. Raises AssertionError unless it is Ready, since the last boot of its node."""
+        status = pod["status"]
+        ready = {"type": "Ready", "status": "True"}
+        assert any(ready.items() <= condition.items() for condition in status.get("conditions", [])), status
+        node = next(node for node in self.nodes if node.name == pod["spec"]["nodeName"])
+        for container in status["containerStatuses"]:
+            started = container["state"].get("running", {}).get("startedAt")
+            assert started, status
+            assert datetime.fromisoformat(started) >= node.booted_at, "what is seen is from before the boot"
+        return pod
 
     def pod_finished(self, name: str, namespace: str, timeout: float = 90) -> Json:
         """Wait until a pod has Succeeded, and return it."""

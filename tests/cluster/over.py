@@ -173,16 +173,15 @@ class Over:
         self.cluster.apply([*(claim(name, size, self._class) for name in names), deployment], self.namespace)
 
     def pod(self, timeout: float = _SECONDS) -> Json:
-        """The pod, up."""
+        """The one pod that is not going, up."""
 
-        def there() -> Json | None:
-            found = [
-                one for one in self.cluster.items("Pod", self.namespace) if "deletionTimestamp" not in one["metadata"]
-            ]
-            return found[0] if len(found) == 1 else None
+        def there() -> Json:
+            pods = self.cluster.items("Pod", self.namespace)
+            found = [one for one in pods if "deletionTimestamp" not in one["metadata"]]
+            assert len(found) == 1, [one["metadata"]["name"] for one in found]
+            return self.cluster.check_running(found[0])
 
-        found = self.cluster.wait("pod of the Deployment", there, timeout)
-        return self.cluster.pod_running(found["metadata"]["name"], self.namespace, timeout)
+        return self.cluster.wait("running pod of the Deployment", there, timeout)
 
     def sh(self, script: str) -> str:
         """What a script says in the pod."""

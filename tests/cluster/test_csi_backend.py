@@ -10,10 +10,8 @@ import pytest
 from tests.cluster.api import Json
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import ClusterError
-from tests.cluster.driver import claim
 from tests.cluster.node import Node
 from tests.cluster.over import (
-    BELOW,
     NAME,
     NAMESPACE,
     Over,
@@ -291,12 +289,14 @@ def test_a_driver_without_block_volumes_is_refused_in_a_sentence(cluster: Cluste
 
 def test_a_claim_below_that_was_deleted_by_hand_keeps_its_data_and_says_so(cluster: Cluster) -> None:
     with over(cluster, "over-attached-at-once") as used:
-        cluster.apply([claim("data", "32Mi", "over-attached-at-once")], used.namespace)
-        below = f"luks-{used.id()}"
+        used.create()
+        used.write()
+        used.scale(0)
+        below, file = f"luks-{used.id()}", used.file()
+        kept = file.read_bytes()
         cluster.kubectl("delete", "pvc", below, "-n", NAMESPACE, "--wait=false")
         cluster.kubectl("delete", "volumerecord", used.id(), "-n", NAMESPACE, "--wait=false")
-        assert used.file().exists()
-        used.create()
+        cluster.api.patch("Deployment", "data", used.namespace, {"spec": {"replicas": 1}})
 
         def told() -> bool:
             found = [
@@ -308,6 +308,5 @@ def test_a_claim_below_that_was_deleted_by_hand_keeps_its_data_and_says_so(clust
             return True
 
         cluster.wait("sentence about the claim below", told, _SECONDS)
-        assert used.file().exists()
-        assert json.loads(used.record()["record"])["volume"]["encryption"] == "prepared"
-        assert list(BELOW.iterdir())
+        assert file.read_bytes() == kept
+        assert json.loads(used.record()["record"])["volume"]["encryption"] == "encrypted"

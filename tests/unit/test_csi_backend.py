@@ -14,7 +14,7 @@ from csi_driver.backends.csiclaims import Claims, name_for, places_of
 from csi_driver.backends.csiheaders import HeaderCopies
 from csi_driver.backends.csiholders import HolderPods, pod_name
 from csi_driver.backends.csinode import NodeDevices
-from csi_driver.backends.csipins import Pin, Pins
+from csi_driver.backends.csipins import Pin, Pins, digest
 from csi_driver.backends.csiplace import Place, read_place
 from csi_driver.backends.csirecords import KEEPS, Known, RecordObjects, Staged
 from csi_driver.backends.records import RecordCodec
@@ -502,6 +502,21 @@ def test_what_could_not_be_made_goes_though_nobody_asks_again(world: World) -> N
     world.controller.mend(no_lock, lambda: False)
     assert not world.api.all(VOLUME_RECORD)
     assert not world.api.all(CLAIM)
+
+
+def test_what_an_earlier_boot_left_goes_when_a_node_starts(world: World) -> None:
+    def pin(volume_id: str, boot: str) -> Pin:
+        return Pin(volume_id=volume_id, boot_id=boot, major=7, minor=7, disk=1, holder="uid", ticket="ticket")
+
+    for each in (pin("pvc-1", boot_id()), pin("pvc-2", "an earlier one")):
+        world.pins.put(each)
+    folder = world.pins.socket("pvc-1").parent
+    (folder / "newer.json").write_text('{"of": "a newer driver"}')
+    world.pins.socket("pvc-2").touch()
+    before = set(folder.iterdir())
+    world.node.prepare()
+    assert {path.stem for path in before - set(folder.iterdir())} == {digest("pvc-2")}
+    assert len(list(folder.iterdir())) == 2
 
 
 def test_a_record_hears_of_a_device_that_was_let_go_of_while_the_api_was_away(world: World) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.host.handle import Handle
-from csi_driver.host.passing import Passing, receive
+from csi_driver.host.passing import Passing, receive, remove_dead
 from csi_driver.model.errors import Aborted, CommandFailed, DeadlineExceeded, DeviceMismatch, PermissionDenied
 
 WORDS = {"volume": "pvc-1"}
@@ -161,3 +161,26 @@ def test_many_ask_at_once(place: Path) -> None:
         for thread in threads:
             thread.join(60)
     assert len(found) == 20
+
+
+def test_a_socket_that_nobody_answers_at_goes_and_one_that_is_answered_stays(place: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
+        descriptor = os.open(place.parent, os.O_PATH | os.O_DIRECTORY)
+        dead.bind(f"/proc/self/fd/{descriptor}/{place.name}")
+        os.close(descriptor)
+    remove_dead(place)
+    assert not list(place.parent.iterdir())
+    remove_dead(place)
+    with a_file(place.parent) as device, Passing(place, device, WORDS, root):
+        remove_dead(place)
+        with pytest.raises(DeviceMismatch):  # it answers; a file is no device
+            receive(place, "it", peer=root)
+
+
+def test_a_socket_that_takes_the_place_of_a_dead_one_stays(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.touch()
+    answers = iter([False, True])
+    monkeypatch.setattr("csi_driver.host.passing._answers", lambda _: next(answers))
+    inode = place.stat().st_ino
+    remove_dead(place)
+    assert [each.stat().st_ino for each in place.parent.iterdir()] == [inode]
