@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import stat
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +16,8 @@ from csi_driver.model.errors import DeviceInUse, FailedPrecondition, InvalidArgu
 
 _LONGEST_SOCKET_NAME = 107  # sun_path of unix(7), less the closing NUL
 _ANSWER_SECONDS = 2.0
+_START_SECONDS = 15.0
+_PAUSE = 0.05
 _SCHEME = "unix:"
 
 
@@ -66,10 +69,15 @@ def listen_on(server: Listener, path: Path) -> None:
 
 
 class Endpoint:
-    """A listening socket at `path`, from `place` to `remove`."""
+    """A listening socket at `path`, from `place` to `remove`.
 
-    def __init__(self, path: Path) -> None:
+    Another server that is just starting in the folder, as the registrations of several drivers do at a node's boot, is
+    waited for `start_seconds`.
+    """
+
+    def __init__(self, path: Path, start_seconds: float = _START_SECONDS) -> None:
         self._path = path
+        self._start_seconds = start_seconds
         self._identity: tuple[int, int] | None = None
 
     def place(self, listen: Callable[[Path], None]) -> None:
@@ -81,7 +89,7 @@ class Endpoint:
         newcomer = _newcomer(self._path)
         try:
             self._path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-            with _alone_in(self._path.parent):
+            with _alone_in(self._path.parent, self._start_seconds):
                 self._refuse_taken()
                 # Made under another name, so that whoever finds a socket at the path finds one that is being served.
                 newcomer.unlink(missing_ok=True)
@@ -136,14 +144,23 @@ def _newcomer(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def _alone_in(folder: Path, seconds: float) -> Iterator[None]:
     """Keep two servers that start at once from replacing each other's socket."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DeviceInUse(f"another server is just starting in {folder}; try again when it has started") from None
+        deadline = time.monotonic() + seconds
+        while not _locked(descriptor):
+            if time.monotonic() > deadline:
+                raise DeviceInUse(f"another server is just starting in {folder}; try again when it has started")
+            time.sleep(_PAUSE)
         yield
     finally:
         os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -49,10 +49,10 @@ _SLOWEST: Final = 8 << 20
 """Bytes per second below which a copy counts as hanging."""
 
 _CLONES_AT_ONCE: Final = 2
+"""A copy may take minutes and keeps a thread of the server: most of them stay free for all other calls."""
 _WAITING_AT_ONCE: Final = 4
 _HEAD_START_SECONDS: Final = 3.0
 """More than the first delay of a provisioner, 2 s at most with --node-deployment-base-delay=2s."""
-"""A copy may take minutes and keeps a thread of the server: most of them stay free for all other calls."""
 
 
 @dataclass(frozen=True)

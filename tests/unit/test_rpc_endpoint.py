@@ -4,6 +4,7 @@ import fcntl
 import os
 import socket
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -116,9 +117,19 @@ def test_two_servers_that_start_at_once_do_not_replace_each_other(tmp_path: Path
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         with pytest.raises(DeviceInUse, match="just starting"):
-            Endpoint(tmp_path / "csi.sock").place(listen)
+            Endpoint(tmp_path / "csi.sock", 0).place(listen)
     finally:
         os.close(descriptor)
+
+
+def test_a_server_that_is_just_starting_there_is_waited_for(tmp_path: Path, listen: Listen) -> None:
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    starting = threading.Timer(0.2, os.close, [descriptor])
+    starting.start()
+    Endpoint(tmp_path / "csi.sock").place(listen)
+    starting.join()
+    assert answers(tmp_path / "csi.sock")
 
 
 def test_remove_takes_away_our_own_socket_only(tmp_path: Path, listen: Listen) -> None:
