@@ -14,8 +14,8 @@ _Call = Callable[[], object]
 def listen_with_one_poller() -> None:
     """Have grpcio accept and read by its older poller; to be called before grpcio is first used.
 
-    The newer one, of 2025's releases, hands each event to threads of its own once more: a third more waits for each
-    call (docs/benchmarks.md). Who sets `GRPC_EXPERIMENTS` chooses himself.
+    The newer one hands each event to threads of the library's own once more (findings/grpcio-listener-wakeups.sh). Who
+    sets `GRPC_EXPERIMENTS` chooses himself.
     """
     os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
 
@@ -77,9 +77,9 @@ class CallThreads(ThreadPoolExecutor):
     """Up to `threads` threads, each begun when no other one is free; the one that was free last gets the next call.
 
     An executor for grpcio, which wants to hear of a call's end and of nothing else: the standard library's makes a
-    condition variable for each call's result and counts idle threads by a semaphore, and a handful of system calls
-    more for each call, most of what a call costs a node (docs/benchmarks.md). It is one of the standard library's as
-    grpcio takes no other for a service's own threads (`experimental_thread_pool`).
+    condition variable for each call's result and counts idle threads by a semaphore, a handful of system calls more for
+    each call (docs/benchmarks.md). It is one of the standard library's as grpcio takes no other for a service's own
+    threads (`experimental_thread_pool`).
     """
 
     def __init__(self, threads: int, name: str) -> None:
@@ -117,8 +117,8 @@ class CallThreads(ThreadPoolExecutor):
                 self._free.pop().hand(call)
             elif len(self._all) < self._most:
                 thread = _Thread(self, f"{self._name}_{len(self._all)}", call)
+                thread.start()  # where there can be no more, grpcio is told and nothing is waited for later
                 self._all.append(thread)
-                thread.start()
             else:
                 self._waiting.append(call)
         return ended

@@ -128,6 +128,22 @@ def test_who_asks_late_is_told_at_once(threads: CallThreads) -> None:
     assert late.is_set()
 
 
+def test_a_thread_that_cannot_be_begun_is_told_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = CallThreads(2, "call")
+
+    def full(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("threading.Thread.start", full)
+        with pytest.raises(RuntimeError, match="can't start"):
+            threads.submit(print)
+    held = Held(threads)
+    assert held.begun.wait(_PATIENCE)
+    assert held.end() == "call_0"
+    threads.shutdown()
+
+
 class Identity(csi_pb2_grpc.IdentityServicer):
     """Says in which thread it answers."""
 
