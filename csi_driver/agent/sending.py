@@ -78,7 +78,7 @@ class Sender:
         try:
             with contextlib.closing(self._connection()) as connection:
                 # Who refuses in the middle of a body has said why, and that is what counts.
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
                     connection.request(method, self._path, body() if body else None, {**self._headers, **headers})
                 response = connection.getresponse()
                 offset, said = response.headers.get("Upload-Offset", ""), response.read(4096)

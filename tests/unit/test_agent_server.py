@@ -7,18 +7,20 @@ import socket
 import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import BinaryIO, cast
 
 import pytest
 
 from csi_driver.agent.access import Access
 from csi_driver.agent.rate import Rate
+from csi_driver.agent.sending import Sender
 from csi_driver.agent.server import CopyServer
 from csi_driver.agent.uploads import Uploads
+from csi_driver.images.base import MIB
 from csi_driver.images.library import ImageLibrary
 from csi_driver.kube.copies import AGENTS, State
 from csi_driver.kube.kinds import SECRET, Json
-from csi_driver.model.errors import PermissionDenied, Unauthenticated
+from csi_driver.model.errors import PermissionDenied, ResourceExhausted, Unauthenticated
 from csi_driver.operator.certificates import AGENT_SECRET, Certificates
 from tests.operator_fakes import FakeApi
 from tests.told_lines import told_lines
@@ -147,3 +149,18 @@ def test_who_has_an_address_of_ipv6_only_is_served(tmp_path: Path) -> None:
     with serving(tmp_path, host="") as server:
         for host in ("::1", _HOST):
             socket.create_connection((host, server.port), timeout=30).close()
+
+
+def test_who_is_refused_in_the_middle_of_an_upload_hears_why(
+    server: CopyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_name: str, _uid: str, _start: int, _total: int, _length: int, stream: BinaryIO) -> int:
+        stream.read(MIB)
+        raise ResourceExhausted("no space is left for image disk")
+
+    monkeypatch.setattr(server.uploads, "receive", full)
+    file = tmp_path / "disk.raw"
+    file.write_bytes(bytes(24 * MIB))  # more than the buffers on the way hold
+    sender = Sender(f"{_HOST}:{server.port}", (tmp_path / "ca.crt").read_text(), "good", "disk")
+    with pytest.raises(ResourceExhausted, match="image disk cannot be uploaded: no space is left"):
+        sender.send(file, lambda _: None)
