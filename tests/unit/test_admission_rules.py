@@ -354,7 +354,7 @@ def test_of_very_many_users_some_are_named() -> None:
     ],
 )
 def test_what_is_filled_in_is_checked_for_form(cluster: MemoryCluster, name: str, namespace: str, good: bool) -> None:  # noqa: FBT001
-    rules = ClassRules(cluster, DRIVER, Profile.LONGHORN)
+    rules = ClassRules(cluster, OperatorSettings())
     request = asked(STORAGE_CLASS, storage_class(encrypted(name, namespace)))
     if good:
         assert rules.review(request) == Verdict([])
@@ -364,19 +364,19 @@ def test_what_is_filled_in_is_checked_for_form(cluster: MemoryCluster, name: str
 
 
 def test_an_encrypted_class_without_a_secret_is_a_warning(cluster: MemoryCluster) -> None:
-    rules = ClassRules(cluster, DRIVER, Profile.LONGHORN)
+    rules = ClassRules(cluster, OperatorSettings())
     said = rules.review(asked(STORAGE_CLASS, storage_class({"encrypted": "true"}))).warnings
     assert said == ["the StorageClass it names no secret for node-stage, which opens its volumes"]
 
 
 @pytest.mark.parametrize("parameters", [{}, {"encrypted": "false"}, {"encrypted": "true", "generateKey": "true"}])
 def test_a_class_without_a_secrets_passphrase_needs_none(cluster: MemoryCluster, parameters: Json) -> None:
-    rules = ClassRules(cluster, DRIVER, Profile.HARVESTER)
+    rules = ClassRules(cluster, OperatorSettings(profile=Profile.HARVESTER))
     assert rules.review(asked(STORAGE_CLASS, storage_class(parameters))) == Verdict([])
 
 
 def test_all_operations_of_a_class_have_one_secret(cluster: MemoryCluster) -> None:
-    rules = ClassRules(cluster, DRIVER, Profile.LONGHORN)
+    rules = ClassRules(cluster, OperatorSettings())
     prefix = "csi.storage.k8s.io/node-expand-secret"
     other = {f"{prefix}-name": "b", f"{prefix}-namespace": "team"}
     with pytest.raises(InvalidArgument, match="the secrets of StorageClass it differ: team/a, team/b; all of its"):
@@ -384,7 +384,7 @@ def test_all_operations_of_a_class_have_one_secret(cluster: MemoryCluster) -> No
 
 
 def test_a_class_of_an_image_that_is_gone_goes(cluster: MemoryCluster) -> None:
-    rules = ClassRules(cluster, DRIVER, Profile.LONGHORN)
+    rules = ClassRules(cluster, OperatorSettings())
     note = {"images.luks.csi.internal/origin": "VirtualMachineImage/team/m/7"}
     request = asked(STORAGE_CLASS, None, storage_class({}, annotations=note))
     assert rules.review(request) == Verdict()
@@ -415,11 +415,32 @@ def test_a_backing_image_clones_backing_images_alone(cluster: MemoryCluster) -> 
         image = {"metadata": {"name": "s", "annotations": notes}, "status": {"encrypted": False}}
         cluster.put(IMAGE, image)
         with pytest.raises(InvalidArgument, match="the Image s stands for no BackingImage of namespace lh"):
-            image_rules(cluster).review(request)
+            image_rules(cluster, "lh").review(request)
     notes = {"images.luks.csi.internal/origin": "BackingImage/lh/s/1"}
     cluster.put(IMAGE, {"metadata": {"name": "s", "annotations": notes}, "status": {"encrypted": False}})
     with pytest.raises(InvalidArgument, match="image s is not encrypted"):
-        image_rules(cluster).review(request)
+        image_rules(cluster, "lh").review(request)
+
+
+def test_a_backing_image_that_nobody_looks_after_is_refused(cluster: MemoryCluster) -> None:
+    backing: Json = {"metadata": {"name": "b"}, "spec": {"sourceType": "download", "sourceParameters": {}}}
+    with pytest.raises(
+        InvalidArgument, match="namespace default are looked after by nobody; make it in longhorn-system"
+    ):
+        image_rules(cluster).review(asked(BACKING_IMAGE, backing, namespace="default"))
+    assert not image_rules(cluster).review(asked(BACKING_IMAGE, backing, namespace="longhorn-system")).warnings
+
+
+@pytest.mark.parametrize(("namespace", "count"), [("luks-csi", 1), ("kube-system", 1), ("vms", 0)])
+def test_a_secret_that_is_never_reviewed_is_warned_of(cluster: MemoryCluster, namespace: str, count: int) -> None:
+    cluster.put(SECRET, secret(CRYPTO_KEY_VALUE="x"), namespace)
+    cluster.may.add(("Secret", namespace, "it"))
+    place = {"name": "it", "namespace": namespace}
+    image: Json = {"metadata": {"name": "i"}, "spec": {"source": {"upload": {}}, "secretRef": place}}
+    said = image_rules(cluster).review(asked(IMAGE, image)).warnings
+    assert [f"nobody keeps the secret {namespace}/it from being deleted" in each for each in said] == [True] * count
+    request = asked(STORAGE_CLASS, storage_class(encrypted(namespace=namespace)))
+    assert list(ClassRules(cluster, OperatorSettings()).review(request).warnings) == list(said)
 
 
 def test_an_exported_volume_is_its_claims(cluster: MemoryCluster) -> None:
@@ -487,8 +508,8 @@ def test_who_may_look_at_a_claim_and_have_no_pod_beside_it_has_no_image_made_of_
     assert not image_rules(cluster).review(asking).warnings
 
 
-def image_rules(cluster: MemoryCluster) -> ImageRules:
-    return ImageRules(cluster, OperatorSettings(), OPERATOR)
+def image_rules(cluster: MemoryCluster, namespace: str = "longhorn-system") -> ImageRules:
+    return ImageRules(cluster, OperatorSettings(backing_image_namespace=namespace), OPERATOR)
 
 
 def test_what_the_operator_does_itself_was_reviewed_before(cluster: MemoryCluster) -> None:

@@ -35,7 +35,7 @@ class Admission:
         account = f"system:serviceaccount:{settings.namespace}:{ACCOUNT}"
         self._rules: dict[str, Rule] = {
             "secrets": SecretRules(cluster, settings.driver_name).review,
-            "storageclasses": ClassRules(cluster, settings.driver_name, settings.profile).review,
+            "storageclasses": ClassRules(cluster, settings).review,
             "images": ImageRules(cluster, settings, account).review,
             "parameters": lambda request: machine_images.mutate(request, cluster),
         }

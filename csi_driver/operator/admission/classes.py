@@ -8,8 +8,8 @@ from csi_driver.kube.kinds import VIRTUAL_MACHINE_IMAGE, Json
 from csi_driver.model.errors import FailedPrecondition, InvalidArgument
 from csi_driver.operator.admission.lookups import Cluster, is_there
 from csi_driver.operator.admission.review import Request, Verdict
-from csi_driver.operator.admission.secrets import look_at
-from csi_driver.operator.settings import Profile
+from csi_driver.operator.admission.secrets import look_at, unguarded
+from csi_driver.operator.settings import OperatorSettings, Profile
 from csi_driver.operator.standing import Origin
 from csi_driver.operator.users import Place, is_template, parameters_of, secret_pairs
 
@@ -22,10 +22,11 @@ _IN_NAME: Final = re.compile(r"\$\{(pv\.name|pvc\.namespace|pvc\.name|pvc\.annot
 class ClassRules:
     """Reviews creation and deletion of StorageClasses."""
 
-    def __init__(self, cluster: Cluster, driver_name: str, profile: Profile) -> None:
+    def __init__(self, cluster: Cluster, settings: OperatorSettings) -> None:
         self._cluster = cluster
-        self._driver_name = driver_name
-        self._profile = profile
+        self._driver_name = settings.driver_name
+        self._profile = settings.profile
+        self._namespace = settings.namespace
 
     def review(self, request: Request) -> Verdict:
         """Raises InvalidArgument for a class that cannot work, FailedPrecondition for one that an image needs."""
@@ -67,7 +68,9 @@ class ClassRules:
         warnings = []
         if "node-stage" not in pairs:
             warnings = [f"the StorageClass {name} names no secret for node-stage, which opens its volumes"]
-        return [*warnings, *self._look_at(name, places[0])] if places else warnings
+        if places:
+            warnings += [*self._look_at(name, places[0]), *unguarded(places, self._namespace)]
+        return warnings
 
     def _check_pairs(self, name: str, pairs: Mapping[str, tuple[str | None, str | None]]) -> None:
         for operation, pair in pairs.items():

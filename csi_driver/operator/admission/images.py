@@ -21,7 +21,7 @@ from csi_driver.operator.admission import machine_images, needs
 from csi_driver.operator.admission.lookups import Cluster, is_ending, is_there
 from csi_driver.operator.admission.needs import Need
 from csi_driver.operator.admission.review import Request, Verdict
-from csi_driver.operator.admission.secrets import look_at
+from csi_driver.operator.admission.secrets import look_at, unguarded
 from csi_driver.operator.cloning import not_its_to_clone, refusal
 from csi_driver.operator.settings import OperatorSettings
 from csi_driver.operator.standing import Origin
@@ -58,6 +58,11 @@ class ImageRules:
             self._check_needs(request, needs.of_image(request.thing["spec"]))
             return Verdict(self._check_image(request.thing["spec"]))
         if kind == BACKING_IMAGE:
+            if request.namespace != (place := self._settings.backing_image_namespace):
+                raise InvalidArgument(
+                    f"BackingImages of namespace {request.namespace} are looked after by nobody; make it in {place}, "
+                    f"where they are (--backing-image-namespace of the operator)"
+                )
             self._check_needs(request, needs.of_backing_image(request.thing, self._cluster))
             return Verdict(self._check_backing(request.thing["spec"], request.namespace))
         source = machine_images.source_of(request.thing, self._cluster)
@@ -113,7 +118,8 @@ class ImageRules:
 
     def _check_secrets(self, places: Sequence[Place]) -> list[str]:
         found = [look_at(self._cluster, place) for place in dict.fromkeys(places)]
-        return [f"{said} yet; the image waits until there is" for said in found if said]
+        waits = [f"{said} yet; the image waits until there is" for said in found if said]
+        return [*waits, *unguarded(places, self._settings.namespace)]
 
     # Deleting one.
 
