@@ -73,20 +73,15 @@ def upload(
                 f"--namespace, and look whether its operator runs"
             )
         token = _token(kube, service_account, AUDIENCE)
-        full: set[str] = set()
-        while "upload" in awaited:
-            full.add(awaited["upload"]["node"])
-            sender = Sender(address or awaited["upload"]["address"], found["data"]["ca.crt"], token, name)
-            try:
-                with ProgressLine("uploading", path.stat().st_size) as line:
-                    sender.send(path, line)
-            except ResourceExhausted:
-                # Another node waits for it then, but a forwarded port leads to this one.
-                if address or (other := _awaited_by_another(kube, name, full)) is None:
-                    raise
-                awaited = other
-            else:
-                awaited = _wait(kube, name, "its end", lambda _: False)
+
+        def send(to: str) -> None:
+            with ProgressLine("uploading", path.stat().st_size) as line:
+                Sender(to, found["data"]["ca.crt"], token, name).send(path, line)
+
+        try:
+            awaited = _sent(kube, name, awaited, address, send)
+        except KeyboardInterrupt:
+            raise click.Abort(f"the upload of image {name} was interrupted; the same command goes on") from None
     if output == Output.JSON:
         return show_json(awaited)
     kind = "encrypted image" if awaited.get("encrypted") else "image"
@@ -127,6 +122,23 @@ def _wait(kube: "Kube", name: str, what: str, enough: Callable[[Json], bool]) ->
         if time.monotonic() > end:
             raise FailedPrecondition(f"image {name} has waited too long for {what}: {message}")
         time.sleep(_POLL_SECONDS)
+
+
+def _sent(kube: "Kube", name: str, awaited: Json, address: str | None, send: Callable[[str], None]) -> Json:
+    """The status of the Image when it is ready; it is sent to the node that waits for it, and to the next if full."""
+    full: set[str] = set()
+    while "upload" in awaited:
+        full.add(awaited["upload"]["node"])
+        try:
+            send(address or awaited["upload"]["address"])
+        except ResourceExhausted:
+            # Another node waits for it then, but a forwarded port leads to this one.
+            if address or (other := _awaited_by_another(kube, name, full)) is None:
+                raise
+            awaited = other
+        else:
+            awaited = _wait(kube, name, "its end", lambda _: False)
+    return awaited
 
 
 def _awaited_by_another(kube: "Kube", name: str, full: set[str]) -> Json | None:

@@ -80,8 +80,8 @@ def main(arguments: Sequence[str] | None = None, obj: object = None) -> NoReturn
             _fail(words, said, _code_of(error), FAILED)
         answered = getattr(error, "code", None)  # the server's own, of a call to it
         _fail(words, f"{said} ({answered})" if answered else said, "", FAILED)
-    except click.Abort:
-        _fail(words, "interrupted", "CANCELLED", INTERRUPTED)
+    except click.Abort as error:
+        _fail(words, str(error) or "interrupted", "CANCELLED", INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -39,7 +39,7 @@ _BINARY: Final = tuple(
          "the descriptor of a vmdk, a text that names other files",
          "make one image of it where they are: `qemu-img convert -f vmdk -O qcow2 FILE NEW`"),
         (0, rb"\s*json:", "a name in QEMU's json: notation, not an image", "give the image that it describes"),
-        (0, rb"(?i:\s*<(!doctype|html|\?xml))", "a page of text", "look at what the server answered"),
+        (0, rb"(?i:\s*<(!doctype|html|\?xml))", "a page of text", "look at it; a server may have answered so"),
         (0, rb"\x3a\xff\x26\xed\x01\0", "an Android sparse image", "make a raw image of it with Android's simg2img"),
         (0, rb"VMA\0{4}\x01", "a backup of Proxmox (VMA)", "restore it there, or unpack it with its program vma"),
         (0, rb"MSWIM\0\0\0", "a Windows image (WIM), files and not a disk", "install it to a disk and give that"),
@@ -77,7 +77,7 @@ _TEXTS: Final = tuple(
     (re.compile(pattern), name, advice)
     for pattern, name, advice in (
         (rb"version https://git-lfs\.github\.com/", "a Git LFS pointer", "fetch the file itself with git lfs pull"),
-        (rb"\s*[{\[]", "a JSON text", "look at what the server answered"),
+        (rb"\s*[{\[]", "a JSON text", "look at it; a server may have answered so"),
         (
             rb"(?:#[^\n]*\n)*(?:[0-9a-f]{32,128} [ *]|SHA\d+ \()\S",
             "a list of checksums",

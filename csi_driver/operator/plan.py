@@ -142,7 +142,8 @@ def _spread(image: Json, near: Sequence[Json], ready: Sequence[Json], world: Wor
         found.create = [copy_of(image, node) for node in free[:missing]]
         missing -= len(found.create)
     _remove_idle(ready, [copy for copy in ready if copy in counted], wanted, world, found)
-    message = "" if missing <= 0 else f"{missing} more copies are wanted and no other node can have one"
+    wanted = "one more copy is" if missing == 1 else f"{missing} more copies are"
+    message = "" if missing <= 0 else f"{wanted} wanted and no other node can have one"
     return _Outcome(READY, message, "Ready")
 
 
@@ -249,10 +250,10 @@ def _clone(image: Json, nodes: Sequence[str], world: World, found: Plan) -> _Out
     status = source.get("status", {})
     if status.get("phase") != READY:
         return _Outcome(PENDING, f"waits for image {name}, which is {status.get('phase', PENDING)}", "SourceNotReady")
+    if (why := not_its_to_clone(Origin.of(image), source)) is not None:  # before anything is told of what it is
+        return _Outcome(PENDING, why, "NoSource")
     if (why := refusal(name, wanted.get("encryption", "ignore"), encrypted=status.get("encrypted", False))) is not None:
         return _Outcome(FAILED, why, "Refused")
-    if (why := not_its_to_clone(Origin.of(image), source)) is not None:
-        return _Outcome(PENDING, why, "NoSource")
     having = {
         copy["spec"]["node"]: copy
         for copy in world.source_copies

@@ -183,7 +183,7 @@ def test_copies_and_clones_go_where_the_node_selector_says_and_fewer_wanted_ones
     for node in ("one", "two"):
         lab.kube.patch(NODE, node, {"metadata": {"labels": {"number": node}}})
     lab.image("there", {"download": {"url": web.url()}}, nodeSelector={"number": "one"}, copies=2)
-    lab.wait_phase("there", "Ready", "1 more copies are wanted and no other node can have one")
+    lab.wait_phase("there", "Ready", "one more copy is wanted and no other node can have one")
     assert lab.wait_copies("there", 1) == ["one"]
     lab.clone("other-side", "there", nodeSelector={"number": "two"})
     lab.wait_phase("other-side")

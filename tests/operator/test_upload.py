@@ -86,6 +86,7 @@ def test_an_upload_that_was_interrupted_goes_on(lab: Lab, tmp_path: Path) -> Non
         running.send_signal(signal.SIGINT)
         _, said = running.communicate(timeout=60)
         assert running.returncode == 130, said
+        assert "was interrupted; the same command goes on" in said
     received = 0
     while part.stat().st_size != received:  # until the agent has seen that nobody sends any more
         received = part.stat().st_size

@@ -67,7 +67,7 @@ def test_only_nodes_that_fit_the_selector_are_taken() -> None:
     assert placed(plan(wanted, [], world("a", "b"))) == [("b", True)]
     found = plan(wanted, [copy(wanted, "b", "Ready", make=True)], world("a", "b"))
     assert found.create == []
-    assert found.status["message"] == "1 more copies are wanted and no other node can have one"
+    assert found.status["message"] == "one more copy is wanted and no other node can have one"
     nowhere = plan(image(nodeSelector={"x": "y"}), [], world("a"))
     assert (nowhere.create, nowhere.status["message"]) == ([], "no node with an agent fits its nodeSelector")
 
