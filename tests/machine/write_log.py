@@ -144,20 +144,15 @@ class Logged:
     @contextmanager
     def cut(self, log: int, writes: Iterable[Entry]) -> Iterator[str]:
         """A device that shows the image and those writes behind it; what is written to it goes away with it."""
-        with self._shown() as path:
-            with open(path, "r+b", buffering=0) as state:
-                for entry in writes:
-                    entry.apply(log, state.fileno())
-                os.fsync(state.fileno())
-            yield path
-
-    @contextmanager
-    def _shown(self) -> Iterator[str]:
         with (
             _attached(self.image) as image,
             _attached(self.changes) as changes,
             _mapped(f"snapshot {image} {changes} N 8") as path,
         ):
+            with open(path, "r+b", buffering=0) as state:
+                for entry in writes:
+                    entry.apply(log, state.fileno())
+                os.fsync(state.fileno())
             yield path
 
 
