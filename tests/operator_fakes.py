@@ -214,3 +214,13 @@ def kept(thing: Json | None) -> bool:
 
 def _key(thing: Json) -> Key:
     return thing["metadata"].get("namespace", ""), name_of(thing)
+
+
+class EventList:
+    """Events; `lines` are KIND NAME: REASON: MESSAGE, with a ! before what warns."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def tell(self, kind: Kind, thing: Json, reason: str, message: str, *, warning: bool = False) -> None:
+        self.lines.append(f"{'! ' if warning else ''}{kind} {name_of(thing)}: {reason}: {message}")

@@ -113,7 +113,9 @@ def _made(library: ImageLibrary, request: Request) -> ImageRecord:
             wanted = Import(name, work.path, checksum, secret, work.limit, take=True, owner=owner)
             return library.import_(wanted, _meter)
         case CloneWork():
-            key, new_key = (None if each is None else read_secret(each) for each in (work.key, work.new_key))
+            key, new_key = (
+                None if each is None else read_secret(each.entries, each.name) for each in (work.key, work.new_key)
+            )
             operation = Operation(work.encryption)
             clone = Clone(
                 work.source, name, operation, key, new_key, secret, work.sector_size,

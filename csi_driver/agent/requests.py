@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from csi_driver.agent.settings import AgentSettings
 from csi_driver.agent.uploads import Uploads
-from csi_driver.agent.work import CloneWork, Download, Entries, Export, Pull, Request, Upload
+from csi_driver.agent.work import CloneWork, Download, Entries, Export, Pull, Request, Secret, Upload
 from csi_driver.host.syscalls import error_name
 from csi_driver.images.checkpoint import Operation
 from csi_driver.images.credentials import PAIRS, authorization, pair_of
@@ -109,7 +109,7 @@ class Requests:
             ) from None
         return Pull(peers, str(settings.tls_dir / "ca.crt"), token, checksum)
 
-    def _secret(self, reference: Json | None) -> Entries | None:
+    def _secret(self, reference: Json | None) -> Secret | None:
         """The entries that are text. Raises FailedPrecondition without the secret."""
         if reference is None:
             return None
@@ -121,15 +121,17 @@ class Requests:
         for entry, value in (found.get("data") or {}).items():
             with contextlib.suppress(binascii.Error, UnicodeDecodeError):
                 entries[entry] = base64.b64decode(value).decode()
-        return entries
+        return Secret(f"{namespace}/{name}", entries)
 
     def _credentials(self, download: Json) -> tuple[Entries, str | None]:
         """The headers and the certificates of a download, from the objects that it names."""
         headers: Entries = {}
-        if (entries := self._secret(download.get("credentialsRef"))) is not None:
-            if (pair := pair_of(entries)) is None:
+        if (secret := self._secret(download.get("credentialsRef"))) is not None:
+            if (pair := pair_of(secret.entries)) is None:
                 wanted = " or ".join(f"{user} and {password}" for user, password in PAIRS)
-                raise FailedPrecondition(f"the secret of credentialsRef has no credentials; expected {wanted}")
+                raise FailedPrecondition(
+                    f"the secret {secret.name} of credentialsRef has no credentials; expected {wanted}"
+                )
             headers = authorization(*pair)
         reference = download.get("caConfigMapRef")
         if reference is None:

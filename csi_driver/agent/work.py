@@ -33,14 +33,24 @@ class Upload(msgspec.Struct, frozen=True, tag=True):
     limit: int
 
 
+class Secret(msgspec.Struct, frozen=True):
+    """A secret of Kubernetes; `name` is NAMESPACE/NAME."""
+
+    name: str
+    entries: Entries
+
+    def __repr__(self) -> str:
+        return f"Secret({self.name!r})"
+
+
 class CloneWork(msgspec.Struct, frozen=True, tag=True):
-    """Another image of this node, that of the Image object `source_owner`; the keys are entries of secrets."""
+    """Another image of this node, that of the Image object `source_owner`."""
 
     source: str
     source_owner: str
     encryption: str
-    key: Entries | None
-    new_key: Entries | None
+    key: Secret | None
+    new_key: Secret | None
     sector_size: int | None
 
     def __repr__(self) -> str:

@@ -106,7 +106,8 @@ def check_secret(secret: str | None) -> None:
 def passphrase_of(key: SecretKey | None, where: str) -> Passphrase:
     """What a secret for the image `where` opens it with. Raises FailedPrecondition when it holds none."""
     if key is None or key.passphrase is None:
+        holder = "the secret" if key is None else key.where
         raise FailedPrecondition(
-            f"the secret for {where} holds neither {LONGHORN_VALUE} nor {CEPH_PASSPHRASE}; add one of them"
+            f"{holder} for {where} holds neither {LONGHORN_VALUE} nor {CEPH_PASSPHRASE}; add one of them"
         )
     return key.passphrase

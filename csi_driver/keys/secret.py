@@ -23,7 +23,7 @@ class SecretKey:
     """What a secret holds: the passphrase and, in a Longhorn secret, wishes for luksFormat as they stand there.
 
     `previous` is the passphrase that it had before: what it still opens gets the new one. `entries` are all of them,
-    for a KMS that is told to look for its own among them.
+    for a KMS that is told to look for its own among them; `where` names the secret in messages.
     """
 
     passphrase: Passphrase | None
@@ -33,27 +33,31 @@ class SecretKey:
     pbkdf: str | None = None
     previous: Passphrase | None = None
     entries: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    where: str = field(default="the secret", compare=False)
 
 
-def read_secret(entries: Mapping[str, str]) -> SecretKey:
-    """Read the entries of a secret; entries of other names (a Ceph user, say) are not ours and are left alone.
+def read_secret(entries: Mapping[str, str], name: str = "") -> SecretKey:
+    """Read the entries of a secret; entries of other names (a Ceph user, say) are not ours and are left alone. `name`
+    is its NAMESPACE/NAME where that is known, for messages: a CSI call does not say it.
 
     Raises FailedPrecondition for an unknown provider, an empty value, or two passphrases that disagree: a secret can be
     put right while the claim waits.
     """
+    where = _named(name)
     provider = entries.get(PROVIDER)
     if provider not in (None, "", "secret"):
         raise FailedPrecondition(
-            f"the secret's entry {PROVIDER} names a key provider that does not exist; leave it out or set it to secret"
+            f"{where}'s entry {PROVIDER} names a key provider that does not exist; leave it out or set it to secret"
         )
     return SecretKey(
-        passphrase=_passphrase(entries),
+        passphrase=_passphrase(entries, name),
         cipher=entries.get(CIPHER) or None,
         hash=entries.get(HASH) or None,
         key_size=entries.get(KEY_SIZE) or None,
         pbkdf=entries.get(PBKDF) or None,
-        previous=_value(PREVIOUS, entries[PREVIOUS]) if entries.get(PREVIOUS) else None,
+        previous=_value(PREVIOUS, entries[PREVIOUS], name) if entries.get(PREVIOUS) else None,
         entries=entries,
+        where=where,
     )
 
 
@@ -71,22 +75,27 @@ def require_passphrase(key: SecretKey, volume_id: str) -> Passphrase:
     return key.passphrase
 
 
-def _passphrase(entries: Mapping[str, str]) -> Passphrase | None:
+def _passphrase(entries: Mapping[str, str], secret: str) -> Passphrase | None:
     found: dict[str, str] = {name: entries[name] for name in (LONGHORN_VALUE, CEPH_PASSPHRASE) if name in entries}
-    passphrases = [_value(name, value) for name, value in found.items()]
+    passphrases = [_value(name, value, secret) for name, value in found.items()]
     if not passphrases:
         return None
     if len(set(found.values())) > 1:
         raise FailedPrecondition(
-            f"the secret's entries {LONGHORN_VALUE} and {CEPH_PASSPHRASE} disagree; keep the one that opens the volume"
+            f"{_named(secret)}'s entries {LONGHORN_VALUE} and {CEPH_PASSPHRASE} disagree; keep the one that opens the "
+            f"volume"
         )
     return passphrases[0]
 
 
-def _value(name: str, text: str) -> Passphrase:
+def _named(secret: str) -> str:
+    return f"the secret {secret}" if secret else "the secret"
+
+
+def _value(name: str, text: str, secret: str) -> Passphrase:
     value = text.encode()
     if not value:
-        raise FailedPrecondition(f"the secret's entry {name} is empty; put the passphrase there")
+        raise FailedPrecondition(f"{_named(secret)}'s entry {name} is empty; put the passphrase there")
     if len(value) > _LARGEST_PASSPHRASE_BYTES:
-        raise FailedPrecondition(f"the secret's entry {name} is longer than {_LARGEST_PASSPHRASE_BYTES} bytes")
-    return Passphrase(value)
+        raise FailedPrecondition(f"{_named(secret)}'s entry {name} is longer than {_LARGEST_PASSPHRASE_BYTES} bytes")
+    return Passphrase(value, secret)

@@ -162,7 +162,7 @@ class CryptDevice:
         """
         secret = passphrase.reveal()
         code = self._library.crypt_activate_by_passphrase(self._handle, None, _ANY_SLOT, secret, len(secret), flags)
-        self._check_opened(code, "try the passphrase")
+        self._check_opened(code, "try the passphrase", passphrase)
         return int(code)
 
     def add_keyslot(self, current: Passphrase, new: Passphrase, chosen: LuksFormat) -> int:
@@ -174,7 +174,7 @@ class CryptDevice:
         self._check(self._library.crypt_set_pbkdf_type(self._handle, ctypes.byref(pbkdf)), "set the key derivation")
         old, fresh = current.reveal(), new.reveal()
         code = self._library.crypt_keyslot_add_by_passphrase(self._handle, _ANY_SLOT, old, len(old), fresh, len(fresh))
-        self._check_opened(code, "add a key slot")
+        self._check_opened(code, "add a key slot", current)
         return int(code)
 
     def destroy_keyslot(self, slot: int) -> None:
@@ -189,7 +189,7 @@ class CryptDevice:
         code = self._library.crypt_volume_key_get(
             self._handle, _ANY_SLOT, _memory(key), ctypes.byref(size), secret, len(secret)
         )
-        self._check_opened(code, "read the volume key")
+        self._check_opened(code, "read the volume key", passphrase)
         return key
 
     def set_token(self, token: bytes | None, place: int = _ANY_TOKEN) -> None:
@@ -200,11 +200,12 @@ class CryptDevice:
         """Write another UUID into both copies of the header."""
         self._check(self._library.crypt_set_uuid(self._handle, uuid.encode()), "change the UUID")
 
-    def _check_opened(self, code: int, what: str) -> None:
+    def _check_opened(self, code: int, what: str, passphrase: Passphrase) -> None:
         if code == -errno.EPERM:
+            named = f" {passphrase.secret}" if passphrase.secret else ""
             raise Unauthenticated(
                 f"the passphrase in the secret opens no key slot of {self._where}; put the passphrase it was formatted "
-                f"with back into the secret"
+                f"with back into the secret{named}"
             )
         self._check(code, what)
 

@@ -9,12 +9,17 @@ _RANDOM_BYTES = 32
 
 
 class Passphrase:
-    """The exact bytes that open a LUKS2 key slot; shows nothing of them in repr, str or an exception."""
+    """The exact bytes that open a LUKS2 key slot; shows nothing of them in repr, str or an exception.
 
-    __slots__ = ("_value",)
+    `secret` is the NAMESPACE/NAME of the one that holds them, for who reads that they open nothing; "" where that is
+    not known.
+    """
 
-    def __init__(self, value: bytes) -> None:
+    __slots__ = ("_value", "secret")
+
+    def __init__(self, value: bytes, secret: str = "") -> None:
         self._value = value
+        self.secret = secret
 
     @classmethod
     def random(cls) -> Self:

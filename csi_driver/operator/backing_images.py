@@ -26,12 +26,15 @@ from csi_driver.model.times import recorded_now
 from csi_driver.operator.plan import PENDING, READY
 from csi_driver.operator.standing import (
     LATER,
+    NAME_TAKEN,
+    REFUSED,
     SOON,
     Api,
     Origin,
     Problem,
     Seen,
     Statuses,
+    Tells,
     changes,
     condition,
     keep,
@@ -64,12 +67,13 @@ class BackingImages:
         api: Api,
         seen: Mapping[Kind, Seen],
         namespace: str,
+        events: Tells,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._api = api
         self._seen = seen
         self._namespace = namespace
-        self._statuses = Statuses(api, BACKING_IMAGE, seen[BACKING_IMAGE], clock)
+        self._statuses = Statuses(api, BACKING_IMAGE, seen[BACKING_IMAGE], events, "Ready", clock)
         self.controller = Controller("backing images", self.reconcile)
 
     def changed(self, kind: Kind, thing: Json) -> None:
@@ -94,7 +98,7 @@ class BackingImages:
         except AlreadyExists:
             return SOON
         except InvalidArgument as error:
-            problem = Problem("Refused", str(error))
+            problem = Problem(REFUSED, str(error))
         return sooner(self._tell(backing, image, problem), LATER if problem else None)
 
     def _make(self, backing: Json) -> Json:
@@ -123,7 +127,7 @@ class BackingImages:
             self._delete(image)
             return Problem("Replaced", f"the image {name} of an earlier BackingImage of that name is removed first")
         return Problem(
-            "NameTaken",
+            NAME_TAKEN,
             f"there is an Image {name} that was not made for this BackingImage, and it is left alone; delete one of "
             f"them, or give this one another name",
         )

@@ -11,6 +11,8 @@ from csi_driver.kube.informer import Informer
 from csi_driver.kube.kinds import BACKING_IMAGE, CRD, MANAGED_BY, MANAGER, VIRTUAL_MACHINE_IMAGE, Json, Kind
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.operator.backing_images import BackingImages
+from csi_driver.operator.events import Events
+from csi_driver.operator.settings import OperatorSettings
 from csi_driver.operator.virtual_machine_images import VirtualMachineImages
 
 _KINDS: Final = (BACKING_IMAGE, VIRTUAL_MACHINE_IMAGE)
@@ -66,11 +68,12 @@ class Compat:
 
 
 def compat(
-    kube: Kube, served: frozenset[Kind], others: Mapping[Kind, Informer], namespace: str, driver_name: str
+    kube: Kube, served: frozenset[Kind], others: Mapping[Kind, Informer], settings: OperatorSettings, events: Events
 ) -> list[Compat]:
     """The parts for the kinds that `check_crds` has found, before anything starts. `others` are the informers of Image,
-    ImageCopy and StorageClass; BackingImages lie in `namespace`.
+    ImageCopy and StorageClass.
     """
+    namespace = settings.backing_image_namespace
     parts: list[Compat] = []
     seen = dict(others)
     for kind in _KINDS:
@@ -79,9 +82,9 @@ def compat(
         informer = Informer(kube, kind, namespace=namespace if kind == BACKING_IMAGE else "")
         seen[kind] = informer
         translation: Translation = (
-            BackingImages(kube, seen, namespace)
+            BackingImages(kube, seen, namespace, events)
             if kind == BACKING_IMAGE
-            else VirtualMachineImages(kube, seen, namespace, driver_name)
+            else VirtualMachineImages(kube, seen, namespace, settings.driver_name, events)
         )
         for each in translation.KINDS:
             seen[each].tell_too(partial(translation.changed, each))

@@ -26,9 +26,9 @@ from csi_driver.model.errors import AlreadyExists, NotFound
 from csi_driver.model.times import recorded_now
 from csi_driver.operator.events import Events
 from csi_driver.operator.exports import volume_of
-from csi_driver.operator.plan import FAILED, READY, Exported, Plan, World, plan
+from csi_driver.operator.plan import READY, Exported, Plan, World, plan
 from csi_driver.operator.settings import OperatorSettings
-from csi_driver.operator.standing import keep, sooner
+from csi_driver.operator.standing import FAILED, keep, sooner
 from csi_driver.operator.users import users_of_image
 
 AGENT_LABELS: Final = {"app.kubernetes.io/name": "luks-csi", "app.kubernetes.io/component": "node"}

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from csi_driver.kube.copies import State, state_of
 from csi_driver.kube.kinds import Json, is_going
-from csi_driver.operator.plan import FAILED, PENDING, READY
-from csi_driver.operator.standing import Problem, condition
+from csi_driver.operator.class_parameters import ENCRYPTED
+from csi_driver.operator.plan import PENDING, READY
+from csi_driver.operator.standing import FAILED, Problem, condition
 
 _NEARLY = 99
 """The most percent before it is ready."""
@@ -41,7 +42,7 @@ def status_of(machine: Json, there: Standing, now: str) -> Json:
         "progress": 100 if ready else min(_NEARLY, told.get("progress", 0)),
         "failed": failed,
         "conditions": _conditions(
-            before, there, now, ready=ready, exceeded=_is_given_up(there) and failed > _retry(spec)
+            before, there, spec, now, ready=ready, exceeded=_is_given_up(there) and failed > _retry(spec)
         ),
     }
     if at:
@@ -56,11 +57,13 @@ def status_of(machine: Json, there: Standing, now: str) -> Json:
     return status
 
 
-def _conditions(before: Json, there: Standing, now: str, *, ready: bool, exceeded: bool) -> list[Json]:
+def _conditions(before: Json, there: Standing, spec: Json, now: str, *, ready: bool, exceeded: bool) -> list[Json]:
     told = {} if there.image is None else there.image.get("status", {})
     message = str(told.get("message", ""))
     problem = there.problem
     imported, reason = ("True", "Imported") if ready else ("Unknown", told.get("phase", PENDING))
+    if ready:
+        message = _unlike(spec, there.class_name, encrypted=told["encrypted"])
     if problem is not None:
         imported, reason, message = "False", problem.reason, problem.message
     elif there.image is None and there.backing is not None:
@@ -82,6 +85,18 @@ def _conditions(before: Json, there: Standing, now: str, *, ready: bool, exceede
         one("BackingImageMissing", missing, "Missing" if missing else "There", _MISSING if missing else ""),
         one("MetadataReady", known, "SizeKnown" if known else "SizeUnknown"),
     ]
+
+
+def _unlike(spec: Json, class_name: str | None, *, encrypted: bool) -> str:
+    """What to say of what was brought and is encrypted where its class was not to be, or the reverse."""
+    wished = (spec.get("storageClassParameters") or {}).get(ENCRYPTED)
+    verified, is_, way = ("true", "is", "decrypt") if encrypted else ("false", "is not", "encrypt")
+    if wished in (None, verified) or spec["sourceType"] == "clone":
+        return ""
+    return (
+        f'what was imported {is_} encrypted, and so its StorageClass {class_name} says encrypted "{verified}" and not '
+        f'"{wished}"; a clone of it with {way} is as wished'
+    )
 
 
 def _said_of(backing: Json) -> tuple[str, str, str]:

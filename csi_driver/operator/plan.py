@@ -13,9 +13,9 @@ from typing import Final
 from csi_driver.kube.copies import FACTS, State, copy_of, is_of, state_of
 from csi_driver.kube.kinds import Json, has_finalizer, is_going, name_of, uid_of
 from csi_driver.operator.cloning import not_its_to_clone, refusal
-from csi_driver.operator.standing import Origin, condition
+from csi_driver.operator.standing import FAILED, Origin, condition
 
-PENDING, IN_PROGRESS, READY, FAILED, DELETING = "Pending", "InProgress", "Ready", "Failed", "Deleting"
+PENDING, IN_PROGRESS, READY, DELETING = "Pending", "InProgress", "Ready", "Deleting"
 
 _STATUS_KEYS: Final = (
     "phase", "message", "progress", "bytesPerSecond", "copies", "nodes", "upload", "conditions", "observedGeneration",

@@ -48,7 +48,7 @@ class Operator:
         images = self.images
         others = {informer.kind: informer for informer in (images.images, images.copies, images.classes)}
         served = check_crds(kube)
-        foreign = compat(kube, served, others, settings.backing_image_namespace, settings.driver_name)
+        foreign = compat(kube, served, others, settings, self._events)
         self._parts: list[Part] = [images, *foreign]
         self._informers = [informer for part in self._parts for informer in part.informers]
         self.admission: Admission | None = None

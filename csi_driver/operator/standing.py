@@ -44,12 +44,25 @@ class Seen(Protocol):
     def saw(self, thing: Json) -> None: ...
 
 
+class Tells(Protocol):
+    """The call of `Events` that is made here."""
+
+    def tell(self, kind: Kind, thing: Json, reason: str, message: str, *, warning: bool = False) -> None: ...
+
+
 @dataclass(frozen=True)
 class Problem:
     """Why something does not go on: a word for programs and a sentence for people."""
 
     reason: str
     message: str
+
+
+REFUSED: Final = "Refused"
+NAME_TAKEN: Final = "NameTaken"
+FAILED: Final = "Failed"
+_TOLD: Final = frozenset({REFUSED, NAME_TAKEN, FAILED})
+"""Reasons of a condition that an event tells of, too."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +132,19 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Json:
 
 
 class Statuses:
-    """Writes the status of objects of a kind: only where it differs, and what is mere progress once a second."""
+    """Writes the status of objects of a kind: only where it differs, and what is mere progress once a second.
 
-    def __init__(self, api: Api, kind: Kind, seen: Seen, clock: Callable[[], float]) -> None:
+    What its condition `leading` says of success and failure is told as an event, too, where people look for it.
+    """
+
+    def __init__(
+        self, api: Api, kind: Kind, seen: Seen, events: Tells, leading: str, clock: Callable[[], float]
+    ) -> None:
         self._api = api
         self._kind = kind
         self._seen = seen
+        self._events = events
+        self._leading = leading
         self._clock = clock
         self._written: dict[str, float] = {}
 
@@ -141,8 +161,19 @@ class Statuses:
         namespace = thing["metadata"].get("namespace", "")
         with suppress(NotFound):
             self._seen.saw(self._api.patch(self._kind, name_of(thing), {"status": patch}, namespace, status=True))
+            self._tell_event(thing, self._led(before), self._led(status))
         self._written[uid] = now
         return None
+
+    def _led(self, status: Json) -> Json:
+        return next((each for each in status.get("conditions", ()) if each["type"] == self._leading), {})
+
+    def _tell_event(self, thing: Json, before: Json, now: Json) -> None:
+        said = now.get("reason"), now.get("message")
+        if now.get("status") == "True" and before.get("status") != "True":
+            self._events.tell(self._kind, thing, "Ready", f"image {name_of(thing)} is ready")
+        elif now.get("reason") in _TOLD and (before.get("reason"), before.get("message")) != said:
+            self._events.tell(self._kind, thing, now["reason"], now["message"], warning=True)
 
     def forget(self, uid: str) -> None:
         """The object is gone."""

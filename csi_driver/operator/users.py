@@ -5,7 +5,8 @@ from typing import Final
 
 from csi_driver.kube.copies import is_of
 from csi_driver.kube.kinds import Json, is_going, name_of
-from csi_driver.operator.plan import FAILED, READY
+from csi_driver.operator.plan import READY
+from csi_driver.operator.standing import FAILED
 
 _MOST_NAMED: Final = 5
 _PREFIX: Final = "csi.storage.k8s.io/"

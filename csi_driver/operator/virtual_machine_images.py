@@ -28,7 +28,20 @@ from csi_driver.operator.backing_images import RETRIES
 from csi_driver.operator.class_parameters import secret_of, verified
 from csi_driver.operator.exports import volume_of
 from csi_driver.operator.machine_image_status import Standing, is_ready, status_of
-from csi_driver.operator.standing import LATER, SOON, Api, Origin, Problem, Seen, Statuses, keep, sooner
+from csi_driver.operator.standing import (
+    LATER,
+    NAME_TAKEN,
+    REFUSED,
+    SOON,
+    Api,
+    Origin,
+    Problem,
+    Seen,
+    Statuses,
+    Tells,
+    keep,
+    sooner,
+)
 
 SOURCE: Final = f"{GROUP}/source-image"
 """Annotation of a clone: the uid of the VirtualMachineImage that its maker was asked for his rights to."""
@@ -49,6 +62,7 @@ class VirtualMachineImages:
         seen: Mapping[Kind, Seen],
         namespace: str,
         driver_name: str,
+        events: Tells,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._api = api
@@ -56,7 +70,7 @@ class VirtualMachineImages:
         self._namespace = namespace
         self._driver_name = driver_name
         self._machines = seen[VIRTUAL_MACHINE_IMAGE]
-        self._statuses = Statuses(api, VIRTUAL_MACHINE_IMAGE, self._machines, clock)
+        self._statuses = Statuses(api, VIRTUAL_MACHINE_IMAGE, self._machines, events, "Imported", clock)
         self.controller = Controller("virtual machine images", self.reconcile)
 
     def changed(self, kind: Kind, thing: Json) -> None:
@@ -92,7 +106,7 @@ class VirtualMachineImages:
         except AlreadyExists:
             return SOON
         except InvalidArgument as error:
-            backing, storage_class, problem = self._backing(machine), None, Problem("Refused", str(error))
+            backing, storage_class, problem = self._backing(machine), None, Problem(REFUSED, str(error))
         wait = self._tell(machine, backing, storage_class, problem, missing=missing)
         return sooner(wait, LATER if problem else None)
 
@@ -316,7 +330,7 @@ def class_of(machine: Json, image: Json, name: str, driver_name: str) -> Json:
 
 
 def _taken(what: str) -> Problem:
-    return Problem("NameTaken", f"there is a {what} that was not made for this image, and it is left alone; delete it")
+    return Problem(NAME_TAKEN, f"there is a {what} that was not made for this image, and it is left alone; delete it")
 
 
 def _retries(machine: Json) -> str:

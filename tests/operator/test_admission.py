@@ -151,7 +151,7 @@ spec:
 
 # Nobody has the operator read for him what he may not.
 
-BESIDE = ", create of every Pod of namespace vault"
+BESIDE = ", create of Pods of namespace vault"
 
 
 def make(kube: Kube, name: str, source: Json, **spec: object) -> Json:
@@ -192,7 +192,7 @@ def test_a_backing_image_needs_the_same(lab: Admitted, alice: Kube) -> None:
         ("clone", {"backing-image": "plain", "encryption": "encrypt", **hidden}, {}, "Secret vault/hidden"),
         ("clone", {"backing-image": "later"}, {}, "BackingImage longhorn-system/later"),
         ("upload", {}, {"secret": "hidden", "secretNamespace": "vault"}, "Secret vault/hidden"),
-        ("export-from-volume", {"volume-name": "pvc-1"}, {}, "every PersistentVolumeClaim, create of every Pod"),
+        ("export-from-volume", {"volume-name": "pvc-1"}, {}, "every PersistentVolumeClaim, create of Pods"),
     ):
         said = refusal(partial(lab.backing, "b", kind, parameters, alice, **spec))
         assert said.endswith("a role must allow get of " + what), said
@@ -323,10 +323,14 @@ def test_a_class_before_its_secret_is_a_warning_with_longhorns_rules(lab: Admitt
     assert said == (
         "Warning: there is no secret team/absent, which StorageClass early names; its volumes wait until there is\n"
     )
+    document["parameters"] = {"backingImage": "absent"}
+    document["metadata"] = {"name": "of-nothing"}
+    said = lab.api.kubectl("create", "-f", "-", stdin=json.dumps(document)).stderr.decode()
+    assert said.startswith("Warning: there is no Image absent, which StorageClass of-nothing names; its volumes wait")
     lab.storage_class("each", encrypted("${pvc.name}", "${pvc.namespace}"))
     lab.storage_class("kms", {"encrypted": "true", "encryptionKMSID": "vault"})
     lab.storage_class("foreign", {"encrypted": "yes"}, provisioner="example.org")
-    for name in ("early", "each", "kms", "foreign"):
+    for name in ("early", "of-nothing", "each", "kms", "foreign"):
         lab.kube.delete(STORAGE_CLASS, name)
         lab.seen(STORAGE_CLASS, name)
 

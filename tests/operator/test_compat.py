@@ -11,6 +11,7 @@ import pytest
 
 from csi_driver.kube.kinds import (
     BACKING_IMAGE,
+    EVENT,
     IMAGE,
     IMAGE_COPY,
     NAMESPACE,
@@ -157,10 +158,16 @@ def test_harvesters_images_get_classes_that_say_what_they_are(lab: Lab, web: Ima
 
 
 def test_a_download_that_cannot_happen_is_failed_with_its_reason_and_counted(lab: Lab, web: ImageServer) -> None:
-    apply(lab, "harvester/downloaded.yaml", {"url": web.url(), "checksum": "0" * 128, "retry": 0})
+    uid = apply(lab, "harvester/downloaded.yaml", {"url": web.url(), "checksum": "0" * 128, "retry": 0})["metadata"][
+        "uid"
+    ]
     status = wait(lab, VIRTUAL_MACHINE_IMAGE, SOURCE, "default", "Imported", "False")
     assert "expected sha512:000" in message(status, "Imported")
     assert (status["failed"], "lastFailedTime" in status) == (1, True)
+    events = lab.kube.list(EVENT, namespace="default")[0]
+    assert [(each["type"], each["message"]) for each in events if each["involvedObject"].get("uid") == uid] == [
+        ("Warning", message(status, "Imported"))
+    ]
     delete(lab, VIRTUAL_MACHINE_IMAGE, SOURCE, "default")
 
 

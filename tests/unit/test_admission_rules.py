@@ -443,15 +443,45 @@ def test_a_secret_that_is_never_reviewed_is_warned_of(cluster: MemoryCluster, na
     assert list(ClassRules(cluster, OperatorSettings()).review(request).warnings) == list(said)
 
 
+@pytest.mark.parametrize(
+    ("told", "said", "words"),
+    [
+        (False, "true", 'the Image i is not encrypted and StorageClass it says encrypted "true"'),
+        (True, "false", 'the Image i is encrypted and StorageClass it says encrypted "false"'),
+        (True, None, 'the Image i is encrypted and StorageClass it says encrypted "false"'),
+        (False, "false", ""),
+        (True, "true", ""),
+        (None, "true", ""),
+    ],
+)
+def test_a_class_unlike_its_image_is_warned_of(
+    cluster: MemoryCluster,
+    told: bool | None,  # noqa: FBT001
+    said: str | None,
+    words: str,
+) -> None:
+    parameters = (encrypted() if said == "true" else {} if said is None else {"encrypted": said}) | {
+        "backingImage": "i"
+    }
+    request = asked(STORAGE_CLASS, storage_class(parameters))
+    cluster.put(SECRET, secret(CRYPTO_KEY_VALUE="x"), "team")
+    found = ClassRules(cluster, OperatorSettings()).review(request).warnings
+    assert "there is no Image i, which StorageClass it names" in found[0]
+    status = {} if told is None else {"encrypted": told}
+    cluster.put(IMAGE, {"metadata": {"name": "i"}, "status": status})
+    found = ClassRules(cluster, OperatorSettings()).review(request).warnings
+    assert [words in each for each in found] == [True] * bool(words)
+
+
 def test_an_exported_volume_is_its_claims(cluster: MemoryCluster) -> None:
     backing: Json = {"metadata": {"name": "b"}, "spec": {"sourceType": "export-from-volume", "sourceParameters": {}}}
     assert list(map(str, needs.of_backing_image(backing, cluster))) == [
-        "get of every PersistentVolumeClaim", "create of every Pod",
+        "get of every PersistentVolumeClaim", "create of Pods",
     ]  # fmt: skip
     backing["spec"]["sourceParameters"] = {"volume-name": "pv"}
     cluster.put(VOLUME, {"metadata": {"name": "pv"}, "spec": {"claimRef": {"name": "c", "namespace": "n"}}})
     assert list(map(str, needs.of_backing_image(backing, cluster))) == [
-        "get of PersistentVolumeClaim n/c", "create of every Pod of namespace n",
+        "get of PersistentVolumeClaim n/c", "create of Pods of namespace n",
     ]  # fmt: skip
 
 
@@ -502,7 +532,7 @@ def test_who_may_look_at_a_claim_and_have_no_pod_beside_it_has_no_image_made_of_
     claim = {"source": {"claim": {"name": "c", "namespace": "n"}}}
     asking = asked(IMAGE, {"metadata": {"name": "it"}, "spec": claim})
     cluster.may = {("PersistentVolumeClaim", "n", "c")}
-    with pytest.raises(PermissionDenied, match=r"a role must allow create of every Pod of namespace n$"):
+    with pytest.raises(PermissionDenied, match=r"a role must allow create of Pods of namespace n$"):
         image_rules(cluster).review(asking)
     cluster.may.add(("create Pod", "n", ""))
     assert not image_rules(cluster).review(asking).warnings

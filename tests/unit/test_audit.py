@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.agent.jobs import Job
-from csi_driver.agent.work import CloneWork, Failed, Made, Request
+from csi_driver.agent.work import CloneWork, Failed, Made, Request, Secret
 from csi_driver.host.log import request_id
 from csi_driver.images.checkpoint import Operation
 from csi_driver.images.library import ImageLibrary
@@ -131,9 +131,14 @@ def test_what_an_agents_child_does_with_passphrases_is_told_by_the_agent(file: P
 
     with told_lines() as told:
         assert isinstance(made("copy", CloneWork("disk", "uid-disk", "ignore", None, None, None)), Made)
-        assert isinstance(made("safe", CloneWork("disk", "uid-disk", "encrypt", None, right, None)), Made)
-        wrong = right | {"CRYPTO_KEY_VALUE": "wrong"}
-        assert isinstance(made("plain", CloneWork("safe", "uid-1", "decrypt", wrong, None, None)), Failed)
+        assert isinstance(
+            made("safe", CloneWork("disk", "uid-disk", "encrypt", None, Secret("vms/key", right), None)), Made
+        )
+        wrong = Secret("vms/other", right | {"CRYPTO_KEY_VALUE": "wrong"})
+        failed = made("plain", CloneWork("safe", "uid-1", "decrypt", wrong, None, None))
+        assert isinstance(failed, Failed)
+        assert "opens no key slot of image safe" in failed.text
+        assert "back into the secret vms/other" in failed.text
     assert [(line["by"], line["image"], line["key"], line["purpose"], line["outcome"]) for line in lines(file)] == [
         ("Image uid-1", "safe", "secret", "encrypt", "OK"),
         ("Image uid-1", "plain", "secret", "decrypt", "Unauthenticated"),

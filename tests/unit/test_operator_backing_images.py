@@ -10,7 +10,7 @@ from csi_driver.kube.kinds import BACKING_IMAGE, FINALIZER, IMAGE, MANAGED_BY, O
 from csi_driver.model.errors import InvalidArgument, Unavailable
 from csi_driver.operator.backing_images import RETRIES, BackingImages, ignored_of, image_of, status_of
 from csi_driver.operator.standing import LATER, SOON, Problem, Statuses, changes
-from tests.operator_fakes import NOW, Cache, Call, FakeApi, conditions, kept, merge
+from tests.operator_fakes import NOW, Cache, Call, EventList, FakeApi, conditions, kept, merge
 
 SPACE = "longhorn-system"
 URL = "https://example.org/parrot.raw"
@@ -206,7 +206,7 @@ class Rig:
         self.api = FakeApi()
         self.seen = {kind: Cache(self.api, kind) for kind in BackingImages.KINDS}
         minutes = itertools.count(step=60)
-        self.backings = BackingImages(self.api, self.seen, SPACE, lambda: float(next(minutes)))
+        self.backings = BackingImages(self.api, self.seen, SPACE, EventList(), lambda: float(next(minutes)))
 
     def look(self) -> float | None:
         return self.backings.reconcile("parrot")
@@ -449,7 +449,7 @@ def test_an_api_that_fails_is_the_controllers_affair(rig: Rig) -> None:
 def test_progress_is_written_once_a_second_and_what_counts_at_once() -> None:
     api, now = FakeApi(), [100.0]
     thing = api.put(BACKING_IMAGE, backing(), SPACE)
-    statuses = Statuses(api, BACKING_IMAGE, Cache(api, BACKING_IMAGE), lambda: now[0])
+    statuses = Statuses(api, BACKING_IMAGE, Cache(api, BACKING_IMAGE), EventList(), "Ready", lambda: now[0])
 
     def write(percent: int, state: str = "in-progress") -> float | None:
         found = api.get(BACKING_IMAGE, "parrot", SPACE)

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from csi_driver.operator.compat import check_crds
 from csi_driver.operator.machine_image_status import Standing, status_of
 from csi_driver.operator.standing import LATER, SOON, Problem
 from csi_driver.operator.virtual_machine_images import SOURCE, VirtualMachineImages, backing_of, class_of
-from tests.operator_fakes import NOW, Cache, FakeApi, conditions, kept
+from tests.operator_fakes import NOW, Cache, EventList, FakeApi, conditions, kept
 
 SPACE, DRIVER = "longhorn-system", "driver.longhorn.io"
 URL = "https://example.org/alpine.iso"
@@ -323,8 +324,10 @@ class Rig:
         kinds = {*VirtualMachineImages.KINDS, *BackingImages.KINDS}
         self.seen: dict[Kind, Cache] = {kind: Cache(self.api, kind) for kind in kinds}
         minutes = itertools.count(step=60)
-        self.machines = VirtualMachineImages(self.api, self.seen, SPACE, DRIVER, lambda: float(next(minutes)))
-        self.backings = BackingImages(self.api, self.seen, SPACE, lambda: float(next(minutes)))
+        self.events = EventList()
+        clock = partial(next, map(float, minutes))
+        self.machines = VirtualMachineImages(self.api, self.seen, SPACE, DRIVER, self.events, clock)
+        self.backings = BackingImages(self.api, self.seen, SPACE, self.events, clock)
 
     def put(self, given: Json) -> Json:
         return self.api.put(VIRTUAL_MACHINE_IMAGE, given, "default")
@@ -382,7 +385,24 @@ def test_a_backing_image_is_made_and_then_a_class(rig: Rig) -> None:
         "encrypted": "false",
         **PLAIN,
     }
-    assert rig.told()["Imported"][0] == "True"
+    assert rig.told()["Imported"] == ("True", "Imported", "")
+    assert sorted(rig.events.lines) == [
+        "BackingImage vmi-m-alpine: Ready: image vmi-m-alpine is ready",
+        "VirtualMachineImage alpine: Ready: image alpine is ready",
+    ]
+
+
+def test_a_failure_is_an_event_of_both_kinds_told_once(rig: Rig) -> None:
+    rig.put(machine())
+    rig.look()
+    assert rig.events.lines == []
+    rig.api.change(IMAGE, "vmi-m-alpine", {"status": {"phase": "Failed", "message": "no route to example.org"}})
+    for _ in range(2):
+        rig.look()
+    assert sorted(rig.events.lines) == [
+        "! BackingImage vmi-m-alpine: Failed: no route to example.org",
+        "! VirtualMachineImage alpine: Failed: no route to example.org",
+    ]
 
 
 def test_no_class_is_made_for_an_image_that_goes(rig: Rig) -> None:
@@ -410,6 +430,8 @@ def test_a_plain_image_of_an_encrypted_class_is_not_passed_off_as_encrypted(rig:
     parameters = rig.storage_class("longhorn-alpine")["parameters"]
     assert parameters["encrypted"] == "false"
     assert not [key for key in parameters if "secret" in key]
+    said = rig.told()["Imported"][2]
+    assert 'what was imported is not encrypted, and so its StorageClass longhorn-alpine says encrypted "false"' in said
 
 
 def test_an_encrypted_image_of_a_plain_class_says_so(rig: Rig) -> None:

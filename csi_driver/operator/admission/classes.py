@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from csi_driver.kube.kinds import VIRTUAL_MACHINE_IMAGE, Json
+from csi_driver.kube.kinds import IMAGE, VIRTUAL_MACHINE_IMAGE, Json, name_of
 from csi_driver.model.errors import FailedPrecondition, InvalidArgument
 from csi_driver.operator.admission.lookups import Cluster, is_there
 from csi_driver.operator.admission.review import Request, Verdict
@@ -55,8 +55,9 @@ class ClassRules:
             raise InvalidArgument(
                 f'the StorageClass {name} says encrypted: {encrypted!r}; it must be "true" or "false"'
             )
+        warnings = self._look_at_image(name, parameters, encrypted)
         if encrypted == "false" or "encryptionKMSID" in parameters or parameters.get("generateKey") == "true":
-            return []
+            return warnings
         pairs = secret_pairs(parameters)
         self._check_pairs(name, pairs)
         places = [(namespace, secret) for namespace, secret in pairs.values() if namespace and secret]
@@ -65,12 +66,27 @@ class ClassRules:
                 f"the secrets of StorageClass {name} differ: {', '.join(sorted(map('/'.join, set(places))))}; all of "
                 f"its operations have to name the same one"
             )
-        warnings = []
         if "node-stage" not in pairs:
-            warnings = [f"the StorageClass {name} names no secret for node-stage, which opens its volumes"]
+            warnings += [f"the StorageClass {name} names no secret for node-stage, which opens its volumes"]
         if places:
             warnings += [*self._look_at(name, places[0]), *unguarded(places, self._namespace)]
         return warnings
+
+    def _look_at_image(self, name: str, parameters: Mapping[str, str], encrypted: str) -> list[str]:
+        """What to warn of where its volumes start from an Image."""
+        wanted = parameters.get("backingImage")
+        if not wanted:
+            return []
+        image = next((each for each in self._cluster.all(IMAGE) if name_of(each) == wanted), None)
+        if image is None:
+            said = f"there is no Image {wanted}, which StorageClass {name} names"
+            return [f"{said}; its volumes wait until there is, or until their node has an image of that name"]
+        verified = image.get("status", {}).get("encrypted")
+        if verified is None or ("true" if verified else "false") == encrypted:
+            return []
+        what, other = ("is", "true") if verified else ("is not", "false")
+        said = f'the Image {wanted} {what} encrypted and StorageClass {name} says encrypted "{encrypted}"'
+        return [f'{said}: no volume can start from it; make the class anew with "{other}", or name a clone of it']
 
     def _check_pairs(self, name: str, pairs: Mapping[str, tuple[str | None, str | None]]) -> None:
         for operation, pair in pairs.items():

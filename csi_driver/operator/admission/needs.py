@@ -43,7 +43,8 @@ class Need:
     def __str__(self) -> str:
         place = "/".join(filter(None, (self.namespace, self.name)))
         within = f" of namespace {self.namespace}" if self.namespace else ""
-        return f"{self.verb} of {self.kind} {place}" if self.name else f"{self.verb} of every {self.kind}{within}"
+        all_of_them = f"every {self.kind}{within}" if self.verb == "get" else f"{self.kind}s{within}"
+        return f"{self.verb} of {self.kind} {place}" if self.name else f"{self.verb} of {all_of_them}"
 
 
 def of_image(spec: Json) -> list[Need]:
