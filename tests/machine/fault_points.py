@@ -252,7 +252,8 @@ class FaultyFiles(Files):
         self._step("remove_folder", folder, lambda: super(FaultyFiles, self).remove_folder(folder), errno.EIO)
 
     def _step(self, name: str, path: Path, run: Callable[[], None], number: int) -> None:
-        self._injector.step(f"file {name}", str(path), run, lambda: OSError(number, os.strerror(number), str(path)))
+        what = "note" if path.parent.name == "keys" else "file"  # of a key that a KMS makes or forgets
+        self._injector.step(f"{what} {name}", str(path), run, lambda: OSError(number, os.strerror(number), str(path)))
 
 
 class FaultyWorkers(Workers):

@@ -36,7 +36,7 @@ _BUSY_SECONDS = 30.0
 _PAUSE = 0.02
 _FORGIVEN = {
     ("restage", "worker luks-grow"),
-    *((call, "file remove") for call in ("create", "rotate")),
+    *((call, "note remove") for call in ("create", "rotate", "delete")),
     *(("stage", seam) for seam in ("worker luks-backup", "file rename", "file sync_folder")),
 }
 """Steps whose failure a call outlives: a file system that cannot grow keeps nobody from the data in it, nor does a copy
