@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 
 from benchmarks.measure import seconds, side_by_side
-from benchmarks.servers import Volume, our_server
+from benchmarks.servers import Volume, bare_server, for_bare, our_server
 from benchmarks.table import Row, times
 
 _STAGES, _PAIRS = 60, 300
@@ -21,7 +21,7 @@ _VOLUME_BYTES = 256 << 20
 
 
 def rows(folder: Path) -> Iterator[Row]:
-    """Columns: ours, the commit before."""
+    """Columns: ours, the commit before; in the last row a server that does nothing but mount(2) and umount2(2)."""
     tree = Path(os.environ["BENCH_BASE"])
     with our_server(folder / "now") as now, our_server(folder / "before", tree) as before:
         ours = now.new_volume("now", folder, _VOLUME_BYTES)
@@ -46,6 +46,15 @@ def rows(folder: Path) -> Iterator[Row]:
             warm_up=_PAIRS_WARM_UP,
         )
         yield times("publish + unpublish, against the commit before", *pairs, 0.85)
+        with bare_server(folder / "bare") as bare:
+            floor = for_bare(bare, ours)
+            least = side_by_side(
+                _PAIRS,
+                lambda: seconds(floor.publish_and_unpublish),
+                lambda: seconds(theirs.publish_and_unpublish),
+                warm_up=_PAIRS_WARM_UP,
+            )
+        yield times("the same of a bare server, the floor", *least, None)
 
 
 def _again(volume: Volume, stage: Callable[[], None], down: list[float]) -> float:

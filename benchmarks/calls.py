@@ -10,7 +10,7 @@ from statistics import median
 import grpc
 
 from benchmarks.measure import footprint, ratio, resident, seconds, side_by_side
-from benchmarks.servers import THREADS, Running, Volume, bare_server, our_server, random_key
+from benchmarks.servers import THREADS, Running, Volume, bare_server, for_bare, our_server
 from benchmarks.table import Row, times
 
 _PAIRS = 300
@@ -30,7 +30,7 @@ def rows(folder: Path) -> Iterator[Row]:
         volumes = [ours.new_volume(f"pod-{number}", folder, _VOLUME_BYTES) for number in range(THREADS)]
         for volume in volumes:
             volume.stage()
-        bare_volumes = [_for_bare(bare, volume, folder) for volume in volumes]
+        bare_volumes = [for_bare(bare, volume) for volume in volumes]
         try:
             pair = _pair(volumes[0]), _pair(bare_volumes[0])
             yield times("publish + unpublish, p50", *side_by_side(_PAIRS, *pair, warm_up=20), 2.0)
@@ -42,19 +42,6 @@ def rows(folder: Path) -> Iterator[Row]:
         probes = side_by_side(_PROBES, _probe(ours), _probe(bare), warm_up=100)
         yield times("Probe, p50", *probes, 1.5)
         yield _memory(ours, bare)
-
-
-def _for_bare(bare: Running, volume: Volume, folder: Path) -> Volume:
-    """The same staged volume for the bare server, at a target of its own."""
-    twin = _BareVolume(bare, volume.id, folder, random_key(), volume.context)
-    twin.target_path.mkdir()
-    return twin
-
-
-class _BareVolume(Volume):
-    @property
-    def target_path(self) -> Path:
-        return self.folder / self.id / "bare-target"
 
 
 def _pair(volume: Volume) -> Callable[[], float]:

@@ -257,3 +257,16 @@ class Volume:
     def delete(self) -> None:
         """DeleteVolume."""
         self.server.client.delete(self.id)
+
+
+def for_bare(bare: Running, volume: Volume) -> Volume:
+    """The same staged volume for the bare server, at a target of its own."""
+    twin = _BareVolume(bare, volume.id, volume.folder, volume.key, volume.context)
+    twin.target_path.mkdir()
+    return twin
+
+
+class _BareVolume(Volume):
+    @property
+    def target_path(self) -> Path:
+        return self.folder / self.id / "bare-target"

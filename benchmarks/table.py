@@ -9,7 +9,8 @@ from benchmarks.measure import ratio
 
 @dataclass(frozen=True)
 class Row:
-    """One measured thing: `value` is to be at most `bound`, or at least where `at_least` says so.
+    """One measured thing: `value` is to be at most `bound`, or at least where `at_least` says so; without a bound it is
+    told for another row's sake.
 
     `ours` and `other` are the two sides as a person reads them; `written` says how value and bound are.
     """
@@ -18,23 +19,27 @@ class Row:
     ours: str
     other: str
     value: float
-    bound: float
+    bound: float | None
     written: Callable[[float], str] = "{:.2f}x".format
     at_least: bool = False
 
     @property
     def met(self) -> bool:
         """Whether the bound is kept."""
+        if self.bound is None:
+            return True
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
     def cells(self) -> tuple[str, ...]:
         """The row as text."""
-        bound = f"{'≥' if self.at_least else '≤'} {self.written(self.bound)}"
-        return self.what, self.ours, self.other, self.written(self.value), bound, "met" if self.met else "MISSED"
+        told = self.what, self.ours, self.other, self.written(self.value)
+        if self.bound is None:
+            return *told, "", ""
+        return *told, f"{'≥' if self.at_least else '≤'} {self.written(self.bound)}", "met" if self.met else "MISSED"
 
 
-def times(what: str, ours: Sequence[float], other: Sequence[float], bound: float) -> Row:
-    """A row of two series of seconds, as `side_by_side` gives them: their `ratio`, at most `bound`."""
+def times(what: str, ours: Sequence[float], other: Sequence[float], bound: float | None) -> Row:
+    """A row of two series of seconds, as `side_by_side` gives them: their `ratio`, at most `bound`, if any."""
     return Row(what, in_ms(ours), in_ms(other), ratio(ours, other), bound)
 
 

@@ -110,7 +110,6 @@ def serve(**options: Any) -> None:
     if makes_holders != bool(settings.holder_image):
         raise click.UsageError("--holder-image belongs to the controller of --backend csi; give it there alone")
     configure_logs(settings.log_format, settings.log_level)
-    # Our own part first: it starts the worker launcher, which loads while grpcio does.
     with loading():
         from csi_driver.volumes.driver import build_driver
 
