@@ -21,6 +21,7 @@ _STATUS_KEYS: Final = (
     "phase", "message", "progress", "bytesPerSecond", "copies", "nodes", "upload", "conditions", "observedGeneration",
     "tried", *FACTS,
 )  # fmt: skip
+_COPIES_LOST: Final = "CopiesLost"
 _TRIES: Final = 3
 """How often a node that fails by its own fault tries, before another one does."""
 
@@ -116,17 +117,26 @@ def _keep(image: Json, there: Sequence[Json], ours: Sequence[Json], world: World
     if any("image" in copy.get("status", {}) for copy in there):
         return _Outcome(FAILED, _said(there) or "its file is gone from the node that had it", "FileLost")
     if "virtualSize" in image.get("status", {}):
-        said = "the nodes that had it are gone, and with them each copy"
-        return _Outcome(
-            FAILED,
-            f"{said}; it is usable when one returns with its disk, else delete it and make it anew",
-            "CopiesLost",
-        )
+        return _Outcome(FAILED, _lost(image, world), _COPIES_LOST)
     leaving = [copy["spec"]["node"] for copy in ours if is_going(copy) and copy["spec"].get("make")]
     if leaving := sorted(node for node in {*leaving} & world.nodes if node not in world.lost):
         said = f"another node makes it when {' and '.join(leaving)} has removed its part"
         return _Outcome(PENDING, "; ".join((*_failures(_tried(image)), said)), "Moving")
     return _make(image, near, there, world, found)
+
+
+def _lost(image: Json, world: World) -> str:
+    """Why there is no copy of it any more. Once that was told, nothing else tells which nodes had one."""
+    status = image["status"]
+    if any(each.get("reason") == _COPIES_LOST for each in status.get("conditions") or ()):
+        return str(status["message"])
+    here = sorted(node["name"] for node in status.get("nodes") or () if node["name"] in world.nodes)
+    if here:
+        return f"somebody deleted its copies, and with them the files on {', '.join(here)}; delete it and make it anew"
+    return (
+        "the nodes that had it are gone, and with them each copy; it is usable when one returns with its disk, else "
+        "delete it and make it anew"
+    )
 
 
 def _spread(image: Json, near: Sequence[Json], ready: Sequence[Json], world: World, found: Plan) -> _Outcome:

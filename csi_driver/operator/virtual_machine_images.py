@@ -13,6 +13,8 @@ from csi_driver.kube.kinds import (
     GROUP,
     IMAGE,
     IMAGE_COPY,
+    MANAGED_BY,
+    MANAGER,
     STORAGE_CLASS,
     VIRTUAL_MACHINE_IMAGE,
     Json,
@@ -82,6 +84,10 @@ class VirtualMachineImages:
                 if _source_of(other) == place:
                     self.controller.tell(_key(other))
             return
+        if kind == STORAGE_CLASS:  # one that says no more what it was made for is one that somebody misses
+            for machine in self._machines.all():
+                if name_of(thing) in class_names(machine):
+                    self.controller.tell(_key(machine))
         made: Json | None = thing
         if kind in (IMAGE, IMAGE_COPY):
             name = thing["spec"]["image"] if kind == IMAGE_COPY else name_of(thing)
@@ -167,7 +173,7 @@ class VirtualMachineImages:
         origin, classes = Origin.named(VIRTUAL_MACHINE_IMAGE, machine), self._seen[STORAGE_CLASS]
         names = class_names(machine)
         there = {name: classes.get(name) for name in names}
-        found = next((each for each in there.values() if each is not None and Origin.of(each) == origin), None)
+        found = next((each for each in there.values() if each is not None and self._made_for(each) == origin), None)
         image = self._image(backing)
         if image is None or not is_ready(image):
             return found
@@ -210,7 +216,8 @@ class VirtualMachineImages:
             return origin is not None and place.is_place_of(origin) and origin.uid != uid
 
         backings = [each for each in self._seen[BACKING_IMAGE].all() if is_left(each)]
-        origins = {Origin.of(each) for each in (*backings, *filter(is_left, self._seen[STORAGE_CLASS].all()))}
+        classes = [each for each in self._seen[STORAGE_CLASS].all() if self._made_for(each) and is_left(each)]
+        origins = {Origin.of(each) for each in (*backings, *classes)}
         if not origins:
             return None
         if self._machines.error:
@@ -227,8 +234,15 @@ class VirtualMachineImages:
 
     def _delete_classes(self, origin: Origin) -> None:
         for each in self._seen[STORAGE_CLASS].all():
-            if Origin.of(each) == origin:
+            if self._made_for(each) == origin:
                 self._api.delete(STORAGE_CLASS, name_of(each))
+
+    def _made_for(self, storage_class: Json) -> Origin | None:
+        """What a class was made for here. None of another one, whatever its annotation says: whoever may annotate
+        classes could have any class deleted else.
+        """
+        is_ours = (storage_class["metadata"].get("labels") or {}).get(MANAGED_BY) == MANAGER
+        return Origin.of(storage_class) if is_ours and storage_class["provisioner"] == self._driver_name else None
 
     def _delete_backing(self, backing: Json) -> None:
         if not is_going(backing):

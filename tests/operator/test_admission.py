@@ -567,6 +567,24 @@ def test_only_the_operator_says_what_an_image_was_made_for(lab: Admitted) -> Non
     lab.kube.delete(IMAGE, "posing")
 
 
+def test_only_the_operator_says_what_a_class_was_made_for(lab: Admitted) -> None:
+    """It removes what it made, so whoever says of any class that it did would have it removed."""
+    note = {"annotations": {"images.luks.csi.internal/origin": "VirtualMachineImage/nix/nix/nix"}}
+    words = "the annotation images.luks.csi.internal/origin is the operator's; leave it as it is"
+    standard: Json = {"metadata": {"name": "standard"}, "provisioner": "ebs.csi.aws.com"}
+    posing = {**standard, "metadata": {"name": "posing", **note}}
+    assert words in refusal(lambda: lab.kube.create(STORAGE_CLASS, posing))
+    lab.kube.create(STORAGE_CLASS, standard)
+    assert words in refusal(lambda: lab.kube.patch(STORAGE_CLASS, "standard", {"metadata": note}))
+    lab.kube.patch(STORAGE_CLASS, "standard", {"metadata": {"labels": {"tier": "one"}}})
+    lab.operator.create(STORAGE_CLASS, posing)
+    nothing: Json = {"metadata": {"annotations": None}}
+    assert words in refusal(lambda: lab.kube.patch(STORAGE_CLASS, "posing", nothing))
+    for name in ("standard", "posing"):
+        lab.kube.delete(STORAGE_CLASS, name)
+        lab.seen(STORAGE_CLASS, name)
+
+
 ALL_OF_IMAGES = """
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
@@ -578,7 +596,10 @@ apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
 metadata: {name: bob}
 roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: bob}
-subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: bob}]
+subjects:
+  - {apiGroup: rbac.authorization.k8s.io, kind: User, name: bob}
+  - {apiGroup: rbac.authorization.k8s.io, kind: User, name: "system:kube-controller-manager"}
+  - {apiGroup: rbac.authorization.k8s.io, kind: User, name: "system:serviceaccount:kube-system:generic-garbage-collector"}
 """
 
 
@@ -597,9 +618,29 @@ def test_who_may_do_everything_with_images_does_not_say_how_they_are_made(lab: A
         ):
             assert words in refusal(call)
         bob.patch(IMAGE, "tempting", {"spec": {"copies": 2}})
+        kept = (
+            f"the copy {copy} is not deleted by hand, as it may be the last one of image tempting; for fewer copies "
+            f"change copies or nodeSelector of the Image, or delete the Image"
+        )
+        assert kept in refusal(lambda: bob.delete(IMAGE_COPY, copy))
+        assert kept in lab.api.kubectl("delete", "imagecopies", "--all", check=False, user="bob").said
+        assert not going(lab, IMAGE_COPY, copy)
     lab.kube.delete(IMAGE, "tempting")
     lab.operator.patch(IMAGE_COPY, copy, {"metadata": {"finalizers": None}})
     lab.operator.delete(IMAGE_COPY, copy)
+
+
+@pytest.mark.parametrize(
+    "collector", ["system:kube-controller-manager", "system:serviceaccount:kube-system:generic-garbage-collector"]
+)
+def test_the_copies_of_an_image_that_is_gone_are_collected(lab: Admitted, collector: str) -> None:
+    copy = lab.copy(lab.image("collected"), "node")["metadata"]["name"]
+    lab.api.kubectl("apply", "-f", "-", stdin=ALL_OF_IMAGES)
+    lab.kube.delete(IMAGE, "collected")
+    with lab.api.client(collector, "") as kube:
+        kube.delete(IMAGE_COPY, copy)
+        assert going(lab, IMAGE_COPY, copy)
+    lab.operator.patch(IMAGE_COPY, copy, {"metadata": {"finalizers": None}})
 
 
 def test_an_agent_has_a_say_in_what_its_own_node_has_alone(lab: Admitted) -> None:

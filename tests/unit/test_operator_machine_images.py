@@ -1,6 +1,7 @@
 """Harvester's VirtualMachineImages: the BackingImage and the class that are made, what is told, who goes first."""
 
 import itertools
+import time
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -498,6 +499,54 @@ def test_a_class_that_says_something_else_than_was_verified_is_made_anew(rig: Ri
     rig.ready()
     rig.ready(encrypted=True, secret="default/key")
     assert rig.storage_class("longhorn-alpine")["parameters"]["encrypted"] == "true"
+
+
+THEIRS: list[Json] = [
+    {"provisioner": "ebs.csi.aws.com", "labels": {MANAGED_BY: "luks-csi"}},
+    {"provisioner": DRIVER, "labels": {}},
+    {"provisioner": DRIVER, "labels": None},
+]
+
+
+@pytest.mark.parametrize("theirs", THEIRS)
+@pytest.mark.parametrize("origin", ["VirtualMachineImage/nix/nix/nix", "VirtualMachineImage/default/alpine/m-alpine"])
+def test_who_may_annotate_classes_has_none_of_others_deleted(rig: Rig, origin: str, theirs: Json) -> None:
+    metadata = {"name": "standard", "annotations": {ORIGIN: origin}, "labels": theirs["labels"]}
+    standard = rig.api.put(STORAGE_CLASS, {"metadata": metadata, "provisioner": theirs["provisioner"]})
+    for key in ("nix/nix", "default/alpine"):
+        rig.machines.reconcile(key)
+    rig.put(machine())
+    rig.ready()
+    rig.api.remove(VIRTUAL_MACHINE_IMAGE, "alpine", "default")
+    rig.look()
+    assert rig.api.all(STORAGE_CLASS) == [standard]
+
+
+@pytest.mark.parametrize("theirs", THEIRS)
+def test_a_class_of_others_is_not_made_the_images_own_by_an_annotation(rig: Rig, theirs: Json) -> None:
+    marks = {"annotations": {ORIGIN: "VirtualMachineImage/default/alpine/m-alpine"}, "labels": theirs["labels"]}
+    posing = {"metadata": {"name": "longhorn-alpine", **marks}, "provisioner": theirs["provisioner"], "parameters": {}}
+    posing = rig.api.put(STORAGE_CLASS, posing)
+    rig.put(machine())
+    rig.ready()
+    assert rig.storage_class("longhorn-alpine") == posing
+    assert rig.machine()["status"]["storageClassName"] == "lh-m-alpine"
+
+
+@pytest.mark.parametrize("name", ["longhorn-alpine", "lh-m-alpine"])
+def test_a_class_that_said_no_more_what_it_was_made_for_is_missed_too(rig: Rig, name: str) -> None:
+    rig.put(machine())
+    rig.ready()
+    rig.api.lose(STORAGE_CLASS, "longhorn-alpine")
+    controller = rig.machines.controller
+    controller.start()
+    rig.machines.changed(STORAGE_CLASS, {"metadata": {"name": name}, "provisioner": DRIVER})
+    deadline = time.monotonic() + 60
+    while not rig.api.all(STORAGE_CLASS):
+        assert time.monotonic() < deadline, "it is not made again"
+        time.sleep(0.01)
+    controller.ask_to_end()
+    controller.join(60)
 
 
 def test_a_clone_waits_for_its_source_and_takes_that_ones_secret(rig: Rig) -> None:

@@ -128,6 +128,19 @@ def test_what_was_ready_once_is_never_made_anew() -> None:
     assert (lost.create, lost.delete, lost.status["phase"]) == ([], [], "Failed")
 
 
+def test_copies_that_somebody_deleted_are_told_as_that_and_not_as_nodes_that_are_gone() -> None:
+    had = image(status={**READY, "nodes": [{"name": node, "state": "Ready"} for node in "ba"]})
+    going = copy(had, "a", "Ready", make=True)
+    going["metadata"]["deletionTimestamp"] = _NOW
+    told = plan(had, [going], world("a", "b")).status
+    said = "somebody deleted its copies, and with them the files on a, b; delete it and make it anew"
+    assert (told["phase"], told["message"], told["nodes"]) == ("Failed", said, [])
+    assert plan(image(status=told), [], world("a", "b")).status["message"] == said, "and so it stays"
+    gone = plan(had, [], world("c")).status
+    assert gone["message"].startswith("the nodes that had it are gone, and with them each copy; it is usable when one")
+    assert plan(image(status=gone), [], world("a", "c")).status["message"] == gone["message"]
+
+
 @pytest.mark.parametrize("permanent", [True, False])
 def test_a_failure_is_told_with_its_node(permanent: bool) -> None:  # noqa: FBT001
     wanted = image()
