@@ -102,8 +102,27 @@ def _delete(image: Json, ours: Sequence[Json], world: World, found: Plan) -> _Ou
     found.delete = [name_of(copy) for copy in ours if not is_going(copy) and name_of(copy) not in found.forget]
     if not ours:
         found.finalizer = False
-    slow = [f"{copy['spec']['node']}: {said}" for copy in ours if (said := copy.get("status", {}).get("message"))]
-    return _Outcome(DELETING, "; ".join(slow) or f"its files are being removed from {len(ours)} nodes", "Deleting")
+    return _Outcome(DELETING, _removed([copy for copy in ours if name_of(copy) not in found.forget], world), "Deleting")
+
+
+def _removed(copies: Sequence[Json], world: World) -> str:
+    """How far the removal of its files is; where nobody answers, what helps."""
+    nodes = sorted(copy["spec"]["node"] for copy in copies)
+    away = [node for node in nodes if node not in world.agents]
+    here = [node for node in nodes if node not in away]
+    said = _failures([
+        {"node": copy["spec"]["node"], "message": _message(copy)}
+        for copy in copies if _message(copy) and copy["spec"]["node"] in here
+    ])  # fmt: skip
+    if here and not said:
+        said.append(f"its files are being removed from {', '.join(here)}")
+    if away:
+        where = f"node {away[0]}" if len(away) == 1 else f"nodes {', '.join(away)}"
+        said.append(
+            f"no image agent answers on {where}; its file there is removed when one does, and forgotten when the node "
+            f"is deleted from the cluster"
+        )
+    return "; ".join(said) or "its files are removed"
 
 
 def _keep(image: Json, there: Sequence[Json], ours: Sequence[Json], world: World, found: Plan) -> _Outcome:
@@ -205,13 +224,23 @@ def _made_by(image: Json, maker: Json, world: World, found: Plan) -> _Outcome:
                 found.delete = [name_of(maker)]
                 return _Outcome(PENDING, f"{said}; another node is to make it", "Moving", after)
         if is_full:
-            return _Outcome(PENDING, f"{said}; then luks-csi image upload goes on", "AwaitingUpload")
+            return _Outcome(PENDING, f"{said}; then this goes on: {_upload_of(image)}", "AwaitingUpload")
         return _Outcome(FAILED, said if permanent else f"{said}; it is tried again", "NotMade")
     if state is State.AWAITING_UPLOAD:
-        return _Outcome(PENDING, "waits for luks-csi image upload", "AwaitingUpload")
+        return _Outcome(PENDING, f"waits for: {_upload_of(image)}", "AwaitingUpload")
     if state is State.IN_PROGRESS:
         return _Outcome(IN_PROGRESS, f"node {node}: {message}", "InProgress")
     return _Outcome(PENDING, f"node {node} is to make it", "Scheduled")
+
+
+def _upload_of(image: Json) -> str:
+    """The command that it waits for; what was said of its content must be said again."""
+    spec, words = image["spec"], ["luks-csi image upload FILE", name_of(image)]
+    if spec.get("checksum"):
+        words.append(f"--checksum {spec['checksum']}")
+    if secret := spec.get("secretRef"):
+        words.append(f"--secret {secret['namespace']}/{secret['name']}")
+    return " ".join(words)
 
 
 def _can_move(image: Json) -> bool:

@@ -42,7 +42,9 @@ def read_name(text: str) -> str | None:
         if text:
             check_name(text)
     except InvalidArgument:
-        raise ValueError("an image's name, as luks-csi image list shows them") from None
+        raise ValueError(
+            "an image's name, as luks-csi image list shows them, or in a cluster kubectl get images"
+        ) from None
     return text or None
 
 

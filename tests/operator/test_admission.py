@@ -599,7 +599,7 @@ roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: bob}
 subjects:
   - {apiGroup: rbac.authorization.k8s.io, kind: User, name: bob}
   - {apiGroup: rbac.authorization.k8s.io, kind: User, name: "system:kube-controller-manager"}
-  - {apiGroup: rbac.authorization.k8s.io, kind: User, name: "system:serviceaccount:kube-system:generic-garbage-collector"}
+  - {kind: ServiceAccount, name: generic-garbage-collector, namespace: kube-system}
 """
 
 

@@ -139,7 +139,9 @@ def test_an_upload_that_a_full_node_has_no_room_for_goes_to_another_one(lab: Lab
     assert running.returncode == 1
     assert "image big-up cannot be uploaded: no space is left for image big-up" in said
     assert "make room" in said
-    lab.wait_phase("big-up", "Pending", f"node {small}: no space is left", "then luks-csi image upload goes on")
+    lab.wait_phase(
+        "big-up", "Pending", f"node {small}: no space is left", "then this goes on: luks-csi image upload FILE big-up"
+    )
     assert lab.status("big-up")["upload"]["node"] == small
     lab.kube.patch(NODE, "one", {"metadata": {"labels": {"room": "little"}}})
     out, said = (running := _upload(lab, tmp_path / "disk.raw", "big-up")).communicate(timeout=120)

@@ -154,6 +154,12 @@ def test_an_upload_is_awaited_at_an_address() -> None:
     waiting = copy(wanted, "a", "AwaitingUpload", make=True, address="10.0.0.1:9810")
     found = plan(wanted, [waiting], world("a"))
     assert found.status["upload"] == {"node": "a", "address": "10.0.0.1:9810"}
+    assert found.status["message"] == "waits for: luks-csi image upload FILE disk"
+    sealed = image("vmi-1", {"upload": {}}, checksum="ab" * 32, secretRef={"name": "key", "namespace": "vms"})
+    there = copy(sealed, "a", "AwaitingUpload", make=True, address="10.0.0.1:9810")
+    assert plan(sealed, [there], world("a")).status["message"] == (
+        f"waits for: luks-csi image upload FILE vmi-1 --checksum {'ab' * 32} --secret vms/key"
+    )
     going_on = plan(wanted, [copy(wanted, "a", "InProgress", make=True, progress=3)], world("a"))
     assert (going_on.status["upload"], going_on.status["progress"]) == (None, 3)
 
@@ -240,6 +246,24 @@ def test_an_image_in_use_is_kept_and_says_by_whom() -> None:
     free = plan(going, copies, world("a"))
     assert (free.delete, free.finalizer) == ([name_of(copies[0])], None)
     assert plan(going, [], world("a")).finalizer is False
+
+
+def test_a_removal_that_nobody_does_names_the_node_and_what_helps() -> None:
+    going = image(status=READY)
+    going["metadata"]["deletionTimestamp"] = _NOW
+    copies = [copy(going, node, "Ready", make=node == "a", message="" if node == "c" else "busy") for node in "cba"]
+    away = (
+        "no image agent answers on node {}; its file there is removed when one does, and forgotten when the node is "
+        "deleted from the cluster"
+    )
+    there = frozenset("abc")
+    assert plan(going, copies, world("c", nodes=frozenset("bc"))).status["message"] == (
+        f"its files are being removed from c; {away.format('b')}"
+    )
+    assert plan(going, copies, world("b", nodes=there)).status["message"] == (
+        "node b: busy; " + away.format("a, c").replace("node a", "nodes a")
+    )
+    assert plan(going, copies[:1], world("c", nodes=there)).status["message"] == "its files are being removed from c"
 
 
 def test_copies_on_nodes_that_are_gone_do_not_keep_an_image() -> None:
@@ -352,7 +376,7 @@ def test_an_upload_that_a_node_has_no_room_for_is_awaited_by_another_one() -> No
     assert (alone.delete, alone.status["phase"], alone.status["upload"]) == (
         [], "Pending", {"node": "a", "address": "a:9810"},
     )  # fmt: skip
-    assert alone.status["message"] == "node a: no room; then luks-csi image upload goes on"
+    assert alone.status["message"] == "node a: no room; then this goes on: luks-csi image upload FILE disk"
     found = plan(wanted, [full], world("a", "b"))
     assert (found.delete, found.create, found.status["upload"]) == ([name_of(full)], [], None)
     assert found.status["message"] == "node a: no room; another node is to make it"

@@ -159,6 +159,11 @@ def test_an_invalid_value_is_refused_and_its_parameter_named(parameter: str, tex
         read_parameters({parameter: text})
 
 
+def test_an_image_that_is_misnamed_is_looked_for_where_there_are_images() -> None:
+    with pytest.raises(InvalidArgument, match=r"as luks-csi image list shows them, or in a cluster kubectl get images"):
+        read_parameters({"backingImage": "Debian"})
+
+
 @pytest.mark.parametrize("text", [text for name, text in INVALID if name == "keyRotationPeriod"])
 def test_a_period_that_is_none_is_refused_for_what_it_is(text: str) -> None:
     with pytest.raises(InvalidArgument, match=r"it must be 1 to 9999 hours, days or weeks"):
