@@ -20,6 +20,7 @@ from typing import Final
 from benchmarks.measure import resident, seconds, side_by_side
 from benchmarks.table import Row, in_ms, table
 from csi_driver.agent.sending import Sender
+from csi_driver.images.checksum import Algorithm, Checksum
 from csi_driver.kube.client import Kube
 from csi_driver.kube.copies import AUDIENCE
 from csi_driver.kube.kinds import IMAGE, IMAGE_COPY, Json, Kind, name_of
@@ -66,13 +67,17 @@ class _Writes:
 def _upload(lab: Lab, name: str, size: int) -> None:
     """An image of random bytes, ready on the node."""
     path = lab.folder / f"{name}.raw"
+    digest = hashlib.sha256()
     with path.open("wb") as file:
         for _ in range(size // _MIB):
-            file.write(os.urandom(_MIB))
+            piece = os.urandom(_MIB)
+            file.write(piece)
+            digest.update(piece)
     lab.image(name, {"upload": {}})
     awaited = lab.wait("upload", lambda: lab.status(name).get("upload"))
     ca, token = (lab.tls / "ca.crt").read_text(), lab.token(ACCOUNT, AUDIENCE)
-    Sender(awaited["address"], ca, token, name).send(path, lambda _: None)
+    checksum = Checksum(Algorithm.SHA256, digest.hexdigest())
+    Sender(awaited["address"], ca, token, name).send(path, checksum, lambda _: None)
     path.unlink()
     lab.wait_phase(name)
 

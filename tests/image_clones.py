@@ -14,6 +14,7 @@ from pathlib import Path
 
 from csi_driver.images.base import MIB, Extent, ImageFormat, Reader
 from csi_driver.images.checkpoint import Job, Operation, SourceIdentity
+from csi_driver.images.checksum import Algorithm, Checksum
 from csi_driver.images.clone import run_pass
 from csi_driver.images.luks_reader import LuksReader
 from csi_driver.images.source import RawReader
@@ -69,6 +70,11 @@ class WatchedReader:
 
     def close(self) -> None:
         self._inner.close()
+
+
+def sha256(content: bytes) -> Checksum:
+    """Of a file with this content."""
+    return Checksum(Algorithm.SHA256, hashlib.sha256(content).hexdigest())
 
 
 def nothing(_: int) -> None:

@@ -8,6 +8,8 @@ import contextlib
 import time
 from typing import Final
 
+import msgspec
+
 from csi_driver.agent.jobs import Job
 from csi_driver.agent.leftovers import Leftovers
 from csi_driver.agent.requests import Requests
@@ -33,6 +35,7 @@ _BUSY_PAUSE: Final = 2.0
 _LOOK_SECONDS: Final = 300.0
 """Between two looks at a file that is ready: somebody may have taken it away."""
 _TELL_SECONDS: Final = 1.0  # between two words about how far a job is
+_LIMIT: Final = "raise the limit"
 
 
 class Agent:
@@ -106,7 +109,7 @@ class Agent:
             self._tell(copy, State.PENDING, result.text)
             return _BUSY_PAUSE
         if isinstance(result, Failed):
-            return self._failed(copy, result)
+            return self._failed(copy, self._in_words_of_an_image(copy, result))
         if isinstance(result, Made):
             if (said := self._unlike(copy, result.checksum)) is not None:
                 return self._failed(copy, Failed(said, permanent=True))
@@ -127,18 +130,18 @@ class Agent:
             return _LOOK_SECONDS
         if record is not None and record.owner != uid:
             return self._failed(copy, Failed(foreign(record), elsewhere=True))
-        if status.get("permanent") and (record is not None or copy["spec"].get("make")):
-            return _LOOK_SECONDS
-        if (wait := self._paused.get(name_of(copy), 0.0) - time.monotonic()) > 0:
-            return wait
         image = self.images.get(image_name)
         if image is None or uid_of(image) != uid:
             return 2.0  # not seen yet, or going: its copies go too
+        if self._is_given_up(copy, image, there=record is not None):
+            return _LOOK_SECONDS
+        if (wait := self._paused.get(name_of(copy), 0.0) - time.monotonic()) > 0:
+            return wait
         if self._at_work() >= self._settings.jobs_at_once:
             self._tell(copy, State.PENDING, "waits for other images that this node is at work on")
             return None
         try:
-            request = self._requests.of(copy, image, there=record is not None)
+            request = self._requests.of(copy, self._held_to_its_digest(image), there=record is not None)
         except DriverError as error:
             return self._failed(copy, Failed(str(error), permanent=isinstance(error, InvalidArgument)))
         if request is None:
@@ -152,6 +155,16 @@ class Agent:
         self._told[key] = time.monotonic()
         return None
 
+    def _is_given_up(self, copy: Json, image: Json, *, there: bool) -> bool:
+        """Whether it has failed for good, and nobody has changed the Image since: its limit, say."""
+        status = copy.get("status", {})
+        if not status.get("permanent") or not (there or copy["spec"].get("make")):
+            return False
+        if status.get("observedGeneration") in (None, _generation(image)):
+            return True
+        self._paused.pop(name_of(copy), None)
+        return False
+
     def _ready(self, copy: Json, record: ImageRecord, checksum: str) -> None:
         with contextlib.suppress(VolumeBusy):  # it goes at the next look
             self._uploads.forget(record.name, copy["spec"]["imageUID"])
@@ -162,7 +175,7 @@ class Agent:
 
     def _failed(self, copy: Json, failed: Failed) -> float | None:
         attempts = copy.get("status", {}).get("attempts", 0) + 1
-        image = self.images.get(copy["spec"]["image"]) or {"spec": {}}
+        image = self.images.get(copy["spec"]["image"]) or {"metadata": {}, "spec": {}}
         retries, tried = image["spec"].get("retries"), image.get("status", {}).get("tried") or ()
         in_all = attempts + sum(each["attempts"] for each in tried) if copy["spec"].get("make") else attempts
         permanent, text, elsewhere = failed.permanent, failed.text, failed.elsewhere
@@ -171,8 +184,26 @@ class Agent:
         pause = min(_FIRST_PAUSE * 2 ** min(in_all - 1, 10), _MOST_PAUSE)
         log.warning("image not made", image=copy["spec"]["image"], error=text, permanent=permanent, attempts=attempts)
         self._paused[name_of(copy)] = time.monotonic() + pause
-        self._tell(copy, State.FAILED, text, attempts=attempts, permanent=permanent, elsewhere=elsewhere or None)
+        self._tell(
+            copy, State.FAILED, text, attempts=attempts, permanent=permanent, elsewhere=elsewhere or None,
+            observedGeneration=_generation(image) if permanent else None,
+        )  # fmt: skip
         return _LOOK_SECONDS if permanent else pause
+
+    def _held_to_its_digest(self, image: Json) -> Json:
+        """An Image without a checksum, of which an upload has come that announced one."""
+        announced = self._uploads.announced(name_of(image), uid_of(image))
+        return image if announced is None else image | {"spec": {"checksum": str(announced), **image["spec"]}}
+
+    def _in_words_of_an_image(self, copy: Json, failed: Failed) -> Failed:
+        """What is to be done about a failure for good, where an Image is asked for and no command."""
+        source = (self.images.get(copy["spec"]["image"]) or {"spec": {"source": {}}})["spec"]["source"]
+        if not failed.permanent:
+            return failed
+        text = failed.text.replace(_LIMIT, "raise spec.limit of the Image")
+        if text == failed.text and "upload" in source and copy["spec"].get("make"):
+            text = f"{text}; what an Image is made of does not change: delete it and make it anew"
+        return msgspec.structs.replace(failed, text=text)
 
     def _unlike(self, copy: Json, checksum: str) -> str | None:
         """What to say of a file that is another one than the Image's: all of its copies are the same."""
@@ -213,8 +244,10 @@ class Agent:
         wanted = {"state": state, "message": message, **more}
         if state is not State.IN_PROGRESS:  # what told of the way there is told no more
             wanted = dict.fromkeys(("doing", "bytesDone", "bytesTotal", "bytesPerSecond")) | wanted
+        if state is not State.FAILED:
+            wanted |= {"permanent": None, "observedGeneration": None}
         if state is State.READY:
-            wanted |= {"attempts": None, "permanent": None, "elsewhere": None}
+            wanted |= {"attempts": None, "elsewhere": None}
         patch = {key: value for key, value in wanted.items() if before.get(key) != value}
         if patch:
             with contextlib.suppress(NotFound):
@@ -235,6 +268,11 @@ class Agent:
         for copy in self.copies.all():
             if copy["spec"]["image"] == name_of(image):
                 self.controller.tell(name_of(copy))
+
+
+def _generation(image: Json) -> int | None:
+    found: int | None = image["metadata"].get("generation")
+    return found
 
 
 def _words(job: Job) -> str:

@@ -6,17 +6,15 @@ import contextlib
 from collections.abc import Callable
 
 from csi_driver.agent.settings import AgentSettings
-from csi_driver.agent.uploads import Uploads
+from csi_driver.agent.uploads import Uploads, limit_of
 from csi_driver.agent.work import CloneWork, Download, Entries, Export, Pull, Request, Secret, Upload
 from csi_driver.host.syscalls import error_name
 from csi_driver.images.checkpoint import Operation
 from csi_driver.images.credentials import PAIRS, authorization, pair_of
-from csi_driver.images.requests import MOST_BYTES
 from csi_driver.kube.client import Kube
 from csi_driver.kube.copies import State, state_of
 from csi_driver.kube.kinds import CONFIG_MAP, IMAGE_COPY, IMAGE_LABEL, SECRET, Json, is_going, name_of, uid_of
 from csi_driver.model.errors import FailedPrecondition
-from csi_driver.model.sizes import read_size
 
 
 class Requests:
@@ -61,7 +59,7 @@ class Requests:
     def _making(self, copy: Json, image: Json) -> Download | Upload | CloneWork | Export | None:
         spec = image["spec"]
         source, checksum = spec["source"], spec.get("checksum")
-        limit = read_size(str(spec["limit"])) if "limit" in spec else MOST_BYTES
+        limit = limit_of(image)
         if (download := source.get("download")) is not None:
             headers, ca = self._credentials(download)
             return Download(download["url"], checksum, limit, headers, ca)

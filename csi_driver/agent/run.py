@@ -32,6 +32,7 @@ class NodeAgent:
             uploads,
             Access(kube, settings.account),
             self._agent.copies.all,
+            self._agent.images.get,
             Rate(settings.rate),
             self._obstacle,
         )

@@ -2,31 +2,30 @@
 
 GET  /v1/copies/NAME/record     what the copy is: its record and SHA-256 (agents)
 GET  /v1/copies/NAME/file       its bytes; Range goes on behind a cut (agents)
-GET  /v1/uploads/NAME           how much of an upload is here: Upload-Offset
-PUT  /v1/uploads/NAME           bytes of it, Content-Range says which
+GET  /v1/uploads/NAME           how much of an upload is here: Upload-Offset; of what: Upload-Length, Repr-Digest
+PUT  /v1/uploads/NAME           bytes of it, Content-Range says which; Repr-Digest (RFC 9530) of what
 GET  /readyz                    whether the agent can be used, and why not (anybody: kubelet)
 """
 
 import contextlib
 import os
 import re
-import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Final, cast
+from typing import BinaryIO, ClassVar, Final, cast
 
 import msgspec
 
 from csi_driver.agent.access import Access
 from csi_driver.agent.certificate import Certificate
+from csi_driver.agent.connections import IDLE_SECONDS, Server
+from csi_driver.agent.digests import DIGEST, digest_of, read_digest
 from csi_driver.agent.pulling import Offer
 from csi_driver.agent.rate import Rate
-from csi_driver.agent.uploads import Uploads
-from csi_driver.host.listening import listening
+from csi_driver.agent.uploads import Uploads, limit_of
 from csi_driver.host.log import log
 from csi_driver.images.library import ImageLibrary
 from csi_driver.kube.copies import State, state_of
@@ -41,14 +40,9 @@ from csi_driver.model.errors import (
     PermissionDenied,
     ResourceExhausted,
     Unauthenticated,
-    VolumeBusy,
 )
 
 _PIECE: Final = 1 << 20
-_IDLE_SECONDS: Final = 60.0
-_ASK_SECONDS: Final = 15.0
-"""For a handshake and a request's head together: until then nobody knows who it is."""
-_MOST_ASKING: Final = 256
 _MOST_AT_ONCE: Final = 32  # transfers of those who may
 _LENGTH: Final = re.compile(r"[0-9]{1,18}")
 _PATH: Final = re.compile(r"/v1/(copies|uploads)/([a-z0-9][a-z0-9.-]{0,62})(/record|/file|)")
@@ -59,7 +53,6 @@ _STATUS: Final = (
     (PermissionDenied, HTTPStatus.FORBIDDEN),
     (NotFound, HTTPStatus.NOT_FOUND),
     (OutOfRange, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE),
-    (VolumeBusy, HTTPStatus.CONFLICT),
     (InvalidArgument, HTTPStatus.BAD_REQUEST),
     (ResourceExhausted, HTTPStatus.INSUFFICIENT_STORAGE),
     (FailedPrecondition, HTTPStatus.CONFLICT),
@@ -68,8 +61,8 @@ _STATUS: Final = (
 
 
 class CopyServer:
-    """Serves at `listen` (host, port) from `start` to `stop`. `copies` tells the objects of this node, `obstacle` why
-    its agent is not ready, "" when it is: an agent without a certificate can tell nobody.
+    """Serves at `listen` (host, port) from `start` to `stop`. `copies` tells the objects of this node, `images` an
+    Image by its name, `obstacle` why its agent is not ready, "" when it is: one without a certificate can tell nobody.
     """
 
     def __init__(
@@ -80,13 +73,14 @@ class CopyServer:
         uploads: Uploads,
         access: Access,
         copies: Callable[[], list[Json]],
+        images: Callable[[str], Json | None],
         rate: Rate,
         obstacle: Callable[[], str] = lambda: "",
     ) -> None:
         self._listen = listen
         self._tls = Certificate(tls_dir)
         self._thread: threading.Thread | None = None
-        self._server: _Server | None = None
+        self._server: Server | None = None
         self._room = threading.BoundedSemaphore(_MOST_AT_ONCE)
         outer = self
 
@@ -98,13 +92,14 @@ class CopyServer:
         self.uploads = uploads
         self.access = access
         self.copies = copies
+        self.images = images
         self.rate = rate
         self.obstacle = obstacle
 
     def start(self) -> None:
         """Listen. Raises FailedPrecondition when the address cannot be used."""
         try:
-            self._server = _Server(self._listen, self._handler, self._tls)
+            self._server = Server(self._listen, self._handler, self._tls)
         except OSError as error:
             raise FailedPrecondition(
                 f"the address {self._listen[0]}:{self._listen[1]} for copies of images cannot be used "
@@ -148,75 +143,44 @@ class CopyServer:
                 return str(copy["spec"]["imageUID"])
         raise NotFound(f"no upload of image {name} is awaited on this node")
 
+    def limit(self, name: str) -> int:
+        """The most bytes that the Image may have. Raises NotFound."""
+        if (image := self.images(name)) is None:
+            raise NotFound(f"there is no Image {name}")
+        return limit_of(image)
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
 
-    def __init__(self, listen: tuple[str, int], handler: type["_Handler"], certificate: Certificate) -> None:
-        self._certificate = certificate
-        self._guard = threading.Lock()
-        self._asking: dict[int, tuple[float, socket.socket]] = {}
-        super().__init__(listen, handler, bind_and_activate=False)
-        self.socket.close()  # that one is of IPv4 only
-        self.socket = listening(*listen)
-        self.server_address = self.socket.getsockname()
+class _Body:
+    """What a request brings; `begin` is called before the first of it is read: who waits for a word is told to send."""
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """In the connection's own thread: who is slow in the handshake keeps nobody else waiting."""
-        number = request.fileno()
-        with self._guard:
-            too_many = len(self._asking) >= _MOST_ASKING
-            if not too_many:
-                self._asking[number] = time.monotonic() + _ASK_SECONDS, request
-        if too_many:
-            self.shutdown_request(request)
-            return
-        try:
-            request.settimeout(_IDLE_SECONDS)
-            try:
-                secured = self._certificate.context().wrap_socket(request, server_side=True)
-            except OSError:
-                self.shutdown_request(request)
-                return
-            with self._guard:
-                if number in self._asking:  # the same descriptor, another object
-                    self._asking[number] = self._asking[number][0], secured
-            super().process_request_thread(secured, client_address)
-        finally:
-            self.has_asked(number)
+    def __init__(self, stream: BinaryIO, begin: Callable[[], None]) -> None:
+        self._stream = stream
+        self._begin: Callable[[], None] | None = begin
 
-    def has_asked(self, number: int) -> None:
-        """The request is there: from now on each read and write has its own limit."""
-        with self._guard:
-            self._asking.pop(number, None)
-
-    def service_actions(self) -> None:
-        """Twice a second: who has not asked in time goes, however little he sends again and again."""
-        now = time.monotonic()
-        with self._guard:
-            for until, connection in self._asking.values():
-                if until < now:
-                    with contextlib.suppress(OSError):
-                        connection.shutdown(socket.SHUT_RDWR)
-
-    def handle_error(self, _request: Any, _client_address: Any) -> None:
-        """A connection that broke is the other side's to tell; what nobody foresaw `_answer` has told."""
+    def read(self, size: int) -> bytes:
+        begin, self._begin = self._begin, None
+        if begin is not None:
+            begin()
+        return self._stream.read(size)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: _Server
+    server: Server
     server_side: ClassVar[CopyServer]
     protocol_version = "HTTP/1.1"
     server_version = "luks-csi"
     sys_version = ""
-    timeout = _IDLE_SECONDS
+    timeout = IDLE_SECONDS
 
     def do_GET(self) -> None:
         self._answer(self._get)
 
     def do_PUT(self) -> None:
         self._answer(self._put)
+
+    def handle_expect_100(self) -> bool:
+        """Not yet: who asks, and what is to come, is looked at first (`_Body`)."""
+        return True
 
     def log_message(self, *_: object) -> None:
         """What is worth telling is told by who does it."""
@@ -298,8 +262,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _offset(self, name: str, part: str) -> None:
         uid = self._uploader("uploads", name, part)
+        uploads = self.server_side.uploads
+        headers = {"Upload-Offset": str(uploads.received(name, uid))}
+        if (total := uploads.total(name, uid)) is not None:
+            headers["Upload-Length"] = str(total)
+        if (announced := uploads.announced(name, uid)) is not None:
+            headers[DIGEST] = digest_of(announced)
         self.send_response(HTTPStatus.NO_CONTENT)
-        self._headers({"Upload-Offset": str(self.server_side.uploads.received(name, uid))})
+        self._headers(headers)
 
     def _put(self, what: str, name: str, part: str) -> None:
         uid = self._uploader(what, name, part)
@@ -307,15 +277,21 @@ class _Handler(BaseHTTPRequestHandler):
         found = _CONTENT_RANGE.fullmatch(self.headers.get("Content-Range", ""))
         if found is None or not _LENGTH.fullmatch(length) or int(length) != int(found[2]) - int(found[1]) + 1:
             raise InvalidArgument("an upload says by Content-Range and Content-Length which bytes it brings")
+        announced = read_digest(self.headers[DIGEST]) if DIGEST in self.headers else None
         side = self.server_side
+        with side.transfer():
+            stream = cast("BinaryIO", _Body(cast("BinaryIO", self.rfile), self._continue))
+            there = side.uploads.receive(
+                name, uid, int(found[1]), int(found[3]), int(length), stream, announced=announced,
+                most=side.limit(name),
+            )  # fmt: skip
+        self.send_response(HTTPStatus.NO_CONTENT)
+        self._headers({"Upload-Offset": str(there)})
+
+    def _continue(self) -> None:
         if self.headers.get("Expect", "").lower() == "100-continue":
             self.send_response_only(HTTPStatus.CONTINUE)
             self.end_headers()
-        with side.transfer():
-            stream = cast("BinaryIO", self.rfile)
-            there = side.uploads.receive(name, uid, int(found[1]), int(found[3]), int(length), stream)
-        self.send_response(HTTPStatus.NO_CONTENT)
-        self._headers({"Upload-Offset": str(there)})
 
     def _uploader(self, what: str, name: str, part: str) -> str:
         if what != "uploads" or part:

@@ -1,6 +1,7 @@
 """Images that are being uploaded to this node: `uploads/<image>/part`, `whole` when all is there.
 
-`for` in the folder names the Image object: what was uploaded for an earlier one of that name is not this one's.
+`for` in the folder names the Image object: what was uploaded for an earlier one of that name is not this one's. `total`
+and, where the sender tells it, `digest` say which file it is of: half of one and half of another are no image.
 """
 
 import contextlib
@@ -14,9 +15,20 @@ from typing import BinaryIO
 from csi_driver.host.files import Files, read_file
 from csi_driver.host.syscalls import error_name
 from csi_driver.images.base import MIB
+from csi_driver.images.checksum import Checksum
 from csi_driver.images.requests import MOST_BYTES
 from csi_driver.images.room import EVERY, check_room
-from csi_driver.model.errors import Aborted, CommandFailed, InvalidArgument, OutOfRange, ResourceExhausted, VolumeBusy
+from csi_driver.kube.kinds import Json
+from csi_driver.model.errors import (
+    Aborted,
+    CommandFailed,
+    FailedPrecondition,
+    InvalidArgument,
+    OutOfRange,
+    ResourceExhausted,
+    VolumeBusy,
+)
+from csi_driver.model.sizes import read_size
 
 
 class Uploads:
@@ -49,19 +61,41 @@ class Uploads:
         known, said = self._refused.get(name, ("", ""))
         return said if known == uid else ""
 
-    def receive(self, name: str, uid: str, start: int, total: int, length: int, stream: BinaryIO) -> int:
+    def announced(self, name: str, uid: str) -> Checksum | None:
+        """The checksum that the sender said the whole has; None where he said none, and while nothing is here."""
+        told = _noted(self._folder / name / "digest") if self.received(name, uid) else None
+        return Checksum.parse(told) if told else None
+
+    def total(self, name: str, uid: str) -> int | None:
+        """How long the whole is to be; None while nothing is here."""
+        told = _noted(self._folder / name / "total") if self.received(name, uid) else None
+        return int(told) if told else None
+
+    def receive(
+        self, name: str, uid: str, start: int, total: int, length: int, stream: BinaryIO, *,
+        announced: Checksum | None = None, most: int = MOST_BYTES,
+    ) -> int:  # fmt: skip
         """Take the bytes from `start` on, `length` of them, of `total`; how many are here then.
 
+        `announced` is the checksum of the whole, if its sender tells it; what was begun with one is gone on with by
+        that one alone. `most` are the bytes that the Image may have.
+
         Raises VolumeBusy (another upload is under way), OutOfRange (`start` is not where it goes on), InvalidArgument,
-        ResourceExhausted, Aborted (the sender ended early: what came is kept), CommandFailed.
+        FailedPrecondition (what is here is of another file), ResourceExhausted, Aborted (the sender ended early: what
+        came is kept), CommandFailed.
         """
-        if not 0 < total <= MOST_BYTES or not 0 <= start < total or not 0 < length <= total - start:
+        if total > most:
+            raise InvalidArgument(
+                f"image {name} may have {most} bytes and {total} were to come; raise spec.limit of the Image, or "
+                f"upload a smaller file"
+            )
+        if not 0 <= start < total or not 0 < length <= total - start:
             raise InvalidArgument(f"{length} bytes from {start} on are no part of an image of {total} bytes")
         with self._alone(name):
             self._refused.pop(name, None)
             try:
                 with _told(name):
-                    there = self._take(name, uid, start, total, length, stream)
+                    there = self._take(name, uid, start, total, length, stream, announced)
             except ResourceExhausted as error:
                 self._refused[name] = uid, str(error)
                 self.came(name)
@@ -70,15 +104,19 @@ class Uploads:
             self.came(name)
         return there
 
-    def _take(self, name: str, uid: str, start: int, total: int, length: int, stream: BinaryIO) -> int:
+    def _take(
+        self, name: str, uid: str, start: int, total: int, length: int, stream: BinaryIO, announced: Checksum | None
+    ) -> int:
         folder = self._begin(name, uid)
-        self._agree(folder / "total", name, total)
+        there = self.received(name, uid)
+        if there:
+            _check_same(folder, name, total, announced)
         if (folder / "whole").exists():
             return total
-        part = folder / "part"
-        there = part.stat().st_size if part.exists() else 0
         if start != there:
             raise OutOfRange(f"the upload of image {name} goes on at byte {there}, not at {start}")
+        self._note(folder, total, announced)
+        part = folder / "part"
         there = self._append(name, part, start, length, stream)
         if there == total:
             self._files.rename(part, folder / "whole")
@@ -99,18 +137,11 @@ class Uploads:
             if self._is_for(name, uid):
                 self._files.remove_folder(self._folder / name)
 
-    def _agree(self, path: Path, name: str, total: int) -> None:
-        """The first piece says how long the image is; who says otherwise later would make half of it the whole."""
-        try:
-            begun = int(read_file(path))
-        except (FileNotFoundError, ValueError):
-            self._files.write(path, str(total).encode())
-            return
-        if begun != total:
-            raise InvalidArgument(
-                f"the upload of image {name} was begun with {begun} bytes in all and goes on with {total}; send the "
-                f"same file, or delete the Image and make it anew"
-            )
+    def _note(self, folder: Path, total: int, announced: Checksum | None) -> None:
+        """Which file it is of, before the first byte of it is here; and what nobody had said of it until now."""
+        for path, said in ((folder / "total", str(total)), (folder / "digest", str(announced or ""))):
+            if (_noted(path) or "") != said:
+                self._files.write(path, said.encode())
 
     def _append(self, name: str, part: Path, start: int, length: int, stream: BinaryIO) -> int:
         at, durable = start, start
@@ -158,6 +189,35 @@ class Uploads:
         finally:
             with self._guard:
                 self._at_work.discard(name)
+
+
+def limit_of(image: Json) -> int:
+    """The most bytes that an Image may bring in, by its `spec.limit`."""
+    limit = image["spec"].get("limit")
+    return MOST_BYTES if limit is None else read_size(str(limit))
+
+
+def _check_same(folder: Path, name: str, total: int, announced: Checksum | None) -> None:
+    """Half of one file and half of another would make a whole that is neither."""
+    begun, known = _noted(folder / "total"), _noted(folder / "digest")
+    if begun is not None and begun != str(total):
+        raise FailedPrecondition(
+            f"the upload of image {name} was begun with {begun} bytes in all and goes on with {total}; send the "
+            f"same file, or delete the Image and make it anew"
+        )
+    if known and known != str(announced):
+        said = "of this one it is not told" if announced is None else f"this one has {announced}"
+        raise FailedPrecondition(
+            f"what is here of image {name} is of another file, which has the checksum {known}, and {said}; go on with "
+            f"that file, or delete the Image and make it anew"
+        )
+
+
+def _noted(path: Path) -> str | None:
+    try:
+        return read_file(path).decode(errors="replace")
+    except FileNotFoundError:
+        return None
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """`luks-csi image upload`: a file of this machine becomes an Image of a cluster."""
 
+import contextlib
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,10 +13,11 @@ from csi_driver.cli.cluster import cluster
 from csi_driver.cli.names import checked
 from csi_driver.cli.output import OUTPUT_OPTION, Output, show_json, show_text, size_text
 from csi_driver.cli.progress import ProgressLine
-from csi_driver.images.checksum import Checksum
+from csi_driver.host.syscalls import error_name
+from csi_driver.images.checksum import Algorithm, Checksum, checksum_of
 from csi_driver.images.requests import check_secret
 from csi_driver.images.store import check_name
-from csi_driver.model.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted
+from csi_driver.model.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted, Unavailable
 
 if TYPE_CHECKING:
     from csi_driver.kube.client import Kube
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 _POLL_SECONDS: Final = 0.5
 _AWAITED_SECONDS: Final = 300.0
 _MOVED_SECONDS: Final = 15.0
+_AGAIN: Final = "; it is tried again"
 
 Json = dict[str, Any]
 
@@ -50,56 +54,142 @@ def upload(
 ) -> None:  # fmt: skip
     """Upload the file at PATH as the Image NAME, and wait until it is ready.
 
-    A command that was cut is gone on with by the same command. Who uploads may create images and update images/upload
-    in the group images.luks.csi.internal.
+    A command that was cut is gone on with by the same command; what another file was begun with, or made of, is refused
+    by the checksum, which the Image gets. Who uploads may create images and update images/upload in the group
+    images.luks.csi.internal.
     """
     kube = cluster(kubeconfig)
-    from csi_driver.agent.sending import Sender
-    from csi_driver.kube.copies import AUDIENCE, AUTHORITY
-    from csi_driver.kube.kinds import CONFIG_MAP
+    from csi_driver.kube.kinds import IMAGE
 
     spec: Json = {"source": {"upload": {}}, "copies": copies}
-    if checksum:
-        spec["checksum"] = Checksum.parse(checksum).digest
     if secret:
         spec["secretRef"] = dict(zip(("namespace", "name"), secret.split("/"), strict=True))
-    _wanted(kube, name, spec)
-    awaited = _wait(kube, name, "an agent that takes it", lambda status: bool(status.get("upload")))
-    if awaited["phase"] != "Ready":
-        found = kube.get(CONFIG_MAP, AUTHORITY, namespace)
-        if found is None:
-            raise FailedPrecondition(
-                f"there is no ConfigMap {AUTHORITY} in namespace {namespace}; name the namespace of luks-csi with "
-                f"--namespace, and look whether its operator runs"
-            )
-        token = _token(kube, service_account, AUDIENCE)
-
-        def send(to: str) -> None:
-            with ProgressLine("uploading", path.stat().st_size) as line:
-                Sender(to, found["data"]["ca.crt"], token, name).send(path, line)
-
-        try:
-            awaited = _sent(kube, name, awaited, address, send)
-        except KeyboardInterrupt:
-            raise click.Abort(f"the upload of image {name} was interrupted; the same command goes on") from None
+    with _asked_once():
+        there = kube.get(IMAGE, name)
+        send = None
+        if there is None or there.get("status", {}).get("phase") != "Ready":
+            send = _Sending(kube, namespace, service_account, path, name)  # what is missing is told before it is made
+        if there is not None:
+            _check_alike(there, spec, name)
+        wanted = Checksum.parse(checksum) if checksum else None
+        found = _checksum(path, wanted, (there or {"spec": {}})["spec"].get("checksum"))
+        if there is None:
+            there = _made(kube, name, spec | {"checksum": found.digest})
+        _check_of_file(there, there.get("status", {}), path, found, name)
+        awaited = _wait(kube, name, "an agent that takes it", lambda status: bool(status.get("upload")))
+        _check_of_file(there, awaited, path, found, name)
+        if awaited["phase"] != "Ready":
+            send = send or _Sending(kube, namespace, service_account, path, name)
+            try:
+                awaited = _sent(kube, name, awaited, address, functools.partial(send, found))
+            except KeyboardInterrupt:
+                raise click.Abort(f"the upload of image {name} was interrupted; the same command goes on") from None
     if output == Output.JSON:
         return show_json(awaited)
     kind = "encrypted image" if awaited.get("encrypted") else "image"
     return show_text(f"{kind} {name} of {size_text(awaited['virtualSize'])} is ready in the cluster")
 
 
-def _wanted(kube: "Kube", name: str, spec: Json) -> None:
-    """Make the Image; one that an earlier call has made is taken if it wants the same."""
+class _Sending:
+    """The way of a file to an agent. Raises what keeps it from going there, but for the agent's own refusals."""
+
+    def __init__(self, kube: "Kube", namespace: str, service_account: str | None, path: Path, image: str) -> None:
+        from csi_driver.kube.copies import AUDIENCE, AUTHORITY
+        from csi_driver.kube.kinds import CONFIG_MAP
+
+        if not path.stat().st_size:
+            raise FailedPrecondition(f"{path} is empty; name an image with something in it")
+        self._token = functools.partial(_token, kube, service_account, AUDIENCE)
+        self._token()
+        found = kube.get(CONFIG_MAP, AUTHORITY, namespace)
+        if found is None:
+            raise FailedPrecondition(
+                f"there is no ConfigMap {AUTHORITY} in namespace {namespace}; name the namespace of luks-csi with "
+                f"--namespace, and look whether its operator runs"
+            )
+        self._ca = found["data"]["ca.crt"]
+        self._path = path
+        self._image = image
+
+    def __call__(self, checksum: Checksum, to: str) -> None:
+        """Send it to the agent at that address, with a token of this moment. Errors as `Sender.send`."""
+        from csi_driver.agent.sending import Sender
+
+        with ProgressLine("uploading", self._path.stat().st_size) as line:
+            Sender(to, self._ca, self._token(), self._image).send(self._path, checksum, line)
+
+
+@contextlib.contextmanager
+def _asked_once() -> Iterator[None]:
+    """A controller tries again what the API could not do; a command does not."""
+    try:
+        yield
+    except Unavailable as error:
+        said = str(error)
+        if not said.endswith(_AGAIN):
+            raise
+        what = "luks-csi's operator is up" if "webhook" in said else "that works"
+        raise Unavailable(f"{said.removesuffix(_AGAIN)}; run the command again when {what}") from None
+
+
+def _checksum(path: Path, wanted: Checksum | None, bound: str | None) -> Checksum:
+    """That of the file, by the algorithm of `bound`, its Image's. Raises InvalidArgument unless it is `wanted`."""
+    if bound is not None:
+        algorithm = Checksum.parse(bound).algorithm
+    else:
+        algorithm = Algorithm.SHA256 if wanted is None else wanted.algorithm
+    found = _read(path, algorithm)
+    if wanted is not None:
+        wanted.require(found if wanted.algorithm is algorithm else _read(path, wanted.algorithm), str(path))
+    return found
+
+
+def _read(path: Path, algorithm: Algorithm) -> Checksum:
+    try:
+        with path.open("rb", buffering=0) as file, ProgressLine("checking", path.stat().st_size) as line:
+            return checksum_of(file.fileno(), algorithm, line)
+    except OSError as error:
+        raise FailedPrecondition(f"{path} cannot be read ({error_name(error)}); check it") from None
+
+
+def _made(kube: "Kube", name: str, spec: Json) -> Json:
+    """The Image; one that somebody has made at the same time is taken if it wants the same."""
     from csi_driver.kube.kinds import IMAGE
 
     try:
-        kube.create(IMAGE, {"metadata": {"name": name}, "spec": spec})
+        return kube.create(IMAGE, {"metadata": {"name": name}, "spec": spec})
     except AlreadyExists:
-        there = (kube.get(IMAGE, name) or {"spec": {}})["spec"]
-        if any(there.get(key) != spec.get(key) for key in ("source", "checksum", "secretRef")):
-            raise AlreadyExists(
-                f"the cluster has an Image {name} already that comes from something else; choose another name"
-            ) from None
+        there = kube.get(IMAGE, name)
+        if there is None:
+            raise NotFound(f"the Image {name} was deleted meanwhile") from None
+        _check_alike(there, spec, name)
+        return there
+
+
+def _check_alike(there: Json, spec: Json, name: str) -> None:
+    """Raise AlreadyExists unless the Image that is there is an upload with that secret."""
+    if any(there["spec"].get(key) != spec.get(key) for key in ("source", "secretRef")):
+        raise AlreadyExists(
+            f"the cluster has an Image {name} already that comes from something else; choose another name"
+        )
+
+
+def _check_of_file(image: Json, status: Json, path: Path, found: Checksum, name: str) -> None:
+    """Raise AlreadyExists where an Image is, or is to be, of another file, and where nothing tells that it is of this.
+
+    `found` is the file's checksum. An upload that is under way to an Image without a checksum is the agent's to judge.
+    """
+    bound, is_ready = image["spec"].get("checksum"), status.get("phase") == "Ready"
+    of = Checksum.parse(bound) if bound else None
+    if of is None and is_ready:
+        # Of what came packed that is another one, and then nobody knows.
+        of = Checksum(Algorithm.SHA256, status.get("checksum", ""))
+    if of not in (None, found):
+        is_it = "is" if is_ready else "is to be"
+        raise AlreadyExists(
+            f"the cluster has an Image {name} already, which {is_it} of a file with the checksum {of}, and {path} has "
+            f"{found}; choose another name, or delete that Image"
+        )
 
 
 def _wait(kube: "Kube", name: str, what: str, enough: Callable[[Json], bool]) -> Json:

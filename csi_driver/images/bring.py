@@ -113,7 +113,8 @@ class Bringer:
             before = SourceIdentity.of(source, where)
             if wanted.checksum:
                 with meter("checking", before.size) as progress, _reading(wanted.source, where):
-                    wanted.checksum.require(checksum_of(descriptor, wanted.checksum.algorithm, progress), wanted.source)
+                    found = checksum_of(descriptor, wanted.checksum.algorithm, progress)
+                wanted.checksum.require(found, where if wanted.take else wanted.source)
             with _reading(wanted.source, where):
                 packed = detect_wrapping(os.pread(descriptor, HEAD_BYTES, 0))
             if packed is None:

@@ -24,7 +24,7 @@ from csi_driver.kube.copies import AUDIENCE, AUTHORITY, State, state_of
 from csi_driver.kube.kinds import CONFIG_MAP, IMAGE, IMAGE_COPY, Json, is_going, name_of, uid_of
 from csi_driver.model.errors import DriverError
 from csi_driver.model.secret import Passphrase
-from tests.image_clones import decrypted, digest_of, nothing
+from tests.image_clones import decrypted, digest_of, nothing, sha256
 from tests.image_server import ImageServer, serving
 from tests.keys.apiserver import ACCOUNT, NAMESPACE
 from tests.operator.chaos_model import SECRETS, Model, Wanted
@@ -147,7 +147,8 @@ class Run:
                 if (awaited := image.get("status", {}).get("upload")) is not None:
                     authority = self._lab.kube.get(CONFIG_MAP, AUTHORITY, NAMESPACE)
                     assert authority is not None
-                    Sender(awaited["address"], authority["data"]["ca.crt"], self._token, name).send(path, nothing)
+                    sender = Sender(awaited["address"], authority["data"]["ca.crt"], self._token, name)
+                    sender.send(path, sha256(content), nothing)
         path.unlink()
 
     def _copies(self) -> None:

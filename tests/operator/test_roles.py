@@ -41,7 +41,7 @@ from csi_driver.kube.kinds import (
 from csi_driver.model.errors import AlreadyExists, DriverError, NotFound, PermissionDenied
 from csi_driver.operator.certificates import AGENT_SECRET, OPERATOR_SECRET, WEBHOOKS
 from tests.cluster.pki import Authority
-from tests.image_clones import make_source, nothing
+from tests.image_clones import make_source, nothing, sha256
 from tests.image_server import ImageServer
 from tests.keys.apiserver import ACCOUNT, NAMESPACE, api_server
 from tests.keys.servers import HOST, free_port
@@ -227,9 +227,8 @@ class Occasions:
             address = lab.status(self._name("uploaded"))["upload"]["address"]
             token = lab.token(_UPLOADER, AUDIENCE)
             try:
-                Sender(address, (lab.tls / "ca.crt").read_text(), token, self._name("uploaded")).send(
-                    self._file, nothing
-                )
+                sender = Sender(address, (lab.tls / "ca.crt").read_text(), token, self._name("uploaded"))
+                sender.send(self._file, sha256(self._file.read_bytes()), nothing)
             except PermissionDenied as error:
                 self._said.append(str(error))
         self._review()

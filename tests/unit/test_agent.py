@@ -1,5 +1,6 @@
 """An agent's look at one copy: what is on the disk, and what it says of it."""
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -9,11 +10,13 @@ import pytest
 from csi_driver.agent.agent import Agent
 from csi_driver.agent.settings import AgentSettings
 from csi_driver.agent.uploads import Uploads
+from csi_driver.agent.work import Doing, Failed, Request
 from csi_driver.images.library import ImageLibrary
 from csi_driver.images.requests import Import
 from csi_driver.kube.client import Kube
 from csi_driver.kube.copies import copy_of
 from csi_driver.kube.kinds import IMAGE, IMAGE_COPY, Json, name_of
+from tests.image_clones import sha256
 from tests.machine.image_lab import unmetered
 from tests.operator_fakes import SilentApi
 
@@ -28,13 +31,19 @@ class Node:
             account="",
         )  # fmt: skip
         self.library = ImageLibrary(settings.images)
-        uploads = Uploads(settings.images / "uploads")
+        self.uploads = Uploads(settings.images / "uploads")
         metadata = {"name": "disk", "uid": "uid-disk"}
         image = {"metadata": metadata, "spec": {"source": {"upload": {}}, **spec}, "status": status or {}}
         self.copy = self.api.put(IMAGE_COPY, copy_of(self.api.put(IMAGE, image), "one", make=True))
-        self._agent = Agent(cast("Kube", self.api), settings, self.library, uploads)
+        self._agent = Agent(cast("Kube", self.api), settings, self.library, self.uploads)
         for informer in (self._agent.images, self._agent.copies):
             self.api.inform(informer)
+
+    def see(self) -> None:
+        """What changed in the API, at once."""
+        for informer in (self._agent.images, self._agent.copies):
+            for thing in self.api.all(informer.kind):
+                informer.saw(thing)
 
     def look(self) -> Json:
         """The status of the copy after a look."""
@@ -91,3 +100,58 @@ def test_given_up_is_given_up_wherever_it_was_tried(nodes: Any, tmp_path: Path) 
         # What was given up is not moved on to yet another node.
         assert status.get("elsewhere") == (None if permanent else True)
         assert ("given up after 5 attempts" in status["message"]) is permanent
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The jobs that were begun, in place of their processes; `result` ends one."""
+    begun: list[Any] = []
+
+    class Begun:
+        def __init__(self, request: Request, *_: object) -> None:
+            self.request, self.result, self.doing = request, None, Doing("checking", 0, None)
+            begun.append(self)
+
+    monkeypatch.setattr("csi_driver.agent.agent.Job", Begun)
+    return begun
+
+
+def test_what_was_announced_of_an_upload_is_what_it_must_be(nodes: Any, jobs: list[Any]) -> None:
+    for number, (spec, expected) in enumerate((({}, str(sha256(b"disk"))), ({"checksum": "00" * 32}, "00" * 32))):
+        node = nodes(**spec)
+        node.uploads.receive("disk", "uid-disk", 0, 4, 4, io.BytesIO(b"disk"), announced=sha256(b"disk"))
+        assert node.look()["state"] == "InProgress"
+        assert jobs[number].request.work.checksum == expected
+
+
+TOO_LARGE = "image disk: its virtual size is 9 bytes and at most 4 are allowed; raise the limit if the image is meant"
+WORDS = "; what an Image is made of does not change: delete it and make it anew"
+
+
+def test_a_failure_for_good_lasts_until_the_image_changes(nodes: Any, jobs: list[Any]) -> None:
+    node = nodes(limit="4")
+    node.api.change(IMAGE, "disk", {"metadata": {"generation": 1}})
+    node.see()
+    node.uploads.receive("disk", "uid-disk", 0, 4, 4, io.BytesIO(b"disk"))
+    node.look()
+    jobs[0].result = Failed(TOO_LARGE, permanent=True)
+    status = node.look()
+    assert (status["permanent"], status["observedGeneration"]) == (True, 1)
+    assert status["message"] == TOO_LARGE.replace("raise the limit", "raise spec.limit of the Image")
+    node.see()
+    assert node.look()["state"] == "Failed"
+    assert len(jobs) == 1
+    node.api.change(IMAGE, "disk", {"metadata": {"generation": 2}, "spec": {"limit": "1Gi"}})
+    node.see()
+    status = node.look()  # at once, whatever the pause between two tries
+    assert status["state"] == "InProgress"
+    assert status.keys().isdisjoint(("permanent", "observedGeneration"))
+    assert jobs[1].request.work.limit == 1 << 30
+
+
+def test_a_failure_for_good_of_an_upload_says_that_an_image_does_not_change(nodes: Any, jobs: list[Any]) -> None:
+    node = nodes()
+    node.uploads.receive("disk", "uid-disk", 0, 4, 4, io.BytesIO(b"disk"))
+    node.look()
+    jobs[0].result = Failed("image disk is no disk", permanent=True)
+    assert node.look()["message"] == f"image disk is no disk{WORDS}"

@@ -2,26 +2,39 @@
 
 import base64
 import contextlib
+import hashlib
 import http.client
+import io
 import socket
 import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import pytest
 
 from csi_driver.agent.access import Access
+from csi_driver.agent.digests import digest_of, read_digest
 from csi_driver.agent.rate import Rate
 from csi_driver.agent.sending import Sender
 from csi_driver.agent.server import CopyServer
 from csi_driver.agent.uploads import Uploads
 from csi_driver.images.base import MIB
+from csi_driver.images.checksum import Algorithm, Checksum
 from csi_driver.images.library import ImageLibrary
 from csi_driver.kube.copies import AGENTS, State
 from csi_driver.kube.kinds import SECRET, Json
-from csi_driver.model.errors import PermissionDenied, ResourceExhausted, Unauthenticated
+from csi_driver.model.errors import (
+    Aborted,
+    FailedPrecondition,
+    InvalidArgument,
+    PermissionDenied,
+    ResourceExhausted,
+    Unauthenticated,
+    VolumeBusy,
+)
 from csi_driver.operator.certificates import AGENT_SECRET, Certificates
+from tests.image_clones import nothing, sha256
 from tests.operator_fakes import FakeApi
 from tests.told_lines import told_lines
 
@@ -31,6 +44,7 @@ _WAITING: Json = {
     "spec": {"image": "disk", "imageUID": "uid"},
     "status": {"state": State.AWAITING_UPLOAD},
 }
+_IMAGE: Json = {"spec": {"limit": "64Mi"}}
 
 
 class TokenAccess:
@@ -58,7 +72,7 @@ def mount(folder: Path) -> None:
 def serving(folder: Path, host: str = _HOST, obstacle: Callable[[], str] = lambda: "") -> Iterator[CopyServer]:
     made = CopyServer(
         (host, 0), folder, ImageLibrary(folder / "images"), Uploads(folder / "uploads"),
-        cast("Access", TokenAccess()), lambda: [_WAITING], Rate(0), obstacle,
+        cast("Access", TokenAccess()), lambda: [_WAITING], lambda _name: _IMAGE, Rate(0), obstacle,
     )  # fmt: skip
     made.start()
     try:
@@ -113,6 +127,19 @@ def test_who_is_silent_keeps_nobody_out(server: CopyServer, tmp_path: Path) -> N
             {"Authorization": "Bearer good", "Content-Range": "bytes 0-1/2", "Content-Length": "\xb2"}, 400,
             "says by Content-Range",
         ),
+        (
+            "PUT", "/v1/uploads/disk",
+            {"Authorization": "Bearer good", "Content-Range": "bytes 0-1/67108865", "Content-Length": "2"}, 400,
+            "image disk may have 67108864 bytes and 67108865 were to come; raise spec.limit of the Image",
+        ),
+        (
+            "PUT", "/v1/uploads/disk",
+            {
+                "Authorization": "Bearer good", "Content-Range": "bytes 0-1/2", "Content-Length": "2",
+                "Repr-Digest": "sha-256=:eA==:",
+            }, 400,
+            "Repr-Digest is to be sha-256=:BASE64: or sha-512=:BASE64:",
+        ),
     ],
 )  # fmt: skip
 def test_what_is_not_right_has_a_sentence(
@@ -154,13 +181,103 @@ def test_who_has_an_address_of_ipv6_only_is_served(tmp_path: Path) -> None:
 def test_who_is_refused_in_the_middle_of_an_upload_hears_why(
     server: CopyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_name: str, _uid: str, _start: int, _total: int, _length: int, stream: BinaryIO) -> int:
+    def full(_name: str, _uid: str, _start: int, _total: int, _length: int, stream: BinaryIO, **_: object) -> int:
         stream.read(MIB)
         raise ResourceExhausted("no space is left for image disk")
 
     monkeypatch.setattr(server.uploads, "receive", full)
     file = tmp_path / "disk.raw"
     file.write_bytes(bytes(24 * MIB))  # more than the buffers on the way hold
-    sender = Sender(f"{_HOST}:{server.port}", (tmp_path / "ca.crt").read_text(), "good", "disk")
     with pytest.raises(ResourceExhausted, match="image disk cannot be uploaded: no space is left"):
-        sender.send(file, lambda _: None)
+        to(server, tmp_path).send(file, sha256(b""), nothing)
+
+
+def to(server: CopyServer, folder: Path) -> Sender:
+    return Sender(f"{_HOST}:{server.port}", (folder / "ca.crt").read_text(), "good", "disk")
+
+
+def put(path: Path, content: bytes) -> tuple[Path, Checksum]:
+    path.write_bytes(content)
+    return path, sha256(content)
+
+
+def test_another_file_does_not_go_on_with_what_was_cut(server: CopyServer, tmp_path: Path) -> None:
+    first, second = put(tmp_path / "a.raw", b"a" * 8), put(tmp_path / "b.raw", b"b" * 8)
+    shorter = put(tmp_path / "c.raw", b"a" * 2)
+    with pytest.raises(Aborted):
+        server.uploads.receive("disk", "uid", 0, 8, 8, io.BytesIO(b"aaa"), announced=first[1])
+    for other in (second, shorter):
+        with pytest.raises(FailedPrecondition, match="3 of 8 bytes of another file are there already; go on with the"):
+            to(server, tmp_path).send(*other, nothing)
+    to(server, tmp_path).send(*first, nothing)
+    with pytest.raises(FailedPrecondition, match="8 of 8 bytes of another file are there already"):
+        to(server, tmp_path).send(*second, nothing)
+    to(server, tmp_path).send(*first, nothing)
+    whole = server.uploads.whole("disk", "uid")
+    assert whole is not None
+    assert whole.read_bytes() == b"a" * 8
+
+
+def test_a_whole_of_which_nothing_tells_is_nobodys(server: CopyServer, tmp_path: Path) -> None:
+    server.uploads.receive("disk", "uid", 0, 8, 8, io.BytesIO(b"a" * 8))
+    with pytest.raises(FailedPrecondition, match="it is there already, and nothing tells of which file"):
+        to(server, tmp_path).send(*put(tmp_path / "b.raw", b"b" * 8), nothing)
+
+
+def test_who_uploads_at_the_same_time_waits(
+    server: CopyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("csi_driver.agent.sending._PAUSE_SECONDS", 0.0)
+    busy = [VolumeBusy("image disk is being uploaded already"), VolumeBusy("image disk is being uploaded already")]
+    receive = server.uploads.receive
+
+    def often(*arguments: Any, **more: Any) -> int:
+        if busy:
+            raise busy.pop()
+        return receive(*arguments, **more)
+
+    monkeypatch.setattr(server.uploads, "receive", often)
+    to(server, tmp_path).send(*put(tmp_path / "a.raw", b"a" * 8), nothing)
+    assert server.uploads.received("disk", "uid") == 8
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({"Authorization": "Bearer bad"}, [b"HTTP/1.1 401 Unauthorized"]),
+        ({"Authorization": "Bearer good", "Content-Range": "bytes 1-4/8"}, [b"HTTP/1.1 416 Requested Range"]),
+        (
+            {"Authorization": "Bearer good", "Content-Range": "bytes 0-3/8"},
+            [b"HTTP/1.1 100 Continue", b"HTTP/1.1 204 No Content"],
+        ),
+    ],
+)
+def test_who_waits_for_a_word_is_told_to_send_once_and_only_what_is_taken(
+    server: CopyServer, tmp_path: Path, headers: dict[str, str], expected: list[bytes]
+) -> None:
+    lines = {"Host": AGENTS, "Content-Length": "4", "Expect": "100-continue", **headers}
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    context = ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
+    with (
+        socket.create_connection((_HOST, server.port), timeout=30) as plain,
+        context.wrap_socket(plain, server_hostname=AGENTS) as secured,
+    ):
+        secured.sendall(f"PUT /v1/uploads/disk HTTP/1.1\r\n{head}\r\n".encode())
+        said = secured.recv(4096)
+        if len(expected) > 1:
+            secured.sendall(b"half")
+        while piece := secured.recv(4096):
+            said += piece
+    begins = [line for line in said.split(b"\r\n") if line.startswith(b"HTTP/")]
+    assert [found.startswith(wanted) for found, wanted in zip(begins, expected, strict=True)] == [True] * len(begins)
+
+
+def test_a_digest_is_written_as_rfc_9530_has_it() -> None:
+    content = b'{"hello": "world"}\n'  # its appendix B.1
+    assert digest_of(sha256(content)) == "sha-256=:RK/0qy18MlBSVnWgjwz6lZEWjP/lF5HF9bvEF8FabDg=:"
+    for algorithm in Algorithm:
+        checksum = Checksum(algorithm, hashlib.new(algorithm, content).hexdigest())
+        assert read_digest(digest_of(checksum)) == checksum
+    for wrong in ("", "sha-256=:x:", "md5=:AAAA:", "sha-512=:RK/0qy18MlBSVnWgjwz6lZEWjP/lF5HF9bvEF8FabDg=:"):
+        with pytest.raises(InvalidArgument, match="Repr-Digest is to be"):
+            read_digest(wrong)

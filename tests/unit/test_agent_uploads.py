@@ -8,8 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.agent.uploads import Uploads
-from csi_driver.model.errors import Aborted, InvalidArgument, OutOfRange, ResourceExhausted, VolumeBusy
+from csi_driver.agent.uploads import Uploads, limit_of
+from csi_driver.images.checksum import Checksum
+from csi_driver.kube.kinds import Json
+from csi_driver.model.errors import (
+    Aborted,
+    FailedPrecondition,
+    InvalidArgument,
+    OutOfRange,
+    ResourceExhausted,
+    VolumeBusy,
+)
+from tests.image_clones import sha256
 
 
 @pytest.fixture
@@ -44,9 +54,55 @@ def test_what_came_before_the_cut_is_kept_and_gone_on_with(uploads: Uploads) -> 
 
 def test_half_is_never_taken_for_the_whole(uploads: Uploads) -> None:
     uploads.receive("disk", "uid", 0, 10, 4, io.BytesIO(b"0123"))
-    with pytest.raises(InvalidArgument, match="begun with 10 bytes in all and goes on with 6"):
+    with pytest.raises(FailedPrecondition, match="begun with 10 bytes in all and goes on with 6"):
         uploads.receive("disk", "uid", 4, 6, 2, io.BytesIO(b"45"))
     assert uploads.whole("disk", "uid") is None
+
+
+A, B = b"0123456789", b"abcdefghij"
+
+
+@pytest.mark.parametrize(
+    ("announced", "said"), [(sha256(B), f"this one has {sha256(B)}"), (None, "of this one it is not told")]
+)
+def test_half_of_one_file_is_not_gone_on_with_by_another_one(
+    uploads: Uploads, announced: Checksum | None, said: str
+) -> None:
+    uploads.receive("disk", "uid", 0, 10, 4, io.BytesIO(A[:4]), announced=sha256(A))
+    with pytest.raises(FailedPrecondition, match=f"of another file, which has the checksum {sha256(A)}, and {said}"):
+        uploads.receive("disk", "uid", 4, 10, 6, io.BytesIO(B[4:]), announced=announced)
+    assert uploads.received("disk", "uid") == 4
+    assert uploads.receive("disk", "uid", 4, 10, 6, io.BytesIO(A[4:]), announced=sha256(A)) == 10
+    with pytest.raises(FailedPrecondition, match="of another file"):
+        uploads.receive("disk", "uid", 0, 10, 10, io.BytesIO(B), announced=announced)
+    whole = uploads.whole("disk", "uid")
+    assert whole is not None
+    assert (whole.read_bytes(), uploads.announced("disk", "uid"), uploads.total("disk", "uid")) == (A, sha256(A), 10)
+
+
+def test_what_nobody_announced_is_held_to_what_is_announced_for_its_rest(uploads: Uploads) -> None:
+    uploads.receive("disk", "uid", 0, 10, 4, io.BytesIO(A[:4]))
+    assert (uploads.announced("disk", "uid"), uploads.total("disk", "uid")) == (None, 10)
+    uploads.receive("disk", "uid", 4, 10, 2, io.BytesIO(A[4:6]), announced=sha256(A))
+    assert uploads.announced("disk", "uid") == sha256(A)
+
+
+def test_of_which_nothing_came_another_file_may_come(uploads: Uploads) -> None:
+    for announced, total in ((sha256(A), 10), (None, 8), (sha256(B), 9)):
+        with pytest.raises(Aborted):
+            uploads.receive("disk", "uid", 0, total, total, io.BytesIO(), announced=announced)
+        assert (uploads.announced("disk", "uid"), uploads.total("disk", "uid")) == (None, None)
+    assert uploads.receive("disk", "uid", 0, 10, 10, io.BytesIO(A)) == 10
+    assert uploads.announced("disk", "uid") is None
+
+
+def test_more_than_the_image_may_have_is_refused_before_it_comes(uploads: Uploads) -> None:
+    body = io.BytesIO(A)
+    with pytest.raises(InvalidArgument, match=r"may have 9 bytes and 10 were to come; raise spec\.limit of the Image"):
+        uploads.receive("disk", "uid", 0, 10, 10, body, most=9)
+    assert (body.tell(), uploads.owned()) == (0, {})
+    image: Json = {"spec": {"limit": "2Ti"}}
+    assert (limit_of(image), limit_of({"spec": {}})) == (2 << 40, 1 << 40)
 
 
 def test_what_an_earlier_image_of_the_name_got_is_not_this_ones(uploads: Uploads) -> None:
@@ -58,7 +114,7 @@ def test_what_an_earlier_image_of_the_name_got_is_not_this_ones(uploads: Uploads
     assert uploads.received("disk", "another") == 2
 
 
-@pytest.mark.parametrize(("start", "total", "length"), [(0, 0, 1), (5, 4, 1), (0, 4, 5), (-1, 4, 1), (0, 1 << 60, 1)])
+@pytest.mark.parametrize(("start", "total", "length"), [(0, 0, 1), (5, 4, 1), (0, 4, 5), (-1, 4, 1)])
 def test_what_is_no_part_of_an_image_is_refused(uploads: Uploads, start: int, total: int, length: int) -> None:
     with pytest.raises(InvalidArgument, match="are no part of an image"):
         uploads.receive("disk", "uid", start, total, length, io.BytesIO(b"x"))
