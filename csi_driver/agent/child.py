@@ -98,6 +98,8 @@ def make(request: Request) -> Made:
             record = _made(library, request)
     if record.owner != request.owner:
         raise AlreadyExists(foreign(record))
+    if (opens := request.opens) is not None:
+        library.prove(request.name, read_secret(opens.entries, opens.name))
     return Made(record, library.checksum(request.name, _meter).digest)
 
 

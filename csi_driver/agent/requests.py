@@ -11,6 +11,7 @@ from csi_driver.agent.work import CloneWork, Download, Entries, Export, Pull, Re
 from csi_driver.host.syscalls import error_name
 from csi_driver.images.checkpoint import Operation
 from csi_driver.images.credentials import PAIRS, authorization, pair_of
+from csi_driver.kube.claims import volume_of
 from csi_driver.kube.client import Kube
 from csi_driver.kube.copies import State, state_of
 from csi_driver.kube.kinds import CONFIG_MAP, IMAGE_COPY, IMAGE_LABEL, SECRET, Json, is_going, name_of, uid_of
@@ -48,12 +49,14 @@ class Requests:
             work = self._pulling(name, uid, image.get("status", {}).get("checksum"))
         if work is None:
             return None
-        reference = spec.get("newSecretRef") or spec.get("secretRef")
+        reference = spec.get("newSecretRef") or spec.get("secretRef") or copy["spec"].get("secretRef")
         if isinstance(work, CloneWork) and work.encryption == Operation.DECRYPT:
             reference = None  # it opened the source
+        is_first = copy["spec"].get("make") and "clone" not in spec["source"]
         return Request(
             folder=str(settings.images), name=name, owner=uid, allow_local=settings.allow_local, work=work,
             secret=f"{reference['namespace']}/{reference['name']}" if reference else None,
+            opens=self._secret(reference) if is_first else None,
         )  # fmt: skip
 
     def _making(self, copy: Json, image: Json) -> Download | Upload | CloneWork | Export | None:
@@ -67,6 +70,7 @@ class Requests:
             path = self._uploads.whole(name_of(image), uid_of(image))
             return None if path is None else Upload(str(path), checksum, limit)
         if "claim" in source:
+            self._refuse_stale(copy, source["claim"])
             return Export(copy["spec"].get("volume", ""), str(self._settings.state_dir), limit, self._settings.rate)
         clone = source["clone"]
         if (cloned := self._images(clone["image"])) is None:
@@ -82,6 +86,14 @@ class Requests:
             (second if operation.decrypts else first) if operation.encrypts else None,
             spec.get("sectorSize"),
         )
+
+    def _refuse_stale(self, copy: Json, claim: Json) -> None:
+        """The volume may have become another claim's since the operator has looked."""
+        volume = volume_of(self._kube, claim["namespace"], claim["name"])
+        handle = "" if isinstance(volume, str) else (volume["spec"].get("csi") or {}).get("volumeHandle")
+        if handle != copy["spec"].get("volume"):
+            why = volume if isinstance(volume, str) else "its claim has another volume now"
+            raise FailedPrecondition(f"volume {copy['spec'].get('volume')} is not exported: {why}")
 
     def _pulling(self, name: str, uid: str, checksum: str | None) -> Pull:
         there, _ = self._kube.list(IMAGE_COPY, labels={IMAGE_LABEL: name})

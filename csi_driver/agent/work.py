@@ -81,12 +81,16 @@ class Export(msgspec.Struct, frozen=True, tag=True):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """Make the image `name` below `folder` for the Image object `owner`; `secret` (namespace/name) opens the result."""
+    """Make the image `name` below `folder` for the Image object `owner`; `secret` (namespace/name) opens the result.
+
+    That `opens` does is proven where the image was encrypted before.
+    """
 
     folder: str
     name: str
     owner: str
     secret: str | None
+    opens: Secret | None = None
     allow_local: bool = False
     work: Download | Upload | CloneWork | Pull | Export
 

@@ -31,6 +31,7 @@ from csi_driver.images.store import ImageRecord, ImageStore, Provenance, check_n
 from csi_driver.images.target import Encryption, PassResult, Target
 from csi_driver.images.unwrap import Warn
 from csi_driver.keys.audit import Audit
+from csi_driver.keys.secret import SecretKey, with_either
 from csi_driver.luks.header import PRIMARY_MAGIC, Header
 from csi_driver.luks.image_header import ImageHeader, read_image_header
 from csi_driver.model.errors import (
@@ -187,6 +188,19 @@ class ImageLibrary:
             finally:
                 os.close(descriptor)
 
+    def prove(self, name: str, key: SecretKey) -> None:
+        """Open an encrypted image with the key of a secret; nothing is to be proven of another one.
+
+        Raises Unauthenticated, FailedPrecondition (no passphrase), and what `get` and `LuksReader` raise.
+        """
+        if self._store.get(name).luks is None:
+            return
+        with (
+            self._audit.using(image=name, key="secret", operation="use", purpose="check"),
+            self._store.reading(name, "the proof of its key"),
+        ):
+            _opened(self._store.file(name), key, f"image {name}").close()
+
     def export(self, name: str, path: Path, meter: Meter) -> None:
         """Copy an image's file, as it is, to a new file at `path`. Raises AlreadyExists, NotFound and as `run_pass`."""
         self._store.get(name)
@@ -276,12 +290,7 @@ class ImageLibrary:
             case Operation.IGNORE:
                 return RawReader(str(file), where)
             case Operation.DECRYPT | Operation.REENCRYPT:
-                raw = RawReader(str(file), where)
-                try:
-                    return LuksReader(raw, passphrase_of(wanted.key, where), where)
-                except BaseException:
-                    raw.close()
-                    raise
+                return _opened(file, wanted.key, where)
             case Operation.ENCRYPT:
                 is_raw = source.format is ImageFormat.RAW
                 reader = RawReader(str(file), where) if is_raw else QemuReader(str(file), source.format, where)
@@ -299,7 +308,7 @@ class ImageLibrary:
         if not wanted.operation.encrypts:
             return None
         where = f"image {wanted.name}"
-        return Encryption(chosen_format(wanted), passphrase_of(wanted.new_key, where))
+        return Encryption(chosen_format(wanted), passphrase_of(wanted.new_key or SecretKey(None), where))
 
 
 _DOING: Final = {
@@ -308,6 +317,18 @@ _DOING: Final = {
     Operation.DECRYPT: "decrypting",
     Operation.REENCRYPT: "reencrypting",
 }
+
+
+def _opened(file: Path, key: SecretKey | None, where: str) -> LuksReader:
+    """What is inside an encrypted image's file; a passphrase that the secret had before opens it as well."""
+    key = key or SecretKey(None)
+    passphrase = passphrase_of(key, where)
+    raw = RawReader(str(file), where)
+    try:
+        return with_either(key, passphrase, lambda each: LuksReader(raw, each, where))
+    except BaseException:
+        raw.close()
+        raise
 
 
 def _refuse_encrypted(reader: Reader, where: str) -> None:

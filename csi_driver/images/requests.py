@@ -103,11 +103,10 @@ def check_secret(secret: str | None) -> None:
         raise InvalidArgument("the secret must be named as NAMESPACE/NAME, as Kubernetes has them")
 
 
-def passphrase_of(key: SecretKey | None, where: str) -> Passphrase:
+def passphrase_of(key: SecretKey, where: str) -> Passphrase:
     """What a secret for the image `where` opens it with. Raises FailedPrecondition when it holds none."""
-    if key is None or key.passphrase is None:
-        holder = "the secret" if key is None else key.where
+    if key.passphrase is None:
         raise FailedPrecondition(
-            f"{holder} for {where} holds neither {LONGHORN_VALUE} nor {CEPH_PASSPHRASE}; add one of them"
+            f"{key.where} for {where} holds neither {LONGHORN_VALUE} nor {CEPH_PASSPHRASE}; add one of them"
         )
     return key.passphrase

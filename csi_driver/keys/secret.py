@@ -1,9 +1,11 @@
 """Keys from a Kubernetes secret, in the entries that Longhorn and Ceph-CSI gave their names."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from csi_driver.model.errors import FailedPrecondition
+from csi_driver.model.errors import FailedPrecondition, Unauthenticated
 from csi_driver.model.secret import Passphrase
 
 LONGHORN_VALUE = "CRYPTO_KEY_VALUE"
@@ -16,6 +18,8 @@ KEY_SIZE = "CRYPTO_KEY_SIZE"
 PBKDF = "CRYPTO_PBKDF"
 
 _LARGEST_PASSPHRASE_BYTES = 64 * 1024
+
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,20 @@ def read_secret(entries: Mapping[str, str], name: str = "") -> SecretKey:
         entries=entries,
         where=where,
     )
+
+
+def with_either(key: SecretKey, passphrase: Passphrase, use: Callable[[Passphrase], _R]) -> _R:
+    """What `use` makes of `passphrase`, the secret's own; where that opens nothing, of the one that it had before.
+
+    Raises Unauthenticated where neither opens anything.
+    """
+    try:
+        return use(passphrase)
+    except Unauthenticated:
+        if key.previous is not None:
+            with contextlib.suppress(Unauthenticated):
+                return use(key.previous)
+        raise
 
 
 def require_passphrase(key: SecretKey, volume_id: str) -> Passphrase:

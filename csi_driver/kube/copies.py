@@ -26,8 +26,13 @@ class State(StrEnum):
     FAILED = "Failed"
 
 
-def copy_of(image: Json, node: str, *, make: bool = False, volume: str | None = None) -> Json:
-    """The object for an image's copy on a node: made there from the image's source, or pulled from another node."""
+def copy_of(
+    image: Json, node: str, *, make: bool = False, volume: str | None = None, secret: Json | None = None
+) -> Json:
+    """The object for an image's copy on a node: made there from the image's source, or pulled from another node.
+
+    `volume` is the one whose content it is made of, `secret` (name, namespace) what opens that.
+    """
     name, uid = name_of(image), uid_of(image)
     digest = hashlib.sha256(f"{uid}/{node}/{make}".encode()).hexdigest()[:10]
     return {
@@ -39,7 +44,9 @@ def copy_of(image: Json, node: str, *, make: bool = False, volume: str | None = 
                 {"apiVersion": IMAGE.api_version, "kind": IMAGE.name, "name": name, "uid": uid, "controller": True}
             ],
         },
-        "spec": {"image": name, "imageUID": uid, "node": node, "make": make} | ({"volume": volume} if volume else {}),
+        "spec": {"image": name, "imageUID": uid, "node": node, "make": make}
+        | ({"volume": volume} if volume else {})
+        | ({"secretRef": secret} if secret else {}),
     }
 
 

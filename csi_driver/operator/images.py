@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from csi_driver.host.log import log
+from csi_driver.kube.claims import volume_of
 from csi_driver.kube.client import Kube
 from csi_driver.kube.controller import Controller
 from csi_driver.kube.copies import State, state_of
@@ -25,7 +26,6 @@ from csi_driver.kube.kinds import (
 from csi_driver.model.errors import AlreadyExists, NotFound
 from csi_driver.model.times import recorded_now
 from csi_driver.operator.events import Events
-from csi_driver.operator.exports import volume_of
 from csi_driver.operator.plan import READY, Exported, Plan, World, plan
 from csi_driver.operator.settings import OperatorSettings
 from csi_driver.operator.standing import FAILED, keep, sooner
@@ -76,7 +76,7 @@ class Images:
         found = plan(image, copies, world)
         later = self._write(image, found)
         self._do(image, copies, found)
-        claim = _CLAIM_SECONDS if isinstance(world.claim, str) else None
+        claim = _CLAIM_SECONDS if world.claim is not None else None
         return sooner(later, look_again, idle_later, claim)
 
     def _do(self, image: Json, copies: Sequence[Json], found: Plan) -> None:
@@ -168,11 +168,13 @@ class Images:
         csi = volume["spec"].get("csi", {})
         if csi.get("driver") != self._settings.driver_name:
             return f"the volume of claim {namespace}/{name} is not one of {self._settings.driver_name}"
+        is_encrypted = (csi.get("volumeAttributes") or {}).get("encrypted") == "true"
+        secret = csi.get("nodeStageSecretRef") if is_encrypted else None
         terms = volume["spec"].get("nodeAffinity", {}).get("required", {}).get("nodeSelectorTerms", [])
         for term in terms:
             for expression in term.get("matchExpressions", []):
                 if expression["key"] == f"topology.{self._settings.driver_name}/node" and expression.get("values"):
-                    return Exported(csi["volumeHandle"], expression["values"][0])
+                    return Exported(csi["volumeHandle"], expression["values"][0], secret)
         return f"the volume of claim {namespace}/{name} lies on no node that its PersistentVolume names"
 
     def _users(self, image: Json) -> list[str]:

@@ -47,10 +47,11 @@ class World:
 
 @dataclass(frozen=True)
 class Exported:
-    """The volume of a claim, and the node that it lies on."""
+    """The volume of a claim, the node that it lies on, and the secret (name, namespace) that opens it, if one does."""
 
     volume: str
     node: str
+    secret: Json | None = None
 
 
 @dataclass
@@ -190,6 +191,9 @@ def _remove_idle(ready: Sequence[Json], counted: Sequence[Json], wanted: int, wo
 def _make(image: Json, near: Sequence[Json], there: Sequence[Json], world: World, found: Plan) -> _Outcome:
     """There is none yet: one node makes it from its source."""
     makers = [copy for copy in near if copy["spec"].get("make")]
+    if makers and _is_stale(image, makers[0], world):  # the claim has another volume now, or the volume another claim
+        found.delete = [name_of(copy) for copy in makers]
+        return _Outcome(PENDING, _no_claim(world) or "its claim has another volume now", "NoClaim")
     if makers:
         return _made_by(image, makers[0], world, found)
     # One whose node has no agent any more is tidied up when that comes back.
@@ -268,17 +272,30 @@ def _failures(tried: Sequence[Json]) -> list[str]:
     return [f"node {each['node']}: {each['message']}" for each in tried]
 
 
-def _begin(image: Json, node: str, found: Plan, volume: str | None = None) -> _Outcome:
-    found.create = [copy_of(image, node, make=True, volume=volume)]
+def _begin(image: Json, node: str, found: Plan, volume: str | None = None, secret: Json | None = None) -> _Outcome:
+    found.create = [copy_of(image, node, make=True, volume=volume, secret=secret)]
     return _Outcome(PENDING, f"node {node} is to make it", "Scheduled")
+
+
+def _is_stale(image: Json, maker: Json, world: World) -> bool:
+    """Whether it is made of a volume that is not the claim's any more."""
+    if "claim" not in image["spec"]["source"]:
+        return False
+    claim = world.claim
+    return not isinstance(claim, Exported) or claim.volume != maker["spec"].get("volume")
+
+
+def _no_claim(world: World) -> str:
+    return "" if isinstance(world.claim, Exported) else world.claim or "its claim has not been looked at"
 
 
 def _export(image: Json, world: World, found: Plan) -> _Outcome:
     if not isinstance(world.claim, Exported):
-        return _Outcome(PENDING, world.claim or "its claim has not been looked at", "NoClaim")
+        return _Outcome(PENDING, _no_claim(world), "NoClaim")
     if world.claim.node not in world.agents:
         return _Outcome(PENDING, f"node {world.claim.node}, which has the claim's volume, has no agent now", "NoNode")
-    return _begin(image, world.claim.node, found, world.claim.volume)
+    named = image["spec"].get("secretRef")
+    return _begin(image, world.claim.node, found, world.claim.volume, None if named else world.claim.secret)
 
 
 def _clone(image: Json, nodes: Sequence[str], world: World, found: Plan) -> _Outcome:

@@ -5,7 +5,6 @@ from typing import Final
 
 from csi_driver.kube.copies import is_of
 from csi_driver.kube.kinds import Json, is_going, name_of
-from csi_driver.operator.plan import READY
 from csi_driver.operator.standing import FAILED
 
 _MOST_NAMED: Final = 5
@@ -52,11 +51,15 @@ def secrets_of_class(parameters: Mapping[str, str]) -> list[Place]:
 
 
 def secrets_of_image(image: Json) -> list[Place]:
-    """The secrets that an Image needs: once it is ready the one that was verified to open it, before all it names."""
+    """The secrets that an Image needs: once it was made the one that was verified to open it, whatever became of its
+    copies; before that all it names, unless it has failed, so that a secret may be put right.
+    """
     status, spec = image.get("status", {}), image["spec"]
-    if status.get("phase") == READY:
+    if "virtualSize" in status:
         namespace, _, name = str(status.get("secret") or "").partition("/")
         return [(namespace, name)] if status.get("encrypted") and name else []
+    if status.get("phase") == FAILED:
+        return []
     return [_place(spec[key]) for key in ("secretRef", "newSecretRef") if spec.get(key)]
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from csi_driver.kube.claims import volume_of
 from csi_driver.kube.controller import Controller
 from csi_driver.kube.copies import is_of
 from csi_driver.kube.kinds import (
@@ -28,7 +29,6 @@ from csi_driver.model.errors import AlreadyExists, InvalidArgument
 from csi_driver.model.times import recorded_now
 from csi_driver.operator.backing_images import RETRIES
 from csi_driver.operator.class_parameters import secret_of, verified
-from csi_driver.operator.exports import volume_of
 from csi_driver.operator.machine_image_status import Standing, is_ready, status_of
 from csi_driver.operator.standing import (
     LATER,

@@ -24,7 +24,7 @@ from csi_driver.host.workers import Workers
 from csi_driver.images.base import ImageFormat
 from csi_driver.images.cluster import ClusterImage, ClusterImages
 from csi_driver.images.store import ImageRecord, ImageStore
-from csi_driver.keys.secret import CEPH_PASSPHRASE, LONGHORN_VALUE, SecretKey, require_passphrase
+from csi_driver.keys.secret import CEPH_PASSPHRASE, LONGHORN_VALUE, SecretKey, require_passphrase, with_either
 from csi_driver.luks.header import PRIMARY_MAGIC
 from csi_driver.luks.header_metadata import Argon2id, Keyslot, Pbkdf2, with_advice
 from csi_driver.model.errors import (
@@ -140,7 +140,8 @@ class BackingImages:
             )
         try:
             with self._keys.using_image(volume_id, parameters):
-                slots = self._slots.check_image(image.where, file, record.luks, key.passphrase)
+                check = partial(self._slots.check_image, image.where, file, record.luks)
+                slots = with_either(key, key.passphrase, check)
         except InvalidHeader as error:
             raise with_advice(
                 error,

@@ -15,7 +15,7 @@ from csi_driver.host.clonefile import FileIdentity
 from csi_driver.host.handle import Handle
 from csi_driver.host.log import log
 from csi_driver.host.workers import Workers
-from csi_driver.keys.secret import SecretKey
+from csi_driver.keys.secret import SecretKey, with_either
 from csi_driver.luks import cloned, rekey
 from csi_driver.luks import device as luks
 from csi_driver.luks.choice import luks_format
@@ -159,9 +159,16 @@ class KeySlots:
         own: Passphrase,
         wishes: SecretKey,
     ) -> None:
-        """Let `own` open the header of a clone, file or device, instead of `current`. Repeating is fine."""
+        """Let `own` open the header of a clone, file or device, instead of `current` or what the secret had before it.
+
+        Repeating is fine.
+        """
         try:
-            going = [self.add_passphrase(backend, record, clone, current, own, wishes).present]
+            going = [
+                with_either(
+                    wishes, current, lambda each: self.add_passphrase(backend, record, clone, each, own, wishes).present
+                )
+            ]
         except Unauthenticated:
             going = []  # it was taken out by a call that was cut; that `own` opens the header is proven below
         self.remove_passphrase(backend, record, clone, going, own)

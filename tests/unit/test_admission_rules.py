@@ -326,10 +326,25 @@ def test_an_image_needs_what_was_verified_to_open_it() -> None:
     spec = {"secretRef": {"name": "a", "namespace": "n"}, "newSecretRef": {"name": "b", "namespace": "n"}}
     image: Json = {"metadata": {"name": "i"}, "spec": spec}
     assert secrets_of_image(image) == [("n", "a"), ("n", "b")]
-    image["status"] = {"phase": "Ready", "encrypted": True, "secret": "n/b"}
-    assert secrets_of_image(image) == [("n", "b")]
-    image["status"] = {"phase": "Ready", "encrypted": False}
-    assert secrets_of_image(image) == []
+    image["status"] = {"phase": "Failed"}
+    assert secrets_of_image(image) == [], "a secret that was wrong can be put right"
+    for phase in ("Ready", "Pending", "Failed"):  # its node may be away for a while
+        image["status"] = {"phase": phase, "virtualSize": 1, "encrypted": True, "secret": "n/b"}
+        assert secrets_of_image(image) == [("n", "b")]
+        image["status"] = {"phase": phase, "virtualSize": 1, "encrypted": False}
+        assert secrets_of_image(image) == []
+
+
+def test_the_passphrase_that_may_open_an_image_stays(cluster: MemoryCluster, rules: SecretRules) -> None:
+    status = {"phase": "Ready", "virtualSize": 1, "encrypted": True, "secret": "team/it"}
+    cluster.put(IMAGE, {"metadata": {"name": "i"}, "spec": {}, "status": status})
+    before = secret(CRYPTO_KEY_VALUE=VALUE, CRYPTO_KEY_VALUE_PREVIOUS="old")
+    with pytest.raises(
+        FailedPrecondition, match=r"used by Image i, and the CRYPTO_KEY_VALUE_PREVIOUS that goes may be"
+    ):
+        rules.review(changed(before, OLD))
+    allowed = secret({"luks.csi.internal/allow-key-loss": "true"}, CRYPTO_KEY_VALUE=VALUE)
+    assert rules.review(changed(before, allowed)).warnings
 
 
 def test_of_very_many_users_some_are_named() -> None:
@@ -469,6 +484,22 @@ def test_a_class_unlike_its_image_is_warned_of(
     assert "there is no Image i, which StorageClass it names" in found[0]
     status = {} if told is None else {"encrypted": told}
     cluster.put(IMAGE, {"metadata": {"name": "i"}, "status": status})
+    found = ClassRules(cluster, OperatorSettings()).review(request).warnings
+    assert [words in each for each in found] == [True] * bool(words)
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        ({"encrypted": True, "secret": "team/other"}, "was verified to open with the secret team/other and"),
+        ({"encrypted": True, "secret": "team/it"}, ""),
+        ({"phase": "Failed", "message": "no route"}, "has failed: no route"),
+    ],
+)
+def test_a_class_that_no_volume_can_be_made_by_is_warned_of(cluster: MemoryCluster, status: Json, words: str) -> None:
+    cluster.put(SECRET, secret(CRYPTO_KEY_VALUE="x"), "team")
+    cluster.put(IMAGE, {"metadata": {"name": "i"}, "status": status})
+    request = asked(STORAGE_CLASS, storage_class(encrypted(backingImage="i")))
     found = ClassRules(cluster, OperatorSettings()).review(request).warnings
     assert [words in each for each in found] == [True] * bool(words)
 

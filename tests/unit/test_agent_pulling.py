@@ -9,10 +9,10 @@ from csi_driver.agent.pulling import pull
 from csi_driver.agent.requests import Requests
 from csi_driver.agent.settings import AgentSettings
 from csi_driver.agent.uploads import Uploads
-from csi_driver.agent.work import CloneWork, Pull
+from csi_driver.agent.work import CloneWork, Export, Pull, Secret
 from csi_driver.kube.client import Kube
 from csi_driver.kube.copies import copy_of
-from csi_driver.kube.kinds import IMAGE_COPY, Json
+from csi_driver.kube.kinds import CLAIM, IMAGE_COPY, SECRET, VOLUME, Json
 from csi_driver.model.errors import FailedPrecondition, Unavailable
 from tests.machine.image_lab import unmetered
 from tests.operator_fakes import NOW, SilentApi
@@ -50,6 +50,36 @@ def test_a_clone_is_made_of_the_very_image_that_the_cluster_has(settings: AgentS
     found = requests.of(copy, clone, there=False)
     assert found is not None
     assert found.work == CloneWork("disk", IMAGE["metadata"]["uid"], "ignore", None, None, None)
+
+
+def test_a_volume_that_has_become_another_claims_is_not_exported(settings: AgentSettings) -> None:
+    image: Json = {
+        "metadata": {"name": "i", "uid": "i"},
+        "spec": {"source": {"claim": {"name": "c", "namespace": "n"}}},
+    }
+    own = {"name": "key", "namespace": "n"}
+    copy = copy_of(image, "here", make=True, volume="v", secret=own)
+    api = SilentApi()
+    requests = Requests(cast("Kube", api), settings, Uploads(settings.images / "uploads"), lambda _: None)
+    with pytest.raises(FailedPrecondition, match="volume v is not exported: there is no claim n/c"):
+        requests.of(copy, image, there=False)
+    claim = {"metadata": {"name": "c", "uid": "of-c"}, "spec": {"volumeName": "pv"}}
+    owner = {"namespace": "n", "name": "c", "uid": "of-c"}
+    api.put(CLAIM, claim, "n")
+    api.put(VOLUME, {"metadata": {"name": "pv"}, "spec": {"csi": {"volumeHandle": "v"}, "claimRef": owner}})
+    with pytest.raises(FailedPrecondition, match="there is no secret n/key; make it"):
+        requests.of(copy, image, there=False)
+    api.put(SECRET, {"metadata": {"name": "key"}, "data": {"CRYPTO_KEY_VALUE": "eA=="}}, "n")
+    found = requests.of(copy, image, there=False)
+    assert found is not None
+    assert isinstance(found.work, Export)
+    assert (found.secret, found.opens) == ("n/key", Secret("n/key", {"CRYPTO_KEY_VALUE": "x"}))
+    api.change(VOLUME, "pv", {"spec": {"claimRef": {"uid": "another"}}})
+    with pytest.raises(FailedPrecondition, match="names the PersistentVolume pv, which is not bound to it"):
+        requests.of(copy, image, there=False)
+    api.change(VOLUME, "pv", {"spec": {"claimRef": owner, "csi": {"volumeHandle": "w"}}})
+    with pytest.raises(FailedPrecondition, match="its claim has another volume now"):
+        requests.of(copy, image, there=False)
 
 
 def test_who_is_asked_is_who_keeps_it_and_a_token_that_cannot_be_read_is_told(settings: AgentSettings) -> None:

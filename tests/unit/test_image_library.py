@@ -166,6 +166,21 @@ def test_an_image_that_cryptsetup_made_with_its_own_costs_can_be_used(library: I
         clone(library, "disk", "other", Operation.DECRYPT, key=key(CRYPTO_KEY_VALUE="wrong"))
 
 
+def test_the_passphrase_that_a_secret_had_before_opens_an_image_too(library: ImageLibrary, raw: Path) -> None:
+    bring(library, raw)
+    clone(library, "disk", "safe", Operation.ENCRYPT, new_key=key())
+    changed = key(CRYPTO_KEY_VALUE="a new one", CRYPTO_KEY_VALUE_PREVIOUS="a passphrase")
+    clone(library, "safe", "plain", Operation.DECRYPT, key=changed)
+    assert library.file("plain").read_bytes() == CONTENT
+    clone(library, "safe", "rekeyed", Operation.REENCRYPT, key=changed, new_key=changed)
+    library.prove("rekeyed", key(CRYPTO_KEY_VALUE="a new one"))
+    library.prove("safe", changed)
+    library.prove("disk", key())  # there is nothing to prove
+    for name, wrong in (("rekeyed", key()), ("safe", key(CRYPTO_KEY_VALUE="x", CRYPTO_KEY_VALUE_PREVIOUS="y"))):
+        with pytest.raises(Unauthenticated, match=f"opens no key slot of image {name}"):
+            library.prove(name, wrong)
+
+
 @pytest.mark.parametrize("secret", ["my passphrase by mistake", "name", "a/b/c", "A/b", "/", "a/"])
 def test_a_secret_that_is_no_name_is_refused_and_not_repeated(library: ImageLibrary, raw: Path, secret: str) -> None:
     with pytest.raises(InvalidArgument, match="NAMESPACE/NAME") as caught:

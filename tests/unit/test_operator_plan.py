@@ -236,6 +236,32 @@ def test_a_claim_is_exported_where_its_volume_lies() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("claim", "said"),
+    [
+        (Exported("other", "a"), "its claim has another volume now"),
+        ("the claim n/c names the PersistentVolume v, which is not bound to it", "is not bound to it"),
+        (None, "its claim has not been looked at"),
+    ],
+)
+def test_no_volume_is_exported_that_is_not_the_claims_any_more(claim: Exported | str | None, said: str) -> None:
+    wanted = image(source={"claim": {"name": "c", "namespace": "n"}})
+    made = copy(wanted, "a", "Failed", make=True, message="volume v is in use")
+    made["spec"]["volume"] = "v"
+    found = plan(wanted, [made], world("a", claim=claim))
+    assert found.delete == [name_of(made)]
+    assert said in found.status["message"]
+    assert plan(wanted, [made], world("a", claim=Exported("v", "a"))).delete == []
+
+
+def test_an_exported_volumes_own_secret_opens_the_image_unless_that_names_one() -> None:
+    own, source = {"name": "key", "namespace": "vms"}, {"claim": {"name": "c", "namespace": "n"}}
+    there = world("a", claim=Exported("v", "a", own))
+    assert [each["spec"]["secretRef"] for each in plan(image(source=source), [], there).create] == [own]
+    named = image(source=source, secretRef={"name": "other", "namespace": "vms"})
+    assert ["secretRef" in each["spec"] for each in plan(named, [], there).create] == [False]
+
+
 def test_an_image_in_use_is_kept_and_says_by_whom() -> None:
     going = image(status=READY)
     going["metadata"]["deletionTimestamp"] = _NOW
@@ -364,7 +390,9 @@ def test_who_has_failed_for_good_is_not_asked_again() -> None:
 )
 def test_what_another_node_cannot_do_better_stays_where_it_is(source: Json, status: Json) -> None:
     wanted = image(source=source)
-    found = plan(wanted, [copy(wanted, "a", "Failed", make=True, **status)], world("a", "b"))
+    made = copy(wanted, "a", "Failed", make=True, **status)
+    made["spec"]["volume"] = "v"
+    found = plan(wanted, [made], world("a", "b", claim=Exported("v", "a")))
     assert (found.delete, found.status["phase"], found.status["tried"]) == ([], "Failed", None)
 
 

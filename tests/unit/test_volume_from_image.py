@@ -510,6 +510,11 @@ def test_what_does_not_fit_is_refused_with_both_sides_and_nothing_is_made(
     assert rig.left() == []
 
 
+def test_the_passphrase_that_the_secret_had_before_opens_the_image_too(rig: Rig) -> None:
+    changed = {"CRYPTO_KEY_VALUE": "a new one", "CRYPTO_KEY_VALUE_PREVIOUS": SECRET["CRYPTO_KEY_VALUE"]}
+    assert rig.create(SEALED, secret=changed).encryption is EncryptionState.ENCRYPTED
+
+
 def test_parameters_that_the_header_bears_out_are_fine(rig: Rig) -> None:
     agreeing = {
         "cipher": "aes-xts-plain64", "keySize": "512", "hash": "sha256", "pbkdf": "pbkdf2", "pbkdfIterations": "1000",

@@ -10,8 +10,8 @@ from csi_driver.operator.admission.lookups import Cluster, is_there
 from csi_driver.operator.admission.review import Request, Verdict
 from csi_driver.operator.admission.secrets import look_at, unguarded
 from csi_driver.operator.settings import OperatorSettings, Profile
-from csi_driver.operator.standing import Origin
-from csi_driver.operator.users import Place, is_template, parameters_of, secret_pairs
+from csi_driver.operator.standing import FAILED, Origin
+from csi_driver.operator.users import Place, is_template, parameters_of, secret_pairs, secrets_of_class
 
 _HARVESTERS: Final = ("provisioner", "node-stage", "node-publish")
 # What external-provisioner fills in (kubernetes-csi.github.io, "StorageClass Secrets").
@@ -81,7 +81,14 @@ class ClassRules:
         if image is None:
             said = f"there is no Image {wanted}, which StorageClass {name} names"
             return [f"{said}; its volumes wait until there is, or until their node has an image of that name"]
-        verified = image.get("status", {}).get("encrypted")
+        told = image.get("status", {})
+        verified, opens = told.get("encrypted"), told.get("secret")
+        if verified is None and told.get("phase") == FAILED:
+            return [f"the Image {wanted}, which StorageClass {name} names, has failed: {told.get('message', '')}"]
+        places = {f"{namespace}/{secret}" for namespace, secret in secrets_of_class(parameters)}
+        if verified and opens and places and opens not in places:
+            said = f"the Image {wanted} was verified to open with the secret {opens} and StorageClass {name} names"
+            return [f"{said} {', '.join(sorted(places))}: no volume can start from it unless they hold the same key"]
         if verified is None or ("true" if verified else "false") == encrypted:
             return []
         what, other = ("is", "true") if verified else ("is not", "false")

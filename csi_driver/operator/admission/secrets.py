@@ -114,6 +114,14 @@ class SecretRules:
             self._keep(request, place, users, "without its passphrase their data cannot be read")
         if before.previous is not None and after.previous != before.previous:
             secret = "/".join(place)
+            if images := users_of_secret(place, self._driver_name, (), self._cluster.all(IMAGE), ()):
+                self._keep(
+                    request,
+                    place,
+                    images,
+                    f"the {PREVIOUS} that goes may be what opens it, as an image is never given another passphrase; "
+                    f"clone it with reencrypt, and have the clone used instead",
+                )
             return [f"what was not opened since secret {secret} was last changed needs the {PREVIOUS} that goes"]
         return []
 

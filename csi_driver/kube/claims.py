@@ -1,10 +1,17 @@
 """The volume of a claim that an image is made of."""
 
-from csi_driver.kube.kinds import CLAIM, VOLUME, Json, name_of, uid_of
-from csi_driver.operator.standing import Api
+from typing import Protocol
+
+from csi_driver.kube.kinds import CLAIM, VOLUME, Json, Kind, name_of, uid_of
 
 
-def volume_of(api: Api, namespace: str, name: str) -> Json | str:
+class Reads(Protocol):
+    """The call of `Kube` that is made here, with its errors."""
+
+    def get(self, kind: Kind, name: str, namespace: str = "") -> Json | None: ...
+
+
+def volume_of(api: Reads, namespace: str, name: str) -> Json | str:
     """The PersistentVolume that is bound to a claim; or why there is none, in words.
 
     Whoever makes a claim may name any volume in it, somebody else's too: whose it is only the volume says.
