@@ -1,5 +1,7 @@
 """What may not be cloned, or not so."""
 
+from collections.abc import Callable, Iterable
+
 from csi_driver.kube.kinds import BACKING_IMAGE, Json, name_of
 from csi_driver.operator.standing import Origin
 
@@ -27,3 +29,25 @@ def not_its_to_clone(origin: Origin | None, source: Json) -> str | None:
         f"the Image {name_of(source)} stands for no BackingImage of namespace {origin.namespace}, and a BackingImage "
         f"clones BackingImages alone; make an Image that clones it"
     )
+
+
+def circle(
+    place: str, source: str, images: Iterable[Json], place_of: Callable[[Json], str], source_of: Callable[[Json], str]
+) -> str | None:
+    """Why an image is not made of `source`: that one is to be made of it, by others maybe; None where it is not.
+
+    `images` are those there are. One that has been made needs its source no more.
+    """
+    if place == source:
+        return f"image {place} is no clone of itself; name another source"
+    sources = {place_of(each): source_of(each) for each in images if "virtualSize" not in each.get("status", {})}
+    at, passed = source, set[str]()
+    while at and at not in passed:
+        passed.add(at)
+        at = sources.get(at, "")
+        if at == place:
+            return (
+                f"image {source} is itself to be cloned from {place}, directly or by way of others, so neither would "
+                f"ever be made; name another source"
+            )
+    return None

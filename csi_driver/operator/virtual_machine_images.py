@@ -299,7 +299,10 @@ def _clone_of(machine: Json, source: Json | None) -> Json:
     security = machine["spec"]["securityParameters"]
     operation, place = security["cryptoOperation"], "/".join(_source_of(machine) or ())
     if source is None:
-        raise InvalidArgument(f"there is no VirtualMachineImage {place} to {operation}; it is looked for again")
+        raise InvalidArgument(
+            f"there is no VirtualMachineImage {place} to {operation} (its name is wanted, not its displayName); it is "
+            f"looked for again"
+        )
     asked_for = (machine["metadata"].get("annotations") or {}).get(SOURCE)
     if asked_for not in (None, uid_of(source)):
         raise InvalidArgument(

@@ -81,6 +81,7 @@ REFUSED: list[tuple[str, Json, str]] = [
     ),
     (BACKING, backing("export-from-volume", {}), "export-from-volume needs volume-name in sourceParameters"),
     (BACKING, {"sourceType": "clone"}, "clone needs backing-image in sourceParameters"),
+    (BACKING, backing("clone", {"backing-image": "a"}), "a backing image is no clone of itself; name another one"),
     (BACKING, backing("clone", {"backing-image": ""}), "clone needs backing-image in sourceParameters"),
     (
         BACKING,

@@ -29,6 +29,7 @@ from csi_driver.operator.admission.lookups import ApiCluster
 from csi_driver.operator.admission.review import Request, Verdict
 from csi_driver.operator.admission.secrets import SecretRules, check_content
 from csi_driver.operator.admission.tally import Tally
+from csi_driver.operator.class_parameters import secret_keys
 from csi_driver.operator.settings import OperatorSettings, Profile
 from csi_driver.operator.users import (
     claim_kept,
@@ -606,6 +607,88 @@ def test_rights_are_looked_at_before_anything_is_told(cluster: MemoryCluster) ->
         "there is no image s yet; it is cloned when there is",
         "there is no secret n/a yet; the image waits until there is",
     ]
+
+
+def clone_of(source: str) -> Json:
+    return {"source": {"clone": {"image": source}}}
+
+
+def test_images_that_would_wait_for_each_other_are_refused(cluster: MemoryCluster) -> None:
+    cluster.may |= {("Image", "", name) for name in "abc"}
+
+    def make(name: str, source: str) -> Verdict:
+        return image_rules(cluster).review(
+            asked(IMAGE, {"metadata": {"name": name}, "spec": clone_of(source)}, name=name)
+        )
+
+    with pytest.raises(InvalidArgument, match="image a is no clone of itself; name another source"):
+        make("a", "a")
+    cluster.put(IMAGE, {"metadata": {"name": "b"}, "spec": clone_of("c")})
+    cluster.put(IMAGE, {"metadata": {"name": "c"}, "spec": clone_of("a")})
+    with pytest.raises(InvalidArgument, match="image b is itself to be cloned from a, directly or by way of others"):
+        make("a", "b")
+    cluster.put(IMAGE, {"metadata": {"name": "d"}, "spec": clone_of("b")})
+    assert make("x", "b").warnings == []
+    # What has been made needs its source no more.
+    cluster.put(IMAGE, {"metadata": {"name": "c"}, "spec": clone_of("a"), "status": {"virtualSize": 1}})
+    assert make("a", "b").warnings == []
+    # And somebody else's circle is none of this one.
+    cluster.put(IMAGE, {"metadata": {"name": "c"}, "spec": clone_of("b")})
+    assert make("a", "b").warnings == []
+
+
+def machine_clone(name: str, source: str, operation: str = "decrypt") -> Json:
+    security = {"cryptoOperation": operation, "sourceImageName": source, "sourceImageNamespace": "team"}
+    metadata = {"name": name, "namespace": "team"}
+    return {"metadata": metadata, "spec": {"sourceType": "clone", "securityParameters": security}}
+
+
+def test_machine_images_that_would_wait_for_each_other_are_refused(cluster: MemoryCluster) -> None:
+    with pytest.raises(InvalidArgument, match="image team/a is no clone of itself; name another source"):
+        machine_images.check(machine_clone("a", "a"), None, cluster, Profile.LONGHORN)
+    source = cluster.put(VIRTUAL_MACHINE_IMAGE, machine_clone("b", "a"), "team")
+    with pytest.raises(InvalidArgument, match="image team/b is itself to be cloned from team/a, directly or by way"):
+        machine_images.check(machine_clone("a", "b"), source, cluster, Profile.LONGHORN)
+
+
+def test_what_is_missing_of_a_machine_image_says_what_to_do(cluster: MemoryCluster) -> None:
+    def said(machine: Json, source: Json | None = None) -> tuple[str, str]:
+        """What is warned of with Longhorn's rules, and refused with Harvester's."""
+        (warning,) = machine_images.check(machine, source, cluster, Profile.LONGHORN)
+        with pytest.raises(InvalidArgument) as refused:
+            machine_images.check(machine, source, cluster, Profile.HARVESTER)
+        return warning, str(refused.value)
+
+    late = {"metadata": {"name": "m", "annotations": {"harvesterhci.io/storageClassName": "late"}}, "spec": {}}
+    missing = "there is no StorageClass late, which the annotation harvesterhci.io/storageClassName names; "
+    assert said(late) == (
+        f"{missing}its parameters are not taken over later; delete this image and make it anew when the class is there",
+        f"{missing}make it first",
+    )
+    absent = (
+        "source image team/alpine.iso not found; its metadata.name is wanted (kubectl -n team get vmimages), not its "
+        "displayName"
+    )
+    assert said(machine_clone("m", "alpine.iso")) == (f"{absent}; it is looked for again", absent)
+    secret = dict(zip(secret_keys("node-publish"), ("key", "team"), strict=True))
+    source = cluster.put(
+        VIRTUAL_MACHINE_IMAGE,
+        {"metadata": {"name": "s"}, "spec": {"displayName": "S", "storageClassParameters": secret}},
+        "team",
+    )
+    assert said(machine_clone("m", "s"), source) == (
+        "source image team/s (S) is not ready; this one is made when it is",
+        "source image team/s (S) is not ready; make this one when kubectl -n team get vmimages shows it Imported",
+    )
+    cluster.put(STORAGE_CLASS, storage_class({"encrypted": "true", **secret}, "mine"))
+    cluster.put(IMAGE, {"metadata": {"name": "vmi-1"}, "status": {"phase": "Ready", "encrypted": False}})
+    wanted = machine_clone("m", "s", "encrypt")
+    wanted["metadata"]["annotations"] = {"harvesterhci.io/storageClassName": "mine"}
+    wanted["spec"]["storageClassParameters"] = secret
+    assert said(wanted, source) == (
+        "there is no secret team/key; the image waits until there is",
+        "there is no secret team/key; make it first",
+    )
 
 
 def test_an_image_that_is_going_or_whose_namespace_is_goes(cluster: MemoryCluster) -> None:

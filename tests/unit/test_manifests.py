@@ -1,6 +1,7 @@
 """The manifests and what the documents say of them."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,31 @@ def test_no_kind_goes_with_the_component() -> None:
     for file in component["resources"]:
         found = yaml.safe_load_all((ROOT / "deploy/kubernetes/images" / file).read_text())
         assert "CustomResourceDefinition" not in {each["kind"] for each in found}
+
+
+KINDS = ("images/crds.yaml", "compat/backingimages.yaml", "compat/virtualmachineimages.yaml")
+
+
+def schemas() -> dict[str, dict[str, Any]]:
+    """The schemas of our kinds and of those of others, by kind."""
+    found = [each for file in KINDS for each in yaml.safe_load_all((ROOT / "deploy/kubernetes" / file).read_text())]
+    return {each["spec"]["names"]["kind"]: each["spec"]["versions"][0]["schema"]["openAPIV3Schema"] for each in found}
+
+
+def fields(schema: dict[str, Any], path: str) -> Iterator[tuple[str, str]]:
+    """Each field of an object and of those in it, with what `kubectl explain` says of it."""
+    for name, field in schema.get("properties", {}).items():
+        yield f"{path}.{name}", field.get("description", "")
+        yield from fields(field, f"{path}.{name}")
+
+
+def test_kubectl_explain_tells_what_each_kind_is_and_each_field_that_people_write() -> None:
+    kinds = schemas()
+    assert set(kinds) == {"Image", "ImageCopy", "BackingImage", "VirtualMachineImage"}
+    for kind, schema in kinds.items():
+        parts = schema["properties"]
+        explained = {kind: schema.get("description", ""), **dict(fields({"properties": {"spec": parts["spec"]}}, kind))}
+        explained[f"{kind}.status"] = parts["status"].get("description", "")
+        assert [path for path, words in explained.items() if not words] == []
+    image = dict(fields(kinds["Image"], "Image"))
+    assert image["Image.spec.secretRef"] != image["Image.spec.newSecretRef"]

@@ -114,7 +114,7 @@ def test_each_field_becomes_what_it_means(given: Json, wanted: Json) -> None:
 
 
 def test_a_clone_without_its_source_or_without_a_secret_says_what_to_do() -> None:
-    with pytest.raises(InvalidArgument, match=r"no VirtualMachineImage default/alpine to encrypt; it is looked for"):
+    with pytest.raises(InvalidArgument, match=r"no VirtualMachineImage default/alpine to encrypt \(its name is wanted"):
         backing_of(clone("encrypt", ENCRYPTING))
     with pytest.raises(InvalidArgument, match=r"the storageClassParameters name no secret to encrypt it with .*anew"):
         backing_of(clone("encrypt", PLAIN), machine(storageClassParameters=ENCRYPTING))
@@ -550,12 +550,13 @@ def test_a_class_that_said_no_more_what_it_was_made_for_is_missed_too(rig: Rig, 
 
 
 def test_a_clone_waits_for_its_source_and_takes_that_ones_secret(rig: Rig) -> None:
+    missing = "there is no VirtualMachineImage default/alpine to decrypt (its name is wanted, not its displayName)"
     rig.put(clone("decrypt", PLAIN))
     assert rig.look("result") == LATER
     assert rig.told("result")["Initialized"] == (
         "False",
         "Refused",
-        "there is no VirtualMachineImage default/alpine to decrypt; it is looked for again",
+        f"{missing}; it is looked for again",
     )
     rig.put(machine(storageClassParameters=secrets("of-source")))
     assert rig.look("result") is None

@@ -22,7 +22,7 @@ from csi_driver.operator.admission.lookups import Cluster, is_ending, is_there
 from csi_driver.operator.admission.needs import Need
 from csi_driver.operator.admission.review import Request, Verdict
 from csi_driver.operator.admission.secrets import look_at, unguarded
-from csi_driver.operator.cloning import not_its_to_clone, refusal
+from csi_driver.operator.cloning import circle, not_its_to_clone, refusal
 from csi_driver.operator.settings import OperatorSettings
 from csi_driver.operator.standing import Origin
 from csi_driver.operator.users import Place, classes_of_image, named, users_of_image, waiting_claims
@@ -56,7 +56,7 @@ class ImageRules:
         # What he may not read is refused before anything is told of it.
         if kind == IMAGE:
             self._check_needs(request, needs.of_image(request.thing["spec"]))
-            return Verdict(self._check_image(request.thing["spec"]))
+            return Verdict(self._check_image(request.name, request.thing["spec"]))
         if kind == BACKING_IMAGE:
             if request.namespace != (place := self._settings.backing_image_namespace):
                 raise InvalidArgument(
@@ -64,7 +64,7 @@ class ImageRules:
                     f"where they are (--backing-image-namespace of the operator)"
                 )
             self._check_needs(request, needs.of_backing_image(request.thing, self._cluster))
-            return Verdict(self._check_backing(request.thing["spec"], request.namespace))
+            return Verdict(self._check_backing(request.name, request.thing["spec"], request.namespace))
         source = machine_images.source_of(request.thing, self._cluster)
         machine_images.check_noted(request.thing, source)
         self._check_needs(request, needs.of_machine_image(request.thing, source, self._cluster))
@@ -84,32 +84,36 @@ class ImageRules:
     def _may(self, user: User, need: Need) -> bool:
         return self._cluster.may_do(user, need.verb, need.kind, need.name, need.namespace)
 
-    def _check_image(self, spec: Json) -> list[str]:
+    def _check_image(self, name: str, spec: Json) -> list[str]:
         """What to warn of."""
-        clone = (spec.get("source") or {}).get("clone") or {}
-        warnings = self._check_clone(clone.get("image", ""), clone.get("encryption", "ignore"), None) if clone else []
+        clone, warnings = _cloned(spec), list[str]()
+        if clone:
+            warnings = self._check_clone(name, clone.get("image", ""), clone.get("encryption", "ignore"), None)
         places = [(spec[key]["namespace"], spec[key]["name"]) for key in ("secretRef", "newSecretRef") if key in spec]
         return warnings + self._check_secrets(places)
 
-    def _check_backing(self, spec: Json, namespace: str) -> list[str]:
+    def _check_backing(self, name: str, spec: Json, namespace: str) -> list[str]:
         parameters, warnings = spec.get("sourceParameters") or {}, []
         places = []
         if spec.get("sourceType") == "clone":
             encryption = parameters.get("encryption") or "ignore"
             origin = Origin(BACKING_IMAGE.name, namespace, "", "")
-            warnings = self._check_clone(parameters.get("backing-image", ""), encryption, origin)
+            warnings = self._check_clone(name, parameters.get("backing-image", ""), encryption, origin)
             if encryption != "ignore":
                 places.append((parameters.get("secret-namespace", ""), parameters.get("secret", "")))
         if spec.get("secret"):
             places.append((spec.get("secretNamespace", ""), spec["secret"]))
         return warnings + self._check_secrets(places)
 
-    def _check_clone(self, name: str, encryption: str, origin: Origin | None) -> list[str]:
+    def _check_clone(self, place: str, name: str, encryption: str, origin: Origin | None) -> list[str]:
         source = self._cluster.get(IMAGE, name)
+        if source is not None and (why := not_its_to_clone(origin, source)) is not None:
+            raise InvalidArgument(why)  # before anything is told of what it is
+        why = circle(place, name, self._cluster.all(IMAGE), name_of, _source_of)
+        if why is not None:
+            raise InvalidArgument(why)
         if source is None:
             return [f"there is no image {name} yet; it is cloned when there is"]
-        if (why := not_its_to_clone(origin, source)) is not None:  # before anything is told of what it is
-            raise InvalidArgument(why)
         encrypted = source.get("status", {}).get("encrypted")
         why = None if encrypted is None else refusal(name, encryption, encrypted=encrypted)
         if why is not None:
@@ -152,3 +156,14 @@ class ImageRules:
         if not is_there(self._cluster, kind, origin.uid):
             return []
         return [f"{kind} {origin.namespace}/{origin.name} stands for it, delete that one"]
+
+
+def _source_of(image: Json) -> str:
+    """The name of the Image that it is cloned from; "" where it is no clone."""
+    return str(_cloned(image.get("spec", {})).get("image", ""))
+
+
+def _cloned(spec: Json) -> Json:
+    """What the spec of an Image says of the one that it is cloned from; {} where it is no clone."""
+    found: Json = (spec.get("source") or {}).get("clone") or {}
+    return found

@@ -1,6 +1,7 @@
 """Harvester's rules for a VirtualMachineImage, in its own words where it has some."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from csi_driver.kube.kinds import IMAGE, STORAGE_CLASS, VIRTUAL_MACHINE_IMAGE, Json, uid_of
@@ -10,6 +11,7 @@ from csi_driver.operator.admission.needs import CLASS_NAME
 from csi_driver.operator.admission.review import Request, Verdict
 from csi_driver.operator.admission.secrets import look_at
 from csi_driver.operator.class_parameters import ENCRYPTED, TAKEN_OVER, secret_of
+from csi_driver.operator.cloning import circle
 from csi_driver.operator.settings import Profile
 from csi_driver.operator.users import is_template, parameters_of
 from csi_driver.operator.virtual_machine_images import SOURCE, backing_name
@@ -69,12 +71,22 @@ def source_of(machine: Json, cluster: Cluster) -> Json | None:
     return cluster.get(VIRTUAL_MACHINE_IMAGE, name, namespace)
 
 
+@dataclass(frozen=True)
+class _Missing:
+    """What is not there yet, in Harvester's words; what to do, where that is refused, and else what becomes of it."""
+
+    said: str
+    refused: str
+    warned: str
+
+
 def check(machine: Json, source: Json | None, cluster: Cluster, profile: Profile) -> list[str]:
     """What to warn of. Raises InvalidArgument; what is missing yet is refused with Harvester's rules only."""
     security = machine["spec"].get("securityParameters") or {}
     operation = security.get("cryptoOperation")
-    missing = []
+    missing: list[_Missing] = []
     if operation is not None:
+        _check_circle(machine, cluster)
         missing += _check_source(security, source, cluster)
     name = _class_name(machine)
     storage_class = cluster.get(STORAGE_CLASS, name) if name else None
@@ -82,17 +94,39 @@ def check(machine: Json, source: Json | None, cluster: Cluster, profile: Profile
         _check_class(machine, name, storage_class)
         missing += _check_secret(machine["spec"].get("storageClassParameters") or {}, cluster)
     elif name and storage_class is None:
-        missing.append(f"there is no StorageClass {name}, which the annotation {CLASS_NAME} names")
+        missing.append(
+            _Missing(
+                f"there is no StorageClass {name}, which the annotation {CLASS_NAME} names",
+                "make it first",
+                "its parameters are not taken over later; delete this image and make it anew when the class is there",
+            )
+        )
     if missing and profile is Profile.HARVESTER:
-        raise InvalidArgument(missing[0])
-    return [f"{said}; it is made nevertheless when it can be" for said in missing]
+        raise InvalidArgument(f"{missing[0].said}; {missing[0].refused}")
+    return [f"{each.said}; {each.warned}" for each in missing]
 
 
-def _check_source(security: Json, source: Json | None, cluster: Cluster) -> list[str]:
-    operation = security["cryptoOperation"]
-    place = f"{security['sourceImageNamespace']}/{security['sourceImageName']}"
+def _check_circle(machine: Json, cluster: Cluster) -> None:
+    why = circle(_place(machine), _source_place(machine), cluster.all(VIRTUAL_MACHINE_IMAGE), _place, _source_place)
+    if why is not None:
+        raise InvalidArgument(why)
+
+
+def _place(machine: Json) -> str:
+    return f"{machine['metadata'].get('namespace', '')}/{machine['metadata'].get('name', '')}"
+
+
+def _source_place(machine: Json) -> str:
+    security = machine["spec"].get("securityParameters")
+    return f"{security['sourceImageNamespace']}/{security['sourceImageName']}" if security else ""
+
+
+def _check_source(security: Json, source: Json | None, cluster: Cluster) -> list[_Missing]:
+    operation, namespace = security["cryptoOperation"], security["sourceImageNamespace"]
+    place = f"{namespace}/{security['sourceImageName']}"
     if source is None:
-        return [f"source image {place} not found"]
+        wanted = f"its metadata.name is wanted (kubectl -n {namespace} get vmimages), not its displayName"
+        return [_Missing(f"source image {place} not found", wanted, f"{wanted}; it is looked for again")]
     what = f"source image {place} ({source['spec'].get('displayName', '')})"
     image = cluster.get(IMAGE, backing_name(source))
     status = {} if image is None else image.get("status", {})
@@ -105,7 +139,10 @@ def _check_source(security: Json, source: Json | None, cluster: Cluster) -> list
             f"can not decrypt, the storageClassParameters of {what} name no secret (csi.storage.k8s.io/"
             f"node-publish-secret-name and -namespace) to decrypt it with; use a BackingImage, which names it itself"
         )
-    return [] if status.get("phase") == "Ready" else [f"{what} is not ready"]
+    if status.get("phase") == "Ready":
+        return []
+    when = f"kubectl -n {namespace} get vmimages shows it Imported"
+    return [_Missing(f"{what} is not ready", f"make this one when {when}", "this one is made when it is")]
 
 
 def _check_class(machine: Json, name: str, storage_class: Json | None) -> None:
@@ -135,10 +172,10 @@ def _check_class(machine: Json, name: str, storage_class: Json | None) -> None:
         )
 
 
-def _check_secret(parameters: Mapping[str, str], cluster: Cluster) -> list[str]:
+def _check_secret(parameters: Mapping[str, str], cluster: Cluster) -> list[_Missing]:
     secret = secret_of(parameters)
     said = "" if secret is None else look_at(cluster, (secret[1], secret[0]))
-    return [said] if said else []
+    return [_Missing(said, "make it first", "the image waits until there is")] if said else []
 
 
 def _class_name(machine: Json) -> str:
