@@ -99,8 +99,10 @@ class Mappings:
 
     def end_proof(self, name: str) -> None:
         """Remove the second mapping that a killed resize of this one has left on the volume's device. As `close`."""
-        if self.find(proof_name(name)) is not None:
-            self._mapper.remove(proof_name(name))
+        if self.find(proof := proof_name(name)) is not None:
+            self._mapper.remove(proof)
+        else:
+            dmnodes.remove_name(proof)  # as in `close`
 
     def _remove(self, mapping: Device) -> None:
         deadline = time.monotonic() + _CLOSE_SECONDS

@@ -15,6 +15,7 @@ import pytest
 
 from csi_driver.host import keyring
 from csi_driver.host.devicemapper import DeviceMapper, Target
+from csi_driver.host.dmnodes import name_path
 from csi_driver.host.handle import Handle
 from csi_driver.host.syscalls import syscall
 from csi_driver.host.workers import Workers
@@ -308,6 +309,15 @@ def test_a_resize_that_is_killed_in_its_proof_leaves_no_second_mapping(folder: P
         node.unstage()
     finally:
         workers.stop()
+
+
+def test_the_name_of_a_proof_goes_that_was_killed_between_its_removal_and_the_names(node: Node) -> None:
+    node.create(capability=BLOCK)
+    node.stage(capability=BLOCK)
+    name = Path(name_path(proof_name(node.open_mapping().name)))
+    name.symlink_to("../dm-199")
+    node.unstage()
+    assert not name.is_symlink()
 
 
 def test_the_volume_key_is_in_no_table(used: Node) -> None:
