@@ -61,17 +61,24 @@ class Audit:
             log.warning("the audit file cannot be written", path=str(self._path), error=error.strerror)
 
     def _append(self, path: Path, content: bytes) -> None:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            if os.fstat(descriptor).st_size + len(content) > self._most_bytes:
-                with contextlib.suppress(FileNotFoundError):  # another process was faster
-                    if os.path.samestat(os.stat(path), os.fstat(descriptor)):
-                        os.replace(path, path.with_name(f"{path.name}.1"))
-                os.close(descriptor)
-                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with _opened(path) as descriptor:
+            if os.fstat(descriptor).st_size + len(content) <= self._most_bytes:
+                os.write(descriptor, content)
+                return
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                    os.replace(path, path.with_name(f"{path.name}.1"))
+        with _opened(path) as descriptor:
             os.write(descriptor, content)
-        finally:
-            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _login() -> str:

@@ -1,6 +1,8 @@
 """The audit trail: who asked, and how the use of a key ended; and the file that it is told in too."""
 
+import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,6 +97,25 @@ def test_a_file_that_cannot_be_written_keeps_nobody_from_a_key(tmp_path: Path) -
     with told_lines() as told:
         Audit(tmp_path / "nowhere" / "file").record(**FIELDS)
     assert [line.event for line in told] == ["key used", "the audit file cannot be written"]
+
+
+def test_what_another_thread_opens_at_the_change_of_file_stays_open(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file.write_text("x" * 50)
+    opened, really_open = [], os.open
+
+    def out_of_descriptors(path: Path, *arguments: int) -> int:
+        if path == file and file.with_name("audit.jsonl.1").exists():
+            opened.append(really_open("/dev/null", os.O_RDONLY))  # by another thread: it gets the number just closed
+            raise OSError(errno.EMFILE, "Too many open files")
+        return really_open(path, *arguments)
+
+    monkeypatch.setattr(os, "open", out_of_descriptors)
+    with told_lines() as told:
+        Audit(file, most_bytes=40).record(**FIELDS)
+    assert [line.event for line in told] == ["key used", "the audit file cannot be written"]
+    os.close(opened[0])  # OSError where it was closed already
 
 
 def test_the_passphrases_of_clones_are_told_and_copies_have_none(file: Path, tmp_path: Path) -> None:
