@@ -45,6 +45,7 @@ _ACCOUNT: Final = Kind("", "v1", "ServiceAccount", "serviceaccounts", namespaced
 _WATCH_SECONDS: Final = 540
 """How long one watch lasts; behind it everything is listed anew."""
 _MOST_QUOTED: Final = 600
+_TERMINATED: Final = "because it is being terminated"
 _NONE: Final[Mapping[str, str]] = {}
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,252}")
 """Of objects. lightkube puts a name into the path as it is: a / in one, which an object of a user may name, would lead
@@ -154,7 +155,8 @@ class Kube:
     def create(self, kind: Kind, thing: Json, namespace: str = "", *, dry_run: bool = False) -> Json:
         """Make an object, or with `dry_run` do all but that; what came of it.
 
-        Raises AlreadyExists, InvalidArgument, Aborted (a namespace that goes).
+        Raises AlreadyExists, InvalidArgument, NotFound (of the kind, or of the namespace), FailedPrecondition (a
+        namespace that is being deleted).
         """
         document = _class_of(kind)(apiVersion=kind.api_version, kind=kind.name, **thing)
         return self._ask(kind, "", lambda: self._client.create(document, dry_run=dry_run, **_within(kind, namespace)))
@@ -251,6 +253,8 @@ def _refused(error: ApiError, kind: Kind, name: str) -> DriverError:
         return Gone(f"the Kubernetes API has forgotten so old a version of {what}: {said}")
     if code == 409:
         return AlreadyExists(said) if reason == "AlreadyExists" else Conflict(f"{what} was changed meanwhile: {said}")
+    if code == 403 and _TERMINATED in said:
+        return FailedPrecondition(f"the namespace of {what} is being deleted: {said}")
     if code in (401, 403) and "admission webhook" not in said and "ValidatingAdmissionPolicy" not in said:
         return PermissionDenied(f"the Kubernetes API refuses {what}: {said}; look at the role of this service account")
     if code in (400, 403, 422):

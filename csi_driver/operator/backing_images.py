@@ -38,6 +38,7 @@ from csi_driver.operator.standing import (
     changes,
     condition,
     keep,
+    make,
     sooner,
 )
 
@@ -104,7 +105,7 @@ class BackingImages:
     def _make(self, backing: Json) -> Json:
         spec = image_of(backing, self._claim(backing))
         marks = Origin.named(BACKING_IMAGE, backing).marks()
-        return self._api.create(IMAGE, {"metadata": {"name": name_of(backing), **marks}, "spec": spec})
+        return make(self._api, IMAGE, {"metadata": {"name": name_of(backing), **marks}, "spec": spec})
 
     def _agree(self, backing: Json, image: Json) -> Json:
         """What may change of it, the number of copies and where they lie, as it is wanted now."""

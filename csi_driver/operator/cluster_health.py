@@ -3,22 +3,26 @@
 from typing import Final, Protocol
 
 from csi_driver.kube.kinds import (
+    BACKING_IMAGE,
     CRD,
     CSI_DRIVER,
     IMAGE,
     IMAGE_COPY,
     MANAGER,
+    NAMESPACE,
     NODE,
     POD,
     VALIDATING,
     Json,
     Kind,
+    is_going,
     name_of,
 )
 from csi_driver.model.errors import AlreadyExists, DriverError, FailedPrecondition, InvalidArgument
 from csi_driver.operator.certificates import WEBHOOKS
 from csi_driver.operator.compat import check_crds
 from csi_driver.operator.images import AGENT_LABELS, is_up
+from csi_driver.operator.settings import OperatorSettings
 from csi_driver.volumes.finding import Finding, look_at
 
 NAME: Final = "app.kubernetes.io/name"
@@ -48,6 +52,7 @@ class ClusterHealth:
             look_at("driver name", self._driver, "install deploy/kubernetes, or name the driver with --driver-name"),
             look_at("kinds", self._kinds, "apply deploy/kubernetes/images/crds.yaml", fatal=False),
             look_at("other projects' kinds", self._foreign_kinds, "look at these definitions", fatal=False),
+            look_at("their namespace", self._foreign_namespace, "make it", fatal=False),
             look_at("agents", self._agents, "look at the node pods that have none", fatal=False),
             look_at("admission", self._admission, "look at the operator's pod and its log"),
         ]
@@ -73,6 +78,18 @@ class ClusterHealth:
     def _foreign_kinds(self) -> str:
         ours = [kind.name for kind in sorted(check_crds(self._api), key=str)]
         return f"{' and '.join(ours)} are served" if ours else "none are served"
+
+    def _foreign_namespace(self) -> str:
+        if self._definition(BACKING_IMAGE) is None:
+            return "none is needed"
+        place = OperatorSettings.backing_image_namespace
+        found = self._api.get(NAMESPACE, place)
+        if found is None or is_going(found):
+            raise FailedPrecondition(
+                f"the namespace {place}, in which BackingImages lie unless the operator has --backing-image-namespace, "
+                f"{'is not there' if found is None else 'is being deleted'}; kubectl create namespace {place}"
+            )
+        return f"{place} is there"
 
     def _definition(self, kind: Kind) -> Json | None:
         return self._api.get(CRD, f"{kind.plural}.{kind.group}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from csi_driver.kube.kinds import FINALIZER, MANAGED_BY, MANAGER, ORIGIN, Json, Kind, name_of, uid_of
-from csi_driver.model.errors import NotFound
+from csi_driver.model.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
 
 SOON: Final = 0.25
 """Seconds after which to look again where an own write is not seen yet."""
@@ -109,6 +109,21 @@ def keep(api: Api, kind: Kind, seen: Seen, thing: Json, *, kept: bool) -> Json:
         thing = api.patch(kind, name_of(thing), {"metadata": patch}, metadata.get("namespace", ""))
         seen.saw(thing)
     return thing
+
+
+def make(api: Api, kind: Kind, thing: Json, namespace: str = "") -> Json:
+    """Make an object. Raises InvalidArgument, a sentence for the status of what it is made for, where that cannot be
+    before somebody does something; else what the API's failures raise.
+    """
+    try:
+        return api.create(kind, thing, namespace)
+    except (FailedPrecondition, NotFound, PermissionDenied) as error:
+        why, place = str(error), f"namespace {namespace}, in which its {kind} belongs"
+        if namespace and isinstance(error, NotFound):
+            why = f"there is no {place}; make it (kubectl create namespace {namespace})"
+        elif namespace and isinstance(error, FailedPrecondition):
+            why = f"the {place}, is being deleted; make it anew when it is gone (kubectl create namespace {namespace})"
+        raise InvalidArgument(f"{why}; it is tried again") from None
 
 
 def condition(before: Json, kind: str, status: str, reason: str, message: str, now: str) -> Json:

@@ -42,6 +42,7 @@ from csi_driver.operator.standing import (
     Statuses,
     Tells,
     keep,
+    make,
     sooner,
 )
 
@@ -148,7 +149,7 @@ class VirtualMachineImages:
             "metadata": {"name": backing_name(machine), "namespace": self._namespace, **marks},
             "spec": backing_of(machine, source, self._volume(machine)),
         }
-        return self._api.create(BACKING_IMAGE, backing, self._namespace)
+        return make(self._api, BACKING_IMAGE, backing, self._namespace)
 
     def _agree(self, machine: Json, backing: Json) -> Json:
         if backing["metadata"]["annotations"].get(RETRIES) == _retries(machine):
@@ -185,7 +186,7 @@ class VirtualMachineImages:
             return found
         if found is not None:  # its parameters cannot be changed
             self._api.delete(STORAGE_CLASS, name)
-        return self._api.create(STORAGE_CLASS, wanted)
+        return make(self._api, STORAGE_CLASS, wanted)
 
     def _end(self, machine: Json) -> float | None:
         """The class goes first, then the BackingImage, which may be kept for its users."""

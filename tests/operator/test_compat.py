@@ -171,6 +171,30 @@ def test_a_download_that_cannot_happen_is_failed_with_its_reason_and_counted(lab
     delete(lab, VIRTUAL_MACHINE_IMAGE, SOURCE, "default")
 
 
+def test_a_namespace_that_is_missing_is_told_and_looked_for(lab: Lab, web: ImageServer) -> None:
+    lab.operator.stop()
+    elsewhere = lab.operator_with("--backing-image-namespace=late")
+    elsewhere.start()
+    try:
+        apply(lab, "harvester/downloaded.yaml", {"url": web.url()})
+        status = wait(lab, VIRTUAL_MACHINE_IMAGE, SOURCE, "default", "Imported", "False")
+        assert message(status, "Imported") == (
+            "there is no namespace late, in which its BackingImage belongs; make it (kubectl create namespace late); "
+            "it is tried again"
+        )
+        lab.kube.create(NAMESPACE, {"metadata": {"name": "late"}})
+        wait(lab, VIRTUAL_MACHINE_IMAGE, SOURCE, "default", "Imported")
+        delete(lab, VIRTUAL_MACHINE_IMAGE, SOURCE, "default")
+        lab.kube.delete(NAMESPACE, "late")  # nobody here sees to its end
+        apply(lab, "harvester/downloaded.yaml", {"url": web.url()})
+        status = wait(lab, VIRTUAL_MACHINE_IMAGE, SOURCE, "default", "Imported", "False")
+        assert "the namespace late, in which its BackingImage belongs, is being deleted" in message(status, "Imported")
+        delete(lab, VIRTUAL_MACHINE_IMAGE, SOURCE, "default")
+    finally:
+        elsewhere.stop()
+        lab.operator.start()
+
+
 def test_an_image_that_a_class_names_is_kept_and_says_so(lab: Lab, web: ImageServer) -> None:
     apply(lab, "longhorn/downloaded.yaml", {"sourceParameters": {"url": web.url()}, "checksum": ""})
     wait(lab, BACKING_IMAGE, "parrot", LONGHORN, "Ready")

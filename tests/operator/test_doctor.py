@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from csi_driver.kube.kinds import CSI_DRIVER
+from csi_driver.kube.kinds import CSI_DRIVER, NAMESPACE
 from tests.operator.lab import DRIVER, Lab
 
 _LUKS_CSI = str(Path(sys.executable).with_name("luks-csi"))
@@ -28,7 +28,9 @@ def doctor(lab: Lab, *options: str) -> tuple[int, dict[str, Any]]:
 
 @pytest.fixture
 def driver(lab: Lab) -> Iterator[None]:
-    """Our CSIDriver."""
+    """Our CSIDriver, and the namespace of BackingImages."""
+    if lab.kube.get(NAMESPACE, "longhorn-system") is None:
+        lab.kube.create(NAMESPACE, {"metadata": {"name": "longhorn-system"}})
     labels = {"app.kubernetes.io/name": "luks-csi"}
     lab.kube.create(CSI_DRIVER, {"metadata": {"name": DRIVER, "labels": labels}, "spec": {}})
     yield

@@ -22,14 +22,14 @@ from csi_driver.kube.kinds import (
     Json,
     Kind,
 )
-from csi_driver.model.errors import FailedPrecondition, InvalidArgument
+from csi_driver.model.errors import DriverError, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
 from csi_driver.operator.backing_images import RETRIES, BackingImages
 from csi_driver.operator.class_parameters import secret_keys, verified
 from csi_driver.operator.compat import check_crds
 from csi_driver.operator.machine_image_status import Standing, status_of
 from csi_driver.operator.standing import LATER, SOON, Problem
 from csi_driver.operator.virtual_machine_images import SOURCE, VirtualMachineImages, backing_of, class_of
-from tests.operator_fakes import NOW, Cache, EventList, FakeApi, conditions, kept
+from tests.operator_fakes import NOW, Cache, Call, EventList, FakeApi, conditions, kept
 
 SPACE, DRIVER = "longhorn-system", "driver.longhorn.io"
 URL = "https://example.org/alpine.iso"
@@ -707,6 +707,59 @@ def test_one_that_the_cache_has_missed_keeps_what_was_made_for_it(rig: Rig) -> N
     rig.api.written()
     assert rig.machines.reconcile("default/alpine") == SOON
     assert rig.api.written() == []
+
+
+MADE = f"kubectl create namespace {SPACE}"
+ANEW = f"make it anew when it is gone ({MADE})"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            NotFound('there is no BackingImage: namespaces "longhorn-system" not found'),
+            f"there is no namespace {SPACE}, in which its BackingImage belongs; make it ({MADE})",
+        ),
+        (
+            FailedPrecondition("the namespace of BackingImage is being deleted: so says the API"),
+            f"the namespace {SPACE}, in which its BackingImage belongs, is being deleted; {ANEW}",
+        ),
+        (PermissionDenied("the API refuses BackingImage"), "the API refuses BackingImage"),
+    ],
+)
+def test_what_the_api_does_not_let_the_operator_make_is_told_and_tried_again(
+    rig: Rig, error: DriverError, said: str
+) -> None:
+    def refuse(call: Call) -> None:
+        if (call.verb, call.kind) == ("create", BACKING_IMAGE):
+            raise error
+
+    said += "; it is tried again"
+    rig.put(machine())
+    rig.api.before = refuse
+    assert rig.look() == LATER
+    assert rig.told()["Imported"] == rig.told()["Initialized"] == ("False", "Refused", said)
+    assert rig.events.lines == [f"! VirtualMachineImage alpine: Refused: {said}"]
+    rig.api.before = lambda _call: None
+    assert rig.ready() is None
+    assert rig.told()["Imported"][0] == "True"
+
+
+def test_a_class_and_an_image_that_the_operator_may_not_make_are_told_too(rig: Rig) -> None:
+    def refuse(call: Call) -> None:
+        if call.verb == "create" and call.kind in (IMAGE, STORAGE_CLASS):
+            raise PermissionDenied(f"the API refuses {call.kind}")
+
+    rig.put(machine())
+    rig.api.before = refuse
+    rig.look()
+    rig.look()
+    assert rig.told()["Imported"] == ("False", "Refused", "the API refuses Image; it is tried again")
+    rig.api.before = lambda _call: None
+    rig.look()
+    rig.api.before = refuse
+    assert rig.ready() == LATER
+    assert rig.told()["Imported"] == ("False", "Refused", "the API refuses StorageClass; it is tried again")
 
 
 def test_what_was_made_and_is_not_seen_yet_is_not_made_twice(rig: Rig) -> None:
