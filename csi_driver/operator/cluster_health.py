@@ -12,6 +12,7 @@ from csi_driver.kube.kinds import (
     NAMESPACE,
     NODE,
     POD,
+    SECRET,
     VALIDATING,
     Json,
     Kind,
@@ -23,6 +24,7 @@ from csi_driver.operator.certificates import WEBHOOKS
 from csi_driver.operator.compat import check_crds
 from csi_driver.operator.images import AGENT_LABELS, is_up
 from csi_driver.operator.settings import OperatorSettings
+from csi_driver.operator.users import named, secrets_of_image
 from csi_driver.volumes.finding import Finding, look_at
 
 NAME: Final = "app.kubernetes.io/name"
@@ -54,6 +56,7 @@ class ClusterHealth:
             look_at("other projects' kinds", self._foreign_kinds, "look at these definitions", fatal=False),
             look_at("their namespace", self._foreign_namespace, "make it", fatal=False),
             look_at("agents", self._agents, "look at the node pods that have none", fatal=False),
+            look_at("secrets of images", self._secrets, "put them back, from a backup of the cluster say", fatal=False),
             look_at("admission", self._admission, "look at the operator's pod and its log"),
         ]
 
@@ -107,6 +110,21 @@ class ClusterHealth:
         if without:
             raise FailedPrecondition(f"{len(up)} of {len(nodes)} nodes have an agent, not {', '.join(without[:5])}")
         return f"each of {len(nodes)} nodes has one"
+
+    def _secrets(self) -> str:
+        """Nobody keeps one from being deleted while the operator is down, or where its deletion was allowed."""
+        if self._definition(IMAGE) is None:
+            return "there are no Images"
+        images = [image for image in self._api.list(IMAGE)[0] if not is_going(image)]
+        wanted = {place: name_of(image) for image in images for place in secrets_of_image(image)}
+        gone = [
+            f"{'/'.join(place)} of Image {image}"
+            for place, image in sorted(wanted.items())
+            if self._api.get(SECRET, place[1], place[0]) is None
+        ]
+        if gone:
+            raise FailedPrecondition(f"there is no secret {named(gone)}, which opens it")
+        return f"each of {len(wanted)} is there"
 
     def _admission(self) -> str:
         """Asked as a user would ask, without a trace: the API has its webhooks review a dry run too."""

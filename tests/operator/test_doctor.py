@@ -53,6 +53,15 @@ def test_a_driver_name_of_somebody_else_is_refused(lab: Lab) -> None:
     assert "under another name" in found["driver name"]["advice"]
 
 
+@pytest.mark.usefixtures("driver")
+def test_a_secret_that_an_image_needs_and_that_is_gone_is_told(lab: Lab) -> None:
+    lab.image("waits", {"upload": {}}, secretRef={"name": "gone", "namespace": "vms"})
+    code, found = doctor(lab)
+    assert (code, found["secrets of images"]["ok"]) == (0, False)
+    assert found["secrets of images"]["found"] == "there is no secret vms/gone of Image waits, which opens it"
+    lab.delete_image("waits")
+
+
 def test_what_is_missing_is_told_by_its_name(lab: Lab) -> None:
     code, found = doctor(lab, "--cluster=elsewhere", "--driver-name=other.example.org")
     assert code == 1
