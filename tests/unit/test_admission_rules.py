@@ -259,6 +259,15 @@ def test_a_change_that_loses_a_passphrase_is_refused(rules: SecretRules, new: Js
     assert VALUE not in str(caught.value)
 
 
+def test_a_good_secret_is_not_made_a_bad_one(rules: SecretRules) -> None:
+    with pytest.raises(
+        InvalidArgument, match="the secret team/it cannot be used: the secret's entry CRYPTO_KEY_CIPHER"
+    ):
+        rules.review(changed(OLD, secret(CRYPTO_KEY_VALUE=VALUE, CRYPTO_KEY_CIPHER="bogus")))
+    bad = secret(CRYPTO_KEY_VALUE=VALUE, CRYPTO_KEY_CIPHER="bogus")
+    assert rules.review(changed(bad, secret(CRYPTO_KEY_VALUE=VALUE, CRYPTO_KEY_CIPHER="worse"))).warnings
+
+
 def test_what_will_be_missed_later_is_a_warning(rules: SecretRules) -> None:
     before = secret(CRYPTO_KEY_VALUE=VALUE, CRYPTO_KEY_VALUE_PREVIOUS="old")
     said = rules.review(changed(before, OLD)).warnings

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import contextlib
 from collections.abc import Iterable, Mapping
 from typing import Final
 
@@ -71,7 +72,9 @@ class SecretRules:
         self._driver_name = driver_name
 
     def review(self, request: Request) -> Verdict:
-        """Raises FailedPrecondition for what would make volumes or images unreadable."""
+        """Raises FailedPrecondition for what would make volumes or images unreadable, InvalidArgument for what makes a
+        good secret one that nothing new can be encrypted with.
+        """
         place = request.namespace, request.name
         users = users_of_secret(
             place, self._driver_name, *(self._cluster.all(kind) for kind in (STORAGE_CLASS, IMAGE, VOLUME))
@@ -87,6 +90,8 @@ class SecretRules:
         try:
             check_content(request.thing, place)
         except InvalidArgument as error:
+            if request.old is not None and _is_good(request.old, place):
+                raise
             warnings.append(str(error))
         return Verdict(warnings)
 
@@ -134,6 +139,13 @@ class SecretRules:
             f"the secret {'/'.join(place)} is used by {named(users)}, and {why}; if that is wanted, annotate the "
             f'secret with {ALLOW_LOSS}: "true" first'
         )
+
+
+def _is_good(secret: Json, place: Place) -> bool:
+    with contextlib.suppress(InvalidArgument):
+        check_content(secret, place)
+        return True
+    return False
 
 
 def _read(secret: Json) -> SecretKey:
