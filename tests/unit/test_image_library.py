@@ -592,6 +592,17 @@ def test_an_image_of_an_object_is_not_taken_for_one_by_hand(tmp_path: Path) -> N
     assert source.exists()
 
 
+def test_a_file_that_is_moved_in_is_named_by_its_image(tmp_path: Path) -> None:
+    """Whoever uploaded it knows no path of the node."""
+    source = tmp_path / "disk.raw"
+    source.write_bytes(CONTENT)
+    library, checksum = ImageLibrary(tmp_path / "images"), Checksum.parse("0" * 64)
+    for take, where in ((True, "image disk"), (False, str(source))):
+        with pytest.raises(InvalidArgument, match=f"^{re.escape(where)} has the checksum sha256:"):
+            library.import_(Import("disk", str(source), checksum, take=take), unmetered)
+    assert source.exists()
+
+
 def test_an_unfinished_image_goes_on_for_its_owner_alone(tmp_path: Path) -> None:
     library = ImageLibrary(tmp_path / "images")
 
