@@ -12,6 +12,7 @@ from typing import Final
 
 from csi_driver.kube.copies import FACTS, State, copy_of, is_of, state_of
 from csi_driver.kube.kinds import Json, has_finalizer, is_going, name_of, uid_of
+from csi_driver.operator.advice import COPIES_LOST, lost, removed, upload_of
 from csi_driver.operator.cloning import not_its_to_clone, refusal
 from csi_driver.operator.standing import FAILED, Origin, condition
 
@@ -21,7 +22,6 @@ _STATUS_KEYS: Final = (
     "phase", "message", "progress", "bytesPerSecond", "copies", "nodes", "upload", "conditions", "observedGeneration",
     "tried", *FACTS,
 )  # fmt: skip
-_COPIES_LOST: Final = "CopiesLost"
 _TRIES: Final = 3
 """How often a node that fails by its own fault tries, before another one does."""
 
@@ -103,27 +103,9 @@ def _delete(image: Json, ours: Sequence[Json], world: World, found: Plan) -> _Ou
     found.delete = [name_of(copy) for copy in ours if not is_going(copy) and name_of(copy) not in found.forget]
     if not ours:
         found.finalizer = False
-    return _Outcome(DELETING, _removed([copy for copy in ours if name_of(copy) not in found.forget], world), "Deleting")
-
-
-def _removed(copies: Sequence[Json], world: World) -> str:
-    """How far the removal of its files is; where nobody answers, what helps."""
-    nodes = sorted(copy["spec"]["node"] for copy in copies)
-    away = [node for node in nodes if node not in world.agents]
-    here = [node for node in nodes if node not in away]
-    said = _failures([
-        {"node": copy["spec"]["node"], "message": _message(copy)}
-        for copy in copies if _message(copy) and copy["spec"]["node"] in here
-    ])  # fmt: skip
-    if here and not said:
-        said.append(f"its files are being removed from {', '.join(here)}")
-    if away:
-        where = f"node {away[0]}" if len(away) == 1 else f"nodes {', '.join(away)}"
-        said.append(
-            f"no image agent answers on {where}; its file there is removed when one does, and forgotten when the node "
-            f"is deleted from the cluster"
-        )
-    return "; ".join(said) or "its files are removed"
+    return _Outcome(
+        DELETING, removed([copy for copy in ours if name_of(copy) not in found.forget], world.agents), "Deleting"
+    )
 
 
 def _keep(image: Json, there: Sequence[Json], ours: Sequence[Json], world: World, found: Plan) -> _Outcome:
@@ -137,26 +119,12 @@ def _keep(image: Json, there: Sequence[Json], ours: Sequence[Json], world: World
     if any("image" in copy.get("status", {}) for copy in there):
         return _Outcome(FAILED, _said(there) or "its file is gone from the node that had it", "FileLost")
     if "virtualSize" in image.get("status", {}):
-        return _Outcome(FAILED, _lost(image, world), _COPIES_LOST)
+        return _Outcome(FAILED, lost(image, world.nodes), COPIES_LOST)
     leaving = [copy["spec"]["node"] for copy in ours if is_going(copy) and copy["spec"].get("make")]
     if leaving := sorted(node for node in {*leaving} & world.nodes if node not in world.lost):
         said = f"another node makes it when {' and '.join(leaving)} has removed its part"
         return _Outcome(PENDING, "; ".join((*_failures(_tried(image)), said)), "Moving")
     return _make(image, near, there, world, found)
-
-
-def _lost(image: Json, world: World) -> str:
-    """Why there is no copy of it any more. Once that was told, nothing else tells which nodes had one."""
-    status = image["status"]
-    if any(each.get("reason") == _COPIES_LOST for each in status.get("conditions") or ()):
-        return str(status["message"])
-    here = sorted(node["name"] for node in status.get("nodes") or () if node["name"] in world.nodes)
-    if here:
-        return f"somebody deleted its copies, and with them the files on {', '.join(here)}; delete it and make it anew"
-    return (
-        "the nodes that had it are gone, and with them each copy; it is usable when one returns with its disk, else "
-        "delete it and make it anew"
-    )
 
 
 def _spread(image: Json, near: Sequence[Json], ready: Sequence[Json], world: World, found: Plan) -> _Outcome:
@@ -228,23 +196,13 @@ def _made_by(image: Json, maker: Json, world: World, found: Plan) -> _Outcome:
                 found.delete = [name_of(maker)]
                 return _Outcome(PENDING, f"{said}; another node is to make it", "Moving", after)
         if is_full:
-            return _Outcome(PENDING, f"{said}; then this goes on: {_upload_of(image)}", "AwaitingUpload")
+            return _Outcome(PENDING, f"{said}; then this goes on: {upload_of(image)}", "AwaitingUpload")
         return _Outcome(FAILED, said if permanent else f"{said}; it is tried again", "NotMade")
     if state is State.AWAITING_UPLOAD:
-        return _Outcome(PENDING, f"waits for: {_upload_of(image)}", "AwaitingUpload")
+        return _Outcome(PENDING, f"waits for: {upload_of(image)}", "AwaitingUpload")
     if state is State.IN_PROGRESS:
         return _Outcome(IN_PROGRESS, f"node {node}: {message}", "InProgress")
     return _Outcome(PENDING, f"node {node} is to make it", "Scheduled")
-
-
-def _upload_of(image: Json) -> str:
-    """The command that it waits for; what was said of its content must be said again."""
-    spec, words = image["spec"], ["luks-csi image upload FILE", name_of(image)]
-    if spec.get("checksum"):
-        words.append(f"--checksum {spec['checksum']}")
-    if secret := spec.get("secretRef"):
-        words.append(f"--secret {secret['namespace']}/{secret['name']}")
-    return " ".join(words)
 
 
 def _can_move(image: Json) -> bool:
@@ -291,7 +249,8 @@ def _no_claim(world: World) -> str:
 
 def _export(image: Json, world: World, found: Plan) -> _Outcome:
     if not isinstance(world.claim, Exported):
-        return _Outcome(PENDING, _no_claim(world), "NoClaim")
+        said = f"{_no_claim(world)}; it is looked at again, else make the image anew of another claim"
+        return _Outcome(PENDING, said, "NoClaim")
     if world.claim.node not in world.agents:
         return _Outcome(PENDING, f"node {world.claim.node}, which has the claim's volume, has no agent now", "NoNode")
     named = image["spec"].get("secretRef")

@@ -166,7 +166,7 @@ class VirtualMachineImages:
             return None
         volume = volume_of(self._api, spec.get("pvcNamespace", ""), spec.get("pvcName", ""))
         if isinstance(volume, str):
-            raise InvalidArgument(f"{volume}; it is looked for again")
+            raise InvalidArgument(f"{volume}; it is looked at again, else make the image anew of another claim")
         return name_of(volume)
 
     def _class(self, machine: Json, backing: Json) -> Json | Problem | None:

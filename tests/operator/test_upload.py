@@ -12,7 +12,8 @@ import pytest
 
 from csi_driver.agent.digests import digest_of
 from csi_driver.kube.copies import AUDIENCE
-from csi_driver.kube.kinds import IMAGE, NODE, Kind, name_of
+from csi_driver.kube.kinds import IMAGE, NODE, VIRTUAL_MACHINE_IMAGE, Json, Kind, name_of, uid_of
+from csi_driver.kube.kinds import NAMESPACE as NAMESPACE_KIND
 from tests.image_clones import sha256
 from tests.keys.apiserver import NAMESPACE
 from tests.operator.lab import Lab
@@ -61,6 +62,29 @@ def _content(path: Path, mib: int) -> bytes:
     content = os.urandom(1 << 20) * mib
     path.write_bytes(content)
     return content
+
+
+def test_a_machine_image_waits_for_a_command_that_it_tells(lab: Lab, tmp_path: Path) -> None:
+    content = _content(tmp_path / "disk.raw", 1)
+    if lab.kube.get(NAMESPACE_KIND, "longhorn-system") is None:
+        lab.kube.create(NAMESPACE_KIND, {"metadata": {"name": "longhorn-system"}})
+    wanted = {"metadata": {"name": "vup"}, "spec": {"displayName": "vup.raw", "sourceType": "upload"}}
+    name = f"vmi-{uid_of(lab.kube.create(VIRTUAL_MACHINE_IMAGE, wanted, 'default'))}"
+
+    def imported() -> Json:
+        found = lab.kube.get(VIRTUAL_MACHINE_IMAGE, "vup", "default") or {}
+        told: dict[str, Json] = {each["type"]: each for each in found.get("status", {}).get("conditions", ())}
+        return told.get("Imported", {"status": "Unknown", "message": ""})
+
+    said = lab.wait("word of the command", lambda: (it := imported()["message"]).startswith("waits for: ") and it)
+    assert said == f"waits for: luks-csi image upload FILE {name}"
+    out, error = (running := _upload(lab, tmp_path / "disk.raw", said.split()[-1])).communicate(timeout=120)
+    assert running.returncode == 0, out + error
+    lab.wait("its end", lambda: imported()["status"] == "True")
+    (node,) = lab.wait_copies(name, 1)
+    assert lab.file(node, name).read_bytes() == content
+    lab.kube.delete(VIRTUAL_MACHINE_IMAGE, "vup", "default")
+    lab.wait("its deletion", lambda: lab.kube.get(VIRTUAL_MACHINE_IMAGE, "vup", "default") is None)
 
 
 def test_a_file_is_uploaded_and_is_there_with_its_bytes(lab: Lab, tmp_path: Path) -> None:

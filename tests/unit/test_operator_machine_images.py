@@ -592,7 +592,7 @@ def test_a_claim_that_cannot_be_exported_is_told_of_and_looked_for_again(
         rig.api.put(CLAIM, {"metadata": {"name": "data"}} | claim, "team")
     rig.put(machine("export-from-volume", pvcName="data", pvcNamespace="team"))
     assert rig.look() == LATER
-    assert said in rig.told()["Imported"][2]
+    assert rig.told()["Imported"][2] == f"{said}; it is looked at again, else make the image anew of another claim"
     rig.api.put(CLAIM, {"metadata": {"name": "data", "uid": "c-1"}, "spec": {"volumeName": "pvc-1"}}, "team")
     volume = {
         "metadata": {"name": "pvc-1"},
