@@ -74,16 +74,16 @@ def test_an_encrypted_claim_becomes_an_image_when_it_is_closed_and_travels_as_it
 
 
 def test_a_secret_that_does_not_open_it_is_told_and_can_be_put_right(lab: Lab, volume: Rig) -> None:
-    lab.secret("wrong", "another one")
+    lab.secret("not-its-own", "another one")
     source = {"claim": {"name": _CLAIM, "namespace": _NAMESPACE}}
-    lab.image("of-claim", source, secretRef={"name": "wrong", "namespace": NAMESPACE})
-    said = f"image of-claim; put the passphrase it was formatted with back into the secret {NAMESPACE}/wrong"
+    lab.image("of-claim", source, secretRef={"name": "not-its-own", "namespace": NAMESPACE})
+    said = f"image of-claim; put the passphrase it was formatted with back into the secret {NAMESPACE}/not-its-own"
     lab.wait_phase("of-claim", "Failed", said)
     right = base64.b64encode(SECRET["CRYPTO_KEY_VALUE"].encode()).decode()
-    lab.kube.patch(SECRET_KIND, "wrong", {"data": {"CRYPTO_KEY_VALUE": right}}, NAMESPACE)
-    assert lab.wait_phase("of-claim")["secret"] == f"{NAMESPACE}/wrong"
+    lab.kube.patch(SECRET_KIND, "not-its-own", {"data": {"CRYPTO_KEY_VALUE": right}}, NAMESPACE)
+    assert lab.wait_phase("of-claim")["secret"] == f"{NAMESPACE}/not-its-own"
     lab.delete_image("of-claim")
-    lab.kube.delete(SECRET_KIND, "wrong", NAMESPACE)
+    lab.kube.delete(SECRET_KIND, "not-its-own", NAMESPACE)
     assert volume.disk(_VOLUME).exists()
 
 
