@@ -88,5 +88,5 @@ class KmsConfig:
 def _decode(content: bytes, what: str) -> Any:
     try:
         return msgspec.json.decode(content)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors, and so is text that is no UTF-8
         raise FailedPrecondition(f"{what} is no JSON ({error}); correct it") from None

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -22,13 +22,20 @@ from csi_driver.model.text import one_line
 
 _LARGEST_ANSWER: Final = 1 << 20
 _MOST_QUOTED: Final = 200
+T = TypeVar("T")
+
 _NONE: Final[Mapping[str, str]] = {}
 _PASSING: Final = frozenset({408, 412, 425, 429})
 """412 is Vault's, of a standby that has not heard of a write yet."""
+_TRUST: Final = "give its CA, or the name that is in the certificate, in the KMS configuration"
 
 
 class NotTaken(FailedPrecondition):
     """HTTP 400: the server was reached, knows us, and cannot do what it was asked with what it was given."""
+
+
+class NoRoute(FailedPrecondition):
+    """HTTP 404 with words: the server has nothing that could have what was asked for."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +70,16 @@ class Tls:
 
 
 class HttpService:
-    """A server of JSON over HTTP at `base`; connections are kept. `where` names the KMS in errors."""
+    """A server of JSON over HTTP at `base`; connections are kept. `where` names the KMS in errors.
 
-    def __init__(self, where: str, extra: str, base: str, tls: Tls, seconds: float = SECONDS) -> None:
+    `trust` is what helps where its certificate is not trusted.
+    """
+
+    def __init__(
+        self, where: str, extra: str, base: str, tls: Tls, seconds: float = SECONDS, trust: str = _TRUST
+    ) -> None:
         self._where = where
+        self._trust = trust
         self._extra = extra
         self._base = base.rstrip("/")
         self._seconds = seconds
@@ -83,15 +96,17 @@ class HttpService:
         *,
         again: bool = True,
         quotes: bool = False,
+        routes: bool = False,
     ) -> dict[str, Any] | None:
         """The answer's JSON object, {} for an answer without a body, None for 404.
 
-        `again` asks once more after what passes by itself; `quotes` lets an error repeat what the server says. Raises
-        Unavailable, PermissionDenied (401, 403), NotTaken (400), FailedPrecondition (certificate, other refusals).
+        `again` asks once more after what passes by itself; `quotes` lets an error repeat what the server says; with
+        `routes` a 404 that the server explains is NoRoute. Raises Unavailable, PermissionDenied (401, 403), NotTaken
+        (400), FailedPrecondition (certificate, other refusals).
         """
 
         def once() -> dict[str, Any] | None:
-            return self._once(method, path, document, headers, quotes=quotes)
+            return self._once(method, path, document, headers, quotes=quotes, routes=routes)
 
         return retried(self._where, self._extra, once) if again else once()
 
@@ -100,7 +115,7 @@ class HttpService:
         self._client.close()
 
     def _once(
-        self, method: str, path: str, document: object, headers: Mapping[str, str], *, quotes: bool
+        self, method: str, path: str, document: object, headers: Mapping[str, str], *, quotes: bool, routes: bool
     ) -> dict[str, Any] | None:
         body = None if document is None else msgspec.json.encode(document)
         sent = {"Accept-Encoding": "identity"} | ({"Content-Type": "application/json"} if body is not None else {})
@@ -113,6 +128,8 @@ class HttpService:
         except (self._httpx.HTTPError, self._httpx.InvalidURL, self._httpx.StreamError) as error:
             raise self._unreachable(error) from None
         if status == 404:
+            if routes and _said(content):
+                raise NoRoute(f"{self._where} has nothing at {path} (HTTP 404); check its entry")
             return None
         if status >= 300:
             raise self._refused(status, content if quotes else b"")
@@ -120,7 +137,7 @@ class HttpService:
             return {}
         try:
             answer = msgspec.json.decode(content)
-        except (msgspec.DecodeError, RecursionError):
+        except (ValueError, RecursionError):  # msgspec's errors are ValueErrors, and so is text that is no UTF-8
             answer = None
         if not isinstance(answer, dict):
             raise Unavailable(
@@ -152,8 +169,7 @@ class HttpService:
         while cause is not None:
             if isinstance(cause, ssl.SSLCertVerificationError):
                 return FailedPrecondition(
-                    f"{self._where} shows a certificate that is not trusted ({cause.verify_message}); give its CA, or "
-                    f"the name that is in the certificate, in the KMS configuration"
+                    f"{self._where} shows a certificate that is not trusted ({cause.verify_message}); {self._trust}"
                 )
             if isinstance(cause, ssl.SSLError):
                 reason = cause.reason or "unknown reason"
@@ -189,11 +205,21 @@ class HttpService:
         return kind(f"{self._where} does not take the request (HTTP {status}{said}); check its entry")
 
 
+def shaped(where: str, answer: Mapping[str, Any], kind: type[T]) -> T:
+    """An answer as what it has to be. Raises Unavailable where it is something else, as for one that is no JSON."""
+    try:
+        return msgspec.convert(answer, type=kind)
+    except msgspec.ValidationError:
+        raise Unavailable(
+            f"{where} answered with JSON of another shape than asked for; check its address, the call may be repeated"
+        ) from None
+
+
 def _said(content: bytes) -> str:
     """The server's own words, as Vault and Kubernetes put them."""
     try:
         answer = msgspec.json.decode(content)
-    except (msgspec.DecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return ""
     words: object = None
     if isinstance(answer, dict):

@@ -166,7 +166,7 @@ class KeyProtect:
     def check(self) -> str:
         state = self._client.ask(lambda client: client.metadata(client.root_key)["resources"][0]["state"])
         if state != _ACTIVE:
-            said = _STATES.get(state, "in an unknown state")
+            said = _STATES.get(state if isinstance(state, int) else -1, "in an unknown state")
             raise KeyLost(f"the root key of {self._where} is {said}; enable or restore it, or name another one")
         return "its root key is active"
 

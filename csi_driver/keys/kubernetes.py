@@ -11,13 +11,34 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
-from csi_driver.keys.http import HttpService, Tls
+import msgspec
+
+from csi_driver.keys.http import HttpService, Tls, shaped
 from csi_driver.model.errors import FailedPrecondition
 
 SERVICE_ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 FINALIZER: Final = "luks.csi.internal/volume-key"
 _EXTRA: Final = "kubernetes"
+_WHERE: Final = "the Kubernetes API"
 _TOKEN_SECONDS: Final = 600  # the least that the API takes
+
+
+class _Entries(msgspec.Struct):
+    """A secret or a ConfigMap."""
+
+    data: dict[str, str] | None = None
+
+
+class _Token(msgspec.Struct):
+    token: str
+
+
+class _TokenRequest(msgspec.Struct):
+    status: _Token
+
+
+class _Version(msgspec.Struct):
+    gitVersion: str = "of an unknown version"  # noqa: N815 - Kubernetes' name
 
 
 class Kubernetes:
@@ -27,7 +48,7 @@ class Kubernetes:
         self._host = f"[{host}]" if ":" in host else host
         self._port = port
         self._folder = folder
-        self._made: HttpService | None = None
+        self._made: dict[str, HttpService] = {}
 
     @property
     def is_here(self) -> bool:
@@ -57,13 +78,13 @@ class Kubernetes:
         found = self._get(namespace, "secrets", name)
         if found is None:
             return None
-        texts = {entry: _text(value) for entry, value in (found.get("data") or {}).items()}
+        texts = {entry: _text(value) for entry, value in (found.data or {}).items()}
         return {entry: text for entry, text in texts.items() if text is not None}
 
     def config_map(self, namespace: str, name: str) -> Mapping[str, str] | None:
         """The entries of a ConfigMap; None when there is none of that name."""
         found = self._get(namespace, "configmaps", name)
-        return None if found is None else found.get("data") or {}
+        return None if found is None else found.data or {}
 
     def service_account_token(self, namespace: str, name: str, audience: str | None) -> str:
         """A token of that service account for ten minutes (TokenRequest). Raises FailedPrecondition without one."""
@@ -74,7 +95,7 @@ class Kubernetes:
         made = self._ask("POST", path, {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": spec})
         if made is None:
             raise FailedPrecondition(f"there is no service account {namespace}/{name}; make it for the KMS")
-        return str(made.get("status", {}).get("token", ""))
+        return shaped(_WHERE, made, _TokenRequest).status.token
 
     def keep_secret(self, namespace: str, name: str, entries: Mapping[str, str], owner: str) -> None:
         """Make an immutable secret of ours for `owner`; one of that name that is there already stays as it is.
@@ -111,17 +132,17 @@ class Kubernetes:
 
     def check(self) -> str:
         """Ask for the API's version; what was found."""
-        found = self._ask("GET", "version") or {}
-        return f"Kubernetes {found.get('gitVersion', 'of an unknown version')}"
+        return f"Kubernetes {shaped(_WHERE, self._ask('GET', 'version') or {}, _Version).gitVersion}"
 
     def close(self) -> None:
         """Close the connections."""
-        made, self._made = self._made, None
-        if made is not None:
-            made.close()
+        made, self._made = self._made, {}
+        for each in made.values():
+            each.close()
 
-    def _get(self, namespace: str, kind: str, name: str) -> dict[str, Any] | None:
-        return self._ask("GET", f"api/v1/namespaces/{_safe(namespace)}/{kind}/{_safe(name)}")
+    def _get(self, namespace: str, kind: str, name: str) -> _Entries | None:
+        found = self._ask("GET", f"api/v1/namespaces/{_safe(namespace)}/{kind}/{_safe(name)}")
+        return None if found is None else shaped(_WHERE, found, _Entries)
 
     def _ask(
         self, method: str, path: str, document: object = None, *, kind: str = "", quotes: bool = True
@@ -130,10 +151,16 @@ class Kubernetes:
         return self._service().ask(method, path, document, headers, quotes=quotes)
 
     def _service(self) -> HttpService:
-        if self._made is None:
+        """By the CA that kubelet shows now; one by an earlier CA is closed with us, as others may be asking by it."""
+        authority, made = self._read("ca.crt"), self._made
+        if authority not in made:
+            trust = (
+                f"{self._folder / 'ca.crt'} is not its CA: kubelet takes it from the ConfigMap kube-root-ca.crt of the "
+                f"driver's namespace within minutes of a change, so look what that says"
+            )
             base = f"https://{self._host}:{self._port}"
-            self._made = HttpService("the Kubernetes API", _EXTRA, base, Tls(ca=self._read("ca.crt")))
-        return self._made
+            made.setdefault(authority, HttpService(_WHERE, _EXTRA, base, Tls(ca=authority), trust=trust))
+        return made[authority]
 
     def _read(self, name: str) -> str:
         path = self._folder / name

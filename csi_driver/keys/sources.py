@@ -140,6 +140,8 @@ class KeySources:
                 found.append((kms_id, True, "asked with what each claim brings, so not tried"))
             except DriverError as error:
                 found.append((kms_id, False, str(error)))
+            except Exception as error:  # noqa: BLE001 - what nobody foresaw hides no other; its text may quote a key
+                found.append((kms_id, False, f"the check ended in {type(error).__name__}, which nobody foresaw"))
         return found
 
     def close(self) -> None:

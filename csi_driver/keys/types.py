@@ -60,7 +60,8 @@ def _vault(made: Surroundings) -> KeySource:
     reader = made.reader
     root = reader.text("vaultPassphraseRoot", "").removeprefix("/v1/")
     mount = root or reader.text("vaultBackendPath", "secret")
-    return VaultKv(_own_vault(made), reader, mount, reader.text("vaultPassphrasePath", ""))
+    field = "vaultPassphraseRoot" if root else "vaultBackendPath"
+    return VaultKv(_own_vault(made), reader, mount, reader.text("vaultPassphrasePath", ""), field)
 
 
 def _vault_transit(made: Surroundings) -> KeySource:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
+import msgspec
+
 from csi_driver.keys.base import Entry, EntryReader
 from csi_driver.keys.config import TYPE_FIELDS
-from csi_driver.keys.http import HttpService, Tls
+from csi_driver.keys.http import HttpService, NotTaken, Tls, shaped
 from csi_driver.keys.kubernetes import Kubernetes
 from csi_driver.model.errors import DriverError, FailedPrecondition, PermissionDenied
 
@@ -105,10 +107,21 @@ def secret_finder(reader: EntryReader, kubernetes: Kubernetes, *namespaces: str)
     return find
 
 
-class Login:
-    """Who we are at a Vault: a token that is given, or one that a login brings and that ends."""
+class _Health(msgspec.Struct):
+    version: str = "of an unknown version"
 
-    def __init__(self, token: str = "", path: str = "", document: Callable[[], Mapping[str, str]] = dict) -> None:
+
+class Login:
+    """Who we are at a Vault: a token that is given, or one that a login brings and that ends; `role` is for errors."""
+
+    def __init__(
+        self,
+        token: str = "",
+        path: str = "",
+        document: Callable[[], Mapping[str, str]] = dict,
+        role: str = "",
+    ) -> None:
+        self.role = role
         self._token = token
         self._until = float("inf") if token else 0.0
         self._path = path
@@ -150,7 +163,7 @@ def kubernetes_login(reader: EntryReader, default_path: str | None, jwt: Callabl
     """A login by a service account's token (Vault's auth method kubernetes)."""
     mount = auth_mount(reader.text("vaultAuthPath", default_path))
     role = reader.text("vaultRole", "csi-kubernetes" if default_path else None)
-    return Login(path=f"auth/{mount}/login", document=lambda: {"role": role, "jwt": jwt()})
+    return Login(path=f"auth/{mount}/login", document=lambda: {"role": role, "jwt": jwt()}, role=role)
 
 
 def read_token(path: Path) -> str:
@@ -186,11 +199,14 @@ class Vault:
         self._service = HttpService(self.where, EXTRA, address, tls)
 
     def ask(self, method: str, path: str, document: object = None, *, quotes: bool = True) -> dict[str, Any] | None:
-        """The answer of the API below /v1; None for 404. `quotes` as in `HttpService.ask`, and errors as it."""
+        """The answer of the API below /v1; None for 404. `quotes` as in `HttpService.ask`, and errors as it.
+
+        Raises NoRoute where nothing is mounted.
+        """
 
         def with_token(token: str) -> dict[str, Any] | None:
             headers = {"X-Vault-Token": token, "X-Vault-Request": "true"} | _namespace(self._namespace)
-            return self._service.ask(method, f"v1/{path}", document, headers, quotes=quotes)
+            return self._service.ask(method, f"v1/{path}", document, headers, quotes=quotes, routes=True)
 
         token = self._login.token(self._log_in)
         try:
@@ -200,20 +216,32 @@ class Vault:
                 raise
         return with_token(self._login.token(self._log_in))  # the token had ended, or its role has another policy since
 
+    def log_in(self) -> None:
+        """Have a token."""
+        self._login.token(self._log_in)
+
     def health(self) -> str:
         """What it says of itself: whether it is unsealed, and its version."""
         found = self._service.ask("GET", "v1/sys/health?standbyok=true&perfstandbyok=true", quotes=True) or {}
-        self._login.token(self._log_in)
-        return f"Vault {found.get('version', 'of an unknown version')} takes our login"
+        version = shaped(self.where, found, _Health).version
+        self.log_in()
+        return f"Vault {version} takes our login"
 
     def close(self) -> None:
         """Close the connections."""
         self._service.close()
 
     def _log_in(self, path: str, document: Mapping[str, str]) -> dict[str, Any]:
-        found = self._service.ask(
-            "POST", f"v1/{path}", document, _namespace(self._auth_namespace), again=False, quotes=False
-        )
+        try:
+            found = self._service.ask(
+                "POST", f"v1/{path}", document, _namespace(self._auth_namespace), again=False, quotes=False
+            )
+        except (NotTaken, PermissionDenied) as error:
+            # Vault says as little of a role that it does not know as of an account that the role is not bound to.
+            raise type(error)(
+                f"{self.where} refuses the login as role {self._login.role} at {path}; correct vaultRole or "
+                f"vaultAuthPath, or have the role there bound to our service account"
+            ) from None
         if found is None:
             raise FailedPrecondition(f"{self.where} has nothing at {path}; correct vaultAuthPath")
         return found

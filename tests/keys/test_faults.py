@@ -49,6 +49,7 @@ from csi_driver.rpc.status import code_of
 from tests.cluster.pki import Authority
 from tests.keys import clouds, servers
 from tests.keys.answers import Answer, status, truncated, until
+from tests.keys.apiserver import ApiServer
 from tests.keys.program import program
 from tests.keys.test_types import NAME, kmip_key
 
@@ -214,6 +215,36 @@ def test_a_server_that_answers_so(kind: str, what: str, failing: Failing, asked:
         failed(call, error, code)
 
 
+OTHER_SHAPES = {
+    "lists": {each: [1] for each in ("data", "version", "gitVersion", "KeyMetadata", "CiphertextBlob", "Plaintext")},
+    "numbers": dict.fromkeys(("data", "version", "gitVersion", "KeyMetadata", "CiphertextBlob", "Plaintext"), 1),
+    "nulls inside": {"data": {"data": [1], "type": None, "ciphertext": None, "plaintext": None}, "KeyMetadata": None},
+}
+
+
+@pytest.mark.parametrize("what", OTHER_SHAPES)
+@pytest.mark.parametrize("kind", BY_HTTP)
+def test_a_server_whose_json_is_of_another_shape(
+    kind: str, what: str, failing: Failing, asked: Callable[..., Asked]
+) -> None:
+    failing.answer = status(200, json.dumps(OTHER_SHAPES[what]).encode(), **{"Content-Type": "application/json"})
+    for name, call in asked(kind, failing.address).items():
+        if (kind, name) == ("kubernetes-secret", "destroy"):
+            continue  # of whose answer nothing is read
+        if (kind, name, what) == ("kubernetes-secret", "check", "nulls inside"):
+            continue  # which says no version, and that is none to do without
+        if (kind, name, what) == ("vault, version 1", "fetch", "nulls inside"):
+            failed(call, KeyLost, "FAILED_PRECONDITION")  # so it may have been written there
+            continue
+        failed(call, Unavailable, "UNAVAILABLE")
+
+
+def test_an_answer_that_is_no_utf_8(failing: Failing, asked: Callable[..., Asked]) -> None:
+    failing.answer = status(200, b'{"data": "\xff"}')
+    for call in asked("vault", failing.address).values():
+        failed(call, Unavailable, "UNAVAILABLE")
+
+
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("kind", BY_HTTP)
 def test_a_server_that_does_not_answer(
@@ -240,6 +271,21 @@ def test_a_server_whose_certificate_is_anothers(
 ) -> None:
     for call in asked(kind, failing.address, Authority(tmp_path / "other").certificate).values():
         assert "certificate" in failed(call, FailedPrecondition, "FAILED_PRECONDITION")
+
+
+def test_a_ca_of_the_api_that_was_renewed_counts_at_once(api: ApiServer, tmp_path: Path) -> None:
+    folder = tmp_path / "serviceaccount"
+    kubernetes = api.as_driver(folder)
+    other = Path(Authority(tmp_path / "other").certificate).read_text()
+    for authority, trusted in ((other, False), (api.ca, True), (other, False), (api.ca, True)):
+        (folder / "ca.crt").write_text(authority)
+        if trusted:
+            assert kubernetes.find_secret("luks-csi", "nothing") is None
+            continue
+        said = failed(lambda: kubernetes.find_secret("luks-csi", "nothing"), FailedPrecondition, "FAILED_PRECONDITION")
+        assert f"{folder}/ca.crt is not its CA: kubelet takes it from the ConfigMap kube-root-ca.crt" in said
+        assert "KMS configuration" not in said
+    kubernetes.close()
 
 
 # --- Vault ------------------------------------------------------------------------------------------------------------

@@ -168,6 +168,20 @@ def test_a_source_is_kept_for_the_same_entry_and_the_same_secret_alone(file: Pat
         made.fetch(trail, other, "test")
 
 
+def test_what_nobody_foresaw_of_one_entry_hides_no_other(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.write_text('{"a": {"encryptionKMSType": "metadata"}, "b": {"encryptionKMSType": "metadata"}}')
+    made, really = sources(file), KeySources.check
+
+    def check(self: KeySources, kms_id: str) -> str:
+        if kms_id == "a":
+            raise AttributeError("of a passphrase")
+        return really(self, kms_id)
+
+    monkeypatch.setattr(KeySources, "check", check)
+    (_, ok, said), (_, other, _) = made.checked()
+    assert (ok, said, other) == (False, "the check ended in AttributeError, which nobody foresaw", True)
+
+
 @pytest.mark.parametrize(
     ("path", "mount"),
     [

@@ -185,6 +185,20 @@ def test_a_kms_that_is_down_leaves_the_name_of_what_it_keeps(keys: VolumeKeys, k
     assert OWN.name not in kept.names
 
 
+def test_what_nobody_foresaw_of_a_kms_keeps_nobody_from_deleting(
+    keys: VolumeKeys, kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def destroy_badly(_: KeyTrail) -> None:
+        raise AttributeError("of a passphrase")
+
+    monkeypatch.setattr(kept, "destroy", destroy_badly)
+    with told_lines() as lines:
+        destroy(keys, keys.leave("pvc-1", RECORD))
+    assert lines[-1].event == "a key was left in its KMS"
+    assert lines[-1].fields["error"] == "AttributeError"
+    assert left(keys) == [OWN.name]
+
+
 @pytest.mark.parametrize("name", ["pvc-1.0123abcd.1", "0001-0009-rook-ceph-0000000000000001-8a710f4c", "a.7"])
 def test_a_successor_has_a_name_of_its_own_and_is_found_again_where_it_was_cut(keys: VolumeKeys, name: str) -> None:
     """Of a copy of pvc-1, say, it must not be the name that pvc-1 itself goes on to: both would have one key."""
