@@ -325,6 +325,9 @@ class MemoryBackend:
     def has_header_copy(self, volume_id: str) -> bool:
         return False
 
+    def header_before(self, volume_id: str) -> Path:
+        return Path("/nonexistent") / f"{volume_id}.before"
+
     def keep_header_copy(self, volume_id: str, fill: Fill) -> None:
         """Nothing is kept."""
 

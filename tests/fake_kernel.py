@@ -249,6 +249,13 @@ class KernelMappings(Mappings):
     def backings(self, mapping: Device) -> frozenset[tuple[int, int]]:
         return frozenset(mapping.backing)
 
+    def others_on(self, number: tuple[int, int], name: str) -> list[str]:
+        found = self._kernel.mappings.values()
+        return [f"/dev/mapper/{one.name}" for one in found if one.name != name and self._below(one) == number]
+
+    def _below(self, mapping: FakeMapping) -> tuple[int, int]:
+        return self._kernel.number(mapping.loop)
+
     def close(self, name: str, uuid: str | None = None) -> None:
         self._kernel.step("before close")
         found = self._kernel.mappings.get(name)

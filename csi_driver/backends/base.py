@@ -116,6 +116,12 @@ class Backend(Protocol):
         Raises ResourceExhausted, FailedPrecondition, and what `fill` raises.
         """
 
+    def header_before(self, volume_id: str) -> Path:
+        """Where the header that `luks-csi volume restore-header` overwrites is kept, on this node; see `kept_before`.
+
+        It goes with the next copy that is kept, as it may have key slots that were removed, and with the volume.
+        """
+
     def attach(self, volume_id: str, *, lasting: bool) -> Handle:
         """Show the volume as a block device of this node, checked to be this volume's and held open by the handle.
 
@@ -260,6 +266,19 @@ class Mends(Protocol):
 
         `hold` is a volume's lock, which raises VolumeBusy.
         """
+
+
+def kept_before(first: Path) -> list[Path]:
+    """The headers that were overwritten, oldest first: the file at `first`, and those with a number behind its name."""
+    found: list[Path] = []
+    while (path := next_before(first, len(found))).exists():
+        found.append(path)
+    return found
+
+
+def next_before(first: Path, kept: int) -> Path:
+    """Where the next one is kept, where there are `kept` already."""
+    return first.with_name(f"{first.name}.{kept}") if kept else first
 
 
 def made_from_file(backend: Backend, volume_id: str) -> MakesFromFile:

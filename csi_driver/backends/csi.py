@@ -200,6 +200,9 @@ class CsiBackend:
     def has_header_copy(self, volume_id: str) -> bool:
         return self._headers.has(volume_id)
 
+    def header_before(self, volume_id: str) -> Path:
+        return self._headers.before(volume_id)
+
     def keep_header_copy(self, volume_id: str, fill: Fill) -> None:
         self._headers.keep(volume_id, fill)
 

@@ -2,6 +2,7 @@
 
 <folder>/volumes/<id>/record.json   the tags; their revision is an extended attribute of the folder too
 <folder>/volumes/<id>/header.luks2  a copy of the LUKS2 header, as it is
+<folder>/volumes/<id>/header.before the header that restore-header put a copy in the place of
 <folder>/new/<id>/                  a volume being made; renamed into volumes/ when it is whole
 <folder>/trash/<id>/                a volume being deleted; renamed out of volumes/ first
 
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from csi_driver.backends.base import Fill
+from csi_driver.backends.base import Fill, kept_before
 from csi_driver.backends.listing import SortedNames
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.files import Files, read_file
@@ -32,6 +33,7 @@ from csi_driver.model.volume import VolumeRecord
 
 _RECORD = "record.json"
 _HEADER = "header.luks2"
+_BEFORE = "header.before"
 _MARK = "trusted.luks-csi.revision"  # trusted: only who may administer the host sees or sets it (xattr(7))
 
 Drop = Callable[[Path, int], None]
@@ -200,6 +202,10 @@ class VolumeFolders:
         """Whether the file is there."""
         return os.path.exists(self.path(volume_id, _HEADER))
 
+    def header_before(self, volume_id: str) -> Path:
+        """Where the header is kept that was overwritten by a copy."""
+        return self.volume(volume_id) / _BEFORE
+
     def keep_header_copy(self, volume_id: str, fill: Fill) -> None:
         """Written aside and renamed: there is always a whole one."""
         path = self.header_copy(volume_id)
@@ -208,6 +214,8 @@ class VolumeFolders:
             with self.told_errors(volume_id):
                 fill(str(fresh))
                 self._files.rename(fresh, path)
+                for old in reversed(kept_before(self.header_before(volume_id))):
+                    self._files.remove(old)
         finally:
             with contextlib.suppress(OSError):
                 fresh.unlink()
@@ -268,7 +276,8 @@ class VolumeFolders:
         _refuse_folders(folder)
         erase = self._to_erase(folder)
         if erase:
-            self._files.overwrite(folder / _HEADER, erase)
+            for header in (folder / _HEADER, *kept_before(folder / _BEFORE)):
+                self._files.overwrite(header, erase)
         self._drop(folder, erase)
         self._files.remove_folder(folder)
 

@@ -178,6 +178,9 @@ class LoopfileBackend:
     def has_header_copy(self, volume_id: str) -> bool:
         return self._folders.has_header_copy(volume_id)
 
+    def header_before(self, volume_id: str) -> Path:
+        return self._folders.header_before(volume_id)
+
     def keep_header_copy(self, volume_id: str, fill: Fill) -> None:
         self._folders.keep_header_copy(volume_id, fill)
 

@@ -17,6 +17,17 @@ _LIMITS = ("format_seconds", "unlock_seconds", "mount_seconds", "pbkdf_memory_ki
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
+def _wrapped(file: Path) -> str:
+    """A wrapped key as the other driver keeps it, which is text."""
+    try:
+        return file.read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        raise click.ClickException(
+            f"the wrapped key cannot be read from {file}: it must be a readable file of text, as it is kept with the "
+            f"volume; nothing was adopted"
+        ) from None
+
+
 @click.command(
     cls=BesideServer,
     params=[
@@ -72,7 +83,7 @@ def adopt(
     secret = SecretSource(given.pop("secret_dir"), given.pop("passphrase_file"))
     trail = None
     if kms_id is not None and kms_type is not None:
-        text = wrapped.read_text().strip() if wrapped else ""
+        text = _wrapped(wrapped) if wrapped else ""
         trail = KeyTrail(kms_id=kms_id, type=kms_type, name=kms_name, wrapped=text, tenant=tenant)
     with local_driver(context, given) as driver:
         key = read_secret(secret.read(f"Passphrase of {file}"))

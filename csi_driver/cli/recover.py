@@ -1,5 +1,6 @@
 """`luks-csi recover` and `luks-csi volume restore-header`: what is left of a volume, opened and mended by hand."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from csi_driver.model.errors import NotFound
 from csi_driver.model.settings import Limits, LogFormat, Settings
 
 _LIMITS = ("unlock_seconds", "mount_seconds", "pbkdf_memory_kib")
+_NAME = re.compile(r"[A-Za-z0-9+_.:][A-Za-z0-9+_.:-]{0,126}")  # what cryptsetup and dmsetup take as it is
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -41,8 +43,11 @@ def recover(
     configure_logs(LogFormat.AUTO, "warning")
     harden_process()
     secret = SecretSource(given.pop("secret_dir"), given.pop("passphrase_file"))
-    if "/" in name or name in ("", ".", "..", "control"):
-        raise click.BadParameter(f"{name!r} cannot be the name of a mapping.", context)
+    if not _NAME.fullmatch(name) or name in (".", "..", "control"):
+        raise click.BadParameter(
+            f"{name!r} cannot be the name of a mapping: 1 to 127 letters, digits and + _ . : -, the first one no -.",
+            context,
+        )
     limits = Limits(**{field: given.pop(field) for field in _LIMITS})
     driver = (context.obj or build_driver)(Settings(**given, limits=limits))
     try:
@@ -54,22 +59,34 @@ def recover(
 
 
 @click.command(
-    "restore-header", cls=BesideServer, params=[*PARAMS, *settings_params("mount_seconds", "pbkdf_memory_kib")]
+    "restore-header",
+    cls=BesideServer,
+    params=[*PARAMS, *settings_params("kms_config", "kms_programs", "audit_file", *_LIMITS)],
 )
 @click.argument("volume_id", metavar="VOLUME", shell_complete=volume_names)
 @click.option("--from", "copy", type=_FILE, help="The copy; else the one that the driver keeps with the volume.")
+@click.option("--force", is_flag=True, help="Write it without a key that opens it.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
+@secret_options
 @click.pass_context
-def restore_header(context: click.Context, /, volume_id: str, copy: Path | None, *, yes: bool, **given: Any) -> None:
+def restore_header(
+    context: click.Context, /, volume_id: str, copy: Path | None, *, force: bool, yes: bool, **given: Any
+) -> None:
     """Write a copy of its LUKS2 header back to a volume that is not staged; on its node, without a server.
 
     Only a copy of this very volume: the LUKS UUID, the digest of the volume key and the sizes must be the recorded
-    ones. A key slot that was removed since the copy was made opens the volume again.
+    ones, and the volume's key, of its KMS or the passphrase that is given, must open it. The header that is there is
+    kept. A key slot that was removed since the copy was made opens the volume again.
     """
+    secret = SecretSource(given.pop("secret_dir"), given.pop("passphrase_file"))
     with local_driver(context, given) as driver:
         if not driver.backend.has(volume_id):
             raise NotFound(f"volume {volume_id} does not exist in {driver.settings.state_dir}")
         confirm(f"Write a copy of its header over that of volume {volume_id}?", yes=yes)
+        key = read_secret(secret.read(f"Passphrase of volume {volume_id}"))
         with driver.locks.hold(volume_id):
-            driver.offline().recovery.restore_header(volume_id, copy or driver.backend.header_copy(volume_id))
+            source = copy or driver.backend.header_copy(volume_id)
+            kept = driver.offline().recovery.restore_header(volume_id, source, key, force=force)
     show_text(f"the header of volume {volume_id} is the copy's again")
+    if kept is not None:
+        show_text(f"the header that it had is in {kept}, until its key is changed or it is deleted")

@@ -98,6 +98,22 @@ def mapping_uuid_of(number: tuple[int, int]) -> str | None:
         return None
 
 
+def holders_of(number: tuple[int, int]) -> list[tuple[int, int]]:
+    """The numbers of the devices that lie on the block device of that number, mapped ones and others (sysfs)."""
+    major, minor = number
+    folder = f"/sys/dev/block/{major}:{minor}/holders"
+    try:
+        names = os.listdir(folder)
+    except OSError:  # the device has gone, and who held it
+        return []
+    found = []
+    for name in sorted(names):
+        with suppress(OSError, ValueError):  # one that goes at this moment
+            above, below = read_attribute(f"{folder}/{name}/dev").split(b":")
+            found.append((int(above), int(below)))
+    return found
+
+
 def kernel_name(number: tuple[int, int]) -> str:
     """The kernel's name of the block device of that number, such as "dm-3". Raises OSError when there is none."""
     major, minor = number

@@ -162,8 +162,8 @@ def refusal(where: str, reason: str) -> InvalidHeader:
 
 
 def with_advice(error: InvalidHeader, advice: str) -> InvalidHeader:
-    """A `refusal` with other advice than that for a volume's device."""
-    return InvalidHeader(f"{str(error).removesuffix(_ADVICE)}{advice}")
+    """A `refusal` with other advice; none has a semicolon in it."""
+    return InvalidHeader(f"{str(error).rpartition('; ')[0]}; {advice}")
 
 
 def shorten(text: str) -> str:

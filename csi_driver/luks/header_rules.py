@@ -22,7 +22,7 @@ from csi_driver.luks.formats import (
     SECTOR_SIZES,
 )
 from csi_driver.luks.header import Header
-from csi_driver.luks.header_metadata import SALT_BYTES, Argon2i, Digest, Keyslot, Pbkdf2, refusal
+from csi_driver.luks.header_metadata import SALT_BYTES, Argon2i, Digest, Keyslot, Pbkdf2, refusal, with_advice
 from csi_driver.model.errors import DeviceShort, ForeignSignature
 from csi_driver.model.volume import LuksIdentity
 
@@ -74,7 +74,8 @@ def validate(
             "check that this is the volume's device"
         )
     for reason in _violations(header, expected, limits, keyslots):
-        raise refusal(where, reason)
+        error = refusal(where, reason)
+        raise with_advice(error, reason.advice) if isinstance(reason, _Cost) else error
     if device_size < expected.data_offset + expected.sector_size:
         raise DeviceShort(
             f"expected more than {expected.data_offset} bytes on {where}, found {device_size}; "
@@ -203,9 +204,26 @@ def _pbkdf2(name: str, kdf: Pbkdf2 | Digest, limits: Limits) -> Iterator[str]:
     yield from _within(f"PBKDF2 iterations in {name}", kdf.iterations, PBKDF2_LEAST_ITERATIONS, limits.iterations)
 
 
+class _Cost(str):
+    """A reason that a limit of the node's own gives; `advice` is to raise that."""
+
+    __slots__ = ("advice",)
+    advice: str
+
+
+def _too_much_memory(reason: str, kib: int) -> _Cost:
+    found = _Cost(reason)
+    found.advice = (
+        f"if its volume was made so, as cryptsetup and Longhorn do, allow as much with --pbkdf-memory-limit {kib}Ki, "
+        f"here and at the server on the node, which needs it for each stage"
+    )
+    return found
+
+
 def _argon2(name: str, kdf: Argon2i, limits: Limits) -> Iterator[str]:
     yield from _salt(name, kdf.salt)
-    yield from _within(f"KiB of Argon2 memory in {name}", kdf.memory, ARGON2_LEAST_MEMORY_KIB, limits.memory_kib)
+    for reason in _within(f"KiB of Argon2 memory in {name}", kdf.memory, ARGON2_LEAST_MEMORY_KIB, limits.memory_kib):
+        yield _too_much_memory(reason, kdf.memory) if kdf.memory > limits.memory_kib else reason
     yield from _within(f"Argon2 passes in {name}", kdf.time, ARGON2_LEAST_TIME, limits.time)
     yield from _within(f"Argon2 lanes in {name}", kdf.cpus, 1, limits.cpus)
 

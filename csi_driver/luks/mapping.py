@@ -2,9 +2,10 @@
 
 import os
 import time
+from contextlib import suppress
 from enum import StrEnum
 
-from csi_driver.host import dmnodes, keyring
+from csi_driver.host import blockdev, dmnodes, keyring
 from csi_driver.host.devicemapper import Device, DeviceMapper, MappingHandle
 from csi_driver.host.dmcontrol import NoDeviceMapper
 from csi_driver.host.holders import Holders, describe
@@ -81,6 +82,21 @@ class Mappings:
             return frozenset()
         there = all(os.path.exists(f"/sys/dev/block/{major}:{minor}") for major, minor in mapping.backing)
         return frozenset(mapping.backing if there and len(mapping.backing) == len(mapping.targets) else ())
+
+    def others_on(self, number: tuple[int, int], name: str) -> list[str]:
+        """What else than the mapping `name` lies on the device of that number, by whom ever: paths of devices.
+
+        Its proof, which a killed resize may have left, is its own.
+        """
+        found = []
+        for holder in blockdev.holders_of(number):
+            mapped = blockdev.mapping_name_of(holder)
+            if mapped is not None and mapped not in (name, proof_name(name)):
+                found.append(dmnodes.name_path(mapped))
+            elif mapped is None:
+                with suppress(OSError):
+                    found.append(f"/dev/{blockdev.kernel_name(holder)}")
+        return found
 
     def close(self, name: str, uuid: str | None = None) -> None:
         """Close the mapping and forget its volume keys, also those of `uuid`; absent is fine, no key is needed.

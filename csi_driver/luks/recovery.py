@@ -2,11 +2,15 @@
 
 import fcntl
 import os
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from csi_driver.host import blockdev, keyring
 from csi_driver.host.devicemapper import DeviceMapper
+from csi_driver.host.files import Files
 from csi_driver.host.handle import Handle, open_handle
+from csi_driver.host.syscalls import error_name
 from csi_driver.luks import key_token
 from csi_driver.luks.cloned import length_of, write_errors
 from csi_driver.luks.device import SEALS, Opening, dm_uuid, header_in_memory, read_header, volume_key_name
@@ -14,8 +18,8 @@ from csi_driver.luks.header import Header
 from csi_driver.luks.header_rules import Limits, validate
 from csi_driver.luks.image_header import identity_of
 from csi_driver.luks.libcryptsetup import KEYRING_KEY, crypt_device
-from csi_driver.luks.rekey import write_header
-from csi_driver.model.errors import DeviceShort
+from csi_driver.luks.rekey import back_up_header, write_header
+from csi_driver.model.errors import DeviceMismatch, DeviceShort, FailedPrecondition, InvalidHeader
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import KeyTrail, LuksIdentity
 
@@ -36,11 +40,42 @@ def look(where: str, header: Handle, limits: Limits) -> Found:
     return Found(identity, key_token.read(area, found))
 
 
-def restore_header(where: str, device: Handle, size: int, identity: LuksIdentity, limits: Limits, path: str) -> None:
-    """Write the copy at `path` to a device that nobody has open.
+def refuse_another(where: str, device: Handle, copy: str, identity: LuksIdentity) -> None:
+    """Raise FailedPrecondition where the device's own header can be read and is not that of the volume of which `copy`
+    is: by it the content is noise, and what is written over it is lost.
+    """
+    try:
+        own = identity_of(where, read_header(where, device)[1])
+    except (DeviceMismatch, InvalidHeader):
+        return
+    if own.uuid != identity.uuid:
+        raise FailedPrecondition(
+            f"{copy} is the header of another volume: it has the LUKS UUID {identity.uuid} and the header on {where} "
+            f"{own.uuid}; nothing was opened, name the header of this one"
+        )
+    if own.digest != identity.digest:
+        raise FailedPrecondition(
+            f"{copy} has another volume key than the header on {where}, which was encrypted anew since; nothing was "
+            f"opened, leave --header out or name a newer copy"
+        )
 
-    It must be of this very volume: UUID, digest of the volume key, geometry. Raises what `read_header` does of the
-    copy, ForeignSignature, InvalidHeader, DeviceShort, DeviceUnreadable.
+
+def restore_header(
+    where: str,
+    device: Handle,
+    size: int,
+    identity: LuksIdentity,
+    limits: Limits,
+    path: str,
+    passphrase: Passphrase | None,
+    before: str,
+) -> bool:
+    """Write the copy at `path` to a device that nobody has open; whether the header that was there is at `before` now.
+
+    It must be of this very volume: UUID, digest of the volume key, geometry; and `passphrase`, if there is one, must
+    open it. What was there is kept where it can be read as a header. Raises what `read_header` does of the copy,
+    ForeignSignature, InvalidHeader, Unauthenticated, DeviceShort, DeviceUnreadable, FailedPrecondition (`before` cannot
+    be written).
     """
     copy_where = f"the copy {path} of the header of {where}"
     with write_errors(where):
@@ -53,9 +88,15 @@ def restore_header(where: str, device: Handle, size: int, identity: LuksIdentity
         with header_in_memory(copy_where, copy, area, header, identity.data_offset) as memory:
             both = blockdev.read_at(memory, 0, 2 * header.hdr_size)
             areas = _areas(memory, header)
+            if passphrase is not None:
+                with crypt_device(copy_where, f"/proc/self/fd/{memory}") as context:
+                    context.load()
+                    context.unlock(passphrase)
+    kept = _keep(where, device, before)
     write_header(where, device, header.hdr_size, both, areas)
     _, written = read_header(where, device)
     validate(written, identity, found, where, limits=limits)
+    return kept
 
 
 def open_with_header(
@@ -81,6 +122,25 @@ def open_with_header(
     table = [opening.target(device.number, size, identity)]
     DeviceMapper().create(opening.name, dm_uuid(opening.name, identity.uuid), table, read_only=read_only)
     keyring.link_to_user(volume_key_name(identity.uuid))
+
+
+def _keep(where: str, device: Handle, path: str) -> bool:
+    """Keep the header of the device at `path`, durably, if it is one."""
+    try:
+        back_up_header(where, device, path)
+        Files().sync_folder(Path(path).parent)
+    except (DeviceMismatch, InvalidHeader):
+        with suppress(OSError):
+            os.unlink(path)
+        return False
+    except OSError as error:
+        with suppress(OSError):
+            os.unlink(path)
+        raise FailedPrecondition(
+            f"the header that {where} has cannot be kept at {path} ({error_name(error)}); nothing was written to it, "
+            f"free space there"
+        ) from None
+    return True
 
 
 def _areas(memory: int, header: Header) -> dict[int, bytes]:

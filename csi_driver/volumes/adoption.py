@@ -1,10 +1,13 @@
 """`luks-csi volume adopt`: a LUKS2 volume that Ceph-CSI, Longhorn or somebody by hand has made becomes one of ours.
 
 Its file is copied, by shared blocks where the file system can, and stays as it is. UUID and data of the copy are the
-file's, and so are its key slots, unless a KMS keeps the key. The new volume is `raw`: nothing is ever formatted in it.
+file's, and so are its key slots, unless a KMS keeps the key. Our token in its header names the key of a KMS. The new
+volume is `raw`: nothing is ever formatted in it.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+import os
+import stat
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +16,11 @@ from typing import Final
 import msgspec
 
 from csi_driver.backends.base import Backend, made_from_file
+from csi_driver.host import blockdev
 from csi_driver.host.clonefile import FileIdentity, clone_file
+from csi_driver.host.handle import open_handle
 from csi_driver.host.log import log
+from csi_driver.host.loop import LoopDevices
 from csi_driver.host.syscalls import error_name
 from csi_driver.host.workers import Workers
 from csi_driver.keys.base import KeyRequest
@@ -23,6 +29,7 @@ from csi_driver.keys.sources import GENERATED, KeySources
 from csi_driver.luks import recovery
 from csi_driver.luks.header_rules import Limits as HeaderLimits
 from csi_driver.model.errors import AlreadyExists, DriverError, FailedPrecondition
+from csi_driver.model.secret import Passphrase
 from csi_driver.model.settings import Limits
 from csi_driver.model.times import recorded_now
 from csi_driver.model.volume import (
@@ -33,9 +40,10 @@ from csi_driver.model.volume import (
     VolumeRecord,
     volume_id_for,
 )
+from csi_driver.volumes.encryption import told_of_a_kms
 from csi_driver.volumes.keys import shares_key
-from csi_driver.volumes.keyslots import KeySlots
-from csi_driver.volumes.recovery import opened_file
+from csi_driver.volumes.keyslots import KeySlots, device_size
+from csi_driver.volumes.recovery import opened_file, refuse_used
 from csi_driver.volumes.rekey import Rekeying
 
 _LEAST_BYTES: Final = 1 << 20
@@ -63,6 +71,7 @@ class Adoption:
         self,
         backend: Backend,
         workers: Workers,
+        loops: LoopDevices,
         slots: KeySlots,
         sources: KeySources,
         rekeying: Rekeying,
@@ -70,6 +79,7 @@ class Adoption:
     ) -> None:
         self._backend = backend
         self._workers = workers
+        self._loops = loops
         self._slots = slots
         self._sources = sources
         self._rekeying = rekeying
@@ -80,19 +90,15 @@ class Adoption:
         """Look at the file, prove that the key opens it, then make the volume, wholly or not at all.
 
         Where it is to have another key and cannot be given it the volume is there, and the error says so. Raises
-        AlreadyExists, FailedPrecondition (no file, too small), InvalidHeader (what this driver does not open),
-        Unauthenticated, ResourceExhausted, Aborted (the file was changed meanwhile), and what a KMS raises.
+        AlreadyExists, FailedPrecondition (no file, half of a volume, too small), DeviceInUse (it is attached),
+        InvalidHeader (what this driver does not open), Unauthenticated, KeyLost, ResourceExhausted, Aborted (the file
+        was changed meanwhile), and what a KMS raises.
         """
-        volume_id, where = volume_id_for(request.name), f"the file {request.file}"
+        volume_id, where = volume_id_for(request.name), str(request.file)
         maker = made_from_file(self._backend, volume_id)
         if self._backend.has(volume_id):
             raise AlreadyExists(f"volume {volume_id} exists already; choose another name")
-        try:
-            file = FileIdentity.of(request.file)
-        except OSError as error:
-            raise FailedPrecondition(
-                f"{where} cannot be looked at ({error_name(error)}); name a file of LUKS2"
-            ) from None
+        file = self._file(request.file)
         with self._workers.session():
             with opened_file(request.file) as header:
                 found = self._workers.call(
@@ -108,8 +114,8 @@ class Adoption:
                 trail = found.trail
             if trail is not None:
                 trail = msgspec.structs.replace(trail, foreign=True)
-            told: AbstractContextManager[None] = nullcontext()
             if trail is not None:
+                told: AbstractContextManager[None] = told_of_a_kms(where, trail)
                 passphrase = self._sources.fetch(trail, KeyRequest(volume_id, trail.tenant, request.secret), "adopt")
             else:
                 passphrase = require_passphrase(request.secret, volume_id)
@@ -137,9 +143,27 @@ class Adoption:
                 created=recorded_now(),
             )
             size = luks.data_offset + capacity
-            record = maker.create_filled(record, size, partial(self._fill, where, file, size))
+            record = maker.create_filled(record, size, partial(self._fill, where, file, record, passphrase))
+            with self._backend.storage(volume_id) as storage:
+                self._slots.ensure_header_copy(self._backend, record, storage)  # else the next stage does
         log.info("volume adopted", volume_id=volume_id, file=str(request.file), luks_uuid=luks.uuid)
         return record if request.share else self._with_own_key(record, request.secret)
+
+    def _file(self, path: Path) -> FileIdentity:
+        """The file that is adopted, links followed; nobody else uses it."""
+        real = os.path.realpath(path)
+        try:
+            mode = os.stat(real).st_mode
+            if not stat.S_ISREG(mode):
+                raise FailedPrecondition(
+                    f"{path} is a {blockdev.kind(mode)} and a volume is made of a file; copy it to one first (dd)"
+                )
+            refuse_used(path, self._loops)
+            return FileIdentity.of(real)
+        except OSError as error:
+            raise FailedPrecondition(
+                f"{path} cannot be looked at ({error_name(error)}); name a file of LUKS2"
+            ) from None
 
     def _with_own_key(self, record: VolumeRecord, secret: SecretKey) -> VolumeRecord:
         if not shares_key(record):
@@ -152,7 +176,7 @@ class Adoption:
                 f"that, as it could not be given its own: {error}; then give it one (luks-csi keys rotate {record.id})"
             ) from None
 
-    def _fill(self, where: str, file: FileIdentity, size: int, path: str) -> None:
+    def _fill(self, where: str, file: FileIdentity, record: VolumeRecord, passphrase: Passphrase, path: str) -> None:
         self._workers.call(
             f"luks-clone of {where}",
             self._limits.format_seconds + file.size / _SLOWEST,
@@ -160,5 +184,8 @@ class Adoption:
             where,
             file,
             path,
-            size,
+            device_size(record),
         )
+        if record.key is not None:  # before the volume is there: header and KMS are enough from the start
+            with open_handle(path, os.O_RDWR) as clone:
+                self._slots.name_key(record, clone, passphrase)

@@ -81,6 +81,7 @@ class Checking:
         Unauthenticated, DeadlineExceeded, and what opening it raises.
         """
         record = self._backend.get(volume_id)
+        self._presences.refuse_others(volume_id)
         _refuse_open(self._presences.of(volume_id, record))
         _refuse_unmade(record)
         record = self._homes.here(record)

@@ -31,16 +31,21 @@ class ConversionDevices:
         """The device of what is not moved yet, attached for as long as it is used where it is not for longer."""
         device = self._backend.device_of(record.id) or self._backend.attach(record.id, lasting=False)
         with device:
+            self._presences.refuse_others(record.id, device)
             yield device
 
-    def attached_next(self, record: VolumeRecord) -> Handle:
-        """The device that it is moved to."""
-        return self.beside(record.id).attach_next(record.id)
+    @contextmanager
+    def attached_next(self, record: VolumeRecord) -> Iterator[Handle]:
+        """The device that it is moved to. Raises DeviceInUse, as `attached` does."""
+        with self.beside(record.id).attach_next(record.id) as device:
+            self._presences.refuse_others(record.id, device)
+            yield device
 
     def usable(self, record: VolumeRecord) -> Presence:
         """What there is of it. Raises DeviceInUse for a plain one in use, FailedPrecondition for another's mapping."""
         present = self._presences.of(record.id, record)
         if record.encryption is None and present.is_open:
+            self._presences.refuse_others(record.id)
             raise DeviceInUse(
                 f"volume {record.id} is in use and only one that is not can be encrypted; end its pods, and unstage it "
                 f"if Kubernetes does not"

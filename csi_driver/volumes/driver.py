@@ -310,7 +310,7 @@ def build_driver(settings: Settings, host: Host | None = None) -> Driver:
     )
     drift = KeyDrift(backend, stages, slots, keys)
     homes = Homes(backend, partial(_has_left, settings, host))
-    rekeying = Rekeying(backend, host.workers, slots, keys)
+    rekeying = Rekeying(backend, presences, host.workers, slots, keys)
     staging = Staging(
         backend, directory.check, stages, presences, host.workers, encryption, file_systems, mappings, healing, drift,
         keys, rekeying, homes,

@@ -177,6 +177,14 @@ class KeySlots:
         self, backend: Backend, record: VolumeRecord, device: Handle, slots: Collection[NamedSlot], keep: Passphrase
     ) -> None:
         """Take out key slots, with proof that `keep` opens another; our token says the record's key."""
+        self._remove(record, device, slots, keep)
+        self.back_up_header(backend, record, device)
+
+    def name_key(self, record: VolumeRecord, clone: Handle, passphrase: Passphrase) -> None:
+        """Let our token in the header of a volume in the making, file or device, say its key, which opens it."""
+        self._remove(record, clone, (), passphrase)
+
+    def _remove(self, record: VolumeRecord, device: Handle, slots: Collection[NamedSlot], keep: Passphrase) -> None:
         with self.unlocking(f"volume {record.id}"):
             self._workers.call(
                 f"luks-remove-key of {where_is(record, device)}",
@@ -191,7 +199,6 @@ class KeySlots:
                 keep,
                 record.key,
             )
-        self.back_up_header(backend, record, device)
 
     def back_up_header(self, backend: Backend, record: VolumeRecord, device: Handle) -> None:
         """Keep a copy of the header beside the record."""

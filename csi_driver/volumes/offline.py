@@ -51,7 +51,7 @@ class Offline:
         homes: Homes,
         state_dir: Path,
     ) -> None:
-        self.adoption = Adoption(backend, host.workers, slots, sources, rekeying, limits)
+        self.adoption = Adoption(backend, host.workers, host.loops, slots, sources, rekeying, limits)
         self.checking = Checking(
             backend, presences, host.workers, commands, mappings, encryption, file_systems, keys, homes, limits
         )
@@ -59,5 +59,5 @@ class Offline:
             backend, locks, presences, stages, host.workers, host.mapper, encryption, slots, keys, limits
         )
         self.exports = Exports(backend, locks, presences, host.loops, slots)
-        self.recovery = Recovery(backend, presences, host.workers, host.loops, sources, homes, limits)
+        self.recovery = Recovery(backend, presences, host.workers, host.loops, sources, keys, homes, limits)
         self.moves = Moves(Place(state_dir, backend, locks, presences), host.workers, keys, limits)

@@ -6,7 +6,7 @@ is below them: the backing file of the loop device, the device and LUKS UUID of 
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -18,7 +18,7 @@ from csi_driver.host.mountinfo import Mount, MountTable
 from csi_driver.host.mounts import Mounts
 from csi_driver.luks.device import dm_uuid
 from csi_driver.luks.mapping import Fit, Mappings, luks_uuid
-from csi_driver.model.errors import DeviceAbsent, DriverError
+from csi_driver.model.errors import DeviceAbsent, DeviceInUse, DriverError
 from csi_driver.model.volume import VolumeRecord, is_mapping_name, mapping_name
 from csi_driver.volumes.stages import Stage, Stages
 
@@ -145,6 +145,22 @@ class Presences:
             return Fit.STALE
         return Fit.FITS if all(self._backend.is_device_of(volume_id, each) for each in backings) else Fit.STALE
 
+    def refuse_others(self, volume_id: str, device: Handle | None = None) -> None:
+        """Raise DeviceInUse where anything but the volume's own mapping lies on its device: whoever writes through that
+        and whoever writes through the volume's mapping do not know of each other.
+
+        `device` is the attached one where the caller holds it; without one, and none attached, there is nothing.
+        """
+        with ExitStack() as stack:
+            if device is None and (device := self._backend.device_of(volume_id)) is not None:
+                stack.enter_context(device)
+            found = self._mappings.others_on(device.number, mapping_name(volume_id)) if device is not None else []
+            if device is not None and found:
+                raise DeviceInUse(
+                    f"volume {volume_id} on {device} is open as {' and '.join(found)} too, by luks-csi recover or by "
+                    f"hand; unmount that and close it first ({' and '.join(map(_closing, found))})"
+                )
+
     def table(self) -> MountTable:
         """All mounts that this node's pods and the driver see now."""
         return self._mounts.table()
@@ -200,6 +216,12 @@ class Presences:
 def _mount_at(table: MountTable, mounts: tuple[Mount, ...], path: str) -> Mount | None:
     found = (table.at(path) or table.at(os.path.realpath(path))) if mounts else None
     return found if found in mounts else None
+
+
+def _closing(path: str) -> str:
+    """The command that closes what lies on a device."""
+    folder, name = os.path.split(path)
+    return f"cryptsetup close {name}" if folder == "/dev/mapper" else f"stop {path}"
 
 
 def _is_plain(record: VolumeRecord | None, stage: Stage | None) -> bool:

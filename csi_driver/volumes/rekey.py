@@ -27,6 +27,7 @@ from csi_driver.volumes.encryption import attempt, told_of_a_kms
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.keyslots import KeySlots, where_is
 from csi_driver.volumes.moved import refuse_away
+from csi_driver.volumes.presence import Presences
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,11 @@ class KeyMixedUp(KeyLost):
 class Rekeying:
     """Changes the keys of volumes; callers hold the volume's lock."""
 
-    def __init__(self, backend: Backend, workers: Workers, slots: KeySlots, keys: VolumeKeys) -> None:
+    def __init__(
+        self, backend: Backend, presences: Presences, workers: Workers, slots: KeySlots, keys: VolumeKeys
+    ) -> None:
         self._backend = backend
+        self._presences = presences
         self._workers = workers
         self._slots = slots
         self._keys = keys
@@ -291,13 +295,14 @@ class Rekeying:
 
     @contextmanager
     def _device(self, volume_id: str) -> Iterator[Handle]:
-        """The volume's device: as it is attached, or attached for as long as this takes."""
+        """The volume's device: as it is attached, or attached for as long as this takes. Raises DeviceInUse."""
         attached = self._backend.device_of(volume_id)
         with ExitStack() as stack:
             if attached is None:
                 stack.callback(attempt, self._backend.detach, volume_id)
                 attached = self._backend.attach(volume_id, lasting=False)
             with attached:
+                self._presences.refuse_others(volume_id, attached)
                 yield attached
 
 

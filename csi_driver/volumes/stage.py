@@ -152,6 +152,7 @@ class Staging:
             with ExitStack() as opened:
                 volume = Attached(record, device, device)
                 if key is not None:
+                    self._presences.refuse_others(record.id, device)
                     unlocked = self._open(record, device, request.key, key, opened)
                     volume = Attached(unlocked.record, device, unlocked.mapping, unlocked.kept_key, unlocked.kept_next)
                 opened.callback(attempt, self._take_back, volume.record, request.staging_path)
@@ -196,6 +197,7 @@ class Staging:
 
         Kubelet may have died between unpublish and unstage (kubernetes#85476). Raises DeviceInUse, naming who does.
         """
+        self._presences.refuse_others(volume_id)
         present = self._presences.of(volume_id)
         if present.is_open:
             self._put_down(present, "")

@@ -79,6 +79,9 @@ class BlockBackend:
     def has_header_copy(self, volume_id: str) -> bool:
         return True
 
+    def header_before(self, volume_id: str) -> Path:
+        return Path("/nonexistent") / f"{volume_id}.before"
+
     def keep_header_copy(self, volume_id: str, fill: Fill) -> None:
         """Nothing is kept."""
 

@@ -93,7 +93,7 @@ class Lab:
     def adopt(self) -> None:
         """`luks-csi volume adopt`, of what a KMS keeps the key for."""
         adoption = Adoption(
-            self.node.store, self._workers, self.node.slots, self.sources, self.node.rekeying, LIMITS
+            self.node.store, self._workers, self.node.loops, self.node.slots, self.sources, self.node.rekeying, LIMITS
         )  # fmt: skip
         trail = KeyTrail(kms_id="keeps", type="given", name=THEIRS)
         adoption.adopt(AdoptRequest(VOLUME, self.foreign, read_secret({}), trail))

@@ -145,7 +145,7 @@ class Node:
 
         presences = Presences(self.store, self.stages, self.mappings, self.mounts)
         healing = Healing(self.store, presences, self.workers, file_systems, FileSystemHealth(self.mounts))
-        self.rekeying = Rekeying(self.store, self.workers, self.slots, self.keys)
+        self.rekeying = Rekeying(self.store, presences, self.workers, self.slots, self.keys)
         drift = KeyDrift(self.store, self.stages, self.slots, self.keys)
         self.homes = Homes(self.store, self.has_left)
         self.staging = Staging(

@@ -15,6 +15,7 @@ from csi_driver.keys.secret import read_secret
 from csi_driver.luks.two_keys import Mover
 from csi_driver.model.errors import Aborted, CommandFailed, DriverError, FailedPrecondition
 from csi_driver.model.volume import FileSystemState
+from csi_driver.volumes.adoption import Adoption, AdoptRequest
 from csi_driver.volumes.conversion import Watch
 from csi_driver.volumes.conversion_steps import ConversionSteps
 from csi_driver.volumes.recovery import Recovery
@@ -228,8 +229,10 @@ def test_a_damaged_header_can_be_put_back_in_the_middle(node: Node) -> None:
         file.write(bytes(32768))
     with pytest.raises(DriverError):
         reencrypt(node)
-    recovery = Recovery(node.store, node.presences, node.workers, node.loops, GivenSources(), node.homes, LIMITS)
-    recovery.restore_header(VOLUME, loopfile(node).header_copy(VOLUME))
+    recovery = Recovery(
+        node.store, node.presences, node.workers, node.loops, GivenSources(), node.keys, node.homes, LIMITS
+    )
+    recovery.restore_header(VOLUME, loopfile(node).header_copy(VOLUME), read_secret(SECRET))
     reencrypt(node)
     node.stage(capability=BLOCK)
     assert digest_of(device_of(node)) == content
@@ -309,13 +312,22 @@ def test_an_older_record_is_refused_by_a_stage_too(node: Node) -> None:
     assert found == content, f"{said}, and zeros of the old place are shown"
 
 
-def test_recover_tells_of_the_other_half(node: Node) -> None:
+def test_recover_and_adopt_tell_of_the_other_half(node: Node) -> None:
     filled(node)
     node.unstage()
     stop_after(node, 2)
-    recovery = Recovery(node.store, node.presences, node.workers, node.loops, GivenSources(), node.homes, LIMITS)
+    key = read_secret(SECRET)
     with pytest.raises(FailedPrecondition, match=r"next\.img the other half"):
-        recovery.open(node.disk(), "review", None, read_secret(SECRET), read_only=False)
+        recovery_of(node).open(node.disk(), "review", None, key, read_only=False)
+    adoption = Adoption(node.store, node.workers, node.loops, node.slots, GivenSources(), node.rekeying, node.limits)
+    for half in (node.disk(), next_file(node)):
+        with pytest.raises(FailedPrecondition, match="the other half"):
+            adoption.adopt(AdoptRequest("half", half, key))
+    assert not node.store.has("half")
+
+
+def recovery_of(node: Node) -> Recovery:
+    return Recovery(node.store, node.presences, node.workers, node.loops, GivenSources(), node.keys, node.homes, LIMITS)
 
 
 def test_no_plain_text_stays_after_a_cut(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

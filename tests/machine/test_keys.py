@@ -51,6 +51,7 @@ from csi_driver.model.secret import Passphrase
 from csi_driver.model.settings import Limits
 from csi_driver.model.volume import EncryptionState, KeyTrail, NamedSlot, Rekey, RekeyPhase
 from csi_driver.volumes.adoption import Adoption, AdoptRequest
+from csi_driver.volumes.conversion import Watch
 from csi_driver.volumes.keys import VolumeKeys, shares_key
 from csi_driver.volumes.keyslots import KeySlots
 from csi_driver.volumes.recovery import Recovery
@@ -892,7 +893,8 @@ def test_a_volume_from_an_encrypted_image_gets_a_key_of_its_own(
 
 
 def recovery(node: Node, sources: GivenSources) -> Recovery:
-    return Recovery(node.store, node.presences, node.workers, LoopDevices(), sources, node.homes, Limits())
+    keys = VolumeKeys(sources, KeyLedger(node.state, Files()))
+    return Recovery(node.store, node.presences, node.workers, LoopDevices(), sources, keys, node.homes, Limits())
 
 
 def test_a_damaged_header_is_put_back_from_its_copy(used: Node) -> None:
@@ -900,11 +902,11 @@ def test_a_damaged_header_is_put_back_from_its_copy(used: Node) -> None:
     with used.disk().open("r+b") as disk:
         disk.write(bytes(64 * 1024))
     made = recovery(used, GivenSources())
-    made.restore_header(VOLUME, copy)
+    assert made.restore_header(VOLUME, copy, read_secret(SECRET)) is None
     used.stage()
     assert used.read() == "precious"
     with pytest.raises(DeviceInUse, match="is open"):
-        made.restore_header(VOLUME, copy)
+        made.restore_header(VOLUME, copy, read_secret(SECRET))
     used.unstage()
 
 
@@ -920,12 +922,99 @@ def test_what_is_in_use_is_not_opened_a_second_time(used: Node) -> None:
     used.unstage()
 
 
+def test_what_recover_has_open_is_neither_staged_nor_changed_nor_deleted(used: Node) -> None:
+    made = recovery(used, GivenSources())
+    secret = read_secret(SECRET)
+    made.open(used.disk(), "recovered", None, secret, read_only=False)
+    try:
+        before = used.record()
+        for call in (
+            used.stage,
+            lambda: made.restore_header(VOLUME, used.disk().with_name("header.luks2"), secret),
+            lambda: rotate(used, SECRET, OTHER),
+            lambda: used.conversions.reencrypt(VOLUME, secret, Watch()),
+            used.delete,
+        ):
+            with pytest.raises(DeviceInUse, match=r"open as /dev/mapper/recovered too.*cryptsetup close recovered"):
+                call()
+        assert used.record() == before
+        assert used.mapping() is None
+        assert not used.disk().with_name("next.img").exists()
+    finally:
+        used.mapper.remove("recovered")
+    used.stage()
+    assert used.read() == "precious"
+    used.unstage()
+    assert used.closed()
+
+
 def test_a_copy_of_another_volumes_header_is_refused(used: Node) -> None:
     used.staged_once("pvc-2")
     before = fingerprint(used.disk())
     with pytest.raises(ForeignSignature):
-        recovery(used, GivenSources()).restore_header(VOLUME, used.disk("pvc-2").with_name("header.luks2"))
+        recovery(used, GivenSources()).restore_header(
+            VOLUME, used.disk("pvc-2").with_name("header.luks2"), read_secret(SECRET)
+        )
     assert fingerprint(used.disk()) == before
+
+
+def test_an_old_copy_that_the_passphrase_does_not_open_is_not_put_back(used: Node) -> None:
+    old = used.folder / "old"
+    old.write_bytes(used.disk().with_name("header.luks2").read_bytes())
+    assert rotate(used, SECRET, OTHER)
+    before = fingerprint(used.disk())
+    made = recovery(used, GivenSources())
+    for secret, kind in ((OTHER, Unauthenticated), (NONE, FailedPrecondition)):
+        with pytest.raises(kind, match="--force"):
+            made.restore_header(VOLUME, old, read_secret(secret))
+    assert fingerprint(used.disk()) == before
+    kept = used.disk().with_name("header.before")
+    assert not kept.exists()
+    assert made.restore_header(VOLUME, old, read_secret(NONE), force=True) == kept
+    with pytest.raises(Unauthenticated):
+        used.stage(secret=OTHER)
+    assert made.restore_header(VOLUME, kept, read_secret(OTHER)) == used.disk().with_name("header.before.1")
+    used.stage(secret=OTHER)
+    assert used.read() == "precious"
+    used.unstage()
+    assert rotate(used, OTHER, SECRET)
+    assert not list(used.disk().parent.glob("header.before*")), "a passphrase that was removed opens them"
+
+
+def test_a_copy_is_tried_with_the_key_of_the_kms_before_it_is_put_back(
+    plugin: tuple[servers.Plugin, GivenSources], folder: Path, workers: Workers
+) -> None:
+    _, sources = plugin
+    node = with_keys(folder, workers, sources)
+    node.create(parameters=OF_KMS, secret=NONE)
+    node.stage(secret=NONE)
+    node.write()
+    node.unstage()
+    copy, old = node.disk().with_name("header.luks2"), folder / "old"
+    old.write_bytes(copy.read_bytes())
+    assert rotate(node)
+    made = recovery(node, sources)
+    with pytest.raises(Unauthenticated, match=r"the key pvc-1\..* opens no key slot of the copy .*old"):
+        made.restore_header(VOLUME, old, read_secret({}))
+    assert made.restore_header(VOLUME, copy, read_secret({})) == node.disk().with_name("header.before")
+    node.stage(secret=NONE)
+    assert node.read() == "precious"
+    node.unstage()
+
+
+def test_the_header_of_another_volume_opens_nothing(used: Node) -> None:
+    used.staged_once("pvc-2")
+    copy, secret = used.disk("pvc-2").with_name("header.luks2"), read_secret(SECRET)
+    made = recovery(used, GivenSources())
+    older = used.folder / "older"
+    older.write_bytes(used.disk().with_name("header.luks2").read_bytes())
+    with pytest.raises(FailedPrecondition, match="is the header of another volume"):
+        made.open(used.disk(), "recovered", copy, secret, read_only=False)
+    used.conversions.reencrypt(VOLUME, secret, Watch())
+    with pytest.raises(FailedPrecondition, match="has another volume key"):
+        made.open(used.disk(), "recovered", older, secret, read_only=True)
+    assert used.mapper.get("recovered") is None
+    assert not used.loops_of()
 
 
 def test_a_volume_is_opened_by_its_file_a_copy_of_its_header_and_its_kms_alone(
@@ -987,7 +1076,7 @@ def foreign(folder: Path, passphrase: bytes, *options: str) -> Path:
 
 
 def adoption(node: Node, sources: GivenSources) -> Adoption:
-    return Adoption(node.store, node.workers, node.slots, sources, node.rekeying, node.limits)
+    return Adoption(node.store, node.workers, node.loops, node.slots, sources, node.rekeying, node.limits)
 
 
 def test_a_volume_that_was_made_by_hand_is_adopted(node: Node) -> None:
@@ -1022,7 +1111,14 @@ def test_a_volume_of_ceph_csi_is_adopted_with_its_wrapped_key(folder: Path, work
     trail = KeyTrail(kms_id="kms", type="given", name=handle, wrapped=wrapper.wrap(handle, dek).text)
     sources = GivenSources(kms=Wrapping(wrapper))
     node = with_keys(folder, workers, sources)
+    wrong = msgspec.structs.replace(trail, wrapped=wrapper.wrap(handle, Passphrase(b"another")).text)
+    with pytest.raises(KeyLost, match=rf"the key {handle} of the KMS kms opens no key slot"):
+        adoption(node, sources).adopt(AdoptRequest(VOLUME, path, read_secret({}), wrong))
     adoption(node, sources).adopt(AdoptRequest(VOLUME, path, read_secret({}), trail))
+    assert token_of(node) == trail_of(node), "record.json would be all that has the key"
+    assert token_of(node) == key_token.read(*read_header("the copy", str(node.disk().with_name("header.luks2"))))
+    with _recovered(node, sources, None):
+        assert node.mapper.get("recovered") is not None
     node.stage(secret=NONE)
     assert (node.staging_path() / BOOT_FILE).read_text() == GREETING
     assert trail_of(node).foreign
@@ -1073,6 +1169,8 @@ def test_an_adopted_copy_that_is_to_share_a_key_is_told(
     assert shares_key(made)
     assert made.key is not None
     assert made.key.name == trail_of(node).name
+    assert key_token.read(*read_header("the copy", str(node.disk("copy")))) == made.key
+    assert node.disk("copy").with_name("header.luks2").exists()
     node.delete("copy")
     assert list(kms.kept) == [trail_of(node).name]
     node.stage(secret=NONE)
@@ -1103,6 +1201,10 @@ def test_a_copy_that_cannot_be_given_its_own_key_is_there_and_says_so(
 def test_what_cannot_be_adopted_makes_no_volume(node: Node) -> None:
     path = foreign(node.folder, b"by hand")
     made = adoption(node, GivenSources())
+    with node.loops.attach(str(path), autoclear=True) as loop:
+        for one, words in ((path, rf"is in use by {loop.name}"), (Path(loop.name), "is a block device and a volume")):
+            with pytest.raises(FailedPrecondition, match=words):
+                made.adopt(AdoptRequest(VOLUME, one, read_secret({"CRYPTO_KEY_VALUE": "by hand"})))
     for request, kind in (
         (AdoptRequest(VOLUME, path, read_secret({"CRYPTO_KEY_VALUE": "wrong"})), Unauthenticated),
         (AdoptRequest(VOLUME, path, read_secret({})), FailedPrecondition),

@@ -15,7 +15,9 @@ from csi_driver.model.settings import Settings
 from csi_driver.model.volume import NamedSlot, VolumeRecord
 from csi_driver.volumes.driver import Driver, build_driver
 from csi_driver.volumes.keyslots import KeySlots
+from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.rekey import Rekeying
+from csi_driver.volumes.stages import Stages
 from tests.machine.fault_points import Injector, Kind, Point, faulty_host
 from tests.machine.fault_scenario import SCENARIOS
 from tests.machine.fault_server import Build, faulty_driver
@@ -72,7 +74,9 @@ def _with_slots(slots: type[KeySlots]) -> Build:
     def build(settings: Settings, injector: Injector) -> Driver:
         host = faulty_host(injector)
         driver = build_driver(settings, host)
-        planted = Rekeying(driver.backend, host.workers, slots(host.workers, settings.limits), driver.keys)
+        stages = Stages(settings.state_dir / "stages", host.files)
+        presences = Presences(driver.backend, stages, driver.mappings, host.mounts)
+        planted = Rekeying(driver.backend, presences, host.workers, slots(host.workers, settings.limits), driver.keys)
         return replace(driver, rekeying=planted)
 
     return build

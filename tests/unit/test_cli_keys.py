@@ -268,11 +268,11 @@ def test_where_no_kms_wraps_anything_that_is_told(state: list[str]) -> None:
     assert run_cli("keys", "rewrap", "--all", *state).stdout == "no KMS wraps the key of a volume here\n"
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "control"])
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "control", "a b", "a\\x20b", "ä", "a\nb", "-a", "a" * 128])
 def test_recover_takes_no_name_that_cannot_be_a_mappings(tmp_path: Path, name: str) -> None:
     device = tmp_path / "disk.img"
     device.touch()
-    done = run_cli("recover", device, name)
+    done = run_cli("recover", "--", device, name)
     assert done.exit_code == 2
     assert "name of a mapping" in done.stderr
 
@@ -280,3 +280,13 @@ def test_recover_takes_no_name_that_cannot_be_a_mappings(tmp_path: Path, name: s
 def test_a_header_is_restored_to_a_volume_that_is_there_alone(state: list[str]) -> None:
     done = run_cli("volume", "restore-header", "nope", "--yes", *state[:4])
     assert (done.exit_code, "does not exist" in done.stderr) == (1, True)
+
+
+def test_a_wrapped_key_that_is_no_text_is_told(tmp_path: Path) -> None:
+    file, wrapped = tmp_path / "disk.img", tmp_path / "wrapped"
+    file.touch()
+    wrapped.write_bytes(b"\xff\x00\x80")
+    kms = ("--kms", "kms", "--kms-type", "metadata", "--wrapped", wrapped)
+    done = run_cli("volume", "adopt", "v", file, *kms, "--state-dir", tmp_path, "--endpoint", tmp_path / "csi.sock")
+    assert done.exit_code == 1
+    assert f"the wrapped key cannot be read from {wrapped}" in done.stderr

@@ -270,6 +270,13 @@ def test_the_limits_are_the_caller_s() -> None:
         check(huge, limits=Limits(memory_kib=(1 << 20) - 1))
 
 
+def test_who_needs_more_memory_is_told_how_to_allow_it_and_not_to_restore_the_header() -> None:
+    area = small("--sector-size", "512", "--key-size", "512", *_ARGON2)
+    with pytest.raises(InvalidHeader, match=r"--pbkdf-memory-limit 1048576Ki, here and at the server") as caught:
+        check(forged(area, put("keyslots.0.kdf.memory", 1 << 20)))
+    assert "backup" not in str(caught.value)
+
+
 def test_the_volume_key_digest_is_the_pinned_one() -> None:
     """Another volume key under the same UUID: somebody formatted the device again."""
     pinned = parse(small(), WHERE).key_digest

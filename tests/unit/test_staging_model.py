@@ -129,7 +129,7 @@ class Rig:
         presences = Presences(self.backend, stages, self.mappings, mounts)
         self.conditions = Conditions(self.backend, presences, KernelFileSystemHealth(kernel))
         self.healing = Healing(self.backend, presences, workers, made, KernelFileSystemHealth(kernel))
-        self.rekeying = Rekeying(self.backend, workers, slots, keys)
+        self.rekeying = Rekeying(self.backend, presences, workers, slots, keys)
         self.drift = KeyDrift(self.backend, stages, slots, keys)
         self.staging = Staging(
             self.backend,
