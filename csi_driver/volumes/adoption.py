@@ -7,6 +7,7 @@ volume is `raw`: nothing is ever formatted in it.
 
 import os
 import stat
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ from csi_driver.keys.base import KeyRequest
 from csi_driver.keys.secret import SecretKey, require_passphrase
 from csi_driver.keys.sources import GENERATED, KeySources
 from csi_driver.luks import recovery
+from csi_driver.luks.header_metadata import Argon2i, Keyslot
 from csi_driver.luks.header_rules import Limits as HeaderLimits
 from csi_driver.model.errors import AlreadyExists, DriverError, FailedPrecondition
 from csi_driver.model.secret import Passphrase
@@ -121,7 +123,7 @@ class Adoption:
                 passphrase = require_passphrase(request.secret, volume_id)
                 told = self._sources.using(KeyRequest(volume_id), "adopt")
             with told:
-                self._slots.check_image(where, file, luks, passphrase)
+                slots = self._slots.check_image(where, file, luks, passphrase)
             capacity = (file.size - luks.data_offset) // luks.sector_size * luks.sector_size
             if capacity < _LEAST_BYTES:
                 raise FailedPrecondition(
@@ -147,6 +149,8 @@ class Adoption:
             with self._backend.storage(volume_id) as storage:
                 self._slots.ensure_header_copy(self._backend, record, storage)  # else the next stage does
         log.info("volume adopted", volume_id=volume_id, file=str(request.file), luks_uuid=luks.uuid)
+        if (memory := _memory_kib(slots)) > Limits.pbkdf_memory_kib:
+            log.warning("the server needs this limit too", volume_id=volume_id, pbkdf_memory_limit=f"{memory}Ki")
         return record if request.share else self._with_own_key(record, request.secret)
 
     def _file(self, path: Path) -> FileIdentity:
@@ -189,3 +193,8 @@ class Adoption:
         if record.key is not None:  # before the volume is there: header and KMS are enough from the start
             with open_handle(path, os.O_RDWR) as clone:
                 self._slots.name_key(record, clone, passphrase)
+
+
+def _memory_kib(slots: Iterable[Keyslot]) -> int:
+    """What the costliest of them takes."""
+    return max((slot.kdf.memory for slot in slots if isinstance(slot.kdf, Argon2i)), default=0)
