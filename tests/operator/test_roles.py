@@ -176,11 +176,13 @@ class Occasions:
         resources = {"resources": {"requests": {"storage": "1Mi"}}, "accessModes": ["ReadWriteOnce"]}
         claim = {"metadata": {"name": self._name("claim")}, "spec": {"volumeName": self._name("volume"), **resources}}
         made = self._lab.kube.create(CLAIM, claim, "default")
+        lies_on = {"key": f"topology.{DRIVER}/node", "operator": "In", "values": [min(self._lab.agents)]}
         spec = {
             "claimRef": {"name": name_of(made), "namespace": "default", "uid": uid_of(made)},
             "capacity": {"storage": "1Mi"},
             "accessModes": ["ReadWriteOnce"],
             "csi": {"driver": DRIVER, "volumeHandle": self._name("volume")},
+            "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": [lies_on]}]}},
         }
         self._lab.kube.create(VOLUME, {"metadata": {"name": self._name("volume")}, "spec": spec})
 
