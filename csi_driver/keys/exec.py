@@ -6,7 +6,10 @@ that the server forks nothing, and with an empty environment.
 
 import base64
 import os
+import selectors
+import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any, Final
 
@@ -78,7 +81,7 @@ class ExecWrapper:
             )
         try:
             answer = msgspec.json.decode(output.reveal())
-        except (msgspec.DecodeError, RecursionError):
+        except (ValueError, RecursionError):  # msgspec's errors are ValueErrors, and so is text that is no UTF-8
             answer = None
         if not isinstance(answer, dict):
             raise FailedPrecondition(f"the program {self._argv[0]} of {self._where} wrote no JSON object; correct it")
@@ -88,26 +91,79 @@ class ExecWrapper:
 def run_program(argv: list[str], request: Passphrase, seconds: float) -> tuple[int, Passphrase, str]:
     """Run it in a worker: exit code, standard output, and the last line of standard error, shortened.
 
-    Raises FailedPrecondition when it cannot be started, DeadlineExceeded.
+    It has a session of its own, and what it has started there ends with it. Raises FailedPrecondition when it cannot be
+    started or answers with too much, DeadlineExceeded.
     """
-    try:
-        done = subprocess.run(
-            argv,
-            input=request.reveal(),
-            capture_output=True,
-            timeout=seconds,
-            check=False,
-            env={"PATH": _PATH, "LC_ALL": "C.UTF-8"},
-            cwd="/",
-        )
-    except subprocess.TimeoutExpired:
-        raise DeadlineExceeded(
-            f"the program {argv[0]} did not end within {seconds:g} s; look what it waits for"
-        ) from None
-    except OSError as error:
-        raise FailedPrecondition(
-            f"the program {argv[0]} cannot be started ({os.strerror(error.errno or 0)}); install it there, executable"
-        ) from None
-    lines = done.stderr.decode(errors="replace").strip().splitlines()
-    said = printable(lines[-1][:_MOST_QUOTED]) if lines else ""
-    return done.returncode, Passphrase(done.stdout[:_LARGEST_ANSWER]), said
+    with open(os.memfd_create("request", os.MFD_CLOEXEC), "r+b", buffering=0) as given:
+        given.write(request.reveal())
+        given.seek(0)
+        try:
+            process = subprocess.Popen(
+                argv,
+                stdin=given,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={"PATH": _PATH, "LC_ALL": "C.UTF-8"},
+                cwd="/",
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise FailedPrecondition(
+                f"the program {argv[0]} cannot be started ({os.strerror(error.errno or 0)}); install it there, "
+                f"executable"
+            ) from None
+    with process:
+        try:
+            output, said = _read(process, time.monotonic() + seconds)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"the program {argv[0]} did not end within {seconds:g} s; look what it waits for"
+            ) from None
+        except OverflowError:
+            raise FailedPrecondition(
+                f"the program {argv[0]} wrote more than {_LARGEST_ANSWER} bytes; correct it"
+            ) from None
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)  # which is still there: nobody has waited for it yet
+    lines = said.decode(errors="replace").strip().splitlines()
+    return process.returncode, Passphrase(output), printable(lines[-1][:_MOST_QUOTED]) if lines else ""
+
+
+def _read(process: "subprocess.Popen[bytes]", end: float) -> tuple[bytes, bytes]:
+    """What it writes until it ends: its standard output, and the last of its standard error.
+
+    Others whom it has started may keep both open. Raises TimeoutError, OverflowError where the answer is too long.
+    """
+    output, said = bytearray(), bytearray()
+    ended = os.pidfd_open(process.pid)
+    with selectors.DefaultSelector() as selector, open(ended, "rb", buffering=0):
+        selector.register(ended, selectors.EVENT_READ)
+        for pipe, into in ((process.stdout, output), (process.stderr, said)):
+            if pipe is not None:
+                os.set_blocking(pipe.fileno(), False)
+                selector.register(pipe, selectors.EVENT_READ, into)
+        is_running = True
+        while is_running:
+            if (left := end - time.monotonic()) <= 0:
+                raise TimeoutError
+            is_running = not any(key.data is None for key, _ in selector.select(left))
+            for key in [each for each in selector.get_map().values() if each.data is not None]:
+                if _drained(key.fd, key.data):
+                    selector.unregister(key.fileobj)
+                if len(output) > _LARGEST_ANSWER:
+                    raise OverflowError
+                del said[:-_LARGEST_ANSWER]
+    return bytes(output), bytes(said)
+
+
+def _drained(pipe: int, into: bytearray) -> bool:
+    """Read what is in a pipe, within bounds; whether it is closed."""
+    while len(into) <= 2 * _LARGEST_ANSWER:
+        try:
+            piece = os.read(pipe, _LARGEST_ANSWER)
+        except BlockingIOError:
+            return False
+        into += piece
+        if not piece:
+            return True
+    return False

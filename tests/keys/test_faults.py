@@ -10,6 +10,7 @@ import socket
 import ssl
 import stat
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -26,7 +27,7 @@ from kmip.services.kmip_client import KMIPProxy
 from csi_driver.host.workers import Workers
 from csi_driver.keys.aws import Account, AwsWrapper
 from csi_driver.keys.base import EntryReader, KeySource, Wrapping
-from csi_driver.keys.exec import ExecWrapper
+from csi_driver.keys.exec import ExecWrapper, run_program
 from csi_driver.keys.generated import GeneratedKeys
 from csi_driver.keys.http import HttpService, Tls
 from csi_driver.keys.kmip import KmipWrapper, server_of
@@ -44,6 +45,7 @@ from csi_driver.model.errors import (
     PermissionDenied,
     Unavailable,
 )
+from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import KeyTrail
 from csi_driver.rpc.status import code_of
 from tests.cluster.pki import Authority
@@ -548,6 +550,8 @@ PROGRAMS: dict[str, tuple[str, type[DriverError], str, str]] = {
     "truncated": ('printf \'{"wrapped": "abc\'', FailedPrecondition, "FAILED_PRECONDITION", "wrote no JSON object"),
     "silent": ("exit 0", FailedPrecondition, "FAILED_PRECONDITION", "wrote no JSON object"),
     "slow": ("exec sleep 60", DeadlineExceeded, "DEADLINE_EXCEEDED", "did not end within"),
+    "endless": ("exec cat /dev/zero", FailedPrecondition, "FAILED_PRECONDITION", "wrote more than 65536 bytes"),
+    "no utf-8": ("printf '\"\\377\"'", FailedPrecondition, "FAILED_PRECONDITION", "wrote no JSON object"),
     "no program": ("", FailedPrecondition, "FAILED_PRECONDITION", "cannot be started"),
 }
 
@@ -569,3 +573,37 @@ def test_a_program_that_fails(what: str, tmp_path: Path, workers: Workers) -> No
         with pytest.raises(DriverError, match=words) as caught:
             call()
         assert (type(caught.value), code_of(caught.value).name) == (kind, code)
+
+
+CHILD = "sh -c 'echo $$ >{0}; exec sleep 300'"
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["ends", "waits"])
+def test_what_a_program_has_started_ends_with_it(tmp_path: Path, workers: Workers, *, waits: bool) -> None:
+    """Also where it holds the program's output open, and then it is not waited for."""
+    path, pid = program(tmp_path), tmp_path / "pid"
+    child = CHILD.format(pid)
+    script = f"{child} & while [ ! -s {pid} ]; do sleep 0.01; done; echo '{{}}'"
+    path.write_text(f"#!/bin/sh\n{script}\n" + "exec sleep 300\n" * waits)
+    fields = {"program": path.name, "timeoutSeconds": "5" if waits else "100"}
+    source = Wrapping(ExecWrapper(EntryReader("KMS kms (exec)", fields), workers, tmp_path))
+    if waits:
+        with pytest.raises(DeadlineExceeded, match="did not end within 5 s"):
+            source.check()
+    else:
+        assert "answers" in source.check()
+    started = Path(f"/proc/{pid.read_text().strip()}/stat")
+    deadline = time.monotonic() + 60
+    while started.exists() and ") Z " not in started.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_all_of_a_long_answer_and_the_last_of_a_long_complaint_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "long"
+    path.write_text(
+        "#!/bin/sh\nhead -c 65536 /dev/zero | tr '\\0' x\nhead -c 3000000 /dev/zero >&2; echo >&2; echo last >&2\n"
+    )
+    path.chmod(0o700)
+    code, output, said = run_program([str(path)], Passphrase(b"{}"), 100)
+    assert (code, len(output.reveal()), said) == (0, 65536, "last")
