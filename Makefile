@@ -63,6 +63,7 @@ test: check $(CSI_SANITY) $(KUBERNETES_BIN) $(KEY_SERVERS) ## every test, seeded
 # Each guest has one processor: the device tests run in two at once, and beside them what waits for servers. Those of
 # contract start programs, which a process should not that has talked gRPC to a KMS: gRPC's fork handlers may end them.
 DANGER := $(wildcard tests/machine/test_danger_*.py) $(addprefix tests/machine/test_,storm.py canary.py)
+DANGER_IN_GROUP := $(addprefix tests/machine/test_danger_,selftest.py group.py killed.py)
 UDEV := tests/machine/test_udev.py
 BACKENDS := $(addprefix tests/backends/test_,life.py::test_a_volume_is_made_used_restarted_enlarged_given_another_key_and_deleted \
     conformance.py::test_a_volume_is_blank_and_as_long_as_asked_for conformance.py::test_foreign_storage_of_the_name_is_left_alone \
@@ -87,6 +88,7 @@ test-servers: venv system $(KUBERNETES_BIN) $(KEY_SERVERS)
 	$(PY) -m pytest tests/keys
 	$(GUEST_FOR) --udev -- $(MACHINE_PYTEST) $(UDEV)
 	$(GUEST) $(MACHINE_PYTEST) $(BACKENDS)
+	$(GUEST_FOR) --env BACKEND=lvm-thick -- $(MACHINE_PYTEST) $(DANGER_IN_GROUP)
 	$(PY) -m pytest $(OPERATOR)
 	$(PY) -m tests.cluster tests/cluster/test_smoke.py tests/cluster/test_examples.py
 
@@ -122,8 +124,8 @@ crashes: venv system ## kernel crashes at random moments; BACKEND=lvm-thick or l
 storm: venv system ## many callers, kills, stops, a bystander
 	@$(PY) -m tests.machine.storm
 
-danger: venv system ## what lost data in the field
-	@$(GUEST) $(PY) -m tests.machine.danger
+danger: venv system ## what lost data in the field; BACKEND=lvm-thick or lvm-thin
+	@$(GUEST_FOR) --env BACKEND --timeout 7200 -- $(PY) -m tests.machine.danger
 
 canary: venv system ## no key byte leaves its place
 	@$(GUEST) $(PY) -m tests.machine.canary

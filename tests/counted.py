@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,11 +11,15 @@ import pytest
 
 @dataclass
 class Count:
-    """Counts the tests that ran and those that failed, set-up and clean-up included; `code` is pytest's own."""
+    """Counts the tests that ran and those that failed, set-up and clean-up included; `code` is pytest's own.
+
+    `reasons` has how many were skipped for each.
+    """
 
     ran: set[str] = field(default_factory=set)
     failed: set[str] = field(default_factory=set)
     skipped: set[str] = field(default_factory=set)
+    reasons: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     code: int = 1
 
@@ -23,7 +28,9 @@ class Count:
             self.failed.add(report.nodeid)
         elif report.skipped:
             self.skipped.add(report.nodeid)
-        if report.when == "call":
+            said = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            self.reasons[said.removeprefix("Skipped: ")] += 1
+        if report.when == "call" and not report.skipped:
             self.ran.add(report.nodeid)
 
     @property

@@ -28,7 +28,7 @@ from csi_driver.backends.lvmvolume import (
 )
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host import blockdev
-from csi_driver.host.devicemapper import DeviceMapper
+from csi_driver.host.devicemapper import Device, DeviceMapper
 from csi_driver.host.files import Files
 from csi_driver.host.handle import Handle
 from csi_driver.host.log import log
@@ -190,7 +190,7 @@ class LvmBackend:
         """Nothing is to be done: there is one device, and the mapping or mount on it has it for itself.
 
         A file can be bound a second time, and a loop device over it knows of no other; a second device over a logical
-        volume can only be made of the first, which O_EXCL forbids (open(2)): to cryptsetup, mkfs and LVM alike.
+        volume can only be made of the first, which O_EXCL forbids (open(2)): to cryptsetup, mkfs, LVM and this driver.
         """
 
     def refresh(self, device: Handle) -> None:
@@ -217,8 +217,12 @@ class LvmBackend:
     def detach(self, volume_id: str) -> None:
         """Remove the device; the logical volume stays. For a group that no other node uses LVM does no more."""
         state = self._volumes.state(self._folders.volume(volume_id))
-        if state is not None and self._volumes.device(volume_id, state) is not None:
-            self._mapper.remove(self._volumes.dm_name_of(volume_id))
+        device = self._volumes.device(volume_id, state) if state is not None else None
+        if device is not None:
+            try:
+                self._mapper.remove(device.name)
+            except DeviceInUse:
+                raise self._in_use(volume_id, device, "let go of") from None
 
     def space(self, parameters: VolumeParameters | None = None) -> Space:
         """Free extents; of a thin pool what is free of its data below the limit: room now, not room promised."""
@@ -330,11 +334,15 @@ class LvmBackend:
         state = state or self._volumes.state(self._folders.volume(volume_id))
         device = self._volumes.device(volume_id, state) if state is not None else None
         if device is not None and device.open_count:
-            raise DeviceInUse(
-                f"volume {volume_id} cannot be deleted: its logical volume {self._group.name}/"
-                f"{self._volumes.name_of(volume_id)} is still in use as /dev/dm-{device.minor}; unpublish and unstage "
-                f"it first"
-            )
+            raise self._in_use(volume_id, device, "deleted")
+
+    def _in_use(self, volume_id: str, device: Device, what: str) -> DeviceInUse:
+        on_top = blockdev.on_top_of((device.major, device.minor))
+        return DeviceInUse(
+            f"volume {volume_id} cannot be {what}: its logical volume {self._group.name}/"
+            f"{self._volumes.name_of(volume_id)} is still in use as /dev/dm-{device.minor}"
+            f"{', below ' + ' and '.join(on_top) if on_top else ''}; unpublish and unstage it, or end what else uses it"
+        )
 
     def _check_room(self, volume_id: str, size: int, pool: str | None) -> None:
         if pool is None:

@@ -149,9 +149,17 @@ class GroupVolumes:
                 return shown, self._mapper.open(name)
             except DeviceAbsent:
                 if not left or not shown:  # else it went away with its last user, just now
+                    self._hide(state)
                     self.own(volume_id, state)
                     raise
         raise DeviceAbsent(f"the device {name} of volume {volume_id} goes away again and again; call again")
+
+    def _hide(self, state: LvState) -> None:
+        """Show no more what was shown by another name, as the logical volume has another one by now."""
+        for name in self._mapper.names():
+            device = self._mapper.get(name)
+            if device is not None and device.uuid == state.dm_uuid and not device.open_count:
+                self._mapper.let_go(name)
 
     def settle(self, volume_id: str, folder: Path, state: LvState, device: Handle, *, is_plain: bool) -> None:
         """Before anybody is shown it: clear what nobody was, and take the tag off that says so.

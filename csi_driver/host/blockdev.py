@@ -145,6 +145,18 @@ def is_claimed(device: Handle) -> bool:
     return False
 
 
+def on_top_of(number: tuple[int, int]) -> list[str]:
+    """The mapped devices that have the block device of that number below them, as /dev/mapper/<name> (sysfs)."""
+    major, minor = number
+    found = []
+    with suppress(OSError):
+        for name in sorted(os.listdir(f"/sys/dev/block/{major}:{minor}/holders")):
+            with suppress(OSError):
+                mapping = os.fsdecode(read_attribute(f"/sys/block/{name}/dm/name").removesuffix(b"\n"))
+                found.append(f"/dev/mapper/{mapping}")
+    return found
+
+
 def zero_out(device: Handle, start: int, end: int, seconds: float) -> int:
     """Let the device read as zeros from `start` on, durably, up to `end` or as far as `seconds` go; returns how far.
 

@@ -5,6 +5,7 @@
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,14 @@ from csi_driver.luks.header import HEADER_PROBE, Header, parse, repaired
 from csi_driver.luks.header_rules import Limits, validate
 from csi_driver.luks.key_proof import is_key_of
 from csi_driver.luks.libcryptsetup import CryptDevice, crypt_device
-from csi_driver.model.errors import DeviceShort, DeviceUnreadable, FailedPrecondition, InvalidHeader, KeyNeeded
+from csi_driver.model.errors import (
+    DeviceInUse,
+    DeviceShort,
+    DeviceUnreadable,
+    FailedPrecondition,
+    InvalidHeader,
+    KeyNeeded,
+)
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import LuksIdentity
 
@@ -27,6 +35,7 @@ UUID_PREFIX = "CRYPT-LUKS2-"
 _SECTOR = 512
 _USUAL_HEADER = 64 * 1024
 _FORMATTED_SLOTS = (0,)
+_CLAIM_TRIES, _CLAIM_PAUSE = 10, 0.05
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
@@ -132,8 +141,9 @@ def open_device(
 
     Returns where, to be pinned. Only a sealed copy of the header is ever shown to libcryptsetup, so that it cannot
     change after it was checked. The table is ours, as cryptsetup writes it: it names the very device that is open here.
-    Raises DeviceBlank, ForeignSignature, InvalidHeader, DeviceShort, DeviceUnreadable, Unauthenticated.
+    Raises DeviceBlank, ForeignSignature, InvalidHeader, DeviceShort, DeviceUnreadable, Unauthenticated, DeviceInUse.
     """
+    _refuse_claimed(where, device)
     with checked(where, device, identity, size, limits) as context:
         context.unlock(passphrase, libcryptsetup.KEYRING_KEY)
     found = blockdev.size_bytes(device.fd)
@@ -141,6 +151,22 @@ def open_device(
         opening.name, dm_uuid(opening.name, identity.uuid), [opening.target(device.number, found, identity)]
     )
     return keyring.link_to_user(volume_key_name(identity.uuid))
+
+
+def _refuse_claimed(where: str, device: Handle) -> None:
+    """Raise DeviceInUse where somebody has the device for himself: device-mapper makes a second mapping all the same.
+
+    Who only looks whether it is so has it for a moment.
+    """
+    for left in reversed(range(_CLAIM_TRIES)):
+        if not blockdev.is_claimed(device):
+            return
+        if left:
+            time.sleep(_CLAIM_PAUSE)
+    who = " and ".join(blockdev.on_top_of(device.number)) or "a mount, or a program"
+    raise DeviceInUse(
+        f"{where} cannot be opened: {who} has the device for itself, and both would write to it; end that first"
+    )
 
 
 def put_key(context: CryptDevice, passphrase: Passphrase, key_name: str) -> None:

@@ -266,6 +266,7 @@ class Encryption:
         mapping = self._mappings.get(record.mapping_name)
         fit = self._mappings.fit(mapping, record.mapping_name, identity.uuid)
         if mapping is None:
+            self._mappings.end_proof(record.mapping_name)  # that of a killed resize would keep the device
             return False
         usable = fit is Fit.FITS and self._lies_on(backend, record, mapping, device)
         if usable and record.conversion is None:

@@ -341,16 +341,20 @@ class LvmRig:
             os.fsync(dirt.fileno())
         lvm("lvremove", f"{GROUP}/dirt")
 
-    def backend(self, step: Step = undisturbed) -> LvmBackend:
-        commands, files, mapper = Commands(self.workers), SteppedFiles(step), DeviceMapper()
+    def backend(
+        self, step: Step = undisturbed, *, workers: Workers | None = None, state: Path | None = None
+    ) -> LvmBackend:
+        """As Rig says; `state` is another state directory, below which the records are mounted too."""
+        workers = workers or self.workers
+        commands, files, mapper = Commands(workers), SteppedFiles(step), DeviceMapper()
         group = self.make_group(GROUP, commands, LIMITS.mount_seconds)
         group.step = step
-        folder, memory = self.state / "lvm", self.state / "lvm.json"
+        folder, memory = (state or self.state) / "lvm", (state or self.state) / "lvm.json"
         records = GroupRecords(
-            group, folder, memory, Files(), self.workers, commands, mapper, Mounts(), LIMITS, lambda: self.owner
+            group, folder, memory, Files(), workers, commands, mapper, Mounts(), LIMITS, lambda: self.owner
         )
         made = LvmBackend(
-            group, records, RecordCodec(), files, self.workers, mapper, LIMITS, self.pool_limit, self.zero_seconds
+            group, records, RecordCodec(), files, workers, mapper, LIMITS, self.pool_limit, self.zero_seconds
         )
         if not self._is_prepared:
             made.prepare()

@@ -1,21 +1,30 @@
-"""`make danger`: what lost data or let keys out in the field, on real device-mapper, in one summary line."""
+"""`make danger`: what lost data or let keys out in the field, on real device-mapper, in one summary line.
+
+BACKEND says what the volumes lie in. What is not for a volume group is told with its reason before that line.
+"""
 
 import sys
 from pathlib import Path
 
 from tests import counted
+from tests.machine.group import IN_GROUP, REASONS
+from tests.machine.storage import chosen
 
-LEAST = 332
+LEAST = 290 if IN_GROUP else 332
 """Tests that there are: fewer mean that some were not run."""
 
 _HERE = Path(__file__).parent
 
 
 def main() -> int:
-    """Run them all; the exit code is 0 when all of them ran and none failed."""
+    """Run them all; the exit code is 0 when all of them ran, but for those with a known reason, and none failed."""
     count = counted.run([str(path) for path in sorted(_HERE.glob("test_danger*.py"))])
-    print(count, flush=True)
-    return int(not count.is_green or len(count.ran) < LEAST)
+    for reason, tests in sorted(count.reasons.items()):
+        print(f"skipped {tests}: {reason}")
+    print(f"backend={chosen()} {count}", flush=True)
+    is_known = IN_GROUP and set(count.reasons) <= set(REASONS.values())
+    is_green = not (count.code or count.failed) if is_known else count.is_green
+    return int(not is_green or len(count.ran) < LEAST)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from csi_driver.backends.base import Backend
 from csi_driver.backends.loopfile import LoopfileBackend
 from csi_driver.backends.records import RecordCodec
+from csi_driver.host import blockdev
 from csi_driver.host.commands import Commands
 from csi_driver.host.devicemapper import Device, DeviceMapper
 from csi_driver.host.files import Files
@@ -48,8 +50,10 @@ from csi_driver.volumes.stage import StageRequest, Staging
 from csi_driver.volumes.stages import Stages
 from csi_driver.volumes.standing import StandingVolumes
 from csi_driver.volumes.usage import Usages
+from tests.backends.rigs import LvmRig
 from tests.fake_host import no_kms
 from tests.headers import head_of
+from tests.machine.group import current, in_pool, is_left_shown, show_records, shown
 
 MIB = 1 << 20
 SIZE = 16 * MIB
@@ -66,7 +70,10 @@ LIMITS = Limits(format_seconds=20, unlock_seconds=20, mount_seconds=20)
 
 
 def fingerprint(path: Path) -> str:
-    """A digest of all that is not zero in a sparse file, without reading its holes; BLANK when there is nothing."""
+    """A digest of all that is not zero in a sparse file, without reading its holes; BLANK when there is nothing.
+
+    Of a device all is read, past what the kernel has of it.
+    """
     digest, at = hashlib.sha256(), 0
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -81,6 +88,10 @@ def fingerprint(path: Path) -> str:
 
 
 def _next_data(descriptor: int, at: int) -> tuple[int, bytes] | None:
+    if stat.S_ISBLK(os.fstat(descriptor).st_mode):
+        os.posix_fadvise(descriptor, at, MIB, os.POSIX_FADV_DONTNEED)
+        content = os.pread(descriptor, MIB, at)
+        return (at, content) if content else None
     try:
         start = os.lseek(descriptor, at, os.SEEK_DATA)
     except OSError:  # ENXIO: only a hole is left
@@ -126,7 +137,7 @@ class Node:
             self.state / "loopfile", settings.free_space_floor, self.files, self.loops, RecordCodec()
         )
         loopfile.prepare()
-        self.store: Backend = self.backend or loopfile
+        self.store: Backend = self.backend or self._in_group() or loopfile
         self.mapper, self.mounts, holders = DeviceMapper(), Mounts(), Holders()
         self.locks = VolumeLocks(self.state / "locks", holders, self.store.has, remade=True)
         self.stages = Stages(self.state / "stages", self.files)
@@ -190,6 +201,17 @@ class Node:
         self.usages = Usages(self.store, presences)
         self.workers.start()
 
+    def _in_group(self) -> Backend | None:
+        if self.group is None:
+            return None
+        show_records(self.group, self.state)
+        return self.group.backend(workers=self.workers, state=self.state)
+
+    @property
+    def group(self) -> LvmRig | None:
+        """Where volumes are that have no other `backend`, while there is such a group; else they are files."""
+        return current() if self.backend is None else None
+
     def create(
         self,
         volume: str = VOLUME,
@@ -199,7 +221,8 @@ class Node:
         capability: Capability = MOUNT,
         secret: Mapping[str, str] = SECRET,
     ) -> VolumeView:
-        request = CreateRequest(volume, size, 0, (capability,), parameters, read_secret(secret))
+        told = in_pool(parameters) if self.group is not None else parameters
+        request = CreateRequest(volume, size, 0, (capability,), told, read_secret(secret))
         with self.locks.hold(volume):
             return self.provisioning.create(request)
 
@@ -264,10 +287,28 @@ class Node:
         return self.folder / "pods" / volume / "mount"
 
     def disk(self, volume: str = VOLUME) -> Path:
-        """The backing file of a volume on loopfile."""
+        """The backing file of a volume on loopfile; of one in a group the device, shown."""
+        if self.group is not None:
+            return shown(volume)
         return self.state / "loopfile" / "volumes" / volume / "disk.img"
 
+    def disk_bytes(self, volume: str = VOLUME) -> int:
+        """Its length."""
+        disk = self.disk(volume)
+        return disk.stat().st_size if self.group is None else blockdev.size_bytes(str(disk))
+
+    def rounded(self, size: int) -> int:
+        """How long it is made for so many bytes."""
+        unit = 1 if self.group is None else self.group.rounding
+        return -(-size // unit) * unit
+
+    def plain_device(self, volume: str = VOLUME) -> Path:
+        """What shows a staged volume that is not encrypted."""
+        return self.disk(volume) if self.group is not None else Path(self.loops_of(volume)[0].path)
+
     def record_file(self, volume: str = VOLUME) -> Path:
+        if self.group is not None:
+            return self.state / "lvm/volumes" / volume / "record.json"
         return self.disk(volume).with_name("record.json")
 
     def record(self, volume: str = VOLUME) -> VolumeRecord:
@@ -293,7 +334,11 @@ class Node:
         return found
 
     def loops_of(self, volume: str = VOLUME) -> Sequence[LoopInfo]:
-        return self.loops.find(str(self.disk(volume)))
+        return [] if self.group is not None else self.loops.find(str(self.disk(volume)))
+
+    def is_attached(self, volume: str = VOLUME) -> bool:
+        """Whether a device shows the volume's storage that is not the test's own doing."""
+        return is_left_shown(volume) if self.group is not None else bool(self.loops_of(volume))
 
     def write(self, text: str = "precious", volume: str = VOLUME) -> None:
         """Write a file into the staged file system, durably."""
@@ -314,7 +359,7 @@ class Node:
             self.mapping(volume)
             or self.is_mounted(volume)
             or self.stages.get(volume)
-            or (self.backend is None and self.loops_of(volume))
+            or (self.backend is None and self.is_attached(volume))
         )
 
     def staged_once(self, volume: str = VOLUME, text: str = "precious") -> None:

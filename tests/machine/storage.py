@@ -16,7 +16,7 @@ from csi_driver.model.settings import Settings
 from csi_driver.volumes.driver import WARM
 from tests.backends.rigs import GROUP, POOL, LvmRig, lvm
 
-_DISK_BYTES, _POOL_BYTES = 3 << 30, 2 << 30
+DISK_BYTES, POOL_BYTES = 3 << 30, 2 << 30
 VOLUMES = f"{dm_name(GROUP, 'luks')}-"
 """What device-mapper's names of volumes of a group begin with."""
 BACKENDS = ("loopfile", "lvm-thick", "lvm-thin")
@@ -118,7 +118,7 @@ def storage(backend: str, folder: Path, state: Path) -> Iterator[Storage]:
         return
     workers = Workers(WARM)
     try:
-        with LvmRig(folder, workers, thin=backend == "lvm-thin", disk_bytes=_DISK_BYTES, pool_bytes=_POOL_BYTES) as rig:
+        with LvmRig(folder, workers, thin=backend == "lvm-thin", disk_bytes=DISK_BYTES, pool_bytes=POOL_BYTES) as rig:
             rig.restart()
             rig.disown()
             try:
@@ -136,13 +136,13 @@ def after_boot(backend: str, folder: Path, state: Path) -> Storage:
     thin, disk = backend == "lvm-thin", folder / "group.disk"
     is_first = not disk.exists()
     with disk.open("ab") as file:
-        file.truncate(_DISK_BYTES)
+        file.truncate(DISK_BYTES)
     loop = subprocess.run(["losetup", "--find", "--show", disk], check=True, stdout=subprocess.PIPE, text=True)
     DeviceMapper().target_version("thin-pool")
     if is_first:
         lvm("vgcreate", GROUP, loop.stdout.strip())
         if thin:
-            lvm("lvcreate", "-L", f"{_POOL_BYTES}b", "--type", "thin-pool", "-n", POOL, GROUP)
+            lvm("lvcreate", "-L", f"{POOL_BYTES}b", "--type", "thin-pool", "-n", POOL, GROUP)
         os.sync()
     return GroupStorage(state, thin=thin)
 

@@ -17,6 +17,7 @@ import pytest
 
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.volumes.capability import AccessMode, Capability
+from tests.machine.group import hide
 from tests.machine.node import BLOCK, CHEAP, EXT4, MIB, PASSPHRASE, SIZE, VOLUME, Node, fingerprint
 
 CLI = str(Path(sys.executable).with_name("luks-csi"))
@@ -33,6 +34,7 @@ encrypted_or_plain = pytest.mark.parametrize("parameters", [CHEAP, PLAIN], ids=[
 def check(
     node: Node, *options: str, volume: str = VOLUME, passphrase: str = PASSPHRASE
 ) -> subprocess.CompletedProcess[str]:
+    hide(volume)
     plain = volume == VOLUME and node.record().encryption is None  # for which a secret is refused
     secret = [] if plain else ["--passphrase-file", "-"]
     return subprocess.run(
@@ -72,7 +74,7 @@ def opened(node: Node) -> Iterator[Path]:
     node.stage(capability=BLOCK)
     try:
         mapping = node.mapping()
-        yield Path(mapping.path if mapping else node.loops_of()[0].path)
+        yield Path(mapping.path if mapping else node.plain_device())
     finally:
         node.unstage()
 

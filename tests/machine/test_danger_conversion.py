@@ -20,6 +20,7 @@ from csi_driver.volumes.conversion import Watch
 from csi_driver.volumes.conversion_steps import ConversionSteps
 from csi_driver.volumes.recovery import Recovery
 from tests.keys.given import GivenSources
+from tests.machine.group import only_of_files
 from tests.machine.node import BLOCK, CHEAP, LIMITS, SECRET, VOLUME, Node
 from tests.machine.processes import wait_for
 from tests.machine.test_conversion import (
@@ -34,6 +35,8 @@ from tests.machine.test_conversion import (
     reencrypt,
     stop_after,
 )
+
+pytestmark = only_of_files("key")
 
 
 @pytest.fixture(autouse=True)

@@ -29,6 +29,7 @@ from csi_driver.model.errors import (
 )
 from csi_driver.volumes.driver import WARM
 from tests.machine.block_backend import BlockBackend, FaultyDevice
+from tests.machine.group import IN_GROUP, skip_in_group
 from tests.machine.node import BLOCK, CHEAP, DATA_OFFSET, LIMITS, MIB, SIZE, VOLUME, Node
 from tests.machine.processes import first_pid, launcher_inside, wait_for
 
@@ -43,6 +44,7 @@ TIGHT = replace(LIMITS, format_seconds=SECONDS, unlock_seconds=SECONDS, mount_se
 
 @pytest.fixture
 def disk(folder: Path) -> Iterator[FaultyDevice]:
+    skip_in_group("own disk")
     disk = FaultyDevice(folder / "disk", SIZE + DATA_OFFSET)
     yield disk
     disk.close()
@@ -201,7 +203,8 @@ def test_bootc2089_nothing_waits_for_a_udev_that_does_not_answer(
 
 def test_osc_bsu835_run_cryptsetup_is_neither_needed_nor_made(used: Node) -> None:
     """A hardened pod has a read-only root: /run/cryptsetup is absent and cannot be made."""
-    script = 'mount -t tmpfs -o ro none /run && exec "$@"'
+    locks = "mkdir -p /run/lock/lvm && mount -o remount,ro /run && mount -t tmpfs none /run/lock/lvm"  # as in the pod
+    script = f'mount -t tmpfs none /run && {locks if IN_GROUP else "mount -o remount,ro /run"} && exec "$@"'
     workers = Workers(WARM, launcher_inside("unshare", "--mount", "sh", "-c", script, "sh"))
     try:
         hardened = Node(used.folder, workers)

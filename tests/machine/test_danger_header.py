@@ -29,6 +29,7 @@ from csi_driver.model.volume import EncryptionState
 from csi_driver.volumes.driver import WARM
 from tests import headers
 from tests.headers import HDR_SIZE, Metadata, head_of, metadata_of
+from tests.machine.group import DEVICE
 from tests.machine.node import BLOCK, CHEAP, DATA_OFFSET, LIMITS, MIB, SECRET, VOLUME, Node, fingerprint
 
 P = ParamSpec("P")
@@ -103,7 +104,7 @@ def add_reencryption(metadata: Metadata) -> None:
 )
 def test_cve_2021_4122_forged_reencryption(used: Node, change: Callable[[Metadata], object]) -> None:
     forge(used, change)
-    is_refused_untouched(used, rf"volume {VOLUME} on /dev/loop")
+    is_refused_untouched(used, rf"volume {VOLUME} on {DEVICE}")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_cve_2021_4122_forged_reencryption(used: Node, change: Callable[[Metadat
 def test_ghsa_f5p4_a_header_unlike_its_record(used: Node, change: Callable[[Metadata], object]) -> None:
     """What the record pins outside the device cannot be changed on it: geometry, cipher, volume key."""
     forge(used, change)
-    is_refused_untouched(used, rf"volume {VOLUME} on /dev/loop")
+    is_refused_untouched(used, rf"volume {VOLUME} on {DEVICE}")
 
 
 @pytest.mark.parametrize("bad", [0, HDR_SIZE], ids=["primary", "secondary"])

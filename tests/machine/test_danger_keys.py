@@ -26,6 +26,7 @@ from csi_driver.model.volume import EncryptionState
 from csi_driver.volumes.capability import Capability
 from csi_driver.volumes.driver import WARM
 from tests.headers import run_cryptsetup
+from tests.machine.group import DEVICE
 from tests.machine.node import BLOCK, CHEAP, MIB, MOUNT, PASSPHRASE, SECRET, SIZE, VOLUME, Node, fingerprint
 from tests.machine.processes import wait_for
 
@@ -46,7 +47,7 @@ def key_in_kernel(node: Node) -> bool:
 def test_a_wrong_key_opens_nothing_and_leaves_nothing_open(used: Node) -> None:
     before = fingerprint(used.disk())
     for capability in (MOUNT, BLOCK):
-        with pytest.raises(Unauthenticated, match=rf"opens no key slot of volume {VOLUME} on /dev/loop") as refused:
+        with pytest.raises(Unauthenticated, match=rf"opens no key slot of volume {VOLUME} on {DEVICE}") as refused:
             used.stage(capability=capability, secret=WRONG)
         assert PASSPHRASE[:-1] not in str(refused.value)
         assert used.closed()
@@ -129,9 +130,10 @@ def test_lh9571_an_encrypted_volume_is_never_staged_as_a_plain_one(used: Node) -
 
 
 def test_cc5148_a_volume_is_deleted_when_its_secret_is_gone(used: Node) -> None:
-    folder = used.disk().parent
+    folder = used.record_file().parent
     used.delete()
     assert not folder.exists()
+    assert not used.disk().exists()
     with pytest.raises(NotFound):
         used.record()
     used.delete()

@@ -16,16 +16,20 @@ from typing import ParamSpec, TypeVar, cast
 import pytest
 
 from csi_driver.host.commands import run_program
+from csi_driver.host.devicemapper import DeviceMapper, Target
 from csi_driver.host.workers import Workers
 from csi_driver.keys.secret import read_secret
 from csi_driver.model.errors import VolumeBusy
 from csi_driver.model.settings import Settings
 from csi_driver.volumes.driver import WARM, Driver, Host, build_driver
 from csi_driver.volumes.stage import StageRequest
+from tests.machine import disks
 from tests.machine.fault_points import Injector
 from tests.machine.fault_server import FaultServer, Outcome
+from tests.machine.group import IN_GROUP
 from tests.machine.node import CHEAP, EXT4, LIMITS, MIB, SECRET, SIZE, VOLUME, Node, fingerprint
 from tests.machine.processes import has_ended, run, stopped_below, wait_for
+from tests.machine.storage import GroupStorage
 from tests.machine.test_danger_orphans import stage_when_free
 from tests.worker_tasks import run_stopped_program, stop_first
 
@@ -66,6 +70,8 @@ def orphaned(node: Node, step: str) -> Iterator[int]:
         free_space_floor=64 * MIB,
         limits=LIMITS,
     )
+    if IN_GROUP:
+        settings = GroupStorage(node.state, thin=False).settings(settings)
     request = StageRequest(VOLUME, str(node.staging_path()), EXT4, read_secret(SECRET), {})
     node.staging_path().mkdir(parents=True)
     server = FaultServer(settings, build, node.folder / "killed.log")
@@ -89,14 +95,22 @@ def orphaned(node: Node, step: str) -> Iterator[int]:
 
 @contextmanager
 def bystander(folder: Path) -> Iterator[tuple[Path, str]]:
-    """A stranger's file system on the first loop device that is free: its file and the device."""
+    """A stranger's file system on the first free device of the kind that shows volumes: its file and the device."""
     file = folder / "bystander.img"
     with file.open("wb") as image:
         image.truncate(64 * MIB)
     run("mkfs.ext4", "-q", file)
     device = run("losetup", "--find", "--show", file)
     try:
-        yield file, device
+        if not IN_GROUP:
+            yield file, device
+            return
+        sectors, number = file.stat().st_size // 512, os.stat(device).st_rdev
+        below = f"{os.major(number)}:{os.minor(number)} 0"
+        try:
+            yield file, DeviceMapper().create("bystander", "", [Target(0, sectors, "linear", below)]).path
+        finally:
+            DeviceMapper().remove("bystander")
     finally:
         run("losetup", "--detach", device)
 
@@ -123,7 +137,7 @@ def test_what_a_killed_server_left_at_work_keeps_its_device(
             node.stage()
         node.stage(OTHER)
         node.write("the other's", OTHER)
-        kept = node.loops_of()
+        kept = disks.is_in_use(node)
         os.kill(orphan, signal.SIGCONT)
         stage_when_free(node)
         assert sorted(path.name for path in node.staging_path().iterdir()) == ["lost+found"]
@@ -131,7 +145,7 @@ def test_what_a_killed_server_left_at_work_keeps_its_device(
         os.sync()
         assert fingerprint(file) == before, f"{step} of a killed server wrote to {device}, which is not the volume's"
         assert node.read(OTHER) == "the other's"
-        assert len(kept) == 1, "the loop device of the volume was free while a child was about to use it"
+        assert kept, "the device of the volume was free while a child was about to use it"
     for volume in (VOLUME, OTHER):
         node.unstage(volume)
         node.stage(volume)

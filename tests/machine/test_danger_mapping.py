@@ -6,7 +6,6 @@ Field problems 2 and 3. test_danger_selftest.py plants the bug "any mapping of t
 import contextlib
 import os
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,11 +14,16 @@ from pathlib import Path
 import pytest
 
 from csi_driver.host.devicemapper import Device, Target
+from csi_driver.host.workers import Workers
 from csi_driver.luks.device import dm_uuid
 from csi_driver.model.errors import DeviceInUse, MappingMismatch
 from csi_driver.model.volume import mapping_name
+from tests.machine import disks
+from tests.machine.block_backend import BlockBackend, FaultyDevice
+from tests.machine.group import only_of_files, skip_in_group
 from tests.machine.kernel import suspend
 from tests.machine.node import DATA_OFFSET, MIB, PASSPHRASE, SIZE, VOLUME, Node
+from tests.machine.processes import run
 
 NAME = mapping_name(VOLUME)
 SECTORS = SIZE // 512
@@ -94,8 +98,7 @@ def test_lh9403_the_device_below_an_open_mapping_is_gone(used: Node) -> None:
 
 def open_copy(node: Node, folder: Path) -> None:
     """Open a byte for byte copy of the volume, LUKS UUID and all, under the volume's mapping name."""
-    copy = folder / "copy.img"
-    shutil.copyfile(node.disk(), copy)
+    copy = disks.copy_of(node, folder / "copy.img")
     subprocess.run(
         ["cryptsetup", "open", "--key-file", "-", "--disable-keyring", str(copy), NAME],
         input=PASSPHRASE.encode(), check=True, timeout=20, env={**os.environ, "DM_DISABLE_UDEV": "1"},
@@ -117,7 +120,7 @@ def test_csi_cloudscale153_a_mapping_on_another_device_that_is_in_use_is_refused
         with pytest.raises(DeviceInUse, match=words):
             used.stage()
         assert not used.is_mounted()
-        assert not used.loops_of()
+        assert not disks.is_in_use(used)
     used.stage()
     is_the_volumes_own(used)
     used.unstage()
@@ -131,7 +134,7 @@ def test_scaleway41_a_foreign_device_has_the_mappings_name(used: Node, uuid: str
         used.stage()
     used.unstage()
     assert used.mapping() == foreign
-    assert not used.loops_of()
+    assert not disks.is_in_use(used)
     used.mapper.remove(NAME)
     used.stage()
     used.unstage()
@@ -211,6 +214,29 @@ def test_a_complete_stage_is_repeated_without_the_key(used: Node) -> None:
     used.unstage()
 
 
+def test_a_device_that_somebody_else_has_mapped_is_refused_and_he_is_named(folder: Path, workers: Workers) -> None:
+    """Device-mapper lays a second mapping over it all the same, and two file systems would write to one device."""
+    skip_in_group("own disk")
+    disk = FaultyDevice(folder / "disk", SIZE + DATA_OFFSET)
+    try:
+        node = Node(folder, workers, backend=BlockBackend({VOLUME: disk.path}))
+        node.staged_once()
+        command = ["cryptsetup", "open", "--key-file", "-", disk.path, "second"]
+        subprocess.run(command, input=PASSPHRASE.encode(), check=True, timeout=20)
+        try:
+            with pytest.raises(DeviceInUse, match=rf"volume {VOLUME} on .*: /dev/mapper/second has the device for it"):
+                node.stage()
+            assert node.closed()
+        finally:
+            run("cryptsetup", "close", "second")
+        node.stage()
+        is_the_volumes_own(node)
+        node.unstage()
+    finally:
+        disk.close()
+
+
+@only_of_files("files")
 def test_two_mappings_of_one_file_cannot_be(used: Node) -> None:
     """Loop does not stop a file from being bound twice. While it is staged the file system does, and then the look at
     what is bound already.
@@ -238,5 +264,5 @@ def test_a_size_of_the_mapper_is_the_capacity(used: Node) -> None:
     """LH#9205: the 16 MiB of the header are the backend's, not the pod's."""
     used.stage()
     assert used.open_mapping().size_bytes == SIZE == used.record().capacity_bytes
-    assert used.disk().stat().st_size == SIZE + DATA_OFFSET == SIZE + 16 * MIB
+    assert used.disk_bytes() == used.rounded(SIZE + DATA_OFFSET) == SIZE + 16 * MIB
     used.unstage()

@@ -7,6 +7,7 @@ import errno
 import os
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,9 @@ from csi_driver.host.mounts import Mounts
 from csi_driver.model.volume import mapping_name
 from csi_driver.rpc.client import CsiClient, RemoteError, RemoteVolume
 from csi_driver.volumes.capability import Capability
+from tests.machine.group import IN_GROUP, current, in_pool, is_left_shown, mend_records, server_on, show_records
 from tests.machine.node import BLOCK, CHEAP, EXT4, SECRET, SIZE
 from tests.machine.processes import run, wait_for
-from tests.machine.server import ServerProcess
 
 KINDS: dict[str, tuple[Capability, dict[str, str]]] = {
     "mount": (EXT4, dict(CHEAP)),
@@ -49,25 +50,27 @@ class Disks:
 
     def fail(self, *, kubelet_too: bool) -> None:
         """As ext4 does with a disk that answers with errors."""
-        device = Path(run("findmnt", "-no", "SOURCE", self.state))
-        Path("/sys/fs/ext4", device.name, "trigger_fs_error").write_text("a test")
-        wait_for(self._is_read_only, "the file system to turn read-only")
+        for place in self._places():
+            number = place.stat().st_dev
+            device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+            Path("/sys/fs/ext4", device.name, "trigger_fs_error").write_text("a test")
+            wait_for(partial(_is_read_only, place), "the file system to turn read-only")
         if kubelet_too:
             run("mount", "-o", "remount,ro", self.kubelet)
 
-    def _is_read_only(self) -> bool:
-        try:
-            (self.state / "written").touch()
-        except OSError as error:
-            return error.errno == errno.EROFS
-        return False
+    def _places(self) -> list[Path]:
+        return [self.state, self.state / "lvm"] if IN_GROUP else [self.state]
 
     def mend(self) -> None:
         """What an administrator does."""
-        run("umount", self.state)
+        run("umount", "--recursive", self.state)
+        if (rig := current()) is not None:
+            mend_records(rig)
         mended = subprocess.run(["e2fsck", "-p", "-f", self._image], check=False, timeout=60, capture_output=True)
         assert mended.returncode in (0, 1), mended.stdout
         self.attach()
+        if rig is not None:
+            show_records(rig, self.state)
         run("mount", "-o", "remount,rw", self.kubelet)
 
     def close(self) -> None:
@@ -83,7 +86,16 @@ class Disks:
     def is_put_down(self, name: str) -> bool:
         disk = self.state / "loopfile/volumes" / name / "disk.img"
         mounted = [path for path in (self.staging(name), self.pod(name)) if Mounts().at(str(path))]
-        return not (DeviceMapper().get(mapping_name(name)) or LoopDevices().find(str(disk)) or mounted)
+        is_shown = is_left_shown(name) if IN_GROUP else LoopDevices().find(str(disk))
+        return not (DeviceMapper().get(mapping_name(name)) or is_shown or mounted)
+
+
+def _is_read_only(place: Path) -> bool:
+    try:
+        (place / "written").touch()
+    except OSError as error:
+        return error.errno == errno.EROFS
+    return False
 
 
 @pytest.fixture
@@ -96,7 +108,7 @@ def disks(folder: Path) -> Iterator[Disks]:
 def use(client: CsiClient, disks: Disks, name: str) -> RemoteVolume:
     """A volume that a pod uses."""
     capability, parameters = KINDS[name]
-    volume = client.create_volume(name, [capability], SIZE, parameters=parameters, secrets=SECRET)
+    volume = client.create_volume(name, [capability], SIZE, parameters=in_pool(parameters), secrets=SECRET)
     disks.staging(name).mkdir(parents=True)
     client.stage(volume, disks.staging(name), capability, SECRET)
     client.publish(volume, disks.staging(name), disks.pod(name), capability)
@@ -113,7 +125,7 @@ def use(client: CsiClient, disks: Disks, name: str) -> RemoteVolume:
 def test_a_state_directory_that_turned_read_only_keeps_no_volume_up(
     disks: Disks, *, restarted: bool, kubelet_too: bool
 ) -> None:
-    with ServerProcess(disks.folder) as server, CsiClient(server.endpoint, 60) as client:
+    with server_on(disks.folder) as server, CsiClient(server.endpoint, 60) as client:
         volumes = {name: use(client, disks, name) for name in KINDS}
         disks.fail(kubelet_too=kubelet_too)
         if restarted:
@@ -145,13 +157,13 @@ def test_a_state_directory_that_turned_read_only_keeps_no_volume_up(
 
 def test_a_volume_in_use_is_told_of_while_nothing_can_be_written(disks: Disks) -> None:
     """What only looks goes on, and a stage says why it cannot."""
-    with ServerProcess(disks.folder) as server, CsiClient(server.endpoint, 60) as client:
+    with server_on(disks.folder) as server, CsiClient(server.endpoint, 60) as client:
         use(client, disks, "mount")
         disks.fail(kubelet_too=False)
         assert client.usage("mount", disks.pod("mount"))
         assert [volume.id for volume in client.volumes()] == ["mount"]
         with pytest.raises(RemoteError, match=r"(?i)read-only") as refused:
-            client.create_volume("another", [EXT4], SIZE, parameters=CHEAP, secrets=SECRET)
+            client.create_volume("another", [EXT4], SIZE, parameters=in_pool(CHEAP), secrets=SECRET)
         assert "look for request" not in str(refused.value)
         client.unpublish("mount", disks.pod("mount"))
         client.unstage("mount", disks.staging("mount"))

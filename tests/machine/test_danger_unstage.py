@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.host.devicemapper import DeviceMapper, Target
 from csi_driver.model.errors import DeviceInUse, DriverError, FailedPrecondition, NotFound
 from csi_driver.model.volume import EncryptionState, mapping_name
 from csi_driver.rpc.client import CsiClient, RemoteError
 from csi_driver.volumes.capability import AccessMode, Capability
+from tests.machine.group import in_pool, server_on
 from tests.machine.node import BLOCK, CHEAP, EXT4, MIB, MOUNT, SECRET, SIZE, VOLUME, Node
 from tests.machine.processes import run, sleeping_in
-from tests.machine.server import ServerProcess
 
 OTHER = "pvc-2"
 PLAIN: Mapping[str, str] = {}
@@ -115,6 +116,22 @@ def test_the_device_that_a_pod_sees_never_becomes_another_volumes(node: Node) ->
     node.unstage(OTHER)
 
 
+@contextlib.contextmanager
+def taken_below(minor: int) -> Iterator[None]:
+    """Whichever mapped device is made next has that number."""
+    mapper = DeviceMapper()
+    fillers: list[str] = []
+    while True:
+        made = mapper.create(f"filler-{len(fillers)}", "", [Target(0, 8, "zero", "")])
+        fillers.append(made.name)
+        if made.minor >= minor:
+            mapper.remove(fillers.pop())
+            break
+    yield
+    for name in fillers:
+        mapper.remove(name)
+
+
 @pytest.fixture
 def stale(node: Node) -> Iterator[Node]:
     """The node below /dev/mapper of a staged volume whose mapping is gone has the number of another volume's.
@@ -123,13 +140,15 @@ def stale(node: Node) -> Iterator[Node]:
     """
     for volume in (VOLUME, OTHER):
         node.create(volume, capability=BLOCK)
+    node.disk(OTHER)  # where that is a mapped device too, it has its number before
     node.stage(capability=BLOCK)
     left = Path(node.open_mapping().path)
     number = left.stat().st_rdev
     run("dmsetup", "remove", "--noudevsync", left.name)
     with contextlib.suppress(FileExistsError):
         os.mknod(left, 0o60600, number)
-    node.stage(OTHER, BLOCK)
+    with taken_below(os.minor(number)):
+        node.stage(OTHER, BLOCK)
     assert Path(node.open_mapping(OTHER).path).stat().st_rdev == number
     yield node
     for volume in (VOLUME, OTHER):
@@ -198,8 +217,8 @@ def test_a_volume_that_0_1_0_staged_through_a_link_can_be_put_down(used: Node) -
 def test_a_holder_in_a_folder_whose_name_is_no_utf8_is_named(folder: Path, log_format: str) -> None:
     staging_path = folder / "stage"
     staging_path.mkdir()
-    with ServerProcess(folder, "--log-format", log_format) as server, CsiClient(server.endpoint) as client:
-        volume = client.create_volume(VOLUME, [EXT4], SIZE, parameters=CHEAP, secrets=SECRET)
+    with server_on(folder, "--log-format", log_format) as server, CsiClient(server.endpoint) as client:
+        volume = client.create_volume(VOLUME, [EXT4], SIZE, parameters=in_pool(CHEAP), secrets=SECRET)
         client.stage(volume, staging_path, EXT4, SECRET)
         latin = bytes(staging_path) + b"/caf\xe9"
         os.mkdir(latin)

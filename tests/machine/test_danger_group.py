@@ -1,0 +1,66 @@
+"""What befalls volumes in a volume group alone: they are renamed, or somebody else takes one."""
+
+import subprocess
+
+import pytest
+
+from csi_driver.model.errors import DeviceInUse, FailedPrecondition
+from csi_driver.model.volume import EncryptionState
+from tests.machine import disks
+from tests.machine.group import DEVICE
+from tests.machine.node import PASSPHRASE, SIZE, Node, fingerprint
+from tests.machine.test_conversion import reencrypt
+
+
+def test_hc1455_logical_volumes_that_were_renamed_are_refused(node: Node) -> None:
+    """Each is known by its UUID, whichever name it has."""
+    for volume in ("pvc-1", "pvc-2"):
+        node.staged_once(volume, volume)
+    disks.swap_names("pvc-1", "pvc-2")
+    for volume in ("pvc-1", "pvc-2"):
+        with pytest.raises(FailedPrecondition, match=volume):
+            node.stage(volume)
+        with pytest.raises(FailedPrecondition, match=volume):
+            node.grow(4 * SIZE, volume)
+        assert node.closed(volume)
+    disks.swap_names("pvc-1", "pvc-2")
+    for volume in ("pvc-1", "pvc-2"):
+        node.stage(volume)
+        assert node.read(volume) == volume
+        node.unstage(volume)
+
+
+def test_a_second_mapping_of_a_volume_in_use_cannot_be_and_who_has_it_is_left_alone(used: Node) -> None:
+    """Of a file there could be one, for which loopfile has its guard."""
+    open_it = ("cryptsetup", "open", "--key-file", "-", str(used.disk()), "second")
+    used.stage()
+    refused = subprocess.run(open_it, check=False, input=PASSPHRASE.encode(), capture_output=True, timeout=20)
+    assert refused.returncode == 5, refused  # cryptsetup(8): device already exists or device is busy
+    used.unstage()
+    open_it = (*open_it[:-2], str(used.disk()), "second")
+    subprocess.run(open_it, check=True, input=PASSPHRASE.encode(), capture_output=True, timeout=20)
+    try:
+        with pytest.raises(DeviceInUse, match=rf"pvc-1 on {DEVICE} cannot be opened: /dev/mapper/second has the dev"):
+            used.stage()
+        with pytest.raises(DeviceInUse, match=r"pvc-1 cannot be .* is still in use as .* below /dev/mapper/second;"):
+            used.delete()
+        assert used.record().encryption is EncryptionState.ENCRYPTED
+    finally:
+        subprocess.run(["cryptsetup", "close", "second"], check=True, timeout=20)
+    used.stage()
+    assert used.read() == "precious"
+    used.unstage()
+
+
+def test_a_move_to_another_volume_key_is_refused_and_changes_nothing(used: Node) -> None:
+    """In use or not: there is no storage beside a volume's own."""
+    before, record = fingerprint(used.disk()), used.record()
+    with pytest.raises(FailedPrecondition, match="pvc-1 cannot be moved to another volume key: the backend lvm has no"):
+        reencrypt(used)
+    assert (fingerprint(used.disk()), used.record()) == (before, record)
+    used.stage()
+    with pytest.raises(FailedPrecondition, match="pvc-1 cannot be moved to another volume key: the backend lvm has no"):
+        reencrypt(used)
+    assert used.record() == record
+    assert used.read() == "precious"
+    used.unstage()
