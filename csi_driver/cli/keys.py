@@ -13,11 +13,13 @@ from csi_driver.cli.names import volume_names
 from csi_driver.cli.output import OUTPUT_OPTION, Output, confirm, show_json, show_table, show_text
 from csi_driver.cli.secret_files import SecretSource, new_secret_options, secret_options
 from csi_driver.cli.serve import settings_params
+from csi_driver.keys.generated import PREFIX
 from csi_driver.keys.ledger import KeyEntry
 from csi_driver.keys.secret import read_secret
+from csi_driver.keys.sources import GENERATED
 from csi_driver.model.errors import DriverError
 from csi_driver.model.times import recorded
-from csi_driver.model.volume import VolumeRecord, is_volume_id
+from csi_driver.model.volume import KeyTrail, VolumeRecord, is_volume_id
 from csi_driver.volumes.driver import Driver
 from csi_driver.volumes.keys import SHARED, shares_key
 from csi_driver.volumes.rekey import Rekeyed
@@ -219,12 +221,19 @@ def _document(record: VolumeRecord) -> dict[str, str | bool | None]:
         "volume": record.id,
         "kms": trail.kms_id if trail else None,
         "type": trail.type if trail else "secret",
-        "key": (trail.key_id or trail.name) if trail else None,
+        "key": _key(trail) if trail else None,
         "key_version": trail.key_version if trail else None,
         "change": _change(record),
         "since": record.key_since or record.created,
         "next": recorded(datetime.fromtimestamp(planned.due, UTC)) if planned else None,
     }
+
+
+def _key(trail: KeyTrail) -> str:
+    """What to look for, or to back up, in its KMS."""
+    if trail.type == GENERATED:
+        return f"{trail.key_id}/{PREFIX}{trail.name}"
+    return trail.key_id or trail.name
 
 
 def _change(record: VolumeRecord) -> str | None:

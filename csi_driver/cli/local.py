@@ -1,7 +1,7 @@
 """The driver without a server, for commands that work on a node's volumes themselves."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import click
@@ -23,13 +23,14 @@ def local_driver(context: click.Context, given: dict[str, Any]) -> Iterator[Driv
 
     configure_logs(LogFormat.AUTO, "warning")
     harden_process()
-    driver = (context.obj or build_driver)(settings_of(given))
-    try:
-        yield driver
-    except OSError as error:
-        raise click.ClickException(
-            f"{driver.settings.state_dir} cannot be used ({error.strerror}: {error.filename}); run this as root, on "
-            f"the node, with the --state-dir of its server"
-        ) from None
-    finally:
-        driver.stop()
+    settings = settings_of(given)
+    with ExitStack() as stack:
+        try:
+            driver: Driver = (context.obj or build_driver)(settings)
+            stack.callback(driver.stop)
+            yield driver
+        except OSError as error:
+            raise click.ClickException(
+                f"{settings.state_dir} cannot be used ({error.strerror}: {error.filename}); run this as root, on the "
+                f"node, with the --state-dir of its server"
+            ) from None

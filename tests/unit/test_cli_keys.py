@@ -1,6 +1,7 @@
 """`luks-csi keys` and `luks-csi recover`: what they tell and refuse; what they do is tested on devices."""
 
 import json
+import os
 import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -79,6 +80,41 @@ def test_status_tells_where_keys_come_from_and_never_what_they_are(state: list[s
     assert "of-a-kms" in table
     assert "transit/csi" in table
     assert TRAIL.wrapped not in table + done.stdout
+
+
+def test_status_of_a_generated_key_names_the_secret_to_back_up(state: list[str]) -> None:
+    trail = KeyTrail(kms_id="", type="kubernetes-secret", name="own.0123", key_id="luks-csi")
+    put(state, msgspec.structs.replace(OF_KMS, id="own", key=trail))
+    (found,) = json.loads(run_cli("keys", "status", "own", *state, "-o", "json").stdout)
+    assert found["key"] == "luks-csi/luks-csi-key-own.0123"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("keys", "status"), ("keys", "check"), ("keys", "rotate", "of-a-kms", "--yes"), ("keys", "rewrap", "of-a-kms"),
+        ("keys", "leftovers"), ("volume", "encrypt", "plain", "--yes"), ("volume", "reencrypt", "of-a-kms", "--yes"),
+    ],
+)  # fmt: skip
+def test_who_may_not_read_the_state_directory_is_told_so(state: list[str], words: tuple[str, ...]) -> None:
+    folder, user = Path(state[1]), os.geteuid()
+    run_cli(*words, *state)  # which loads what another user may not read
+    parents = [each for each in folder.parents if not each.stat().st_mode & 0o001]
+    folder.chmod(0)
+    for each in parents:
+        each.chmod(each.stat().st_mode | 0o001)
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        done = run_cli(*words, *state)
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o700)
+        for each in parents:
+            each.chmod(each.stat().st_mode & ~0o001)
+    assert done.exit_code == 1
+    assert "run this as root, on the node" in done.stderr
+    assert str(folder) in done.stderr
 
 
 LEFT = KeyTrail(kms_id="vault-1", type="vault", name="gone.0123456789abcdef")
