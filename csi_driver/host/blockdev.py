@@ -98,22 +98,6 @@ def mapping_uuid_of(number: tuple[int, int]) -> str | None:
         return None
 
 
-def holders_of(number: tuple[int, int]) -> list[tuple[int, int]]:
-    """The numbers of the devices that lie on the block device of that number, mapped ones and others (sysfs)."""
-    major, minor = number
-    folder = f"/sys/dev/block/{major}:{minor}/holders"
-    try:
-        names = os.listdir(folder)
-    except OSError:  # the device has gone, and who held it
-        return []
-    found = []
-    for name in sorted(names):
-        with suppress(OSError, ValueError):  # one that goes at this moment
-            above, below = read_attribute(f"{folder}/{name}/dev").split(b":")
-            found.append((int(above), int(below)))
-    return found
-
-
 def kernel_name(number: tuple[int, int]) -> str:
     """The kernel's name of the block device of that number, such as "dm-3". Raises OSError when there is none."""
     major, minor = number
@@ -146,14 +130,22 @@ def is_claimed(device: Handle) -> bool:
 
 
 def on_top_of(number: tuple[int, int]) -> list[str]:
-    """The mapped devices that have the block device of that number below them, as /dev/mapper/<name> (sysfs)."""
+    """The devices that lie on the block device of that number (sysfs), mapped ones by their names below /dev/mapper."""
     major, minor = number
+    try:
+        names = os.listdir(f"/sys/dev/block/{major}:{minor}/holders")
+    except OSError:  # the device has gone, and who held it
+        return []
     found = []
-    with suppress(OSError):
-        for name in sorted(os.listdir(f"/sys/dev/block/{major}:{minor}/holders")):
-            with suppress(OSError):
-                mapping = os.fsdecode(read_attribute(f"/sys/block/{name}/dm/name").removesuffix(b"\n"))
-                found.append(f"/dev/mapper/{mapping}")
+    for name in sorted(names):
+        try:
+            mapping = os.fsdecode(read_attribute(f"/sys/block/{name}/dm/name").removesuffix(b"\n"))
+            found.append(f"/dev/mapper/{mapping}")
+        except FileNotFoundError:  # no mapped device, or one that goes at this moment
+            if os.path.exists(f"/sys/block/{name}"):
+                found.append(f"/dev/{name}")
+        except OSError:
+            continue
     return found
 
 

@@ -2,7 +2,6 @@
 
 import os
 import time
-from contextlib import suppress
 from enum import StrEnum
 
 from csi_driver.host import blockdev, dmnodes, keyring
@@ -88,15 +87,8 @@ class Mappings:
 
         Its proof, which a killed resize may have left, is its own.
         """
-        found = []
-        for holder in blockdev.holders_of(number):
-            mapped = blockdev.mapping_name_of(holder)
-            if mapped is not None and mapped not in (name, proof_name(name)):
-                found.append(dmnodes.name_path(mapped))
-            elif mapped is None:
-                with suppress(OSError):
-                    found.append(f"/dev/{blockdev.kernel_name(holder)}")
-        return found
+        own = {dmnodes.name_path(each) for each in (name, proof_name(name))}
+        return [path for path in blockdev.on_top_of(number) if path not in own]
 
     def close(self, name: str, uuid: str | None = None) -> None:
         """Close the mapping and forget its volume keys, also those of `uuid`; absent is fine, no key is needed.

@@ -65,4 +65,4 @@ def test_a_stage_that_is_complete_does_not_ask(rig: Rig) -> None:
 
 
 def test_a_device_that_has_gone_has_nobody_on_it() -> None:
-    assert blockdev.holders_of((4095, 1)) == []
+    assert blockdev.on_top_of((4095, 1)) == []
