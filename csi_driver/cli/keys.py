@@ -150,39 +150,65 @@ def rewrap(context: click.Context, /, volume_ids: tuple[str, ...], output: str, 
 @keys.command("leftovers", cls=BesideServer, params=[*_PARAMS])
 @click.argument("names", metavar="[KEY…]", nargs=-1)
 @click.option("--destroy", is_flag=True, help="Have their KMS destroy them: those that are named, or all.")
+@click.option("--forget", is_flag=True, help="List those that are named no more, and ask no KMS.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.pass_context
 def leftovers(
-    context: click.Context, /, names: tuple[str, ...], output: str, *, destroy: bool, yes: bool, **given: Any
+    context: click.Context,
+    /,
+    names: tuple[str, ...],
+    output: str,
+    *,
+    destroy: bool,
+    forget: bool,
+    yes: bool,
+    **given: Any,
 ) -> None:
     """Show the keys that a KMS keeps for no volume: of one that is gone, or that was not made to its end.
 
     A volume that is being made at this moment has one too. With --destroy the exit code is 1 when one is still there.
+    With --forget one stays in its KMS, if it is there: for a KMS that is gone for good.
     """
+    if forget and (destroy or not names):
+        raise click.UsageError("--forget is for keys that are named, and without --destroy.")
     with local_driver(context, given) as driver:
         found = [entry for entry in _left(driver) if not names or entry.key.name in names]
         if absent := set(names) - {entry.key.name for entry in found}:
             raise click.ClickException(f"no KMS keeps {', '.join(sorted(absent))} for nothing")
         gone: set[str] = set()
-        if destroy and found:
+        if found and destroy:
             confirm(f"Destroy {len(found)} keys for good?", yes=yes)
-            for entry in found:
-                with driver.locks.hold(entry.volume):
-                    if entry in _left(driver) and driver.keys.destroy_left(entry):
-                        gone.add(entry.key.name)
+            gone = _ended(driver, found, driver.keys.destroy_left)
+        elif found and forget:
+            confirm(f"Forget {len(found)} keys, and never destroy what their KMS has of them?", yes=yes)
+            gone = _ended(driver, found, driver.keys.forget_left)
+    _show_left(found, gone, output, "destroyed" if destroy else "forgotten" if forget else "")
+    if (destroy or forget) and len(gone) < len(found):
+        context.exit(1)
+
+
+def _ended(driver: Driver, found: Sequence[KeyEntry], end: Callable[[KeyEntry], bool]) -> set[str]:
+    """The names of those that `end` has ended, each under its volume's lock and if it is left still."""
+    gone = set()
+    for entry in found:
+        with driver.locks.hold(entry.volume):
+            if entry in _left(driver) and end(entry):
+                gone.add(entry.key.name)
+    return gone
+
+
+def _show_left(found: Sequence[KeyEntry], gone: set[str], output: str, ended: str) -> None:
     if output == Output.JSON:
-        show_json([_leftover(entry) | {"destroyed": entry.key.name in gone} for entry in found])
+        ends = ("destroyed", "forgotten")
+        show_json([_leftover(each) | {end: end == ended and each.key.name in gone for end in ends} for each in found])
     elif found:
-        rows = [tuple(_leftover(entry).values()) for entry in found]
-        ends = [("destroyed" if entry.key.name in gone else "kept",) * destroy for entry in found]
+        now = [(ended if entry.key.name in gone else "kept",) * bool(ended) for entry in found]
         show_table(
-            [(*row, *end) for row, end in zip(rows, ends, strict=True)],
-            ("VOLUME", "KMS", "TYPE", "KEY", "LEFT BY", *("NOW",) * destroy),
+            [(*_leftover(entry).values(), *end) for entry, end in zip(found, now, strict=True)],
+            ("VOLUME", "KMS", "TYPE", "KEY", "LEFT BY", *("NOW",) * bool(ended)),
         )
     else:
         show_text("no KMS keeps a key for nothing")
-    if destroy and len(gone) < len(found):
-        context.exit(1)
 
 
 def _warn(sentences: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from json import JSONDecodeError
 from typing import Any, Final
 
-from csi_driver.keys.base import SECONDS
+from csi_driver.keys.base import SECONDS, Announce, nobody, require_name
 from csi_driver.keys.clients import KeptClient, causes, unreachable, unreadable
 from csi_driver.keys.extras import load
 from csi_driver.model.errors import DriverError, FailedPrecondition, KeyLost, PermissionDenied, Unavailable
@@ -96,11 +96,12 @@ class KeyVault:
         for logger in ("azure", "msal"):  # what fails is told by us, without what the server said
             logging.getLogger(logger).setLevel(logging.CRITICAL + 1)
 
-    def create(self, name: str) -> KeyTrail:
+    def create(self, name: str, announce: Announce = nobody) -> KeyTrail:
         """What a cut call has left is used: nothing was encrypted with it, or with nothing else."""
         kept = _kept_name(name)
         found = self._read(kept)
         if found is None:
+            announce()
             made = Passphrase.random().reveal().decode()
             found = self._client.ask(
                 lambda client: _read(client.secrets.set_secret(kept, made, tags={_TAG: name[:_LONGEST_TAG]}))
@@ -109,6 +110,7 @@ class KeyVault:
 
     def fetch(self, trail: KeyTrail) -> Passphrase:
         """Of the version that was recorded: a newer one is somebody else's doing and opens nothing."""
+        require_name(self._where, trail)
         kept = _kept_name(trail.name)
         found = self._read(kept, trail.key_version)
         if found is None:

@@ -10,7 +10,7 @@ refuses us), KeyLost (it has the key no more), FailedPrecondition (the configura
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -26,6 +26,14 @@ Entry = Mapping[str, object]
 
 SECONDS: Final = 10.0
 """How long one request to a KMS may take, unless its entry says otherwise."""
+
+Announce = Callable[[], None]
+"""Called right before a KMS is asked to keep a key: until then it has none of that name, unless it did before."""
+
+
+def nobody() -> None:
+    """Nobody wants to know."""
+
 
 _MOST_NAMED: Final = 1024
 _MOST_WRAPPED: Final = 4096  # it must fit into the LUKS2 header's JSON area, beside the key slots
@@ -52,9 +60,10 @@ class KeySource(Protocol):
     def keeps(self) -> bool:
         """Whether the KMS keeps DEKs itself, so that one stays there until it is destroyed."""
 
-    def create(self, name: str) -> KeyTrail:
+    def create(self, name: str, announce: Announce = nobody) -> KeyTrail:
         """Make a DEK and have it wrapped or kept; repeating is fine. The trail's `kms_id`, `type` are left to others.
 
+        Where the KMS keeps it, `announce` is called before it is asked to, and what that raises ends it.
         `name` is of letters, digits, '-' and '.'; no other volume, and no earlier key of this one, has it.
         """
 
@@ -72,6 +81,12 @@ class KeySource(Protocol):
 
     def close(self) -> None:
         """Close what is open to the KMS; nobody asks it any more."""
+
+
+def require_name(where: str, trail: KeyTrail) -> None:
+    """Raise FailedPrecondition for a trail that names no key, of a KMS that finds keys by their names."""
+    if not trail.name:
+        raise FailedPrecondition(f"{where} keeps a key for each volume and was asked for none; name it (--kms-name)")
 
 
 @dataclass(frozen=True)
@@ -114,7 +129,7 @@ class Wrapping:
     def __init__(self, wrapper: Wrapper) -> None:
         self._wrapper = wrapper
 
-    def create(self, name: str) -> KeyTrail:
+    def create(self, name: str, announce: Announce = nobody) -> KeyTrail:  # noqa: ARG002 - nothing will be kept there
         return _trail(name, self._wrapper.wrap(name, Passphrase.random()))
 
     def fetch(self, trail: KeyTrail) -> Passphrase:

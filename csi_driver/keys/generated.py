@@ -6,6 +6,7 @@ mistake while the volume is there.
 
 from typing import Final
 
+from csi_driver.keys.base import Announce, nobody
 from csi_driver.keys.kubernetes import Kubernetes
 from csi_driver.keys.secret import CEPH_PASSPHRASE
 from csi_driver.model.errors import KeyLost
@@ -23,11 +24,11 @@ class GeneratedKeys:
     def __init__(self, kubernetes: Kubernetes) -> None:
         self._kubernetes = kubernetes
 
-    def create(self, name: str) -> KeyTrail:
+    def create(self, name: str, announce: Announce = nobody) -> KeyTrail:
         """A secret that a cut call has left is used."""
         namespace = self._kubernetes.namespace
         value = Passphrase.random().reveal().decode()
-        self._kubernetes.keep_secret(namespace, PREFIX + name, {CEPH_PASSPHRASE: value}, name)
+        self._kubernetes.keep_secret(namespace, PREFIX + name, {CEPH_PASSPHRASE: value}, name, announce)
         return KeyTrail(kms_id="", type="", name=name, key_id=namespace)
 
     def fetch(self, trail: KeyTrail) -> Passphrase:

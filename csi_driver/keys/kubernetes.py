@@ -6,7 +6,7 @@ role there grants, by name.
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -97,10 +97,13 @@ class Kubernetes:
             raise FailedPrecondition(f"there is no service account {namespace}/{name}; make it for the KMS")
         return shaped(_WHERE, made, _TokenRequest).status.token
 
-    def keep_secret(self, namespace: str, name: str, entries: Mapping[str, str], owner: str) -> None:
+    def keep_secret(
+        self, namespace: str, name: str, entries: Mapping[str, str], owner: str, announce: Callable[[], None]
+    ) -> None:
         """Make an immutable secret of ours for `owner`; one of that name that is there already stays as it is.
 
-        A finalizer keeps it from being deleted by mistake: `drop_secret` takes it away.
+        `announce` is called before it is made. A finalizer keeps it from being deleted by mistake: `drop_secret` takes
+        that away.
         """
         data = {entry: base64.b64encode(value.encode()).decode() for entry, value in entries.items()}
         document = {
@@ -119,6 +122,7 @@ class Kubernetes:
         path = f"api/v1/namespaces/{_safe(namespace)}/secrets"
         if self._get(namespace, "secrets", name) is not None:
             return
+        announce()
         made = self._ask("POST", path, document, quotes=False)
         if made is None:
             raise FailedPrecondition(f"there is no namespace {namespace}; make it for the keys of volumes")

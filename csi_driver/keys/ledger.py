@@ -1,6 +1,6 @@
 """The keys of this node that a KMS keeps and no record names: being made, or of volumes that are gone.
 
-<state-dir>/keys/<name of the key>.json     written before the KMS is asked to make or forget it, gone afterwards
+<state-dir>/keys/<name of the key>.json     written right before the KMS is asked to make or forget it, gone afterwards
 
 A record that names a key has the last word: what is here besides was left by a call that was killed behind its write.
 """

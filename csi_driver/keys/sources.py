@@ -69,12 +69,15 @@ class KeySources:
     ) -> KeyTrail:
         """A new DEK under `name`; kms_id None is a secret made for it. Nothing is asked twice if this is repeated.
 
-        Where the KMS is to keep it, `announce` is told before what will have to be destroyed.
+        Where the KMS is to keep it, `announce` is told right before what will have to be destroyed.
         """
         kind, source = self._source(kms_id, request)
-        if source.keeps:
-            announce(KeyTrail(kms_id=kms_id or "", type=kind, name=name, tenant=request.tenant))
-        made = self._told("create", purpose, request, kms_id, name, lambda: source.create(name))
+
+        def created() -> KeyTrail:
+            trail = KeyTrail(kms_id=kms_id or "", type=kind, name=name, tenant=request.tenant)
+            return source.create(name, lambda: announce(trail))
+
+        made = self._told("create", purpose, request, kms_id, name, created)
         return msgspec.structs.replace(made, kms_id=kms_id or "", type=kind, tenant=request.tenant)
 
     def fetch(self, trail: KeyTrail, request: KeyRequest, purpose: str) -> Passphrase:

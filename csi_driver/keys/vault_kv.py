@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
-from csi_driver.keys.base import EntryReader
+from csi_driver.keys.base import Announce, EntryReader, nobody, require_name
 from csi_driver.keys.http import NoRoute, shaped
 from csi_driver.keys.vault import Vault, joined
 from csi_driver.model.errors import FailedPrecondition, KeyLost, PermissionDenied
@@ -68,13 +68,14 @@ class VaultKv:
         self._said = _VERSIONS.get(self._backend)
         self._shown: tuple[int | None] | None = None
 
-    def create(self, name: str) -> KeyTrail:
+    def create(self, name: str, announce: Announce = nobody) -> KeyTrail:
         """What a cut call has left is used: nothing was encrypted with it, or with nothing else."""
         self._refuse_other_version()
         path = self._path(name)
         if (found := self._read(name)) is None:
             made = {"data": {"passphrase": Passphrase.random().reveal().decode()}}
             document = {"data": made} if self._is_second else made
+            announce()
             if self._ask("POST", path, document, quotes=False) is None:
                 raise FailedPrecondition(
                     f"{self._vault.where} takes no key at {path} (HTTP 404); correct vaultBackend, which is version "
@@ -88,10 +89,7 @@ class VaultKv:
 
     def fetch(self, trail: KeyTrail) -> Passphrase:
         """Of the version that was recorded: a newer one is somebody else's doing and opens nothing."""
-        if not trail.name:
-            raise FailedPrecondition(
-                f"{self._vault.where} keeps a key for each volume and was asked for none; name it (--kms-name)"
-            )
+        require_name(self._vault.where, trail)
         found = self._read(trail.name, trail.key_version)
         if found is None:
             self._refuse_other_version()

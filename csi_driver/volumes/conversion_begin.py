@@ -20,7 +20,7 @@ from csi_driver.model.settings import Limits
 from csi_driver.model.volume import Conversion, FileSystemState, KeyTrail, LuksIdentity, VolumeRecord
 from csi_driver.volumes.conversion_devices import ConversionDevices
 from csi_driver.volumes.encryption import attempt
-from csi_driver.volumes.keys import VolumeKeys
+from csi_driver.volumes.keys import VolumeKeys, previous_tried
 from csi_driver.volumes.keyslots import KeySlots, recorded_identity, where_is
 from csi_driver.volumes.presence import Presence
 from csi_driver.volumes.two_keys import refuse_half
@@ -55,7 +55,7 @@ class ConversionBegin:
         except Unauthenticated:
             if record.key is not None or secret.previous is None:
                 raise
-        with self._devices.attached(record) as device, self._keys.using(record, "reencrypt"):
+        with previous_tried(), self._devices.attached(record) as device, self._keys.using(record, "reencrypt"):
             self._slots.verify(record, device, secret.previous)
         return secret.previous
 

@@ -15,7 +15,7 @@ from csi_driver.volumes.capability import Capability
 from csi_driver.volumes.encryption import Encryption
 from csi_driver.volumes.filesystem import FileSystems
 from csi_driver.volumes.healing import Healing
-from csi_driver.volumes.keys import VolumeKeys
+from csi_driver.volumes.keys import VolumeKeys, previous_tried
 from csi_driver.volumes.keyslots import KeySlots
 from csi_driver.volumes.presence import Presence, Presences
 from csi_driver.volumes.sizing import grow_device
@@ -111,7 +111,7 @@ class Expansion:
         except Unauthenticated:
             if secret.previous is None:
                 raise
-            with self._keys.using(record, "expand"):
+            with previous_tried(), self._keys.using(record, "expand"):
                 self._slots.verify(record, device, secret.previous)
             return secret.previous
         return passphrase

@@ -11,9 +11,9 @@ import msgspec
 from csi_driver.host.log import log
 from csi_driver.keys.base import KeyRequest
 from csi_driver.keys.ledger import KeyEntry, KeyLedger
-from csi_driver.keys.secret import SecretKey, require_passphrase
+from csi_driver.keys.secret import PREVIOUS, SecretKey, require_passphrase
 from csi_driver.keys.sources import GENERATED, KeySources
-from csi_driver.model.errors import Aborted, DeadlineExceeded, DriverError
+from csi_driver.model.errors import Aborted, DeadlineExceeded, DriverError, Unauthenticated
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import KeyTrail, VolumeParameters, VolumeRecord
 
@@ -164,6 +164,14 @@ class VolumeKeys:
         """Destroy what `leave` gave, or `left`; whether the KMS has forgotten it, else that is logged."""
         return self._forget(entry, "delete volume", noted=True)
 
+    def forget_left(self, entry: KeyEntry) -> bool:
+        """Forget the name of what `left` gave, and ask no KMS; the log tells it. Whether it is forgotten."""
+        self._ledger.forget(entry.key.name)
+        if entry in self._ledger.entries(entry.volume):
+            return False
+        log.warning("a key is looked after no more", volume_id=entry.volume, kms=entry.key.kms_id, key=entry.key.name)
+        return True
+
     def hand_over(self, record: VolumeRecord) -> None:
         """Forget what is noted here of the keys of a volume that another driver has: they open it there."""
         for name in _names(record):
@@ -191,6 +199,15 @@ class VolumeKeys:
             log.warning("a key was left in its KMS", volume_id=entry.volume, key=trail.name, error=type(error).__name__)
             return False
         return True
+
+
+@contextmanager
+def previous_tried() -> Iterator[None]:
+    """Tell of what opens nothing that it was the secret's previous passphrase, after the one that it has."""
+    try:
+        yield
+    except Unauthenticated as error:
+        raise Unauthenticated(f"{error}; its {PREVIOUS} was tried too and opens none either") from None
 
 
 def left_keys(ledger: KeyLedger, records: Iterable[VolumeRecord]) -> list[KeyEntry]:

@@ -31,7 +31,7 @@ from csi_driver.volumes.drift import KeyDrift
 from csi_driver.volumes.encryption import Encryption, Opened, attempt, raw_if_unseen
 from csi_driver.volumes.filesystem import Attached, FileSystems
 from csi_driver.volumes.healing import Healing
-from csi_driver.volumes.keys import KeyInHand, VolumeKeys
+from csi_driver.volumes.keys import KeyInHand, VolumeKeys, previous_tried
 from csi_driver.volumes.moved import Homes
 from csi_driver.volumes.presence import Presence, Presences
 from csi_driver.volumes.rekey import Rekeying
@@ -179,7 +179,7 @@ class Staging:
         if record.conversion is not None:  # its passphrase is changed when that has ended
             key = replace(key, passphrase=secret.previous)
         record = self._rekeying.renew(record, device, secret)
-        with self._keys.using(record, "stage"):
+        with previous_tried(), self._keys.using(record, "stage"):
             return self._encryption.open(self._backend, record, device, key, undo)
 
     def unstage(self, volume_id: str, staging_path: str) -> None:

@@ -267,6 +267,20 @@ def test_a_server_that_is_not_there(kind: str, asked: Callable[..., Asked]) -> N
             assert "cannot be reached" in failed(call, Unavailable, "UNAVAILABLE")
 
 
+@pytest.mark.parametrize("kind", ["vault", "vault, version 1", "kubernetes-secret"])
+def test_what_was_never_asked_of_a_server_is_not_announced(
+    kind: str, failing: Failing, tmp_path: Path, authority: Authority
+) -> None:
+    told: list[str] = []
+    failing.answer = status(503)
+    with ExitStack() as stack:
+        source = BY_HTTP[kind][0](Place(failing.address, authority.certificate, tmp_path, stack))
+        stack.callback(source.close)
+        with pytest.raises(Unavailable):
+            source.create(NAME, lambda: told.append("announced"))
+    assert told == []
+
+
 @pytest.mark.parametrize("kind", BY_HTTP)
 def test_a_server_whose_certificate_is_anothers(
     kind: str, failing: Failing, asked: Callable[..., Asked], tmp_path: Path

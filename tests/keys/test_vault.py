@@ -211,6 +211,17 @@ def test_a_login_that_is_refused_is_not_tried_again_for_the_mount(made: Made) ->
     assert len(asked) == 1
 
 
+def test_a_key_is_announced_right_before_it_is_kept(made: Made) -> None:
+    name, told = f"{NAME}-announced", []
+
+    def announce() -> None:
+        told.append(name in made.names("secret/metadata/csi"))
+
+    for _ in range(2):
+        made.kv("secret").create(name, announce)
+    assert told == [False]  # the second time it is there
+
+
 def test_a_name_that_was_left_out_is_asked_for(made: Made) -> None:
     trail = KeyTrail(kms_id="", type="", name="")
     refused(lambda: made.kv("secret").fetch(trail), FailedPrecondition, "--kms-name")

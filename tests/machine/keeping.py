@@ -1,6 +1,6 @@
 """A KMS that keeps keys and one that wraps them, in memory."""
 
-from csi_driver.keys.base import Wrapped
+from csi_driver.keys.base import Announce, Wrapped, nobody
 from csi_driver.model.errors import KeyLost
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import KeyTrail
@@ -15,8 +15,9 @@ class KeepingKms:
         self.kept: dict[str, Passphrase] = {}
         self.down: Exception | None = None
 
-    def create(self, name: str) -> KeyTrail:
+    def create(self, name: str, announce: Announce = nobody) -> KeyTrail:
         self._answer()
+        announce()
         self.kept.setdefault(name, Passphrase.random())
         return KeyTrail(kms_id="", type="", name=name)
 

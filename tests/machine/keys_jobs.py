@@ -9,7 +9,7 @@ from typing import Final
 from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.files import Files
 from csi_driver.host.workers import Workers
-from csi_driver.keys.base import Wrapped, Wrapping
+from csi_driver.keys.base import Announce, Wrapped, Wrapping, nobody
 from csi_driver.keys.ledger import KeyLedger
 from csi_driver.keys.secret import read_secret
 from csi_driver.model.errors import DriverError, Unauthenticated
@@ -120,8 +120,8 @@ class _Keeps(KeepingKms):
         super().__init__()
         self._tell = tell
 
-    def create(self, name: str) -> KeyTrail:
-        made = super().create(name)
+    def create(self, name: str, announce: Announce = nobody) -> KeyTrail:
+        made = super().create(name, announce)
         self._tell()
         return made
 

@@ -20,7 +20,7 @@ from csi_driver.host.workers import Workers
 from csi_driver.keys.aws import Account, AwsWrapper
 from csi_driver.keys.azure import Account as AzureAccount
 from csi_driver.keys.azure import KeyVault
-from csi_driver.keys.base import EntryReader, KeySource, Wrapped, Wrapping
+from csi_driver.keys.base import Announce, EntryReader, KeySource, Wrapped, Wrapping, nobody
 from csi_driver.keys.exec import ExecWrapper
 from csi_driver.keys.gcp import Account as GoogleAccount
 from csi_driver.keys.gcp import CloudKms
@@ -457,7 +457,7 @@ def test_a_secret_with_the_previous_passphrase_changes_it_at_the_next_stage(used
 
 
 def test_a_previous_passphrase_that_opens_nothing_is_no_help(used: Node) -> None:
-    with pytest.raises(Unauthenticated):
+    with pytest.raises(Unauthenticated, match=r"; its CRYPTO_KEY_VALUE_PREVIOUS was tried too and opens none either$"):
         used.stage(secret={**OTHER, "CRYPTO_KEY_VALUE_PREVIOUS": "wrong too"})
     assert used.closed()
     used.stage()
@@ -676,11 +676,11 @@ def test_a_kms_that_gives_one_key_by_two_names_leaves_the_volume_as_it_was(folde
     class OneForAll(KeepingKms):
         """Looks at no name."""
 
-        def create(self, name: str) -> KeyTrail:
+        def create(self, name: str, announce: Announce = nobody) -> KeyTrail:
             found = next(iter(self.kept.values()), None)
             if found is not None and self.same:
                 self.kept.setdefault(name, found)
-            return super().create(name)
+            return super().create(name, announce)
 
         same = True
 

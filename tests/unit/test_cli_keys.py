@@ -143,6 +143,7 @@ def test_a_key_that_is_left_is_told_and_one_that_a_record_names_is_not(state: li
             "key": LEFT.name,
             "left_by": "deletion",
             "destroyed": False,
+            "forgotten": False,
         },
         {
             "volume": "half",
@@ -151,6 +152,7 @@ def test_a_key_that_is_left_is_told_and_one_that_a_record_names_is_not(state: li
             "key": "half.11",
             "left_by": "creation",
             "destroyed": False,
+            "forgotten": False,
         },
     ]
     done = run_cli("keys", "leftovers", LEFT.name, *state)
@@ -167,6 +169,27 @@ def test_what_its_kms_does_not_destroy_stays_listed(state: list[str], capfd: pyt
     assert "kept" in done.stdout
     assert "no KMS is configured" in capfd.readouterr().err
     assert LEFT.name in run_cli("keys", "leftovers", *state).stdout
+
+
+def test_a_key_of_a_kms_that_is_gone_is_forgotten_by_its_name(
+    state: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    note(state)
+    note(state, msgspec.structs.replace(LEFT, name="gone.11"))
+    for wrong in (("--forget",), ("--forget", "--destroy", LEFT.name)):
+        done = run_cli("keys", "leftovers", *wrong, *state)
+        assert done.exit_code == 2
+        assert "--forget is for keys that are named" in done.stderr
+    assert run_cli("keys", "leftovers", "--forget", "transit/csi", "--yes", *state).exit_code == 1
+    assert run_cli("keys", "leftovers", "--forget", LEFT.name, *state).exit_code == 2  # it asks first
+    done = run_cli("keys", "leftovers", "--forget", LEFT.name, "--yes", *state, "-o", "json")
+    assert done.exit_code == 0, done.output
+    (found,) = json.loads(done.stdout)
+    assert (found["key"], found["destroyed"], found["forgotten"]) == (LEFT.name, False, True)
+    assert "a key is looked after no more" in capfd.readouterr().err
+    assert [each["key"] for each in json.loads(run_cli("keys", "leftovers", *state, "-o", "json").stdout)] == [
+        "gone.11"
+    ]
 
 
 def test_no_key_is_destroyed_while_a_record_that_may_name_it_cannot_be_read(state: list[str]) -> None:

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from csi_driver.host.files import Files
+from csi_driver.keys.base import Announce, nobody
 from csi_driver.keys.ledger import KeyEntry, KeyLedger
 from csi_driver.keys.secret import SecretKey, read_secret
 from csi_driver.keys.sources import GENERATED
@@ -39,8 +40,9 @@ class Kept:
         self.names = {OWN.name}
         self.down: DriverError | None = None
 
-    def create(self, name: str) -> KeyTrail:
+    def create(self, name: str, announce: Announce = nobody) -> KeyTrail:
         self._answer()
+        announce()
         self.names.add(name)
         return KeyTrail(kms_id="", type="", name=name)
 
@@ -227,6 +229,30 @@ def test_the_successor_of_a_generated_key_is_generated_whatever_the_class_said(t
     keys = VolumeKeys(Sources(), KeyLedger(tmp_path, Files()))
     with keys.successor(RECORD, KeyTrail(kms_id="", type=GENERATED, name="x"), NO_SECRET):
         assert asked == [None]
+
+
+def test_a_kms_that_was_never_asked_to_keep_anything_leaves_no_name(keys: VolumeKeys, kept: Kept) -> None:
+    kept.down = Unavailable("refused")
+    with pytest.raises(Unavailable):
+        make(keys)
+    assert left(keys) == []
+
+
+def test_a_kms_that_fails_after_it_was_asked_leaves_the_name(
+    keys: VolumeKeys, kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask_and_lose_the_answer(name: str, announce: Announce) -> KeyTrail:
+        announce()
+        kept.names.add(name)
+        raise Unavailable("the line broke")
+
+    monkeypatch.setattr(kept, "create", ask_and_lose_the_answer)
+    with pytest.raises(Unavailable):
+        make(keys)
+    monkeypatch.undo()
+    (name,) = left(keys)
+    assert make(keys) == name
+    assert left(keys) == []
 
 
 def test_a_name_that_cannot_be_written_makes_no_key(kept: Kept, tmp_path: Path) -> None:
