@@ -405,7 +405,8 @@ def test_a_key_that_is_gone_or_closed_is_lost(azure: Cloud, ibm: Cloud, gcp: Clo
     lost(case, trail, "has no secret")
     case, service = ibm.case(), ibm.service
     trail = case.create()
-    for state, said in ((2, "disabled"), (3, "deactivated"), (5, "destroyed")):
+    states: list[tuple[Any, str]] = [(2, "disabled"), (3, "deactivated"), (5, "destroyed"), ([1], "unknown state")]
+    for state, said in states:
         service.keys[trail.key_id].state = state
         lost(case, trail, r"cannot use the root key .HTTP 4")
         with pytest.raises(KeyLost, match=said):
