@@ -224,7 +224,7 @@ def test_a_device_that_somebody_else_has_mapped_is_refused_and_he_is_named(folde
         command = ["cryptsetup", "open", "--key-file", "-", disk.path, "second"]
         subprocess.run(command, input=PASSPHRASE.encode(), check=True, timeout=20)
         try:
-            with pytest.raises(DeviceInUse, match=rf"volume {VOLUME} on .*: /dev/mapper/second has the device for it"):
+            with pytest.raises(DeviceInUse, match=rf"volume {VOLUME} on .* is open as /dev/mapper/second too"):
                 node.stage()
             assert node.closed()
         finally:
