@@ -40,10 +40,9 @@ def test_a_second_mapping_of_a_volume_in_use_cannot_be_and_who_has_it_is_left_al
     open_it = (*open_it[:-2], str(used.disk()), "second")
     subprocess.run(open_it, check=True, input=PASSPHRASE.encode(), capture_output=True, timeout=20)
     try:
-        with pytest.raises(DeviceInUse, match=rf"pvc-1 on {DEVICE} is open as /dev/mapper/second too"):
-            used.stage()
-        with pytest.raises(DeviceInUse, match=r"pvc-1 cannot be .* is still in use as .* below /dev/mapper/second;"):
-            used.delete()
+        for refused_call in (used.stage, used.delete):
+            with pytest.raises(DeviceInUse, match=rf"pvc-1 on {DEVICE} is open as /dev/mapper/second too"):
+                refused_call()
         assert used.record().encryption is EncryptionState.ENCRYPTED
     finally:
         subprocess.run(["cryptsetup", "close", "second"], check=True, timeout=20)
