@@ -19,7 +19,7 @@ from csi_driver.luks.header_rules import Limits, validate
 from csi_driver.luks.image_header import identity_of
 from csi_driver.luks.libcryptsetup import KEYRING_KEY, crypt_device
 from csi_driver.luks.rekey import back_up_header, write_header
-from csi_driver.model.errors import DeviceMismatch, DeviceShort, FailedPrecondition, InvalidHeader
+from csi_driver.model.errors import DeviceInUse, DeviceMismatch, DeviceShort, FailedPrecondition, InvalidHeader
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import KeyTrail, LuksIdentity
 
@@ -110,7 +110,10 @@ def open_with_header(
     *,
     read_only: bool,
 ) -> None:
-    """Open a mapping of `device` by a header that lies elsewhere, or on it. Errors as `device.open_device`."""
+    """Open a mapping of `device` by a header that lies elsewhere, or on it.
+
+    Errors as `device.open_device`, and DeviceInUse where its volume was staged while the key was derived.
+    """
     area, found = read_header(where, header)
     size = blockdev.size_bytes(device.fd)
     validate(found, identity, size, where, limits=limits)
@@ -120,7 +123,11 @@ def open_with_header(
             context.load()
             context.unlock(passphrase, KEYRING_KEY)
     table = [opening.target(device.number, size, identity)]
-    DeviceMapper().create(opening.name, dm_uuid(opening.name, identity.uuid), table, read_only=read_only)
+    mapper = DeviceMapper()
+    made = mapper.create(opening.name, dm_uuid(opening.name, identity.uuid), table, read_only=read_only)
+    if set(blockdev.on_top_of(device.number)) - {made.path}:
+        mapper.remove(opening.name)
+        raise DeviceInUse(f"{where} was opened by somebody else meanwhile, and was let go of; unstage its volume first")
     keyring.link_to_user(volume_key_name(identity.uuid))
 
 

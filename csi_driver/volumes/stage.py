@@ -154,6 +154,8 @@ class Staging:
                 if key is not None:
                     self._presences.refuse_others(record.id, device)
                     unlocked = self._open(record, device, request.key, key, opened)
+                    # Once more: who opened it since has not seen this mapping.
+                    self._presences.refuse_others(record.id, device)
                     volume = Attached(unlocked.record, device, unlocked.mapping, unlocked.kept_key, unlocked.kept_next)
                 opened.callback(attempt, self._take_back, volume.record, request.staging_path)
                 self._finish(volume, request)

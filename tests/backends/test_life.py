@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.host.devicemapper import DeviceMapper
+from csi_driver.host.dmnodes import remove_name
 from csi_driver.host.handle import Handle
 from csi_driver.host.mounts import Mounts
 from csi_driver.rpc.client import CsiClient, RemoteError
@@ -100,6 +101,34 @@ def test_a_volume_is_made_used_restarted_enlarged_given_another_key_and_deleted(
         assert not list(client.volumes())
     assert not devices()
     assert "luks-life" not in lvm("lvs", GROUP)
+
+
+def test_a_volume_that_is_open_by_hand_is_neither_staged_nor_deleted(lvm_rig: LvmRig, server: ServerProcess) -> None:
+    stage = server.folder / "stage"
+    stage.mkdir()
+    with CsiClient(server.endpoint) as client:
+        volume = client.create_volume("life", [MOUNT], 32 * MIB, parameters=classes(lvm_rig), secrets=SECRET)
+        client.stage(volume, stage, MOUNT, SECRET)
+        (stage / "file").write_text("precious")
+        client.unstage(volume.id, stage)
+        lvm("lvchange", "-ay", "-K", f"{GROUP}/luks-life")
+        (logical,) = devices()
+        opened = ["cryptsetup", "open", "--key-file", "-", f"/dev/mapper/{logical}", "second"]
+        subprocess.run(opened, check=True, input=SECRET["CRYPTO_KEY_VALUE"], capture_output=True, text=True, timeout=60)
+        try:
+            said = r"open as /dev/mapper/second too.*cryptsetup close second"
+            with pytest.raises(RemoteError, match=said):
+                client.stage(volume, stage, MOUNT, SECRET)
+            with pytest.raises(RemoteError, match=said):
+                client.delete_volume(volume.id)
+        finally:
+            subprocess.run(["cryptsetup", "close", "second"], check=True, timeout=60)
+        client.stage(volume, stage, MOUNT, SECRET)
+        assert (stage / "file").read_text() == "precious"
+        client.unstage(volume.id, stage)
+        client.delete_volume(volume.id)
+    assert not devices()
+    remove_name(logical)  # lvchange by hand made it, and there is no udev here to take it away
 
 
 def test_a_plain_block_volume_lasts_from_stage_to_unstage(lvm_rig: LvmRig, server: ServerProcess) -> None:

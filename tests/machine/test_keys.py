@@ -35,8 +35,10 @@ from csi_driver.keys.vault import Login, Vault
 from csi_driver.keys.vault_kv import VaultKv
 from csi_driver.keys.vault_transit import VaultTransit
 from csi_driver.luks import key_token
-from csi_driver.luks.device import read_header, volume_key_name
+from csi_driver.luks.device import Opening, read_header, volume_key_name
 from csi_driver.luks.header import Header
+from csi_driver.luks.header_rules import Limits as HeaderLimits
+from csi_driver.luks.recovery import open_with_header
 from csi_driver.luks.rekey import Added
 from csi_driver.model.errors import (
     AlreadyExists,
@@ -944,6 +946,31 @@ def test_what_recover_has_open_is_neither_staged_nor_changed_nor_deleted(used: N
         used.mapper.remove("recovered")
     used.stage()
     assert used.read() == "precious"
+    used.unstage()
+    assert used.closed()
+
+
+def test_what_is_staged_while_recover_derives_the_key_is_not_opened_a_second_time(used: Node) -> None:
+    used.stage()
+    (bound,) = used.loops_of()
+    identity = used.record().luks
+    assert identity is not None
+    with used.loops.open(bound.path) as device, pytest.raises(DeviceInUse, match="opened by somebody else meanwhile"):
+        used.workers.call(
+            "luks-open of the test",
+            60.0,
+            open_with_header,
+            "the test's volume",
+            device,
+            device,
+            identity,
+            HeaderLimits(),
+            Passphrase(SECRET["CRYPTO_KEY_VALUE"].encode()),
+            Opening("recovered"),
+            read_only=False,
+        )
+    assert used.mapper.get("recovered") is None
+    used.write("still mine")
     used.unstage()
     assert used.closed()
 

@@ -10,7 +10,7 @@ from csi_driver.keys.secret import read_secret
 from csi_driver.model.errors import DeviceInUse
 from tests.fake_kernel import FakeMapping
 from tests.unit.test_check import Scripted, checking
-from tests.unit.test_staging_model import KEY, Rig
+from tests.unit.test_staging_model import KEY, Rig, no_fault
 
 SECONDS = 60.0
 NEW = read_secret({"CRYPTO_KEY_VALUE": "a new one"}).passphrase
@@ -54,6 +54,25 @@ def test_what_is_open_beside_is_named_with_what_closes_it_and_nothing_is_done(
     rig.stage("enc-1")
     assert rig.kernel.read(rig.device("enc-1")).inside.files == {"a": "written"}
     rig.unstage("enc-1")
+
+
+def test_what_is_opened_while_a_stage_derives_the_key_is_seen_behind_it(rig: Rig) -> None:
+    close(rig)
+    (traces, kernel) = rig.kernel.traces("enc-1"), rig.kernel
+
+    def plan(step: str) -> None:
+        if step == "before open_device":
+            (loop,) = kernel.loops.bound
+            kernel.loops.use(loop)
+            kernel.mappings["rec"] = FakeMapping("rec", "CRYPT-LUKS2-0-rec", 77, loop, 1, open_count=1)
+
+    kernel.plan = plan
+    with pytest.raises(DeviceInUse, match="open as /dev/mapper/rec too"):
+        rig.stage("enc-1")
+    kernel.plan = no_fault
+    close(rig)
+    assert kernel.traces("enc-1") == traces == []
+    rig.stage("enc-1")
 
 
 def test_a_stage_that_is_complete_does_not_ask(rig: Rig) -> None:
