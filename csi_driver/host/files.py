@@ -119,7 +119,7 @@ class Files:
 
     def remove(self, path: Path) -> None:
         """Remove one file and what a cut write of it left; absent is fine."""
-        for name in (path, _beside(path)):
+        for name in (path, beside(path)):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name)
 
@@ -138,7 +138,7 @@ class Files:
         self.sync_folder(folder.parent)
 
     def _replace(self, path: Path, content: bytes, *, durable: bool) -> None:
-        fresh = _beside(path)
+        fresh = beside(path)
         try:
             self.fill(fresh, content, durable=durable)
             os.rename(fresh, path)
@@ -148,6 +148,6 @@ class Files:
             raise
 
 
-def _beside(path: Path) -> Path:
-    """Where the new content of `path` is written."""
+def beside(path: Path) -> Path:
+    """Where the new content of `path` is written, which a kill may leave."""
     return path.with_name(f".{path.name}.new")

@@ -253,6 +253,8 @@ class ImageLibrary:
         with self._lock(name):
             if self._owner(name) == owner:
                 self._store.delete(name)
+            elif self._store.is_unbegun(name):
+                self._store.discard(name)
 
     def _owner(self, name: str) -> str | None:
         """The uid of the Image object that what there is of that name is for."""

@@ -15,7 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from csi_driver.host import ofdlock
-from csi_driver.host.files import Files, read_file
+from csi_driver.host.files import Files, beside, read_file
 from csi_driver.host.syscalls import error_name
 from csi_driver.images.base import ImageFormat
 from csi_driver.model.errors import Aborted, AlreadyExists, DeviceInUse, FailedPrecondition, InvalidArgument, NotFound
@@ -125,7 +125,7 @@ class ImageStore:
         folder = self._folder / "new" / name
         if not folder.exists():
             self._files.make_folder(folder)
-        if not any(folder.iterdir()):
+        if self.is_unbegun(name):
             if owner is not None:
                 self._files.write(folder / _OWNER, owner.encode())
         elif (maker := self.maker(name)) != owner:
@@ -134,6 +134,14 @@ class ImageStore:
                 f"remove it with luks-csi image delete {name}{'' if maker is None else ' --owned'}"
             )
         return folder
+
+    def is_unbegun(self, name: str) -> bool:
+        """Whether there is a folder to make it in with nothing in it: a call was killed before it said for whom."""
+        try:
+            found = {path.name for path in (self._folder / "new" / name).iterdir()}
+        except FileNotFoundError:
+            return False
+        return found <= {beside(self._folder / _OWNER).name}
 
     def maker(self, name: str) -> str | None:
         """The owner for whom an unfinished image was begun; None where it is by hand, or where there is none."""

@@ -634,3 +634,26 @@ def test_an_unfinished_image_goes_on_for_its_owner_alone(tmp_path: Path) -> None
     assert library.file("disk").read_bytes() == source.read_bytes()
     assert sorted(path.name for path in library.file("disk").parent.iterdir()) == ["image", "record.json"]
     assert library.checksum("disk", unmetered).digest == hashlib.sha256(source.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("left", [(), (".owner.new",)])
+def test_who_was_killed_before_it_said_for_whom_leaves_nothing_in_the_way(
+    tmp_path: Path, left: tuple[str, ...]
+) -> None:
+    library, source, folder = ImageLibrary(tmp_path / "images"), tmp_path / "disk.raw", tmp_path / "images/new/disk"
+    source.write_bytes(CONTENT)
+
+    def leave() -> None:
+        folder.mkdir(parents=True)
+        for name in left:
+            (folder / name).write_bytes(b"uid-")
+
+    leave()
+    library.drop("disk", "uid-1")
+    assert library.unfinished() == []
+    leave()
+    assert library.import_(Import("disk", str(source), owner="uid-1"), unmetered).owner == "uid-1"
+    leave()
+    library.drop("disk", "uid-2")
+    assert library.get("disk").owner == "uid-1", "what is whole is another's"
+    assert not folder.exists()
