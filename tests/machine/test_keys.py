@@ -1209,7 +1209,7 @@ def test_a_copy_that_cannot_be_given_its_own_key_is_there_and_says_so(
 ) -> None:
     node, sources, kms, copy = kept_here
 
-    def refuse(_name: str) -> KeyTrail:
+    def refuse(_name: str, _announce: object) -> KeyTrail:
         raise Unavailable("the KMS is down; call again")
 
     with pytest.MonkeyPatch.context() as patch:
