@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--disk", type=_size, default="8G", help="size of the guest's disk (8G; sparse)")
     parser.add_argument("--mem", type=_size, default="2G", help="memory of the guest (2G)")
-    parser.add_argument("--timeout", type=float, default=1800, help="seconds after which the guest is ended (1800)")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds after which the guest is ended (3600)")
     parser.add_argument("--out", type=Path, help="folder that COMMAND may write to, as $MACHINE_OUT")
     parser.add_argument("--env", type=_variable, action="append", default=[], metavar="NAME[=VALUE]")
     parser.add_argument("--udev", action="store_true", help="have a udevd run in the guest")
