@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from csi_driver.host.files import Files
 from csi_driver.host.handle import Handle
 from csi_driver.model.access import Access
 from csi_driver.model.errors import FailedPrecondition
@@ -274,6 +275,12 @@ def kept_before(first: Path) -> list[Path]:
     while (path := next_before(first, len(found))).exists():
         found.append(path)
     return found
+
+
+def drop_before(first: Path, files: Files) -> None:
+    """Remove the headers that `kept_before` tells, the first one last: a cut removal is gone on with."""
+    for old in reversed(kept_before(first)):
+        files.remove(old)
 
 
 def next_before(first: Path, kept: int) -> Path:

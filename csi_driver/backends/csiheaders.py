@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
 
-from csi_driver.backends.base import Fill, kept_before
+from csi_driver.backends.base import Fill, drop_before
 from csi_driver.backends.csipins import digest as short
 from csi_driver.backends.csirecords import GROUP, Api, HeaderPointer, Known, RecordObjects
 from csi_driver.host.files import Files, read_file
@@ -58,7 +58,7 @@ class HeaderCopies:
     def before(self, volume_id: str) -> Path:
         """Where the header is kept that was overwritten by a copy, on this node alone."""
         self._prepare()
-        return self._folder / f".{volume_id}.before"
+        return self._before(volume_id)
 
     def keep(self, volume_id: str, fill: Fill) -> None:
         """Keep what `fill` writes at the path that it is told. Raises ResourceExhausted, FailedPrecondition."""
@@ -80,17 +80,16 @@ class HeaderCopies:
         for number, piece in enumerate(pieces):
             self._write(volume_id, _name(volume_id, pointer, number), piece)
         self._records.change(volume_id, header=pointer)
-        self._drop_before(volume_id)
+        drop_before(self._before(volume_id), self._files)
 
-    def _drop_before(self, volume_id: str) -> None:
-        for old in reversed(kept_before(self._folder / f".{volume_id}.before")):
-            self._files.remove(old)
+    def _before(self, volume_id: str) -> Path:
+        return self._folder / f".{volume_id}.before"
 
     def drop(self, volume_id: str) -> None:
         """Remove every piece of the volume's; absent is fine."""
         for piece in self._pieces({LABEL: short(volume_id)}):
             self._api.delete(HEADER_PIECE, name_of(piece), self._namespace)
-        self._drop_before(volume_id)
+        drop_before(self._before(volume_id), self._files)
 
     def drop_unused(self, known: Mapping[str, Known]) -> None:
         """Remove pieces that no record points to, once nobody can be about to; `known` are all records by name."""

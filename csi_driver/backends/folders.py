@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from csi_driver.backends.base import Fill, kept_before
+from csi_driver.backends.base import Fill, drop_before, kept_before
 from csi_driver.backends.listing import SortedNames
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.files import Files, read_file
@@ -214,8 +214,7 @@ class VolumeFolders:
             with self.told_errors(volume_id):
                 fill(str(fresh))
                 self._files.rename(fresh, path)
-                for old in reversed(kept_before(self.header_before(volume_id))):
-                    self._files.remove(old)
+                drop_before(self.header_before(volume_id), self._files)
         finally:
             with contextlib.suppress(OSError):
                 fresh.unlink()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from csi_driver.backends.base import Fill, Space, kept_before
+from csi_driver.backends.base import Fill, Space, drop_before
 from csi_driver.backends.rbdaccess import CephAccess
 from csi_driver.backends.rbddevices import BorrowedDevice, MappedVolumes, Pin
 from csi_driver.backends.rbdimages import Images, rounded
@@ -176,7 +176,7 @@ class RbdBackend:
         self._access.forget(volume_id)
         self._devices.forget(volume_id)
         self._files.remove(self._headers / volume_id)
-        self._drop_before(volume_id)
+        drop_before(self.header_before(volume_id), self._files)
 
     def ids(self) -> Sequence[str]:
         """On a node those that are mapped on it, else those of every pool of the configured clusters."""
@@ -251,11 +251,7 @@ class RbdBackend:
             self._logs.keep_header(self._access.pool(volume_id), volume_id, read_file(fresh))
         finally:
             self._files.remove(fresh)
-        self._drop_before(volume_id)
-
-    def _drop_before(self, volume_id: str) -> None:
-        for old in reversed(kept_before(self.header_before(volume_id))):
-            self._files.remove(old)
+        drop_before(self.header_before(volume_id), self._files)
 
     # --- devices
 
