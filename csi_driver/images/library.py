@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final, assert_never
+from typing import Final
 
 import msgspec
 
@@ -14,16 +14,15 @@ from csi_driver.host.files import Files
 from csi_driver.host.holders import Holders
 from csi_driver.host.locks import VolumeLocks
 from csi_driver.host.syscalls import error_name
-from csi_driver.images.base import ImageFormat, Reader
+from csi_driver.images.base import ImageFormat
 from csi_driver.images.bring import Bringer, Meter, check_secret_fits, is_url
 from csi_driver.images.checkpoint import Job, Operation, SourceIdentity
 from csi_driver.images.checksum import Algorithm, Checksum, checksum_of
 from csi_driver.images.clone import run_pass
 from csi_driver.images.destinations import Connector, parse_url
 from csi_driver.images.formats import Inspected, check_source
-from csi_driver.images.luks_reader import LuksReader
 from csi_driver.images.luksfile import ANY_COST
-from csi_driver.images.qemu import QemuReader
+from csi_driver.images.readers import opened, reader_of
 from csi_driver.images.requests import Clone, Import, check_clone, check_secret, chosen_format, passphrase_of
 from csi_driver.images.source import RawReader, open_regular
 from csi_driver.images.stopping import Told, untold
@@ -31,8 +30,8 @@ from csi_driver.images.store import ImageRecord, ImageStore, Provenance, check_n
 from csi_driver.images.target import Encryption, PassResult, Target
 from csi_driver.images.unwrap import Warn
 from csi_driver.keys.audit import Audit
-from csi_driver.keys.secret import SecretKey, with_either
-from csi_driver.luks.header import PRIMARY_MAGIC, Header
+from csi_driver.keys.secret import SecretKey
+from csi_driver.luks.header import Header
 from csi_driver.luks.image_header import ImageHeader, read_image_header
 from csi_driver.model.errors import (
     Aborted,
@@ -152,7 +151,7 @@ class ImageLibrary:
                 raise Aborted(f"{where} was replaced by another one; call again")
             target = Target(folder, self._encryption(wanted))
             with contextlib.ExitStack() as stack:
-                reader = self._reader(source, file, wanted, where)
+                reader = reader_of(source, file, wanted, where)
                 stack.callback(reader.close)
                 progress = stack.enter_context(meter(_DOING[wanted.operation], reader.size))
                 self._run(
@@ -199,7 +198,7 @@ class ImageLibrary:
             self._audit.using(image=name, key="secret", operation="use", purpose="check"),
             self._store.reading(name, "the proof of its key"),
         ):
-            _opened(self._store.file(name), key, f"image {name}").close()
+            opened(self._store.file(name), key, f"image {name}").close()
 
     def export(self, name: str, path: Path, meter: Meter) -> None:
         """Copy an image's file, as it is, to a new file at `path`. Raises AlreadyExists, NotFound and as `run_pass`."""
@@ -287,24 +286,6 @@ class ImageLibrary:
                 raise VolumeBusy(f"another call is at work on image {name}; call again when it has ended") from None
             yield
 
-    def _reader(self, source: ImageRecord, file: Path, wanted: Clone, where: str) -> Reader:
-        match wanted.operation:
-            case Operation.IGNORE:
-                return RawReader(str(file), where)
-            case Operation.DECRYPT | Operation.REENCRYPT:
-                return _opened(file, wanted.key, where)
-            case Operation.ENCRYPT:
-                is_raw = source.format is ImageFormat.RAW
-                reader = RawReader(str(file), where) if is_raw else QemuReader(str(file), source.format, where)
-                try:
-                    _refuse_encrypted(reader, where)
-                except BaseException:
-                    reader.close()
-                    raise
-                return reader
-            case _:
-                assert_never(wanted.operation)
-
     @staticmethod
     def _encryption(wanted: Clone) -> Encryption | None:
         if not wanted.operation.encrypts:
@@ -319,29 +300,6 @@ _DOING: Final = {
     Operation.DECRYPT: "decrypting",
     Operation.REENCRYPT: "reencrypting",
 }
-
-
-def _opened(file: Path, key: SecretKey | None, where: str) -> LuksReader:
-    """What is inside an encrypted image's file; a passphrase that the secret had before opens it as well."""
-    key = key or SecretKey(None)
-    passphrase = passphrase_of(key, where)
-    raw = RawReader(str(file), where)
-    try:
-        return with_either(key, passphrase, lambda each: LuksReader(raw, each, where))
-    except BaseException:
-        raw.close()
-        raise
-
-
-def _refuse_encrypted(reader: Reader, where: str) -> None:
-    """Record and data decide: a disk that holds LUKS is not encrypted once more."""
-    head = bytearray(min(len(PRIMARY_MAGIC), reader.size))
-    reader.read_into(0, memoryview(head))
-    if head == PRIMARY_MAGIC:
-        raise FailedPrecondition(
-            f"{where} is recorded as not encrypted and its disk begins like LUKS; export that disk as raw and import "
-            f"it, then use reencrypt or ignore"
-        )
 
 
 def _recorded(wanted: Import, made: Path, found: Inspected, where: str) -> ImageRecord:
