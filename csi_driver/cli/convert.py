@@ -1,7 +1,7 @@
 """`luks-csi volume encrypt` and `volume reencrypt`: a first volume key for a volume, and another one."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,8 @@ from csi_driver.cli.progress import ProgressLine, tell_stopping
 from csi_driver.cli.secret_files import SecretSource, secret_options
 from csi_driver.cli.serve import settings_params
 from csi_driver.keys.secret import SecretKey, read_secret
-from csi_driver.keys.sources import GENERATED
 from csi_driver.model.sizes import read_some
-from csi_driver.model.volume import KeyTrail, VolumeRecord, is_volume_id
+from csi_driver.model.volume import VolumeRecord, is_volume_id
 
 _LIMITS = ("format_seconds", "unlock_seconds", "mount_seconds", "pbkdf_memory_kib")
 _PARAMS = [
@@ -86,47 +85,15 @@ def encrypt(
     """
     if kms_id is not None and generate:
         raise click.UsageError("--kms and --generate-key exclude each other; give one of them.")
-
-    def refuse_another(record: VolumeRecord, key: SecretKey) -> None:
-        if record.conversion is not None and record.encryption is None:
-            _refuse_another_key(record.id, record.conversion.key, kms_id, key, generate=generate)
-
     question = f"Encrypt volume {volume_id}? It cannot be undone: have a backup, and its PersistentVolume at hand."
-    with _converting(context, volume_id, rate, given, question, refuse_another, yes=yes) as (conversions, key, watch):
+    with _converting(context, volume_id, rate, given, question, yes=yes) as (conversions, key, watch):
         done = conversions.encrypt(volume_id, key, kms_id, watch, generate=generate)
     _tell(done, output, f"volume {volume_id} is encrypted")
 
 
-def _refuse_another_key(
-    volume_id: str, trail: KeyTrail | None, kms_id: str | None, key: SecretKey, *, generate: bool
-) -> None:
-    """Refuse to go on with options that ask for another key than the one with which it was begun.
-
-    Without any it goes on, and another passphrase opens nothing, which is told.
-    """
-    begun = ["--passphrase-file or --secret-dir"]
-    if trail is not None:
-        begun = ["--generate-key"] if trail.type == GENERATED else ["--kms", trail.kms_id]
-    asked = ["--kms", kms_id] if kms_id is not None else ["--generate-key"] * generate
-    if not asked and key.passphrase is not None:
-        asked = ["--passphrase-file or --secret-dir"]
-    if asked and asked != begun:
-        raise click.ClickException(
-            f"the encryption of volume {volume_id} was begun with {' '.join(begun)} and not with {' '.join(asked)}; go "
-            f"on with the same, and give it another key when it has ended (luks-csi keys rotate)"
-        )
-
-
 @contextmanager
 def _converting(
-    context: click.Context,
-    volume_id: str,
-    rate: int | None,
-    given: dict[str, Any],
-    question: str,
-    refuse: Callable[[VolumeRecord, SecretKey], None] = lambda *_: None,
-    *,
-    yes: bool,
+    context: click.Context, volume_id: str, rate: int | None, given: dict[str, Any], question: str, *, yes: bool
 ) -> Iterator[tuple[Any, SecretKey, Any]]:
     from csi_driver.images.stopping import Stop, stop_signals
     from csi_driver.volumes.conversion import Watch
@@ -138,7 +105,6 @@ def _converting(
         record = driver.backend.get(volume_id)  # before a question, or a lock, is made for what is not there
         confirm(question, yes=yes or record.conversion is not None)
         key = read_secret(secret.read(f"Passphrase of volume {volume_id}"))
-        refuse(record, key)
         stop = Stop(tell_stopping)
         for number in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
             signal.signal(number, signal.SIG_IGN)  # stopped in the middle of a step, a volume in use would stand still

@@ -24,7 +24,7 @@ from csi_driver.model.errors import Aborted, FailedPrecondition, Stopped, Volume
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.settings import Limits
 from csi_driver.model.volume import EncryptionState, VolumeRecord
-from csi_driver.volumes.conversion_begin import ConversionBegin
+from csi_driver.volumes.conversion_begin import ConversionBegin, refuse_another_key
 from csi_driver.volumes.conversion_devices import ConversionDevices
 from csi_driver.volumes.conversion_steps import ConversionSteps, Moving
 from csi_driver.volumes.encryption import Encryption
@@ -109,7 +109,7 @@ class Conversions:
         """Encrypt a plain volume that is not in use, or go on where that was cut.
 
         Its key is `secret`'s passphrase, or one of its own in that KMS or, to `generate`, in a secret. Raises as
-        `reencrypt`, and DeviceInUse.
+        `reencrypt`, and DeviceInUse, FailedPrecondition where it was begun with another key.
         """
         self._devices.beside(volume_id)
         with self._locks.hold(volume_id), self._workers.session():
@@ -123,6 +123,7 @@ class Conversions:
             if record.conversion is None:
                 record, passphrase = self._begin.encryption(record, secret, kms_id, generate=generate)
             else:
+                refuse_another_key(volume_id, record.conversion.key, secret, kms_id, generate=generate)
                 passphrase = self._begin.passphrase(record, record.conversion.key, secret)
         return self._run(record, passphrase, watch)
 

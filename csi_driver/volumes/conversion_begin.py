@@ -10,6 +10,7 @@ from csi_driver.host import blockdev
 from csi_driver.host.handle import Handle
 from csi_driver.host.workers import Workers
 from csi_driver.keys.secret import SecretKey, require_passphrase
+from csi_driver.keys.sources import GENERATED
 from csi_driver.luks import device as luks
 from csi_driver.luks import key_token
 from csi_driver.luks.choice import luks_format
@@ -181,3 +182,23 @@ class ConversionBegin:
                 f"volume {record.id} is recorded with {record.capacity_bytes} bytes and its device has {found}, of "
                 f"which {shown} are shown; end its expansion first"
             )
+
+
+def refuse_another_key(
+    volume_id: str, trail: KeyTrail | None, secret: SecretKey, kms_id: str | None, *, generate: bool
+) -> None:
+    """Raise FailedPrecondition where another key is asked for than that of `trail`, with which it was begun.
+
+    Where none is asked for it goes on, and another passphrase opens nothing, which is told.
+    """
+    begun = ["--passphrase-file or --secret-dir"]
+    if trail is not None:
+        begun = ["--generate-key"] if trail.type == GENERATED else ["--kms", trail.kms_id]
+    asked = ["--kms", kms_id] if kms_id is not None else ["--generate-key"] * generate
+    if not asked and secret.passphrase is not None:
+        asked = ["--passphrase-file or --secret-dir"]
+    if asked and asked != begun:
+        raise FailedPrecondition(
+            f"the encryption of volume {volume_id} was begun with {' '.join(begun)} and not with {' '.join(asked)}; go "
+            f"on with the same, and give it another key when it has ended (luks-csi keys rotate)"
+        )

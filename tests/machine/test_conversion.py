@@ -388,6 +388,8 @@ def test_a_half_encrypted_volume_is_not_staged(node: Node) -> None:
         node.stage(capability=BLOCK)
     with pytest.raises(Unauthenticated):
         encrypt(node, OTHER)
+    with pytest.raises(FailedPrecondition, match="was begun with --passphrase-file or --secret-dir and not with --gen"):
+        node.conversions.encrypt(VOLUME, read_secret({}), None, Watch(), generate=True)
     encrypt(node)
     node.stage(capability=BLOCK)
     assert digest_of(device_of(node)) == content

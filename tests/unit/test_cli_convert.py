@@ -5,14 +5,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
 from csi_driver.cli.convert import encrypt, reencrypt
 from csi_driver.keys.secret import SecretKey
 from csi_driver.model.settings import Settings
-from csi_driver.model.volume import Conversion, KeyTrail, LuksIdentity, VolumeParameters, VolumeRecord
+from csi_driver.model.volume import Conversion, LuksIdentity, VolumeParameters, VolumeRecord
 from csi_driver.volumes.conversion import Watch
 
 MIB = 1 << 20
@@ -103,40 +102,6 @@ def test_it_is_asked_before_it_begins_and_not_before_it_goes_on(tmp_path: Path, 
     done, asked = run(command, tmp_path, "data", record=HALF)
     assert done.exit_code == 0, done.output
     assert len(asked) == 1
-
-
-OF_KMS = KeyTrail(kms_id="x-1", type="exec", name="data.1", wrapped="w")
-GENERATED_KEY = KeyTrail(kms_id="", type="kubernetes-secret", name="data.1")
-
-
-@pytest.mark.parametrize(
-    ("trail", "options", "begun"),
-    [
-        (OF_KMS, ("--kms", "x-1"), None),
-        (OF_KMS, (), None),
-        (OF_KMS, ("--kms", "x-2"), "--kms x-1"),
-        (OF_KMS, ("--generate-key",), "--kms x-1"),
-        (OF_KMS, ("--passphrase-file", "FILE"), "--kms x-1"),
-        (OF_KMS, ("--kms", "x-1", "--passphrase-file", "FILE"), None),  # which a type metadata needs
-        (GENERATED_KEY, ("--generate-key",), None),
-        (GENERATED_KEY, ("--passphrase-file", "FILE"), "--generate-key"),
-        (None, ("--passphrase-file", "FILE"), None),
-        (None, ("--kms", "x-1", "--passphrase-file", "FILE"), "--passphrase-file or --secret-dir"),
-    ],
-)
-def test_what_was_begun_with_one_key_does_not_go_on_with_another(
-    tmp_path: Path, passphrase: str, trail: KeyTrail | None, options: tuple[str, ...], begun: str | None
-) -> None:
-    record = msgspec.structs.replace(HALF, conversion=Conversion(luks=LUKS, done=32 * MIB, key=trail))
-    given = [passphrase if each == "FILE" else each for each in options]
-    done, asked = run(encrypt, tmp_path, "data", *given, record=record)
-    if begun is None:
-        assert done.exit_code == 0, done.output
-        assert len(asked) == 1
-    else:
-        assert done.exit_code == 1
-        assert f"was begun with {begun} and not with --" in done.stderr
-        assert asked == []
 
 
 @pytest.mark.parametrize(
