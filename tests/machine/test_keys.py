@@ -74,6 +74,14 @@ def with_keys(folder: Path, workers: Workers, sources: GivenSources) -> Node:
     return Node(folder, workers, given_keys=keys_of(folder, sources))
 
 
+def used_once(node: Node) -> None:
+    """A volume of the KMS that was staged, written and unstaged."""
+    node.create(parameters=OF_KMS, secret=NONE)
+    node.stage(secret=NONE)
+    node.write()
+    node.unstage()
+
+
 def keys_of(folder: Path, sources: GivenSources) -> VolumeKeys:
     return VolumeKeys(sources, KeyLedger(folder / "state", Files()))
 
@@ -347,10 +355,7 @@ def test_a_key_that_is_gone_is_told_and_the_data_stays(
 ) -> None:
     kms, sources = plugin
     node = with_keys(folder, workers, sources)
-    node.create(parameters=OF_KMS, secret=NONE)
-    node.stage(secret=NONE)
-    node.write()
-    node.unstage()
+    used_once(node)
     kept, before = kms.keys.pop("key-1"), fingerprint(node.disk())
     with pytest.raises(KeyLost, match="has the key no more"):
         node.stage(secret=NONE)
@@ -841,10 +846,7 @@ def test_wrapping_anew_takes_along_the_key_that_is_to_come(folder: Path, workers
     sources = GivenSources(kms=Wrapping(Newest("KMS kms (metadata)", lambda: passphrases[-1])))
     node = with_keys(folder, workers, sources)
     newest = passphrases.pop()
-    node.create(parameters=OF_KMS, secret=NONE)
-    node.stage(secret=NONE)
-    node.write()
-    node.unstage()
+    used_once(node)
     record = node.record()
     with keys_of(folder, sources).successor(record, trail_of(node), read_secret({})) as other:
         node.store.update(msgspec.structs.replace(record, rekey=Rekey(phase=RekeyPhase.ADDING, other=other)))
@@ -1013,10 +1015,7 @@ def test_a_copy_is_tried_with_the_key_of_the_kms_before_it_is_put_back(
 ) -> None:
     _, sources = plugin
     node = with_keys(folder, workers, sources)
-    node.create(parameters=OF_KMS, secret=NONE)
-    node.stage(secret=NONE)
-    node.write()
-    node.unstage()
+    used_once(node)
     copy, old = node.disk().with_name("header.luks2"), folder / "old"
     old.write_bytes(copy.read_bytes())
     assert rotate(node)
@@ -1049,10 +1048,7 @@ def test_a_volume_is_opened_by_its_file_a_copy_of_its_header_and_its_kms_alone(
 ) -> None:
     _, sources = plugin
     node = with_keys(folder, workers, sources)
-    node.create(parameters=OF_KMS, secret=NONE)
-    node.stage(secret=NONE)
-    node.write()
-    node.unstage()
+    used_once(node)
     copy = folder / "header"
     copy.write_bytes(node.disk().with_name("header.luks2").read_bytes())
     with node.disk().open("r+b") as disk:
@@ -1162,10 +1158,7 @@ def kept_here(folder: Path, workers: Workers) -> tuple[Node, GivenSources, Keepi
     kms = KeepingKms()
     sources = GivenSources(kms=kms)
     node = with_keys(folder, workers, sources)
-    node.create(parameters=OF_KMS, secret=NONE)
-    node.stage(secret=NONE)
-    node.write()
-    node.unstage()
+    used_once(node)
     copy = folder / "copy.img"
     subprocess.run(["cp", "--sparse=always", str(node.disk()), str(copy)], check=True, timeout=60)
     return node, sources, kms, copy
