@@ -28,7 +28,7 @@ from tests.machine.storage import DISK_BYTES, POOL_BYTES, VOLUMES, chosen
 POOLS = dm_name(GROUP, POOL)
 """What device-mapper's names of the thin pool begin with: once used it stays."""
 
-IN_GROUP = chosen() != "loopfile"
+IN_GROUP = os.environ.get("BACKEND", "").startswith("lvm")
 
 DEVICE = rf"/dev/mapper/{VOLUMES}\S+" if IN_GROUP else r"/dev/loop\d+"
 """How an error names the device of a volume."""
