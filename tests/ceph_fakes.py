@@ -1,7 +1,7 @@
 """A pool of Ceph in memory: objects with maps, images, clients that were fenced off."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from csi_driver.backends.rbderrors import CephExists, CephMissing
@@ -28,6 +28,7 @@ class FakeImage:
     written: bool = False
     metadata: dict[str, str] = field(default_factory=dict)
     open_at: list[str] = field(default_factory=list)
+    data_pool: str | None = None
 
 
 class FakePool(CephPool):
@@ -86,7 +87,7 @@ class FakePool(CephPool):
 
     def info(self, image: str) -> Image | None:
         found = self.images.get(image)
-        return Image(found.id, found.size) if found is not None else None
+        return Image(found.id, found.size, found.data_pool) if found is not None else None
 
     def make(self, image: str, size: int, features: Sequence[str], data_pool: str | None) -> None:
         self.step("before create")
@@ -116,6 +117,18 @@ class FakePool(CephPool):
 
     def describe(self, image: str, key: str, value: str) -> None:
         self.images[image].metadata[key] = value
+
+    def metadata(self, image: str) -> Mapping[str, str]:
+        return self.images[image].metadata
+
+    def rename(self, image: str, name: str) -> None:
+        self.step("before rename")
+        if image not in self.images:
+            raise CephMissing(f"no image {image}")
+        if name in self.images:
+            raise CephExists(f"{name} exists")
+        self.images[name] = self.images.pop(image)
+        self.step("after rename")
 
     def overwrite(self, image: str, length: int, seconds: float) -> None:
         self.step(f"overwrite {length}")

@@ -13,8 +13,8 @@ The contract, beside what each method says:
 - *What is whose.* By identity, never by name alone. What a backend did not make it does not touch, whatever its name.
 - *Where it runs.* Nothing here forks. What may hang on a device, and every program, runs in a worker.
 
-What not every backend can do is a Protocol of its own: `MakesFromFile`, `MovesVolumeKey`, `HasPools`, `SharedStorage`,
-`Mends`.
+What not every backend can do is a Protocol of its own: `MakesFromFile`, `TakesOver`, `MovesVolumeKey`, `HasPools`,
+`SharedStorage`, `Mends`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -169,6 +169,55 @@ class MakesFromFile(Protocol):
 
     def create_filled(self, record: VolumeRecord, size: int, fill: Fill) -> VolumeRecord:
         """As `Backend.create`, with what `fill` writes. Raises what that raises too."""
+
+
+@dataclass(frozen=True)
+class ForeignVolume:
+    """A volume of another driver, which calls it `handle`: where it lies, and as which volume it would be ours.
+
+    `storage` and `storage_id` are name and identity of what it lies in, `size` bytes long. `kms_id` has its key, or
+    `wrapped` it, for the namespace `tenant`; "" where the passphrase of a secret opens it. It `is_ours` once taken.
+    """
+
+    handle: str
+    volume_id: str
+    where: str
+    storage: str
+    storage_id: str
+    size: int
+    parameters: VolumeParameters
+    kms_id: str
+    wrapped: str
+    tenant: str
+    is_ours: bool
+
+
+class ForeignVolumes(Protocol):
+    """Volumes that another driver made in the same storage. Callers hold the lock of the volume that is to be."""
+
+    def find(self, handle: str, name: str) -> ForeignVolume:
+        """The volume of that id, which is to be `name` or is it. No lock need be held.
+
+        Raises InvalidArgument, NotFound, AlreadyExists, Aborted, FailedPrecondition.
+        """
+
+    def looked_at(self, foreign: ForeignVolume) -> AbstractContextManager[Handle]:
+        """Its device, for reading alone. Raises DeviceInUse while anybody has it open."""
+
+    def take(self, foreign: ForeignVolume, record: VolumeRecord) -> None:
+        """Make it the volume of that record, wholly or not at all; what lies in it stays as it is. Repeating is fine.
+
+        Raises DeviceInUse, AlreadyExists, Aborted.
+        """
+
+
+@runtime_checkable
+class TakesOver(Protocol):
+    """A backend whose storage may have volumes of another driver, which become ours where they lie."""
+
+    @property
+    def foreign(self) -> ForeignVolumes:
+        """Those volumes."""
 
 
 @runtime_checkable

@@ -2,26 +2,29 @@
 
 csi-vol-<id>       the image; what is known of it lies beside it in its pool: `csi_driver.backends.rbdrecords`
 <folder>/attached  which images this node has mapped: `csi_driver.backends.rbddevices`
-<folder>/headers   copies of headers that somebody asked for here
+<folder>/headers   copies of headers that somebody asked for here: `csi_driver.backends.rbdheaders`
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 
-from csi_driver.backends.base import Fill, Space, drop_before
+from csi_driver.backends.base import Fill, Space
 from csi_driver.backends.rbdaccess import CephAccess
 from csi_driver.backends.rbddevices import BorrowedDevice, MappedVolumes, Pin
+from csi_driver.backends.rbderrors import CephMissing
+from csi_driver.backends.rbdforeign import CsiVolumes, cut_short
+from csi_driver.backends.rbdheaders import HeaderCopies
 from csi_driver.backends.rbdimages import Images, rounded
 from csi_driver.backends.rbdnodes import NodeAttachments, whole
 from csi_driver.backends.rbdplace import digest_of, image_name
 from csi_driver.backends.rbdrecords import VolumeLogs, VolumeState
 from csi_driver.backends.rbdtool import CephPool
 from csi_driver.backends.records import RecordCodec
-from csi_driver.host.files import Files, read_file
+from csi_driver.host.files import Files
 from csi_driver.host.handle import Handle
 from csi_driver.host.log import log
 from csi_driver.model.access import Access
@@ -38,7 +41,10 @@ from csi_driver.model.volume import VolumeParameters, VolumeRecord
 
 
 class RbdBackend:
-    """Images in the clusters that `access` knows. `is_central`: this server makes volumes, and lists them all."""
+    """Images in the clusters that `access` knows. `is_central`: this server makes volumes, and lists them all.
+
+    `remember` keeps, at the server's start, what commands beside it must know.
+    """
 
     name = "rbd"
     takes_many_nodes = True
@@ -55,16 +61,18 @@ class RbdBackend:
         files: Files,
         *,
         is_central: bool,
+        remember: Callable[[], None] = lambda: None,
     ) -> None:
-        self._headers = folder / "headers"
+        self._headers = HeaderCopies(folder / "headers", access, logs, files)
         self._access = access
         self._logs = logs
         self._images = images
         self._nodes = nodes
         self._devices = devices
         self._codec = codec
-        self._files = files
         self._is_central = is_central
+        self._remember = remember
+        self.foreign = CsiVolumes(access, logs, devices, codec)
 
     # --- storage outside the nodes
 
@@ -99,7 +107,8 @@ class RbdBackend:
     def prepare(self) -> None:
         """Make the folders; no cluster is asked."""
         self._devices.prepare()
-        self._headers.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._headers.prepare()
+        self._remember()
 
     def create(self, record: VolumeRecord, size: int) -> VolumeRecord:
         """Say that it is being made, make the image, then write which it is together with the record."""
@@ -175,8 +184,7 @@ class RbdBackend:
         self._logs.forget(pool, volume_id)
         self._access.forget(volume_id)
         self._devices.forget(volume_id)
-        self._files.remove(self._headers / volume_id)
-        drop_before(self.header_before(volume_id), self._files)
+        self._headers.drop(volume_id)
 
     def ids(self) -> Sequence[str]:
         """On a node those that are mapped on it, else those of every pool of the configured clusters."""
@@ -227,31 +235,16 @@ class RbdBackend:
 
     def header_copy(self, volume_id: str) -> Path:
         """Fetched from the cluster, where it is kept beside the image."""
-        path = self._headers / volume_id
-        content = self._logs.header(self._access.pool(volume_id), volume_id)
-        if content is None:
-            self._files.remove(path)
-        else:
-            self._files.write(path, content)
-        return path
+        return self._headers.path(volume_id)
 
     def has_header_copy(self, volume_id: str) -> bool:
-        try:
-            return self._logs.has_header(self._access.pool(volume_id), volume_id)
-        except NotFound:
-            return False
+        return self._headers.has(volume_id)
 
     def header_before(self, volume_id: str) -> Path:
-        return self._headers / f".{volume_id}.before"
+        return self._headers.before(volume_id)
 
     def keep_header_copy(self, volume_id: str, fill: Fill) -> None:
-        fresh = self._headers / f".{volume_id}.new"
-        try:
-            fill(str(fresh))
-            self._logs.keep_header(self._access.pool(volume_id), volume_id, read_file(fresh))
-        finally:
-            self._files.remove(fresh)
-        drop_before(self.header_before(volume_id), self._files)
+        self._headers.keep(volume_id, fill)
 
     # --- devices
 
@@ -280,9 +273,11 @@ class RbdBackend:
                 self._nodes.refuse_others(pool, volume_id, mapped.client)
             self._nodes.may_write(pool, volume_id, mapped.client)
             return self._devices.open(mapped)
-        except BaseException:
+        except BaseException as error:
             if is_new:
                 self._let_go(volume_id)
+            if isinstance(error, CephMissing):
+                raise cut_short(volume_id, state, error) from None
             raise
 
     def guard(self, volume_id: str) -> None:

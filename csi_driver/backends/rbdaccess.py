@@ -18,12 +18,12 @@ from csi_driver.model.volume import VolumeParameters
 
 
 class CephAccess:
-    """The pools of volumes. `secret` is the folder of the server's own Secret, if it has one."""
+    """The pools of volumes. `secrets` are folders of Secrets; the first one with a user of Ceph is the server's own."""
 
-    def __init__(self, clusters: Clusters, programs: CephPrograms, secret: Path | None) -> None:
+    def __init__(self, clusters: Clusters, programs: CephPrograms, secrets: Sequence[Path]) -> None:
         self._clusters = clusters
         self._programs = programs
-        self._secret = secret
+        self._secrets = secrets
         self._guard = threading.Lock()
         self._brought: dict[str, Credentials] = {}
         self._places: dict[str, tuple[str, str]] = {}  # cluster and pool, by the digest that ids end in
@@ -69,6 +69,17 @@ class CephAccess:
         place = place or self._find(volume_id)
         return CephPool(self._programs, place, self._credentials(volume_id, place.cluster.id))
 
+    def numbered(self, cluster_id: str, number: int) -> CephPool:
+        """The pool of that number, with the server's own user. Raises FailedPrecondition."""
+        cluster = self._clusters.named(cluster_id)
+        for room in CephPool(self._programs, Place(cluster, ""), self._credentials("", cluster.id)).rooms():
+            if room.number == number:
+                return self.pool("", cluster.place(room.name))
+        raise FailedPrecondition(
+            f"the Ceph cluster {cluster_id} has no pool with the number {number}; compare the id that names it, and "
+            f"the cluster in --ceph-config"
+        )
+
     def class_pool(self, parameters: VolumeParameters) -> CephPool:
         """The pool of a class, with the server's own user."""
         place = self.place_of(parameters)
@@ -96,19 +107,20 @@ class CephAccess:
         with self._guard:
             if (brought := self._brought.get(volume_id)) is not None:
                 return brought
-        try:
-            own = read_credentials(self._secret) if self._secret is not None else None
-        except OSError as error:
-            raise FailedPrecondition(
-                f"the secret of the server in {self._secret} cannot be read ({error.strerror}); mount it there"
-            ) from None
-        if own is None:
-            what = f"volume {volume_id}" if volume_id else "this call"
-            raise FailedPrecondition(
-                f"nobody told a user of the Ceph cluster {cluster} for {what}: name a secret with {USER} and {KEY} in "
-                f"its class, or mount one for the server with --ceph-secret"
-            )
-        return _checked(own, f"the secret of the server in {self._secret}")
+        for folder in self._secrets:
+            try:
+                own = read_credentials(folder)
+            except OSError as error:
+                raise FailedPrecondition(
+                    f"the secret of the server in {folder} cannot be read ({error.strerror}); mount it there"
+                ) from None
+            if own is not None:
+                return _checked(own, f"the secret in {folder}")
+        what = f"volume {volume_id}" if volume_id else "this call"
+        raise FailedPrecondition(
+            f"nobody told a user of the Ceph cluster {cluster} for {what}: name a secret with {USER} and {KEY} in its "
+            f"class, or mount one for the server with --ceph-secret"
+        )
 
     def _find(self, volume_id: str) -> Place:
         digest = digest_of(volume_id)

@@ -49,7 +49,8 @@ class VolumeState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """All that is known of a volume. Without `record` it is being made, by who said `claim` last, or `removing`.
 
     `image_id`, `pool_number` and `cluster` (fsid) are its image's, by which it is known; `record` is what `RecordCodec`
-    wrote. `nodes` have it. `erase` bytes from its start on are overwritten before it goes.
+    wrote. `nodes` have it. `erase` bytes from its start on are overwritten before it goes. An image that was `adopted`
+    is that of the volume which Ceph-CSI called so.
     """
 
     image_id: str | None = None
@@ -60,6 +61,7 @@ class VolumeState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     removing: bool = False
     erase: int = 0
     claim: str | None = None
+    adopted: str | None = None
 
 
 class _Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

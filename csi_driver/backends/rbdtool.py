@@ -7,7 +7,7 @@ file written: monitors are an argument, the key is a memfd, which the program ge
 
 import base64
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar
@@ -55,6 +55,7 @@ class Image(msgspec.Struct, frozen=True):
 
     id: str
     size: int
+    data_pool: str | None = None
 
 
 class Watcher(msgspec.Struct, frozen=True):
@@ -280,6 +281,15 @@ class CephPool:
     def describe(self, image: str, key: str, value: str) -> None:
         """Set one key of its metadata, which `rbd image-meta list` shows."""
         self._rbd("image-meta", "set", self._spec(image), key, value)
+
+    def metadata(self, image: str) -> Mapping[str, str]:
+        """All of its metadata."""
+        said = self._rbd("image-meta", "list", "--format", "json", self._spec(image)).strip()
+        return _decoded(dict[str, str], said, "rbd image-meta") if said else {}
+
+    def rename(self, image: str, name: str) -> None:
+        """Give it another name, in one step; who has it open goes on. Raises CephMissing, CephExists."""
+        self._rbd("rename", self._spec(image), self._spec(name))
 
     def overwrite(self, image: str, length: int, seconds: float) -> None:
         """Random bytes over its first `length` bytes, without mapping it (rbd(8), import-diff)."""

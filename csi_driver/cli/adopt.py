@@ -1,7 +1,7 @@
 """`luks-csi volume adopt`: a LUKS2 volume of another driver, or made by hand, becomes one of ours."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,7 +11,11 @@ from csi_driver.cli.output import OUTPUT_OPTION, Output, show_json, show_text, s
 from csi_driver.cli.secret_files import SecretSource, secret_options
 from csi_driver.cli.serve import settings_params
 from csi_driver.keys.secret import read_secret
-from csi_driver.model.volume import KeyTrail, volume_id_for
+from csi_driver.model.volume import KeyTrail, VolumeRecord, volume_id_for
+
+if TYPE_CHECKING:
+    from csi_driver.volumes.driver import Driver
+    from csi_driver.volumes.takeover import Takeover
 
 _LIMITS = ("format_seconds", "unlock_seconds", "mount_seconds", "pbkdf_memory_kib")
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -37,7 +41,7 @@ def _wrapped(file: Path) -> str:
     ],
 )
 @click.argument("name")
-@click.argument("file", type=_FILE)
+@click.argument("source", metavar="FILE|VOLUMEHANDLE")
 @click.option("--kms", "kms_id", metavar="ID", help="The KMS that has its key, by the id in --kms-config.")
 @click.option("--kms-type", metavar="TYPE", help="The type of that KMS.")
 @click.option(
@@ -56,7 +60,7 @@ def adopt(
     context: click.Context,
     /,
     name: str,
-    file: Path,
+    source: str,
     kms_id: str | None,
     kms_type: str | None,
     kms_name: str,
@@ -72,8 +76,10 @@ def adopt(
     The file is copied and stays as it is. Its header must be one that this driver opens, and its key must open it. It
     comes from the passphrase that is given, or from a KMS. Where the KMS keeps it, the volume gets another one, as that
     one goes with what was copied.
+
+    With the backend rbd, make one of the volume that Ceph-CSI calls VOLUMEHANDLE. Nothing is copied: its image gets
+    another name, by which Ceph-CSI finds it no more. Where its key is the image tells.
     """
-    from csi_driver.volumes.adoption import AdoptRequest
     from csi_driver.volumes.keys import SHARED, shares_key
 
     if volume_id_for(name) != name:
@@ -86,12 +92,35 @@ def adopt(
         text = _wrapped(wrapped) if wrapped else ""
         trail = KeyTrail(kms_id=kms_id, type=kms_type, name=kms_name, wrapped=text, tenant=tenant)
     with local_driver(context, given) as driver:
-        key = read_secret(secret.read(f"Passphrase of {file}"))
-        with driver.locks.hold(name):
-            made = driver.offline().adoption.adopt(AdoptRequest(name, file.absolute(), key, trail, share))
+        if (takeover := driver.offline().takeover) is None:
+            made = _copied(driver, name, _FILE(source, ctx=context), secret, trail, share=share)
+        elif trail or tenant:
+            raise click.UsageError("The image tells where its key is: leave --kms and what belongs to it out.")
+        else:
+            made = _taken(driver, takeover, name, source, secret, share=share)
     if shares_key(made):
         show_text(f"warning: {SHARED.format(made.id)}", err=True)
     if output == Output.JSON:
         show_json(made)
     else:
-        show_text(f"encrypted volume {made.id} of {size_text(made.capacity_bytes)} is there, with what is in {file}")
+        show_text(f"encrypted volume {made.id} of {size_text(made.capacity_bytes)} is there, with what is in {source}")
+
+
+def _copied(
+    driver: "Driver", name: str, file: Path, secret: SecretSource, trail: KeyTrail | None, *, share: bool
+) -> VolumeRecord:
+    from csi_driver.volumes.adoption import AdoptRequest
+
+    key = read_secret(secret.read(f"Passphrase of {file}"))
+    with driver.locks.hold(name):
+        return driver.offline().adoption.adopt(AdoptRequest(name, file.absolute(), key, trail, share))
+
+
+def _taken(
+    driver: "Driver", takeover: "Takeover", name: str, handle: str, secret: SecretSource, *, share: bool
+) -> VolumeRecord:
+    from csi_driver.volumes.takeover import TakeoverRequest
+
+    key = read_secret(secret.read(f"Passphrase of {handle}"))
+    with driver.locks.hold(takeover.find(handle, name).volume_id):
+        return takeover.take(TakeoverRequest(name, takeover.find(handle, name), key, share))

@@ -1,5 +1,6 @@
 """The driver without a server, for commands that work on a node's volumes themselves."""
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,13 +18,14 @@ from csi_driver.volumes.driver import Driver
 def local_driver(context: click.Context, given: dict[str, Any]) -> Iterator[Driver]:
     """A driver by the settings that were given, as long as a command works with it.
 
+    A secret that the command was given may have what reaches its storage too, as one of Ceph-CSI has a user of Ceph.
     Raises ClickException where the state directory is not to be had.
     """
     from csi_driver.volumes.driver import build_driver
 
     configure_logs(LogFormat.AUTO, "warning")
     harden_process()
-    settings = settings_of(given)
+    settings = dataclasses.replace(settings_of(given), ceph_secret=context.params.get("secret_dir"))
     with ExitStack() as stack:
         try:
             driver: Driver = (context.obj or build_driver)(settings)

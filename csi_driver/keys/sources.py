@@ -21,7 +21,7 @@ from csi_driver.keys.base import EntryReader, KeyRequest, KeySource, RequestNeed
 from csi_driver.keys.config import KmsConfig
 from csi_driver.keys.generated import GeneratedKeys
 from csi_driver.keys.kubernetes import Kubernetes
-from csi_driver.keys.types import BUILDERS, NEVER_KEPT, Surroundings
+from csi_driver.keys.types import BUILDERS, NEVER_KEPT, UNNAMED, Surroundings
 from csi_driver.model.errors import DriverError, FailedPrecondition, KeyLost
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import KeyTrail
@@ -93,6 +93,12 @@ class KeySources:
             return key
 
         return self._told("fetch", purpose, request, trail.kms_id, trail.name, fetched, trail)
+
+    def foreign(self, kms_id: str, name: str, wrapped: str, tenant: str) -> KeyTrail:
+        """The trail of a key that Ceph-CSI had made for its volume `name`; `wrapped` where its KMS does not keep it."""
+        kind, _ = self._config.entry(kms_id)
+        known = "" if wrapped and kind in UNNAMED else name
+        return KeyTrail(kms_id=kms_id, type=kind, name=known, wrapped=wrapped, tenant=tenant, foreign=True)
 
     def rewrap(self, trail: KeyTrail, request: KeyRequest) -> KeyTrail:
         """The same DEK under the newest key of its KMS."""

@@ -258,6 +258,9 @@ def _exec(made: Surroundings) -> KeySource:
 NEVER_KEPT: Final = frozenset({"metadata"})
 """Types whose source holds what unwraps a DEK, the passphrase of a request, and no connection that is worth keeping."""
 
+UNNAMED: Final = frozenset({"aws-metadata", "aws-sts-metadata", "kmip"})
+"""Types whose wrapped keys Ceph-CSI binds to nothing, so that no name is to be told for one of its own."""
+
 BUILDERS: Final[Mapping[str, Builder]] = {
     "aws-metadata": _aws,
     "aws-sts-metadata": _aws_sts,

@@ -38,6 +38,7 @@ from csi_driver.model.volume import (
     EncryptionState,
     FileSystemState,
     KeyTrail,
+    LuksIdentity,
     VolumeParameters,
     VolumeRecord,
     volume_id_for,
@@ -124,34 +125,16 @@ class Adoption:
                 told = self._sources.using(KeyRequest(volume_id), "adopt")
             with told:
                 slots = self._slots.check_image(where, file, luks, passphrase)
-            capacity = (file.size - luks.data_offset) // luks.sector_size * luks.sector_size
-            if capacity < _LEAST_BYTES:
-                raise FailedPrecondition(
-                    f"{where} holds {max(capacity, 0)} bytes and a volume has at least {_LEAST_BYTES}"
-                )
-            record = VolumeRecord(
-                id=volume_id,
-                name=request.name,
-                capacity_bytes=capacity,
-                parameters=VolumeParameters(
-                    encrypted=True,
-                    kms_id=(trail.kms_id or None) if trail else None,
-                    generate_key=trail is not None and trail.type == GENERATED,
-                ),
-                encryption=EncryptionState.ENCRYPTED,
-                luks=luks,
-                key=trail,
-                file_system=FileSystemState.RAW,
-                created=recorded_now(),
-            )
-            size = luks.data_offset + capacity
-            record = maker.create_filled(record, size, partial(self._fill, where, file, record, passphrase))
+            parameters = VolumeParameters(encrypted=True)
+            record = adopted(volume_id, request.name, where, file.size, luks, trail, parameters)
+            fill = partial(self._fill, where, file, record, passphrase)
+            record = maker.create_filled(record, device_size(record), fill)
             with self._backend.storage(volume_id) as storage:
                 self._slots.ensure_header_copy(self._backend, record, storage)  # else the next stage does
         log.info("volume adopted", volume_id=volume_id, file=str(request.file), luks_uuid=luks.uuid)
         if (memory := _memory_kib(slots)) > Limits.pbkdf_memory_kib:
             log.warning("the server needs this limit too", volume_id=volume_id, pbkdf_memory_limit=f"{memory}Ki")
-        return record if request.share else self._with_own_key(record, request.secret)
+        return record if request.share else with_own_key(self._rekeying, record, request.secret)
 
     def _file(self, path: Path) -> FileIdentity:
         """The file that is adopted, links followed; nobody else uses it."""
@@ -169,17 +152,6 @@ class Adoption:
                 f"{path} cannot be looked at ({error_name(error)}); name a file of LUKS2"
             ) from None
 
-    def _with_own_key(self, record: VolumeRecord, secret: SecretKey) -> VolumeRecord:
-        if not shares_key(record):
-            return record
-        try:
-            return self._rekeying.rotate(record.id, secret, None).record
-        except DriverError as error:
-            raise type(error)(
-                f"volume {record.id} was adopted and opens with the key of what it was copied from, which is lost with "
-                f"that, as it could not be given its own: {error}; then give it one (luks-csi keys rotate {record.id})"
-            ) from None
-
     def _fill(self, where: str, file: FileIdentity, record: VolumeRecord, passphrase: Passphrase, path: str) -> None:
         self._workers.call(
             f"luks-clone of {where}",
@@ -193,6 +165,49 @@ class Adoption:
         if record.key is not None:  # before the volume is there: header and KMS are enough from the start
             with open_handle(path, os.O_RDWR) as clone:
                 self._slots.name_key(record, clone, passphrase)
+
+
+def adopted(
+    volume_id: str,
+    name: str,
+    where: str,
+    size: int,
+    luks: LuksIdentity,
+    trail: KeyTrail | None,
+    parameters: VolumeParameters,
+) -> VolumeRecord:
+    """The record of what is `size` bytes long, with its header. Raises FailedPrecondition where that is too little."""
+    capacity = (size - luks.data_offset) // luks.sector_size * luks.sector_size
+    if capacity < _LEAST_BYTES:
+        raise FailedPrecondition(f"{where} holds {max(capacity, 0)} bytes and a volume has at least {_LEAST_BYTES}")
+    return VolumeRecord(
+        id=volume_id,
+        name=name,
+        capacity_bytes=capacity,
+        parameters=msgspec.structs.replace(
+            parameters,
+            kms_id=(trail.kms_id or None) if trail else None,
+            generate_key=trail is not None and trail.type == GENERATED,
+        ),
+        encryption=EncryptionState.ENCRYPTED,
+        luks=luks,
+        key=trail,
+        file_system=FileSystemState.RAW,
+        created=recorded_now(),
+    )
+
+
+def with_own_key(rekeying: Rekeying, record: VolumeRecord, secret: SecretKey) -> VolumeRecord:
+    """The volume, opened by a key that is nobody else's. Where it cannot have one the error says that it is there."""
+    if not shares_key(record):
+        return record
+    try:
+        return rekeying.rotate(record.id, secret, None).record
+    except DriverError as error:
+        raise type(error)(
+            f"volume {record.id} was adopted and opens with the key of what it was copied from, which is lost with "
+            f"that, as it could not be given its own: {error}; then give it one (luks-csi keys rotate {record.id})"
+        ) from None
 
 
 def _memory_kib(slots: Iterable[Keyslot]) -> int:

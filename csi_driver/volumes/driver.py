@@ -171,8 +171,8 @@ def key_sources(settings: Settings, workers: Workers) -> KeySources:
 def make_backend(settings: Settings, host: Host) -> Backend:
     """What keeps the ciphertext; nothing is started or touched yet.
 
-    A state directory that had a volume group, or volumes over another driver, keeps that, so that no command beside
-    the server has to be told.
+    A state directory that had a volume group, volumes over another driver or images of Ceph keeps that, so that no
+    command beside the server has to be told.
     """
     state = settings.state_dir
     memory = state / "lvm.json"
@@ -181,8 +181,9 @@ def make_backend(settings: Settings, host: Host) -> Backend:
         return _csi(settings, host, state / "csi", over)
     if settings.backend == "lvm" or memory.exists():
         return _lvm(settings, host, state / "lvm", memory)
-    if settings.backend == "rbd":
-        return _rbd(settings, host, state / "rbd")
+    of_ceph = state / "rbd.json"
+    if settings.backend == "rbd" or of_ceph.exists():
+        return _rbd(settings, host, state / "rbd", of_ceph)
     folder = state / "loopfile"
     return LoopfileBackend(folder, settings.free_space_floor, host.files, host.loops, RecordCodec())
 
@@ -249,30 +250,35 @@ def _has_left(settings: Settings, host: Host, move: Move) -> bool:
     return found is not None and (found.phase, found.id) == (MovePhase.LEFT, move.id)
 
 
-def _rbd(settings: Settings, host: Host, folder: Path) -> Backend:
+def _rbd(settings: Settings, host: Host, folder: Path, memory: Path) -> Backend:
     from csi_driver.backends.rbd import RbdBackend  # noqa: PLC0415 - who has no Ceph pays nothing for it
     from csi_driver.backends.rbdaccess import CephAccess  # noqa: PLC0415
     from csi_driver.backends.rbddevices import MappedVolumes  # noqa: PLC0415
     from csi_driver.backends.rbdimages import Images  # noqa: PLC0415
+    from csi_driver.backends.rbdmemory import Memory, read_memory  # noqa: PLC0415
     from csi_driver.backends.rbdnodes import NodeAttachments  # noqa: PLC0415
     from csi_driver.backends.rbdplace import Clusters  # noqa: PLC0415
     from csi_driver.backends.rbdrecords import VolumeLogs  # noqa: PLC0415
     from csi_driver.backends.rbdtool import CephPrograms  # noqa: PLC0415
     from csi_driver.host.krbd import MappedImages  # noqa: PLC0415
 
+    is_server = settings.backend == "rbd"
+    told = Memory.of(settings) if is_server else read_memory(memory)
+    secrets = [Path(each) for each in dict.fromkeys((settings.ceph_secret, told.ceph_secret)) if each]
     limits, logs = settings.limits, VolumeLogs()
     programs = CephPrograms(Commands(host.workers), limits.mount_seconds)
     devices = MappedVolumes(folder, host.files, host.workers, MappedImages(), limits.mount_seconds)
     return RbdBackend(
         folder,
-        CephAccess(Clusters(settings.ceph_config), programs, settings.ceph_secret),
+        CephAccess(Clusters(Path(told.ceph_config)), programs, secrets),
         logs,
         Images(logs, limits.format_seconds),
-        NodeAttachments(logs, settings.node_id, devices.boot),
+        NodeAttachments(logs, told.node_id, devices.boot),
         devices,
         RecordCodec(),
         host.files,
-        is_central=Service.CONTROLLER in settings.services,
+        is_central=told.is_central,
+        remember=partial(told.write, memory, host.files) if is_server else lambda: None,
     )
 
 

@@ -102,6 +102,11 @@ class Moves:
                 f"{there.state_dir} is the state directory of the driver that has volume {volume_id}; name that of "
                 f"another one"
             )
+        if shared(self.here.backend) is not None:
+            raise FailedPrecondition(
+                f"volume {volume_id} is of the backend {self.here.backend.name}, which lies outside this node, and is "
+                f"not moved away from there; copy what is in it to a new volume"
+            )
         record = self.here.backend.get(volume_id)  # before a lock is made for what is not there
         outside = shared(there.backend)
         other_id = outside.id_for(record.name, record.parameters) if outside is not None else volume_id

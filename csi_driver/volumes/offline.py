@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from csi_driver.backends.base import Backend
+from csi_driver.backends.base import Backend, TakesOver
 from csi_driver.host.commands import Commands
 from csi_driver.host.locks import VolumeLocks
 from csi_driver.keys.sources import KeySources
@@ -24,6 +24,7 @@ from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.recovery import Recovery
 from csi_driver.volumes.rekey import Rekeying
 from csi_driver.volumes.stages import Stages
+from csi_driver.volumes.takeover import Takeover
 
 if TYPE_CHECKING:
     from csi_driver.volumes.driver import Host
@@ -52,6 +53,11 @@ class Offline:
         state_dir: Path,
     ) -> None:
         self.adoption = Adoption(backend, host.workers, host.loops, slots, sources, rekeying, limits)
+        self.takeover = (
+            Takeover(backend, backend.foreign, host.workers, slots, sources, rekeying, limits)
+            if isinstance(backend, TakesOver)
+            else None
+        )
         self.checking = Checking(
             backend, presences, host.workers, commands, mappings, encryption, file_systems, keys, homes, limits
         )

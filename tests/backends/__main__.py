@@ -15,9 +15,10 @@ def main() -> int:
     """Run them; the exit code is 0 when all of them ran and none failed."""
     chosen = [name for name in RIGS if name.startswith(CHOSEN) and (CHOSEN or name not in ON_REQUEST)]
     here = Path(__file__).parent
-    names = ("test_lvm.py", "test_life.py", "test_move.py", "test_move_command.py", "test_move_kills.py")
-    lvm = [here / name for name in names] if any(name.startswith("lvm") for name in chosen) else []
-    ceph = [here / "test_rbd.py", here / "test_rbd_life.py"] if "rbd" in chosen else []
+    of_lvm = ("test_lvm.py", "test_life.py", "test_move.py", "test_move_command.py", "test_move_kills.py")
+    lvm = [here / name for name in of_lvm] if any(name.startswith("lvm") for name in chosen) else []
+    of_rbd = ("test_rbd.py", "test_rbd_life.py", "test_rbd_adopt.py")
+    ceph = [here / name for name in of_rbd] if "rbd" in chosen else []
     count = counted.run([str(path) for path in (here / "test_conformance.py", *lvm, *ceph)])
     print(f"backends: {','.join(chosen)} {count}", flush=True)
     return int(not chosen or not count.is_green or len(count.ran) < LEAST * len(chosen))

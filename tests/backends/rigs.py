@@ -47,6 +47,7 @@ LIMITS = Limits(format_seconds=60, unlock_seconds=20, mount_seconds=60)
 GROUP = "vg-test"
 POOL = "thin-pool"
 _CHANGING = {"append", "put", "rm", "setomapval", "rmomapkey", "create", "resize", "image-meta", "import-diff", "map"}
+_CHANGING |= {"rename"}
 _DIRTY_BYTES = 160 * MIB
 _CONFIG = (
     "activation{udev_sync=0 udev_rules=0 monitoring=0 verify_udev_operations=0} backup{backup=0 archive=0} "
@@ -215,7 +216,7 @@ class RbdRig:
         devices = make_devices(folder, files, self.workers, MappedImages(), seconds)
         made = RiggedBackend(
             folder,
-            CephAccess(Clusters(self.config), programs, self.secret),
+            CephAccess(Clusters(self.config), programs, [self.secret]),
             logs,
             Images(logs, LIMITS.format_seconds),
             NodeAttachments(logs, node_id, devices.boot, fence),

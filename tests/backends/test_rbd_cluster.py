@@ -23,6 +23,7 @@ from csi_driver.model.errors import Aborted, DeadlineExceeded, FailedPreconditio
 from csi_driver.model.volume import EncryptionState
 from csi_driver.volumes.driver import WARM
 from tests.backends.ceph import POOL, new_key
+from tests.backends.ceph_csi import CephCsiVolume
 from tests.backends.rigs import RbdRig
 from tests.backends.test_conformance import SIZE, Countdown, Killed, check_foreign, record_of
 
@@ -310,3 +311,44 @@ def test_what_has_no_room_and_what_grows(ceph: RbdRig) -> None:
     for size, expected in ((1, SIZE), (2 * SIZE + 1, 2 * SIZE + 512), (SIZE, 2 * SIZE + 512)):
         backend.grow(volume_id, size)
         assert ceph.ceph.asked("rbd", "info", f"{POOL}/{image_name(volume_id)}")["size"] == expected
+
+
+# --- volumes of Ceph-CSI
+
+
+def taken(rig: RbdRig, backend: RbdBackend, peer: CephCsiVolume) -> None:
+    """As the command does it behind its look at the header, which needs a device."""
+    foreign = backend.foreign.find(peer.handle, "pvc-1")
+    record = msgspec.structs.replace(
+        record_of(rig), parameters=foreign.parameters, encryption=EncryptionState.ENCRYPTED, capacity_bytes=48 * MIB
+    )
+    if not foreign.is_ours:
+        backend.foreign.take(foreign, record)
+
+
+def test_killed_at_every_step_a_volume_of_ceph_csi_is_ours_with_the_next_call_or_given_back(ceph: RbdRig) -> None:
+    peers: list[CephCsiVolume] = []
+
+    def before() -> None:
+        peers.append(CephCsiVolume(ceph.ceph, b"key"))
+        peers[-1].create(dek="wrapped")
+        peers[-1].tell("encrypted", "encrypted")
+
+    def after(step: str) -> None:
+        peer, backend, volume_id = peers[-1], ceph.backend(), ceph.id_of("pvc-1")
+        found = ceph.ceph.asked("rbd", "ls", POOL)
+        assert found in ([peer.image], [image_name(volume_id)]), step
+        journal = ceph.ceph.admin("rados", "-p", POOL, "listomapvals", f"csi.volume.{peer.uuid}")
+        if found == [peer.image]:  # who deletes what was cut deletes nothing of Ceph-CSI
+            backend.delete(volume_id)
+            assert ceph.ceph.asked("rbd", "ls", POOL) == [peer.image], step
+        taken(ceph, backend, peer)
+        assert ceph.ceph.asked("rbd", "ls", POOL) == [image_name(volume_id)], step
+        assert metadata(ceph, volume_id)["rbd.csi.ceph.com/dek"] == "wrapped", step
+        assert ceph.ceph.admin("rados", "-p", POOL, "listomapvals", f"csi.volume.{peer.uuid}") == journal, step
+        taken(ceph, backend, peer)
+        assert backend.get(volume_id).capacity_bytes == 48 * MIB, step
+        backend.delete(volume_id)
+        assert ceph.ceph.asked("rbd", "ls", POOL) == [], step
+
+    assert killed_everywhere(ceph, before, lambda backend: taken(ceph, backend, peers[-1]), after) > 4

@@ -124,7 +124,7 @@ def test_a_pool_that_could_be_taken_for_something_else_is_refused(pool: str) -> 
 
 
 def test_a_class_that_does_not_say_where_is_told_what_it_lacks(tmp_path: Path) -> None:
-    access = CephAccess(clusters(tmp_path), Programs({}), None)
+    access = CephAccess(clusters(tmp_path), Programs({}), ())
     with pytest.raises(InvalidArgument, match=r"the parameter clusterID is missing"):
         access.place_of(VolumeParameters(pool="rbd"))
     with pytest.raises(InvalidArgument, match=r"the parameter pool is missing"):
@@ -134,7 +134,7 @@ def test_a_class_that_does_not_say_where_is_told_what_it_lacks(tmp_path: Path) -
 
 def test_a_volume_is_found_by_its_id_in_whichever_cluster_answers(tmp_path: Path) -> None:
     programs = Programs({"old": ".mgr\nrbd\nfast pool\n"})
-    access = CephAccess(clusters(tmp_path), programs, None)
+    access = CephAccess(clusters(tmp_path), programs, ())
     volume_id = access.place_of(VolumeParameters(cluster_id="old", pool="rbd")).id_for("pvc-1")
     access.use(volume_id, BROUGHT)
     pool = access.pool(volume_id)
@@ -157,7 +157,7 @@ def test_what_a_call_brought_is_used_until_it_is_forgotten_and_shown_nowhere(tmp
     folder = tmp_path / "secret"
     folder.mkdir()
     programs = Programs({"old": "rbd\n", "b9127830-b0cc-4e34-aa47-9d1a2e9949a8": ""})
-    access = CephAccess(clusters(tmp_path), programs, folder)
+    access = CephAccess(clusters(tmp_path), programs, [folder])
     volume_id = access.place_of(VolumeParameters(cluster_id="old", pool="rbd")).id_for("pvc-1")
     with pytest.raises(
         FailedPrecondition, match=r"name a secret .* in its class, or mount one for the server with --ceph-s"
@@ -180,7 +180,7 @@ def test_what_a_call_brought_is_used_until_it_is_forgotten_and_shown_nowhere(tmp
 @pytest.mark.parametrize("key", ["AQ" + "A" * 38, "AQD9o0Fd6hQRChAAt7fMaSZXduT3NWEqylNpmg", "precious", "ä"])
 def test_what_is_no_key_of_ceph_never_reaches_its_programs_which_would_quote_it(tmp_path: Path, key: str) -> None:
     programs = Programs({"old": "rbd\n"})
-    access = CephAccess(clusters(tmp_path), programs, tmp_path)
+    access = CephAccess(clusters(tmp_path), programs, [tmp_path])
     with pytest.raises(FailedPrecondition, match=r"has a userKey that is no key of Ceph") as refused:
         access.use("pvc-1.0123456789", Access(secrets={"userID": "a", "userKey": key}))
     assert key not in str(refused.value)
@@ -193,7 +193,7 @@ def test_what_is_no_key_of_ceph_never_reaches_its_programs_which_would_quote_it(
 
 @pytest.mark.parametrize("secrets", [{"userID": "a"}, {"userKey": "b"}, {"userID": "a", "userKey": "b\n"}])
 def test_half_a_user_is_refused(tmp_path: Path, secrets: dict[str, str]) -> None:
-    access = CephAccess(clusters(tmp_path), Programs({}), None)
+    access = CephAccess(clusters(tmp_path), Programs({}), ())
     with pytest.raises(FailedPrecondition) as refused:
         access.use("pvc-1.0123456789", Access(secrets=secrets))
     assert "pvc-1.0123456789" in str(refused.value)
