@@ -19,6 +19,7 @@ from csi_driver.keys.sources import KeySources
 from csi_driver.keys.types import BUILDERS
 from csi_driver.keys.vault import auth_mount, joined, plain_entry
 from csi_driver.model.errors import DriverError, FailedPrecondition
+from csi_driver.model.volume import KeyTrail
 
 NOBODY = Kubernetes("", "")
 
@@ -233,3 +234,25 @@ def test_fields_are_read_by_their_kind() -> None:
 def test_an_empty_name_never_means_all_of_a_kind() -> None:
     with pytest.raises(FailedPrecondition, match="empty name"):
         Kubernetes("127.0.0.1", "1").secret("", "name")
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrapped", "name"),
+    [
+        ("vault", "", "handle"),
+        ("metadata", "wrapped", "handle"),
+        ("ibmkeyprotect", "wrapped", "handle"),
+        ("aws-metadata", "wrapped", ""),
+        ("kmip", "wrapped", ""),
+    ],
+)
+def test_a_key_that_ceph_csi_had_made_is_asked_for_as_that_had_it(
+    tmp_path: Path, kind: str, wrapped: str, name: str
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"kms": {"encryptionKMSType": kind}}))
+    sources = KeySources(KmsConfig(file, NOBODY), NOBODY, Workers(()), tmp_path, Audit(None))
+    trail = sources.foreign("kms", "handle", wrapped, "tenant")
+    assert trail == KeyTrail(kms_id="kms", type=kind, name=name, wrapped=wrapped, tenant="tenant", foreign=True)
+    with pytest.raises(FailedPrecondition, match=r"there is no KMS 'another'"):
+        sources.foreign("another", "handle", wrapped, "tenant")
