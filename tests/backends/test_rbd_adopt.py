@@ -146,6 +146,7 @@ def test_a_look_that_was_killed_leaves_an_image_that_the_next_one_lets_go_of(rbd
             raw.write(b"x")
         assert len(list(MappedImages().all())) == 1
     assert not list(MappedImages().all())
+    peer.tell("encrypted", "encryptionPrepared")  # which is formatted
     with peer.staged(node.folder / "of-ceph-csi"), pytest.raises(DeviceInUse, match=r"is open at"):
         after.looked_at(foreign).__enter__()
     assert not list(MappedImages().all())
