@@ -12,6 +12,9 @@ from csi_driver.volumes.driver import build_driver
 from csi_driver.volumes.move import MoveRequest
 from csi_driver.volumes.move_copy import Onlooker
 from tests.backends.moving import Shown
+from tests.cli import run_cli
+
+HANDLE = "0001-0003-one-0000000000000007-8a710f4c-9d2c-4f77-8a4e-2f2f1d9b9c01"
 
 
 def served(folder: Path, *, services: frozenset[Service] = frozenset(Service)) -> Path:
@@ -59,3 +62,23 @@ def test_a_volume_of_ceph_is_not_moved_away(tmp_path: Path) -> None:
     onlooker = Onlooker(Shown(), lambda _: None, Stop(lambda: None), None)
     with pytest.raises(FailedPrecondition, match=r"of the backend rbd, which lies outside this node"):
         moves.move(MoveRequest("data.0123456789"), there, onlooker)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("data", "pvc-1"), "'pvc-1' is no id of a volume of Ceph-CSI; name its volumeHandle"),
+        (("data", HANDLE), "nobody told a user of the Ceph cluster one for this call"),
+        (("data", HANDLE.replace("0003-one", "0003-two")), "the Ceph cluster 'two' is not configured"),
+        (("data", HANDLE, "--kms", "a", "--kms-type", "vault"), "The image tells where its key is"),
+        (("data", HANDLE, "--tenant", "a"), "The image tells where its key is"),
+        (("DATA", HANDLE), "cannot be a volume's name here"),
+    ],
+)
+def test_an_adoption_that_cannot_be_is_refused_before_any_cluster_is_asked(
+    tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    state = served(tmp_path)
+    done = run_cli("volume", "adopt", *words, "--state-dir", state, "--endpoint", tmp_path / "csi.sock")
+    assert done.exit_code in (1, 2)
+    assert said in done.stderr
