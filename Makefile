@@ -112,8 +112,10 @@ ceph-test: venv system $(CSI_SANITY) ## the backend rbd on a Ceph: conformance, 
 backends-test: venv system ## the conformance suite of backends; BACKEND=loopfile, lvm-thick or lvm-thin for one
 	@$(GUEST_FOR) --env BACKEND -- $(PY) -m tests.backends
 
-move-kills: venv system ## kill -9 at each step of a move to another backend; BACKEND=lvm-thick or lvm-thin for one
-	@$(GUEST_FOR) --env BACKEND --disk 32G --timeout 21600 -- $(PY) -m tests.backends.move_kills
+move-kills: venv system ## kill -9 at each step of a move to another backend; BACKEND=lvm-thick, lvm-thin or rbd for one
+	@[ '$(BACKEND)' != rbd ] || tools/system.sh ceph
+	@$(if $(filter rbd,$(BACKEND)),$(PY) -m tests.backends.on_ceph,$(GUEST_FOR) --env BACKEND --disk 32G --timeout 21600) -- \
+	    $(PY) -m tests.backends.move_kills
 
 faults: venv system ## every command and record write fails or is killed; BACKEND=lvm-thick or lvm-thin
 	@$(GUEST_FOR) --env BACKEND --timeout 21600 -- $(PY) -m tests.machine.faults

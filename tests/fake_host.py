@@ -367,6 +367,7 @@ class SharedMemoryBackend(MemoryBackend):
     used: list[tuple[str, Access]] = field(default_factory=list)
     nodes: dict[str, list[str]] = field(default_factory=dict)
     takes_many_nodes: bool = True
+    own_node: str = "node-1"
 
     def id_for(self, name: str, parameters: VolumeParameters) -> str:
         return f"{volume_id_for(name)}.pool"

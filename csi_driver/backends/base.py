@@ -273,6 +273,10 @@ class SharedStorage(Protocol):
     def takes_many_nodes(self) -> bool:
         """Whether a block volume may be used on several nodes at once, as live migration does."""
 
+    @property
+    def own_node(self) -> str:
+        """The node's name, where a command on it makes and attaches volumes without a controller; "" where none can."""
+
     def id_for(self, name: str, parameters: VolumeParameters) -> str:
         """The id of the volume that CreateVolume calls `name`: an `is_volume_id`; it may tell where the volume lies.
 

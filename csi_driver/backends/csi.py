@@ -47,6 +47,7 @@ class CsiBackend:
 
     name = "csi"
     takes_many_nodes = False
+    own_node = ""  # claims and holder pods are the controller's
 
     def __init__(
         self,

@@ -76,6 +76,10 @@ class RbdBackend:
 
     # --- storage outside the nodes
 
+    @property
+    def own_node(self) -> str:
+        return self._nodes.node_id
+
     def id_for(self, name: str, parameters: VolumeParameters) -> str:
         return self._access.place_of(parameters).id_for(name)
 
@@ -177,7 +181,7 @@ class RbdBackend:
             if state.record is not None:
                 if self._devices.pin(volume_id) is not None:
                     self._release(pool, volume_id)
-                    state = whole(volume_id, self._logs.state(pool, volume_id))
+                state = self._nodes.take_from_commands(pool, volume_id)
                 self._images.refuse_used(pool, volume_id, state)
                 state = self._images.mark_removed(pool, volume_id, self._to_erase(volume_id, state))
             self._images.remove(pool, volume_id, state)

@@ -30,13 +30,13 @@ class NodeAttachments:
 
     def __init__(self, logs: VolumeLogs, node_id: str, boot: str, fence: Fence = fence_off) -> None:
         self._logs = logs
-        self._node_id = node_id
+        self.node_id = node_id
         self._boot = boot
         self._fence = fence
 
     def give(self, pool: CephPool, volume_id: str, node_id: str, *, many_nodes: bool) -> None:
         """Let the node have it. Raises NotFound, AlreadyExists, Aborted, FailedPrecondition naming who has it."""
-        self._take_from_commands(pool, volume_id, node_id)
+        self.take_from_commands(pool, volume_id, node_id)
 
         def give(state: VolumeState | None) -> VolumeState:
             state = whole(volume_id, state)
@@ -66,10 +66,10 @@ class NodeAttachments:
 
     def mine(self, volume_id: str, state: VolumeState) -> Attachment:
         """How this node has it; by itself where nobody has it. Raises FailedPrecondition where others have."""
-        mine = state.nodes.get(self._node_id)
+        mine = state.nodes.get(self.node_id)
         if mine is None and state.nodes:
             raise FailedPrecondition(
-                f"volume {volume_id} cannot be attached to node {self._node_id}: it was given to "
+                f"volume {volume_id} cannot be attached to node {self.node_id}: it was given to "
                 f"{', '.join(sorted(state.nodes))} (ControllerPublishVolume); end what uses it there"
             )
         return mine or Attachment(by_itself=True)
@@ -94,7 +94,7 @@ class NodeAttachments:
         def say(state: VolumeState | None) -> VolumeState:
             state = whole(volume_id, state)
             mine = msgspec.structs.replace(self.mine(volume_id, state), client=client, boot=self._boot)
-            return msgspec.structs.replace(state, nodes={**state.nodes, self._node_id: mine})
+            return msgspec.structs.replace(state, nodes={**state.nodes, self.node_id: mine})
 
         self._logs.change(pool, volume_id, say)
 
@@ -104,29 +104,33 @@ class NodeAttachments:
         def say(state: VolumeState | None) -> VolumeState:
             if state is None:
                 raise NotFound(f"volume {volume_id} is gone")
-            mine = state.nodes.get(self._node_id)
+            mine = state.nodes.get(self.node_id)
             if mine is None or mine.client is None:
                 return state
-            nodes = {node: how for node, how in state.nodes.items() if node != self._node_id}
+            nodes = {node: how for node, how in state.nodes.items() if node != self.node_id}
             if not mine.by_itself:
-                nodes[self._node_id] = msgspec.structs.replace(mine, client=None, boot=None)
+                nodes[self.node_id] = msgspec.structs.replace(mine, client=None, boot=None)
             return msgspec.structs.replace(state, nodes=nodes)
 
         with contextlib.suppress(NotFound):
             self._logs.change(pool, volume_id, say)
 
-    def _take_from_commands(self, pool: CephPool, volume_id: str, node_id: str) -> None:
-        """What an administrator's command left on another node hinders nobody, unless it is still at work."""
+    def take_from_commands(self, pool: CephPool, volume_id: str, node_id: str = "") -> VolumeState:
+        """What an administrator's command left on another node hinders nobody, unless it still has the image mapped.
+
+        Raises Aborted then.
+        """
         state = whole(volume_id, self._logs.state(pool, volume_id))
         for node, attachment in state.nodes.items():
             if node == node_id or not attachment.by_itself:
                 continue
             if attachment.client in pool.watchers(image_name(volume_id)):
                 raise Aborted(
-                    f"volume {volume_id} cannot be given to node {node_id} now: a command on node {node} is at work on "
-                    f"it; call again when that has ended"
+                    f"volume {volume_id} is not free now: a command on node {node} is at work on it, or was killed "
+                    f"there; call again when that has ended, or end it by the same command, once more"
                 )
             self._take(pool, volume_id, node)
+        return whole(volume_id, self._logs.state(pool, volume_id))
 
     def _take(self, pool: CephPool, volume_id: str, node: str) -> None:
         fenced: set[str] = set()

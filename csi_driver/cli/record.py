@@ -58,6 +58,16 @@ def _moved(move: Move) -> str:
     return _MOVE[move.phase].format(move.other)
 
 
+def _question(volume_id: str, coming: VolumeRecord | None) -> str:
+    if coming is None or coming.move is None:
+        return f"Take the record of volume {volume_id} that is there, though a newer one was written?"
+    where = f"{coming.move.other} of node {coming.move.node}" if coming.move.node else coming.move.other
+    return (
+        f"Volume {volume_id} came from {where}, which does not say that it has left: is that lost, or will it never be "
+        f"used again?"
+    )
+
+
 @click.command("accept-record", params=[*settings_params("state_dir"), OUTPUT_OPTION])
 @click.argument("volume_id", metavar="VOLUME", shell_complete=volume_names)
 @click.option("--yes", is_flag=True, help="Do not ask.")
@@ -66,15 +76,20 @@ def accept_record(context: click.Context, /, volume_id: str, output: str, *, yes
     """Take a volume's record from a backup, though a newer one was written; on its node, without a server.
 
     Only one by which nothing would be formatted: encrypted or plain, with a file system or used as a block device.
+
+    And take a volume that was moved to the driver here, and whose old node was lost before it could say so.
     """
+    from csi_driver.volumes.moved import arrived, take
+
     if not is_volume_id(volume_id):
         raise click.ClickException(f"{volume_id!r} is no volume's id")
-    confirm(f"Take the record of volume {volume_id} that is there, though a newer one was written?", yes=yes)
     with local_driver(context, given) as driver:
         if not driver.backend.has(volume_id):
             raise NotFound(f"volume {volume_id} does not exist in {driver.settings.state_dir}")
+        confirm(_question(volume_id, arrived(driver.backend, volume_id)), yes=yes)
         with driver.locks.hold(volume_id):
-            record = driver.backend.accept_record(volume_id)
+            coming = arrived(driver.backend, volume_id)
+            record = take(driver.backend, coming) if coming else driver.backend.accept_record(volume_id)
     if output == Output.JSON:
         show_json(record)
     else:

@@ -122,7 +122,8 @@ class Span(msgspec.Struct, frozen=True, kw_only=True):
 
 class Move(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A volume that is moved, in the records of both drivers; `other` is the state directory of the other one, and
-    `volume_id` its id there. `id` is that of the move.
+    `volume_id` its id there. `id` is that of the move. `node` is the one that has that state directory, where the
+    record is seen from other nodes too.
 
     While it is `arriving`, `source` says what the source was when the copy began, `size` how many bytes are to come,
     `copied` what was written, and `compared` what was read again.
@@ -132,6 +133,7 @@ class Move(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     id: str
     other: str
     volume_id: str
+    node: str = ""
     source: str = ""
     size: int = 0
     copied: Span = Span()

@@ -9,6 +9,7 @@ from csi_driver.model.errors import InvalidArgument
 from csi_driver.volumes import capability as capabilities
 from csi_driver.volumes.capability import Capability
 from csi_driver.volumes.context import check_context
+from csi_driver.volumes.moved import refuse_giving
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ class Attachments:
                 f"volume {request.volume_id} cannot be given to a node for reading alone; mount it read-only there "
                 f"instead"
             )
-        check_context(self._backend.get(request.volume_id), request.context)
+        record = self._backend.get(request.volume_id)
+        check_context(record, request.context)
+        refuse_giving(record)
         many_nodes = request.capability.many_nodes
         given = self._storage.publish(request.volume_id, request.node_id, many_nodes=many_nodes)
         log.info("volume attached", volume_id=request.volume_id, node=request.node_id)

@@ -1,7 +1,8 @@
 """`luks-csi volume move`: a closed volume's bytes from the backend of one driver to that of another one on its node.
 
 Header, UUID, key slots and record go along as they are, and no key is needed. Each step is durable before the next one;
-docs/architecture.md, "Another backend", tells the order and what a cut leaves.
+docs/architecture.md, "Another backend", tells the order and what a cut leaves. Where it goes may be storage outside the
+nodes: this node has it there by itself until it is whole.
 """
 
 import errno
@@ -30,20 +31,24 @@ from csi_driver.model.errors import (
     NotFound,
 )
 from csi_driver.model.settings import Limits
-from csi_driver.model.volume import EncryptionState, FileSystemState, Move, MovePhase, VolumeRecord
+from csi_driver.model.volume import EncryptionState, FileSystemState, Move, MovePhase, VolumeParameters, VolumeRecord
 from csi_driver.volumes.encryption import attempt
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.move_copy import STRETCH, MoveCopy, Onlooker, Place, move_of
+from csi_driver.volumes.move_place import begun_place, id_there, placed
 from csi_driver.volumes.moved import away
 from csi_driver.volumes.two_keys import refuse_changing, refuse_half
 
 
 @dataclass(frozen=True)
 class MoveRequest:
-    """Which volume; in which thin pool it is to be, if in one; whether the old copy is kept, marked as one."""
+    """Which volume; where it is to lie, by what a class says of that; whether the old copy is kept, marked as one.
+
+    Without `place` it goes where the move was begun to, in storage outside the nodes; elsewhere it is in no pool.
+    """
 
     volume_id: str
-    thin_pool: str | None = None
+    place: VolumeParameters | None = None
     keep: bool = False
 
 
@@ -61,10 +66,12 @@ class Moves:
         """Move a closed volume, or go on where that was cut; returns its record over there.
 
         Raises NotFound, DeviceInUse (it is staged, open or bound), FailedPrecondition (a change of it is under way, it
-        is not here), AlreadyExists, ResourceExhausted, VolumeBusy, Stopped, Aborted (it was written to meanwhile),
-        DeviceUnreadable, CommandFailed; the same call goes on after any of them.
+        is not here), InvalidArgument (nothing says where it is to lie), AlreadyExists, ResourceExhausted, VolumeBusy,
+        Stopped, Aborted (it was written to meanwhile), DeviceUnreadable, CommandFailed; the same call goes on after any
+        of them.
         """
-        with self._locked(request.volume_id, there) as (source, target):
+        self._sweep(request.volume_id)
+        with self._locked(request.volume_id, there, request.place) as (source, target):
             _refuse_coming(source)
             if source.move is not None and source.move.phase is MovePhase.LEFT:
                 return self._ended(source, target, there, keep=request.keep)
@@ -72,12 +79,13 @@ class Moves:
             copied = self._copied(source, target, request, there, copier, onlooker)
             return self._ended(*copied, there, keep=request.keep)
 
-    def undo(self, volume_id: str, there: Place) -> VolumeRecord:
+    def undo(self, volume_id: str, there: Place, place: VolumeParameters | None = None) -> VolumeRecord:
         """Give up a move that did not come to its end: what was copied is removed, and the volume is here as before.
 
-        Raises NotFound, DeviceInUse, VolumeBusy, FailedPrecondition where the volume is over there already.
+        Raises NotFound, DeviceInUse, VolumeBusy, InvalidArgument, FailedPrecondition where the volume is over there
+        already.
         """
-        with self._locked(volume_id, there) as (source, target):
+        with self._locked(volume_id, there, place) as (source, target):
             _refuse_coming(source)
             if source.move is not None:
                 _refuse_elsewhere(source, there)
@@ -89,15 +97,25 @@ class Moves:
             if target is not None and self._is_of(target, source):
                 _refuse_open(there, target)
                 there.backend.delete(target.id)
+            elif target is None and source.move is not None:
+                there.backend.delete(source.move.volume_id)  # half made
             log.info("move given up", volume_id=volume_id, state_dir=str(there.state_dir))
             if source.move is None:
                 return source
             return self.here.backend.update(msgspec.structs.replace(source, move=None))
 
+    def _sweep(self, volume_id: str) -> None:
+        """Remove what is left here of a volume that is not here any more: the move was cut in its very last step."""
+        if shared(self.here.backend) is None and not self.here.backend.has(volume_id):
+            with self.here.locks.hold(volume_id):
+                self.here.backend.remove_orphans(volume_id)
+
     @contextmanager
-    def _locked(self, volume_id: str, there: Place) -> Iterator[tuple[VolumeRecord, VolumeRecord | None]]:
-        """Both locks, and both records. Raises NotFound, VolumeBusy."""
-        if _real(there) == _real(self.here):
+    def _locked(
+        self, volume_id: str, there: Place, place: VolumeParameters | None
+    ) -> Iterator[tuple[VolumeRecord, VolumeRecord | None]]:
+        """Both locks, and both records. Raises NotFound, VolumeBusy, FailedPrecondition, InvalidArgument."""
+        if there.path == self.here.path:
             raise FailedPrecondition(
                 f"{there.state_dir} is the state directory of the driver that has volume {volume_id}; name that of "
                 f"another one"
@@ -108,8 +126,7 @@ class Moves:
                 f"not moved away from there; copy what is in it to a new volume"
             )
         record = self.here.backend.get(volume_id)  # before a lock is made for what is not there
-        outside = shared(there.backend)
-        other_id = outside.id_for(record.name, record.parameters) if outside is not None else volume_id
+        other_id = id_there(record, there, place)
         with self.here.locks.hold(volume_id), there.locks.hold(other_id), self._workers.session():
             target = None
             with suppress(NotFound):
@@ -164,7 +181,8 @@ class Moves:
         size: int,
     ) -> tuple[VolumeRecord, VolumeRecord]:
         """Both records of a move that is under way: one that was cut, if nothing has changed since, or a new one."""
-        other_id = source.id
+        other_id = id_there(source, there, request.place)
+        parameters = placed(source, there, request.place or begun_place(target, there))
         if target is not None:
             if not self._is_of(target, source):
                 raise AlreadyExists(
@@ -173,26 +191,24 @@ class Moves:
                 )
             is_same = source.move is not None and source.move.id == move_of(target).id
             fits = (move_of(target).source, move_of(target).size) == (f"{source.revision} {stamp}", size)
-            if is_same and fits and target.parameters.thin_pool == request.thin_pool:
+            if is_same and fits and target.parameters == parameters:
                 return source, target
             onlooker.tell(f"volume {source.id} was used since a part of it was copied, or is to go elsewhere: anew")
             there.backend.delete(target.id)
-            other_id = target.id
-        elif (outside := shared(there.backend)) is not None:
-            other_id = outside.id_for(source.name, source.parameters)
-        move = Move(phase=MovePhase.LEAVING, id=str(uuid.uuid4()), other=_real(there), volume_id=other_id)
+        move = Move(phase=MovePhase.LEAVING, id=str(uuid.uuid4()), other=there.path, volume_id=other_id)
         source = self.here.backend.update(msgspec.structs.replace(source, move=move))
-        backend = there.backend.name if source.parameters.backend is not None else None
+        outside = shared(there.backend)
         coming = msgspec.structs.replace(
             source,
             id=other_id,
             capacity_bytes=_capacity(source, size),
-            parameters=msgspec.structs.replace(source.parameters, backend=backend, thin_pool=request.thin_pool),
+            parameters=parameters,
             move=Move(
                 phase=MovePhase.ARRIVING,
                 id=move.id,
-                other=_real(self.here),
+                other=self.here.path,
                 volume_id=source.id,
+                node=outside.own_node if outside is not None else "",
                 source=f"{source.revision} {stamp}",
                 size=size,
             ),
@@ -238,7 +254,7 @@ class Moves:
         return (
             move is not None
             and move.phase in (MovePhase.ARRIVING, MovePhase.ARRIVED)
-            and (move.other, move.volume_id) == (_real(self.here), source.id)
+            and (move.other, move.volume_id) == (self.here.path, source.id)
         )
 
 
@@ -291,10 +307,6 @@ def _advanced(place: Place, record: VolumeRecord, phase: MovePhase) -> VolumeRec
     return place.backend.update(msgspec.structs.replace(record, move=move))
 
 
-def _real(place: Place) -> str:
-    return os.path.realpath(place.state_dir)
-
-
 def _refuse_coming(source: VolumeRecord) -> None:
     if source.move is not None and source.move.phase in (MovePhase.ARRIVING, MovePhase.ARRIVED):
         raise away(source, source.move)
@@ -302,7 +314,7 @@ def _refuse_coming(source: VolumeRecord) -> None:
 
 def _refuse_elsewhere(source: VolumeRecord, there: Place) -> None:
     move = move_of(source)
-    if move.other != _real(there):
+    if move.other != there.path:
         raise FailedPrecondition(
             f"volume {source.id} is moved to the driver with the state directory {move.other}; name that by "
             f"--to-state-dir, and not {there.state_dir}"

@@ -1,5 +1,6 @@
 """The bytes of a volume that is moved to another backend: made room for, copied, and compared by their digest."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,6 +38,11 @@ class Place:
     backend: Backend
     locks: VolumeLocks
     presences: Presences
+
+    @property
+    def path(self) -> str:
+        """The state directory, by which the other driver's record names it."""
+        return os.path.realpath(self.state_dir)
 
 
 @dataclass(frozen=True)

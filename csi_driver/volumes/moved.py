@@ -51,6 +51,33 @@ def refuse_away(record: VolumeRecord) -> None:
         raise away(record, record.move)
 
 
+def refuse_giving(record: VolumeRecord) -> None:
+    """Raise FailedPrecondition for a volume that no node may be given, as its record alone says that it is not here.
+
+    Whether one that arrived is here, the node finds out.
+    """
+    if record.move is not None and record.move.phase in (MovePhase.LEFT, MovePhase.ARRIVING):
+        raise away(record, record.move)
+
+
+def arrived(backend: Backend, volume_id: str) -> VolumeRecord | None:
+    """The record of a volume that arrived and may be used where it came from; None for any other. Raises NotFound."""
+    try:
+        record = backend.get(volume_id)
+    except FailedPrecondition:
+        return None
+    return record if record.move is not None and record.move.phase is MovePhase.ARRIVED else None
+
+
+def take(backend: Backend, record: VolumeRecord) -> VolumeRecord:
+    """Let a volume that arrived be here, though nobody says that it has left; where it came from must be lost for good.
+
+    Raises Aborted.
+    """
+    log.warning("a volume is taken from a driver that does not say that it has left", volume_id=record.id)
+    return backend.update(msgspec.structs.replace(record, move=None))
+
+
 def is_here(record: VolumeRecord) -> bool:
     """Whether the volume is here as far as its record alone tells; a copy of it may be under way."""
     return record.move is None or record.move.phase is MovePhase.LEAVING
@@ -59,6 +86,7 @@ def is_here(record: VolumeRecord) -> bool:
 def away(record: VolumeRecord, move: Move) -> FailedPrecondition:
     """Why it cannot be used here, and where it can."""
     again = f"luks-csi volume move {move.volume_id} --state-dir {move.other} --to-state-dir …"
+    other, node = (f"{move.other} of node {move.node}", "that node") if move.node else (move.other, "this node")
     if move.phase is MovePhase.LEFT:
         return FailedPrecondition(
             f"volume {record.id} was moved to the driver with the state directory {move.other}, and what lies here is "
@@ -66,11 +94,11 @@ def away(record: VolumeRecord, move: Move) -> FailedPrecondition:
         )
     if move.phase is MovePhase.ARRIVED:
         return FailedPrecondition(
-            f"volume {record.id} was copied here from {move.other}, and nobody knows whether it may still be used "
-            f"there; run the same command once more on this node, which ends the move: {again}"
+            f"volume {record.id} was copied here from {other}, and nobody knows whether it may still be used there; "
+            f"run the same command once more on {node}, which ends the move: {again}"
         )
     done = move.copied.end * 100 // move.size if move.size else 0
     return FailedPrecondition(
-        f"volume {record.id} is being copied here from {move.other}, {done} % are there; let the same command run to "
-        f"its end on this node ({again}), or use it by the driver from which it comes"
+        f"volume {record.id} is being copied here from {other}, {done} % are there; let the same command run to its "
+        f"end on {node} ({again}), or use it by the driver from which it comes"
     )

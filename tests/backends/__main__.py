@@ -17,7 +17,7 @@ def main() -> int:
     here = Path(__file__).parent
     of_lvm = ("test_lvm.py", "test_life.py", "test_move.py", "test_move_command.py", "test_move_kills.py")
     lvm = [here / name for name in of_lvm] if any(name.startswith("lvm") for name in chosen) else []
-    of_rbd = ("test_rbd.py", "test_rbd_life.py", "test_rbd_adopt.py")
+    of_rbd = ("test_rbd.py", "test_rbd_life.py", "test_rbd_adopt.py", "test_move_rbd.py")
     ceph = [here / name for name in of_rbd] if "rbd" in chosen else []
     count = counted.run([str(path) for path in (here / "test_conformance.py", *lvm, *ceph)])
     print(f"backends: {','.join(chosen)} {count}", flush=True)

@@ -13,8 +13,8 @@ from csi_driver.host.files import Files
 from csi_driver.host.loop import LoopDevices
 from csi_driver.host.workers import Workers
 from csi_driver.volumes.driver import WARM
-from tests.backends.moving import pair_in
-from tests.backends.rigs import RIGS, LvmRig
+from tests.backends.move_kills import MoveRig, pair_on
+from tests.backends.rigs import RIGS
 from tests.machine.conversion_child import Steps
 
 _STEPS: dict[Any, tuple[str, ...]] = {
@@ -26,11 +26,11 @@ _STEPS: dict[Any, tuple[str, ...]] = {
 
 
 def main(storage: str, folder: str, backend: str, source: str, last: str) -> int:
-    """Run it between the drivers in `folder`, with a volume group of the rig in `storage`."""
+    """Run it between the drivers in `folder`, with the volume group or the Ceph of the rig in `storage`."""
     workers = Workers(WARM)
     rig = RIGS[backend](Path(storage), workers)
-    assert isinstance(rig, LvmRig)
-    pair = pair_in(Path(folder), rig.backend(), workers, rig.parameters.thin_pool)
+    assert isinstance(rig, MoveRig)
+    pair = pair_on(rig, Path(folder))
     steps = Steps(int(last))
     for owner, names in _STEPS.items():
         for name in names:

@@ -1,9 +1,11 @@
 """`make move-kills`: kill -9 at every step of a move to another backend, and what can be used of the volume then.
 
 After each kill it can be used in one of the two places and not in both, with all that was in it; written to in between
-or not, the same command ends the move. SEED chooses, COUNT is how many steps of each kind; all of them without it.
+or not, the same command ends the move. Another node never has from Ceph what can be used in its old place, and any node
+can be given it in the end. SEED chooses, COUNT is how many steps of each kind; all of them without it.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -16,26 +18,40 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from csi_driver.backends.base import shared
+from csi_driver.host.krbd import MappedImages
 from csi_driver.host.workers import Workers
-from csi_driver.model.errors import VolumeBusy
+from csi_driver.model.errors import NotFound, VolumeBusy
+from csi_driver.model.settings import MIB
 from csi_driver.volumes.driver import WARM
 from tests.backends.moving import PLAIN, Pair, fill, is_refused, pair_in, shown, write
-from tests.backends.rigs import RIGS, LvmRig
-from tests.machine.node import CHEAP, Node
+from tests.backends.rigs import RIGS, LvmRig, RbdRig
+from tests.machine.node import CHEAP, VOLUME, Node
 
 T = TypeVar("T")
 
 KINDS = (("files", "encrypted"), ("group", "encrypted"), ("files", "plain"), ("group", "plain"))
+TO_CEPH = (("files", "encrypted"), ("files", "plain"))
+MoveRig = LvmRig | RbdRig
 _BUSY_SECONDS = 120.0
+_CEPH_STRETCH = 4 * MIB  # each change of a record there is several programs
 
 
 @dataclass
 class Result:
-    """What came of it; `lost` says of which kill and what."""
+    """What came of it; `lost` and `leaked` say of which kill and what."""
 
     points: int = 0
     kills: int = 0
     lost: list[str] = field(default_factory=list)
+    leaked: list[str] = field(default_factory=list)
+
+
+def pair_on(rig: MoveRig, folder: Path) -> Pair:
+    """The drivers in `folder`."""
+    if isinstance(rig, RbdRig):
+        return pair_in(folder, rig.backend(), rig.workers, rig.parameters, rig.id_of(VOLUME), _CEPH_STRETCH)
+    return pair_in(folder, rig.backend(), rig.workers, rig.parameters)
 
 
 @dataclass
@@ -60,37 +76,55 @@ class Case:
         return int(child.stdout)
 
 
-def run(rig: LvmRig, case: Case, kind: str, step: int, result: Result) -> int:
+def run(rig: MoveRig, case: Case, kind: str, step: int, result: Result) -> int:
     """One case; returns how many steps there were, where it was not killed (`step` 0)."""
     rig.clear()
-    pair = pair_in(case.folder, rig.backend(), rig.workers, rig.parameters.thin_pool)
+    pair = pair_on(rig, case.folder)
     source = pair.files if case.source == "files" else pair.group
     target, where = pair.other(source), f"{kind} from {case.source}, step {step}"
     content = fill(source, PLAIN if kind == "plain" else CHEAP, step, pair.pool if source is pair.group else None)
     steps = case.killed(step)
     result.kills += steps is None
     if step % 2 == 0:
-        content = _used(pair, source, content, step, where, result)
-    if source.store.has("pvc-1"):
+        content = _used(pair, source, _other_node(rig, case), content, step, where, result)
+    with contextlib.suppress(NotFound):  # it had come to its end
         _patiently(lambda: pair.move(source))
-    if not _patiently(lambda: shown(target)).startswith(content):
+    volume = pair.id_at(target)
+    if not _patiently(lambda: shown(target, volume)).startswith(content):
         result.lost.append(f"{where}: the content is another one in the end")
-    if source.store.has("pvc-1") or source.store.orphans() or target.store.orphans():
-        result.lost.append(f"{where}: something was left behind")
-    target.delete()
+    if source.store.has(VOLUME) or source.store.orphans() or target.store.orphans():
+        result.leaked.append(f"{where}: something was left behind")
+    if (storage := shared(target.store)) is not None:
+        if storage.published(volume) or any(MappedImages().all()):
+            result.leaked.append(f"{where}: this node has it still")
+        storage.publish(volume, "node-2", many_nodes=False)
+        storage.unpublish(volume, "node-2")
+    target.delete(volume)
     return steps or 0
 
 
-def _used(pair: Pair, source: Node, content: bytes, step: int, where: str, result: Result) -> bytes:
+def _used(pair: Pair, source: Node, third: Node | None, content: bytes, step: int, where: str, result: Result) -> bytes:
     """Use it wherever that can be, and write to it; returns what is in it then."""
-    homes = [node for node in (pair.other(source), source) if not _patiently(partial(is_refused, node))]
+    is_elsewhere = third is not None and not _patiently(partial(is_refused, third, pair.far))
+    places = pair.other(source), source
+    homes = [node for node in places if not _patiently(partial(is_refused, node, pair.id_at(node)))]
     if len(homes) != 1:
         result.lost.append(f"{where}: it can be used in {len(homes)} places")
         return content
     (home,) = homes
-    if not shown(home).startswith(content):
+    if is_elsewhere and home is source:
+        result.lost.append(f"{where}: another node has it too")
+    volume = pair.id_at(home)
+    if not shown(home, volume).startswith(content):
         result.lost.append(f"{where}: the content is another one")
-    return write(home, step + 1)[: len(content)]
+    return write(home, step + 1, volume)[: len(content)]
+
+
+def _other_node(rig: MoveRig, case: Case) -> Node | None:
+    """Another node of the driver of Ceph, which has no state directory that the volume came from."""
+    if not isinstance(rig, RbdRig):
+        return None
+    return Node(case.folder / "other", rig.workers, backend=rig.backend(node_id="node-2"))
 
 
 def _patiently(call: Callable[[], T]) -> T:
@@ -105,10 +139,10 @@ def _patiently(call: Callable[[], T]) -> T:
             time.sleep(0.1)
 
 
-def run_all(rig: LvmRig, storage: Path, backend: str, seed: int, count: int) -> Result:
+def run_all(rig: MoveRig, storage: Path, backend: str, seed: int, count: int) -> Result:
     """All kinds, all steps or `count` of each."""
     result, drawn = Result(), random.Random(seed)
-    for source, kind in KINDS:
+    for source, kind in TO_CEPH if isinstance(rig, RbdRig) else KINDS:
         case = Case(storage, storage / f"{source}-{kind}", backend, source)
         steps = run(rig, case, kind, 0, result)
         result.points += steps
@@ -123,24 +157,24 @@ def main() -> int:
     seed = int(os.environ.get("SEED") or time.time_ns() % 100_000)
     chosen = os.environ.get("BACKEND") or "lvm"
     failed = False
-    for backend in [name for name in RIGS if name.startswith("lvm") and name.startswith(chosen)]:
+    for backend in [name for name in RIGS if name.startswith(("lvm", "rbd")) and name.startswith(chosen)]:
         storage = Path(os.environ.get("MACHINE_STATE") or "/var/tmp") / f"moves-{backend}-{seed}"
         storage.mkdir()
         workers = Workers(WARM)
         workers.start()
         with RIGS[backend](storage, workers) as rig:
-            assert isinstance(rig, LvmRig)
+            assert isinstance(rig, MoveRig)
             begun = time.monotonic()
             result = run_all(rig, storage, backend, seed, int(os.environ.get("COUNT") or 0))
         workers.stop()
-        for one in result.lost:
+        for one in (*result.lost, *result.leaked):
             print(one)
         print(
             f"moves: backend={backend} points={result.points} kills={result.kills} lost={len(result.lost)} "
-            f"seconds={time.monotonic() - begun:.0f} seed={seed}",
+            f"leaked={len(result.leaked)} seconds={time.monotonic() - begun:.0f} seed={seed}",
             flush=True,
         )
-        failed |= bool(result.lost) or not result.kills
+        failed |= bool(result.lost or result.leaked) or not result.kills
     return int(failed)
 
 

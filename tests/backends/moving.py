@@ -1,4 +1,4 @@
-"""Two drivers of one node, on sparse files and on a volume group, and volumes that go from one to the other."""
+"""Two drivers of one node, on sparse files and on a volume group or Ceph, and volumes that go between them."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 from csi_driver.backends.base import Backend
 from csi_driver.host.workers import Workers
 from csi_driver.model.errors import FailedPrecondition, NotFound
-from csi_driver.model.volume import Move, MovePhase, VolumeRecord
+from csi_driver.model.volume import Move, MovePhase, VolumeParameters, VolumeRecord
 from csi_driver.volumes.move import MoveRequest
 from csi_driver.volumes.move_copy import Onlooker
 from tests.machine.node import BLOCK, MIB, VOLUME, Node
@@ -41,11 +41,19 @@ class Shown:
 
 @dataclass
 class Pair:
-    """The two drivers."""
+    """The two drivers; `place` is where in the group, or in Ceph, volumes are to be, `far` the volume's id there."""
 
     files: Node
     group: Node
-    pool: str | None
+    place: VolumeParameters
+    far: str
+
+    @property
+    def pool(self) -> str | None:
+        return self.place.thin_pool
+
+    def id_at(self, node: Node) -> str:
+        return self.far if node is self.group else VOLUME
 
     def other(self, node: Node) -> Node:
         return self.group if node is self.files else self.files
@@ -53,11 +61,13 @@ class Pair:
     def move(self, source: Node | None = None, onlooker: Onlooker | None = None, *, keep: bool = False) -> VolumeRecord:
         """From the files unless told otherwise."""
         source = source or self.files
-        there, pool = self.other(source), self.pool if source is self.files else None
-        return source.moves.move(MoveRequest(VOLUME, pool, keep), there.moves.here, onlooker or Onlooker(Shown()))
+        there, place = self.other(source), self.place if source is self.files else None
+        return source.moves.move(MoveRequest(VOLUME, place, keep), there.moves.here, onlooker or Onlooker(Shown()))
 
 
-def pair_in(folder: Path, group: Backend, workers: Workers, pool: str | None) -> Pair:
+def pair_in(
+    folder: Path, group: Backend, workers: Workers, place: VolumeParameters, far: str = VOLUME, stretch: int = MIB
+) -> Pair:
     """The two drivers, each of which can ask for the other one's records."""
     nodes: list[Node] = []
 
@@ -66,24 +76,24 @@ def pair_in(folder: Path, group: Backend, workers: Workers, pool: str | None) ->
         found = other.record(move.volume_id).move
         return found is not None and (found.phase, found.id) == (MovePhase.LEFT, move.id)
 
-    nodes.append(Node(folder / "files", workers, has_left=has_left))
-    nodes.append(Node(folder / "group", workers, backend=group, has_left=has_left))
-    return Pair(nodes[0], nodes[1], pool)
+    nodes.append(Node(folder / "files", workers, has_left=has_left, stretch=stretch))
+    nodes.append(Node(folder / "group", workers, backend=group, has_left=has_left, stretch=stretch))
+    return Pair(nodes[0], nodes[1], place, far)
 
 
 @contextlib.contextmanager
-def opened(node: Node) -> Iterator[int]:
+def opened(node: Node, volume: str = VOLUME) -> Iterator[int]:
     """What a pod sees of the volume as a block device, for as long as it is staged."""
-    node.stage(capability=BLOCK)
+    node.stage(volume, BLOCK)
     try:
-        with node.presences.held(node.presences.of(VOLUME, node.record())) as device:
+        with node.presences.held(node.presences.of(volume, node.record(volume))) as device:
             descriptor = os.open(device, os.O_RDWR)
             try:
                 yield descriptor
             finally:
                 os.close(descriptor)
     finally:
-        node.unstage()
+        node.unstage(volume)
 
 
 def fill(node: Node, parameters: Mapping[str, str], seed: int = 1, thin_pool: str | None = None) -> bytes:
@@ -93,9 +103,9 @@ def fill(node: Node, parameters: Mapping[str, str], seed: int = 1, thin_pool: st
     return write(node, seed)
 
 
-def write(node: Node, seed: int) -> bytes:
+def write(node: Node, seed: int, volume: str = VOLUME) -> bytes:
     """Other noise in it. Returns what a pod sees of it."""
-    with opened(node) as device:
+    with opened(node, volume) as device:
         noise = random.Random(seed).randbytes(SIZE)
         os.pwrite(device, noise[:MIB], 0)
         os.pwrite(device, noise[3 * MIB :], 3 * MIB)
@@ -103,16 +113,16 @@ def write(node: Node, seed: int) -> bytes:
         return os.pread(device, _MOST, 0)
 
 
-def shown(node: Node) -> bytes:
+def shown(node: Node, volume: str = VOLUME) -> bytes:
     """What a stage shows of the volume; of a hole in it noise, which stays the same."""
-    with opened(node) as device:
+    with opened(node, volume) as device:
         return os.pread(device, _MOST, 0)
 
 
-def is_refused(node: Node) -> bool:
+def is_refused(node: Node, volume: str = VOLUME) -> bool:
     """Whether the volume cannot be used there."""
     try:
-        shown(node)
+        shown(node, volume)
     except (FailedPrecondition, NotFound):
         return True
     return False

@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def pair(lvm_rig: LvmRig, workers: Workers, folder: Path) -> Pair:
-    return pair_in(folder, lvm_rig.backend(), workers, lvm_rig.parameters.thin_pool)
+    return pair_in(folder, lvm_rig.backend(), workers, lvm_rig.parameters)
 
 
 @pytest.mark.parametrize("parameters", [CHEAP, PLAIN], ids=["encrypted", "plain"])
@@ -301,7 +301,7 @@ def test_a_full_target_is_told_and_gone_on_with(lvm_rig: LvmRig, workers: Worker
     small.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128m", "none", str(small)], check=True)
     try:
-        pair = pair_in(folder, lvm_rig.backend(), workers, lvm_rig.parameters.thin_pool)
+        pair = pair_in(folder, lvm_rig.backend(), workers, lvm_rig.parameters)
         content = fill(pair.group, dict(CHEAP))
         ballast = small / "ballast"
 

@@ -126,6 +126,7 @@ class Node:
     make_encryption: Callable[[Workers, Mappings, KeySlots, Limits], Encryption] = Encryption
     given_keys: VolumeKeys | None = None
     has_left: HasLeft = nowhere_else
+    stretch: int = MIB
     files: Files = field(default_factory=Files)
 
     def __post_init__(self) -> None:
@@ -193,7 +194,7 @@ class Node:
             MIB,
         )
         self.moves = Moves(
-            Place(self.state, self.store, self.locks, presences), self.workers, self.keys, self.limits, MIB
+            Place(self.state, self.store, self.locks, presences), self.workers, self.keys, self.limits, self.stretch
         )
         self.exports = Exports(self.store, self.locks, presences, self.loops, self.slots)
         self.standing = StandingVolumes(self.store, self.locks, presences, self.workers, self.mapper, self.encryption)

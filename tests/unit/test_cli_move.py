@@ -9,9 +9,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from csi_driver.cli.move import move
-from csi_driver.cli.record import record_rows
+from csi_driver.cli.record import accept_record, record_rows
 from csi_driver.model.settings import Settings
 from csi_driver.model.volume import Move, MovePhase, Span, VolumeParameters, VolumeRecord
+from csi_driver.volumes.driver import build_driver
 from csi_driver.volumes.move import MoveRequest
 from csi_driver.volumes.move_copy import Onlooker
 
@@ -43,19 +44,23 @@ class FakeMoves:
         onlooker.tell("it is copied anew")
         return self._present
 
-    def undo(self, volume_id: str, there: str) -> VolumeRecord:
-        self._asked.append(("undo", volume_id, there))
+    def undo(self, volume_id: str, there: str, place: VolumeParameters | None) -> VolumeRecord:
+        self._asked.append(("undo", volume_id, there, place))
         return self._present
 
 
-def run(folder: Path, *arguments: str, present: VolumeRecord | None = None) -> tuple[Result, list[Any]]:
+def run(
+    folder: Path, *arguments: str, present: VolumeRecord | None = None, backend: str = "lvm"
+) -> tuple[Result, list[Any]]:
     asked: list[Any] = []
 
     def build(settings: Settings) -> Any:
+        if settings.ceph_secret is not None:
+            asked.append(settings.ceph_secret)
         moves = FakeMoves(settings.state_dir.name, present or record(), asked)
         return SimpleNamespace(
             settings=settings,
-            backend=SimpleNamespace(name="lvm", get=lambda _: present or record()),
+            backend=SimpleNamespace(name=backend, get=lambda _: present or record()),
             offline=lambda: SimpleNamespace(moves=moves),
             stop=lambda: None,
         )
@@ -76,7 +81,7 @@ def test_it_is_handed_on_and_told(folder: Path) -> None:
     assert (done.exit_code, done.stdout) == (0, f"volume data is in {folder}/there (lvm)\n")
     assert "copying volume data: 100% of 64MiB" in done.stderr
     assert "it is copied anew" in done.stderr
-    assert asked == [(MoveRequest("data", "pool", keep=True), "there", 50 * MIB)]
+    assert asked == [(MoveRequest("data", VolumeParameters(thin_pool="pool"), keep=True), "there", 50 * MIB)]
     done, asked = run(folder, "data", "--yes", "-o", "json")
     assert json.loads(done.stdout)["id"] == "data"
     assert asked == [(MoveRequest("data"), "there", None)]
@@ -96,12 +101,28 @@ def test_it_is_given_up(folder: Path) -> None:
     assert (done.exit_code, asked) == (2, [])
     done, asked = run(folder, "data", "--undo", "--yes")
     assert (done.exit_code, done.stdout) == (0, "volume data stays where it was\n")
-    assert asked == [("undo", "data", "there")]
+    assert asked == [("undo", "data", "there", None)]
+
+
+def test_to_ceph_it_goes_with_parameters_of_a_class_and_a_secret(folder: Path) -> None:
+    ceph = ("--to-parameter", "clusterID=one", "--to-parameter", "pool=rbd", "--to-parameter", "mapOptions=a=b")
+    done, asked = run(folder, "data", "--yes", *ceph, backend="rbd")
+    assert (done.exit_code, asked) == (1, [])
+    assert "the parameter mapOptions is 'a=b'" in str(done.exception)
+    done, asked = run(folder, "data", "--yes", *ceph[:4], "--to-secret-dir", str(folder), backend="rbd")
+    assert (done.exit_code, done.stdout) == (0, f"volume data is in {folder}/there (rbd)\n")
+    place = VolumeParameters(cluster_id="one", pool="rbd")
+    assert asked[-1] == (MoveRequest("data", place), "there", None)
+    assert asked[-2] == folder
+    done, asked = run(folder, "data", "--undo", "--yes", *ceph[:4], backend="rbd")
+    assert asked == [("undo", "data", "there", place)]
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (("data", "--to-parameter", "pool"), "'pool' must be NAME=VALUE"),
+        (("data", "--to-parameter", "pool=rbd"), "says nothing of where the backend lvm puts it; it takes none"),
         (("../data",), "is no id of a volume"),
         (("data", "--undo", "--keep"), "--undo moves nothing"),
         (("data", "--rate", "0"), "no size that anything could have"),
@@ -133,3 +154,18 @@ def test_a_folder_that_no_server_had_is_no_target(tmp_path: Path) -> None:
 )
 def test_show_says_where_it_is(moving: Move, said: str) -> None:
     assert ("moved", said) in record_rows(record(moving))
+
+
+def test_what_came_from_a_node_that_is_lost_is_taken_when_somebody_says_so(tmp_path: Path) -> None:
+    backend = build_driver(Settings(node_id="n", state_dir=tmp_path)).backend
+    backend.prepare()
+    backend.create(record(going(MovePhase.ARRIVED, node="node-1")), MIB)
+    arguments = ["data", "--state-dir", str(tmp_path)]
+    done = CliRunner().invoke(accept_record, arguments)
+    assert done.exit_code == 2
+    said = " ".join(done.stderr.split())
+    assert "came from /var/lib/other of node node-1, which does not say that it has left: is that lost, or" in said
+    assert backend.get("data").move is not None
+    done = CliRunner().invoke(accept_record, [*arguments, "--yes"])
+    assert done.exit_code == 0, done.output
+    assert backend.get("data").move is None

@@ -11,8 +11,9 @@ import pytest
 from csi_driver.backends.loopfile import LoopfileBackend
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.files import Files
+from csi_driver.host.locks import VolumeLocks
 from csi_driver.keys.ledger import KeyEntry, KeyLedger
-from csi_driver.model.errors import DeviceAbsent, FailedPrecondition
+from csi_driver.model.errors import DeviceAbsent, FailedPrecondition, InvalidArgument
 from csi_driver.model.settings import Settings
 from csi_driver.model.volume import (
     EncryptionState,
@@ -23,12 +24,16 @@ from csi_driver.model.volume import (
     VolumeParameters,
     VolumeRecord,
 )
+from csi_driver.volumes.attachment import Attachments, AttachRequest
+from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.driver import build_driver
 from csi_driver.volumes.keys import VolumeKeys
-from csi_driver.volumes.moved import Homes, is_here
+from csi_driver.volumes.move_copy import Place
+from csi_driver.volumes.move_place import begun_place, id_there, placed
+from csi_driver.volumes.moved import Homes, arrived, is_here, take
 from csi_driver.volumes.provision import Provisioning
 from csi_driver.volumes.sizing import grow_device
-from tests.fake_host import FakeLoops, MemoryBackend, no_images
+from tests.fake_host import FakeLoops, MemoryBackend, SharedMemoryBackend, no_images
 
 MIB = 1 << 20
 TRAIL = KeyTrail(kms_id="vault", type="vault", name="pvc-1.a1")
@@ -124,3 +129,92 @@ def test_the_other_driver_is_asked_by_its_state_directory(tmp_path: Path) -> Non
         there.staging._homes.here(there.backend.get("pvc-1"))  # noqa: SLF001
     here.backend.update(msgspec.structs.replace(leaving, move=record(MovePhase.LEFT).move))
     assert there.staging._homes.here(there.backend.get("pvc-1")).move is None  # noqa: SLF001
+
+
+# --- storage that other nodes see too
+
+CEPH = VolumeParameters(cluster_id="one", pool="rbd", map_options=("crc",))
+
+
+class Pools(SharedMemoryBackend):
+    """The pool is in the id, and has to be said."""
+
+    def id_for(self, name: str, parameters: VolumeParameters) -> str:
+        if parameters.pool is None:
+            raise InvalidArgument("the parameter pool is missing")
+        return f"{name}.{parameters.pool}"
+
+
+def place_of(backend: MemoryBackend, folder: Path) -> Place:
+    unused: Any = None
+    return Place(folder, backend, VolumeLocks(folder, unused), unused)
+
+
+@pytest.mark.parametrize("phase", [None, *MovePhase])
+def test_no_node_is_given_what_its_record_says_is_elsewhere(phase: MovePhase | None) -> None:
+    backend = SharedMemoryBackend()
+    backend.create(record(phase), MIB)
+    attachments = Attachments(backend, backend)
+    mode = Capability(AccessMode.SINGLE_NODE_WRITER, block=True)
+    request = AttachRequest("pvc-1", "node-2", mode, read_only=False, context={})
+    if phase in (MovePhase.LEFT, MovePhase.ARRIVING):
+        with pytest.raises(FailedPrecondition, match=r"^volume pvc-1 (was moved to|is being copied here)"):
+            attachments.attach(request)
+        assert backend.published("pvc-1") == []
+    else:
+        attachments.attach(request)
+
+
+def test_other_nodes_are_told_on_which_one_the_move_is_ended() -> None:
+    move = Move(phase=MovePhase.ARRIVED, id="m", other="/var/lib/luks-csi", volume_id="pvc-1", node="node-1")
+    backend = MemoryBackend()
+    backend.create(msgspec.structs.replace(record(), move=move), MIB)
+    with pytest.raises(FailedPrecondition) as refused:
+        Homes(backend, never).here(backend.get("pvc-1"))
+    assert "was copied here from /var/lib/luks-csi of node node-1, and nobody knows" in str(refused.value)
+    assert "run the same command once more on that node" in str(refused.value)
+
+
+@pytest.mark.parametrize("phase", [None, *MovePhase])
+def test_only_what_arrived_is_taken_where_nobody_says_that_it_has_left(phase: MovePhase | None) -> None:
+    backend = kept(phase)
+    found = arrived(backend, "pvc-1")
+    assert (found is not None) is (phase is MovePhase.ARRIVED)
+    if found is not None:
+        assert take(backend, found).move is None
+        assert Homes(backend, never).here(backend.get("pvc-1")).id == "pvc-1"
+
+
+def test_where_it_goes_is_said_once_and_not_elsewhere_the_next_time(tmp_path: Path) -> None:
+    there = place_of(Pools(), tmp_path)
+    with pytest.raises(InvalidArgument, match=r"the parameter pool is missing"):
+        id_there(record(), there, None)
+    assert id_there(record(), there, CEPH) == "pvc-1.rbd"
+    move = Move(phase=MovePhase.LEAVING, id="m", other=str(tmp_path), volume_id="pvc-1.rbd")
+    begun = msgspec.structs.replace(record(), move=move)
+    assert id_there(begun, there, None) == id_there(begun, there, CEPH) == "pvc-1.rbd"
+    with pytest.raises(FailedPrecondition, match=r"as its volume pvc-1\.rbd, and .* it would be pvc-1\.fast; go on as"):
+        id_there(begun, there, msgspec.structs.replace(CEPH, pool="fast"))
+    elsewhere = msgspec.structs.replace(record(), move=msgspec.structs.replace(move, other="/another"))
+    assert id_there(elsewhere, there, msgspec.structs.replace(CEPH, pool="fast")) == "pvc-1.fast"
+    assert id_there(begun, place_of(MemoryBackend(), tmp_path), None) == "pvc-1"
+
+
+def test_its_class_goes_along_but_for_where_it_lies(tmp_path: Path) -> None:
+    there = place_of(Pools(), tmp_path)
+    source = msgspec.structs.replace(
+        record(), parameters=VolumeParameters(encrypted=True, backend="lvm", thin_pool="pool", mkfs_options=("-m0",))
+    )
+    target = placed(source, there, CEPH)
+    assert target == msgspec.structs.replace(CEPH, encrypted=True, backend=there.backend.name, mkfs_options=("-m0",))
+    coming = msgspec.structs.replace(source, parameters=target)
+    assert placed(source, there, begun_place(coming, there)) == target
+    assert begun_place(coming, place_of(MemoryBackend(), tmp_path)) == VolumeParameters()
+    assert begun_place(None, there) == VolumeParameters()
+
+
+def test_what_only_a_controller_makes_is_no_target(tmp_path: Path) -> None:
+    with pytest.raises(
+        FailedPrecondition, match=r"only the controller of the backend .* makes volumes; make a new one"
+    ):
+        id_there(record(), place_of(Pools(own_node=""), tmp_path), CEPH)

@@ -219,3 +219,18 @@ def test_a_volume_that_a_node_has_or_a_client_has_open_is_not_removed() -> None:
     with pytest.raises(DeviceInUse, match=r"it was given to node-a"):
         images.mark_removed(pool, ID, 0)
     assert msgspec.structs.replace(state, nodes=nodes(pool)) == logs.state(pool, ID)
+
+
+def test_what_a_command_has_left_keeps_nobody_from_deleting_it_once_it_has_ended() -> None:
+    pool = made()
+    node("node-a").may_write(pool, ID, "192.0.2.7:0/1")
+    pool.images[IMAGE].open_at = ["192.0.2.7:0/1"]
+    with pytest.raises(
+        Aborted, match=r"a command on node node-a is at work on it, or was killed there; call again when"
+    ):
+        node("").take_from_commands(pool, ID)
+    pool.images[IMAGE].open_at = []
+    assert node("").take_from_commands(pool, ID).nodes == {}
+    assert pool.fenced == ["192.0.2.7:0/1"]
+    node("").give(pool, ID, "node-a", many_nodes=False)
+    assert list(node("").take_from_commands(pool, ID).nodes) == ["node-a"]
