@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -54,6 +55,7 @@ def main(command: Sequence[str]) -> int:
     """Run it; its exit code."""
     if has_device_mapper():
         os.execvp(command[0], list(command))  # noqa: S606 - an argv list
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit leaves no bridge and no daemon
     with contextlib.ExitStack() as stack:
         shared, data = (
             Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ceph-", dir=where)))
