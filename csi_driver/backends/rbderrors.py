@@ -37,7 +37,7 @@ def told(cluster: Cluster, user: str, what: str, code: int, text: str) -> Driver
     lines = [line.strip() for line in text.splitlines() if line.strip() and not _LOGGED.match(line)]
     said = lines[-1] if lines else (text.splitlines() or [f"exit code {code}"])[-1]
     found = next((int(match[1]) for line in reversed(lines) if (match := _ERRNO.search(line))), code)
-    if "No such key" in said:
+    if any("No such key" in line for line in lines):
         return CephMissing(f"{what} found nothing")
     refused = _REFUSED.search(text)
     text = f"{what} in the Ceph cluster {cluster.id} failed: {said}"

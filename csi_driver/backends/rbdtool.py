@@ -145,7 +145,8 @@ class CephPrograms:
                     f"look at 'ceph status' and at the network between this node and its monitors and OSDs"
                 ) from None
             except ProgramFailed as failed:
-                said = failed.stderr or content_of(answer).decode(errors="replace")
+                # Both: on standard error a client may have logged what did not matter, and said the error on the other.
+                said = f"{content_of(answer).decode(errors='replace')}\n{failed.stderr}"
                 said = said.replace(credentials.key, "…")  # Ceph quotes a key that it cannot decode
                 raise told(cluster, credentials.user, _shown(program, words), failed.code, said) from None
             return content_of(answer).decode(errors="replace")
