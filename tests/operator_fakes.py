@@ -71,6 +71,8 @@ class FakeApi:
             raise NotFound(f"there is no {kind} {name}")
         wanted = copy.deepcopy(patch)
         version = wanted.get("metadata", {}).pop("resourceVersion", None)
+        if not wanted.get("metadata", {1: 1}):
+            del wanted["metadata"]
         if version not in (None, thing["metadata"]["resourceVersion"]):
             raise Conflict(f"{kind} {name} was changed meanwhile")
         assert status == (wanted.keys() == {"status"}), "the status is a subresource"

@@ -1,21 +1,23 @@
 """Volumes on raw block claims of another CSI driver: encryption in front of the storage that a cluster has.
 
 The claim is made, enlarged and deleted by the controller (`csiclaims`), which also has a holder pod bring it to a node
-(`csiholders`, `csiholding`); the node gets the device as an open descriptor (`csinode`). Records and header copies are
-objects of Kubernetes (`csirecords`, `csiheaders`).
+(`csiholders`, `csiholding`); the node gets the device as an open descriptor (`csinode`). Where the class says so, and
+the driver below wants no attaching, there is no holder, and the node calls that driver (`csibelow`, `csidirect`).
+Records and header copies are objects of Kubernetes (`csirecords`, `csiheaders`).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from csi_driver.backends.base import Fill, Space
+from csi_driver.backends.csibelow import DIRECT
 from csi_driver.backends.csiclaims import Claims, places_of
 from csi_driver.backends.csiheaders import HeaderCopies
-from csi_driver.backends.csiholders import HolderPods, pod_name, refuse_open, volume_of
+from csi_driver.backends.csiholders import HolderPods, astray_of, refuse_open, wants_holder
 from csi_driver.backends.csinode import NodeDevices
 from csi_driver.backends.csirecords import Known, RecordObjects, Spec
 from csi_driver.host.handle import Handle
@@ -74,7 +76,7 @@ class CsiBackend:
     # What every backend does.
 
     def prepare(self) -> None:
-        """Make the folder for the sockets of holders, on a node."""
+        """Make the folder for pins and the sockets of holders, on a node."""
         self._remember()
         if self._is_node:
             self._devices.prepare()
@@ -90,6 +92,9 @@ class CsiBackend:
         if size > _MOST_BYTES:
             raise ResourceExhausted(f"there is no room for volume {volume_id}: no driver makes {size} bytes")
         storage_class = self._claims.check_class(volume_id, name)
+        is_direct = record.parameters.backing_attach == DIRECT
+        if is_direct:
+            self._claims.check_direct(volume_id, str(storage_class.get("provisioner")))
         known = self._making(volume_id, Spec(state="Making", backing_storage_class=name, size=size))
         try:
             claim = self._claims.ensure(known, storage_class, self._wished.get(volume_id, ""))
@@ -101,6 +106,7 @@ class CsiBackend:
                 state="Ready",
                 volume_name=name_of(volume),
                 places=places_of(volume),
+                direct=self._claims.direct_of(volume_id, volume) if is_direct else None,
                 record=self._records.encode(record),
             )
         except (Aborted, DeadlineExceeded, Unavailable):
@@ -177,14 +183,16 @@ class CsiBackend:
                 f"a node cannot"
             )
         self._claims.grow(known, size)
+        if known.spec.direct is not None:
+            self._claims.settle(known, size)
         self._records.write(known, size=size)
 
     def storage(self, volume_id: str) -> AbstractContextManager[Handle]:
-        """The device that this node has, or can get from a holder."""
-        return self._opened(volume_id)
+        """The device that this node has, or can get."""
+        return self._devices.opened(volume_id)
 
     def open_storage(self, volume_id: str) -> Handle:
-        """The same: nobody knows what was ever written to it, so samples are read of it."""
+        """The same, if it is attached or has a holder. Samples are read of it: nobody knows what was ever written."""
         return self._devices.open(volume_id)
 
     def is_newest(self, record: VolumeRecord) -> bool:  # noqa: ARG002 - nothing tells
@@ -208,9 +216,10 @@ class CsiBackend:
         self._headers.keep(volume_id, fill)
 
     def attach(self, volume_id: str, *, lasting: bool) -> Handle:  # noqa: ARG002 - it always lasts
-        """The device that the volume's holder hands on; it stays this node's until `detach`.
+        """The device that the volume's holder, or the driver below, hands on; it stays this node's until `detach`.
 
-        Raises Aborted while there is no holder yet, or it has not the size that it is to have.
+        Raises Aborted while there is no holder yet, or it has not the size that it is to have, and what a driver below
+        says.
         """
         return self._devices.attach(volume_id)
 
@@ -218,7 +227,7 @@ class CsiBackend:
         """Nothing is to be done: the mapping or mount has the device for itself (O_EXCL, open(2))."""
 
     def refresh(self, device: Handle) -> None:
-        """Kubelet and the other driver enlarge the device. Raises Aborted while it is shorter than recorded."""
+        """Kubelet, or this, has the driver below enlarge it. Raises Aborted while it is shorter than recorded."""
         self._devices.check_size(device)
 
     def device_of(self, volume_id: str) -> Handle | None:
@@ -282,6 +291,11 @@ class CsiBackend:
                 f"end there first"
             )
         self._claims.check(known)
+        if known.spec.direct is not None:
+            self._claims.check_still(known, known.spec.direct)
+            if not known.spec.node:
+                self._records.write(known, node=node_id)
+            return {"driver": known.spec.direct.driver}
         for pod in self._holders.of(volume_id):
             if (place := str(pod["spec"].get("nodeName"))) != node_id:
                 self._holders.drop(volume_id, pod, at_once=self._holders.is_down(place))
@@ -318,16 +332,12 @@ class CsiBackend:
         `hold` is the volume's lock; one that is busy waits for the next time.
         """
         if self._is_node:
-            self._devices.tell_released(hold)
+            self._devices.mend(hold, is_ending)
             return
         known = {each.volume_id: each for each in self._records.all()}
-        pods = {name_of(pod): pod for pod in self._holders.all()}
-        wanted = {pod_name(each.volume_id, each.spec.node) for each in known.values() if each.spec.node}
-        missing = [each.volume_id for each in known.values() if each.spec.node and
-                   pod_name(each.volume_id, each.spec.node) not in pods]  # fmt: skip
-        unwanted = [volume_of(pod) for name, pod in pods.items() if name not in wanted]
+        astray = astray_of(known.values(), self._holders.all())
         going = [each.volume_id for each in known.values() if each.spec.state == "Deleting"]
-        for volume_id in sorted({*missing, *unwanted, *going}):
+        for volume_id in sorted({*astray, *going}):
             if is_ending():
                 return
             with suppress(VolumeBusy, Aborted), hold(volume_id):
@@ -345,7 +355,7 @@ class CsiBackend:
             if place != node:
                 log.warning("a holder that nobody asked for", volume_id=volume_id, pod=name_of(pod), node=place)
                 self._holders.drop(volume_id, pod, at_once=self._holders.is_down(place))
-        if known is not None and node and not self._holders.is_down(node):
+        if known is not None and wants_holder(known) and not self._holders.is_down(node):
             self._holders.begin(known, node)
 
     def _refuse_open(self, known: Known, node: str) -> None:
@@ -380,8 +390,3 @@ class CsiBackend:
         self._claims.drop(known)
         self._headers.drop(volume_id)
         self._records.remove(known)
-
-    @contextmanager
-    def _opened(self, volume_id: str) -> Iterator[Handle]:
-        with self._devices.open(volume_id) as device:
-            yield device

@@ -1,6 +1,6 @@
 """The claim below each volume: a raw block claim of another driver's class, in our namespace.
 
-Only claims are made, enlarged and deleted; the other driver's own sockets are never called. A claim is the volume's by
+Only claims are made, enlarged and deleted; the other driver's controller is never called. A claim is the volume's by
 the uid that its record pins.
 """
 
@@ -10,11 +10,13 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from csi_driver.backends.csibelow import changed, is_waiting_for_node, read_direct, refuse_driver, settled
 from csi_driver.backends.csiheaders import LABEL
-from csi_driver.backends.csipins import digest
+from csi_driver.backends.csipins import Direct, digest
 from csi_driver.backends.csirecords import GROUP, KEEPS, Api, Known, drop_finalizer
 from csi_driver.kube.kinds import (
     CLAIM,
+    CSI_DRIVER,
     EVENT,
     MANAGED_BY,
     MANAGER,
@@ -68,6 +70,22 @@ class Claims:
                 f"({self._driver_name}); name one of the driver that keeps the ciphertext"
             )
         return found
+
+    def check_direct(self, volume_id: str, driver: str) -> None:
+        """Raises FailedPrecondition where nodes cannot call that driver themselves."""
+        refuse_driver(volume_id, driver, self._api.get(CSI_DRIVER, driver))
+
+    def direct_of(self, volume_id: str, volume: Json) -> Direct:
+        """What nodes tell the driver of a PersistentVolume. Raises FailedPrecondition where that is not enough."""
+        found = read_direct(volume_id, volume)
+        self.check_direct(volume_id, found.driver)
+        return found
+
+    def check_still(self, known: Known, direct: Direct) -> None:
+        """Raises FailedPrecondition where it is not what `direct_of` would say any more."""
+        volume = self._api.get(VOLUME, known.spec.volume_name)
+        if volume is None or self.direct_of(known.volume_id, volume) != direct:
+            raise changed(known.volume_id, known.spec.volume_name, direct)
 
     def ensure(self, known: Known, storage_class: Json, node: str) -> Json:
         """Make the volume's claim, or find the one that was made; for `node` where its class waits for one.
@@ -191,6 +209,25 @@ class Claims:
                     f"the claim {where} below volume {known.volume_id} is being enlarged from {self.size(volume)} to "
                     f"{size} bytes by its own driver ({self._said(claim, 'Resiz') or 'which has said nothing yet'}); "
                     f"this is tried again"
+                )
+            time.sleep(_PAUSE)
+
+    def settle(self, known: Known, size: int) -> None:
+        """Say of a claim that no pod uses that its volume has been enlarged, as kubelet does: nodes see to the rest.
+
+        Until somebody says it, its resizer enlarges it no further. Raises Aborted until that one has come so far.
+        """
+        deadline = time.monotonic() + self._wait_seconds
+        while _bytes((claim := self.check(known)).get("status", {}).get("capacity", {}).get("storage")) < size:
+            volume = self._volume_of(claim)
+            if volume is not None and self.size(volume) >= size and is_waiting_for_node(claim):
+                capacity = str(volume["spec"]["capacity"]["storage"])
+                self._api.patch(CLAIM, name_of(claim), settled(claim, capacity), self._namespace, status=True)
+                return
+            if time.monotonic() > deadline:
+                raise Aborted(
+                    f"the claim {self._where(known.volume_id)} below volume {known.volume_id} is being enlarged to "
+                    f"{size} bytes by its own driver, which has not said yet that it is done; this is tried again"
                 )
             time.sleep(_PAUSE)
 

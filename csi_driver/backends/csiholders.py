@@ -6,7 +6,7 @@ nobody does but `HolderPods`, when the node has nothing open on it any more.
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -124,7 +124,6 @@ class HolderPods:
             return self._api.get(POD, name, self._namespace) or {"metadata": {"name": name}, "status": {}}
 
     def _pod(self, known: Known, node: str, name: str) -> Json:
-        socket = f"{FOLDER}/{digest(known.volume_id)}.sock"
         owner = {
             "apiVersion": VOLUME_RECORD.api_version,
             "kind": VOLUME_RECORD.name,
@@ -145,11 +144,8 @@ class HolderPods:
                 "readOnlyRootFilesystem": True,
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
-            # Its socket is there. Nothing is looked at later: a holder that does not answer is told by who asks it.
-            "startupProbe": {
-                "exec": {"command": ["test", "-S", socket]}, "periodSeconds": 1, "failureThreshold": 600,
-                "timeoutSeconds": 10,
-            },
+            # No probe: the node waits for its socket. A program that is run in many pods each second keeps them, and
+            # all else on the node, from starting.
             "resources": {"requests": {"cpu": "1m", "memory": "24Mi"}},
             "volumeDevices": [{"name": "backing", "devicePath": DEVICE}],
             "volumeMounts": [{"name": "holders", "mountPath": FOLDER}],
@@ -188,6 +184,18 @@ class HolderPods:
 def pod_name(volume_id: str, node: str) -> str:
     """The name of the holder of a volume on a node."""
     return f"luks-holder-{hashlib.sha256(f'{volume_id}/{node}'.encode()).hexdigest()[:32]}"
+
+
+def wants_holder(known: Known) -> bool:
+    """Whether a volume is to have one: nodes that call the driver below themselves need none."""
+    return bool(known.spec.node) and known.spec.direct is None
+
+
+def astray_of(known: Iterable[Known], pods: Iterable[Json]) -> set[str]:
+    """The volumes whose holder is missing, or that have one which no record wants."""
+    found = {name_of(pod): volume_of(pod) for pod in pods}
+    wanted = {pod_name(each.volume_id, each.spec.node): each.volume_id for each in known if wants_holder(each)}
+    return {(wanted | found)[name] for name in wanted.keys() ^ found.keys()}
 
 
 def volume_of(pod: Json) -> str:

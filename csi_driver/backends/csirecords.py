@@ -9,6 +9,7 @@ from typing import Final, Literal, Protocol
 
 import msgspec
 
+from csi_driver.backends.csipins import Direct
 from csi_driver.backends.records import RecordCodec
 from csi_driver.kube.kinds import MANAGED_BY, MANAGER, VOLUME_RECORD, Json, Kind, name_of, uid_of
 from csi_driver.model.errors import Aborted, AlreadyExists, FailedPrecondition, NotFound
@@ -34,8 +35,8 @@ class Api(Protocol):
     def create(self, kind: Kind, thing: Json, namespace: str = "") -> Json:
         """Make an object. Raises AlreadyExists, InvalidArgument."""
 
-    def patch(self, kind: Kind, name: str, patch: Json, namespace: str = "") -> Json:
-        """Merge into an object. Raises Conflict, NotFound, InvalidArgument."""
+    def patch(self, kind: Kind, name: str, patch: Json, namespace: str = "", *, status: bool = False) -> Json:
+        """Merge into an object, or into its status. Raises Conflict, NotFound, InvalidArgument."""
 
     def delete(self, kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None) -> None:
         """Ask for its deletion; absent is fine."""
@@ -62,6 +63,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
     One that is `Making` has no claim yet, or one that is not bound. `claim_uid` and `volume_name` pin the claim and its
     PersistentVolume; `places` are the topology segments from which that can be reached. `node` may have the volume.
+    With `direct` nodes call the driver below themselves, and no holder pod is made.
     """
 
     state: Literal["Making", "Ready", "Deleting"]
@@ -71,6 +73,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     claim_uid: str = ""
     volume_name: str = ""
     places: tuple[dict[str, str], ...] = ()
+    direct: Direct | None = None
     node: str = ""
     staged: Staged | None = None
     header: HeaderPointer | None = None

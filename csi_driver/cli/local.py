@@ -21,14 +21,15 @@ def local_driver(context: click.Context, given: dict[str, Any]) -> Iterator[Driv
     A secret that the command was given may have what reaches its storage too, as one of Ceph-CSI has a user of Ceph.
     Raises ClickException where the state directory is not to be had.
     """
-    from csi_driver.volumes.driver import build_driver
+    from csi_driver.cli.below import below
+    from csi_driver.volumes.driver import Host, build_driver
 
     configure_logs(LogFormat.AUTO, "warning")
     harden_process()
     settings = dataclasses.replace(settings_of(given), ceph_secret=context.params.get("secret_dir"))
     with ExitStack() as stack:
         try:
-            driver: Driver = (context.obj or build_driver)(settings)
+            driver: Driver = context.obj(settings) if context.obj else build_driver(settings, Host(below=below))
             stack.callback(driver.stop)
             yield driver
         except OSError as error:

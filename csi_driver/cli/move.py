@@ -131,6 +131,7 @@ def _place(backend: str, thin_pool: str | None, parameters: Mapping[str, str]) -
 
 def _other(context: click.Context, driver: "Driver", to: Path, secret_dir: Path | None) -> "Driver":
     """The driver with that state directory, at work in the same worker processes. Raises FailedPrecondition."""
+    from csi_driver.cli.below import below
     from csi_driver.volumes.driver import Host, build_driver
 
     if not (to / "identity").is_file():
@@ -143,7 +144,7 @@ def _other(context: click.Context, driver: "Driver", to: Path, secret_dir: Path 
     )
     if context.obj is not None:
         return context.obj(settings)  # type: ignore[no-any-return]
-    return build_driver(settings, Host(workers=driver.workers))
+    return build_driver(settings, Host(workers=driver.workers, below=below))
 
 
 def _tell(record: VolumeRecord, output: str, sentence: str) -> None:

@@ -111,9 +111,10 @@ def serve(**options: Any) -> None:
         raise click.UsageError("--holder-image belongs to the controller of --backend csi; give it there alone")
     configure_logs(settings.log_format, settings.log_level)
     with loading():
-        from csi_driver.volumes.driver import build_driver
+        from csi_driver.cli.below import below
+        from csi_driver.volumes.driver import Host, build_driver
 
-    driver = build_driver(settings)
+    driver = build_driver(settings, Host(below=below))
     try:
         driver.start()
         with loading():

@@ -29,7 +29,7 @@ device, what was expected and found, what to do. It never holds a secret.
     ├── InvalidToken           a paging token we did not give out (the CSI spec wants ABORTED)
     ├── ResourceExhausted      no space; wrong node for a node-local volume
     ├── DeadlineExceeded       a command ran out of time, a device hangs
-    ├── Unavailable            a key service cannot be reached
+    ├── Unavailable            a key service, or the driver below, cannot be reached
     └── CommandFailed          an external command or system call failed in a way nobody foresaw
 """
 
@@ -151,7 +151,7 @@ class DeadlineExceeded(DriverError):
 
 
 class Unavailable(DriverError):
-    """A key service cannot be reached."""
+    """A key service, or the driver below the backend csi, cannot be reached."""
 
 
 class CommandFailed(DriverError):

@@ -170,6 +170,7 @@ class VolumeParameters(msgspec.Struct, frozen=True, kw_only=True):
     backend: str | None = None
     thin_pool: str | None = None
     backing_storage_class: str | None = None
+    backing_attach: str | None = None
     cluster_id: str | None = None
     pool: str | None = None
     data_pool: str | None = None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from csi_driver.backends.base import Backend, Mends, shared
+from csi_driver.backends.csidirect import Call, DirectDevices, nobody_calls
 from csi_driver.backends.loopfile import LoopfileBackend
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.commands import Commands
@@ -81,7 +82,10 @@ _MENDING_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Host:
-    """The operating system's seams; tests that inject faults put theirs here."""
+    """The operating system's seams; tests that inject faults put theirs here.
+
+    `below` calls the drivers that the kubelet with that folder knows: gRPC is none of this layer's.
+    """
 
     files: Files = field(default_factory=Files)
     workers: Workers = field(default_factory=lambda: Workers(WARM))
@@ -91,6 +95,7 @@ class Host:
     holders: Holders = field(default_factory=Holders)
     sources: KeySources | None = None
     backend: Backend | None = None
+    below: Callable[[Path], Call] = lambda _: nobody_calls
 
 
 @dataclass(frozen=True)
@@ -231,12 +236,13 @@ def _csi(settings: Settings, host: Host, folder: Path, memory: Path) -> Backend:
     is_node = Service.NODE in settings.services
     records = RecordObjects(kube, place.namespace, RecordCodec())
     pins = Pins(settings.holders_dir, host.files)
+    direct = DirectDevices(host.below(settings.kubelet_dir), settings.kubelet_dir, settings.driver_name)
     return CsiBackend(
         records,
         HeaderCopies(kube, place.namespace, records, folder, host.files),
         Claims(kube, place.namespace, settings.driver_name),
         HolderPods(kube, place.namespace, settings.holder_image, settings.holders_dir),
-        NodeDevices(kube, records, pins, place.node_id, settings.driver_below),
+        NodeDevices(kube, records, pins, direct, place.node_id, settings.driver_below),
         is_node=is_node,
         node_topology=settings.topology_key,
         remember=partial(place.write, memory, host.files) if is_node else lambda: None,

@@ -243,6 +243,7 @@ _READERS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "backend": ("backend", str),
     "thinPool": ("thin_pool", _pool),
     "backingStorageClass": ("backing_storage_class", _class_name),
+    "backingAttach": ("backing_attach", one_of("holder", "direct")),
     "numberOfReplicas": ("replicas", whole_number(1, 20)),
     "fstype": ("fs_type", _file_system),
     "fsType": ("fs_type", _file_system),

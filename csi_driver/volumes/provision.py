@@ -249,16 +249,16 @@ class Provisioning:
                 f"the parameter backend is {parameters.backend!r} and this driver serves {self._backend.name!r}; "
                 f"correct it or leave it out"
             )
-        if parameters.thin_pool is not None and self._backend.name != "lvm":
-            raise InvalidArgument(
-                f"the parameter thinPool is {parameters.thin_pool!r} and means nothing for the backend "
-                f"{self._backend.name}; leave it out"
-            )
-        if parameters.backing_storage_class is not None and self._backend.name != "csi":
-            raise InvalidArgument(
-                f"the parameter backingStorageClass is {parameters.backing_storage_class!r} and means nothing for the "
-                f"backend {self._backend.name}; leave it out"
-            )
+        for name, value, backend in (
+            ("thinPool", parameters.thin_pool, "lvm"),
+            ("backingStorageClass", parameters.backing_storage_class, "csi"),
+            ("backingAttach", parameters.backing_attach, "csi"),
+        ):
+            if value is not None and self._backend.name != backend:
+                raise InvalidArgument(
+                    f"the parameter {name} is {value!r} and means nothing for the backend {self._backend.name}; leave "
+                    f"it out"
+                )
         return parameters
 
     def _parameters(self, request: CreateRequest) -> VolumeParameters:

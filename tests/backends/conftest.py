@@ -9,6 +9,7 @@ import pytest
 from csi_driver.backends.base import shared
 from csi_driver.backends.lvmtool import dm_name
 from csi_driver.host.workers import Workers
+from tests.backends.directrig import DirectRig
 from tests.backends.rigs import GROUP, ON_REQUEST, POOL, RIGS, LvmRig, RbdRig, Rig
 from tests.machine.conftest import workers
 from tests.machine.leaks import Facts, settled
@@ -18,7 +19,7 @@ __all__ = ["workers"]
 CHOSEN = os.environ.get("BACKEND", "")
 """Only what begins with it."""
 
-_OF = {"thick": "lvm-thick", "thin": "lvm-thin", "lvm_rig": "lvm", "rbd_rig": "rbd"}
+_OF = {"direct_rig": "csi-direct", "thick": "lvm-thick", "thin": "lvm-thin", "lvm_rig": "lvm", "rbd_rig": "rbd"}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -69,6 +70,13 @@ def rig(storage: Rig) -> Iterator[Rig]:
 def lvm_rig(rig: Rig) -> LvmRig:
     """A backend of LVM, thick or thin."""
     assert isinstance(rig, LvmRig)
+    return rig
+
+
+@pytest.fixture
+def direct_rig(rig: Rig) -> DirectRig:
+    """The backend csi over a driver that is called."""
+    assert isinstance(rig, DirectRig)
     return rig
 
 

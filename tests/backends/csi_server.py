@@ -1,6 +1,7 @@
-"""The real server on the played cluster of csirig.py, controller and node in one: python -m tests.backends.csi_server.
+"""The real server on a played cluster, controller and node in one: python -m tests.backends.csi_server RIG.
 
-It takes the options of `luks-csi serve`. Holder pods come and go with ControllerPublishVolume and its reverse, as ever.
+RIG is `csi` or `csi-direct`; behind it come the options of `luks-csi serve`. Holder pods come and go with
+ControllerPublishVolume and its reverse, as ever.
 """
 
 import sys
@@ -11,14 +12,16 @@ from csi_driver.cli.serve import serve, settings_of
 from csi_driver.rpc.server import driver_server, serve_until_told
 from csi_driver.volumes.driver import Host, build_driver
 from tests.backends.csirig import CsiRig
+from tests.backends.directrig import DirectRig
 
 
 def main(words: Sequence[str]) -> None:
     """Serve until SIGTERM."""
-    settings = settings_of(serve.make_context("serve", [*words, "--backend=csi"]).params)
+    make = {"csi": CsiRig, "csi-direct": DirectRig}[words[0]]
+    settings = settings_of(serve.make_context("serve", [*words[1:], "--backend=csi"]).params)
     configure_logs(settings.log_format, settings.log_level)
     host = Host()
-    with CsiRig(settings.state_dir.parent / "played", host.workers) as rig:
+    with make(settings.state_dir.parent / "played", host.workers) as rig:
         driver = build_driver(settings, Host(workers=host.workers, backend=rig.plain(settings.topology_key)))
         try:
             driver.start()

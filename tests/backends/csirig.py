@@ -17,17 +17,30 @@ from typing import Self
 
 from csi_driver.backends.csi import CsiBackend
 from csi_driver.backends.csiclaims import Claims, name_for
+from csi_driver.backends.csidevice import HeldDevice
+from csi_driver.backends.csidirect import DirectDevices, nobody_calls
 from csi_driver.backends.csiheaders import HeaderCopies
 from csi_driver.backends.csiholders import HolderPods, volume_of
 from csi_driver.backends.csiholding import hold
-from csi_driver.backends.csinode import HeldDevice, NodeDevices
+from csi_driver.backends.csinode import NodeDevices
 from csi_driver.backends.csipins import Pins
 from csi_driver.backends.csirecords import RecordObjects
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.files import Files
 from csi_driver.host.handle import Handle
 from csi_driver.host.workers import Workers
-from csi_driver.kube.kinds import CLAIM, NODE, POD, STORAGE_CLASS, VOLUME, VOLUME_RECORD, Json, Kind, name_of
+from csi_driver.kube.kinds import (
+    CLAIM,
+    CSI_DRIVER,
+    NODE,
+    POD,
+    STORAGE_CLASS,
+    VOLUME,
+    VOLUME_RECORD,
+    Json,
+    Kind,
+    name_of,
+)
 from csi_driver.model.errors import NotFound
 from csi_driver.model.sizes import read_size
 from csi_driver.model.volume import VolumeParameters
@@ -79,9 +92,10 @@ class Holding:
 class Played(FakeApi):
     """The API with what acts on it: provisioner and resizer of the driver below, kubelet with its holder pods."""
 
-    def __init__(self, folder: Path, pins: Pins) -> None:
+    def __init__(self, folder: Path, pins: Pins, driver: str) -> None:
         super().__init__()
         self._folder = folder
+        self._driver = driver
         self._pins = pins
         self.running: dict[str, Holding] = {}
         self.put(NODE, {"metadata": {"name": NODE_ID}, "spec": {}, "status": {}})
@@ -89,11 +103,12 @@ class Played(FakeApi):
             STORAGE_CLASS,
             {
                 "metadata": {"name": BELOW},
-                "provisioner": "below.test",
+                "provisioner": driver,
                 "allowVolumeExpansion": True,
                 "volumeBindingMode": "Immediate",
             },
         )
+        self.put(CSI_DRIVER, {"metadata": {"name": driver}, "spec": {"attachRequired": False}})
 
     def file(self, claim: str) -> Path:
         """The ciphertext of a claim."""
@@ -154,7 +169,7 @@ class Played(FakeApi):
         size = -(-read_size(claim["spec"]["resources"]["requests"]["storage"]) // _SECTOR) * _SECTOR
         with self.file(name).open("wb") as file:
             file.truncate(size)
-        csi = {"driver": "below.test", "volumeHandle": name}
+        csi = {"driver": self._driver, "volumeHandle": name, "volumeAttributes": {"of": "the class"}}
         volume: Json = {
             "metadata": {"name": f"pv-{name}"},
             "spec": {"volumeMode": "Block", "capacity": {"storage": str(size)}, "csi": csi},
@@ -165,6 +180,8 @@ class Played(FakeApi):
 
     def _enlarge(self, name: str, size: int) -> None:
         os.truncate(self.file(name), size)
+        pending = {"capacity": {"storage": "1"}, "allocatedResourceStatuses": {"storage": "NodeResizePending"}}
+        self.change(CLAIM, name, {"status": pending}, NAMESPACE)
         self.change(VOLUME, f"pv-{name}", {"spec": {"capacity": {"storage": str(size)}}})
         for each in self.all(POD):
             if each["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] == name:
@@ -220,6 +237,7 @@ class CsiRig:
     rounding = 512
     knows_newest = False
     parameters = VolumeParameters(backing_storage_class=BELOW)
+    driver = "below.test"
 
     def __init__(self, folder: Path, workers: Workers) -> None:
         self._folder = folder / "csi"
@@ -238,8 +256,13 @@ class CsiRig:
     def id_of(self, name: str) -> str:
         return name
 
-    def plain(self, node_topology: str) -> CsiBackend:
-        """Controller and node in one, without anything that is done ahead of a call."""
+    @property
+    def disks(self) -> Path:
+        """What is below."""
+        return self._folder / "disks"
+
+    def plain(self, node_topology: str, *, is_node: bool = False, step: Step = undisturbed) -> CsiBackend:
+        """Controller and node in one, or a node, without anything that is done ahead of a call."""
         records = RecordObjects(self.api, NAMESPACE, RecordCodec())
         pins = Pins(self._holders, Files())
         pins.prepare()
@@ -248,10 +271,14 @@ class CsiRig:
             HeaderCopies(self.api, NAMESPACE, records, self._folder / "state", Files()),
             Claims(self.api, NAMESPACE, DRIVER),
             HolderPods(self.api, NAMESPACE, "image", self._holders),
-            NodeDevices(self.api, records, pins, NODE_ID, ""),
-            is_node=False,
+            NodeDevices(self.api, records, pins, self.direct(step), NODE_ID, ""),
+            is_node=is_node,
             node_topology=node_topology,
         )
+
+    def direct(self, step: Step) -> DirectDevices:
+        """How devices come without a holder."""
+        return DirectDevices(nobody_calls, self._folder, DRIVER)
 
     def backend(self, step: Step = undisturbed) -> WholeBackend:
         def before(call: Call) -> None:
@@ -267,7 +294,7 @@ class CsiRig:
             HeaderCopies(self.api, NAMESPACE, records, self._folder / "state", Files()),
             Claims(self.api, NAMESPACE, DRIVER),
             HolderPods(self.api, NAMESPACE, "image", self._holders),
-            NodeDevices(self.api, records, pins, NODE_ID, ""),
+            NodeDevices(self.api, records, pins, self.direct(step), NODE_ID, ""),
             is_node=False,
             node_topology=f"topology.{DRIVER}/node",
         )
@@ -287,8 +314,8 @@ class CsiRig:
         if hasattr(self, "api"):
             self.restart()
         shutil.rmtree(self._folder, ignore_errors=True)
-        (self._folder / "disks").mkdir(parents=True)
-        self.api = Played(self._folder / "disks", Pins(self._holders, Files()))
+        self.disks.mkdir(parents=True)
+        self.api = Played(self.disks, Pins(self._holders, Files()), self.driver)
 
     def put_foreign(self, volume_id: str) -> Callable[[], object]:
         claim: Json = {"metadata": {"name": name_for(volume_id)}, "spec": {"volumeName": "pv-other"}}

@@ -41,6 +41,7 @@ from csi_driver.model.volume import VolumeParameters
 from tests.backends.ceph import CLUSTER, USER, Ceph, CephOutside
 from tests.backends.ceph import POOL as CEPH_POOL
 from tests.backends.csirig import CsiRig
+from tests.backends.directrig import DirectRig
 from tests.fake_host import Step, SteppedFiles, undisturbed
 
 LIMITS = Limits(format_seconds=60, unlock_seconds=20, mount_seconds=60)
@@ -385,6 +386,7 @@ def lvm(command: str, *words: str) -> str:
 
 RIGS: Mapping[str, Callable[[Path, Workers], AbstractContextManager[Rig]]] = {
     "csi": CsiRig,
+    "csi-direct": DirectRig,
     "loopfile": LoopfileRig,
     "lvm-thick": lambda folder, workers: LvmRig(folder, workers, thin=False),
     "lvm-thin": lambda folder, workers: LvmRig(folder, workers, thin=True),

@@ -3,9 +3,9 @@
     python -m tests.cluster.below controller SOCKET FOLDER KIND
     python -m tests.cluster.below node SOCKET FOLDER KIND NODE
 
-KIND is `attached`, with PUBLISH_UNPUBLISH_VOLUME and STAGE_UNSTAGE_VOLUME, or `plain`, with neither. In FOLDER each
-volume is a file; `<volume>.node` says which node it is attached to, and `told` has a line for each device that was
-taken away while something was on it.
+KIND is `attached`, with PUBLISH_UNPUBLISH_VOLUME and STAGE_UNSTAGE_VOLUME, `plain`, with neither, or `staged`, with the
+second alone. In FOLDER each volume is a file; `<volume>.node` says which node it is attached to, and `told` has a line
+for each device that was taken away while something was on it.
 """
 
 import contextlib
@@ -21,6 +21,8 @@ from csi_driver.rpc import csi_pb2 as csi
 from csi_driver.rpc import csi_pb2_grpc
 
 KINDS = {"attached": "attached.below.test", "plain": "plain.below.test"}
+"""Those that are installed in the cluster."""
+_NAMES = {**KINDS, "staged": "staged.below.test"}
 MOST_VOLUMES = 60
 _Plugin, _Controller, _Node = csi.PluginCapability, csi.ControllerServiceCapability, csi.NodeServiceCapability
 
@@ -29,14 +31,16 @@ def _run(*argv: str) -> str:
     return subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
 
 
-class _Identity(csi_pb2_grpc.IdentityServicer):
+class Identity(csi_pb2_grpc.IdentityServicer):
+    """Who it is."""
+
     def __init__(self, kind: str) -> None:
         self._kind = kind
 
     def GetPluginInfo(
         self, request: csi.GetPluginInfoRequest, context: grpc.ServicerContext
     ) -> csi.GetPluginInfoResponse:
-        return csi.GetPluginInfoResponse(name=KINDS[self._kind], vendor_version="1")
+        return csi.GetPluginInfoResponse(name=_NAMES[self._kind], vendor_version="1")
 
     def GetPluginCapabilities(
         self, request: csi.GetPluginCapabilitiesRequest, context: grpc.ServicerContext
@@ -108,7 +112,9 @@ class _Volumes(csi_pb2_grpc.ControllerServicer):
         return csi.ControllerExpandVolumeResponse(capacity_bytes=size, node_expansion_required=True)
 
 
-class _Devices(csi_pb2_grpc.NodeServicer):
+class Devices(csi_pb2_grpc.NodeServicer):
+    """Loop devices of a node."""
+
     def __init__(self, folder: Path, kind: str, node: str) -> None:
         self._folder = folder
         self._kind = kind
@@ -121,14 +127,14 @@ class _Devices(csi_pb2_grpc.NodeServicer):
         self, request: csi.NodeGetCapabilitiesRequest, context: grpc.ServicerContext
     ) -> csi.NodeGetCapabilitiesResponse:
         kinds = [_Node.RPC.EXPAND_VOLUME]
-        if self._kind == "attached":
+        if self._kind != "plain":
             kinds.append(_Node.RPC.STAGE_UNSTAGE_VOLUME)
         return csi.NodeGetCapabilitiesResponse(capabilities=[_Node(rpc=_Node.RPC(type=kind)) for kind in kinds])
 
     def NodeStageVolume(
         self, request: csi.NodeStageVolumeRequest, context: grpc.ServicerContext
     ) -> csi.NodeStageVolumeResponse:
-        if request.publish_context.get("on") != self._node:
+        if self._kind == "attached" and request.publish_context.get("on") != self._node:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"attached to {dict(request.publish_context)}")
         self._show(request.volume_id)
         return csi.NodeStageVolumeResponse()
@@ -153,7 +159,7 @@ class _Devices(csi_pb2_grpc.NodeServicer):
         self, request: csi.NodeUnpublishVolumeRequest, context: grpc.ServicerContext
     ) -> csi.NodeUnpublishVolumeResponse:
         target = Path(request.target_path)
-        if target.is_block_device():
+        if f" {target} " in Path("/proc/self/mountinfo").read_text():
             _run("umount", str(target))
         target.unlink(missing_ok=True)
         if self._kind == "plain":
@@ -194,11 +200,11 @@ def main(role: str, socket: str, folder: str, kind: str, node: str = "") -> None
     with contextlib.suppress(FileNotFoundError):
         os.unlink(socket)
     server = grpc.server(futures.ThreadPoolExecutor(8))
-    csi_pb2_grpc.add_IdentityServicer_to_server(_Identity(kind), server)
+    csi_pb2_grpc.add_IdentityServicer_to_server(Identity(kind), server)
     if role == "controller":
         csi_pb2_grpc.add_ControllerServicer_to_server(_Volumes(Path(folder), kind), server)
     else:
-        csi_pb2_grpc.add_NodeServicer_to_server(_Devices(Path(folder), kind, node), server)
+        csi_pb2_grpc.add_NodeServicer_to_server(Devices(Path(folder), kind, node), server)
     server.add_insecure_port(f"unix://{socket}")
     server.start()
     server.wait_for_termination()

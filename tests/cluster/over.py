@@ -27,18 +27,21 @@ BELOW = SCRATCH / "below"
 _SECONDS = 300
 _SIDECARS = {"csi-provisioner": (), "csi-resizer": ("--handle-volume-inuse-error=false",), "csi-attacher": ()}
 _USELESS = {"files": "below-files", "itself": "over-plain", "nix": "nix"}
+_DIRECT = {"direct": "below-plain", "direct-attached": "below-attached"}
+"""Classes of volumes without a holder; the driver below of the second wants its volumes attached."""
 _KUBELET = "/var/lib/kubelet"
+_PLACES = f"{_KUBELET}/plugins/kubernetes.io/csi/volumeDevices/*/{NAME}_*"
 
 
 def _python(*words: str) -> list[str]:
     return [sys.executable, "-m", "tests.cluster.below", *words]
 
 
-def start_below(node: Node) -> None:
-    """Have the drivers below on a node, from its boot on."""
+def start_below(node: Node, *kinds: str) -> None:
+    """Have the drivers below on a node, or those of some kinds, from its boot on."""
     lines = [f"mkdir -p {BELOW}", f"mountpoint -q {BELOW} || mount -t hostfs none {BELOW} -o {BELOW}", f"cd {ROOT}"]
-    for kind, name in KINDS.items():
-        folder = f"{_KUBELET}/plugins/{name}"
+    for kind in kinds or KINDS:
+        folder = f"{_KUBELET}/plugins/{KINDS[kind]}"
         serve = " ".join(_python("node", f"{folder}/csi.sock", str(BELOW), kind, node.name))
         register = f"{Path(sys.executable).with_name('luks-csi')} register --endpoint {folder}/csi.sock"
         lines += [f"mkdir -p {folder}", f"setsid {serve} >>/var/log/below-{kind}.log 2>&1 </dev/null &"]
@@ -113,9 +116,9 @@ def wait_drivers(cluster: Cluster, node: Node, names: set[str]) -> None:
     cluster.wait(f"drivers {names} on {node.name}", told, _SECONDS)
 
 
-def over_class(name: str, below: str) -> Json:
+def over_class(name: str, below: str, **more: str) -> Json:
     """A class of ours over a class below."""
-    more = {"backend": "csi", "backingStorageClass": below}
+    more |= {"backend": "csi", "backingStorageClass": below}
     return storage_class(name, more, provisioner=NAME)
 
 
@@ -124,6 +127,7 @@ def over_installed(cluster: Cluster) -> Iterator[None]:
     """Our driver over those, as users install it: kinds first; and a class over each class below."""
     names = [f"{kind}{mode}" for kind in KINDS for mode in ("", "-at-once")]
     classes = [over_class(f"over-{name}", f"below-{name}") for name in names]
+    classes += [over_class(f"over-{name}", below, backingAttach="direct") for name, below in _DIRECT.items()]
     useless = [over_class(f"over-{name}", below) for name, below in _USELESS.items()]
     with applied(cluster, FOLDER / "crds.yaml"):
         cluster.install(FOLDER, 300)
@@ -265,7 +269,8 @@ def nothing_left(cluster: Cluster) -> bool:
     assert not left, left
     for node in cluster.nodes:
         with contextlib.suppress(ClusterError):
-            looks = ("dmsetup ls | grep luks-", f"losetup -n -O BACK-FILE | grep {BELOW}", f"ls {_HOLDERS}", "true")
+            looks = ["dmsetup ls | grep luks-", f"losetup -n -O BACK-FILE | grep {BELOW}"]
+            looks += [f"ls {_HOLDERS}", f"ls -d {_PLACES} 2>/dev/null", "true"]
             found = node.run("; ".join(looks)).text.strip()
             assert not found, found
     return True
@@ -275,6 +280,12 @@ def check_untold() -> None:
     """No driver below had to take a device away while a mapping was on it."""
     told = BELOW / "told"
     assert not told.exists(), told.read_text()
+
+
+def end_below(node: Node, kind: str) -> None:
+    """Kill the driver below on a node, and what registers it."""
+    for word in ("[t]ests.cluster.below node", "[l]uks-csi register --endpoint"):  # not the script itself
+        node.run(f"pkill -9 -f '{word} {_KUBELET}/plugins/{KINDS[kind]}/' || true")
 
 
 def holder_process(node: Node) -> str:

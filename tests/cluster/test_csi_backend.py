@@ -1,4 +1,4 @@
-"""Encryption in front of other CSI drivers, by holder pods: with and without attaching and staging below."""
+"""Encryption in front of other CSI drivers: with and without attaching and staging below, holder pods, and neither."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from tests.cluster.over import (
     Over,
     check_untold,
     drivers_below,
+    end_below,
     holder_process,
     holders,
     over,
@@ -26,7 +27,7 @@ from tests.cluster.over import (
 )
 from tests.cluster.settings import CSI_ADDONS_BIN
 
-KINDS = ("attached", "plain")
+KINDS = ("attached", "plain", "direct")
 _SECONDS = 240
 pytestmark = pytest.mark.timeout(900)
 
@@ -55,8 +56,9 @@ def wait_event(used: Over, *words: str) -> str:
     return used.cluster.wait_event("PersistentVolumeClaim", "data", used.namespace, *words, timeout=_SECONDS)
 
 
-@pytest.mark.parametrize("mode", ["", "-at-once"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "mode"), [*((kind, mode) for kind in ("attached", "plain") for mode in ("", "-at-once")), ("direct", "")]
+)
 def test_what_a_pod_writes_is_ciphertext_below_and_a_deletion_leaves_nothing(
     cluster: Cluster, tell: Callable[[str], None], kind: str, mode: str
 ) -> None:
@@ -66,8 +68,8 @@ def test_what_a_pod_writes_is_ciphertext_below_and_a_deletion_leaves_nothing(
         used.pod()
         tell(f"csi over {kind}{mode}: pod running {time.monotonic() - begin:.1f} s after its claim")
         text = used.write()
-        (holder,) = used.holders()
-        assert holder["spec"]["nodeName"] == used.pod()["spec"]["nodeName"]
+        holding = [each["spec"]["nodeName"] for each in used.holders()]
+        assert holding == ([] if kind == "direct" else [used.pod()["spec"]["nodeName"]])
         node_of(cluster, used.pod()).run("sync")
         content = used.file().read_bytes()
         assert content.startswith(b"LUKS\xba\xbe")
@@ -77,8 +79,9 @@ def test_what_a_pod_writes_is_ciphertext_below_and_a_deletion_leaves_nothing(
         assert used.reads() == text
 
 
-def test_drivers_that_start_anew_disturb_nobody(cluster: Cluster) -> None:
-    with over(cluster, "over-attached") as used:
+@pytest.mark.parametrize("kind", ["attached", "direct"])
+def test_drivers_that_start_anew_disturb_nobody(cluster: Cluster, kind: str) -> None:
+    with over(cluster, f"over-{kind}") as used:
         used.create()
         text = used.write()
         for component in ("node", "controller"):
@@ -185,13 +188,16 @@ def test_a_node_that_loses_its_power_comes_back_with_its_volumes(cluster: Cluste
         used.write()
 
 
-def test_a_volume_is_not_taken_from_a_node_that_may_write_and_is_from_one_that_is_off(cluster: Cluster) -> None:
+@pytest.mark.parametrize(("kind", "device"), [("attached", "/dev/loop"), ("direct", "/var/lib/kubelet/plugins/kub")])
+def test_a_volume_is_not_taken_from_a_node_that_may_write_and_is_from_one_that_is_off(
+    cluster: Cluster, kind: str, device: str
+) -> None:
     node = cluster.node(2)
-    with over(cluster, "over-attached") as used:
-        used.create()
-        cluster.kubectl("cordon", "node-1")
+    with over(cluster, f"over-{kind}") as used:
+        cluster.kubectl("cordon", "node-1")  # no selector: it is to go there later
         try:
-            text = used.write() if used.pod()["spec"]["nodeName"] == node.name else move(used, node)
+            used.create()
+            text = used.write()
         finally:
             cluster.kubectl("uncordon", "node-1")
         (attachment,) = [
@@ -207,7 +213,7 @@ def test_a_volume_is_not_taken_from_a_node_that_may_write_and_is_from_one_that_i
         def refused() -> bool:
             status = cluster.api.get("VolumeAttachment", name)["status"]
             said = status.get("detachError", {}).get("message", "")
-            assert f"cannot be taken from node {node.name}: it may be open there as /dev/loop" in said, status
+            assert f"cannot be taken from node {node.name}: it may be open there as {device}" in said, status
             return True
 
         cluster.wait("refusal to detach", refused, _SECONDS)
@@ -228,14 +234,6 @@ def test_a_volume_is_not_taken_from_a_node_that_may_write_and_is_from_one_that_i
             cluster.kubectl("taint", "node", node.name, "node.kubernetes.io/out-of-service-", check=False)
         wait_drivers(cluster, node, {NAME})
         used.write()
-
-
-def move(used: Over, node: Node) -> str:
-    """Have the pod on that node, with something written."""
-    patch = {"spec": {"template": {"spec": {"nodeSelector": {"kubernetes.io/hostname": node.name}}}}}
-    used.cluster.api.patch("Deployment", "data", used.namespace, patch)
-    used.cluster.wait("pod there", lambda: used.pod()["spec"]["nodeName"] == node.name, _SECONDS)
-    return used.write()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -259,13 +257,38 @@ def test_a_volume_grows_while_it_is_used(cluster: Cluster, kind: str) -> None:
         assert used.file().stat().st_size >= (96 + 16) << 20
 
 
-def test_many_volumes_of_one_pod(cluster: Cluster, tell: Callable[[str], None]) -> None:
+def test_a_driver_below_that_is_away_is_named_and_waited_for(cluster: Cluster) -> None:
+    """Both when its volume comes and when it goes."""
+    node = cluster.node(2)
+    with over(cluster, "over-direct") as used:
+        used.create(node=node.name)
+        text = used.write()
+        end_below(node, "plain")
+        try:
+            patch = ("Deployment", "data", used.namespace)
+            cluster.api.patch(*patch, {"spec": {"replicas": 0}})
+            cluster.wait("end of the pod", lambda: not cluster.items("Pod", used.namespace), _SECONDS)
+            time.sleep(10)
+            assert used.record()["staged"]["node"] == node.name
+            assert used.file().name in node.run("losetup -n -O BACK-FILE").text
+            cluster.api.patch(*patch, {"spec": {"replicas": 1}})
+            (pod,) = cluster.wait("new pod", lambda: cluster.items("Pod", used.namespace), _SECONDS)
+            said = ("the driver plain.below.test", "below volume", "look at its node pod, this is tried again")
+            cluster.wait_event("Pod", pod["metadata"]["name"], used.namespace, *said, timeout=_SECONDS)
+        finally:
+            start_below(node, "plain")
+        wait_drivers(cluster, node, {"plain.below.test"})
+        assert used.reads() == text
+
+
+@pytest.mark.parametrize("kind", ["plain", "direct"])
+def test_many_volumes_of_one_pod(cluster: Cluster, tell: Callable[[str], None], kind: str) -> None:
     names = [f"data-{number}" for number in range(20)]
-    with over(cluster, "over-plain") as used:
+    with over(cluster, f"over-{kind}") as used:
         used.create(*names, node="node-1")
         begin = time.monotonic()
         used.pod(600)
-        tell(f"csi: pod with {len(names)} volumes running after {time.monotonic() - begin:.1f} s")
+        tell(f"csi over {kind}: pod with {len(names)} volumes running after {time.monotonic() - begin:.1f} s")
         texts = {name: used.write(name) for name in names[::5]}
         used.scale(0)
         used.scale(1)
@@ -285,6 +308,12 @@ def test_a_driver_without_block_volumes_is_refused_in_a_sentence(cluster: Cluste
     with over(cluster, "over-nix") as used:
         used.create(node="node-1")
         wait_event(used, "there is no StorageClass 'nix', which the parameter backingStorageClass names")
+
+
+def test_a_driver_below_that_wants_attaching_is_not_called(cluster: Cluster) -> None:
+    with over(cluster, "over-direct-attached") as used:
+        used.create(node="node-1")
+        wait_event(used, "the driver attached.below.test below wants its volumes attached", "leave backingAttach out")
 
 
 def test_a_claim_below_that_was_deleted_by_hand_keeps_its_data_and_says_so(cluster: Cluster) -> None:

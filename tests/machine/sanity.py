@@ -77,7 +77,7 @@ def main(backend: str = "loopfile") -> int:
 def _listed(backend: str) -> frozenset[str]:
     """What is skipped on that backend."""
     read: Mapping[str, list[str]] = json.loads(_SKIPS.read_text())
-    if backend not in ("csi", "rbd"):
+    if not backend.startswith(("csi", "rbd")):
         return frozenset(skip for skips in read.values() for skip in skips)
     there = (skips for reason, skips in read.items() if "PUBLISH_UNPUBLISH_VOLUME" not in reason)
     outside = _SKIPPED_ON_RBD if backend == "rbd" else _SKIPPED_ON_RBD - {f"{_PUBLISHING}{_UNKNOWN_NODE}"}
@@ -101,8 +101,9 @@ def _storage(folder: Path, backend: str) -> Iterator[_Storage]:
     if backend == "loopfile":
         yield _Storage((), "", lambda _: None)
         return
-    if backend == "csi":
-        yield _Storage((), f"backingStorageClass: {BELOW}\n", ServerProcess.stop, program=_CSI_SERVER)
+    if backend.startswith("csi"):
+        parameters = f"backingStorageClass: {BELOW}\n" + ("backingAttach: direct\n" if backend == "csi-direct" else "")
+        yield _Storage((), parameters, ServerProcess.stop, program=(*_CSI_SERVER, backend))
         return
     workers, thin = Workers(WARM), backend == "lvm-thin"
     if backend == "rbd":

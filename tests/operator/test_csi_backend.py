@@ -15,12 +15,14 @@ import pytest
 
 from csi_driver.backends.csiclaims import name_for
 from csi_driver.backends.csiheaders import HeaderCopies
+from csi_driver.backends.csipins import Direct
 from csi_driver.backends.csirecords import RecordObjects, Spec, Staged
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.files import Files
 from csi_driver.kube.client import Kube
 from csi_driver.kube.kinds import (
     CLAIM,
+    CSI_DRIVER,
     HEADER_PIECE,
     NODE,
     POD,
@@ -32,7 +34,7 @@ from csi_driver.kube.kinds import (
     uid_of,
 )
 from csi_driver.model.errors import DriverError, InvalidArgument, PermissionDenied
-from csi_driver.rpc.client import CsiClient, RemoteError
+from csi_driver.rpc.client import CsiClient, RemoteError, RemoteVolume
 from csi_driver.volumes.capability import AccessMode, Capability
 from tests.operator.api import DEPLOY, Api
 
@@ -139,6 +141,7 @@ def test_a_node_writes_the_records_of_its_volumes_and_of_them_what_is_its_own(ac
     for changes in (
         {"node": "two"}, {"node": ""}, {"state": "Deleting"}, {"claim_uid": "another"}, {"volume_name": "x"},
         {"size": 5}, {"places": ({"a": "b"},)}, {"backing_storage_class": "x"},
+        {"direct": Direct(driver="other.test", handle="x")},
         {"staged": msgspec.structs.replace(staged, node="two")},
     ):  # fmt: skip
         with pytest.raises(InvalidArgument, match=r"a node changes record, header and staged of a volume"):
@@ -331,3 +334,45 @@ def test_a_volume_is_made_given_to_a_node_and_deleted_by_a_controller_that_is_ki
         client.delete_volume(volume.id)
         assert cluster.get(VOLUME_RECORD, "pvc-made", NAMESPACE) is None
         assert cluster.get(CLAIM, name_for("pvc-made"), NAMESPACE) is None
+
+
+def test_a_volume_that_nodes_call_for_is_given_without_a_holder_and_grows_though_no_pod_uses_its_claim(
+    cluster: Kube, controller: Controller
+) -> None:
+    parameters = PARAMETERS | {"backingAttach": "direct"}
+    with CsiClient(controller.endpoint) as client:
+
+        def make() -> RemoteVolume:
+            return client.create_volume("pvc-direct", [MOUNT], 32 * MIB, parameters=parameters, secrets=SECRET)
+
+        with pytest.raises(RemoteError, match=r"wants its volumes attached \(it has no CSIDriver object\)"):
+            make()
+        cluster.create(CSI_DRIVER, {"metadata": {"name": "below.test"}, "spec": {"attachRequired": False}})
+        with pytest.raises(RemoteError, match=r"is not bound yet"):
+            make()
+        bind(cluster, "pvc-direct")
+        volume = again(make)
+        assert again(lambda: client.attach(volume, "one", MOUNT)) == {"driver": "below.test"}
+        assert not cluster.list(POD, NAMESPACE, {"app.kubernetes.io/component": "holder"})[0]
+        with pytest.raises(RemoteError, match=r"is being enlarged from"):
+            client.expand_volume(volume.id, 64 * MIB)
+        # As its resizer does.
+        claim = name_for("pvc-direct")
+        size = cluster.get(CLAIM, claim, NAMESPACE)["spec"]["resources"]["requests"]["storage"]  # type: ignore[index]
+        cluster.patch(VOLUME, "pv-pvc-direct", {"spec": {"capacity": {"storage": size}}})
+        pending = {"type": "FileSystemResizePending", "status": "True"}
+        resizing: Json = {
+            "allocatedResources": {"storage": size},
+            "allocatedResourceStatuses": {"storage": "NodeResizePending"},
+            "conditions": [pending],
+        }
+        cluster.patch(CLAIM, claim, {"status": resizing}, NAMESPACE, status=True)
+        assert again(lambda: client.expand_volume(volume.id, 64 * MIB)) == 64 * MIB
+        status = (cluster.get(CLAIM, claim, NAMESPACE) or {})["status"]
+        assert status["capacity"]["storage"] == size
+        assert not status.get("conditions")
+        assert not status.get("allocatedResourceStatuses")
+        again(lambda: client.detach(volume.id, "one"))
+        cluster.patch(CLAIM, claim, {"metadata": {"finalizers": None}}, NAMESPACE)
+        again(lambda: client.delete_volume(volume.id))
+    cluster.delete(CSI_DRIVER, "below.test")

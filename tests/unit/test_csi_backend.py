@@ -11,6 +11,7 @@ import pytest
 
 from csi_driver.backends.csi import CsiBackend
 from csi_driver.backends.csiclaims import Claims, name_for, places_of
+from csi_driver.backends.csidirect import DirectDevices, nobody_calls
 from csi_driver.backends.csiheaders import HeaderCopies
 from csi_driver.backends.csiholders import HolderPods, pod_name
 from csi_driver.backends.csinode import NodeDevices
@@ -132,7 +133,8 @@ class World:
         self.headers = HeaderCopies(self.api, NAMESPACE, self.records, folder / "headers", Files())
         self.pins = Pins(folder / "holders", Files())
         self.pins.prepare()
-        self.devices = NodeDevices(self.api, self.records, self.pins, "one", "below.test", 0.0)
+        direct = DirectDevices(nobody_calls, folder / "kubelet", DRIVER)
+        self.devices = NodeDevices(self.api, self.records, self.pins, direct, "one", "below.test", 0.0)
         self.controller = self._made(make, is_node=False)
         self.node = self._made(make, is_node=True)
 
