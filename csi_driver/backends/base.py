@@ -14,7 +14,7 @@ The contract, beside what each method says:
 - *Where it runs.* Nothing here forks. What may hang on a device, and every program, runs in a worker.
 
 What not every backend can do is a Protocol of its own: `MakesFromFile`, `TakesOver`, `MovesVolumeKey`, `HasPools`,
-`SharedStorage`, `Mends`.
+`SharedStorage`, `ListsAtOnce`, `Mends`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -309,6 +309,23 @@ class SharedStorage(Protocol):
 
     def most_volumes(self) -> int:
         """How many volumes this node can have at once; 0 where nothing says."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A volume in a list: its record, `SharedStorage.places` and `SharedStorage.published`."""
+
+    record: VolumeRecord
+    places: Sequence[Mapping[str, str]]
+    published: Sequence[str]
+
+
+@runtime_checkable
+class ListsAtOnce(Protocol):
+    """Shared storage that tells of all its volumes by one question, where each volume alone would take several."""
+
+    def listed(self) -> Mapping[str, Callable[[], Listed]]:
+        """What is to be told of each volume, by the ids, sorted; it raises FailedPrecondition as `Backend.get` does."""
 
 
 @runtime_checkable

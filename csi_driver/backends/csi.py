@@ -8,12 +8,13 @@ Records and header copies are objects of Kubernetes (`csirecords`, `csiheaders`)
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from csi_driver.backends.base import Fill, Space
+from csi_driver.backends.base import Fill, Listed, Space
 from csi_driver.backends.csibelow import DIRECT
 from csi_driver.backends.csiclaims import Claims, places_of
 from csi_driver.backends.csiheaders import HeaderCopies
@@ -318,6 +319,15 @@ class CsiBackend:
     def published(self, volume_id: str) -> Sequence[str]:
         node = self._records.ready(volume_id).spec.node
         return [node] if node else []
+
+    def listed(self) -> Mapping[str, Callable[[], Listed]]:
+        """As csi-attacher asks once a minute."""
+        return {
+            each.volume_id: partial(self._listed, each) for each in self._records.all() if each.spec.state == "Ready"
+        }
+
+    def _listed(self, known: Known) -> Listed:
+        return Listed(self._records.decode(known), known.spec.places, [known.spec.node] if known.spec.node else [])
 
     def most_volumes(self) -> int:
         return self._devices.most_volumes()

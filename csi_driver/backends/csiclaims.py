@@ -6,14 +6,13 @@ the uid that its record pins.
 
 import itertools
 import re
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from csi_driver.backends.csibelow import changed, is_waiting_for_node, read_direct, refuse_driver, settled
 from csi_driver.backends.csiheaders import LABEL
 from csi_driver.backends.csipins import Direct, digest
-from csi_driver.backends.csirecords import GROUP, KEEPS, Api, Known, drop_finalizer
+from csi_driver.backends.csirecords import GROUP, KEEPS, Api, Known, drop_finalizer, looks
 from csi_driver.kube.kinds import (
     CLAIM,
     CSI_DRIVER,
@@ -41,7 +40,6 @@ _FINAL: Final = re.compile(
 _NO_ROOM: Final = re.compile(r"code = (ResourceExhausted)")
 _MOST_QUOTED: Final = 300
 _MOST_PLACES: Final = 64
-_PAUSE: Final = 0.2
 
 
 class Claims:
@@ -150,11 +148,11 @@ class Claims:
         Raises Aborted while it is pending, saying what its events say; FailedPrecondition where it never will be, as
         the other driver has refused it; ResourceExhausted.
         """
-        where, deadline = self._where(known.volume_id), time.monotonic() + self._wait_seconds
-        while (found := self._volume_of(claim)) is None and time.monotonic() < deadline:
-            if _FINAL.search(self._said(claim)):
+        where, found = self._where(known.volume_id), None
+        for is_last in looks(self._wait_seconds):
+            found = self._volume_of(claim)
+            if is_last or found is not None or _FINAL.search(self._said(claim)):
                 break
-            time.sleep(_PAUSE)
             claim = self.check(known)
         if found is None:
             said = self._said(claim)
@@ -202,34 +200,34 @@ class Claims:
                 "spec": {"resources": {"requests": {"storage": str(size)}}},
             }
             self._api.patch(CLAIM, name_of(claim), wish, self._namespace)
-        deadline = time.monotonic() + self._wait_seconds
-        while self.size(volume := self._api.get(VOLUME, name_of(volume)) or volume) < size:
-            if time.monotonic() > deadline:
-                raise Aborted(
-                    f"the claim {where} below volume {known.volume_id} is being enlarged from {self.size(volume)} to "
-                    f"{size} bytes by its own driver ({self._said(claim, 'Resiz') or 'which has said nothing yet'}); "
-                    f"this is tried again"
-                )
-            time.sleep(_PAUSE)
+        for _ in looks(self._wait_seconds):
+            volume = self._api.get(VOLUME, name_of(volume)) or volume
+            if self.size(volume) >= size:
+                return
+        raise Aborted(
+            f"the claim {where} below volume {known.volume_id} is being enlarged from {self.size(volume)} to {size} "
+            f"bytes by its own driver ({self._said(claim, 'Resiz') or 'which has said nothing yet'}); this is tried "
+            f"again"
+        )
 
     def settle(self, known: Known, size: int) -> None:
         """Say of a claim that no pod uses that its volume has been enlarged, as kubelet does: nodes see to the rest.
 
         Until somebody says it, its resizer enlarges it no further. Raises Aborted until that one has come so far.
         """
-        deadline = time.monotonic() + self._wait_seconds
-        while _bytes((claim := self.check(known)).get("status", {}).get("capacity", {}).get("storage")) < size:
+        for _ in looks(self._wait_seconds):
+            claim = self.check(known)
+            if _bytes(claim.get("status", {}).get("capacity", {}).get("storage")) >= size:
+                return
             volume = self._volume_of(claim)
             if volume is not None and self.size(volume) >= size and is_waiting_for_node(claim):
                 capacity = str(volume["spec"]["capacity"]["storage"])
                 self._api.patch(CLAIM, name_of(claim), settled(claim, capacity), self._namespace, status=True)
                 return
-            if time.monotonic() > deadline:
-                raise Aborted(
-                    f"the claim {self._where(known.volume_id)} below volume {known.volume_id} is being enlarged to "
-                    f"{size} bytes by its own driver, which has not said yet that it is done; this is tried again"
-                )
-            time.sleep(_PAUSE)
+        raise Aborted(
+            f"the claim {self._where(known.volume_id)} below volume {known.volume_id} is being enlarged to {size} "
+            f"bytes by its own driver, which has not said yet that it is done; this is tried again"
+        )
 
     def drop(self, known: Known) -> None:
         """Delete the claim; another one that has come to its name stays. Raises Aborted until it is gone."""

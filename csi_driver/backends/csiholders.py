@@ -5,7 +5,6 @@ nobody does but `HolderPods`, when the node has nothing open on it any more.
 """
 
 import hashlib
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
@@ -13,7 +12,7 @@ from typing import Final
 from csi_driver.backends.csiclaims import last_event, name_for
 from csi_driver.backends.csiheaders import LABEL
 from csi_driver.backends.csipins import digest
-from csi_driver.backends.csirecords import GROUP, Api, Known
+from csi_driver.backends.csirecords import GROUP, Api, Known, looks
 from csi_driver.kube.kinds import MANAGED_BY, MANAGER, NODE, POD, VOLUME_RECORD, Json, is_going, name_of, uid_of
 from csi_driver.model.errors import Aborted, AlreadyExists, FailedPrecondition, NotFound
 
@@ -24,7 +23,6 @@ _COMPONENT: Final = "app.kubernetes.io/component"
 _VOLUME: Final = f"{GROUP}/volume-id"
 _LASTING_SECONDS: Final = 10 * 365 * 24 * 3600  # kubelet kills a container that is slower than its pod's grace
 _OUT_OF_SERVICE: Final = "node.kubernetes.io/out-of-service"
-_PAUSE: Final = 0.2
 WAIT_SECONDS: Final = 60.0
 
 
@@ -78,8 +76,8 @@ class HolderPods:
     def ensure(self, known: Known, node: str) -> Json:
         """Have the volume's holder on that node, and wait for it. Raises Aborted, saying why it is not ready yet."""
         name = pod_name(known.volume_id, node)
-        deadline = time.monotonic() + self._wait_seconds
-        while True:
+        said = ""
+        for is_last in looks(self._wait_seconds):
             found = self._api.get(POD, name, self._namespace)
             if found is None:
                 found = self._make(known, node, name)
@@ -90,14 +88,12 @@ class HolderPods:
                 said = found.get("status", {}).get("message") or "an earlier one is ending"
             elif _is_ready(found):
                 return found
-            else:
+            elif is_last:
                 said = last_event(self._api, self._namespace, found) or str(phase)
-            if time.monotonic() > deadline:
-                raise Aborted(
-                    f"the holder pod {self._namespace}/{name} of volume {known.volume_id} on node {node} is not ready "
-                    f"yet ({said}); this is tried again"
-                )
-            time.sleep(_PAUSE)
+        raise Aborted(
+            f"the holder pod {self._namespace}/{name} of volume {known.volume_id} on node {node} is not ready yet "
+            f"({said}); this is tried again"
+        )
 
     def drop(self, volume_id: str, pod: Json, *, at_once: bool) -> None:
         """Have a holder end, and wait until its node says so; `at_once` where there is no kubelet that could.
@@ -105,17 +101,17 @@ class HolderPods:
         Raises Aborted while it is there: it stays on its own while something is on its device.
         """
         name, uid = name_of(pod), uid_of(pod)
-        deadline = time.monotonic() + self._wait_seconds
         if at_once or not is_going(pod):
             self._api.delete(POD, name, self._namespace, grace_seconds=0 if at_once else None)
-        while (found := self._api.get(POD, name, self._namespace)) is not None and uid_of(found) == uid:
-            if time.monotonic() > deadline:
-                node = found["spec"].get("nodeName")
-                raise Aborted(
-                    f"the holder pod {self._namespace}/{name} of volume {volume_id} has not ended on node {node} yet; "
-                    f"it stays while the volume's device is in use there, see its log; this is tried again"
-                )
-            time.sleep(_PAUSE)
+        for _ in looks(self._wait_seconds):
+            found = self._api.get(POD, name, self._namespace)
+            if found is None or uid_of(found) != uid:
+                return
+        raise Aborted(
+            f"the holder pod {self._namespace}/{name} of volume {volume_id} has not ended on node "
+            f"{pod['spec'].get('nodeName')} yet; it stays while the volume's device is in use there, see its log; this "
+            f"is tried again"
+        )
 
     def _make(self, known: Known, node: str, name: str) -> Json:
         try:

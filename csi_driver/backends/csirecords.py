@@ -4,7 +4,8 @@
 has the volume. Who writes names the version that he has read. A finalizer keeps an object until its claim is gone.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final, Literal, Protocol
 
 import msgspec
@@ -19,6 +20,18 @@ GROUP: Final = VOLUME_RECORD.group
 KEEPS: Final = f"{GROUP}/claim"
 """Finalizer of a VolumeRecord, and of the claim below it: only a deletion of the volume takes it off."""
 _TRIES: Final = 5
+_PAUSE: Final = 0.2
+_LONGEST_PAUSE: Final = 2.0
+
+
+def looks(seconds: float) -> Iterator[bool]:
+    """Look again and again for so long, less and less often: many calls wait at once. True is the last look."""
+    deadline, pause = time.monotonic() + seconds, _PAUSE
+    while time.monotonic() < deadline:
+        yield False
+        time.sleep(pause)
+        pause = min(1.5 * pause, _LONGEST_PAUSE)
+    yield True
 
 
 class Api(Protocol):

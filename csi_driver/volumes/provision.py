@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 import msgspec
 
-from csi_driver.backends.base import Backend, MakesFromFile, made_from_file, shared, takes_many_nodes
+from csi_driver.backends.base import (
+    Backend,
+    Listed,
+    ListsAtOnce,
+    MakesFromFile,
+    made_from_file,
+    shared,
+    takes_many_nodes,
+)
 from csi_driver.host.log import log
 from csi_driver.keys.secret import SecretKey
 from csi_driver.luks import formats
@@ -172,13 +180,17 @@ class Provisioning:
         """
         if max_entries < 0:
             raise InvalidArgument(f"max_entries is {max_entries}; it must not be negative")
-        ids = self._backend.ids()
+        at_once = self._backend.listed() if isinstance(self._backend, ListsAtOnce) else None
+        ids = self._backend.ids() if at_once is None else [*at_once]
         start = bisect.bisect_right(ids, _last_id(starting_token)) if starting_token else 0
         end = len(ids) if max_entries == 0 else start + max_entries
         views = []
         for volume_id in ids[start:end]:
             try:
-                views.append(self._view(self._backend.get(volume_id)))
+                if at_once is None:
+                    views.append(self._view(self._backend.get(volume_id)))
+                else:
+                    views.append(self._shown(at_once[volume_id]()))
             except NotFound:
                 continue  # deleted since the listing
             except FailedPrecondition as error:
@@ -316,10 +328,13 @@ class Provisioning:
         return record
 
     def _view(self, record: VolumeRecord) -> VolumeView:
-        context, outside = volume_context(record, self._backend.name), shared(self._backend)
-        if outside is None:
-            return VolumeView(record, context, [{self._settings.topology_key: self._settings.node_id}])
-        return VolumeView(record, context, outside.places(record), outside.published(record.id))
+        if (outside := shared(self._backend)) is None:
+            return self._shown(Listed(record, [{self._settings.topology_key: self._settings.node_id}], ()))
+        return self._shown(Listed(record, outside.places(record), outside.published(record.id)))
+
+    def _shown(self, found: Listed) -> VolumeView:
+        context = volume_context(found.record, self._backend.name)
+        return VolumeView(found.record, context, found.places, found.published)
 
 
 def _check_same(found: VolumeRecord, request: CreateRequest, parameters: VolumeParameters) -> None:

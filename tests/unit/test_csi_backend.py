@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -17,7 +18,7 @@ from csi_driver.backends.csiholders import HolderPods, pod_name
 from csi_driver.backends.csinode import NodeDevices
 from csi_driver.backends.csipins import Pin, Pins, digest
 from csi_driver.backends.csiplace import Place, read_place
-from csi_driver.backends.csirecords import KEEPS, Known, RecordObjects, Staged
+from csi_driver.backends.csirecords import KEEPS, Known, RecordObjects, Staged, looks
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.boot import boot_id
 from csi_driver.host.files import Files
@@ -51,6 +52,7 @@ from csi_driver.model.errors import (
 )
 from csi_driver.model.settings import Settings
 from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeParameters, VolumeRecord
+from csi_driver.volumes.driver import Host, build_driver
 from tests.operator_fakes import Call, FakeApi
 
 NAMESPACE, DRIVER, TOPOLOGY, MIB = "luks", "luks.csi.internal", "topology.luks.csi.internal/node", 1 << 20
@@ -615,6 +617,44 @@ def test_killed_at_each_step_a_volume_comes_to_a_node_and_goes_again(world: Worl
     assert steps >= 3
     assert not world.api.all(VOLUME_RECORD)
     assert not world.api.all(CLAIM)
+
+
+# --- what many volumes cost ------------------------------------------------------------------------------------------
+
+
+def test_all_volumes_are_listed_by_one_question(world: World, tmp_path: Path) -> None:
+    """csi-attacher lists them once a minute."""
+    for number in range(5):
+        world.create(f"pvc-{number}")
+    world.controller.publish("pvc-3", "one", many_nodes=False)
+    world.api.change(VOLUME_RECORD, "pvc-4", {"spec": {"record": "{"}}, NAMESPACE)
+    settings = Settings(node_id="c", backend="csi", driver_name=DRIVER, state_dir=tmp_path / "state")
+    provisioning = build_driver(settings, Host(backend=world.controller)).provisioning
+    asked: list[Call] = []
+    world.api.before = asked.append
+    views, token = provisioning.list(0, "")
+    assert not asked, "each volume was asked for"
+    assert not token
+    assert [view.record.id for view in views] == ["pvc-0", "pvc-1", "pvc-2", "pvc-3"]
+    assert [list(view.published) for view in views] == [[], [], [], ["one"]]
+    page, token = provisioning.list(2, "")
+    assert [view.record.id for view in page] == ["pvc-0", "pvc-1"]
+    assert [view.record.id for view in provisioning.list(0, token)[0]] == ["pvc-2", "pvc-3"]
+
+
+def test_who_waits_looks_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty calls that wait for holder pods at once must leave the API, and the node, something to do it with."""
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr("csi_driver.backends.csirecords.time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    assert list(looks(0.0)) == [True]
+    seen = list(looks(60.0))
+    assert seen == [*([False] * (len(seen) - 1)), True]
+    assert 30 < len(seen) < 40
+    assert 60 <= now[0] < 63
 
 
 # --- records and headers ---------------------------------------------------------------------------------------------
