@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -229,7 +229,7 @@ class FakeLoops(LoopDevices):
     def set_capacity(self, device: Handle) -> None:
         self.step("before set_capacity")
         loop = self.bound[device.name]
-        loop.info = replace(loop.info, size_bytes=os.fstat(loop.backing).st_size)
+        loop.info = msgspec.structs.replace(loop.info, size_bytes=os.fstat(loop.backing).st_size)
         self.step("after set_capacity")
 
     def detach(self, device_path: str, expected: LoopInfo | None = None) -> None:

@@ -19,9 +19,10 @@ What not every backend can do is a Protocol of its own: `MakesFromFile`, `TakesO
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
+
+from msgspec import Struct
 
 from csi_driver.host.files import Files
 from csi_driver.host.handle import Handle
@@ -30,8 +31,7 @@ from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.volume import VolumeParameters, VolumeRecord
 
 
-@dataclass(frozen=True)
-class Space:
+class Space(Struct, frozen=True):
     """Room for volumes, in bytes: in all, free, and of that what is above the floor that is kept for what is there."""
 
     total: int

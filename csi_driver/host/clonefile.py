@@ -7,8 +7,9 @@ import errno
 import fcntl
 import os
 import stat
-from dataclasses import dataclass
 from typing import Final, Self
+
+from msgspec import Struct
 
 from csi_driver.host.syscalls import error_name
 from csi_driver.model.errors import Aborted, DeviceUnreadable
@@ -23,8 +24,7 @@ _PIECE: Final = 64 << 20
 _BUFFER: Final = 4 << 20
 
 
-@dataclass(frozen=True)
-class FileIdentity:
+class FileIdentity(Struct, frozen=True):
     """A regular file that nobody changes: another file at its path is noticed. `size` in bytes."""
 
     path: str

@@ -7,8 +7,9 @@ import signal
 import subprocess
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Self
+
+from msgspec import Struct
 
 from csi_driver.host import blockdev
 from csi_driver.host.blockdev import name_of
@@ -28,8 +29,7 @@ _ENVIRONMENT: Mapping[str, str] = {
 }
 
 
-@dataclass(frozen=True)
-class Completed:
+class Completed(Struct, frozen=True):
     """What a program that ended in an expected way left behind."""
 
     code: int

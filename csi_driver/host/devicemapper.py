@@ -13,8 +13,9 @@ import re
 import struct
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from csi_driver.host import dmnodes
 from csi_driver.host.dmcontrol import (
@@ -53,8 +54,7 @@ _UDEV: Final = (
 )
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(Struct, frozen=True):
     """One line of a table: `length` sectors of 512 bytes from `start` on, served by target `type` with `params`.
 
     The repr hides the key of a crypt target unless it is a reference into a keyring (":64:logon:name").
@@ -81,8 +81,7 @@ class Target:
         return tuple((int(major), int(minor)) for major, minor in numbers)
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(Struct, frozen=True):
     """A mapped device as the kernel has it; `targets` is the live table, empty when none was resumed.
 
     One that `is_leaving` goes away with its last user.

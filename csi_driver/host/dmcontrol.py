@@ -7,9 +7,10 @@ import fcntl
 import functools
 import os
 import struct
-from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import Final, Self
+
+from msgspec import Struct
 
 from csi_driver.host.syscalls import error_name
 from csi_driver.model.errors import CommandFailed, FailedPrecondition, InvalidArgument
@@ -72,8 +73,7 @@ class UdevFlag(IntFlag):
     PRIMARY_SOURCE = 1 << 22
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(Struct, frozen=True):
     """The header that came back, and the data area behind it; the repr leaves out the data, which may hold keys."""
 
     version: tuple[int, int, int]

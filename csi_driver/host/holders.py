@@ -12,8 +12,9 @@ import os
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from csi_driver.host import loopcontrol
 from csi_driver.host.mountinfo import Mount, parse_mountinfo
@@ -27,8 +28,7 @@ _STATX_BASIC_AND_MNT_ID: Final = 0x7FF | 0x1000
 _S_IFBLK: Final = 0o060000
 
 
-@dataclass(frozen=True)
-class Holder:
+class Holder(Struct, frozen=True):
     """A user of something: a process with its name and state as psutil tells them, or the kernel itself (`pid` 0)."""
 
     pid: int
@@ -140,8 +140,7 @@ class Holders:
                 yield Holder(0, "", "", f"loop device {loop.node} is bound to {loop.path}")
 
 
-@dataclass(frozen=True)
-class _Facts:
+class _Facts(Struct, frozen=True):
     """What statx(2) says about an open file."""
 
     is_block: bool
@@ -151,8 +150,7 @@ class _Facts:
     mount_id: int
 
 
-@dataclass(frozen=True)
-class _Process:
+class _Process(Struct, frozen=True):
     pid: int
     proc: str = "/proc"
 
@@ -259,8 +257,7 @@ def _devices_on_top(major: int, minor: int, what: str = "it") -> Iterator[Holder
             yield from _devices_on_top(*loop.number, loop.node)
 
 
-@dataclass(frozen=True)
-class _Loop:
+class _Loop(Struct, frozen=True):
     """A bound loop device. `path` is what its file was called once: kubelet's is gone by the time somebody asks."""
 
     node: str

@@ -1,15 +1,15 @@
 """How much of root's key quota is used: without room the key that an open volume keeps for its enlargement has none."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from msgspec import Struct
 
 _USERS: Final = Path("/proc/key-users")
 _LIMITS: Final = Path("/proc/sys/kernel/keys")
 
 
-@dataclass(frozen=True)
-class KeyQuota:
+class KeyQuota(Struct, frozen=True):
     """Keys and bytes of all of root's keys that count against its quota (keyrings(7)), and the most of each."""
 
     keys: int

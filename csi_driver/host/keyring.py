@@ -12,9 +12,10 @@ already looks up the key by its name, wherever request_key(2) finds one, and tak
 
 import errno
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from msgspec import Struct
 
 from csi_driver.host.syscalls import error_name, syscall
 from csi_driver.model.errors import CommandFailed, FailedPrecondition
@@ -40,8 +41,7 @@ _BOX_PERMISSIONS: Final = 0x00130000
 _KEY_PERMISSIONS: Final = 0x08110000
 
 
-@dataclass(frozen=True)
-class KeptKey:
+class KeptKey(Struct, frozen=True):
     """A key in root's user keyring: its serial and that of the keyring around it. No serial is given out anew soon."""
 
     key: int

@@ -10,8 +10,9 @@ import errno
 import os
 import stat
 import time
-from dataclasses import dataclass
 from typing import Final, Self
+
+from msgspec import Struct
 
 from csi_driver.host import appendonly, blockdev, loopcontrol, ofdlock
 from csi_driver.host.handle import Handle
@@ -36,8 +37,7 @@ _PAUSE: Final = 0.02
 _DETACH_WAIT: Final = 3.0
 
 
-@dataclass(frozen=True)
-class LoopInfo:
+class LoopInfo(Struct, frozen=True):
     """A bound loop device: `backing_device` (st_dev) and `backing_inode` say which file, `backing_path` is a hint."""
 
     path: str

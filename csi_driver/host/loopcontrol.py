@@ -9,9 +9,10 @@ import fcntl
 import os
 import stat
 import struct
-from dataclasses import dataclass
 from enum import IntFlag
 from typing import Final
+
+from msgspec import Struct
 
 from csi_driver.host.syscalls import error_name
 from csi_driver.model.errors import DeviceMismatch, FailedPrecondition, ResourceExhausted
@@ -39,8 +40,7 @@ class Flag(IntFlag):
     DIRECT_IO = 16
 
 
-@dataclass(frozen=True)
-class Status:
+class Status(Struct, frozen=True):
     """struct loop_info64, as far as it is used: which file (st_dev, inode), how, and 63 bytes of its name.
 
     `node` is the device number of a file that is a device's node itself (lo_rdevice), 0 of any other.

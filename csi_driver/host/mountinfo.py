@@ -9,8 +9,9 @@ import re
 import stat
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from csi_driver.host.blockdev import kernel_name
 from csi_driver.host.files import read_attribute
@@ -23,8 +24,7 @@ _BTRFS_FOLDER: Final = "/sys/fs/btrfs"
 _BTRFS_FS_INFO: Final = 0x8400941F  # BTRFS_IOC_FS_INFO, <linux/btrfs.h>: 1024 bytes, the fsid at 16
 
 
-@dataclass(frozen=True)
-class Mount:
+class Mount(Struct, frozen=True):
     """One line of mountinfo (proc(5)); paths are as this process sees them, without escapes.
 
     `propagation` is "private", "shared", "slave", "shared,slave" or "unbindable" (mount_namespaces(7)).

@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from csi_driver.model.errors import InvalidArgument
 
@@ -89,8 +90,7 @@ ALLOWED: Final = tuple(
 """The names that `parse_options` knows; those that end in "=" take a value."""
 
 
-@dataclass(frozen=True)
-class MountOptions:
+class MountOptions(Struct, frozen=True):
     """Options ready for mount(2).
 
     `flags` and `data` are its arguments, `per_mount` is the part of `flags` that belongs to the mount and not to the

@@ -1,9 +1,10 @@
 """What the parts of the image engine say to each other: formats, extents, readers, progress."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Protocol
+
+from msgspec import Struct
 
 MIB: Final = 1 << 20
 CHUNK: Final = 2 * MIB
@@ -26,8 +27,7 @@ class ImageFormat(StrEnum):
     LUKS1 = "luks1"
 
 
-@dataclass(frozen=True)
-class Extent:
+class Extent(Struct, frozen=True):
     """A piece of the payload, in bytes; one that is `zero` reads as zeros and need not be read."""
 
     offset: int

@@ -8,7 +8,6 @@ ciphertext where it is encrypted, as a digest of the plaintext would tell what a
 import contextlib
 import os
 import time
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Final, Self
@@ -87,8 +86,7 @@ def _status(path: Path, where: str) -> os.stat_result:
         ) from None
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(msgspec.Struct, frozen=True):
     """What is cloned. `where` names it in errors, as in "image debian-12".
 
     `identity` is that of the file `source`, taken before its reader was opened (`SourceIdentity.of`): so whatever

@@ -1,8 +1,9 @@
 """The payload of an encrypted image: what lies behind its LUKS header, decrypted in memory as it is read."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Final
+
+from msgspec.structs import replace
 
 from csi_driver.images.base import Extent, Reader
 from csi_driver.luks.bulk import sector_cipher

@@ -11,7 +11,6 @@ refuses us), KeyLost (it has the key no more), FailedPrecondition (the configura
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 import msgspec
@@ -40,13 +39,12 @@ _MOST_WRAPPED: Final = 4096  # it must fit into the LUKS2 header's JSON area, be
 _TRUTH: Final = {"true": True, "1": True, "t": True, "false": False, "0": False, "f": False}
 
 
-@dataclass(frozen=True)
-class KeyRequest:
+class KeyRequest(msgspec.Struct, frozen=True):
     """For whom a source is asked: the volume, the namespace of its claim, and the secret that came with the call."""
 
     volume_id: str
     tenant: str = ""
-    secret: SecretKey = field(default_factory=lambda: SecretKey(None))
+    secret: SecretKey = msgspec.field(default_factory=lambda: SecretKey(None))
 
 
 class RequestNeeded(FailedPrecondition):
@@ -89,8 +87,7 @@ def require_name(where: str, trail: KeyTrail) -> None:
         raise FailedPrecondition(f"{where} keeps a key for each volume and was asked for none; name it (--kms-name)")
 
 
-@dataclass(frozen=True)
-class Wrapped:
+class Wrapped(msgspec.Struct, frozen=True):
     """A wrapped DEK as text, and the key that it is wrapped with, as far as it is told."""
 
     text: str

@@ -1,9 +1,10 @@
 """The types of KMS entries, each with what makes a source of one; modules and clients are loaded when asked for."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
 
 from csi_driver.host.workers import Workers
 from csi_driver.keys.base import SECONDS, Entry, EntryReader, KeyRequest, KeySource, RequestNeeded, Wrapping
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
 _OIDC_TOKEN: Final = Path("/run/secrets/tokens/oidc-token")  # where Ceph-CSI's manifests mount it
 
 
-@dataclass(frozen=True)
-class Surroundings:
+class Surroundings(Struct, frozen=True):
     """What a source is made of."""
 
     reader: EntryReader

@@ -8,7 +8,8 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from csi_driver.host import blockdev, keyring
 from csi_driver.host.devicemapper import DeviceMapper, Target
@@ -39,8 +40,7 @@ _CLAIM_TRIES, _CLAIM_PAUSE = 10, 0.05
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
-@dataclass(frozen=True)
-class Opening:
+class Opening(Struct, frozen=True):
     """How a mapping is opened: its name and the StorageClass's flags."""
 
     name: str

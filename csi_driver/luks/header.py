@@ -18,8 +18,9 @@ import hashlib
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
+
+from msgspec import Struct
 
 from csi_driver.luks.header_metadata import Config, Digest, Keyslot, Segment, Token, decode, refusal
 from csi_driver.model.errors import DeviceBlank, ForeignSignature
@@ -47,8 +48,7 @@ class Copy(StrEnum):
     SECONDARY = "secondary"
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(Struct, frozen=True):
     """What a LUKS2 header says; ids are the decimal strings of the metadata.
 
     `source` is the copy the facts were read from. `damaged_copy` is the other one if it is damaged or older (a power
@@ -74,8 +74,7 @@ class Header:
         return next(iter(self.digests.values())).digest.hex() if len(self.digests) == 1 else ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Binary:
+class _Binary(Struct, frozen=True):
     """One copy with a right checksum; `json` is its whole JSON area."""
 
     hdr_size: int

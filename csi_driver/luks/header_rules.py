@@ -7,8 +7,9 @@ driver itself writes. Source of the rules: CVE-2021-4122 (forged reencryption), 
 
 import hashlib
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import pairwise
+
+from msgspec import Struct
 
 from csi_driver.luks.formats import (
     ARGON2_DEFAULT_MEMORY_KIB,
@@ -32,8 +33,7 @@ _LUKS1_DIGEST_BYTES = 20  # of any hash; it stays so when it becomes LUKS2 (cryp
 _MOST_KEYSLOTS_BYTES = 128 << 20  # LUKS2 itself has no larger key slot area
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(Struct, frozen=True):
     """The most that opening a volume may cost. A device on the storage says what it costs; the node says what it has.
 
     memory_kib, time, cpus: Argon2's memory in KiB, passes and lanes. iterations: of PBKDF2, in key slots and digest.

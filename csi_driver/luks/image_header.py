@@ -10,7 +10,6 @@ import os
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from typing import Annotated, Self
 
 import msgspec
@@ -75,8 +74,7 @@ class VolumeKey:
         return "VolumeKey(…)"
 
 
-@dataclass(frozen=True)
-class ImageHeader:
+class ImageHeader(msgspec.Struct, frozen=True):
     """A checked header. `payload` is the length of what is inside, in bytes; `where` names the image in errors."""
 
     where: str
@@ -157,7 +155,7 @@ def write_image_header(
 
 def limits_of(chosen: LuksFormat) -> Limits:
     """What opening a header of our own may cost: whoever chose its format decided that."""
-    return replace(DEFAULT_LIMITS, memory_kib=max(DEFAULT_LIMITS.memory_kib, chosen.memory_kib))
+    return msgspec.structs.replace(DEFAULT_LIMITS, memory_kib=max(DEFAULT_LIMITS.memory_kib, chosen.memory_kib))
 
 
 def padded(length: int, unit: int) -> int:

@@ -3,8 +3,9 @@
 import fcntl
 import os
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from csi_driver.host import blockdev, keyring
 from csi_driver.host.devicemapper import DeviceMapper
@@ -24,8 +25,7 @@ from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import KeyTrail, LuksIdentity
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(Struct, frozen=True):
     """What a header says: of its volume, and where the key comes from."""
 
     identity: LuksIdentity

@@ -10,7 +10,8 @@ import hashlib
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from csi_driver.host import blockdev
 from csi_driver.host.handle import Handle
@@ -29,8 +30,7 @@ from csi_driver.model.volume import KeyTrail, LuksIdentity, NamedSlot
 _PIECE = 1 << 20
 
 
-@dataclass(frozen=True)
-class Added:
+class Added(Struct, frozen=True):
     """A key slot that is to be added: that of the present passphrase, the new one, and of what header it was made."""
 
     present: NamedSlot
@@ -171,8 +171,7 @@ def back_up_header(where: str, device: Handle, path: str) -> None:
         os.close(descriptor)
 
 
-@dataclass(frozen=True)
-class _Edit:
+class _Edit(Struct, frozen=True):
     """A header as it was, in the bytes that it was parsed from, and in the library's hands: its copy in `memory`.
 
     `length` is that of the device, in bytes.

@@ -10,8 +10,9 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from csi_driver.host import keyring
 from csi_driver.host.devicemapper import DeviceMapper, Target
@@ -29,8 +30,7 @@ _BLKDISCARD: Final = 0x1277
 _PIECE: Final = 64 << 10
 
 
-@dataclass(frozen=True)
-class Side:
+class Side(Struct, frozen=True):
     """One of the two devices, held open; `key_name` is that of its volume key in keyrings."""
 
     device: Handle
@@ -38,8 +38,7 @@ class Side:
     key_name: str
 
 
-@dataclass(frozen=True)
-class Sides:
+class Sides(Struct, frozen=True):
     """Of `capacity` bytes `done` lie on `new`, the others on `old`, each at its own place."""
 
     old: Side

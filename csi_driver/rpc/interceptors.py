@@ -11,12 +11,12 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Protocol, TypeVar
 
 import grpc
 from google.protobuf import descriptor_pool
+from msgspec import Struct
 
 from csi_driver.host import deadline
 from csi_driver.host.locks import VolumeLocks
@@ -33,8 +33,7 @@ Response = TypeVar("Response")
 Behaviour = Callable[[Any, grpc.ServicerContext], Any]
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(Struct, frozen=True):
     """A method of a service. `volume_id` finds the volume in a request, "" where it names none."""
 
     name: str

@@ -1,7 +1,8 @@
 """ControllerPublishVolume and ControllerUnpublishVolume: which node may have a volume that lies outside the nodes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from csi_driver.backends.base import Backend, SharedStorage
 from csi_driver.host.log import log
@@ -12,8 +13,7 @@ from csi_driver.volumes.context import check_context
 from csi_driver.volumes.moved import refuse_giving
 
 
-@dataclass(frozen=True)
-class AttachRequest:
+class AttachRequest(Struct, frozen=True):
     """What ControllerPublishVolume brings."""
 
     volume_id: str

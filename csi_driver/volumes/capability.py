@@ -1,8 +1,9 @@
 """What a pod asks of a volume, free of gRPC."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
+
+from msgspec import Struct
 
 from csi_driver.host.mountoptions import MountOptions, parse_options
 from csi_driver.model.errors import InvalidArgument
@@ -30,8 +31,7 @@ _KUBERNETES_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Capability:
+class Capability(Struct, frozen=True):
     """Access mode and type. For a mount: file system (None: the volume's own) and mountOptions as given."""
 
     mode: AccessMode

@@ -1,7 +1,8 @@
 """Where a volume is on this node and how it is, for people: from the one view of `Presences`."""
 
 import os
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from csi_driver.backends.base import Backend, HasPools
 from csi_driver.host.fshealth import FileSystemHealth
@@ -10,8 +11,7 @@ from csi_driver.volumes.filesystem import repair_command
 from csi_driver.volumes.presence import Presence, Presences
 
 
-@dataclass(frozen=True)
-class Condition:
+class Condition(Struct, frozen=True):
     """`staged_at` is None where the volume is not staged; `healthy` is None where nothing of it is open.
 
     `health` is one phrase for a person, with what to do if it is not healthy.

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -147,7 +147,9 @@ class ConversionSteps:
             source, target = sides.old.device, sides.new.device
             moving.mover.copy(source, target, start, length)
             try:
-                self._mapper.load(mapping.name, replace(sides, done=start + length).table(opening_of(record)))
+                self._mapper.load(
+                    mapping.name, msgspec.structs.replace(sides, done=start + length).table(opening_of(record))
+                )
                 self._mapper.suspend(mapping.name)
                 moving.mover.copy_again(source, target, start, length)
                 record = self._advanced(record, start + length)

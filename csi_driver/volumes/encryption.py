@@ -7,7 +7,6 @@ that it announces, and the device is formatted in `prepared` and `formatting` on
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import ParamSpec
 
 import msgspec
@@ -42,8 +41,7 @@ from csi_driver.volumes.two_keys import TwoKeys, check_boundary, opening_of
 P = ParamSpec("P")
 
 
-@dataclass(frozen=True)
-class Opened:
+class Opened(msgspec.Struct, frozen=True):
     """An open volume: its record by now, the mapping held open, and where a fresh one's keys are kept.
 
     There is a next one while the volume key is being changed.

@@ -1,8 +1,9 @@
 """NodeExpandVolume: file, loop device, mapping, file system, in this order."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+
+from msgspec import Struct
 
 from csi_driver.backends.base import Backend
 from csi_driver.host.handle import Handle
@@ -21,8 +22,7 @@ from csi_driver.volumes.presence import Presence, Presences
 from csi_driver.volumes.sizing import grow_device
 
 
-@dataclass(frozen=True)
-class ExpandRequest:
+class ExpandRequest(Struct, frozen=True):
     """What NodeExpandVolume brings; sizes in bytes, 0 means not said. The secret is optional."""
 
     volume_id: str

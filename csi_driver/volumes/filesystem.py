@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import msgspec
@@ -60,8 +59,7 @@ _CHECKED_PER_SECOND = 1 << 30  # of a volume's bytes, by e2fsck: a full one of s
 _MENDED_BITS = 3  # e2fsck(8): errors corrected, and "the system should be rebooted", which means mounted anew
 
 
-@dataclass(frozen=True)
-class Attached:
+class Attached(msgspec.Struct, frozen=True):
     """A volume whose devices are held open: `below` what its backend shows, `shown` what pods get to see of it.
 
     They differ where it is encrypted: then `kept_key` is where the volume key of a fresh mapping waits for a resize,

@@ -9,7 +9,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -55,8 +54,7 @@ _HEAD_START_SECONDS: Final = 3.0
 """More than the first delay of a provisioner, 2 s at most with --node-deployment-base-delay=2s."""
 
 
-@dataclass(frozen=True)
-class BackingImage:
+class BackingImage(msgspec.Struct, frozen=True):
     """An image that a volume may start from. `size` is what is inside, in bytes; `luks` is set for an encrypted one."""
 
     name: str

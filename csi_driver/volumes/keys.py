@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Final
 
 import msgspec
@@ -18,8 +17,7 @@ from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import KeyTrail, VolumeParameters, VolumeRecord
 
 
-@dataclass(frozen=True)
-class KeyInHand:
+class KeyInHand(msgspec.Struct, frozen=True):
     """What opens a volume. `wishes` are a secret's for luksFormat; `trail` is set for a key of a KMS, a random one."""
 
     passphrase: Passphrase

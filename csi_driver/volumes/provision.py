@@ -3,7 +3,6 @@
 import bisect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import msgspec
 
@@ -52,8 +51,7 @@ _TOKEN_PREFIX = "after:"
 _BANNED_IN_NAMES = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
-@dataclass(frozen=True)
-class CreateRequest:
+class CreateRequest(msgspec.Struct, frozen=True):
     """What CreateVolume brings; sizes in bytes, 0 means not said. `topologies` are the segments to choose from."""
 
     name: str
@@ -65,8 +63,7 @@ class CreateRequest:
     topologies: tuple[Mapping[str, str], ...] = ()
 
 
-@dataclass(frozen=True)
-class VolumeView:
+class VolumeView(msgspec.Struct, frozen=True):
     """A volume as the controller shows it.
 
     `places` are the topology segments from which it can be reached, none for every node; `published` are the ids of the
@@ -79,8 +76,7 @@ class VolumeView:
     published: Sequence[str] = ()
 
 
-@dataclass(frozen=True)
-class Capacity:
+class Capacity(msgspec.Struct, frozen=True):
     """Bytes that new volumes may take in all, and the largest that one of them may have."""
 
     available: int

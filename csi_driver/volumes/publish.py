@@ -6,7 +6,8 @@ import os
 import stat
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from csi_driver.backends.base import Backend, takes_many_nodes
 from csi_driver.host.handle import Handle
@@ -24,8 +25,7 @@ from csi_driver.volumes.presence import Presence, Presences
 from csi_driver.volumes.stages import Stage
 
 
-@dataclass(frozen=True)
-class PublishRequest:
+class PublishRequest(Struct, frozen=True):
     """What NodePublishVolume brings."""
 
     volume_id: str

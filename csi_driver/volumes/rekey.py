@@ -8,7 +8,6 @@ Each step is durable before the next, and the record says which key counts (docs
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import NoReturn
 
 import msgspec
@@ -30,8 +29,7 @@ from csi_driver.volumes.moved import refuse_away
 from csi_driver.volumes.presence import Presences
 
 
-@dataclass(frozen=True)
-class Rekeyed:
+class Rekeyed(msgspec.Struct, frozen=True):
     """What came of it: the volume's record by now, and whether its key is another one than before."""
 
     record: VolumeRecord

@@ -8,9 +8,10 @@ import hashlib
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
+
+from msgspec import Struct
 
 from csi_driver.backends.base import Backend
 from csi_driver.host.locks import VolumeLocks
@@ -31,8 +32,7 @@ _SPREAD: Final = 10  # the last tenth of a period is shared out among the volume
 _NO_SECRET: Final = SecretKey(None)
 
 
-@dataclass(frozen=True)
-class Schedule:
+class Schedule(Struct, frozen=True):
     """When a volume's key is changed, in seconds since the epoch: from `due` on, and it is late from `limit` on."""
 
     due: float

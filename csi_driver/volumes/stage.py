@@ -3,7 +3,8 @@
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+
+import msgspec
 
 from csi_driver.backends.base import Backend, movable, shared, takes_many_nodes
 from csi_driver.host.handle import Handle
@@ -42,8 +43,7 @@ _CLOSE_SECONDS = 2.0
 _FULL_BYTES = 16 << 20  # so little, and a device on it fails
 
 
-@dataclass(frozen=True)
-class StageRequest:
+class StageRequest(msgspec.Struct, frozen=True):
     """What NodeStageVolume brings. `key` holds what the secret's entries said."""
 
     volume_id: str
@@ -179,7 +179,7 @@ class Staging:
             if secret.previous is None or record.key is not None:
                 raise
         if record.conversion is not None:  # its passphrase is changed when that has ended
-            key = replace(key, passphrase=secret.previous)
+            key = msgspec.structs.replace(key, passphrase=secret.previous)
         record = self._rekeying.renew(record, device, secret)
         with previous_tried(), self._keys.using(record, "stage"):
             return self._encryption.open(self._backend, record, device, key, undo)

@@ -1,7 +1,8 @@
 """NodeGetVolumeStats: how full a published volume is."""
 
 import os
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from csi_driver.backends.base import Backend
 from csi_driver.host import blockdev
@@ -9,8 +10,7 @@ from csi_driver.model.errors import NotFound
 from csi_driver.volumes.presence import Presences
 
 
-@dataclass(frozen=True)
-class Usage:
+class Usage(Struct, frozen=True):
     """One count of a volume, in "bytes" or "inodes"; of a block device only the total is known."""
 
     unit: str

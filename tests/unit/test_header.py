@@ -3,7 +3,6 @@
 import json
 import struct
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from csi_driver.luks.header import HEADER_SIZES, Copy, Header, parse, repaired
 from csi_driver.luks.header_metadata import Argon2i, Argon2id, Pbkdf2

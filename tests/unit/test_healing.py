@@ -1,11 +1,11 @@
 """Sick file systems of staged volumes: made well where nobody else is on them, else told with the cure."""
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from csi_driver.host.fshealth import Ailment, FileSystemHealth, carries_error_flag
@@ -202,7 +202,7 @@ def test_a_stage_that_somebody_unmounted_is_mounted_again_and_told(rig: Rig) -> 
 
 def test_nothing_is_mounted_over_what_has_taken_its_place(rig: Rig) -> None:
     ours = staging(rig)
-    rig.kernel.mounted[:] = [dataclasses.replace(ours, device=(0, 99), source="stranger")]
+    rig.kernel.mounted[:] = [msgspec.structs.replace(ours, device=(0, 99), source="stranger")]
     with pytest.raises(FailedPrecondition, match=r"enc-1 is no longer mounted at .*; unstage and stage the volume"):
         rig.publish("enc-1")
     assert [mount.source for mount in rig.kernel.mounted] == ["stranger"]

@@ -1,6 +1,5 @@
 """The controller's use cases over a backend in memory."""
 
-import dataclasses
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -104,7 +103,7 @@ def test_a_repeat_finds_the_volume_and_changes_nothing() -> None:
     assert list(backend.records) == ["pvc-1"]
 
 
-XFS = dataclasses.replace(MOUNT, fs_type="xfs")
+XFS = msgspec.structs.replace(MOUNT, fs_type="xfs")
 
 
 @pytest.mark.parametrize(
@@ -330,11 +329,11 @@ def test_a_volume_is_made_on_this_node_only() -> None:
 @pytest.mark.parametrize(
     "refused",
     [
-        dataclasses.replace(MOUNT, mode=AccessMode.MULTI_NODE_MULTI_WRITER),
-        dataclasses.replace(BLOCK, mode=AccessMode.MULTI_NODE_READER_ONLY),
-        dataclasses.replace(MOUNT, fs_type="ntfs"),
-        dataclasses.replace(MOUNT, mount_flags=("suid",)),
-        dataclasses.replace(MOUNT, fs_type="ext4", mount_flags=("nouuid",)),
+        msgspec.structs.replace(MOUNT, mode=AccessMode.MULTI_NODE_MULTI_WRITER),
+        msgspec.structs.replace(BLOCK, mode=AccessMode.MULTI_NODE_READER_ONLY),
+        msgspec.structs.replace(MOUNT, fs_type="ntfs"),
+        msgspec.structs.replace(MOUNT, mount_flags=("suid",)),
+        msgspec.structs.replace(MOUNT, fs_type="ext4", mount_flags=("nouuid",)),
     ],
 )
 def test_a_capability_that_cannot_be_had_is_refused_everywhere(refused: Capability) -> None:
@@ -369,7 +368,7 @@ def test_the_file_system_of_capability_and_parameter_must_agree() -> None:
     assert driver.create(request(capabilities=(XFS, BLOCK))).record.parameters.fs_type == "xfs"
     for capabilities, parameters in (
         ((XFS,), {"fstype": "ext4"}),
-        ((XFS, dataclasses.replace(MOUNT, fs_type="ext4")), {}),
+        ((XFS, msgspec.structs.replace(MOUNT, fs_type="ext4")), {}),
     ):
         with pytest.raises(InvalidArgument, match=r"make them equal"):
             driver.create(request("pvc-2", capabilities=capabilities, parameters=parameters))
@@ -412,7 +411,7 @@ def test_what_is_no_id_reaches_no_backend(volume_id: str) -> None:
 def test_a_volume_is_validated_by_what_its_class_said() -> None:
     """The parameters of the class say no file system: it came with the capability."""
     driver = provisioning()
-    ext4 = dataclasses.replace(MOUNT, fs_type="ext4")
+    ext4 = msgspec.structs.replace(MOUNT, fs_type="ext4")
     view = driver.create(request(capabilities=(ext4,), parameters=ENCRYPTED | {"csi.storage.k8s.io/pvc/name": "a"}))
     assert driver.refusal("pvc-1", view.context, ENCRYPTED, [ext4]) is None
     assert driver.refusal("pvc-1", view.context, ENCRYPTED | {"fstype": "ext4"}, [ext4, MOUNT, BLOCK]) is None

@@ -340,7 +340,7 @@ def test_an_image_of_the_cluster_is_asked_for_and_waited_for(
 ) -> None:
     rig.cluster.tell("far", "uid-1", ready=ready, percent=percent, message=message)
     wanted = {"backingImage": "far"}
-    assert rig.provisioning.capacity(wanted, None, [BLOCK]) == rig.provisioning.capacity(PLAIN, None, [BLOCK])
+    assert rig.provisioning.capacity(wanted, None, [BLOCK]).available > 0
     assert list(rig.cluster.wanted()) == [], "a look at the room has brought it here"
     for _ in range(2):
         with pytest.raises(Aborted, match=re.escape(f"image far {told}")):
