@@ -53,6 +53,7 @@ from csi_driver.model.errors import (
     OutOfRange,
     ResourceExhausted,
 )
+from csi_driver.model.reading import decode
 from csi_driver.model.settings import Settings
 
 _EVERY_SECONDS: Final = 1.0
@@ -75,7 +76,7 @@ def main() -> None:
     """Do what standard input says."""
     die_with_parent()
     harden_process()
-    request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
+    request = decode(sys.stdin.buffer.read(), Request)
     sys.stdin.close()
     try:
         _tell(make(request))

@@ -15,6 +15,7 @@ from csi_driver.images.fetch import fetch
 from csi_driver.images.store import ImageRecord
 from csi_driver.kube.copies import AGENTS
 from csi_driver.model.errors import DriverError, InvalidArgument, Unavailable
+from csi_driver.model.reading import decode
 
 _LARGEST_RECORD: Final = 1 << 20
 _WAIT_SECONDS: Final = 3.0
@@ -71,7 +72,7 @@ def _offer(to: Destination, connector: Connector, headers: dict[str, str], peer:
             response = connection.get(to, headers, _LARGEST_RECORD)
             content = response.read(_LARGEST_RECORD)
         if response.status == 200:
-            return msgspec.json.decode(content, type=Offer)
+            return decode(content, Offer)
         why = f"status {response.status}: {content[:200].decode(errors='replace').strip()}"
     except (OSError, http.client.HTTPException) as error:
         why = str(error) or type(error).__name__

@@ -171,8 +171,7 @@ class MakesFromFile(Protocol):
         """As `Backend.create`, with what `fill` writes. Raises what that raises too."""
 
 
-@dataclass(frozen=True)
-class ForeignVolume:
+class ForeignVolume(Struct, frozen=True):
     """A volume of another driver, which calls it `handle`: where it lies, and as which volume it would be ours.
 
     `storage` and `storage_id` are name and identity of what it lies in, `size` bytes long. `kms_id` has its key, or

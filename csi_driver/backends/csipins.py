@@ -19,6 +19,7 @@ from csi_driver.host.boot import boot_id
 from csi_driver.host.files import Files, read_attribute, read_file
 from csi_driver.host.handle import Handle
 from csi_driver.host.passing import remove_dead
+from csi_driver.model.reading import decode
 
 _PIN: Final = ".json"
 _SOCKET: Final = ".sock"
@@ -156,7 +157,7 @@ class Pins:
 
 def _decoded(path: Path) -> Pin | None:
     try:
-        return msgspec.json.decode(read_file(path), type=Pin)
+        return decode(read_file(path), Pin)
     except (FileNotFoundError, ValueError):  # msgspec's errors are ValueErrors
         return None
 

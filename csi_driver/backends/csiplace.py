@@ -6,6 +6,7 @@ import msgspec
 
 from csi_driver.host.files import Files, read_file
 from csi_driver.model.errors import FailedPrecondition
+from csi_driver.model.reading import decode
 from csi_driver.model.settings import Settings
 
 
@@ -35,7 +36,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
 def read_place(path: Path) -> Place:
     """What was kept there. Raises FailedPrecondition."""
     try:
-        return msgspec.json.decode(read_file(path), type=Place)
+        return decode(read_file(path), Place)
     except (OSError, ValueError):  # msgspec's errors are ValueErrors
         raise FailedPrecondition(
             f"{path} cannot be read; start the server with --backend csi, which makes it anew"

@@ -14,6 +14,7 @@ from csi_driver.backends.csipins import Direct
 from csi_driver.backends.records import RecordCodec
 from csi_driver.kube.kinds import MANAGED_BY, MANAGER, VOLUME_RECORD, Json, Kind, name_of, uid_of
 from csi_driver.model.errors import Aborted, AlreadyExists, FailedPrecondition, NotFound
+from csi_driver.model.reading import convert
 from csi_driver.model.volume import VolumeRecord
 
 GROUP: Final = VOLUME_RECORD.group
@@ -186,7 +187,7 @@ class RecordObjects:
     def _known(self, thing: Json) -> Known:
         name, metadata = name_of(thing), thing["metadata"]
         try:
-            spec = msgspec.convert(thing.get("spec"), Spec)
+            spec = convert(thing.get("spec"), Spec)
         except msgspec.ValidationError as error:
             raise FailedPrecondition(
                 f"the VolumeRecord {self._namespace}/{name} cannot be read ({error}); restore it from a backup, its "

@@ -22,6 +22,7 @@ from csi_driver.host.log import log
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.workers import Workers
 from csi_driver.model.errors import DeviceAbsent, DeviceMismatch, FailedPrecondition, ForeignSignature
+from csi_driver.model.reading import decode
 from csi_driver.model.settings import MIB, Limits
 
 NAME: Final = "luks_csi_records"  # no volume has a name like it: see `lv_name` of the backend
@@ -213,7 +214,7 @@ def remembered_name(memory: Path) -> str:
 
 def _read(memory: Path) -> _Known | None:
     try:
-        return msgspec.json.decode(read_file(memory), type=_Known)
+        return decode(read_file(memory), _Known)
     except FileNotFoundError:
         return None
     except msgspec.DecodeError:

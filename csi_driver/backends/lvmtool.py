@@ -20,6 +20,7 @@ from csi_driver.model.errors import (
     FailedPrecondition,
     ResourceExhausted,
 )
+from csi_driver.model.reading import convert, decode
 
 OURS: Final = "luks-csi"
 """The tag of every logical volume that this driver made (lvm(8): tags are set in the same step as it is made)."""
@@ -145,8 +146,8 @@ class VolumeGroup:
             "list", "", command, "--reportformat", "json", "--units", "b", "--nosuffix", "-o", ",".join(fields), *words
         )
         try:
-            (report,) = msgspec.json.decode(told, type=dict[str, Any])["report"]
-            return msgspec.convert(report[kind], list[dict[str, str]])
+            (report,) = decode(told, dict[str, Any])["report"]
+            return convert(report[kind], list[dict[str, str]])
         except (msgspec.MsgspecError, ValueError, KeyError) as error:
             raise CommandFailed(f"{command} gave a report of {self.name} that cannot be read ({error})") from None
 

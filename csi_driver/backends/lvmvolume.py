@@ -22,6 +22,7 @@ from csi_driver.host.files import Files, read_file
 from csi_driver.host.handle import Handle
 from csi_driver.host.workers import Workers
 from csi_driver.model.errors import Aborted, DeviceAbsent, DeviceMismatch, FailedPrecondition
+from csi_driver.model.reading import decode
 from csi_driver.model.settings import Limits
 
 VERSION: Final = 1
@@ -226,7 +227,7 @@ class GroupVolumes:
         """What a volume's folder says of its logical volume, if anything. Raises FailedPrecondition."""
         path = folder / STATE
         try:
-            found = msgspec.json.decode(read_file(path), type=LvState)
+            found = decode(read_file(path), LvState)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (msgspec.DecodeError, UnicodeError) as error:

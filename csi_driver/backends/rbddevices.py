@@ -18,6 +18,7 @@ from csi_driver.host.handle import Handle
 from csi_driver.host.krbd import ImageIdentity, MappedImage, MappedImages
 from csi_driver.host.workers import Workers
 from csi_driver.model.errors import DeadlineExceeded, DeviceMismatch, FailedPrecondition
+from csi_driver.model.reading import decode
 
 VERSION: Final = 1
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
@@ -85,7 +86,7 @@ class MappedVolumes:
         """What was pinned. Raises FailedPrecondition for what cannot be read."""
         path = self._path(volume_id)
         try:
-            found = msgspec.json.decode(read_file(path), type=Pin)
+            found = decode(read_file(path), Pin)
         except FileNotFoundError:
             return None
         except (msgspec.MsgspecError, UnicodeError) as error:

@@ -15,6 +15,7 @@ import msgspec
 
 from csi_driver.host.files import read_file
 from csi_driver.model.errors import FailedPrecondition, InvalidArgument
+from csi_driver.model.reading import decode
 from csi_driver.model.volume import volume_id_for
 
 _DIGEST: Final = 10  # hexadecimal digits: two of a hundred places are one in 2e8
@@ -111,7 +112,7 @@ class Clusters:
         if (kept := self._kept) is not None and kept[0] == content:
             return kept[1]
         try:
-            entries = msgspec.json.decode(content, type=list[_Entry])
+            entries = decode(content, list[_Entry])
         except (msgspec.MsgspecError, UnicodeError) as error:
             raise FailedPrecondition(
                 f"the configuration of Ceph clusters {self._path} cannot be understood ({error}); it must be a list of "

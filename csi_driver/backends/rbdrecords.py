@@ -23,6 +23,7 @@ import msgspec
 
 from csi_driver.backends.rbdtool import CephPool
 from csi_driver.model.errors import Aborted, FailedPrecondition
+from csi_driver.model.reading import decode
 
 VERSION: Final = 1
 """Of a log's lines."""
@@ -257,7 +258,7 @@ class VolumeLogs:
         state, winners, is_closed = None, list[str](), False
         for written in content.splitlines():
             try:
-                line = msgspec.json.decode(written, type=_Line)
+                line = decode(written, _Line)
             except (msgspec.MsgspecError, UnicodeError) as error:
                 raise FailedPrecondition(
                     f"the object {name.log} in {pool.place} cannot be read ({error}); restore it, or run the driver "

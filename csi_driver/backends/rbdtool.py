@@ -23,6 +23,7 @@ from csi_driver.model.errors import (
     DeadlineExceeded,
     FailedPrecondition,
 )
+from csi_driver.model.reading import decode
 
 T = TypeVar("T")
 
@@ -382,6 +383,6 @@ def read_credentials(folder: Path) -> Credentials | None:
 
 def _decoded(kind: type[T], said: str, what: str) -> T:
     try:
-        return msgspec.json.decode(said, type=kind)
+        return decode(said, kind)
     except msgspec.MsgspecError as error:
         raise CommandFailed(f"{what} gave an answer that cannot be read ({error})") from None

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from csi_driver.model.errors import FailedPrecondition
+from csi_driver.model.reading import convert, decode
 from csi_driver.model.volume import VolumeRecord
 
 VERSION = 3
@@ -45,9 +46,9 @@ class RecordCodec:
         Raises FailedPrecondition when it is damaged or of a newer version: the volume is then left alone.
         """
         try:
-            document = msgspec.json.decode(content, type=dict[str, Any])
-            version = msgspec.convert(document["version"], int)
-            volume = msgspec.convert(document["volume"], dict[str, Any])
+            document = decode(content, dict[str, Any])
+            version = convert(document["version"], int)
+            volume = convert(document["volume"], dict[str, Any])
             if version > self._version:
                 raise FailedPrecondition(
                     f"the volume record {where} has version {version}, written by a newer driver than this one, which "
@@ -56,7 +57,7 @@ class RecordCodec:
             while version < self._version:
                 volume = self._migrations[version](volume)
                 version += 1
-            return msgspec.convert(volume, VolumeRecord)
+            return convert(volume, VolumeRecord)
         except (ValueError, KeyError, RecursionError) as error:  # msgspec's errors are ValueErrors
             raise FailedPrecondition(
                 f"the volume record {where} cannot be read ({error}); restore it from a backup, the device was not "

@@ -19,6 +19,7 @@ from csi_driver.host.syscalls import error_name
 from csi_driver.images.base import ImageFormat
 from csi_driver.luks.formats import LuksFormat
 from csi_driver.model.errors import DeviceUnreadable, FailedPrecondition, NotFound
+from csi_driver.model.reading import decode
 from csi_driver.model.volume import LuksIdentity
 
 VERSION: Final = 2
@@ -160,7 +161,7 @@ class Checkpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def load_checkpoint(path: Path) -> Checkpoint | None:
     """The checkpoint at `path`; None where there is none, or one that this version cannot read. Raises OSError."""
     try:
-        found = msgspec.json.decode(read_file(path), type=Checkpoint)
+        found = decode(read_file(path), Checkpoint)
     except (FileNotFoundError, msgspec.MsgspecError, UnicodeError):
         return None
     if found.version == _ALL_DIGESTS:

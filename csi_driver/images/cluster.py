@@ -22,6 +22,7 @@ from csi_driver.host.files import Files
 from csi_driver.host.syscalls import error_name
 from csi_driver.images.store import check_name
 from csi_driver.model.errors import FailedPrecondition, InvalidArgument
+from csi_driver.model.reading import decode
 from csi_driver.model.times import recorded
 
 _MOST_BYTES: Final = 16 << 10
@@ -95,7 +96,7 @@ class ClusterImages:
         if content is None:
             return None
         try:
-            found = msgspec.json.decode(content, type=ClusterImage)
+            found = decode(content, ClusterImage)
         except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
             raise _unreadable(path, str(error)) from None
         return msgspec.structs.replace(found, message=_one_line(found.message))

@@ -10,6 +10,7 @@ from csi_driver.luks.header import BINARY_SIZE, HEADER_PROBE, HEADER_SIZES, Head
 from csi_driver.luks.header_rules import Limits, validate
 from csi_driver.luks.luks1 import LUKS1_BYTES, parse_luks1
 from csi_driver.model.errors import FailedPrecondition
+from csi_driver.model.reading import decode
 from csi_driver.model.volume import LuksIdentity
 
 ANY_COST: Final = Limits(
@@ -98,7 +99,7 @@ def _mend(area: bytes) -> str:
     """What to run on a header that cryptsetup left in a state that is refused; the metadata may be anything."""
     text = area[BINARY_SIZE : HEADER_SIZES[0]].partition(b"\0")[0]
     try:
-        metadata = msgspec.json.decode(text, type=_Metadata)
+        metadata = decode(text, _Metadata)
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         return _ANEW
     if any(slot.type == "reencrypt" for slot in metadata.keyslots.values()):

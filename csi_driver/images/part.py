@@ -16,6 +16,7 @@ from csi_driver.images.checksum import Algorithm, Checksum, hashed
 from csi_driver.images.destinations import Destination
 from csi_driver.images.room import EVERY, check_room
 from csi_driver.model.errors import CommandFailed, DriverError, InvalidArgument, ResourceExhausted, VolumeBusy
+from csi_driver.model.reading import decode
 
 _DURABLE_EVERY = 64 * MIB
 
@@ -129,7 +130,7 @@ class Part:
 
     def _take_up(self) -> None:
         try:
-            state = msgspec.json.decode(read_file(_state_of(self._path)), type=_State)
+            state = decode(read_file(_state_of(self._path)), _State)
         except (FileNotFoundError, msgspec.DecodeError, UnicodeError):
             return self.restart(None, "")
         if state.source != self._source or not 0 < state.received <= os.fstat(self._descriptor).st_size:

@@ -19,6 +19,7 @@ from csi_driver.host.files import Files, beside, read_file
 from csi_driver.host.syscalls import error_name
 from csi_driver.images.base import ImageFormat
 from csi_driver.model.errors import Aborted, AlreadyExists, DeviceInUse, FailedPrecondition, InvalidArgument, NotFound
+from csi_driver.model.reading import convert, decode
 from csi_driver.model.volume import LuksIdentity
 
 VERSION: Final = 1
@@ -296,13 +297,13 @@ def lock_of(folder: Path) -> Path:
 
 def _decode(content: bytes, path: Path) -> ImageRecord:
     try:
-        document = msgspec.json.decode(content, type=dict[str, Any])
-        if (version := msgspec.convert(document["version"], int)) > VERSION:
+        document = decode(content, dict[str, Any])
+        if (version := convert(document["version"], int)) > VERSION:
             raise FailedPrecondition(
                 f"the image record {path} has version {version}, written by a newer luks-csi than this one, which "
                 f"knows version {VERSION}; run the newer one on this node"
             )
-        return msgspec.convert(document["image"], ImageRecord)
+        return convert(document["image"], ImageRecord)
     except (ValueError, KeyError, RecursionError) as error:
         raise FailedPrecondition(
             f"the image record {path} cannot be read ({error}); restore it from a backup"

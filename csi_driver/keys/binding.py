@@ -3,6 +3,7 @@
 import msgspec
 
 from csi_driver.model.errors import KeyLost
+from csi_driver.model.reading import decode
 from csi_driver.model.secret import Passphrase
 
 
@@ -19,7 +20,7 @@ def bound(name: str, key: Passphrase) -> bytes:
 def unbound(where: str, name: str, plaintext: bytes) -> Passphrase:
     """The key that was bound to `name`. Raises KeyLost when it is another volume's, or none at all."""
     try:
-        inside = msgspec.json.decode(plaintext, type=_Inside)
+        inside = decode(plaintext, _Inside)
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
         inside = _Inside("", b"")
     if not name or inside.name != name:

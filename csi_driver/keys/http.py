@@ -18,6 +18,7 @@ from csi_driver.keys.base import SECONDS
 from csi_driver.keys.extras import load
 from csi_driver.keys.retries import retried
 from csi_driver.model.errors import FailedPrecondition, PermissionDenied, Unavailable
+from csi_driver.model.reading import convert
 from csi_driver.model.text import one_line
 
 _LARGEST_ANSWER: Final = 1 << 20
@@ -208,7 +209,7 @@ class HttpService:
 def shaped(where: str, answer: Mapping[str, Any], kind: type[T]) -> T:
     """An answer as what it has to be. Raises Unavailable where it is something else, as for one that is no JSON."""
     try:
-        return msgspec.convert(answer, type=kind)
+        return convert(answer, kind)
     except msgspec.ValidationError:
         raise Unavailable(
             f"{where} answered with JSON of another shape than asked for; check its address, the call may be repeated"

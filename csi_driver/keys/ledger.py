@@ -15,6 +15,7 @@ from csi_driver.host.files import Files, read_file
 from csi_driver.host.log import log
 from csi_driver.host.syscalls import error_name
 from csi_driver.model.errors import FailedPrecondition, ResourceExhausted
+from csi_driver.model.reading import decode
 from csi_driver.model.volume import KeyTrail
 
 _VERSION: Final = 1
@@ -75,7 +76,7 @@ class KeyLedger:
 
     def _read(self, path: Path) -> KeyEntry | None:
         try:
-            found = msgspec.json.decode(read_file(path), type=_File)
+            found = decode(read_file(path), _File)
         except FileNotFoundError:
             return None  # it was removed meanwhile
         except (OSError, ValueError, RecursionError):  # msgspec's errors are ValueErrors

@@ -15,6 +15,7 @@ from csi_driver.keys.base import Wrapped
 from csi_driver.keys.extras import load
 from csi_driver.keys.secret import CEPH_PASSPHRASE
 from csi_driver.model.errors import FailedPrecondition, KeyLost
+from csi_driver.model.reading import decode
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import KeyTrail
 
@@ -35,7 +36,7 @@ class Sealed(msgspec.Struct, frozen=True):
 def read_sealed(text: str, where: str) -> Sealed:
     """Read what is kept. Raises KeyLost when it is nothing of the kind."""
     try:
-        return msgspec.json.decode(text, type=Sealed)
+        return decode(text, Sealed)
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
         raise KeyLost(
             f"the wrapped key in the volume's record is none of {where}; restore the record from a backup"

@@ -17,6 +17,7 @@ from csi_driver.keys.binding import bound, unbound
 from csi_driver.keys.kmsv2_pb2_grpc import KeyManagementServiceStub
 from csi_driver.keys.retries import retried
 from csi_driver.model.errors import DriverError, FailedPrecondition, KeyLost, PermissionDenied, Unavailable
+from csi_driver.model.reading import decode
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.text import one_line, printable
 from csi_driver.model.volume import KeyTrail
@@ -72,7 +73,7 @@ class PluginWrapper:
 
     def unwrap(self, trail: KeyTrail) -> Passphrase:
         try:
-            kept = msgspec.json.decode(trail.wrapped, type=_Kept)
+            kept = decode(trail.wrapped, _Kept)
         except (msgspec.MsgspecError, RecursionError, UnicodeError):
             raise KeyLost(
                 f"the wrapped key in the volume's record is none of {self._where}; restore the record from a backup"

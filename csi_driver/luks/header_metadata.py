@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from csi_driver.model.errors import InvalidHeader
+from csi_driver.model.reading import convert
 
 SALT_BYTES = 32
 """Length of every salt in the metadata; libcryptsetup takes no other."""
@@ -148,7 +149,7 @@ def decode(json_area: bytes, where: str) -> Metadata:
         if b"\\u" in text or msgspec.json.encode(document) != text.replace(b"\\/", b"/"):
             raise refusal(where, "expected JSON metadata as libcryptsetup writes it, found another form")
         _refuse_other_types(document, where)
-        metadata = msgspec.convert(document, Metadata, dec_hook=_decimal)
+        metadata = convert(document, Metadata, dec_hook=_decimal)
     except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
         raise refusal(where, f"its JSON metadata cannot be read: {error}") from None
     if metadata.config.json_size != len(json_area):

@@ -23,6 +23,7 @@ from csi_driver.luks.header_rules import DEFAULT_LIMITS, Limits, validate
 from csi_driver.luks.libcryptsetup import crypt_device
 from csi_driver.luks.luks1 import parse_luks1
 from csi_driver.model.errors import DeviceUnreadable, InvalidHeader
+from csi_driver.model.reading import decode
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import LuksIdentity
 
@@ -210,7 +211,7 @@ def _payload(area: bytes, header: Header, identity: LuksIdentity, size: int) -> 
     start = BINARY_SIZE + (0 if header.source is Copy.PRIMARY else header.hdr_size)
     text = area[start : start - BINARY_SIZE + header.hdr_size].rstrip(b"\0")
     with suppress(msgspec.MsgspecError):
-        tokens = msgspec.json.decode(text, type=_Tokens).tokens.values()
+        tokens = decode(text, _Tokens).tokens.values()
         told = [token.payload_bytes for token in tokens if token and token.type == TOKEN_TYPE]
         if len(told) == 1 and told[0] and padded(int(told[0]), identity.sector_size) == data:
             return int(told[0])

@@ -9,6 +9,7 @@ from typing import Final
 import msgspec
 
 from csi_driver.luks.header import BINARY_SIZE, Copy, Header
+from csi_driver.model.reading import decode
 from csi_driver.model.volume import KeyTrail
 
 TYPE: Final = "luks-csi-key"
@@ -42,7 +43,7 @@ def read(area: bytes, header: Header) -> KeyTrail | None:
         return None
     text = area[start + BINARY_SIZE : start + header.hdr_size].partition(b"\0")[0]
     try:
-        raw = msgspec.json.decode(text, type=_Tokens).tokens[str(found[0])]
-        return msgspec.json.decode(raw, type=_KeyToken).key
+        raw = decode(text, _Tokens).tokens[str(found[0])]
+        return decode(raw, _KeyToken).key
     except (msgspec.MsgspecError, KeyError, RecursionError):
         return None

@@ -6,11 +6,10 @@ Nothing is ever fetched because of it: a class that tells another story than the
 from collections.abc import Mapping
 from typing import Final
 
-import msgspec
-
 from csi_driver.images.checkpoint import Operation
 from csi_driver.images.store import ImageRecord, check_name
 from csi_driver.model.errors import InvalidArgument
+from csi_driver.model.reading import decode
 from csi_driver.model.volume import VolumeParameters
 
 EXPORTED: Final = "export"
@@ -64,7 +63,7 @@ def read_source(text: str) -> dict[str, str]:
     from csi_driver.images.destinations import parse_url  # noqa: PLC0415
 
     try:
-        said = msgspec.json.decode(text, type=dict[str, str]) if text else {}
+        said = decode(text, dict[str, str]) if text else {}
         return {key: str(parse_url(value)) if key == "url" else value for key, value in said.items() if value}
     except InvalidArgument as error:
         raise InvalidArgument(f"the parameter {PARAMETERS} is wrong: {error}") from None

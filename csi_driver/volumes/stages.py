@@ -10,6 +10,7 @@ from csi_driver.host.boot import boot_id
 from csi_driver.host.files import Files, read_file
 from csi_driver.host.keyring import KeptKey
 from csi_driver.host.log import log
+from csi_driver.model.reading import decode
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,7 +54,7 @@ class Stages:
     def get(self, volume_id: str) -> Stage | None:
         """The stage of this boot, complete or being made."""
         try:
-            found = msgspec.json.decode(read_file(f"{self._name}/{volume_id}"), type=_StageFile)
+            found = decode(read_file(f"{self._name}/{volume_id}"), _StageFile)
         except (FileNotFoundError, ValueError, RecursionError):  # msgspec's errors are ValueErrors
             return None
         return found.stage if found.boot_id == self._boot_id else None

@@ -15,6 +15,7 @@ from csi_driver.host.log import log
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.syscalls import error_name
 from csi_driver.model.errors import FailedPrecondition
+from csi_driver.model.reading import decode
 
 _VERSION = 1
 _NAME = "identity"
@@ -179,7 +180,7 @@ def _memory(endpoint: Path) -> Path:
 def _read(path: Path) -> _Identity | None:
     """The identity in a file, None where there is none. Raises FailedPrecondition."""
     try:
-        found = msgspec.json.decode(read_file(path), type=_Identity)
+        found = decode(read_file(path), _Identity)
         if found.version != _VERSION:
             raise FailedPrecondition(
                 f"{path} has version {found.version} and this driver knows {_VERSION}; use the driver that wrote it"
