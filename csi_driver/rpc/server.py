@@ -17,8 +17,6 @@ from csi_driver.keys.sources import KeySources
 from csi_driver.model.errors import DriverError
 from csi_driver.model.settings import Service, Settings
 from csi_driver.rpc import csi_pb2_grpc
-from csi_driver.rpc.central import CentralControllerServicer
-from csi_driver.rpc.client import CsiClient, RemoteError
 from csi_driver.rpc.controller import AttachingControllerServicer, ControllerServicer
 from csi_driver.rpc.endpoint import Endpoint, listen_on
 from csi_driver.rpc.identity import IdentityServicer
@@ -39,6 +37,7 @@ from csi_driver.rpc.threads import CallThreads
 from csi_driver.volumes.driver import Driver
 
 if TYPE_CHECKING:
+    from csi_driver.rpc.client import CsiClient
     from csi_driver.rpc.metrics import Gauges
 
 _IDENTITY_THREADS = 2
@@ -102,6 +101,7 @@ class Server:
         self._http = None
         if settings.http_address is not None:
             # Half a start-up time, for those who want it.
+            from csi_driver.rpc.client import CsiClient  # noqa: PLC0415
             from csi_driver.rpc.http import HttpServer, Page  # noqa: PLC0415
             from csi_driver.rpc.metrics import Metrics  # noqa: PLC0415
 
@@ -182,8 +182,10 @@ class Server:
         for job in self._jobs:
             job.join()
 
-    def _obstacle(self, ask: Callable[[CsiClient], object]) -> str | None:
+    def _obstacle(self, ask: "Callable[[CsiClient], object]") -> str | None:
         """Why the server does not work, asked as kubelet asks: through its socket."""
+        from csi_driver.rpc.client import CsiClient, RemoteError  # noqa: PLC0415
+
         try:
             with CsiClient(self._settings.endpoint, timeout=_PROBE_SECONDS) as client:
                 ask(client)
@@ -242,6 +244,8 @@ def driver_server(driver: Driver) -> Server:
 
 def central_server(settings: Settings) -> Server:
     """The server of `luks-csi controller`: it has no volumes, so nothing can be in its way."""
+    from csi_driver.rpc.central import CentralControllerServicer  # noqa: PLC0415
+
     identity, controller = IdentityServicer(settings, lambda: None), CentralControllerServicer()
     return Server(
         settings,
