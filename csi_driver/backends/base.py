@@ -310,8 +310,7 @@ class SharedStorage(Protocol):
         """How many volumes this node can have at once; 0 where nothing says."""
 
 
-@dataclass(frozen=True)
-class Listed:
+class Listed(Struct, frozen=True):
     """A volume in a list: its record, `SharedStorage.places` and `SharedStorage.published`."""
 
     record: VolumeRecord
