@@ -194,8 +194,14 @@ bench-data: venv ## the data path, by fio, beside bare dm-crypt and other choice
 	@tools/system.sh data
 	@$(BENCH_GUEST) -- $(PY) -m benchmarks data
 
-bench-backends: venv system ## each backend's encrypted volume beside its plain one, and 200 volumes; BACKEND=lvm-thin, say
-	@$(BENCH_GUEST) --env BACKEND -- $(PY) -m benchmarks backends
+bench-backends: venv ## encrypted beside plain, fio, 200 volumes on each backend; BACKEND=lvm-thin, rbd or csi, say
+	@tools/system.sh data
+	@case '$(BACKEND)' in \
+	csi) tools/system.sh cluster && $(MAKE) --no-print-directory $(KUBERNETES_BIN) && $(PY) -m benchmarks.csi ;; \
+	rbd) code=0; tools/system.sh ceph; $(PY) -m benchmarks backends-many || code=1; \
+	    $(PY) -m tests.backends.on_ceph -- $(PY) -m benchmarks backends backends-data || code=1; exit $$code ;; \
+	*) $(BENCH_GUEST) --env BACKEND -- $(PY) -m benchmarks backends backends-data backends-many ;; \
+	esac
 
 bench-images: venv system $(BENCH_IMAGES_BASE) ## the image engine beside cp, qemu-img and cryptsetup
 	@$(PY) -m benchmarks.images

@@ -23,8 +23,10 @@ _GROUPS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
     "keys": keys.rows,
     "data": data.rows,
     "backends": backends.rows,
+    "backends-data": backends.data_rows,
+    "backends-many": backends.many_rows,
 }
-_APART = {"keys", "data", "backends"}
+_APART = {"keys", "data", "backends", "backends-data", "backends-many"}
 """Measured when named alone: `make bench-keys`, `make bench-data`, `make bench-backends`."""
 
 

@@ -1,8 +1,9 @@
 """What Ceph-CSI (internal/rbd and internal/util/cryptsetup, with Kubernetes' mount-utils) runs to stage an RBD volume.
 
-These are facts about another program, retold: the programs, their options and their order. The device below is a loop
-device that was attached beforehand; Ceph-CSI's own `rbd map` would come on top, while ours attaches its device within
-the measured call.
+These are facts about another program, retold: the programs, their options and their order. The device below is an
+image that is mapped as Ceph-CSI does it, or a loop device that was attached beforehand: then `rbd map` would come on
+top, while ours attaches its device within the measured call. What Ceph-CSI asks the cluster by librbd, in its own
+process, is left out.
 """
 
 import os
@@ -57,7 +58,7 @@ class CephVolume:
         self._image.touch()
         os.truncate(self._image, self.capacity + DATA_OFFSET)
         losetup = Step(["losetup", "--find", "--show", str(self._image)])
-        device = self._call(losetup).stdout.decode().strip()
+        device = self.call(losetup).stdout.decode().strip()
         try:
             yield device
         finally:
@@ -67,7 +68,7 @@ class CephVolume:
                 ["cryptsetup", "luksClose", self.name],
                 ["losetup", "--detach", device],
             ):
-                self._call(Step(argv))
+                self.call(Step(argv))
             self._image.unlink()
 
     def first_stage(self, device: str) -> None:
@@ -124,11 +125,12 @@ class CephVolume:
 
     def _run(self, steps: Iterable[Step]) -> None:
         for step in steps:
-            ended = self._call(step)
+            ended = self.call(step)
             if ended.returncode != step.code:
                 raise RuntimeError(f"{step.argv} ended with {ended.returncode}: {ended.stdout[-300:]!r}")
 
-    def _call(self, step: Step) -> "subprocess.CompletedProcess[bytes]":
+    def call(self, step: Step) -> "subprocess.CompletedProcess[bytes]":
+        """Run one program to its end."""
         return subprocess.run(
             step.argv,
             check=False,
@@ -137,6 +139,30 @@ class CephVolume:
             stderr=subprocess.STDOUT,
             timeout=_STEP_SECONDS,
         )
+
+
+@dataclass
+class CephImage:
+    """An image, `spec`, in which `volume` lies; `access` is how Ceph's programs are told cluster and user."""
+
+    volume: CephVolume
+    spec: str
+    access: Sequence[str]
+
+    def stage_and_unstage(self) -> None:
+        """NodeStageVolume of a volume that was staged before, and NodeUnstageVolume."""
+        self._told("rbd", "device", "list", "--format=json", "--device-type", "krbd")
+        said = self._told("rbd", *self.access, "map", self.spec, "--device-type", "krbd", "--options", "noudev")
+        device = said.split()[-1]
+        self.volume.stage(device)
+        self.volume.unstage()
+        self._told("rbd", "unmap", device, "--device-type", "krbd", "--options", "noudev")
+
+    def _told(self, *argv: str) -> str:
+        ended = self.volume.call(Step(argv))
+        if ended.returncode:
+            raise RuntimeError(f"{argv} ended with {ended.returncode}: {ended.stdout[-300:]!r}")
+        return ended.stdout.decode()
 
 
 def _blkid(device: str, code: int = 0) -> Step:

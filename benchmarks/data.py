@@ -17,13 +17,14 @@ from statistics import median
 from benchmarks.measure import ratio, side_by_side
 from benchmarks.servers import CHEAP, our_server, random_key
 from benchmarks.table import Row
+from csi_driver.model.volume import mapping_name
 from csi_driver.rpc.client import CsiClient
 from csi_driver.volumes.capability import AccessMode, Capability
 
 _MIB = 1 << 20
 _GIB = 1 << 30
 _DEVICE_BYTES = 256 * _MIB
-_TURNS = 8
+TURNS = 8
 _STEP_SECONDS = 300
 _BLOCK = Capability(AccessMode.SINGLE_NODE_WRITER, block=True)
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -49,10 +50,11 @@ _LOADS = (
 
 
 @dataclass
-class _Side:
-    """A device, and what the processor time of each run on it was, in seconds."""
+class Side:
+    """A device, and what the processor time of each run on it was, in seconds; `mapping` is the volume's own."""
 
     device: str
+    mapping: str = ""
     busy: list[float] = field(default_factory=list)
 
     def run(self, load: _Load) -> float:
@@ -76,33 +78,33 @@ def rows(folder: Path) -> Iterator[Row]:
     for program in ("fio", "cryptsetup", "losetup"):
         subprocess.run([program, "--version"], check=True, stdout=subprocess.DEVNULL)
     with our_server(folder / "data") as server, CsiClient(server.endpoint) as client:
-        ours = partial(_volume, client, folder)
+        ours = partial(block_volume, client, folder)
         for sector in (512, 4096):
-            yield from _compared(
+            yield from compared(
                 f"ours, sectors of {sector}, against bare dm-crypt", 1 / 0.97,
                 ours(f"ours-{sector}", {"sectorSize": str(sector)}), _bare(folder, sector),
             )  # fmt: skip
-        yield from _compared(
+        yield from compared(
             "sectors of 4096 against 512", 1.0,
             ours("large", {"sectorSize": "4096"}), ours("small", {"sectorSize": "512"}),
         )  # fmt: skip
-        yield from _compared(
+        yield from compared(
             "the kernel's work queues against none", 1.1,
             ours("queues", {"sectorSize": "4096"}),
             ours("none", {"sectorSize": "4096", "noReadWorkqueue": "true", "noWriteWorkqueue": "true"}),
         )  # fmt: skip
-        yield from _compared(
+        yield from compared(
             "a loop device past the page cache against through it", 1.1,
             _bare(folder, 4096), _bare(folder, 4096, direct=False),
         )  # fmt: skip
-        yield from _compared(
+        yield from compared(
             "encrypted, sectors of 4096, against plain", 20.0,
             ours("encrypted", {"sectorSize": "4096"}), ours("plain", {"encrypted": "false"}),
         )  # fmt: skip
 
 
 @contextmanager
-def _volume(client: CsiClient, folder: Path, name: str, parameters: dict[str, str]) -> Iterator[_Side]:
+def block_volume(client: CsiClient, folder: Path, name: str, parameters: dict[str, str]) -> Iterator[Side]:
     """A block volume of ours, as a pod gets it."""
     crypt = CHEAP if parameters.get("encrypted") != "false" else {}
     secrets = {"CRYPTO_KEY_VALUE": random_key()} if crypt else {}
@@ -113,7 +115,7 @@ def _volume(client: CsiClient, folder: Path, name: str, parameters: dict[str, st
     client.stage(volume, stage, _BLOCK, secrets)
     client.publish(volume, stage, target, _BLOCK)
     try:
-        yield _Side(str(target))
+        yield Side(str(target), mapping_name(volume.id))
     finally:
         client.unpublish(volume.id, target)
         client.unstage(volume.id, stage)
@@ -122,7 +124,7 @@ def _volume(client: CsiClient, folder: Path, name: str, parameters: dict[str, st
 
 
 @contextmanager
-def _bare(folder: Path, sector: int, *, direct: bool = True) -> Iterator[_Side]:
+def _bare(folder: Path, sector: int, *, direct: bool = True) -> Iterator[Side]:
     """What cryptsetup makes of a loop device that losetup makes."""
     image, name = folder / f"bare-{direct}.img", f"bench-bare-{direct}".lower()
     with ExitStack() as undo:
@@ -137,22 +139,36 @@ def _bare(folder: Path, sector: int, *, direct: bool = True) -> Iterator[_Side]:
         _run("cryptsetup", "luksFormat", "--batch-mode", *shape, *cheap, "--key-file", "-", device, key=key)
         _run("cryptsetup", "open", "--key-file", "-", device, name, key=key)
         undo.callback(_run, "cryptsetup", "close", name)
-        yield _Side(f"/dev/mapper/{name}")
+        yield Side(f"/dev/mapper/{name}")
 
 
-def _compared(
-    what: str, bound: float, one: AbstractContextManager[_Side], other: AbstractContextManager[_Side]
+@contextmanager
+def same_device(mapping: str) -> Iterator[Side]:
+    """Bare dm-crypt on the device of that mapping, beside it: its table, with a key of its own."""
+    start, length, kind, cipher, _, *more = _run("dmsetup", "table", mapping).split()
+    name, key = "bench-same-device", os.urandom(64).hex()
+    table = " ".join((start, length, kind, cipher, key, *more))
+    _run("dmsetup", "create", name, "--noudevrules", "--noudevsync", key=table)
+    try:
+        yield Side(f"/dev/mapper/{name}")
+    finally:
+        _run("dmsetup", "remove", "--noudevrules", "--noudevsync", name)
+
+
+def compared(
+    what: str, bound: float, one: AbstractContextManager[Side], other: AbstractContextManager[Side], turns: int = TURNS
 ) -> Iterator[Row]:
+    """Each load on both sides, in turns."""
     with one as ours, other as theirs:
         for load in _LOADS:
             for side in (ours, theirs):
                 side.busy.clear()
-            turns = side_by_side(_TURNS, partial(ours.run, load), partial(theirs.run, load), warm_up=1)
-            shown = (_shown(turns[0], ours, load), _shown(turns[1], theirs, load))
-            yield Row(f"{load.what}: {what}", *shown, ratio(*turns), bound)
+            series = side_by_side(turns, partial(ours.run, load), partial(theirs.run, load), warm_up=1)
+            shown = (_shown(series[0], ours, load), _shown(series[1], theirs, load))
+            yield Row(f"{load.what}: {what}", *shown, ratio(*series), bound)
 
 
-def _shown(series: Sequence[float], side: _Side, load: _Load) -> str:
+def _shown(series: Sequence[float], side: Side, load: _Load) -> str:
     speed = load.bytes / _MIB / median(series)
     return f"{speed:.0f} MiB/s, {median(side.busy[1:]) * _GIB / load.bytes:.2f} core-s/GiB (n={len(series)})"
 

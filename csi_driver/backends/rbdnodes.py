@@ -121,16 +121,15 @@ class NodeAttachments:
         Raises Aborted then.
         """
         state = whole(volume_id, self._logs.state(pool, volume_id))
-        for node, attachment in state.nodes.items():
-            if node == node_id or not attachment.by_itself:
-                continue
+        left = {node: how for node, how in state.nodes.items() if how.by_itself and node != node_id}
+        for node, attachment in left.items():
             if attachment.client in pool.watchers(image_name(volume_id)):
                 raise Aborted(
                     f"volume {volume_id} is not free now: a command on node {node} is at work on it, or was killed "
                     f"there; call again when that has ended, or end it by the same command, once more"
                 )
             self._take(pool, volume_id, node)
-        return whole(volume_id, self._logs.state(pool, volume_id))
+        return whole(volume_id, self._logs.state(pool, volume_id)) if left else state
 
     def _take(self, pool: CephPool, volume_id: str, node: str) -> None:
         fenced: set[str] = set()
