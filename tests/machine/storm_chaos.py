@@ -24,7 +24,7 @@ _PAUSE: Final = 0.01
 
 
 class Keeper(threading.Thread):
-    """Keeps a server running: starts it again whenever it was killed."""
+    """Keeps a server running: starts it again whenever it was killed, and tells where it ended by itself."""
 
     def __init__(self, server: ServerProcess, ledger: Ledger) -> None:
         super().__init__(name=f"keeper of {server.endpoint}", daemon=True)
@@ -56,7 +56,8 @@ class Keeper(threading.Thread):
             while not has_ended(self._server.pid) and not self._over.wait(_PAUSE):
                 pass
             self.ready.clear()
-            self._server.kill()
+            if (code := self._server.kill()) != -signal.SIGKILL:
+                self._ledger.tell("stuck", f"a server ended by itself, with {code}")
 
     def stop(self) -> None:
         """Kill the server for good."""

@@ -1,7 +1,9 @@
 """A seeded two minutes of `make storm`, and the proof that it turns red: a program that does not hold its device."""
 
 import contextlib
+import os
 import random
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -15,6 +17,7 @@ from tests.machine.processes import has_ended, wait_for
 from tests.machine.server import ServerProcess
 from tests.machine.storm import storm
 from tests.machine.storm_bystander import Bystander
+from tests.machine.storm_chaos import Keeper
 from tests.machine.storm_model import Ledger
 
 _SEED = "7"
@@ -28,6 +31,17 @@ def test_a_seeded_storm_loses_mixes_and_leaks_nothing_and_leaves_nothing_stuck()
     assert ledger.calls >= _CALLS
     assert ledger.counts["kills"] > _CALLS // 200
     assert ledger.counts["records"] > _CALLS // 100
+
+
+def test_a_server_that_ends_by_itself_is_noticed(folder: Path) -> None:
+    ledger = Ledger()
+    keeper = Keeper(ServerProcess(folder), ledger)
+    keeper.start()
+    assert keeper.ready.wait(60)
+    os.kill(keeper.pid, signal.SIGSEGV)
+    wait_for(lambda: ledger.findings["stuck"] or None, "what the keeper tells", 60)
+    keeper.stop()
+    assert len(ledger.findings["stuck"]) == 1
 
 
 def test_a_program_that_does_not_hold_its_device_is_noticed(folder: Path) -> None:
