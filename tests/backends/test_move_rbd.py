@@ -142,7 +142,7 @@ def test_what_is_on_its_way_is_used_where_it_was_and_by_no_node_of_ceph(
         give(rbd_rig, pair, OTHER)
     with pytest.raises(FailedPrecondition, match=where):
         other.grow(64 * MIB, pair.far)
-    assert [pair.files.store.ids(), rbd_rig.backend().ids()] == [[VOLUME], [pair.far]]
+    assert (*pair.files.store.ids(), *rbd_rig.backend().ids()) == (VOLUME, pair.far)
     assert rbd_rig.backend().published(pair.far) == []
     done, meter = move_of(pair.group.record(pair.far)).copied.end, Shown()
     assert 2 * MIB < done < pair.files.disk().stat().st_size
