@@ -196,8 +196,6 @@ class NodeDevices:
             if (said := str(error)) != self._said.get(volume_id):
                 log.warning("a volume cannot be put down below", volume_id=volume_id, error=said)
                 self._said[volume_id] = said
-            return
-        self._said.pop(volume_id, None)
 
     def _is_idle(self, pin: Pin) -> bool:
         if pin.released or pin.leaving or self._pins.is_left(pin):
@@ -328,3 +326,5 @@ class NodeDevices:
         except NotFound:
             pass  # the volume is gone
         self._pins.remove(pin.volume_id)
+        for of_attached in (self._asked, self._said):
+            of_attached.pop(pin.volume_id, None)

@@ -311,6 +311,19 @@ def test_a_stage_that_kubelet_has_forgotten_is_put_down_and_one_that_it_repeats_
     assert node.world.spec().get("staged") is None
 
 
+def test_nothing_is_remembered_of_a_volume_that_is_gone(node: Node) -> None:
+    node.devices.attach(VOLUME_ID).close()
+    node.below.fails["unpublish"] = Unavailable("away")
+    with pytest.raises(Unavailable):
+        node.devices.detach(VOLUME_ID)
+    node.devices.mend(no_lock, lambda: False)
+    remembered = {name: kept for name, kept in vars(node.devices).items() if isinstance(kept, dict) and kept}
+    assert remembered.keys() == {"_asked", "_said"}
+    node.below.fails.clear()
+    node.devices.detach(VOLUME_ID)
+    assert {name: kept for name, kept in vars(node.devices).items() if isinstance(kept, dict) and kept} == {}
+
+
 def test_what_is_still_shown_behind_its_end_is_an_error(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     node.devices.attach(VOLUME_ID).close()
 
