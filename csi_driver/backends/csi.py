@@ -152,8 +152,7 @@ class CsiBackend:
         known = self._records.find(volume_id)
         if known is None:
             return
-        staged = known.spec.staged
-        if staged is not None and not self._holders.is_past(staged.node, staged.boot_id):
+        if (staged := self._holders.staged(known)) is not None:
             raise DeviceInUse(
                 f"volume {volume_id} cannot be deleted: it is open on node {staged.node} as {staged.device}; unpublish "
                 f"and unstage it"
@@ -369,8 +368,7 @@ class CsiBackend:
             self._holders.begin(known, node)
 
     def _refuse_open(self, known: Known, node: str) -> None:
-        staged = known.spec.staged
-        if staged is not None and not self._holders.is_past(staged.node, staged.boot_id):
+        if (staged := self._holders.staged(known)) is not None:
             raise refuse_open(known.volume_id, node, staged.device)
 
     def _making(self, volume_id: str, wanted: Spec) -> Known:

@@ -12,7 +12,7 @@ from typing import Final
 from csi_driver.backends.csiclaims import last_event, name_for
 from csi_driver.backends.csiheaders import LABEL
 from csi_driver.backends.csipins import digest
-from csi_driver.backends.csirecords import GROUP, Api, Known, looks
+from csi_driver.backends.csirecords import GROUP, Api, Known, Staged, looks
 from csi_driver.kube.kinds import MANAGED_BY, MANAGER, NODE, POD, VOLUME_RECORD, Json, is_going, name_of, uid_of
 from csi_driver.model.errors import Aborted, AlreadyExists, FailedPrecondition, NotFound
 
@@ -44,6 +44,11 @@ class HolderPods:
         """Raises NotFound where the cluster has no such node."""
         if self._api.get(NODE, node) is None:
             raise NotFound(f"volume {volume_id} cannot be given to node {node}: the cluster has no node of that name")
+
+    def staged(self, known: Known) -> Staged | None:
+        """Where it may be open, by its record; None where that node is past it."""
+        staged = known.spec.staged
+        return None if staged is None or self.is_past(staged.node, staged.boot_id) else staged
 
     def is_past(self, node: str, boot_id: str) -> bool:
         """Whether nothing of that boot of the node can be at work any more: the node is gone, was booted anew, or an
