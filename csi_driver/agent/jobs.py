@@ -13,8 +13,8 @@ import msgspec
 from csi_driver.agent.work import Doing, Failed, Line, Made, Request, Used
 from csi_driver.host.log import log
 from csi_driver.keys.audit import Audit
+from csi_driver.model.reading import decode
 
-_LINE: Final = msgspec.json.Decoder(Line)
 _RATE_SECONDS: Final = 10.0
 
 
@@ -65,7 +65,7 @@ class Job:
         with lines:
             for text in lines:
                 try:
-                    line = _LINE.decode(text)
+                    line = decode(text, cast("type[Line]", Line))
                 except msgspec.MsgspecError:
                     continue
                 if isinstance(line, Doing):

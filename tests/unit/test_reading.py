@@ -44,6 +44,8 @@ def _typed_reads(path: Path) -> Iterator[int]:
                 len(node.args) > 1 or node.keywords
             ):
                 yield node.lineno
+            case ast.Attribute(value=ast.Attribute(value=ast.Name(id="msgspec")), attr="Decoder"):
+                yield node.lineno
 
 
 def test_everything_typed_is_read_in_one_place() -> None:
