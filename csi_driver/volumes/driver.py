@@ -270,7 +270,7 @@ def _rbd(settings: Settings, host: Host, folder: Path, memory: Path) -> Backend:
 
     is_server = settings.backend == "rbd"
     told = Memory.of(settings) if is_server else read_memory(memory)
-    secrets = [Path(each) for each in dict.fromkeys((settings.ceph_secret, told.ceph_secret)) if each]
+    secrets = list(dict.fromkeys(Path(each) for each in (settings.ceph_secret, told.ceph_secret) if each))
     limits, logs = settings.limits, VolumeLogs()
     programs = CephPrograms(Commands(host.workers), limits.mount_seconds)
     devices = MappedVolumes(folder, host.files, host.workers, MappedImages(), limits.mount_seconds)
