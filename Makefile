@@ -117,8 +117,10 @@ move-kills: venv system ## kill -9 at each step of a move to another backend; BA
 	@$(if $(filter rbd,$(BACKEND)),$(PY) -m tests.backends.on_ceph,$(GUEST_FOR) --env BACKEND --disk 32G --timeout 21600) -- \
 	    $(PY) -m tests.backends.move_kills
 
-faults: venv system ## every command and record write fails or is killed; BACKEND=lvm-thick or lvm-thin
-	@$(GUEST_FOR) --env BACKEND --timeout 21600 -- $(PY) -m tests.machine.faults
+faults: venv system ## every command and record write fails or is killed; BACKEND=lvm-thick, lvm-thin or rbd
+	@[ '$(BACKEND)' != rbd ] || tools/system.sh ceph
+	@$(if $(filter rbd,$(BACKEND)),$(PY) -m tests.backends.on_ceph,$(GUEST_FOR) --env BACKEND --timeout 21600) -- \
+	    $(PY) -m tests.machine.faults
 
 crashes: venv system ## kernel crashes at random moments; BACKEND=lvm-thick or lvm-thin
 	@$(PY) -m tests.machine.crashes

@@ -25,7 +25,7 @@ from csi_driver.volumes.conversion import Watch
 from csi_driver.volumes.driver import Driver, Host, build_driver
 from tests.keys.program import program
 from tests.machine.crash_log import Identity, Kind
-from tests.machine.storage import LoopfileStorage, Storage
+from tests.machine.storage import FolderStorage, LoopfileStorage
 
 _CALL_SECONDS = 60.0
 _START_SECONDS = 60.0
@@ -44,9 +44,9 @@ def _secret(kind: Kind) -> dict[str, str]:
 class Node:
     """`with Node(state_dir, host, below) as node`; calls are named as those of CSI and raise RemoteError."""
 
-    def __init__(self, state_dir: Path, host: Host, below: Storage | None = None) -> None:
+    def __init__(self, state_dir: Path, host: Host, below: FolderStorage | None = None) -> None:
         self.state_dir = state_dir
-        self.below = below or LoopfileStorage(state_dir)
+        self.below: FolderStorage = below or LoopfileStorage(state_dir)
         settings = Settings(
             endpoint=Path("/run/csi.sock"),
             node_id="node",

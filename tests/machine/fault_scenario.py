@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from csi_driver.backends.records import RecordCodec
 from csi_driver.host import blockdev
 from csi_driver.host.devicemapper import DeviceMapper, Target
 from csi_driver.keys.secret import read_secret
 from csi_driver.luks.device import read_header
 from csi_driver.luks.header import Header
 from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeRecord, mapping_name
+from csi_driver.volumes.attachment import AttachRequest
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.expand import ExpandRequest
 from csi_driver.volumes.provision import CreateRequest
@@ -23,13 +23,14 @@ from csi_driver.volumes.stage import StageRequest
 from tests.machine.fault_points import Begun
 from tests.machine.fault_server import (
     DeleteRequest,
+    DetachRequest,
     GrowRequest,
     Request,
     RotateRequest,
     UnpublishRequest,
     UnstageRequest,
 )
-from tests.machine.storage import Storage
+from tests.machine.storage import LoopfileStorage, Storage
 from tests.volume_images import BOOT_FILE, GREETING, SECRET, encrypted_image, make_file_system, put_image
 
 _MIB = 1 << 20
@@ -43,29 +44,38 @@ _KEY = read_secret({**SECRET, "CRYPTO_PBKDF": "pbkdf2"})
 _NEW_KEY = read_secret({"CRYPTO_KEY_VALUE": "another passphrase", "CRYPTO_PBKDF": "pbkdf2"})
 _NO_KEY = read_secret({})
 
-FAULTED = ("create", "stage", "publish", "grow", "expand", "rotate", "unpublish", "unstage", "restage", "delete")
+FAULTED = (
+    "create", "attach", "stage", "publish", "grow", "expand", "rotate", "unpublish", "unstage", "restage", "detach",
+    "delete",
+)  # fmt: skip
 """The calls that faults are injected into."""
 _WITH_KMS = ("create", "stage", "expand", "rotate", "delete")
-_AGAIN = ("restage", "publish again", "unpublish again", "unstage again", "delete")
+_AGAIN = ("restage", "publish again", "unpublish again", "unstage again", "detach", "delete")
 _USED = ("stage", "publish", "unpublish", "unstage", *_AGAIN)
 _ENLARGED = ("stage", "publish", "grow", "expand", "unpublish", "unstage", *_AGAIN)
-CALLS = ("create", "stage", "publish", "grow", "expand", "rotate", "unpublish", "unstage", *_AGAIN)
+CALLS = ("create", "attach", "stage", "publish", "grow", "expand", "rotate", "unpublish", "unstage", *_AGAIN)
 """All calls, in their order."""
-LIVES = {
-    "create": ("create", "stage", "unstage", "delete"),
-    "stage": ("create", *_USED),
-    "publish": ("stage", "publish", "unpublish", "unstage", "delete"),
+_WITH_NODE = ("attach", "detach")
+"""Those that give a volume to a node and take it back, where it does not lie there."""
+_LIVES = {
+    "create": ("create", "attach", "stage", "unstage", "detach", "delete"),
+    "attach": ("create", "attach", *_USED),
+    "stage": ("create", "attach", *_USED),
+    "publish": ("stage", "publish", "unpublish", "unstage", "detach", "delete"),
     "grow": _ENLARGED,
     "expand": _ENLARGED,
     "rotate": ("stage", "publish", "rotate", "unpublish", "unstage", *_AGAIN),
     "unpublish": _USED,
     "unstage": _USED,
     "restage": _USED,
-    "delete": ("delete",),
+    "detach": ("detach", "delete"),
+    "delete": ("detach", "delete"),
 }
-"""The calls around each faulted one that show what the fault did. A life without a `create` begins with a copy of a
-volume that was created, staged and unstaged: making a file system takes half of a whole life.
+"""The calls around each faulted one that show what the fault did. A life without a `create` begins with a volume that
+was created, staged and unstaged, a copy of it where that can be: making a file system takes half of a whole life.
 """
+_BEGIN = ("create", "attach", "stage", "unstage")
+_GIVE_UP = ("unpublish", "unstage", "detach", "delete")
 
 
 class Lost(Exception):
@@ -81,11 +91,6 @@ class Scenario:
     block: bool
     from_image: bool = False
     kms: bool = False
-
-    @property
-    def calls(self) -> tuple[str, ...]:
-        """All its calls, in their order."""
-        return tuple(call for call in CALLS if self.encrypted or call != "rotate")
 
     @property
     def faulted(self) -> tuple[str, ...]:
@@ -123,9 +128,9 @@ class Life:
 
     def __init__(self, scenario: Scenario, folder: Path, below: Storage) -> None:
         self._scenario = scenario
-        self._id = scenario.name.replace(" ", "-")
+        self._name = scenario.name.replace(" ", "-")
+        self._id = below.id_of(self._name)
         self._below = below
-        self._volume = below.folder(self._id)
         self._template = folder / "templates" / self._id
         self._pod = folder / "pods" / self._id
         self._stage = self._pod / "stage"
@@ -143,6 +148,30 @@ class Life:
         self._image_before = self._image.stat() if scenario.from_image else None
 
     @property
+    def calls(self) -> tuple[str, ...]:
+        """All its calls, in their order."""
+        is_fixed = not (self._scenario.encrypted or self._below.enlarges_plain)
+        left_out = ("rotate",) * (not self._scenario.encrypted) + ("grow", "expand") * is_fixed
+        return tuple(call for call in self._there_are(CALLS) if call not in left_out)
+
+    @property
+    def begin(self) -> tuple[str, ...]:
+        """Those of a volume that was staged once."""
+        return self._there_are(_BEGIN)
+
+    @property
+    def give_up(self) -> tuple[str, ...]:
+        """Those of an orchestrator that takes a volume down, wherever it is."""
+        return self._there_are(_GIVE_UP)
+
+    def around(self, call: str) -> tuple[str, ...]:
+        """Those around one that a fault is injected into."""
+        return self._there_are(_LIVES[call])
+
+    def _there_are(self, calls: Sequence[str]) -> tuple[str, ...]:
+        return tuple(call for call in calls if self._below.node or call not in _WITH_NODE)
+
+    @property
     def has_template(self) -> bool:
         """Whether a volume was kept."""
         return self._template.exists()
@@ -150,40 +179,52 @@ class Life:
     def keep(self) -> None:
         """Take the volume, unstaged, out of the driver's sight and keep it as template."""
         self._template.parent.mkdir(exist_ok=True)
-        self._volume.rename(self._template)
+        self._folder().rename(self._template)
 
     def inherit(self) -> None:
         """Begin with a copy of the template."""
-        self._volume.mkdir(mode=0o700)
+        volume = self._folder()
+        volume.mkdir(mode=0o700)
         for name in ("record.json", "disk.img", *(["header.luks2"] if self._scenario.encrypted else [])):
-            _copy(self._template / name, self._volume / name)
+            _copy(self._template / name, volume / name)
         self.watch(())
+
+    def _folder(self) -> Path:
+        assert isinstance(self._below, LoopfileStorage)
+        return self._below.folder(self._id)
 
     def request(self, call: str) -> Request:
         """The request of a call."""
         name, scenario = call.removesuffix(" again"), self._scenario
         context = {"encrypted": "true" if scenario.encrypted else "false"}
         match name:
-            case "create":
-                parameters = {**scenario.parameters, **self._below.parameters}
-                return CreateRequest(self._id, _SIZE, 0, (scenario.capability,), parameters, self._key)
+            case "attach":
+                return AttachRequest(self._id, self._below.node, scenario.capability, read_only=False, context=context)
             case "stage" | "restage":
                 return StageRequest(self._id, str(self._stage), scenario.capability, self._key, context)
             case "publish":
                 return PublishRequest(
                     self._id, str(self._stage), str(self._target), scenario.capability, read_only=False, context=context
                 )
-            case "grow":
-                return GrowRequest(self._id, _GROWN)
             case "expand":
                 return ExpandRequest(self._id, str(self._target), _GROWN, 0, _NO_KEY)
-            case "rotate":
-                new = None if scenario.kms else _NEW_KEY.passphrase
-                return RotateRequest(self._id, self._key, new)
             case "unpublish":
                 return UnpublishRequest(self._id, str(self._target))
             case "unstage":
                 return UnstageRequest(self._id, str(self._stage))
+        return self._request_without_a_node(name)
+
+    def _request_without_a_node(self, name: str) -> Request:
+        match name:
+            case "create":
+                parameters = {**self._scenario.parameters, **self._below.parameters}
+                return CreateRequest(self._name, _SIZE, 0, (self._scenario.capability,), parameters, self._key)
+            case "grow":
+                return GrowRequest(self._id, _GROWN)
+            case "rotate":
+                return RotateRequest(self._id, self._key, None if self._scenario.kms else _NEW_KEY.passphrase)
+            case "detach":
+                return DetachRequest(self._id, self._below.node)
         return DeleteRequest(self._id)
 
     def watch(self, steps: Sequence[Begun]) -> None:
@@ -193,7 +234,7 @@ class Life:
                 raise Lost(f"{step.title!r} ran though the file system was recorded as made")
             if self._pinned and step.seam == "worker luks-format":
                 raise Lost("luksFormat ran though the volume was recorded as encrypted")
-        record = self._record()
+        record = self._below.record(self._id)
         if self._pinned and record and record.luks != self._pinned.luks:
             raise Lost(f"the recorded LUKS identity was {self._pinned.luks} and is {record.luks}")
         if record and record.encryption is EncryptionState.ENCRYPTED and record.luks:
@@ -225,8 +266,8 @@ class Life:
                 self._verify()
             case "unpublish" | "unpublish again":
                 _refuse(self._target)
-            case "delete":
-                _refuse(self._volume)
+            case "delete" if left := self._below.left_of(self._id):
+                raise Lost(f"{', '.join(left)} is still there")
 
     def end(self) -> None:
         """Remove the folders that kubelet would remove; what is left in them stays."""
@@ -252,10 +293,6 @@ class Life:
         if mapping is None:
             raise Lost(f"the mapping {name} is not open")
         DeviceMapper().reload(name, [Target(0, mapping.size_bytes // 512, "error", "")])
-
-    def _record(self) -> VolumeRecord | None:
-        path = self._volume / "record.json"
-        return RecordCodec().decode(path.read_bytes(), str(path)) if path.exists() else None
 
     def _header(self) -> Header:
         with self._below.device(self._id) as device:
@@ -292,12 +329,12 @@ class Life:
                 raise Lost(f"the {name} data is not what was written")
 
     def _check_rotated(self) -> None:
-        record, header = self._record(), self._header()
+        record, header = self._below.record(self._id), self._header()
         if record is None or record.rekey is not None or len(header.keyslots) != 1:
             raise Lost(
                 f"the change of its key did not end: {record and record.rekey}, {len(header.keyslots)} key slots"
             )
-        _, copy = read_header(self._id, str(self._volume / "header.luks2"))
+        _, copy = read_header(self._id, str(self._below.header_copy(self._id)))
         if copy.seqid != header.seqid:
             raise Lost(f"the header's copy has the sequence id {copy.seqid} and the header {header.seqid}")
         if not self._scenario.kms:

@@ -20,7 +20,7 @@ from csi_driver.keys.secret import SecretKey
 from csi_driver.model.errors import DriverError
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.settings import LogFormat, Settings
-from csi_driver.model.volume import volume_id_for
+from csi_driver.volumes.attachment import AttachRequest
 from csi_driver.volumes.driver import Driver, build_driver
 from csi_driver.volumes.expand import ExpandRequest
 from csi_driver.volumes.provision import CreateRequest
@@ -66,6 +66,14 @@ class RotateRequest:
 
 
 @dataclass(frozen=True)
+class DetachRequest:
+    """ControllerUnpublishVolume."""
+
+    volume_id: str
+    node_id: str
+
+
+@dataclass(frozen=True)
 class DeleteRequest:
     """DeleteVolume."""
 
@@ -74,6 +82,7 @@ class DeleteRequest:
 
 Request = (
     CreateRequest
+    | AttachRequest
     | StageRequest
     | PublishRequest
     | GrowRequest
@@ -81,6 +90,7 @@ Request = (
     | UnpublishRequest
     | UnstageRequest
     | RotateRequest
+    | DetachRequest
     | DeleteRequest
 )
 Build = Callable[[Settings, Injector], Driver]
@@ -208,7 +218,7 @@ def _serve(socket_: socket.socket, settings: Settings, build: Build) -> None:
         injector.arm(fault)
         answer: Failure | None = None
         try:
-            with driver.locks.hold(_volume_id(request)):
+            with driver.locks.hold(_volume_id(driver, request)):
                 _perform(driver, request)
         except Exception as error:  # noqa: BLE001 - a server answers whatever happens
             answer = Failure(
@@ -218,27 +228,39 @@ def _serve(socket_: socket.socket, settings: Settings, build: Build) -> None:
         socket_.sendall(pickle.dumps(answer))
 
 
-def _volume_id(request: Request) -> str:
-    return volume_id_for(request.name) if isinstance(request, CreateRequest) else request.volume_id
+def _volume_id(driver: Driver, request: Request) -> str:
+    if isinstance(request, CreateRequest):
+        return driver.provisioning.new_id(request.name, request.parameters)
+    return request.volume_id
 
 
 def _perform(driver: Driver, request: Request) -> None:
     match request:
-        case CreateRequest():
-            driver.provisioning.create(request)
         case StageRequest():
             driver.staging.stage(request)
         case PublishRequest():
             driver.publishing.publish(request)
-        case GrowRequest():
-            driver.provisioning.expand(request.volume_id, request.required_bytes, 0)
         case ExpandRequest():
             driver.expansion.expand(request)
         case UnpublishRequest():
             driver.publishing.unpublish(request.volume_id, request.target_path)
         case UnstageRequest():
             driver.staging.unstage(request.volume_id, request.staging_path)
+        case _:
+            _perform_without_a_node(driver, request)
+
+
+def _perform_without_a_node(driver: Driver, request: Request) -> None:
+    match request:
+        case CreateRequest():
+            driver.provisioning.create(request)
+        case AttachRequest() if driver.attachments is not None:
+            driver.attachments.attach(request)
+        case GrowRequest():
+            driver.provisioning.expand(request.volume_id, request.required_bytes, 0)
         case RotateRequest():
             driver.rekeying.rotate(request.volume_id, request.secret, request.new)
+        case DetachRequest() if driver.attachments is not None:
+            driver.attachments.detach(request.volume_id, request.node_id)
         case DeleteRequest():
             driver.provisioning.delete(request.volume_id)

@@ -6,7 +6,7 @@ succeed when repeated, data is not what was written, or something was formatted 
 kernel shows more than before.
 
 SEED and COUNT choose: COUNT of the points, drawn with SEED; all by default. BACKEND is loopfile, or a volume group's
-lvm-thick or lvm-thin, on which volumes from images are left out.
+lvm-thick or lvm-thin, or rbd, by `tests.backends.on_ceph`; on these volumes from images are left out.
 """
 
 import gc
@@ -24,7 +24,7 @@ from pathlib import Path
 from csi_driver.model.settings import Settings
 from tests.keys.program import program
 from tests.machine.fault_points import Fault, Kind, Point
-from tests.machine.fault_scenario import LIVES, SCENARIOS, Life, Lost, Scenario
+from tests.machine.fault_scenario import SCENARIOS, Life, Lost, Scenario
 from tests.machine.fault_server import Build, FaultServer, Outcome, faulty_driver
 from tests.machine.leaks import Facts, adopting_orphans, children, clear, leaked_since, orphans, settled
 from tests.machine.storage import Storage, chosen, storage
@@ -104,10 +104,7 @@ class Lab:
             if scenario.from_image and not self._below.makes_from_file:
                 continue
             life = Life(scenario, self._folder, self._below)
-            is_fixed = not (scenario.encrypted or self._below.enlarges_plain)
-            for call in scenario.calls:
-                if is_fixed and call in ("grow", "expand"):
-                    continue
+            for call in life.calls:
                 outcome = self._succeed(life, call, self._server())
                 seams = tuple(step.seam for step in outcome.steps)
                 # What touches files only is the same work for each kind of volume.
@@ -151,7 +148,7 @@ class Lab:
     def _try(self, case: Case) -> tuple[str, str]:
         scenario = next(scenario for scenario in SCENARIOS if scenario.name == case.point.scenario)
         life = Life(scenario, self._folder, self._below)
-        inherits = "create" not in LIVES[case.point.call]
+        inherits = "create" not in life.around(case.point.call)
         if inherits and self._below.makes_from_file and not life.has_template:
             self._begin(life)
             life.keep()
@@ -178,13 +175,13 @@ class Lab:
 
     def _begin(self, life: Life) -> None:
         """A volume that was staged once."""
-        for call in ("create", "stage", "unstage"):
+        for call in life.begin:
             self._succeed(life, call, self._server())
 
     def _drive(self, life: Life, case: Case) -> list[str]:
         """Take the volume through its life with the fault in it; returns what a failed call left at once."""
         leaked: list[str] = []
-        for call in LIVES[case.point.call]:
+        for call in life.around(case.point.call):
             if call != case.point.call:
                 self._succeed(life, call, self._server())
                 continue
@@ -202,7 +199,7 @@ class Lab:
                 leaked = settled(partial(self._left_by_failure, before, call))
             self._renew()
             if case.kind is Kind.ABANDON:
-                for last in ("unpublish", "unstage", "delete"):
+                for last in life.give_up:
                     self._succeed(life, last, self._server())
                 return leaked
             self._succeed(life, call, self._server())
@@ -307,7 +304,7 @@ def cases_of(points: Sequence[Point]) -> list[Case]:
             cases += [
                 Case(point, Kind.FOREIGN)
                 for point in here
-                if (point.call, point.nth) == ("stage", 1) and point.seam in ("loop attach", "worker lvm")
+                if (point.call, point.nth) == ("stage", 1) and point.seam in ("loop attach", "worker lvm", "worker rbd")
             ]
         if scenario.encrypted:
             cases += [Case(point, Kind.ZOMBIE) for point in here if point.call == "restage"][-1:]
@@ -317,7 +314,7 @@ def cases_of(points: Sequence[Point]) -> list[Case]:
 def main() -> int:
     seed = int(os.environ.get("SEED") or time.time_ns() % 100_000)
     count = int(os.environ.get("COUNT") or 0)
-    backend, started = chosen(), time.monotonic()
+    backend, started = chosen("rbd"), time.monotonic()
     with lab(seed=seed, backend=backend) as tried:
         points = tried.record()
         drawn = random.Random(seed).sample(points, min(count, len(points))) if count else points

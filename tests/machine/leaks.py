@@ -15,9 +15,10 @@ from typing import Self
 
 from csi_driver.host import keyring, loopcontrol
 from csi_driver.host.devicemapper import DeviceMapper
+from csi_driver.host.krbd import MappedImages
 from csi_driver.host.loop import LoopDevices
 from csi_driver.host.syscalls import libc
-from csi_driver.model.errors import FailedPrecondition
+from csi_driver.model.errors import DriverError, FailedPrecondition
 
 SETTLE_SECONDS = 5.0
 """How long the kernel may take to let go: autoclear and the destruction of keys happen by and by."""
@@ -30,13 +31,15 @@ _OCTAL = re.compile(r"\\([0-7]{3})")
 
 @dataclass(frozen=True)
 class Facts:
-    """All mapped devices, bound loop devices, mounts, volume keys, file locks and files below a folder.
+    """All mapped devices, bound loop devices, mapped images of Ceph, mounts, volume keys, file locks, and files below a
+    folder.
 
     Each is a line of text that says enough to find it. Loop devices without autoclear say so.
     """
 
     mappings: frozenset[str]
     loops: frozenset[str]
+    images: frozenset[str]
     mounts: tuple[str, ...]
     keys: frozenset[str]
     locks: frozenset[str]
@@ -48,6 +51,7 @@ class Facts:
         return cls(
             mappings=frozenset(_mappings()),
             loops=frozenset(_loops()),
+            images=frozenset(f"{one.path} of {one.identity}" for one in MappedImages().all()),
             mounts=tuple(sorted(mount for _, mount in mounts())),
             keys=frozenset(_keys()),
             locks=frozenset(_locks(folder.stat().st_dev)),
@@ -59,7 +63,7 @@ class Facts:
     def more_than(self, before: Self) -> list[str]:
         """What is here and was not before, as sentences."""
         found = []
-        for kind in ("mappings", "loops", "keys", "locks", "files"):
+        for kind in ("mappings", "loops", "images", "keys", "locks", "files"):
             found += [f"{kind}: {one}" for one in sorted(getattr(self, kind) - getattr(before, kind))]
         old = list(before.mounts)
         for mount in self.mounts:
@@ -150,6 +154,10 @@ def clear(before: Facts, folder: Path) -> None:
             descriptor = os.open(loop.split(" ")[0], os.O_RDONLY)
             loopcontrol.clear(descriptor)
             os.close(descriptor)
+    for image in MappedImages().all():
+        if f"{image.path} of {image.identity}" not in before.images:
+            with contextlib.suppress(DriverError):
+                MappedImages().unmap(image)
     for key in after.keys - before.keys:
         with contextlib.suppress(Exception):
             keyring.unlink_from_user(key.split(" ")[1].removeprefix("luks-csi:").removesuffix(":"))

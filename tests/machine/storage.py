@@ -9,17 +9,24 @@ from pathlib import Path
 from typing import Protocol
 
 from csi_driver.backends.lvmtool import dm_name
+from csi_driver.backends.rbdplace import image_name
+from csi_driver.backends.records import RecordCodec
 from csi_driver.host.devicemapper import DeviceMapper
+from csi_driver.host.krbd import MappedImages
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.workers import Workers
+from csi_driver.model.errors import NotFound
 from csi_driver.model.settings import Settings
+from csi_driver.model.volume import VolumeRecord
 from csi_driver.volumes.driver import WARM
-from tests.backends.rigs import GROUP, POOL, LvmRig, lvm
+from tests.backends.ceph import CLUSTER
+from tests.backends.ceph import POOL as CEPH_POOL
+from tests.backends.rigs import GROUP, POOL, LvmRig, RbdRig, lvm
 
 DISK_BYTES, POOL_BYTES = 3 << 30, 2 << 30
 VOLUMES = f"{dm_name(GROUP, 'luks')}-"
 """What device-mapper's names of volumes of a group begin with."""
-BACKENDS = ("loopfile", "lvm-thick", "lvm-thin")
+ON_THIS_MACHINE = ("loopfile", "lvm-thick", "lvm-thin")
 
 
 class Storage(Protocol):
@@ -31,13 +38,35 @@ class Storage(Protocol):
     """Whether volumes can start with an image, and a folder that is copied is a volume."""
     enlarges_plain: bool
     """Whether a volume that is not encrypted is enlarged while it is in use."""
+    node: str
+    """To whom a volume is given before it is staged; "" where it lies on its node."""
+
+    def settings(self, settings: Settings) -> Settings:
+        """Those of a driver for it."""
+
+    def id_of(self, name: str) -> str:
+        """The id of the volume that CreateVolume calls so."""
+
+    def record(self, volume_id: str) -> VolumeRecord | None:
+        """What is recorded of a volume."""
+
+    def header_copy(self, volume_id: str) -> Path:
+        """The copy of its header."""
+
+    def left_of(self, volume_id: str) -> list[str]:
+        """What is there of a volume, if anything is."""
+
+    def device(self, volume_id: str) -> AbstractContextManager[Path]:
+        """A volume's bytes, attached or not; afterwards the driver finds what it has left."""
+
+
+class FolderStorage(Storage, Protocol):
+    """Storage whose records are files of this machine."""
+
     root: Path
     """With the folders volumes, new and trash."""
     files: frozenset[str]
     """What is in a volume's folder."""
-
-    def settings(self, settings: Settings) -> Settings:
-        """Those of a driver for it."""
 
     def folder(self, volume_id: str) -> Path:
         """Where the record of a volume is, and the copy of its header."""
@@ -45,11 +74,31 @@ class Storage(Protocol):
     def made(self) -> set[str]:
         """The ids of the volumes whose bytes are there, apart from their folders."""
 
-    def device(self, volume_id: str) -> AbstractContextManager[Path]:
-        """A volume's bytes, attached or not; afterwards the driver finds what it has left."""
+
+class _InFolders:
+    """A folder for each volume."""
+
+    root: Path
+    node = ""
+
+    def folder(self, volume_id: str) -> Path:
+        return self.root / "volumes" / volume_id
+
+    def id_of(self, name: str) -> str:
+        return name
+
+    def record(self, volume_id: str) -> VolumeRecord | None:
+        path = self.folder(volume_id) / "record.json"
+        return RecordCodec().decode(path.read_bytes(), str(path)) if path.exists() else None
+
+    def header_copy(self, volume_id: str) -> Path:
+        return self.folder(volume_id) / "header.luks2"
+
+    def left_of(self, volume_id: str) -> list[str]:
+        return [str(path) for path in [self.folder(volume_id)] if path.exists()]
 
 
-class LoopfileStorage:
+class LoopfileStorage(_InFolders):
     """Sparse files below the state directory."""
 
     parameters: Mapping[str, str] = {}
@@ -63,9 +112,6 @@ class LoopfileStorage:
     def settings(self, settings: Settings) -> Settings:
         return settings
 
-    def folder(self, volume_id: str) -> Path:
-        return self.root / "volumes" / volume_id
-
     def made(self) -> set[str]:
         return set()
 
@@ -73,7 +119,7 @@ class LoopfileStorage:
         return nullcontext(self.folder(volume_id) / "disk.img")
 
 
-class GroupStorage:
+class GroupStorage(_InFolders):
     """A volume group, whose records are mounted below the state directory."""
 
     makes_from_file = False
@@ -86,9 +132,6 @@ class GroupStorage:
 
     def settings(self, settings: Settings) -> Settings:
         return replace(settings, backend="lvm", volume_group=GROUP)
-
-    def folder(self, volume_id: str) -> Path:
-        return self.root / "volumes" / volume_id
 
     def made(self) -> set[str]:
         found = lvm("lvs", "--noheadings", "-o", "lv_name", GROUP).split()
@@ -110,6 +153,51 @@ class GroupStorage:
                 lvm("lvchange", "-an", f"{GROUP}/{logical}")
 
 
+class CephStorage:
+    """A pool of Ceph; its images are given to the one node there is. `rig` has its daemons."""
+
+    parameters: Mapping[str, str] = {"clusterID": CLUSTER, "pool": CEPH_POOL}
+    makes_from_file = False
+    enlarges_plain = True
+    node = "node-1"
+
+    def __init__(self, rig: RbdRig) -> None:
+        self._rig = rig
+        self._backend = rig.backend(node_id="who looks")
+
+    def settings(self, settings: Settings) -> Settings:
+        return replace(settings, backend="rbd", ceph_config=self._rig.config, ceph_secret=self._rig.secret)
+
+    def id_of(self, name: str) -> str:
+        return self._rig.id_of(name)
+
+    def record(self, volume_id: str) -> VolumeRecord | None:
+        try:
+            return self._backend.get(volume_id)
+        except NotFound:
+            return None
+
+    def header_copy(self, volume_id: str) -> Path:
+        return self._backend.header_copy(volume_id)
+
+    def left_of(self, volume_id: str) -> list[str]:
+        return [line for line in self._rig.ceph.admin("rados", "-p", CEPH_POOL, "ls").split() if volume_id in line]
+
+    @contextmanager
+    def device(self, volume_id: str) -> Iterator[Path]:
+        image = f"{CEPH_POOL}/{image_name(volume_id)}"
+        identity = self._rig.ceph.asked("rbd", "info", image)["id"]
+        for mapped in MappedImages().all():
+            if mapped.identity.image_id == identity:
+                yield Path(mapped.path)
+                return
+        path = self._rig.ceph.admin("rbd", "map", "-o", "noudev", image).strip()
+        try:
+            yield Path(path)
+        finally:
+            self._rig.ceph.admin("rbd", "unmap", "-o", "noudev", path)
+
+
 @contextmanager
 def storage(backend: str, folder: Path, state: Path) -> Iterator[Storage]:
     """Storage for the driver with the state directory `state`; what else it needs is in `folder`. It ends with it."""
@@ -118,6 +206,11 @@ def storage(backend: str, folder: Path, state: Path) -> Iterator[Storage]:
         return
     workers = Workers(WARM)
     try:
+        if backend == "rbd":
+            workers.start()  # before anybody counts processes
+            with RbdRig(folder / "ceph", workers) as ceph:
+                yield CephStorage(ceph)
+            return
         with LvmRig(folder, workers, thin=backend == "lvm-thin", disk_bytes=DISK_BYTES, pool_bytes=POOL_BYTES) as rig:
             rig.restart()
             rig.disown()
@@ -129,7 +222,7 @@ def storage(backend: str, folder: Path, state: Path) -> Iterator[Storage]:
         workers.stop()
 
 
-def after_boot(backend: str, folder: Path, state: Path) -> Storage:
+def after_boot(backend: str, folder: Path, state: Path) -> FolderStorage:
     """As `storage`, in a machine that may lose its power: made in its first boot, and found in the next ones."""
     if backend == "loopfile":
         return LoopfileStorage(state)
@@ -147,9 +240,9 @@ def after_boot(backend: str, folder: Path, state: Path) -> Storage:
     return GroupStorage(state, thin=thin)
 
 
-def chosen() -> str:
-    """The backend that BACKEND names, else loopfile."""
-    backend = os.environ.get("BACKEND") or "loopfile"
-    if backend not in BACKENDS:
-        raise SystemExit(f"BACKEND is {backend!r} and must be one of {', '.join(BACKENDS)}")
+def chosen(*others: str) -> str:
+    """The backend that BACKEND names, else loopfile: one that needs no more than this machine, or one of `others`."""
+    backend, known = os.environ.get("BACKEND") or "loopfile", (*ON_THIS_MACHINE, *others)
+    if backend not in known:
+        raise SystemExit(f"BACKEND is {backend!r} and must be one of {', '.join(known)}")
     return backend
