@@ -12,6 +12,7 @@ from tests.machine.crash_check import Report
 from tests.machine.crash_log import Fact, Facts, Follower, Identity, Kind, Record, Step, expected
 from tests.machine.crash_plants import Plant
 from tests.machine.crash_replay import choose
+from tests.machine.crash_workload import Held
 from tests.machine.crashes import Moment, Outcome, machine, run
 from tests.machine.guest_uml import missing
 from tests.machine.write_log import Entry, Flag, Interval, intervals, read_log
@@ -129,6 +130,16 @@ def test_what_has_to_be_found_is_the_first_identity_and_the_largest_size() -> No
 )
 def test_only_the_same_key_and_file_system_are_the_same_volume(other: Identity, *, agrees: bool) -> None:
     assert Identity("uuid", "digest", "fs").agrees(other) is agrees
+
+
+def test_after_a_crash_nothing_is_written_where_a_cut_enlargement_may_not_have_come() -> None:
+    facts = [Fact(Step.CREATING, "v", Kind.PLAIN_BLOCK, 16), Fact(Step.CREATED, "v", Kind.PLAIN_BLOCK, 16)]
+    begun = Fact(Step.EXPANDING, "v", Kind.PLAIN_BLOCK, 32)
+    found = expected([*facts, begun])["v"]
+    assert (found.asked, Held.adopt(found).capacity) == (32, 16)
+    done = Fact(Step.EXPANDED, "v", Kind.PLAIN_BLOCK, 32)
+    assert Held.adopt(expected([*facts, begun, done])["v"]).capacity == 32
+    assert Held.adopt(expected(facts[:1])["v"]).capacity == 16
 
 
 def test_a_log_is_cut_at_its_flushes_and_facts_count_before_them(tmp_path: Path) -> None:

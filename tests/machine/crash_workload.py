@@ -61,9 +61,10 @@ class Held:
 
     @classmethod
     def adopt(cls, volume: Expected) -> "Held":
-        """A volume after a crash, which unstaged it."""
+        """A volume after a crash, which unstaged it. Whether a cut enlargement has begun nobody knows."""
+        capacity = volume.capacity if volume.created else volume.asked
         state = State.DELETING if volume.deleting else State.UNSTAGED if volume.created else State.CREATING
-        return cls(volume.id, volume.kind, volume.asked, state, volume.staged, len(volume.records))
+        return cls(volume.id, volume.kind, capacity, state, volume.staged, len(volume.records))
 
 
 class Walker:
