@@ -12,12 +12,13 @@ from typing import Final
 
 import msgspec
 
+from csi_driver.backends.rbderrors import CephMissing
 from csi_driver.backends.rbdtool import CephPool
 from csi_driver.host.files import Files, read_file
 from csi_driver.host.handle import Handle
 from csi_driver.host.krbd import ImageIdentity, MappedImage, MappedImages
 from csi_driver.host.workers import Workers
-from csi_driver.model.errors import DeadlineExceeded, DeviceMismatch, FailedPrecondition
+from csi_driver.model.errors import CommandFailed, DeadlineExceeded, DeviceMismatch, FailedPrecondition
 from csi_driver.model.reading import decode
 
 VERSION: Final = 1
@@ -119,7 +120,15 @@ class MappedVolumes:
         """
         path = self._path(volume_id)
         self._files.write(path, msgspec.json.encode(pin))
-        node = pool.map(pin.image, options)
+        try:
+            node = pool.map(pin.image, options)
+        except (CephMissing, CommandFailed):
+            if self._images.is_loaded:
+                raise
+            raise FailedPrecondition(
+                f"the image {pin.image} of volume {volume_id} cannot be mapped: the kernel's module rbd is not loaded "
+                f"on this node, and rbd could not load it; run 'modprobe rbd' there, and have it loaded at each boot"
+            ) from None  # rbd says "No such file or directory", as of an image that is missing
         found = next((one for one in self._images.all() if one.path == node), None)
         if found is None or not pin.is_shown_by(found):
             if found is not None:

@@ -58,6 +58,11 @@ class MappedImages:
     def __init__(self, bus: str = _BUS) -> None:
         self._bus = bus
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the kernel can map images: `rbd map` loads the module where modprobe and the modules are there."""
+        return os.path.isdir(self._bus)
+
     def find(self, identity: ImageIdentity) -> list[MappedImage]:
         """Those of that very image, in the kernel's order; snapshots are none."""
         return [one for one in self.all() if one.identity == identity and not one.is_snapshot]

@@ -34,6 +34,7 @@ _GIB = 1 << 30
 _RECHECK_SECONDS = 10.0
 _COMMAND_SECONDS = 20.0
 _KEYS_RUN_OUT = 0.8
+_OF_BACKENDS = {"lvm": ("lvm", "thin_check"), "rbd": ("ceph", "rados", "rbd")}
 
 
 class Health:
@@ -92,6 +93,7 @@ class Health:
             self._kernel,
             self._file_systems,
             self._programs,
+            *((self._krbd,) if self._backend.name == "rbd" and Service.NODE in self._settings.services else ()),
             self._permissions,
             self._clock,
             self._memory,
@@ -218,12 +220,23 @@ class Health:
     def _programs(self) -> Finding:
         def look() -> str:
             wanted = [program for programs in PROGRAMS.values() for program in programs]
-            wanted += ["lvm", "thin_check"] if self._backend.name == "lvm" else []
+            wanted += _OF_BACKENDS.get(self._backend.name, ())
             if absent := [program for program in wanted if not self._commands.has(program)]:
                 raise FailedPrecondition(f"not installed: {', '.join(absent)}")
             return ", ".join(wanted)
 
         return look_at("programs", look, "install the packages that hold them", fatal=False)
+
+    def _krbd(self) -> Finding:
+        from csi_driver.host.krbd import MappedImages  # noqa: PLC0415 - who has no Ceph pays nothing for it
+
+        def look() -> str:
+            if not MappedImages().is_loaded:
+                raise FailedPrecondition("the kernel's module rbd is not loaded, and the first volume has to load it")
+            return "the kernel maps images of Ceph"
+
+        advice = "load it on this node (modprobe rbd) and at each boot; else the driver needs kmod and /lib/modules"
+        return look_at("krbd", look, advice, fatal=False)
 
     def _permissions(self) -> Finding:
         def look() -> str:

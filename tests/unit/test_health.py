@@ -14,11 +14,12 @@ from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.files import Files
 from csi_driver.host.holders import Holders
 from csi_driver.host.keyquota import KeyQuota, read_key_quota
+from csi_driver.host.krbd import MappedImages
 from csi_driver.host.machine import Disk, Machine, OwnProcesses, Swap
 from csi_driver.host.mounts import Mounts
 from csi_driver.keys.ledger import KeyEntry, KeyLedger
 from csi_driver.luks.mapping import Mappings
-from csi_driver.model.settings import Limits, Settings
+from csi_driver.model.settings import Limits, Service, Settings
 from csi_driver.model.volume import (
     EncryptionState,
     KeyTrail,
@@ -119,6 +120,26 @@ def test_memory_that_key_derivations_may_want_and_is_not_there_is_told(found: Fo
     assert not finding.ok
     assert finding.found == "9 key derivations at once of up to 1024 MiB, and 8.0 GiB of memory are available"
     assert "--unlocks-at-once" in finding.advice
+
+
+def test_what_images_of_ceph_need_is_looked_for_where_they_are_used(
+    found: Found, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, of_ceph = FakeMachine(), replace(settings, backend="rbd")
+    with pytest.raises(ValueError, match="unpack"):
+        found("krbd", settings, machine)
+    with pytest.raises(ValueError, match="unpack"):
+        found("krbd", replace(of_ceph, services=frozenset({Service.CONTROLLER})), machine)
+    monkeypatch.setattr(MappedImages, "is_loaded", False)
+    finding = found("krbd", of_ceph, machine)
+    assert (finding.ok, finding.found) == (
+        False, "the kernel's module rbd is not loaded, and the first volume has to load it",
+    )  # fmt: skip
+    monkeypatch.setattr(MappedImages, "is_loaded", True)
+    assert found("krbd", of_ceph, machine).ok
+    monkeypatch.setattr(Commands, "has", lambda _, program: program != "rados")
+    assert found("programs", settings, machine).ok
+    assert found("programs", of_ceph, machine).found == "not installed: rados"
 
 
 def test_a_disk_that_a_restart_empties_is_told(found: Found, settings: Settings) -> None:
