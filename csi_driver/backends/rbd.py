@@ -8,11 +8,12 @@ csi-vol-<id>       the image; what is known of it lies beside it in its pool: `c
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from csi_driver.backends.base import Fill, Space
+from csi_driver.backends.base import Fill, Listed, Space
 from csi_driver.backends.rbdaccess import CephAccess
 from csi_driver.backends.rbddevices import BorrowedDevice, MappedVolumes, Pin
 from csi_driver.backends.rbderrors import CephMissing
@@ -105,6 +106,14 @@ class RbdBackend:
 
     def published(self, volume_id: str) -> Sequence[str]:
         return sorted(self._state(volume_id).nodes)
+
+    def listed(self) -> Mapping[str, Callable[[], Listed]]:
+        """One question for the names, and one for each volume that is told of."""
+        return {volume_id: partial(self._listed, volume_id) for volume_id in self.ids()}
+
+    def _listed(self, volume_id: str) -> Listed:
+        state = self._state(volume_id)
+        return Listed(self._record(volume_id, state), (), sorted(state.nodes))
 
     # --- the life of a volume
 
@@ -319,12 +328,8 @@ class RbdBackend:
 
         Without a class it is the roomiest pool: pools share disks, and a sum would count those twice.
         """
-        if parameters is None or parameters.pool is None:
-            rooms = [room for pool in self._access.one_pool_each() for room in pool.rooms()]
-        else:
-            pool = self._access.class_pool(parameters)
-            rooms = [pool.room_of(pool.rooms(), parameters.data_pool or parameters.pool)]
-        spaces = (Space(room.used + room.available, room.available, room.available) for room in rooms)
+        rooms = self._access.rooms(parameters)
+        spaces = (Space(each.used + each.available, each.available, each.available) for each in rooms)
         return max(spaces, key=lambda space: space.available, default=Space(0, 0, 0))
 
     def orphans(self) -> Sequence[str]:
@@ -338,8 +343,6 @@ class RbdBackend:
             return []
         self.delete(volume_id)
         return [self._orphan(volume_id)]
-
-    # ---
 
     def _orphan(self, volume_id: str) -> str:
         return f"{self._access.pool(volume_id).place.spec}/{volume_id}"

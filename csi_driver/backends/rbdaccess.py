@@ -11,7 +11,7 @@ from pathlib import Path
 
 from csi_driver.backends.rbderrors import KEY, USER
 from csi_driver.backends.rbdplace import Cluster, Clusters, Place, digest_of
-from csi_driver.backends.rbdtool import CephPool, CephPrograms, Credentials, pools_of, read_credentials
+from csi_driver.backends.rbdtool import CephPool, CephPrograms, Credentials, PoolRoom, pools_of, read_credentials
 from csi_driver.model.access import Access
 from csi_driver.model.errors import DriverError, FailedPrecondition, InvalidArgument, NotFound
 from csi_driver.model.volume import VolumeParameters
@@ -72,7 +72,7 @@ class CephAccess:
     def numbered(self, cluster_id: str, number: int) -> CephPool:
         """The pool of that number, with the server's own user. Raises FailedPrecondition."""
         cluster = self._clusters.named(cluster_id)
-        for room in CephPool(self._programs, Place(cluster, ""), self._credentials("", cluster.id)).rooms():
+        for room in self._own(Place(cluster, "")).rooms():
             if room.number == number:
                 return self.pool("", cluster.place(room.name))
         raise FailedPrecondition(
@@ -80,21 +80,19 @@ class CephAccess:
             f"the cluster in --ceph-config"
         )
 
-    def class_pool(self, parameters: VolumeParameters) -> CephPool:
-        """The pool of a class, with the server's own user."""
-        place = self.place_of(parameters)
-        return CephPool(self._programs, place, self._credentials("", place.cluster.id))
-
     def every_pool(self) -> Iterator[CephPool]:
         """All pools of all configured clusters, with the server's own user."""
         for cluster in self._clusters.all():
             for place in self._of_cluster("", cluster):
-                yield CephPool(self._programs, place, self._credentials("", cluster.id))
+                yield self._own(place)
 
-    def one_pool_each(self) -> Iterator[CephPool]:
-        """A pool of each configured cluster, with the server's own user, for what is asked of clusters."""
-        for cluster in self._clusters.all():
-            yield CephPool(self._programs, Place(cluster, ""), self._credentials("", cluster.id))
+    def rooms(self, parameters: VolumeParameters | None) -> Sequence[PoolRoom]:
+        """The room of a class's pool for data, by the server's own user; without a class of every pool."""
+        if parameters is None or parameters.pool is None:
+            pools = (self._own(Place(cluster, "")) for cluster in self._clusters.all())
+            return [room for pool in pools for room in pool.rooms()]
+        pool = self._own(self.place_of(parameters))
+        return [pool.room_of(pool.rooms(), parameters.data_pool or parameters.pool)]
 
     def uuid(self, pool: CephPool) -> str:
         """The fsid of the pool's cluster, asked once."""
@@ -102,6 +100,10 @@ class CephAccess:
         if name not in self._uuids:
             self._uuids[name] = pool.cluster_uuid()
         return self._uuids[name]
+
+    def _own(self, place: Place) -> CephPool:
+        """With the server's own user."""
+        return CephPool(self._programs, place, self._credentials("", place.cluster.id))
 
     def _credentials(self, volume_id: str, cluster: str) -> Credentials:
         with self._guard:
