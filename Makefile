@@ -30,6 +30,7 @@ CSI_ADDONS_BIN := $(CACHE)/csi-addons-$(shell cat tests/cluster/addons/*/go.* | 
 export SEED COUNT BACKEND
 export CSI_SANITY KUBERNETES_BIN VAULT_BIN LOCAL_KMS_BIN BENCH_BASE BENCH_IMAGES_BASE
 cluster-test: export CSI_ADDONS_BIN := $(CSI_ADDONS_BIN)
+cluster-test: export CLUSTER_CEPH := yes
 
 # On the host if that has device-mapper, else in the guest. A page fault is dear there: memory, once had, is kept, but
 # where it is measured. The long image suites take more room and time.
@@ -175,6 +176,7 @@ keys-kills: venv system ## every step of a change of keys, volume keys too, fail
 
 cluster-test: venv $(KUBERNETES_BIN) $(CSI_ADDONS_BIN) ## a real Kubernetes; ONLY="longhorn nodes" runs some
 	@tools/system.sh cluster
+	@tools/system.sh ceph
 	@$(PY) -m tests.cluster $(or $(ONLY:%=tests/cluster/test_%.py),tests/cluster)
 
 operator-test: venv $(KUBERNETES_BIN) ## images as Kubernetes objects: operator and agents at a real API

@@ -19,11 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from csi_driver import __version__
-from tests.cluster.settings import CSI_ADDONS_BIN, KUBERNETES_BIN, ROOT
+from tests.cluster.settings import CLUSTER_CEPH, CSI_ADDONS_BIN, KUBERNETES_BIN, ROOT
 from tests.machine.guest_uml import system_path
 
 BASE = "docker.io/library/debian:12-slim"
 OURS = f"localhost/luks-csi:{__version__}"
+OURS_WITH_CEPH = f"localhost/luks-csi-ceph:{__version__}"
+"""Where $CLUSTER_CEPH wants it."""
 BUSYBOX = "docker.io/library/busybox:1"
 PAUSE = "localhost/pause:1"
 SIDECARS = {
@@ -128,20 +130,13 @@ class _Images:
 
 def _make_images(binaries: Path, cache: Path) -> dict[str, str]:
     """Every image and its id."""
-    images = _Images(cache)
+    images, ours = _Images(cache), {OURS: ""}
+    if os.environ.get(CLUSTER_CEPH):
+        ours[OURS_WITH_CEPH] = "ceph-common kmod"
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         _make_base(images, Path(scratch))
-        with _step(OURS):
-            # How this machine gets its packages, and whom it trusts there.
-            trust = Path(scratch, "pip.conf")
-            trust.write_text("[global]\ncert = /run/certs/ca-certificates.crt\n")
-            volumes = {
-                "/etc/apt/apt.conf.d": "/etc/apt/apt.conf.d",
-                "/etc/ssl/certs": "/run/certs",
-                str(trust): "/etc/pip.conf",
-            }
-            own = [f"--volume={here}:{there}:ro" for here, there in volumes.items()]
-            images.run("build", "--isolation", "chroot", "--layers", "--pull-never", *own, "--tag", OURS, str(ROOT))
+        for name, packages in ours.items():
+            _make_ours(images, Path(scratch), name, packages)
         _make_pause(images, Path(scratch))
         _make_busybox(images, Path(scratch))
         programs = {name: binaries / binary for name, binary in SIDECARS.items()}
@@ -152,7 +147,22 @@ def _make_images(binaries: Path, cache: Path) -> dict[str, str]:
             content.mkdir()
             shutil.copy(program, content)
             images.make(name, _digest(program), content, "--entrypoint", json.dumps([f"/{program.name}"]))
-    return {image: images.id(image) for image in (OURS, PAUSE, BUSYBOX, *programs)}
+    return {image: images.id(image) for image in (*ours, PAUSE, BUSYBOX, *programs)}
+
+
+def _make_ours(images: _Images, scratch: Path, name: str, packages: str) -> None:
+    with _step(name):
+        # How this machine gets its packages, and whom it trusts there.
+        trust = scratch / "pip.conf"
+        trust.write_text("[global]\ncert = /run/certs/ca-certificates.crt\n")
+        volumes = {
+            "/etc/apt/apt.conf.d": "/etc/apt/apt.conf.d",
+            "/etc/ssl/certs": "/run/certs",
+            str(trust): "/etc/pip.conf",
+        }
+        own = [f"--volume={here}:{there}:ro" for here, there in volumes.items()]
+        own.append(f"--build-arg=PACKAGES={packages}")
+        images.run("build", "--isolation", "chroot", "--layers", "--pull-never", *own, "--tag", name, str(ROOT))
 
 
 def _make_base(images: _Images, scratch: Path) -> None:

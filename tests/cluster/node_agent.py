@@ -31,8 +31,9 @@ _DISK = (
     "luks-csi",
     "luks-csi-lvm",
     "luks-csi-over",
+    "luks-csi-rbd",
 )  # folders of /var/lib that outlive a boot
-_MODULES = ("overlay", "veth", "bridge", "xfs", "btrfs")
+_MODULES = ("overlay", "veth", "bridge", "xfs", "btrfs", "rbd")
 _LOGS = "/var/log"
 _CPU = "cpu MHz\t\t: 2000.000\nphysical id\t: 0\ncore id\t\t: 0\ncpu cores\t: 1\n"
 _START_SECONDS = 60

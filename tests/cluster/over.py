@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +12,9 @@ from tests.cluster.below import KINDS
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import ClusterError
 from tests.cluster.control_plane import Daemon
+from tests.cluster.deployed import SECONDS, Deployed
 from tests.cluster.documents import applied
-from tests.cluster.driver import BUSYBOX, DEPLOY, claim, secret, storage_class, volume_id, volume_of
+from tests.cluster.driver import DEPLOY, storage_class, volume_id
 from tests.cluster.node import Node
 from tests.cluster.settings import CSI_ADDONS_BIN, ROOT, SCRATCH, binaries
 
@@ -24,7 +24,6 @@ FOLDER = DEPLOY / "csi-backend"
 _HOLDERS = f"/var/lib/kubelet/plugins/{NAME}/holders"
 BELOW = SCRATCH / "below"
 """The storage below, on the host; a node sees it at the same place."""
-_SECONDS = 300
 _SIDECARS = {"csi-provisioner": (), "csi-resizer": ("--handle-volume-inuse-error=false",), "csi-attacher": ()}
 _USELESS = {"files": "below-files", "itself": "over-plain", "nix": "nix"}
 _DIRECT = {"direct": "below-plain", "direct-attached": "below-attached"}
@@ -113,7 +112,7 @@ def wait_drivers(cluster: Cluster, node: Node, names: set[str]) -> None:
         assert {each["name"] for each in drivers} >= names, drivers
         return True
 
-    cluster.wait(f"drivers {names} on {node.name}", told, _SECONDS)
+    cluster.wait(f"drivers {names} on {node.name}", told, SECONDS)
 
 
 def over_class(name: str, below: str, **more: str) -> Json:
@@ -138,80 +137,14 @@ def over_installed(cluster: Cluster) -> Iterator[None]:
             cluster.uninstall(FOLDER)
 
 
-class Over:
-    """A claim of ours and a Deployment of one pod that uses it, in a namespace of its own."""
-
-    def __init__(self, cluster: Cluster, namespace: str, storage_class: str) -> None:
-        self.cluster = cluster
-        self.namespace = namespace
-        self._class = storage_class
-        cluster.apply([secret()], namespace)
-
-    def create(self, *claims: str, node: str = "", size: str = "32Mi") -> None:
-        """Claims and a Deployment whose pod has each of them at /CLAIM; without waiting."""
-        names = claims or ("data",)
-        template: Json = {
-            "terminationGracePeriodSeconds": 0,
-            "nodeSelector": {"kubernetes.io/hostname": node} if node else {},
-            "containers": [
-                {
-                    "name": "main",
-                    "image": BUSYBOX,
-                    "command": ["sleep", "infinity"],
-                    "volumeMounts": [{"name": name, "mountPath": f"/{name}"} for name in names],
-                }
-            ],
-            "volumes": [{"name": name, "persistentVolumeClaim": {"claimName": name}} for name in names],
-        }
-        labels = {"app": "data"}
-        deployment = {
-            "apiVersion": "apps/v1",
-            "kind": "Deployment",
-            "metadata": {"name": "data"},
-            "spec": {
-                "strategy": {"type": "Recreate"},
-                "selector": {"matchLabels": labels},
-                "template": {"metadata": {"labels": labels}, "spec": template},
-            },
-        }
-        self.cluster.apply([*(claim(name, size, self._class) for name in names), deployment], self.namespace)
-
-    def pod(self, timeout: float = _SECONDS) -> Json:
-        """The one pod that is not going, up."""
-
-        def there() -> Json:
-            pods = self.cluster.items("Pod", self.namespace)
-            found = [one for one in pods if "deletionTimestamp" not in one["metadata"]]
-            assert len(found) == 1, [one["metadata"]["name"] for one in found]
-            return self.cluster.check_running(found[0])
-
-        return self.cluster.wait("running pod of the Deployment", there, timeout)
-
-    def sh(self, script: str) -> str:
-        """What a script says in the pod."""
-        name = self.pod()["metadata"]["name"]
-        return self.cluster.pod_exec(name, ["sh", "-ec", script], self.namespace).decode().strip()
-
-    def write(self, claim: str = "data") -> str:
-        """Have the pod write something that nobody knows, fsynced; that text."""
-        text = secrets.token_hex(32)
-        self.sh(f"echo {text} | dd of=/{claim}/text conv=fsync 2>/dev/null")
-        return text
-
-    def reads(self, claim: str = "data") -> str:
-        """What the pod reads of it."""
-        return self.sh(f"cat /{claim}/text")
+class Over(Deployed):
+    """One over another driver."""
 
     def scale(self, replicas: int) -> None:
         """To 0: until pod and holder are gone."""
-        self.cluster.api.patch("Deployment", "data", self.namespace, {"spec": {"replicas": replicas}})
+        super().scale(replicas)
         if not replicas:
-            self.cluster.wait("end of the pod", lambda: not self.cluster.items("Pod", self.namespace), _SECONDS)
             self.wait_no_holder()
-
-    def id(self, claim: str = "data") -> str:
-        """The id of its volume."""
-        return volume_id(volume_of(self.cluster, claim, self.namespace, _SECONDS))
 
     def record(self, claim: str = "data") -> Json:
         """The spec of its VolumeRecord."""
@@ -230,14 +163,9 @@ class Over:
         key = "volumes.luks.csi.internal/volume-id"
         return [each for each in holders(self.cluster) if each["metadata"]["annotations"][key] in ids]
 
-    def volumes(self) -> list[Json]:
-        """The PersistentVolumes of its claims."""
-        found = self.cluster.items("PersistentVolume")
-        return [each for each in found if each["spec"].get("claimRef", {}).get("namespace") == self.namespace]
-
     def wait_no_holder(self) -> None:
         """Until no node has any of them."""
-        self.cluster.wait("end of the holders", lambda: not self.holders(), _SECONDS)
+        self.cluster.wait("end of the holders", lambda: not self.holders(), SECONDS)
 
 
 def holders(cluster: Cluster) -> list[Json]:
@@ -255,8 +183,8 @@ def over(cluster: Cluster, storage_class: str) -> Iterator[Over]:
         finally:
             for kind in ("Deployment", "PersistentVolumeClaim"):
                 cluster.api.raw("DELETE", cluster.api.path(kind, namespace=namespace))
-            cluster.wait("end of its volumes", lambda: not made.volumes(), _SECONDS)
-    cluster.wait("end of all that was below", lambda: nothing_left(cluster), _SECONDS)
+            cluster.wait("end of its volumes", lambda: not made.volumes(), SECONDS)
+    cluster.wait("end of all that was below", lambda: nothing_left(cluster), SECONDS)
 
 
 def nothing_left(cluster: Cluster) -> bool:

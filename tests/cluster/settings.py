@@ -14,6 +14,7 @@ SCRATCH = MEMORY / "cluster"
 LOGS = SCRATCH / "logs"
 
 KUBERNETES_BIN, CSI_ADDONS_BIN, DISK = "KUBERNETES_BIN", "CSI_ADDONS_BIN", "CLUSTER_DISK"
+CLUSTER_CEPH = "CLUSTER_CEPH"  # whether nodes have an image with Ceph's programs
 ROOT = Path(__file__).parents[2]
 
 

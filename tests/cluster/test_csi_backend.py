@@ -241,16 +241,7 @@ def test_a_volume_grows_while_it_is_used(cluster: Cluster, kind: str) -> None:
     with over(cluster, f"over-{kind}") as used:
         used.create()
         text = used.write()
-        wish = {"spec": {"resources": {"requests": {"storage": "96Mi"}}}}
-        cluster.api.patch("PersistentVolumeClaim", "data", used.namespace, wish)
-
-        def grown() -> bool:
-            status = cluster.api.get("PersistentVolumeClaim", "data", used.namespace)["status"]
-            assert status["capacity"]["storage"] == "96Mi", status
-            assert not status.get("conditions"), status
-            return True
-
-        cluster.wait("claim of 96Mi", grown, _SECONDS)
+        used.grow("96Mi")
         blocks, size = used.sh("stat -f -c '%b %S' /data").split()
         assert int(blocks) * int(size) > 80 << 20
         assert used.reads() == text
