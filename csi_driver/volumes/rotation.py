@@ -138,9 +138,11 @@ class KeyRotation:
     def _look_at(self, volume_id: str) -> None:
         self._overdue.discard(volume_id)
         try:
-            if self._is_to_change(self._backend.get(volume_id)):
+            record = self._backend.get(volume_id)
+            if self._is_to_change(record):
                 self._try(volume_id)
-            if self._is_overdue(self._backend.get(volume_id)):
+                record = self._backend.get(volume_id)
+            if self._is_overdue(record):
                 self._overdue.add(volume_id)
         except NotFound:
             pass  # it was deleted meanwhile
