@@ -320,10 +320,10 @@ class Listed(Struct, frozen=True):
 
 @runtime_checkable
 class ListsAtOnce(Protocol):
-    """Shared storage that tells of all its volumes by one question, where each volume alone would take several."""
+    """Shared storage whose list costs less than `Backend.get` and `SharedStorage.published` of each volume."""
 
     def listed(self) -> Mapping[str, Callable[[], Listed]]:
-        """What is to be told of each volume, by the ids, sorted; it raises FailedPrecondition as `Backend.get` does."""
+        """What tells of each volume, by the ids, sorted; it raises as `Backend.get` does."""
 
 
 @runtime_checkable

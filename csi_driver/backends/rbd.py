@@ -108,7 +108,7 @@ class RbdBackend:
         return sorted(self._state(volume_id).nodes)
 
     def listed(self) -> Mapping[str, Callable[[], Listed]]:
-        """One question for the names, and one for each volume that is told of."""
+        """The names of every pool; the state of a volume is read once, when it is told of."""
         return {volume_id: partial(self._listed, volume_id) for volume_id in self.ids()}
 
     def _listed(self, volume_id: str) -> Listed:

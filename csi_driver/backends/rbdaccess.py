@@ -87,7 +87,10 @@ class CephAccess:
                 yield self._own(place)
 
     def rooms(self, parameters: VolumeParameters | None) -> Sequence[PoolRoom]:
-        """The room of a class's pool for data, by the server's own user; without a class of every pool."""
+        """The room of a class's pool for data, by the server's own user; without a class of every pool.
+
+        Raises InvalidArgument, FailedPrecondition, CephMissing.
+        """
         if parameters is None or parameters.pool is None:
             pools = (self._own(Place(cluster, "")) for cluster in self._clusters.all())
             return [room for pool in pools for room in pool.rooms()]

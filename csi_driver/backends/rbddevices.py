@@ -18,7 +18,7 @@ from csi_driver.host.files import Files, read_file
 from csi_driver.host.handle import Handle
 from csi_driver.host.krbd import ImageIdentity, MappedImage, MappedImages
 from csi_driver.host.workers import Workers
-from csi_driver.model.errors import CommandFailed, DeadlineExceeded, DeviceMismatch, FailedPrecondition
+from csi_driver.model.errors import DeadlineExceeded, DeviceMismatch, FailedPrecondition
 from csi_driver.model.reading import decode
 
 VERSION: Final = 1
@@ -116,13 +116,14 @@ class MappedVolumes:
     def map(self, volume_id: str, pool: CephPool, pin: Pin, options: Sequence[str]) -> MappedImage:
         """Map the pinned image, and no other that has its name; it is pinned before.
 
-        Raises DeviceMismatch for another one, which is not mapped then.
+        Raises DeviceMismatch for another one, which is not mapped then, FailedPrecondition where the kernel's module is
+        not loaded, and what `CephPool.map` raises.
         """
         path = self._path(volume_id)
         self._files.write(path, msgspec.json.encode(pin))
         try:
             node = pool.map(pin.image, options)
-        except (CephMissing, CommandFailed):
+        except CephMissing:
             if self._images.is_loaded:
                 raise
             raise FailedPrecondition(

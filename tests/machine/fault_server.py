@@ -254,13 +254,15 @@ def _perform_without_a_node(driver: Driver, request: Request) -> None:
     match request:
         case CreateRequest():
             driver.provisioning.create(request)
-        case AttachRequest() if driver.attachments is not None:
+        case AttachRequest():
+            assert driver.attachments is not None
             driver.attachments.attach(request)
         case GrowRequest():
             driver.provisioning.expand(request.volume_id, request.required_bytes, 0)
         case RotateRequest():
             driver.rekeying.rotate(request.volume_id, request.secret, request.new)
-        case DetachRequest() if driver.attachments is not None:
+        case DetachRequest():
+            assert driver.attachments is not None
             driver.attachments.detach(request.volume_id, request.node_id)
         case DeleteRequest():
             driver.provisioning.delete(request.volume_id)

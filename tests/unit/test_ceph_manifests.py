@@ -46,6 +46,23 @@ def test_what_is_mounted_is_there(name: str) -> None:
     assert {"ceph-config", "ceph-secret"} <= {mount["name"] for mount in driver(name)["volumeMounts"]}
 
 
+def number(words: Sequence[str], option: str) -> int:
+    (found,) = (word.partition("=")[2] for word in words if word.startswith(f"{option}="))
+    return int(found.removesuffix("s"))
+
+
+def test_who_calls_waits_longer_than_a_program_of_ceph_may_take_and_no_call_for_a_thread() -> None:
+    controller, *sidecars = pod("controller")["containers"]
+    limit = number(controller["args"], "--mount-seconds")
+    assert {one["name"] for one in sidecars} == {"resizer", "provisioner", "attacher"}
+    for sidecar in sidecars:
+        assert number(sidecar["args"], "--timeout") > limit
+    ten_each = 30  # csi-resizer and csi-attacher have ten workers by default, csi-provisioner a hundred
+    assert number(sidecars[1]["args"], "--worker-threads") == 10
+    assert number(controller["args"], "--threads") > ten_each
+    assert number(driver("node")["args"], "--mount-seconds") < 120  # kubelet's own, pkg/volume/csi/csi_plugin.go
+
+
 def test_the_controller_has_no_privileges_and_the_node_the_hosts_network() -> None:
     assert pod("controller")["securityContext"]["runAsNonRoot"] is True
     assert driver("controller")["securityContext"]["capabilities"] == {"drop": ["ALL"]}
