@@ -4,6 +4,7 @@ import base64
 import http.server
 import json
 import logging
+import re
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -31,6 +32,8 @@ from tests.keys.test_types import NAME, REQUEST, Case
 pytestmark = pytest.mark.usefixtures("trusted")
 
 SECRET = "a-text-of-the-server-that-nobody-may-see"
+OF_GRPC = re.compile(r"[EWI]\d{4} [\d:.]+ +\d+ \w+\.cc:\d+\] ")
+"""What gRPC's own library says on standard error, of a channel of an earlier test too, which tries again by itself."""
 NAMESPACE = "luks-csi"
 
 
@@ -295,8 +298,8 @@ def test_a_certificate_that_is_not_trusted_is_told(
     with pytest.raises(FailedPrecondition, match=r"TLS connection to KMS kms .* failed"):
         cloud.case(**other).create()
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
-    if cloud.kind != "gcp-kms":  # gRPC itself says on standard error what it found
-        assert capfd.readouterr() == ("", "")
+    said = "".join(capfd.readouterr()).splitlines()
+    assert [line for line in said if not OF_GRPC.match(line)] == []
 
 
 ADDRESSES = {"azure-kv": "AZURE_VAULT_URL", "ibmkeyprotect": "IBM_KP_BASE_URL", "gcp-kms": "endpoint"}
