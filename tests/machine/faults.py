@@ -6,7 +6,8 @@ succeed when repeated, data is not what was written, or something was formatted 
 kernel shows more than before.
 
 SEED and COUNT choose: COUNT of the points, drawn with SEED; all by default. BACKEND is loopfile, or a volume group's
-lvm-thick or lvm-thin, or rbd, by `tests.backends.on_ceph`; on these volumes from images are left out.
+lvm-thick or lvm-thin, or rbd, by `tests.backends.on_ceph`; on these volumes from images are left out. On rbd a case
+takes two minutes in a guest: name a COUNT.
 """
 
 import gc
