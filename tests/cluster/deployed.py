@@ -82,6 +82,26 @@ class Deployed:
         if not replicas:
             self.cluster.wait("end of the pod", lambda: not self.cluster.items("Pod", self.namespace), SECONDS)
 
+    def ask_for_pod(self) -> str:
+        """Scale to 1 without waiting until it runs; the new pod's name."""
+        self.cluster.api.patch("Deployment", "data", self.namespace, {"spec": {"replicas": 1}})
+        (pod,) = self.cluster.wait("new pod", lambda: self.cluster.items("Pod", self.namespace), SECONDS)
+        return str(pod["metadata"]["name"])
+
+    def check_restarts(self, drivers: str) -> None:
+        """The drivers of that namespace start anew, nodes and controller, and what the pod wrote is read all along."""
+        text = self.write()
+        for component in ("node", "controller"):
+            labels = f"app.kubernetes.io/name=luks-csi,app.kubernetes.io/component={component}"
+            self.cluster.kubectl("delete", "pod", "-n", drivers, "-l", labels, "--wait=true", timeout=120)
+            assert self.reads() == text
+        self.cluster.wait_rolled_out("DaemonSet", "luks-csi-node", drivers)
+        self.cluster.wait_rolled_out("Deployment", "luks-csi-controller", drivers)
+        assert self.reads() == text
+        self.scale(0)
+        self.scale(1)
+        assert self.reads() == text
+
     def grow(self, size: str) -> None:
         """Until the claim has that size, and nothing of a resize is pending or has failed."""
         wish = {"spec": {"resources": {"requests": {"storage": size}}}}

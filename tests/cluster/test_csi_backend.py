@@ -83,17 +83,7 @@ def test_what_a_pod_writes_is_ciphertext_below_and_a_deletion_leaves_nothing(
 def test_drivers_that_start_anew_disturb_nobody(cluster: Cluster, kind: str) -> None:
     with over(cluster, f"over-{kind}") as used:
         used.create()
-        text = used.write()
-        for component in ("node", "controller"):
-            labels = f"app.kubernetes.io/name=luks-csi,app.kubernetes.io/component={component}"
-            cluster.kubectl("delete", "pod", "-n", NAMESPACE, "-l", labels, "--wait=true", timeout=120)
-            assert used.reads() == text
-        cluster.wait_rolled_out("DaemonSet", "luks-csi-node", NAMESPACE)
-        cluster.wait_rolled_out("Deployment", "luks-csi-controller", NAMESPACE)
-        assert used.reads() == text
-        used.scale(0)
-        used.scale(1)
-        assert used.reads() == text
+        used.check_restarts(NAMESPACE)
 
 
 def test_a_holder_is_not_deleted_by_hand_and_one_that_was_killed_comes_back(cluster: Cluster) -> None:

@@ -72,16 +72,7 @@ def test_what_a_pod_writes_is_ciphertext_in_ceph_and_a_deletion_leaves_nothing(
 def test_drivers_that_start_anew_disturb_nobody(cluster: Cluster, ceph: Ceph) -> None:
     with on_ceph(cluster, ceph) as used:
         used.create()
-        text = used.write()
-        for component in ("node", "controller"):
-            labels = f"app.kubernetes.io/name=luks-csi,app.kubernetes.io/component={component}"
-            cluster.kubectl("delete", "pod", "-n", NAMESPACE, "-l", labels, "--wait=true", timeout=120)
-            assert used.reads() == text
-        cluster.wait_rolled_out("DaemonSet", "luks-csi-node", NAMESPACE)
-        cluster.wait_rolled_out("Deployment", "luks-csi-controller", NAMESPACE)
-        used.scale(0)
-        used.scale(1)
-        assert used.reads() == text
+        used.check_restarts(NAMESPACE)
 
 
 def test_a_volume_grows_while_it_is_used(cluster: Cluster, ceph: Ceph) -> None:
@@ -195,9 +186,7 @@ def test_a_cluster_that_does_not_answer_is_named_and_waited_for(cluster: Cluster
         used.scale(0)
         ceph.stop("mon.a")
         try:
-            cluster.api.patch("Deployment", "data", used.namespace, {"spec": {"replicas": 1}})
-            (one,) = cluster.wait("new pod", lambda: cluster.items("Pod", used.namespace), SECONDS)
-            said = wait_event(used, "Pod", one["metadata"]["name"], "did not answer", "ceph-one")
+            said = wait_event(used, "Pod", used.ask_for_pod(), "did not answer", "ceph-one")
             assert "look at 'ceph status'" in said
         finally:
             ceph.go_on("mon.a")
@@ -213,10 +202,8 @@ def test_an_image_that_was_put_in_the_place_of_the_volumes_is_not_used(cluster: 
         ceph.admin("rbd", "rename", image, f"{POOL}/kept")
         try:
             ceph.admin("rbd", "create", "--size", "48M", image)
-            cluster.api.patch("Deployment", "data", used.namespace, {"spec": {"replicas": 1}})
-            (one,) = cluster.wait("new pod", lambda: cluster.items("Pod", used.namespace), SECONDS)
             said = (f"the image csi-vol-{used.id()}", "is not that of volume", "put the volume's own back")
-            wait_event(used, "Pod", one["metadata"]["name"], *said)
+            wait_event(used, "Pod", used.ask_for_pod(), *said)
         finally:
             ceph.admin("rbd", "rm", "--no-progress", image)
             ceph.admin("rbd", "rename", f"{POOL}/kept", image)
