@@ -5,7 +5,8 @@ worker serves one session at a time, the length of one call of the driver, and i
 a volume stays locked as long as a worker of a killed server is at work on it. Devices come with each request, as open
 descriptors (`csi_driver.host.handle`): while the worker works on one, that one cannot become another. A worker that
 hangs on a device (state D) costs an error, never a thread of the server. One that has ended its session is kept for
-another: a fresh fork pays for every page that it touches, several times what opening a mapping costs.
+another: a fresh fork pays for every page that it touches, several times what opening a mapping costs. What opens
+something that is dear to open, and starts threads perhaps, has workers apart, which keep it (`Workers.apart`).
 """
 
 import contextlib
@@ -20,6 +21,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from functools import partial
+from itertools import chain
 from typing import ParamSpec, Protocol, TypeVar, cast
 
 from csi_driver.host.handle import Handle
@@ -37,6 +40,7 @@ NEW = b"new"
 STARTED = b"started"
 END = b"end"
 _MOST_IDLE = 2
+_MOST_IDLE_APART = 4
 _KILL_GRACE_SECONDS = 2.0
 _START_SECONDS = 30.0
 
@@ -160,7 +164,7 @@ class Workers:
         self._guard = threading.Lock()
         self._launcher: LauncherProcess | None = None
         self._control: socket.socket | None = None
-        self._idle: list[_Worker] = []
+        self._idle: dict[str, list[_Worker]] = {}
         self._session: ContextVar[_Session | None] = ContextVar("worker_session", default=None)
 
     def start(self) -> None:
@@ -174,7 +178,7 @@ class Workers:
                 self._launcher = self._spawn(theirs, self._warm)
             self._control = ours
             with contextlib.suppress(OSError):  # it has ended already: who needs a worker is told
-                self._idle.append(_new_worker(ours))
+                self._idle[""] = [_new_worker(ours)]
 
     def stop(self) -> None:
         """End the launcher and the idle workers; those that are still at work end by themselves."""
@@ -191,7 +195,13 @@ class Workers:
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         """Let all calls of the block run in one worker, which inherits the locks held now."""
-        session = _Session(self._take, self._give_back)
+        with self.apart(""):
+            yield
+
+    @contextlib.contextmanager
+    def apart(self, kind: str) -> Iterator[None]:
+        """`session` in a worker that nobody has but those who ask for that kind: what it has open stays open."""
+        session = _Session(partial(self._take, kind), partial(self._give_back, kind))
         token = self._session.set(session)
         try:
             yield
@@ -213,13 +223,14 @@ class Workers:
         with self.session():
             return self.call(what, timeout, function, *args, **kwargs)
 
-    def _take(self) -> _Worker:
+    def _take(self, kind: str) -> _Worker:
         """An idle worker, the one that worked last, as its memory is its own already; or a new one."""
         for _ in range(2):
             self.start()
             with self._guard:
-                while self._idle:
-                    if not (worker := self._idle.pop()).has_ended:
+                idle = self._idle.get(kind)
+                while idle:
+                    if not (worker := idle.pop()).has_ended:
                         return worker
                     worker.close()
                 control, launcher = self._control, self._launcher
@@ -232,11 +243,12 @@ class Workers:
                     launcher.wait(_KILL_GRACE_SECONDS)
         raise CommandFailed("no worker process can be started: the launcher does not run; restart the driver")
 
-    def _give_back(self, worker: _Worker) -> None:
+    def _give_back(self, kind: str, worker: _Worker) -> None:
         with self._guard:
-            kept = self._control is not None and len(self._idle) < _MOST_IDLE
+            idle = self._idle.setdefault(kind, [])
+            kept = self._control is not None and len(idle) < (_MOST_IDLE_APART if kind else _MOST_IDLE)
             if kept:
-                self._idle.append(worker)
+                idle.append(worker)
         if not kept:
             worker.close()
 
@@ -245,8 +257,9 @@ class Workers:
         if self._control is not None:
             self._control.close()
             self._control = None
-        while self._idle:
-            self._idle.pop().close()
+        for worker in chain.from_iterable(self._idle.values()):
+            worker.close()
+        self._idle.clear()
 
 
 class _Session:

@@ -238,6 +238,19 @@ def test_a_worker_is_named_after_its_work_and_used_again(workers: Workers) -> No
     wait_for(lambda: any(_content(Path(f"/proc/{pid}/comm")) == b"luks-idle\n" for pid in pids))
 
 
+def test_workers_apart_are_nobody_elses_and_keep_what_they_have(workers: Workers) -> None:
+    def apart() -> int:
+        with workers.apart("cluster"):
+            return workers.call("luks-test", 10, tasks.identity)[0]
+
+    with workers.session():
+        own = workers.call("luks-test", 10, tasks.identity)[0]
+        kept = apart()
+        assert workers.call("luks-test", 10, tasks.identity)[0] == own
+    assert {apart() for _ in range(5)} == {kept}
+    assert kept not in {workers.call("luks-test", 10, tasks.identity)[0] for _ in range(5)}
+
+
 def test_a_worker_cannot_be_dumped(workers: Workers) -> None:
     assert workers.call("luks-test", 10, tasks.hardening) == ((0, 0), 0)
 
