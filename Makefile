@@ -108,7 +108,7 @@ ceph-test: venv system $(CSI_SANITY) ## the backend rbd on a Ceph: conformance, 
 	@tools/system.sh ceph
 	@code=0; for command in 'tests.backends' 'tests.machine.sanity'; do \
 	    $(PY) -m tests.backends.on_ceph -- $(PY) -m $$command || code=1; \
-	done; $(PY) -m pytest tests/backends/test_rbd_cluster.py tests/backends/test_rbd_guests.py || code=1; exit $$code
+	done; $(PY) -m pytest tests/backends/test_rbd_clients.py tests/backends/test_rbd_cluster.py tests/backends/test_rbd_guests.py || code=1; exit $$code
 
 backends-test: venv system ## the conformance suite of backends; BACKEND=loopfile, lvm-thick or lvm-thin for one
 	@$(GUEST_FOR) --env BACKEND -- $(PY) -m tests.backends

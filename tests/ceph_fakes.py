@@ -4,9 +4,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from csi_driver.backends.librbd import Image
 from csi_driver.backends.rbderrors import CephExists, CephMissing
 from csi_driver.backends.rbdplace import Cluster, Place
-from csi_driver.backends.rbdtool import CephPool, CephPrograms, Credentials, Image, PoolRoom
+from csi_driver.backends.rbdpool import CephPool, PoolRoom
+from csi_driver.backends.rbdtool import CephClients, Credentials
 from csi_driver.host.commands import Commands
 from csi_driver.host.workers import Workers
 from csi_driver.model.errors import DeviceInUse
@@ -14,9 +16,9 @@ from csi_driver.model.errors import DeviceInUse
 PLACE = Place(Cluster("ceph-one", ("192.0.2.1:6789",)), "rbd")
 
 
-def no_programs() -> CephPrograms:
-    """Programs that nobody runs."""
-    return CephPrograms(Commands(Workers(())), 1)
+def no_clients() -> CephClients:
+    """Clients that nobody asks."""
+    return CephClients(Workers(()), Commands(Workers(())), 1)
 
 
 @dataclass
@@ -35,7 +37,7 @@ class FakePool(CephPool):
     """Answers as a pool does; `step` is told before and after each change and may raise."""
 
     def __init__(self, step: Callable[[str], None] = lambda _: None) -> None:
-        super().__init__(no_programs(), PLACE, Credentials("csi", "secret"))
+        super().__init__(no_clients(), PLACE, Credentials("csi", "secret"))
         self.step = step
         self.objects: dict[str, bytes] = {}
         self.maps: dict[str, dict[str, str]] = {}

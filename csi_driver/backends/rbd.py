@@ -22,8 +22,8 @@ from csi_driver.backends.rbdheaders import HeaderCopies
 from csi_driver.backends.rbdimages import Images, rounded
 from csi_driver.backends.rbdnodes import NodeAttachments, whole
 from csi_driver.backends.rbdplace import digest_of, image_name
+from csi_driver.backends.rbdpool import CephPool
 from csi_driver.backends.rbdrecords import VolumeLogs, VolumeState
-from csi_driver.backends.rbdtool import CephPool
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.files import Files
 from csi_driver.host.handle import Handle

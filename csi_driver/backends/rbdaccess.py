@@ -11,7 +11,8 @@ from pathlib import Path
 
 from csi_driver.backends.rbderrors import KEY, USER
 from csi_driver.backends.rbdplace import Cluster, Clusters, Place, digest_of
-from csi_driver.backends.rbdtool import CephPool, CephPrograms, Credentials, PoolRoom, pools_of, read_credentials
+from csi_driver.backends.rbdpool import CephPool, PoolRoom
+from csi_driver.backends.rbdtool import CephClients, Credentials, pools_of, read_credentials
 from csi_driver.model.access import Access
 from csi_driver.model.errors import DriverError, FailedPrecondition, InvalidArgument, NotFound
 from csi_driver.model.volume import VolumeParameters
@@ -20,9 +21,9 @@ from csi_driver.model.volume import VolumeParameters
 class CephAccess:
     """The pools of volumes. `secrets` are folders of Secrets; the first one with a user of Ceph is the server's own."""
 
-    def __init__(self, clusters: Clusters, programs: CephPrograms, secrets: Sequence[Path]) -> None:
+    def __init__(self, clusters: Clusters, clients: CephClients, secrets: Sequence[Path]) -> None:
         self._clusters = clusters
-        self._programs = programs
+        self._clients = clients
         self._secrets = secrets
         self._guard = threading.Lock()
         self._brought: dict[str, Credentials] = {}
@@ -67,7 +68,7 @@ class CephAccess:
     def pool(self, volume_id: str, place: Place | None = None) -> CephPool:
         """The volume's pool, with the user that is known for it. Raises NotFound for what is no id of Ceph's."""
         place = place or self._find(volume_id)
-        return CephPool(self._programs, place, self._credentials(volume_id, place.cluster.id))
+        return CephPool(self._clients, place, self._credentials(volume_id, place.cluster.id))
 
     def numbered(self, cluster_id: str, number: int) -> CephPool:
         """The pool of that number, with the server's own user. Raises FailedPrecondition."""
@@ -106,7 +107,7 @@ class CephAccess:
 
     def _own(self, place: Place) -> CephPool:
         """With the server's own user."""
-        return CephPool(self._programs, place, self._credentials("", place.cluster.id))
+        return CephPool(self._clients, place, self._credentials("", place.cluster.id))
 
     def _credentials(self, volume_id: str, cluster: str) -> Credentials:
         with self._guard:
@@ -156,7 +157,7 @@ class CephAccess:
 
     def _of_cluster(self, volume_id: str, cluster: Cluster) -> Sequence[Place]:
         places = []
-        for name in pools_of(self._programs, cluster, self._credentials(volume_id, cluster.id)):
+        for name in pools_of(self._clients, cluster, self._credentials(volume_id, cluster.id)):
             try:
                 places.append(cluster.place(name))
             except InvalidArgument:

@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 
 from csi_driver.backends.rbderrors import CephMissing
-from csi_driver.backends.rbdtool import CephPool
+from csi_driver.backends.rbdpool import CephPool
 from csi_driver.host.files import Files, read_file
 from csi_driver.host.handle import Handle
 from csi_driver.host.krbd import ImageIdentity, MappedImage, MappedImages

@@ -20,12 +20,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from csi_driver.backends.base import ForeignVolume
+from csi_driver.backends.librbd import Image
 from csi_driver.backends.rbdaccess import CephAccess
 from csi_driver.backends.rbddevices import MappedVolumes, Pin
 from csi_driver.backends.rbderrors import CephExists, CephMissing
 from csi_driver.backends.rbdplace import image_name
+from csi_driver.backends.rbdpool import CephPool
 from csi_driver.backends.rbdrecords import VolumeLogs, VolumeState
-from csi_driver.backends.rbdtool import CephPool, Image
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.handle import Handle
 from csi_driver.model.errors import (

@@ -15,8 +15,8 @@ import msgspec
 
 from csi_driver.backends.rbderrors import CephExists, CephMissing
 from csi_driver.backends.rbdplace import image_name
+from csi_driver.backends.rbdpool import CephPool
 from csi_driver.backends.rbdrecords import VolumeLogs, VolumeState
-from csi_driver.backends.rbdtool import CephPool
 from csi_driver.host.log import log
 from csi_driver.model.errors import Aborted, DeviceInUse, DriverError, FailedPrecondition, ResourceExhausted
 from csi_driver.model.volume import EncryptionState, VolumeParameters, VolumeRecord

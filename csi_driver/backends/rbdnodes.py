@@ -11,8 +11,8 @@ from collections.abc import Callable
 import msgspec
 
 from csi_driver.backends.rbdplace import image_name
+from csi_driver.backends.rbdpool import CephPool
 from csi_driver.backends.rbdrecords import Attachment, VolumeLogs, VolumeState
-from csi_driver.backends.rbdtool import CephPool
 from csi_driver.host.log import log
 from csi_driver.model.errors import Aborted, AlreadyExists, FailedPrecondition, NotFound
 

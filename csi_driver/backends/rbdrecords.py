@@ -21,7 +21,7 @@ from typing import Final
 
 import msgspec
 
-from csi_driver.backends.rbdtool import CephPool
+from csi_driver.backends.rbdpool import CephPool
 from csi_driver.model.errors import Aborted, FailedPrecondition
 from csi_driver.model.reading import decode
 

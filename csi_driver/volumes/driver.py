@@ -265,18 +265,18 @@ def _rbd(settings: Settings, host: Host, folder: Path, memory: Path) -> Backend:
     from csi_driver.backends.rbdnodes import NodeAttachments  # noqa: PLC0415
     from csi_driver.backends.rbdplace import Clusters  # noqa: PLC0415
     from csi_driver.backends.rbdrecords import VolumeLogs  # noqa: PLC0415
-    from csi_driver.backends.rbdtool import CephPrograms  # noqa: PLC0415
+    from csi_driver.backends.rbdtool import CephClients  # noqa: PLC0415
     from csi_driver.host.krbd import MappedImages  # noqa: PLC0415
 
     is_server = settings.backend == "rbd"
     told = Memory.of(settings) if is_server else read_memory(memory)
     secrets = list(dict.fromkeys(Path(each) for each in (settings.ceph_secret, told.ceph_secret) if each))
     limits, logs = settings.limits, VolumeLogs()
-    programs = CephPrograms(Commands(host.workers), limits.mount_seconds)
+    clients = CephClients(host.workers, Commands(host.workers), limits.mount_seconds)
     devices = MappedVolumes(folder, host.files, host.workers, MappedImages(), limits.mount_seconds)
     return RbdBackend(
         folder,
-        CephAccess(Clusters(Path(told.ceph_config)), programs, secrets),
+        CephAccess(Clusters(Path(told.ceph_config)), clients, secrets),
         logs,
         Images(logs, limits.format_seconds),
         NodeAttachments(logs, told.node_id, devices.boot),

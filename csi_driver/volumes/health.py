@@ -34,7 +34,7 @@ _GIB = 1 << 30
 _RECHECK_SECONDS = 10.0
 _COMMAND_SECONDS = 20.0
 _KEYS_RUN_OUT = 0.8
-_OF_BACKENDS = {"lvm": ("lvm", "thin_check"), "rbd": ("ceph", "rados", "rbd")}
+_OF_BACKENDS = {"lvm": ("lvm", "thin_check"), "rbd": ("rbd",)}
 
 
 class Health:

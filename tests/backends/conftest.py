@@ -97,3 +97,17 @@ def thick(lvm_rig: LvmRig) -> LvmRig:
 def thin(lvm_rig: LvmRig) -> LvmRig:
     """A backend of LVM whose volumes are in a thin pool."""
     return lvm_rig
+
+
+@pytest.fixture(scope="session")
+def started(tmp_path_factory: pytest.TempPathFactory, workers: Workers) -> Iterator[RbdRig]:
+    """A Ceph on this machine, for tests that need no device."""
+    with RbdRig(tmp_path_factory.mktemp("rig"), workers) as rig:
+        yield rig
+
+
+@pytest.fixture
+def ceph(started: RbdRig) -> RbdRig:
+    """That Ceph, without volumes."""
+    started.clear()
+    return started

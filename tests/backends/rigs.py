@@ -9,10 +9,10 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from csi_driver.backends.base import Backend
 from csi_driver.backends.loopfile import LoopfileBackend
@@ -25,8 +25,9 @@ from csi_driver.backends.rbddevices import MappedVolumes
 from csi_driver.backends.rbdimages import Images
 from csi_driver.backends.rbdnodes import Fence, NodeAttachments, fence_off
 from csi_driver.backends.rbdplace import Cluster, Clusters, image_name
+from csi_driver.backends.rbdpool import CephPool
 from csi_driver.backends.rbdrecords import VolumeLogs
-from csi_driver.backends.rbdtool import CephPool, CephPrograms, Credentials
+from csi_driver.backends.rbdtool import CephClients, Credentials
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.commands import Commands
 from csi_driver.host.devicemapper import DeviceMapper
@@ -47,7 +48,7 @@ from tests.fake_host import Step, SteppedFiles, undisturbed
 LIMITS = Limits(format_seconds=60, unlock_seconds=20, mount_seconds=60)
 GROUP = "vg-test"
 POOL = "thin-pool"
-_CHANGING = {"append", "put", "rm", "setomapval", "rmomapkey", "create", "resize", "image-meta", "import-diff", "map"}
+_CHANGING = {"append", "put", "rm", "setomapval", "rmomapkey", "create", "resize", "set", "import-diff", "map"}
 _CHANGING |= {"rename"}
 _DIRTY_BYTES = 160 * MIB
 _CONFIG = (
@@ -119,13 +120,19 @@ class LoopfileRig:
         return file.read_bytes
 
 
-class SteppedPrograms(CephPrograms):
-    """Tells `step` after each program of Ceph that changes something, and before those that change images.
+class SteppedClients(CephClients):
+    """Tells `step` after each thing done in a cluster that changes something, and before those that change images.
 
     Between two changes of objects nothing happens: killed behind one is killed before the next.
     """
 
     step: Step
+
+    def ask(
+        self, cluster: Cluster, credentials: Credentials, what: str, function: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        with self._stepped(what):
+            return super().ask(cluster, credentials, what, function, *args, **kwargs)
 
     def run(
         self,
@@ -135,15 +142,18 @@ class SteppedPrograms(CephPrograms):
         *words: str | Handle,
         seconds: float | None = None,
     ) -> str:
-        changing = _CHANGING.intersection(word for word in words if isinstance(word, str))
-        if not changing:
+        with self._stepped(" ".join([program, *map(str, words)])):
             return super().run(cluster, credentials, program, *words, seconds=seconds)
-        what = f"{program} {' '.join(changing)}"
-        if program == "rbd":
-            self.step(f"before {what}")
-        said = super().run(cluster, credentials, program, *words, seconds=seconds)
-        self.step(f"after {what}")
-        return said
+
+    @contextlib.contextmanager
+    def _stepped(self, what: str) -> Iterator[None]:
+        program, *words = what.split()
+        changing = _CHANGING.intersection(words)
+        if changing and program == "rbd":
+            self.step(f"before {program} {' '.join(changing)}")
+        yield
+        if changing:
+            self.step(f"after {program} {' '.join(changing)}")
 
 
 class RiggedBackend(RbdBackend):
@@ -211,13 +221,13 @@ class RbdRig:
         make_devices: type[MappedVolumes] = MappedVolumes,
         fence: Fence = fence_off,
     ) -> "RiggedBackend":
-        programs, folder = SteppedPrograms(Commands(self.workers), seconds), self.folder_of(node_id)
-        programs.step = step
+        clients, folder = SteppedClients(self.workers, Commands(self.workers), seconds), self.folder_of(node_id)
+        clients.step = step
         logs, files = VolumeLogs(), Files()
         devices = make_devices(folder, files, self.workers, MappedImages(), seconds)
         made = RiggedBackend(
             folder,
-            CephAccess(Clusters(self.config), programs, [self.secret]),
+            CephAccess(Clusters(self.config), clients, [self.secret]),
             logs,
             Images(logs, LIMITS.format_seconds),
             NodeAttachments(logs, node_id, devices.boot, fence),

@@ -14,7 +14,7 @@ import pytest
 from csi_driver.backends.rbd import RbdBackend
 from csi_driver.backends.rbddevices import MappedVolumes, Pin
 from csi_driver.backends.rbdplace import image_name
-from csi_driver.backends.rbdtool import CephPool
+from csi_driver.backends.rbdpool import CephPool
 from csi_driver.host.handle import Handle
 from csi_driver.host.krbd import MappedImage, MappedImages
 from csi_driver.model.errors import Aborted, DeadlineExceeded, DeviceMismatch, FailedPrecondition

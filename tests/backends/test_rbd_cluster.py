@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,11 +17,9 @@ import pytest
 from csi_driver.backends.rbd import RbdBackend
 from csi_driver.backends.rbdplace import image_name
 from csi_driver.backends.rbdrecords import VolumeLogs, VolumeState
-from csi_driver.host.workers import Workers
 from csi_driver.model.access import Access
 from csi_driver.model.errors import Aborted, DeadlineExceeded, FailedPrecondition, NotFound, ResourceExhausted
 from csi_driver.model.volume import EncryptionState
-from csi_driver.volumes.driver import WARM
 from tests.backends.ceph import POOL, new_key
 from tests.backends.ceph_csi import CephCsiVolume
 from tests.backends.rigs import RbdRig
@@ -32,24 +30,6 @@ MIB = 1 << 20
 pytestmark = pytest.mark.skipif(
     "MACHINE_STATE" in os.environ or os.environ.get("BACKEND") != "rbd", reason="it starts a Ceph: make ceph-test"
 )
-
-
-@pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RbdRig]:
-    """A Ceph and a launcher of workers."""
-    workers = Workers(WARM)
-    try:
-        with RbdRig(tmp_path_factory.mktemp("rig"), workers) as rig:
-            yield rig
-    finally:
-        workers.stop()
-
-
-@pytest.fixture
-def ceph(started: RbdRig) -> RbdRig:
-    """Without volumes."""
-    started.clear()
-    return started
 
 
 def made(rig: RbdRig) -> str:
@@ -89,9 +69,10 @@ def test_the_state_is_told_by_the_keys_of_ceph_csi_too(ceph: RbdRig) -> None:
 
 
 def test_no_process_and_no_file_has_the_key(ceph: RbdRig) -> None:
-    """While programs run: their arguments and environments, and what is below the state directory."""
+    """While workers and programs run: their arguments and environments, and what is below the state directory."""
     volume_id, key = made(ceph), ceph.ceph.key.encode()
     backend = ceph.backend(seconds=6)
+    cluster = backend.pool_of(volume_id)
     ceph.ceph.stop("osd.0")
     seen: list[str] = []
 
@@ -108,14 +89,17 @@ def test_no_process_and_no_file_has_the_key(ceph: RbdRig) -> None:
 
     try:
         with ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(backend.get, volume_id)
-            while not asked.done():
-                assert not look()
-            with pytest.raises(DeadlineExceeded):
-                asked.result()
+            for asked in (
+                pool.submit(backend.get, volume_id),
+                pool.submit(cluster.is_unwritten, image_name(volume_id), seconds=6),
+            ):
+                while not asked.done():
+                    assert not look()
+                with pytest.raises(DeadlineExceeded):
+                    asked.result()
     finally:
         ceph.ceph.go_on("osd.0")
-    assert any("rados" in one and "--keyfile" in one for one in seen)
+    assert any("rbd" in one and "--keyfile" in one for one in seen)
     found = subprocess.run(["grep", "-rlF", key.decode(), str(ceph.folder_of("node-1"))], check=False, text=True)
     assert found.returncode == 1, found
 
@@ -351,4 +335,4 @@ def test_killed_at_every_step_a_volume_of_ceph_csi_is_ours_with_the_next_call_or
         backend.delete(volume_id)
         assert ceph.ceph.asked("rbd", "ls", POOL) == [], step
 
-    assert killed_everywhere(ceph, before, lambda backend: taken(ceph, backend, peers[-1]), after) > 4
+    assert killed_everywhere(ceph, before, lambda backend: taken(ceph, backend, peers[-1]), after) > 3

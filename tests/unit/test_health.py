@@ -135,9 +135,9 @@ def test_what_images_of_ceph_need_is_looked_for_where_they_are_used(
     )  # fmt: skip
     monkeypatch.setattr(MappedImages, "is_loaded", True)
     assert found("krbd", of_ceph, machine).ok
-    monkeypatch.setattr(Commands, "has", lambda _, program: program != "rados")
+    monkeypatch.setattr(Commands, "has", lambda _, program: program != "rbd")
     assert found("programs", settings, machine).ok
-    assert found("programs", of_ceph, machine).found == "not installed: rados"
+    assert found("programs", of_ceph, machine).found == "not installed: rbd"
 
 
 def test_a_disk_that_a_restart_empties_is_told(found: Found, settings: Settings) -> None:

@@ -18,8 +18,8 @@ from csi_driver.backends.rbddevices import MappedVolumes
 from csi_driver.backends.rbdimages import Images
 from csi_driver.backends.rbdnodes import NodeAttachments
 from csi_driver.backends.rbdplace import image_name
+from csi_driver.backends.rbdpool import PoolRoom
 from csi_driver.backends.rbdrecords import VolumeLogs
-from csi_driver.backends.rbdtool import PoolRoom
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host import blockdev
 from csi_driver.host.handle import Handle, open_handle

@@ -6,8 +6,8 @@ import pytest
 from csi_driver.backends.rbdimages import Images
 from csi_driver.backends.rbdnodes import NodeAttachments
 from csi_driver.backends.rbdplace import image_name
+from csi_driver.backends.rbdpool import CephPool
 from csi_driver.backends.rbdrecords import Attachment, VolumeLogs, VolumeState
-from csi_driver.backends.rbdtool import CephPool
 from csi_driver.model.errors import Aborted, AlreadyExists, DeviceInUse, FailedPrecondition, NotFound
 from csi_driver.model.volume import VolumeParameters
 from tests.ceph_fakes import PLACE, FakePool

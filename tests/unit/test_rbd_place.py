@@ -2,14 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from csi_driver.backends import librados
 from csi_driver.backends.rbdaccess import CephAccess
 from csi_driver.backends.rbdplace import Cluster, Clusters, Place, digest_of, image_name
-from csi_driver.backends.rbdtool import CephPrograms, Credentials
+from csi_driver.backends.rbdtool import CephClients, Credentials
 from csi_driver.host.commands import Commands
-from csi_driver.host.handle import Handle
 from csi_driver.host.workers import Workers
 from csi_driver.model.access import Access
 from csi_driver.model.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound
@@ -31,26 +32,22 @@ BROUGHT_KEY, OWN_KEY = "AQD3hgtrNWVcARAA9pyAptqiXB8WuYkBlPCHSw==", "AQD9o0Fd6hQR
 BROUGHT = Access(secrets={"userID": "csi-user", "userKey": BROUGHT_KEY, "encryptionPassphrase": "chairs"})
 
 
-class Programs(CephPrograms):
-    """Answers `rados lspools` for each cluster; tells as whom."""
+class Clients(CephClients):
+    """Tells the pools of each cluster; and who asked."""
 
     def __init__(self, pools: dict[str, str]) -> None:
-        super().__init__(Commands(Workers(())), 1)
+        super().__init__(Workers(()), Commands(Workers(())), 1)
         self.pools = pools
         self.asked: list[tuple[str, Credentials]] = []
 
-    def run(
-        self,
-        cluster: Cluster,
-        credentials: Credentials,
-        program: str,
-        *words: str | Handle,
-        seconds: float | None = None,
-    ) -> str:
+    def ask(
+        self, cluster: Cluster, credentials: Credentials, what: str, function: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        assert (function, args, kwargs) == (librados.pools, (), {})
         self.asked.append((cluster.id, credentials))
         if cluster.id not in self.pools:
             raise DeadlineExceeded(f"the cluster {cluster.id} did not answer")
-        return self.pools[cluster.id]
+        return self.pools[cluster.id].splitlines()
 
 
 def clusters(tmp_path: Path, content: str = DOCUMENT) -> Clusters:
@@ -124,7 +121,7 @@ def test_a_pool_that_could_be_taken_for_something_else_is_refused(pool: str) -> 
 
 
 def test_a_class_that_does_not_say_where_is_told_what_it_lacks(tmp_path: Path) -> None:
-    access = CephAccess(clusters(tmp_path), Programs({}), ())
+    access = CephAccess(clusters(tmp_path), Clients({}), ())
     with pytest.raises(InvalidArgument, match=r"the parameter clusterID is missing"):
         access.place_of(VolumeParameters(pool="rbd"))
     with pytest.raises(InvalidArgument, match=r"the parameter pool is missing"):
@@ -133,22 +130,22 @@ def test_a_class_that_does_not_say_where_is_told_what_it_lacks(tmp_path: Path) -
 
 
 def test_a_volume_is_found_by_its_id_in_whichever_cluster_answers(tmp_path: Path) -> None:
-    programs = Programs({"old": ".mgr\nrbd\nfast pool\n"})
-    access = CephAccess(clusters(tmp_path), programs, ())
+    clients = Clients({"old": ".mgr\nrbd\nfast pool\n"})
+    access = CephAccess(clusters(tmp_path), clients, ())
     volume_id = access.place_of(VolumeParameters(cluster_id="old", pool="rbd")).id_for("pvc-1")
     access.use(volume_id, BROUGHT)
     pool = access.pool(volume_id)
     assert (pool.place.cluster.id, pool.place.pool) == ("old", "rbd")
-    asked = len(programs.asked)
-    assert {credentials.user for _, credentials in programs.asked} == {"csi-user"}
+    asked = len(clients.asked)
+    assert {credentials.user for _, credentials in clients.asked} == {"csi-user"}
     access.pool(volume_id)
-    assert len(programs.asked) == asked
+    assert len(clients.asked) == asked
     with pytest.raises(NotFound):
         access.pool("pvc-1")
     access.use("pvc-1.0123456789", BROUGHT)
     with pytest.raises(DeadlineExceeded, match=r"did not answer"):  # it may be there: nobody knows
         access.pool("pvc-1.0123456789")
-    programs.pools["b9127830-b0cc-4e34-aa47-9d1a2e9949a8"] = "rbd\n"
+    clients.pools["b9127830-b0cc-4e34-aa47-9d1a2e9949a8"] = "rbd\n"
     with pytest.raises(FailedPrecondition, match=r"none of the configured Ceph clusters"):
         access.pool("pvc-1.0123456789")
 
@@ -156,8 +153,8 @@ def test_a_volume_is_found_by_its_id_in_whichever_cluster_answers(tmp_path: Path
 def test_what_a_call_brought_is_used_until_it_is_forgotten_and_shown_nowhere(tmp_path: Path) -> None:
     folder = tmp_path / "secret"
     folder.mkdir()
-    programs = Programs({"old": "rbd\n", "b9127830-b0cc-4e34-aa47-9d1a2e9949a8": ""})
-    access = CephAccess(clusters(tmp_path), programs, [folder])
+    clients = Clients({"old": "rbd\n", "b9127830-b0cc-4e34-aa47-9d1a2e9949a8": ""})
+    access = CephAccess(clusters(tmp_path), clients, [folder])
     volume_id = access.place_of(VolumeParameters(cluster_id="old", pool="rbd")).id_for("pvc-1")
     with pytest.raises(
         FailedPrecondition, match=r"name a secret .* in its class, or mount one for the server with --ceph-s"
@@ -167,20 +164,20 @@ def test_what_a_call_brought_is_used_until_it_is_forgotten_and_shown_nowhere(tmp
     access.use(volume_id, BROUGHT)
     assert access.knows(volume_id)
     access.pool(volume_id)
-    assert BROUGHT_KEY not in repr(programs.asked)
+    assert BROUGHT_KEY not in repr(clients.asked)
     (folder / "userID").write_text("server\n")
     (folder / "userKey").write_text(f"{OWN_KEY}\n")
     access.use(volume_id, Access())  # a call that brings nothing takes nothing away
     access.forget(volume_id)
-    programs.asked.clear()
+    clients.asked.clear()
     list(access.every_pool())
-    assert {(each.user, each.key) for _, each in programs.asked} == {("server", OWN_KEY)}
+    assert {(each.user, each.key) for _, each in clients.asked} == {("server", OWN_KEY)}
 
 
 @pytest.mark.parametrize("key", ["AQ" + "A" * 38, "AQD9o0Fd6hQRChAAt7fMaSZXduT3NWEqylNpmg", "precious", "ä"])
 def test_what_is_no_key_of_ceph_never_reaches_its_programs_which_would_quote_it(tmp_path: Path, key: str) -> None:
-    programs = Programs({"old": "rbd\n"})
-    access = CephAccess(clusters(tmp_path), programs, [tmp_path])
+    clients = Clients({"old": "rbd\n"})
+    access = CephAccess(clusters(tmp_path), clients, [tmp_path])
     with pytest.raises(FailedPrecondition, match=r"has a userKey that is no key of Ceph") as refused:
         access.use("pvc-1.0123456789", Access(secrets={"userID": "a", "userKey": key}))
     assert key not in str(refused.value)
@@ -188,12 +185,12 @@ def test_what_is_no_key_of_ceph_never_reaches_its_programs_which_would_quote_it(
     (tmp_path / "userKey").write_text(key)
     with pytest.raises(FailedPrecondition, match=r"that is no key of Ceph"):
         access.pool("pvc-1.0123456789")
-    assert not programs.asked
+    assert not clients.asked
 
 
 @pytest.mark.parametrize("secrets", [{"userID": "a"}, {"userKey": "b"}, {"userID": "a", "userKey": "b\n"}])
 def test_half_a_user_is_refused(tmp_path: Path, secrets: dict[str, str]) -> None:
-    access = CephAccess(clusters(tmp_path), Programs({}), ())
+    access = CephAccess(clusters(tmp_path), Clients({}), ())
     with pytest.raises(FailedPrecondition) as refused:
         access.use("pvc-1.0123456789", Access(secrets=secrets))
     assert "pvc-1.0123456789" in str(refused.value)

@@ -1,0 +1,200 @@
+"""What librbd is asked of images, by ctypes, within sessions of `csi_driver.backends.librados`, which says how.
+
+Names and numbers are those of <rbd/librbd.h> (Ceph 16 and newer). All raise OSError, FileNotFoundError for no image.
+"""
+
+import ctypes
+import errno
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from ctypes import byref, c_char_p, c_int, c_int64, c_size_t, c_uint64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Final
+
+from csi_driver.backends.librados import Where, check, loaded, opened_pool, pool_name
+
+_FEATURES: Final = {
+    "layering": 1 << 0,
+    "striping": 1 << 1,
+    "exclusive-lock": 1 << 2,
+    "object-map": 1 << 3,
+    "fast-diff": 1 << 4,
+    "deep-flatten": 1 << 5,
+    "journaling": 1 << 6,
+}
+_OPTION_FORMAT: Final = 0
+_OPTION_FEATURES: Final = 1
+_OPTION_DATA_POOL: Final = 10
+_IMAGE_FORMAT: Final = 2
+_ID_BYTES: Final = 64 << 10
+_SOME_BYTES: Final = 16 << 10
+_SOME_CLIENTS: Final = 16
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image; `id` tells it from every other one of its pool that had its name, `data_pool` is none but its own."""
+
+    id: str
+    size: int
+    data_pool: str | None = None
+
+
+@dataclass(frozen=True)
+class Lock:
+    """An image's lock, and the client that has it."""
+
+    id: str
+    locker: str
+    address: str
+
+
+def info(session: c_void_p, where: Where, image: str) -> Image | None:
+    """The image of that name, whoever made it."""
+    size, identity = c_uint64(), ctypes.create_string_buffer(_ID_BYTES)
+    try:
+        with _opened(session, where, image) as opened:
+            check(library().rbd_get_size(opened, byref(size)))
+            check(library().rbd_get_id(opened, identity, len(identity)))
+            data_pool = pool_name(session, check(library().rbd_get_data_pool_id(opened)))
+    except FileNotFoundError:
+        return None
+    return Image(identity.value.decode(), size.value, data_pool if data_pool != where.pool else None)
+
+
+def make(
+    session: c_void_p, where: Where, image: str, size: int, features: Sequence[str], data_pool: str | None
+) -> None:
+    """Make a blank image of `size` bytes. Raises FileExistsError."""
+    rbd, options = library(), c_void_p()
+    rbd.rbd_image_options_create(byref(options))
+    try:
+        check(rbd.rbd_image_options_set_uint64(options, _OPTION_FORMAT, _IMAGE_FORMAT))
+        check(rbd.rbd_image_options_set_uint64(options, _OPTION_FEATURES, sum(_FEATURES[each] for each in features)))
+        if data_pool is not None:
+            check(rbd.rbd_image_options_set_string(options, _OPTION_DATA_POOL, data_pool.encode()))
+        with opened_pool(session, where) as pool:
+            check(rbd.rbd_create4(pool, image.encode(), size, options))
+    finally:
+        rbd.rbd_image_options_destroy(options)
+
+
+def resize(session: c_void_p, where: Where, image: str, size: int) -> None:
+    """Give it `size` bytes; where it is mapped that is seen when this returns."""
+    with _opened(session, where, image, writable=True) as opened:
+        check(library().rbd_resize(opened, size))
+
+
+def rename(session: c_void_p, where: Where, image: str, name: str) -> None:
+    """Give it another name, in one step; who has it open goes on. Raises FileExistsError."""
+    with opened_pool(session, where) as pool:
+        check(library().rbd_rename(pool, image.encode(), name.encode()))
+
+
+def describe(session: c_void_p, where: Where, image: str, key: str, value: str) -> None:
+    """Set one key of its metadata."""
+    with _opened(session, where, image, writable=True) as opened:
+        check(library().rbd_metadata_set(opened, key.encode(), value.encode()))
+
+
+def metadata(session: c_void_p, where: Where, image: str) -> Mapping[str, str]:
+    """All of its metadata."""
+    keys, values = _Words(), _Words()
+    with _opened(session, where, image) as opened:
+        _until_it_fits(lambda: library().rbd_metadata_list(opened, b"", 0, *keys.room(), *values.room()))
+    return dict(zip(keys.all(), values.all(), strict=True))
+
+
+def watchers(session: c_void_p, where: Where, image: str) -> Sequence[str]:
+    """The addresses of those who have it open for writing."""
+    count, found = c_size_t(_SOME_CLIENTS), (_Watcher * 0)()
+
+    def ask() -> int:
+        nonlocal found
+        found = (_Watcher * count.value)()
+        return int(library().rbd_watchers_list(opened, found, byref(count)))
+
+    with _opened(session, where, image) as opened:
+        _until_it_fits(ask)
+    try:
+        return [each.address.decode() for each in found[: count.value]]
+    finally:
+        library().rbd_watchers_list_cleanup(found, count.value)
+
+
+def locks(session: c_void_p, where: Where, image: str) -> Sequence[Lock]:
+    """Its locks, and who has them."""
+    tag, lockers, cookies, addresses = _Words(), _Words(), _Words(), _Words()
+    with _opened(session, where, image) as opened:
+        count = _until_it_fits(
+            lambda: library().rbd_list_lockers(
+                opened, byref(c_int()), *tag.room(), *lockers.room(), *cookies.room(), *addresses.room()
+            )
+        )
+    found = zip(cookies.all(), lockers.all(), addresses.all(), strict=True) if count else ()
+    return [Lock(*each) for each in found]
+
+
+def break_lock(session: c_void_p, where: Where, image: str, lock: Lock) -> None:
+    """Take a lock from whoever has it."""
+    with _opened(session, where, image, writable=True) as opened:
+        check(library().rbd_break_lock(opened, lock.locker.encode(), lock.id.encode()))
+
+
+@contextmanager
+def _opened(session: c_void_p, where: Where, name: str, *, writable: bool = False) -> Iterator[c_void_p]:
+    image = c_void_p()
+    opens = library().rbd_open if writable else library().rbd_open_read_only
+    with opened_pool(session, where) as pool:
+        check(opens(pool, name.encode(), byref(image), None))
+        try:
+            yield image
+        finally:
+            library().rbd_close(image)
+
+
+class _Watcher(ctypes.Structure):
+    """rbd_image_watcher_t."""
+
+    _fields_ = (("address", c_char_p), ("client", c_int64), ("cookie", c_uint64))
+
+
+class _Words:
+    """Room for texts that each end with NUL; the library tells how much of it was filled, or is needed."""
+
+    def __init__(self) -> None:
+        self._size = c_size_t(_SOME_BYTES)
+        self._room = ctypes.create_string_buffer(0)
+
+    def room(self) -> tuple[Any, Any]:
+        """As much as was needed the last time."""
+        self._size = c_size_t(max(self._size.value, _SOME_BYTES))
+        self._room = ctypes.create_string_buffer(self._size.value)
+        return self._room, byref(self._size)
+
+    def all(self) -> Sequence[str]:
+        """What came."""
+        content = self._room.raw[: self._size.value]
+        return [each.decode() for each in content.removesuffix(b"\0").split(b"\0")] if content else []
+
+
+def _until_it_fits(ask: Callable[[], int]) -> int:
+    while (code := ask()) == -errno.ERANGE:
+        pass
+    return check(code)
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """librbd, loaded once. Raises FailedPrecondition."""
+    rbd = loaded("librbd.so.1")
+    rbd.rbd_get_data_pool_id.restype = c_int64
+    # Of those that take a number: without it one is passed as a C int.
+    rbd.rbd_image_options_set_uint64.argtypes = (c_void_p, c_int, c_uint64)
+    rbd.rbd_create4.argtypes = (c_void_p, c_char_p, c_uint64, c_void_p)
+    rbd.rbd_resize.argtypes = (c_void_p, c_uint64)
+    rbd.rbd_get_id.argtypes = (c_void_p, c_char_p, c_size_t)
+    rbd.rbd_metadata_list.argtypes = (c_void_p, c_char_p, c_uint64, c_char_p, c_void_p, c_char_p, c_void_p)
+    rbd.rbd_watchers_list_cleanup.argtypes = (c_void_p, c_size_t)
+    return rbd

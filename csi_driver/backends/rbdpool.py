@@ -1,0 +1,231 @@
+"""A pool of Ceph as one user: objects and their maps, images, the cluster that it is in and its blocklist."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Concatenate, Final, ParamSpec, TypeVar
+
+import msgspec
+
+from csi_driver.backends import librados, librbd
+from csi_driver.backends.librados import Where
+from csi_driver.backends.librbd import Image
+from csi_driver.backends.rbderrors import CephMissing
+from csi_driver.backends.rbdplace import Place
+from csi_driver.backends.rbdtool import CephClients, Credentials, memory_file
+from csi_driver.host.handle import Handle
+from csi_driver.model.errors import CommandFailed, FailedPrecondition
+from csi_driver.model.reading import decode
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+_BLOCKED_SECONDS: Final = 5 * 365 * 24 * 3600.0  # as CSI-Addons' network fence: a frozen node may wake up any time
+_DIFF_PIECE: Final = 4 << 20
+
+
+class _Used(msgspec.Struct, frozen=True):
+    used: int = msgspec.field(name="used_size")
+
+
+class _Usage(msgspec.Struct, frozen=True):
+    images: list[_Used]
+
+
+class _PoolStats(msgspec.Struct, frozen=True):
+    used: int = msgspec.field(name="bytes_used", default=0)
+    available: int = msgspec.field(name="max_avail", default=0)
+
+
+class PoolRoom(msgspec.Struct, frozen=True):
+    """A pool as `ceph df` shows it; `number` is not that of one of the same name that is made later."""
+
+    name: str
+    number: int = msgspec.field(name="id")
+    stats: _PoolStats = _PoolStats()
+
+    @property
+    def used(self) -> int:
+        """Bytes that are used."""
+        return self.stats.used
+
+    @property
+    def available(self) -> int:
+        """Bytes that can still be written."""
+        return self.stats.available
+
+
+class _Rooms(msgspec.Struct, frozen=True):
+    pools: list[PoolRoom] = []
+
+
+class CephPool:
+    """One place as one user: a pool, in it a namespace perhaps. Errors as `CephClients.ask`."""
+
+    def __init__(self, clients: CephClients, place: Place, credentials: Credentials) -> None:
+        self.place = place
+        self._clients = clients
+        self._credentials = credentials
+
+    # --- objects
+
+    def get(self, name: str) -> bytes | None:
+        """All of an object; None where it is absent."""
+        return self._ask(f"rados get {name}", librados.get, self._where, name)
+
+    def append(self, name: str, content: bytes) -> None:
+        """Lengthen an object, or make it, in one step that is done or is not."""
+        self._ask(f"rados append {name}", librados.append, self._where, name, content)
+
+    def put(self, name: str, content: bytes) -> None:
+        """Replace an object's content, in one step."""
+        self._ask(f"rados put {name}", librados.put, self._where, name, content)
+
+    def drop(self, name: str) -> None:
+        """Remove an object; absent is fine."""
+        self._ask(f"rados rm {name}", librados.drop, self._where, name)
+
+    def has(self, name: str) -> bool:
+        """Whether an object is there."""
+        return self._ask(f"rados stat {name}", librados.has, self._where, name)
+
+    def keys(self, name: str) -> Sequence[str]:
+        """The keys of an object's map, sorted."""
+        return self._ask(f"rados listomapkeys {name}", librados.keys, self._where, name)
+
+    def value(self, name: str, key: str) -> str | None:
+        """A value of an object's map; None where there is none."""
+        return self._ask(f"rados getomapval {name} {key}", librados.value, self._where, name, key)
+
+    def set_value(self, name: str, key: str, value: str) -> None:
+        """Set a value of an object's map, which is made if it is absent."""
+        self._ask(f"rados setomapval {name} {key}", librados.set_value, self._where, name, key, value)
+
+    def drop_value(self, name: str, key: str) -> None:
+        """Remove a value of an object's map; absent is fine."""
+        self._ask(f"rados rmomapkey {name} {key}", librados.drop_value, self._where, name, key)
+
+    # --- images
+
+    def info(self, image: str) -> Image | None:
+        """The image of that name, whoever made it."""
+        return self._ask(f"rbd info {self._spec(image)}", librbd.info, self._where, image)
+
+    def make(self, image: str, size: int, features: Sequence[str], data_pool: str | None) -> None:
+        """Make a blank image of `size` bytes. Raises CephExists."""
+        self._ask(f"rbd create {self._spec(image)}", librbd.make, self._where, image, size, features, data_pool)
+
+    def resize(self, image: str, size: int) -> None:
+        """Give it `size` bytes; where it is mapped that is seen when this returns."""
+        self._ask(f"rbd resize {self._spec(image)}", librbd.resize, self._where, image, size)
+
+    def remove(self, image: str, seconds: float) -> None:
+        """Remove it, and what is left of one that was half made or half removed; absent is fine.
+
+        Raises DeviceInUse while anybody has it open.
+        """
+        try:
+            self._rbd("rm", "--no-progress", self._spec(image), seconds=seconds)
+        except CephMissing:
+            return
+
+    def watchers(self, image: str) -> Sequence[str]:
+        """The addresses of those who have it open for writing."""
+        return self._ask(f"rbd status {self._spec(image)}", librbd.watchers, self._where, image)
+
+    def is_unwritten(self, image: str, seconds: float) -> bool:
+        """Whether nothing was ever written to it that is still there."""
+        said = self._rbd("du", "--format", "json", self._spec(image), seconds=seconds)
+        return all(each.used == 0 for each in _decoded(_Usage, said, "rbd du").images)
+
+    def describe(self, image: str, key: str, value: str) -> None:
+        """Set one key of its metadata, which `rbd image-meta list` shows."""
+        what = f"rbd image-meta set {self._spec(image)} {key}"
+        self._ask(what, librbd.describe, self._where, image, key, value)
+
+    def metadata(self, image: str) -> Mapping[str, str]:
+        """All of its metadata."""
+        return self._ask(f"rbd image-meta list {self._spec(image)}", librbd.metadata, self._where, image)
+
+    def rename(self, image: str, name: str) -> None:
+        """Give it another name, in one step; who has it open goes on. Raises CephMissing, CephExists."""
+        what = f"rbd rename {self._spec(image)} {self._spec(name)}"
+        self._ask(what, librbd.rename, self._where, image, name)
+
+    def overwrite(self, image: str, length: int, seconds: float) -> None:
+        """Random bytes over its first `length` bytes, without mapping it (rbd(8), import-diff). Raises CephMissing."""
+        found = self.info(image)
+        if found is None:
+            raise CephMissing(f"there is no image {self._spec(image)} to overwrite")
+        size = found.size
+        parts = [b"rbd diff v1\n", b"s", size.to_bytes(8, "little")]  # doc/dev/rbd-diff.rst
+        for at in range(0, min(length, size), _DIFF_PIECE):
+            piece = min(_DIFF_PIECE, min(length, size) - at)
+            parts += [b"w", at.to_bytes(8, "little"), piece.to_bytes(8, "little"), os.urandom(piece)]
+        with memory_file(b"".join([*parts, b"e"]), "random bytes") as source:
+            self._rbd("import-diff", "--no-progress", source, self._spec(image), seconds=seconds)
+
+    def map(self, image: str, options: Sequence[str]) -> str:
+        """Show it as a block device of this node, by a client of its own; returns the device's path.
+
+        `noudev`: rbd would wait for udev, which it cannot hear in a container, for good.
+        """
+        return self._rbd("map", "-o", ",".join(("noudev", "noshare", *options)), self._spec(image)).strip()
+
+    # --- the cluster
+
+    def cluster_uuid(self) -> str:
+        """The cluster's fsid."""
+        return self._ask("ceph fsid", librados.uuid)
+
+    def rooms(self) -> Sequence[PoolRoom]:
+        """Every pool of the cluster, with what room it has. Raises FailedPrecondition where nobody counts that."""
+        said = self._ask("ceph df", librados.command, {"prefix": "df", "format": "json"})
+        found = _decoded(_Rooms, said, "ceph df").pools
+        if not found:
+            raise FailedPrecondition(
+                f"the Ceph cluster {self.place.cluster.id} does not tell how full its pools are: its manager "
+                f"(ceph-mgr), which counts that, does not run; start it"
+            )
+        return found
+
+    def room_of(self, rooms: Sequence[PoolRoom], name: str) -> PoolRoom:
+        """The one of that name. Raises CephMissing."""
+        for room in rooms:
+            if room.name == name:
+                return room
+        raise CephMissing(f"the Ceph cluster {self.place.cluster.id} has no pool {name}; make it, or correct the class")
+
+    def fence(self, image: str, address: str) -> None:
+        """Let nobody of that address write any more, durably, and let go of the image's lock if he has it."""
+        words = {"prefix": "osd blocklist", "blocklistop": "add", "addr": address, "expire": _BLOCKED_SECONDS}
+        self._ask(f"ceph osd blocklist add {address}", librados.command, words)
+        spec = self._spec(image)
+        try:
+            for lock in self._ask(f"rbd lock ls {spec}", librbd.locks, self._where, image):
+                if lock.address == address:
+                    self._ask(f"rbd lock rm {spec}", librbd.break_lock, self._where, image, lock)
+        except CephMissing:
+            return
+
+    @property
+    def _where(self) -> Where:
+        return Where(self.place.pool, self.place.cluster.namespace)
+
+    def _spec(self, image: str) -> str:
+        return f"{self.place.spec}/{image}"
+
+    def _ask(
+        self, what: str, function: Callable[Concatenate[librados.Session, P], R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        return self._clients.ask(self.place.cluster, self._credentials, what, function, *args, **kwargs)
+
+    def _rbd(self, *words: str | Handle, seconds: float | None = None) -> str:
+        return self._clients.run(self.place.cluster, self._credentials, "rbd", *words, seconds=seconds)
+
+
+def _decoded(kind: type[T], said: str | bytes, what: str) -> T:
+    try:
+        return decode(said, kind)
+    except msgspec.MsgspecError as error:
+        raise CommandFailed(f"{what} gave an answer that cannot be read ({error})") from None

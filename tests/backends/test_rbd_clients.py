@@ -1,0 +1,237 @@
+"""What a pool of a real Ceph answers through librados and librbd, and what becomes of a session that is kept.
+
+On the host, as `test_rbd_cluster.py`: `make ceph-test` runs it.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from csi_driver.backends.rbderrors import CephExists, CephMissing
+from csi_driver.backends.rbdplace import Cluster
+from csi_driver.backends.rbdpool import CephPool
+from csi_driver.backends.rbdtool import CephClients, Credentials
+from csi_driver.host.commands import Commands
+from csi_driver.model.errors import DriverError, FailedPrecondition
+from tests.backends.ceph import CLUSTER, POOL, USER, new_key
+from tests.backends.rigs import RbdRig
+
+MIB = 1 << 20
+FEATURES = ("layering", "exclusive-lock", "object-map", "fast-diff")
+RIGHTS = ("mon", "profile rbd", "osd", "profile rbd", "mgr", "profile rbd")
+
+pytestmark = pytest.mark.skipif(
+    "MACHINE_STATE" in os.environ or os.environ.get("BACKEND") != "rbd", reason="it starts a Ceph: make ceph-test"
+)
+
+
+def pool_of(rig: RbdRig, name: str = POOL, namespace: str = "", user: str = USER, key: str = "") -> CephPool:
+    clients = CephClients(rig.workers, Commands(rig.workers), 20)
+    place = Cluster(CLUSTER, tuple(rig.ceph.monitors), namespace).place(name)
+    return CephPool(clients, place, Credentials(user, key or rig.ceph.key))
+
+
+@pytest.fixture
+def pool(ceph: RbdRig) -> CephPool:
+    return pool_of(ceph)
+
+
+@pytest.fixture
+def user(ceph: RbdRig) -> Iterator[str]:
+    """Another user, with the rights of the driver's."""
+    ceph.ceph.admin("ceph", "auth", "get-or-create", "client.other", *RIGHTS)
+    yield "other"
+    ceph.ceph.admin("ceph", "auth", "rm", "client.other")
+
+
+def key_of(rig: RbdRig, user: str) -> str:
+    return rig.ceph.admin("ceph", "auth", "get-key", f"client.{user}").strip()
+
+
+def test_an_object_is_what_was_put_and_appended(pool: CephPool) -> None:
+    assert (pool.get("one"), pool.has("one")) == (None, False)
+    pool.append("one", b"a" * 70_000)
+    pool.append("one", b"")
+    pool.append("one", b"b")
+    assert (pool.get("one"), pool.has("one")) == (b"a" * 70_000 + b"b", True)
+    pool.put("one", b"\0\n")
+    assert pool.get("one") == b"\0\n"
+    pool.put("one", b"")
+    assert pool.get("one") == b""
+    pool.drop("one")
+    pool.drop("one")
+    assert not pool.has("one")
+
+
+@pytest.mark.parametrize("size", [64 << 10, (256 << 10) - 1, 256 << 10, (256 << 10) + 1])
+def test_an_object_as_long_as_what_is_read_at_once_is_read_whole(pool: CephPool, size: int) -> None:
+    content = os.urandom(size)
+    pool.put("one", content)
+    assert pool.get("one") == content
+
+
+def test_a_map_has_what_was_set(pool: CephPool) -> None:
+    assert (pool.keys("map"), pool.value("map", "a")) == ([], None)
+    pool.drop_value("map", "a")
+    pool.set_value("map", "b", "")
+    pool.set_value("map", "a", "ä\n\0x")
+    assert (pool.keys("map"), pool.value("map", "a"), pool.value("map", "b")) == (["a", "b"], "ä\n\0x", "")
+    assert pool.value("map", "c") is None
+    pool.drop_value("map", "a")
+    pool.drop_value("map", "a")
+    assert pool.keys("map") == ["b"]
+
+
+def test_a_map_is_read_to_its_end_however_many_keys_the_cluster_tells_at_once(ceph: RbdRig, pool: CephPool) -> None:
+    before = ceph.ceph.admin("ceph", "config", "get", "osd", "osd_max_omap_entries_per_request").strip()
+    ceph.ceph.admin("ceph", "config", "set", "osd", "osd_max_omap_entries_per_request", "3")
+    try:
+        for number in range(10):
+            pool.set_value("map", f"key-{number}", "x")
+        assert pool.keys("map") == [f"key-{number}" for number in range(10)]
+    finally:
+        ceph.ceph.admin("ceph", "config", "set", "osd", "osd_max_omap_entries_per_request", before)
+
+
+def test_an_image_is_what_was_made(ceph: RbdRig, pool: CephPool) -> None:
+    assert pool.info("one") is None
+    pool.make("one", 5 * MIB, FEATURES, None)
+    told = ceph.ceph.asked("rbd", "info", f"{POOL}/one")
+    found = pool.info("one")
+    assert found is not None
+    assert (found.id, found.size, found.data_pool) == (told["id"], 5 * MIB, None)
+    assert tuple(told["features"]) == FEATURES
+    with pytest.raises(CephExists):
+        pool.make("one", MIB, FEATURES, None)
+    pool.resize("one", 5 << 40)
+    assert ceph.ceph.asked("rbd", "info", f"{POOL}/one")["size"] == 5 << 40
+    pool.make("two", MIB, FEATURES, None)
+    with pytest.raises(CephExists):
+        pool.rename("one", "two")
+    pool.rename("one", "three")
+    assert ceph.ceph.asked("rbd", "info", f"{POOL}/three")["id"] == told["id"]
+    for act in (lambda: pool.rename("one", "four"), lambda: pool.resize("one", MIB), lambda: pool.watchers("one")):
+        with pytest.raises(CephMissing, match="look whether the pool or image was removed by hand"):
+            act()
+
+
+def test_an_image_can_have_its_data_in_another_pool(ceph: RbdRig, pool: CephPool) -> None:
+    ceph.ceph.admin("ceph", "osd", "pool", "create", "data", "1")
+    try:
+        pool.make("one", MIB, FEATURES, "data")
+        found = pool.info("one")
+        assert found is not None
+        assert found.data_pool == "data"
+        assert ceph.ceph.asked("rbd", "info", f"{POOL}/one")["data_pool"] == "data"
+        pool.remove("one", 20)
+    finally:
+        ceph.ceph.admin("ceph", "osd", "pool", "rm", "data", "data", "--yes-i-really-really-mean-it")
+
+
+def test_metadata_comes_whole_however_much_it_is(pool: CephPool) -> None:
+    pool.make("one", MIB, FEATURES, None)
+    assert pool.metadata("one") == {}
+    wanted = {f"rbd.csi.ceph.com/{number}": "v" * number * 100 for number in range(30)}
+    for key, value in wanted.items():
+        pool.describe("one", key, value)
+    assert pool.metadata("one") == wanted
+
+
+def test_who_has_an_image_open_is_told_and_his_lock_broken_when_he_is_fenced(ceph: RbdRig, pool: CephPool) -> None:
+    pool.make("one", MIB, FEATURES, None)
+    assert pool.watchers("one") == []
+    assert pool.info("one") is not None  # a look leaves nothing open
+    pool.describe("one", "a", "b")
+    assert pool.watchers("one") == []
+    ceph.ceph.admin("rbd", "lock", "add", f"{POOL}/one", "cookie")
+    locks = ceph.ceph.asked("rbd", "lock", "ls", f"{POOL}/one")
+    pool.fence("one", "192.0.2.7:0/1")
+    assert ceph.ceph.asked("rbd", "lock", "ls", f"{POOL}/one") == locks
+    pool.fence("one", locks[0]["address"])
+    pool.fence("gone", "192.0.2.7:0/2")
+    assert ceph.ceph.asked("rbd", "lock", "ls", f"{POOL}/one") == []
+    blocked = {each["addr"] for each in ceph.ceph.asked("ceph", "osd", "blocklist", "ls")}
+    assert blocked >= {locks[0]["address"], "192.0.2.7:0/1", "192.0.2.7:0/2"}
+
+
+def test_namespaces_of_a_pool_do_not_see_each_other(ceph: RbdRig, pool: CephPool) -> None:
+    ceph.ceph.admin("rbd", "namespace", "create", f"{POOL}/tenant")
+    within = pool_of(ceph, namespace="tenant")
+    try:
+        within.put("one", b"theirs")
+        within.make("one", MIB, FEATURES, None)
+        assert (pool.get("one"), pool.info("one")) == (None, None)
+        assert within.info("one") is not None
+    finally:
+        within.drop("one")
+        within.remove("one", 20)
+        ceph.ceph.admin("rbd", "namespace", "remove", f"{POOL}/tenant")
+
+
+def test_a_pool_that_is_not_there_has_nothing_and_takes_nothing(ceph: RbdRig) -> None:
+    absent = pool_of(ceph, name="absent")
+    assert (absent.get("one"), absent.keys("one"), absent.value("one", "a"), absent.info("one")) == (
+        None,
+        [],
+        None,
+        None,
+    )
+    with pytest.raises(CephMissing):
+        absent.put("one", b"x")
+
+
+def test_the_cluster_tells_its_fsid_and_its_room(ceph: RbdRig, pool: CephPool) -> None:
+    assert pool.cluster_uuid() == ceph.ceph.fsid
+    assert pool.room_of(pool.rooms(), POOL).available > 0
+
+
+# --- sessions that are kept ------------------------------------------------------------------------------------------
+
+
+def test_rights_that_a_user_is_given_count_at_once(ceph: RbdRig, user: str) -> None:
+    theirs = pool_of(ceph, user=user, key=key_of(ceph, user))
+    ceph.ceph.admin("ceph", "auth", "caps", f"client.{user}", "mon", "profile rbd", "osd", "allow r")
+    with pytest.raises(FailedPrecondition, match="needs the capabilities mon 'profile rbd', osd 'profile rbd'"):
+        theirs.put("one", b"x")
+    ceph.ceph.admin("ceph", "auth", "caps", f"client.{user}", *RIGHTS)
+    theirs.put("one", b"x")
+    assert theirs.get("one") == b"x"
+
+
+def test_a_user_that_has_a_new_key_needs_it(ceph: RbdRig, user: str) -> None:
+    old = key_of(ceph, user)
+    pool_of(ceph, user=user, key=old).put("one", b"x")
+    ceph.ceph.admin("ceph", "auth", "rm", f"client.{user}")
+    ceph.ceph.admin("ceph", "auth", "get-or-create", f"client.{user}", *RIGHTS)
+    assert pool_of(ceph, user=user, key=key_of(ceph, user)).get("one") == b"x"
+    with pytest.raises(FailedPrecondition, match=r"refuses client\.other: .* 'ceph auth get client\.other' tells"):
+        pool_of(ceph, user=user, key=old).get("one")
+
+
+def test_a_node_that_was_fenced_off_is_told_so_and_goes_on_when_it_is_let_in_again(
+    ceph: RbdRig, pool: CephPool
+) -> None:
+    pool.put("one", b"x")
+    ceph.ceph.admin("ceph", "osd", "blocklist", "add", "127.0.0.1:0/0")
+    try:
+        with pytest.raises(DriverError):
+            pool.put("one", b"y")
+    finally:
+        ceph.ceph.admin("ceph", "osd", "blocklist", "rm", "127.0.0.1:0/0")
+    pool.put("one", b"z")
+    assert pool.get("one") == b"z"
+
+
+@pytest.mark.parametrize("ask", [lambda pool: pool.get("one"), lambda pool: pool.is_unwritten("one", 20)])
+def test_monitors_that_have_no_address_are_named(ceph: RbdRig, ask: Callable[[CephPool], object]) -> None:
+    cluster = Cluster(CLUSTER, ("mon.invalid:6789",))
+    clients = CephClients(ceph.workers, Commands(ceph.workers), 20)
+    with pytest.raises(FailedPrecondition, match=r"no address is found .* \(mon\.invalid:6789\); correct them"):
+        ask(CephPool(clients, cluster.place(POOL), Credentials(USER, ceph.ceph.key)))
+
+
+@pytest.mark.parametrize(("user", "key"), [("nobody", ""), (USER, new_key())])
+def test_a_user_that_the_cluster_does_not_know_is_refused(ceph: RbdRig, user: str, key: str) -> None:
+    with pytest.raises(FailedPrecondition, match=rf"refuses client\.{user}"):
+        pool_of(ceph, user=user, key=key).get("one")
