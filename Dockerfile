@@ -22,7 +22,7 @@ RUN cd /src \
  && /opt/luks-csi/bin/python3 -m compileall -q /opt/package
 
 FROM debian:12-slim
-# More packages: "ceph-common kmod" for the backend rbd, which may have to load the module.
+# More packages: "librbd1 kmod" for the backend rbd, which may have to load the module.
 ARG PACKAGES=
 RUN apt-get update \
  && apt-get install -y --no-install-recommends \

@@ -9,7 +9,7 @@ from csi_driver.backends.rbderrors import CephExists, CephMissing
 from csi_driver.backends.rbdplace import Cluster, Place
 from csi_driver.backends.rbdpool import CephPool, PoolRoom
 from csi_driver.backends.rbdtool import CephClients, Credentials
-from csi_driver.host.commands import Commands
+from csi_driver.host.krbd import ImageAddress
 from csi_driver.host.workers import Workers
 from csi_driver.model.errors import DeviceInUse
 
@@ -18,7 +18,7 @@ PLACE = Place(Cluster("ceph-one", ("192.0.2.1:6789",)), "rbd")
 
 def no_clients() -> CephClients:
     """Clients that nobody asks."""
-    return CephClients(Workers(()), Commands(Workers(())), 1)
+    return CephClients(Workers(()), 1)
 
 
 @dataclass
@@ -134,6 +134,9 @@ class FakePool(CephPool):
 
     def overwrite(self, image: str, length: int, seconds: float) -> None:
         self.step(f"overwrite {length}")
+
+    def address(self, image: str, options: Sequence[str]) -> ImageAddress:
+        return ImageAddress(("192.0.2.1:6789",), "csi", b"secret", "rbd", "", image, options)
 
     def rooms(self) -> Sequence[PoolRoom]:
         return [PoolRoom("rbd", 7)]

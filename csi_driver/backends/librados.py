@@ -56,11 +56,9 @@ class Where:
     namespace: str
 
 
-def question(
-    login: Login, function: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
-) -> bytes:
+def question(login: Login, function: Callable[..., object], args: Sequence[object]) -> bytes:
     """What `answer` reads."""
-    return pickle.dumps((login, function, args, kwargs))
+    return pickle.dumps((login, function, args))
 
 
 def answer(asked: Handle, into: Handle) -> None:
@@ -69,15 +67,15 @@ def answer(asked: Handle, into: Handle) -> None:
     It is asked once more in a new session where one that was kept is refused: what is refused was not done.
     """
     content = os.pread(asked.fd, os.fstat(asked.fd).st_size, 0)
-    login, function, args, kwargs = pickle.loads(content)  # noqa: S301 - from our own parent
+    login, function, args = pickle.loads(content)  # noqa: S301 - from our own parent
     was_kept = (login.monitors, login.user) in _sessions
     try:
-        result = function(_session(login), *args, **kwargs)
+        result = function(_session(login), *args)
     except OSError as error:
         if not was_kept or error.errno not in _STALE:
             raise
         _end_session(login)
-        result = function(_session(login), *args, **kwargs)
+        result = function(_session(login), *args)
     with open(into.fd, "wb", closefd=False) as file:
         file.write(pickle.dumps(result))
 
@@ -293,7 +291,7 @@ def loaded(name: str) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(name)
     except OSError as error:
-        raise FailedPrecondition(f"{name} cannot be loaded ({error}); install the package ceph-common") from None
+        raise FailedPrecondition(f"{name} cannot be loaded ({error}); install the package librbd1") from None
 
 
 @cache

@@ -5,14 +5,16 @@ Names and numbers are those of <rbd/librbd.h> (Ceph 16 and newer). All raise OSE
 
 import ctypes
 import errno
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from ctypes import byref, c_char_p, c_int, c_int64, c_size_t, c_uint64, c_void_p
+from contextlib import contextmanager, suppress
+from ctypes import byref, c_char_p, c_int, c_int64, c_size_t, c_ssize_t, c_ubyte, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
 
-from csi_driver.backends.librados import Where, check, loaded, opened_pool, pool_name
+from csi_driver.backends.librados import Session, Where, check, loaded, opened_pool, pool_name
+from csi_driver.backends.librados import library as rados
 
 _FEATURES: Final = {
     "layering": 1 << 0,
@@ -30,6 +32,8 @@ _IMAGE_FORMAT: Final = 2
 _ID_BYTES: Final = 64 << 10
 _SOME_BYTES: Final = 16 << 10
 _SOME_CLIENTS: Final = 16
+_PIECE: Final = 4 << 20
+_NOT_OF_PARENTS, _BY_OBJECTS = 0, 1
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Lock:
     address: str
 
 
-def info(session: c_void_p, where: Where, image: str) -> Image | None:
+def info(session: Session, where: Where, image: str) -> Image | None:
     """The image of that name, whoever made it."""
     size, identity = c_uint64(), ctypes.create_string_buffer(_ID_BYTES)
     try:
@@ -63,9 +67,7 @@ def info(session: c_void_p, where: Where, image: str) -> Image | None:
     return Image(identity.value.decode(), size.value, data_pool if data_pool != where.pool else None)
 
 
-def make(
-    session: c_void_p, where: Where, image: str, size: int, features: Sequence[str], data_pool: str | None
-) -> None:
+def make(session: Session, where: Where, image: str, size: int, features: Sequence[str], data_pool: str | None) -> None:
     """Make a blank image of `size` bytes. Raises FileExistsError."""
     rbd, options = library(), c_void_p()
     rbd.rbd_image_options_create(byref(options))
@@ -80,25 +82,57 @@ def make(
         rbd.rbd_image_options_destroy(options)
 
 
-def resize(session: c_void_p, where: Where, image: str, size: int) -> None:
+def resize(session: Session, where: Where, image: str, size: int) -> None:
     """Give it `size` bytes; where it is mapped that is seen when this returns."""
     with _opened(session, where, image, writable=True) as opened:
         check(library().rbd_resize(opened, size))
 
 
-def rename(session: c_void_p, where: Where, image: str, name: str) -> None:
+def remove(session: Session, where: Where, image: str) -> None:
+    """Remove it, and what is left of one that was half made or half removed; absent is fine."""
+    with suppress(FileNotFoundError), opened_pool(session, where) as pool:
+        check(library().rbd_remove(pool, image.encode()))
+
+
+def is_unwritten(session: Session, where: Where, image: str) -> bool:
+    """Whether nothing was ever written to it that is still there."""
+    size, found = c_uint64(), list[int]()
+
+    def note(offset: int, _: int, exists: int, __: object) -> int:
+        found.extend([offset] if exists else [])
+        return 0
+
+    with _opened(session, where, image) as opened:
+        check(library().rbd_get_size(opened, byref(size)))
+        each = _Extent(note)
+        check(library().rbd_diff_iterate2(opened, None, 0, size.value, _NOT_OF_PARENTS, _BY_OBJECTS, each, None))
+    return not found
+
+
+def overwrite(session: Session, where: Where, image: str, length: int) -> None:
+    """Random bytes over its first `length` bytes, without mapping it."""
+    size = c_uint64()
+    with _opened(session, where, image, writable=True) as opened:
+        check(library().rbd_get_size(opened, byref(size)))
+        for at in range(0, end := min(length, size.value), _PIECE):
+            content = os.urandom(min(_PIECE, end - at))
+            check(library().rbd_write(opened, at, len(content), content))
+        check(library().rbd_flush(opened))
+
+
+def rename(session: Session, where: Where, image: str, name: str) -> None:
     """Give it another name, in one step; who has it open goes on. Raises FileExistsError."""
     with opened_pool(session, where) as pool:
         check(library().rbd_rename(pool, image.encode(), name.encode()))
 
 
-def describe(session: c_void_p, where: Where, image: str, key: str, value: str) -> None:
+def describe(session: Session, where: Where, image: str, key: str, value: str) -> None:
     """Set one key of its metadata."""
     with _opened(session, where, image, writable=True) as opened:
         check(library().rbd_metadata_set(opened, key.encode(), value.encode()))
 
 
-def metadata(session: c_void_p, where: Where, image: str) -> Mapping[str, str]:
+def metadata(session: Session, where: Where, image: str) -> Mapping[str, str]:
     """All of its metadata."""
     keys, values = _Words(), _Words()
     with _opened(session, where, image) as opened:
@@ -106,7 +140,7 @@ def metadata(session: c_void_p, where: Where, image: str) -> Mapping[str, str]:
     return dict(zip(keys.all(), values.all(), strict=True))
 
 
-def watchers(session: c_void_p, where: Where, image: str) -> Sequence[str]:
+def watchers(session: Session, where: Where, image: str) -> Sequence[str]:
     """The addresses of those who have it open for writing."""
     count, found = c_size_t(_SOME_CLIENTS), (_Watcher * 0)()
 
@@ -123,7 +157,7 @@ def watchers(session: c_void_p, where: Where, image: str) -> Sequence[str]:
         library().rbd_watchers_list_cleanup(found, count.value)
 
 
-def locks(session: c_void_p, where: Where, image: str) -> Sequence[Lock]:
+def locks(session: Session, where: Where, image: str) -> Sequence[Lock]:
     """Its locks, and who has them."""
     tag, lockers, cookies, addresses = _Words(), _Words(), _Words(), _Words()
     with _opened(session, where, image) as opened:
@@ -136,14 +170,14 @@ def locks(session: c_void_p, where: Where, image: str) -> Sequence[Lock]:
     return [Lock(*each) for each in found]
 
 
-def break_lock(session: c_void_p, where: Where, image: str, lock: Lock) -> None:
+def break_lock(session: Session, where: Where, image: str, lock: Lock) -> None:
     """Take a lock from whoever has it."""
     with _opened(session, where, image, writable=True) as opened:
         check(library().rbd_break_lock(opened, lock.locker.encode(), lock.id.encode()))
 
 
 @contextmanager
-def _opened(session: c_void_p, where: Where, name: str, *, writable: bool = False) -> Iterator[c_void_p]:
+def _opened(session: Session, where: Where, name: str, *, writable: bool = False) -> Iterator[c_void_p]:
     image = c_void_p()
     opens = library().rbd_open if writable else library().rbd_open_read_only
     with opened_pool(session, where) as pool:
@@ -152,6 +186,9 @@ def _opened(session: c_void_p, where: Where, name: str, *, writable: bool = Fals
             yield image
         finally:
             library().rbd_close(image)
+
+
+_Extent = ctypes.CFUNCTYPE(c_int, c_uint64, c_size_t, c_int, c_void_p)
 
 
 class _Watcher(ctypes.Structure):
@@ -185,6 +222,16 @@ def _until_it_fits(ask: Callable[[], int]) -> int:
     return check(code)
 
 
+def version() -> str:
+    """Of both libraries. Raises FailedPrecondition."""
+    found = []
+    for name, tells in (("librados", rados().rados_version), ("librbd", library().rbd_version)):
+        numbers = c_int(), c_int(), c_int()
+        tells(*map(byref, numbers))
+        found.append(f"{name} {'.'.join(str(each.value) for each in numbers)}")
+    return ", ".join(found)
+
+
 @cache
 def library() -> ctypes.CDLL:
     """librbd, loaded once. Raises FailedPrecondition."""
@@ -196,5 +243,8 @@ def library() -> ctypes.CDLL:
     rbd.rbd_resize.argtypes = (c_void_p, c_uint64)
     rbd.rbd_get_id.argtypes = (c_void_p, c_char_p, c_size_t)
     rbd.rbd_metadata_list.argtypes = (c_void_p, c_char_p, c_uint64, c_char_p, c_void_p, c_char_p, c_void_p)
+    rbd.rbd_diff_iterate2.argtypes = (c_void_p, c_char_p, c_uint64, c_uint64, c_ubyte, c_ubyte, _Extent, c_void_p)
+    rbd.rbd_write.argtypes = (c_void_p, c_uint64, c_size_t, c_char_p)
+    rbd.rbd_write.restype = c_ssize_t
     rbd.rbd_watchers_list_cleanup.argtypes = (c_void_p, c_size_t)
     return rbd

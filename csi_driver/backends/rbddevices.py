@@ -6,13 +6,13 @@ What asks by it (publish, unstage) needs no cluster that answers.
 """
 
 import contextlib
+import errno
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from csi_driver.backends.rbderrors import CephMissing
 from csi_driver.backends.rbdpool import CephPool
 from csi_driver.host.files import Files, read_file
 from csi_driver.host.handle import Handle
@@ -114,30 +114,33 @@ class MappedVolumes:
         return self._images.open(mapped)
 
     def map(self, volume_id: str, pool: CephPool, pin: Pin, options: Sequence[str]) -> MappedImage:
-        """Map the pinned image, and no other that has its name; it is pinned before.
+        """Map the pinned image, by a client of its own, and no other that has its name; it is pinned before.
 
-        Raises DeviceMismatch for another one, which is not mapped then, FailedPrecondition where the kernel's module is
-        not loaded, and what `CephPool.map` raises.
+        Raises DeviceMismatch for another one, which is not mapped then, CephMissing, DeadlineExceeded naming what
+        hangs, FailedPrecondition where the kernel's module is not loaded or cannot map such an image, CommandFailed.
         """
         path = self._path(volume_id)
         self._files.write(path, msgspec.json.encode(pin))
+        address = pool.address(pin.image, ("noshare", *options))
+        what = f"rbd-map of volume {volume_id}"
         try:
-            node = pool.map(pin.image, options)
-        except CephMissing:
-            if self._images.is_loaded:
-                raise
-            raise FailedPrecondition(
-                f"the image {pin.image} of volume {volume_id} cannot be mapped: the kernel's module rbd is not loaded "
-                f"on this node, and rbd could not load it; run 'modprobe rbd' there, and have it loaded at each boot"
-            ) from None  # rbd says "No such file or directory", as of an image that is missing
-        found = next((one for one in self._images.all() if one.path == node), None)
-        if found is None or not pin.is_shown_by(found):
-            if found is not None:
-                self.unmap(volume_id, found)
+            found = self._workers.call(what, self._seconds, self._images.map, address)
+        except DeadlineExceeded as error:
+            raise pool.silent(what, self._seconds, error) from None
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.ENXIO):
+                raise FailedPrecondition(
+                    f"the kernel of this node cannot map the image {pin.image} of volume {volume_id} "
+                    f"({error.strerror}): its log (dmesg) says whether it lacks a feature (imageFeatures of the class) "
+                    f"or does not know an option ({', '.join(options) or 'mapOptions'}); a newer kernel may"
+                ) from None
+            raise pool.meaning(f"mapping {pin.image} for volume {volume_id}", error, self._seconds) from None
+        if not pin.is_shown_by(found):
+            self.unmap(volume_id, found)
             raise DeviceMismatch(
                 f"the image {pin.image} in {pool.place} is not that of volume {volume_id}: expected the "
-                f"{pin.identity}, found {found.identity if found else node}; somebody has put another one in its "
-                f"place, put the volume's own back"
+                f"{pin.identity}, found {found.identity}; somebody has put another one in its place, put the "
+                f"volume's own back"
             )
         self._files.write(path, msgspec.json.encode(msgspec.structs.replace(pin, client=found.client)))
         return found

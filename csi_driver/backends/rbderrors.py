@@ -1,16 +1,13 @@
-"""What Ceph's libraries and programs say when they fail, as errors of ours: by the number of the error.
+"""What Ceph's libraries, and the kernel, answer when they fail, as errors of ours: by the number of the error."""
 
-Of a program it is in the text.
-"""
-
-import re
-from errno import EACCES, EINVAL, ENOENT
+from errno import EINVAL, ENOENT
 from typing import Final
 
 from csi_driver.backends.rbdplace import Cluster
 from csi_driver.model.errors import (
     Aborted,
     CommandFailed,
+    DeadlineExceeded,
     DeviceInUse,
     DriverError,
     FailedPrecondition,
@@ -21,13 +18,6 @@ from csi_driver.model.errors import (
 USER: Final = "userID"
 KEY: Final = "userKey"
 
-_ERRNO: Final = re.compile(r"\((\d+)\) ")
-_NAMELESS: Final = re.compile(r"unable to parse addrs|server name not found")
-_LOGGED: Final = re.compile(r"\d{4}-\d\d-\d\dT")
-_REFUSED: Final = re.compile(
-    r"handle_auth_bad_method|failed to decode key|failed to fetch mon config|connect(ing)? to the cluster"
-)
-
 
 class CephMissing(NotFound):
     """No such pool, image or object."""
@@ -37,18 +27,15 @@ class CephExists(Aborted):
     """It exists already: somebody else makes it at the same time."""
 
 
-def told(cluster: Cluster, user: str, what: str, code: int, text: str) -> DriverError:
-    """What a program said when it ended with that code, as an error of ours."""
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not _LOGGED.match(line)]
-    said = lines[-1] if lines else (text.splitlines() or [f"exit code {code}"])[-1]
-    found = next((int(match[1]) for line in reversed(lines) if (match := _ERRNO.search(line))), code)
-    if _NAMELESS.search(text):
-        return refused(cluster, user, ENOENT)
-    if _REFUSED.search(text):
-        return refused(cluster, user, EACCES)
-    if found == 1 and "ermi" not in said:
-        found = 0  # an exit code, and no EPERM
-    return meant(cluster, user, what, found, said)
+def silent(cluster: Cluster, what: str, seconds: float, error: DeadlineExceeded | None = None) -> DeadlineExceeded:
+    """It did not answer in time; `error` says what became of the process that asked."""
+    if error is not None and "did not start" in str(error):
+        return error
+    end = "it cannot be killed" if "cannot be killed" in str(error) else "it was killed" if error else "it gave up"
+    return DeadlineExceeded(
+        f"the Ceph cluster {cluster.id} ({','.join(cluster.monitors)}) did not answer {what} within {seconds:g} s "
+        f"({end}); look at 'ceph status' and at the network between this node and its monitors and OSDs"
+    )
 
 
 def refused(cluster: Cluster, user: str, number: int) -> DriverError:

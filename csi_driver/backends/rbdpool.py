@@ -1,35 +1,43 @@
 """A pool of Ceph as one user: objects and their maps, images, the cluster that it is in and its blocklist."""
 
-import os
+import base64
+import errno
 from collections.abc import Callable, Mapping, Sequence
-from typing import Concatenate, Final, ParamSpec, TypeVar
+from typing import Final, TypeVar
 
 import msgspec
 
 from csi_driver.backends import librados, librbd
 from csi_driver.backends.librados import Where
 from csi_driver.backends.librbd import Image
-from csi_driver.backends.rbderrors import CephMissing
+from csi_driver.backends.rbderrors import CephMissing, meant, silent
 from csi_driver.backends.rbdplace import Place
-from csi_driver.backends.rbdtool import CephClients, Credentials, memory_file
-from csi_driver.host.handle import Handle
-from csi_driver.model.errors import CommandFailed, FailedPrecondition
+from csi_driver.backends.rbdtool import CephClients, Credentials
+from csi_driver.host.krbd import ImageAddress
+from csi_driver.model.errors import CommandFailed, DeadlineExceeded, DriverError, FailedPrecondition
 from csi_driver.model.reading import decode
 
-P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
 _BLOCKED_SECONDS: Final = 5 * 365 * 24 * 3600.0  # as CSI-Addons' network fence: a frozen node may wake up any time
-_DIFF_PIECE: Final = 4 << 20
 
 
-class _Used(msgspec.Struct, frozen=True):
-    used: int = msgspec.field(name="used_size")
+class _Address(msgspec.Struct, frozen=True):
+    type: str
+    address: str = msgspec.field(name="addr")
 
 
-class _Usage(msgspec.Struct, frozen=True):
-    images: list[_Used]
+class _Addresses(msgspec.Struct, frozen=True):
+    all: list[_Address] = msgspec.field(name="addrvec")
+
+
+class _Monitor(msgspec.Struct, frozen=True):
+    addresses: _Addresses = msgspec.field(name="public_addrs")
+
+
+class _Monitors(msgspec.Struct, frozen=True):
+    monitors: list[_Monitor] = msgspec.field(name="mons")
 
 
 class _PoolStats(msgspec.Struct, frozen=True):
@@ -124,10 +132,7 @@ class CephPool:
 
         Raises DeviceInUse while anybody has it open.
         """
-        try:
-            self._rbd("rm", "--no-progress", self._spec(image), seconds=seconds)
-        except CephMissing:
-            return
+        self._ask(f"rbd rm {self._spec(image)}", librbd.remove, self._where, image, seconds=seconds)
 
     def watchers(self, image: str) -> Sequence[str]:
         """The addresses of those who have it open for writing."""
@@ -135,8 +140,7 @@ class CephPool:
 
     def is_unwritten(self, image: str, seconds: float) -> bool:
         """Whether nothing was ever written to it that is still there."""
-        said = self._rbd("du", "--format", "json", self._spec(image), seconds=seconds)
-        return all(each.used == 0 for each in _decoded(_Usage, said, "rbd du").images)
+        return self._ask(f"rbd du {self._spec(image)}", librbd.is_unwritten, self._where, image, seconds=seconds)
 
     def describe(self, image: str, key: str, value: str) -> None:
         """Set one key of its metadata, which `rbd image-meta list` shows."""
@@ -153,24 +157,34 @@ class CephPool:
         self._ask(what, librbd.rename, self._where, image, name)
 
     def overwrite(self, image: str, length: int, seconds: float) -> None:
-        """Random bytes over its first `length` bytes, without mapping it (rbd(8), import-diff). Raises CephMissing."""
-        found = self.info(image)
-        if found is None:
-            raise CephMissing(f"there is no image {self._spec(image)} to overwrite")
-        size = found.size
-        parts = [b"rbd diff v1\n", b"s", size.to_bytes(8, "little")]  # doc/dev/rbd-diff.rst
-        for at in range(0, min(length, size), _DIFF_PIECE):
-            piece = min(_DIFF_PIECE, min(length, size) - at)
-            parts += [b"w", at.to_bytes(8, "little"), piece.to_bytes(8, "little"), os.urandom(piece)]
-        with memory_file(b"".join([*parts, b"e"]), "random bytes") as source:
-            self._rbd("import-diff", "--no-progress", source, self._spec(image), seconds=seconds)
+        """Random bytes over its first `length` bytes, without mapping it. Raises CephMissing."""
+        self._ask(f"overwriting {self._spec(image)}", librbd.overwrite, self._where, image, length, seconds=seconds)
 
-    def map(self, image: str, options: Sequence[str]) -> str:
-        """Show it as a block device of this node, by a client of its own; returns the device's path.
+    def address(self, image: str, options: Sequence[str]) -> ImageAddress:
+        """Where the kernel finds it. Raises FailedPrecondition where no monitor speaks what the options want."""
+        said = self._ask("ceph mon dump", librados.command, {"prefix": "mon dump", "format": "json"})
+        wanted = "v2" if any(one.startswith("ms_mode=") and one != "ms_mode=legacy" for one in options) else "v1"
+        monitors = _decoded(_Monitors, said, "ceph mon dump").monitors
+        found = [one.address for each in monitors for one in each.addresses.all if one.type == wanted]
+        if not found:
+            raise FailedPrecondition(
+                f"the monitors of the Ceph cluster {self.place.cluster.id} have no address of the kind {wanted}, which "
+                f"the kernel would speak to; set ms_mode in mapOptions of the class (prefer-crc, say) where they have "
+                f"v2 alone, and leave it out where they have v1"
+            )
+        place, user = self.place, self._credentials
+        namespace = place.cluster.namespace
+        return ImageAddress(found, user.user, base64.b64decode(user.key), place.pool, namespace, image, options)
 
-        `noudev`: rbd would wait for udev, which it cannot hear in a container, for good.
-        """
-        return self._rbd("map", "-o", ",".join(("noudev", "noshare", *options)), self._spec(image)).strip()
+    def meaning(self, what: str, error: OSError, seconds: float) -> DriverError:
+        """What the kernel answered within so many seconds, as an error of ours."""
+        if error.errno == errno.ETIMEDOUT:
+            return silent(self.place.cluster, what, seconds)
+        return meant(self.place.cluster, self._credentials.user, what, error.errno or 0, str(error.strerror))
+
+    def silent(self, what: str, seconds: float, error: DeadlineExceeded) -> DeadlineExceeded:
+        """That the kernel did not answer, naming the cluster."""
+        return silent(self.place.cluster, what, seconds, error)
 
     # --- the cluster
 
@@ -215,13 +229,8 @@ class CephPool:
     def _spec(self, image: str) -> str:
         return f"{self.place.spec}/{image}"
 
-    def _ask(
-        self, what: str, function: Callable[Concatenate[librados.Session, P], R], *args: P.args, **kwargs: P.kwargs
-    ) -> R:
-        return self._clients.ask(self.place.cluster, self._credentials, what, function, *args, **kwargs)
-
-    def _rbd(self, *words: str | Handle, seconds: float | None = None) -> str:
-        return self._clients.run(self.place.cluster, self._credentials, "rbd", *words, seconds=seconds)
+    def _ask(self, what: str, function: Callable[..., R], *args: object, seconds: float | None = None) -> R:
+        return self._clients.ask(self.place.cluster, self._credentials, what, function, *args, seconds=seconds)
 
 
 def _decoded(kind: type[T], said: str | bytes, what: str) -> T:

@@ -1,8 +1,7 @@
-"""How a cluster of Ceph is spoken to: questions by its libraries, in workers; what may take long by the program `rbd`.
+"""How a cluster of Ceph is asked: by its libraries, in workers.
 
-Neither in the server: what hangs on a cluster is a process with a time limit, and no thread of ours. No configuration
-file of the host is read, and no file written: monitors are an argument, the key is in memory alone, and a program gets
-it as a descriptor.
+Not in the server: what hangs on a cluster is a process with a time limit, and no thread of ours. No configuration file
+of the host is read, and no file written: the key is in memory alone.
 """
 
 import base64
@@ -12,18 +11,16 @@ import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Concatenate, Final, ParamSpec, TypeVar
+from typing import Final, TypeVar
 
 from csi_driver.backends import librados
 from csi_driver.backends.librados import Login, Refused
-from csi_driver.backends.rbderrors import KEY, USER, meant, refused, told
+from csi_driver.backends.rbderrors import KEY, USER, meant, refused, silent
 from csi_driver.backends.rbdplace import Cluster
-from csi_driver.host.commands import Commands, ProgramFailed
 from csi_driver.host.handle import Handle
 from csi_driver.host.workers import Workers
 from csi_driver.model.errors import DeadlineExceeded
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 _KIND: Final = "ceph"
@@ -48,99 +45,53 @@ class Credentials:
 
 
 class CephClients:
-    """Asks one question or runs one program at a time, each for at most `seconds`."""
+    """Asks one question at a time, each for at most `seconds`."""
 
-    def __init__(self, workers: Workers, commands: Commands, seconds: float) -> None:
+    def __init__(self, workers: Workers, seconds: float) -> None:
         self._workers = workers
-        self._commands = commands
-        self.seconds = seconds
+        self._seconds = seconds
 
     def ask(
         self,
         cluster: Cluster,
         credentials: Credentials,
         what: str,
-        function: Callable[Concatenate[librados.Session, P], R],
-        *args: P.args,
-        **kwargs: P.kwargs,
+        function: Callable[..., R],
+        *args: object,
+        seconds: float | None = None,
     ) -> R:
-        """What a function of `librados` or `librbd` returns; `what` is the question as Ceph's programs are asked it.
+        """What a function of `librados` or `librbd` returns for those arguments behind its session.
 
-        Raises CephMissing, CephExists, DeviceInUse, ResourceExhausted, FailedPrecondition (the cluster refuses us, or
-        the library is missing), DeadlineExceeded, CommandFailed.
+        `what` is the question as Ceph's own programs are asked it. Raises CephMissing, CephExists, DeviceInUse,
+        ResourceExhausted, FailedPrecondition (the cluster refuses us, or the library is missing), DeadlineExceeded,
+        CommandFailed.
         """
-        login = Login(",".join(cluster.monitors), credentials.user, credentials.key)
+        login, limit = Login(",".join(cluster.monitors), credentials.user, credentials.key), seconds or self._seconds
         with (
-            memory_file(librados.question(login, function, args, kwargs), what) as asked,
-            memory_file(b"", f"the answer of {what}") as into,
+            _memory_file(librados.question(login, function, args), what) as asked,
+            _memory_file(b"", f"the answer of {what}") as into,
             self._workers.apart(_KIND),
         ):
             try:
-                self._workers.call(what, self.seconds, librados.answer, asked, into)
+                self._workers.call(what, limit, librados.answer, asked, into)
             except DeadlineExceeded as error:
-                raise _silent(cluster, what, self.seconds, error) from None
+                raise silent(cluster, what, limit, error) from None
             except Refused as error:
                 if error.errno == errno.ETIMEDOUT:
-                    raise _silent(cluster, what, self.seconds) from None
+                    raise silent(cluster, what, limit) from None
                 raise refused(cluster, credentials.user, error.errno or 0) from None
             except OSError as error:
                 raise meant(cluster, credentials.user, what, error.errno or 0, str(error.strerror)) from None
-            answer: R = pickle.loads(content_of(into))  # noqa: S301 - of our own child
+            answer: R = pickle.loads(os.pread(into.fd, os.fstat(into.fd).st_size, 0))  # noqa: S301 - of our own child
             return answer
 
-    def run(
-        self,
-        cluster: Cluster,
-        credentials: Credentials,
-        program: str,
-        *words: str | Handle,
-        seconds: float | None = None,
-    ) -> str:
-        """All that a program says on standard output. Errors as `ask`."""
-        limit = self.seconds if seconds is None else seconds
-        monitors = ",".join(cluster.monitors)
-        with (
-            memory_file(credentials.key.encode(), f"the key of client.{credentials.user}") as key,
-            memory_file(b"", f"the answer of {program}") as answer,
-        ):
-            access = ("-c", "/dev/null", "-m", monitors, "--id", credentials.user, "--keyfile", key)
-            try:
-                self._commands.run_into(answer, [program, *access, *words], timeout=limit)
-            except DeadlineExceeded as error:
-                raise _silent(cluster, _shown(program, words), limit, error) from None
-            except ProgramFailed as failed:
-                # Both: on standard error a client may have logged what did not matter, and said the error on the other.
-                said = f"{content_of(answer).decode(errors='replace')}\n{failed.stderr}"
-                said = said.replace(credentials.key, "…")  # Ceph quotes a key that it cannot decode
-                raise told(cluster, credentials.user, _shown(program, words), failed.code, said) from None
-            return content_of(answer).decode(errors="replace")
 
-
-def _silent(cluster: Cluster, what: str, seconds: float, error: DeadlineExceeded | None = None) -> DeadlineExceeded:
-    if error is not None and "did not start" in str(error):
-        return error
-    end = "it cannot be killed" if "cannot be killed" in str(error) else "it was killed" if error else "it gave up"
-    return DeadlineExceeded(
-        f"the Ceph cluster {cluster.id} ({','.join(cluster.monitors)}) did not answer {what} within {seconds:g} s "
-        f"({end}); look at 'ceph status' and at the network between this node and its monitors and OSDs"
-    )
-
-
-def memory_file(content: bytes, name: str) -> Handle:
+def _memory_file(content: bytes, name: str) -> Handle:
     """A file in memory alone with that content, which is what people are told instead of its path."""
     descriptor = os.memfd_create("luks-csi", os.MFD_CLOEXEC)
     with open(descriptor, "wb", closefd=False) as file:
         file.write(content)
     return Handle(descriptor, name)
-
-
-def content_of(file: Handle) -> bytes:
-    """All of a file in memory."""
-    return os.pread(file.fd, os.fstat(file.fd).st_size, 0)
-
-
-def _shown(program: str, words: Sequence[str | Handle]) -> str:
-    return " ".join([program, *(str(word) for word in words)])[:200]
 
 
 def pools_of(clients: CephClients, cluster: Cluster, credentials: Credentials) -> Sequence[str]:

@@ -55,12 +55,14 @@ def find_user(description: str) -> KeptKey | None:
     return None if box is None or key is None else KeptKey(key, box)
 
 
-def add_to_thread(description: str, key: bytearray) -> None:
+def add_to_thread(description: str, key: bytearray, kind: str = "logon") -> None:
     """Put a key into the calling thread's keyring, as libcryptsetup does; dm-crypt takes it by this name.
+
+    Of the kind `ceph` krbd takes it (Documentation/ABI/testing/sysfs-bus-rbd).
 
     The kernel has a copy, so the caller wipes his. Raises FailedPrecondition (quota), CommandFailed.
     """
-    if _call(description, "add_key", b"logon", description.encode(), key, len(key), _THREAD_KEYRING) is None:
+    if _call(description, "add_key", kind.encode(), description.encode(), key, len(key), _THREAD_KEYRING) is None:
         raise CommandFailed(f"the key {description} could not be put into this thread's keyring; call again")
 
 

@@ -1,4 +1,4 @@
-"""RBD images that the kernel shows as block devices of this node: which one is which, and how one is let go of.
+"""RBD images that the kernel shows as block devices of this node: how one is shown, which one is which, how one goes.
 
 What the kernel says of each is below /sys/bus/rbd (Documentation/ABI/testing/sysfs-bus-rbd): the cluster, the pool's
 number, the namespace and the image's id, which no other image has, whatever its name; and the address of the client by
@@ -9,15 +9,18 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
+from csi_driver.host import keyring
+from csi_driver.host.commands import run_program
 from csi_driver.host.files import read_attribute
 from csi_driver.host.handle import Handle, open_handle
-from csi_driver.model.errors import CommandFailed, DeviceInUse, DeviceMismatch
+from csi_driver.model.errors import CommandFailed, DeviceInUse, DeviceMismatch, FailedPrecondition
 
 _BUS: Final = "/sys/bus/rbd"
+_LOAD_SECONDS: Final = 20.0
 _DEVICE: Final = re.compile(r"/devices/rbd/(\d+)/block/rbd\d+")
 
 
@@ -52,6 +55,27 @@ class MappedImage:
         return f"/dev/rbd{self.number}"
 
 
+@dataclass(frozen=True)
+class ImageAddress:
+    """Where an image is found, and as whom; repr leaves the key out, which is the user's as bytes."""
+
+    monitors: Sequence[str]
+    user: str
+    key: bytes = field(repr=False)
+    pool: str
+    namespace: str
+    image: str
+    options: Sequence[str]
+
+    @property
+    def line(self) -> str:
+        """What the kernel is told; the key it looks for in the keyrings of who tells it."""
+        options = [f"name={self.user}", f"key=client.{self.user}", *self.options]
+        if self.namespace:
+            options.append(f"_pool_ns={self.namespace}")
+        return f"{','.join(self.monitors)} {','.join(options)} {self.pool} {self.image} -"
+
+
 class MappedImages:
     """The mapped images of this node. `bus` is where the kernel tells of them."""
 
@@ -60,8 +84,43 @@ class MappedImages:
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the kernel can map images: `rbd map` loads the module where modprobe and the modules are there."""
+        """Whether the kernel can map images."""
         return os.path.isdir(self._bus)
+
+    def load(self) -> None:
+        """Have the kernel load its module, where modprobe and the modules are. Raises FailedPrecondition."""
+        if not self.is_loaded:
+            with contextlib.suppress(FailedPrecondition, CommandFailed):
+                run_program(("modprobe", "rbd", "single_major=Y"), timeout=_LOAD_SECONDS)
+            if not self.is_loaded:
+                raise FailedPrecondition(
+                    "the kernel's module rbd is not loaded on this node, and the driver could not load it; run "
+                    "'modprobe rbd' there, and have it loaded at each boot"
+                )
+
+    def map(self, address: ImageAddress) -> MappedImage:
+        """Show it as a device of this node, by its name: what came is to be compared with what was meant.
+
+        Waits for the cluster as long as the options allow. Raises OSError as the kernel answers, FailedPrecondition
+        where the module is not there, CommandFailed.
+        """
+        self.load()
+        before = {one.number for one in self.all()}
+        keyring.add_to_thread(f"client.{address.user}", bytearray(address.key), "ceph")
+        try:
+            descriptor = os.open(f"{self._bus}/add_single_major", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(descriptor, address.line.encode())
+            finally:
+                os.close(descriptor)
+        finally:
+            keyring.clear_thread()
+        for one in self.all():
+            with contextlib.suppress(OSError):  # of one that goes meanwhile
+                place = self._read(one.number, "pool"), one.identity.namespace, self._read(one.number, "name")
+                if one.number not in before and place == (address.pool, address.namespace, address.image):
+                    return one
+        raise CommandFailed(f"the image {address.image} was mapped and is gone; somebody unmapped it, call again")
 
     def find(self, identity: ImageIdentity) -> list[MappedImage]:
         """Those of that very image, in the kernel's order; snapshots are none."""

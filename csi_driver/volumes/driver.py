@@ -272,7 +272,7 @@ def _rbd(settings: Settings, host: Host, folder: Path, memory: Path) -> Backend:
     told = Memory.of(settings) if is_server else read_memory(memory)
     secrets = list(dict.fromkeys(Path(each) for each in (settings.ceph_secret, told.ceph_secret) if each))
     limits, logs = settings.limits, VolumeLogs()
-    clients = CephClients(host.workers, Commands(host.workers), limits.mount_seconds)
+    clients = CephClients(host.workers, limits.mount_seconds)
     devices = MappedVolumes(folder, host.files, host.workers, MappedImages(), limits.mount_seconds)
     return RbdBackend(
         folder,

@@ -4,7 +4,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from csi_driver.backends.base import Backend, HasPools
@@ -34,7 +34,7 @@ _GIB = 1 << 30
 _RECHECK_SECONDS = 10.0
 _COMMAND_SECONDS = 20.0
 _KEYS_RUN_OUT = 0.8
-_OF_BACKENDS = {"lvm": ("lvm", "thin_check"), "rbd": ("rbd",)}
+_OF_BACKENDS = {"lvm": ("lvm", "thin_check")}
 
 
 class Health:
@@ -93,7 +93,7 @@ class Health:
             self._kernel,
             self._file_systems,
             self._programs,
-            *((self._krbd,) if self._backend.name == "rbd" and Service.NODE in self._settings.services else ()),
+            *(self._ceph_checks() if self._backend.name == "rbd" else ()),
             self._permissions,
             self._clock,
             self._memory,
@@ -226,6 +226,14 @@ class Health:
             return ", ".join(wanted)
 
         return look_at("programs", look, "install the packages that hold them", fatal=False)
+
+    def _ceph_checks(self) -> Sequence[Callable[[], Finding]]:
+        return (self._ceph, self._krbd) if Service.NODE in self._settings.services else (self._ceph,)
+
+    def _ceph(self) -> Finding:
+        from csi_driver.backends.librbd import version  # noqa: PLC0415 - who has no Ceph pays nothing for it
+
+        return look_at("ceph", version, "install the package librbd1", fatal=False)
 
     def _krbd(self) -> Finding:
         from csi_driver.host.krbd import MappedImages  # noqa: PLC0415 - who has no Ceph pays nothing for it

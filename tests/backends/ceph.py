@@ -13,6 +13,7 @@ import struct
 import subprocess
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -123,6 +124,16 @@ class Ceph:
         if check and done.returncode:
             raise AssertionError(f"{' '.join(argv)}: {done.stderr}")
         return done.stdout
+
+    @contextlib.contextmanager
+    def running(self, program: str, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+        """One that runs as long as the block, and is killed at its end."""
+        argv = [program, "-c", f"{self._folder}/ceph.conf", "--keyring", f"{self._folder}/keyring", *words]
+        with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
     def asked(self, program: str, *words: str) -> Any:
         """The same, its answer as JSON."""

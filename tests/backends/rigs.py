@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -32,7 +32,6 @@ from csi_driver.backends.records import RecordCodec
 from csi_driver.host.commands import Commands
 from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.files import Files
-from csi_driver.host.handle import Handle
 from csi_driver.host.krbd import MappedImages
 from csi_driver.host.loop import LoopDevices
 from csi_driver.host.mounts import Mounts
@@ -48,7 +47,7 @@ from tests.fake_host import Step, SteppedFiles, undisturbed
 LIMITS = Limits(format_seconds=60, unlock_seconds=20, mount_seconds=60)
 GROUP = "vg-test"
 POOL = "thin-pool"
-_CHANGING = {"append", "put", "rm", "setomapval", "rmomapkey", "create", "resize", "set", "import-diff", "map"}
+_CHANGING = {"append", "put", "rm", "setomapval", "rmomapkey", "create", "resize", "set", "overwriting"}
 _CHANGING |= {"rename"}
 _DIRTY_BYTES = 160 * MIB
 _CONFIG = (
@@ -129,31 +128,32 @@ class SteppedClients(CephClients):
     step: Step
 
     def ask(
-        self, cluster: Cluster, credentials: Credentials, what: str, function: Any, *args: Any, **kwargs: Any
+        self, cluster: Cluster, credentials: Credentials, what: str, function: Any, *args: Any, **limit: Any
     ) -> Any:
-        with self._stepped(what):
-            return super().ask(cluster, credentials, what, function, *args, **kwargs)
-
-    def run(
-        self,
-        cluster: Cluster,
-        credentials: Credentials,
-        program: str,
-        *words: str | Handle,
-        seconds: float | None = None,
-    ) -> str:
-        with self._stepped(" ".join([program, *map(str, words)])):
-            return super().run(cluster, credentials, program, *words, seconds=seconds)
-
-    @contextlib.contextmanager
-    def _stepped(self, what: str) -> Iterator[None]:
         program, *words = what.split()
-        changing = _CHANGING.intersection(words)
-        if changing and program == "rbd":
+        changing = _CHANGING.intersection(words) or ({program} & _CHANGING)
+        if changing and program != "rados":
             self.step(f"before {program} {' '.join(changing)}")
-        yield
+        answer = super().ask(cluster, credentials, what, function, *args, **limit)
         if changing:
             self.step(f"after {program} {' '.join(changing)}")
+        return answer
+
+
+class SteppedMapping(Workers):
+    """Tells `step` before and after an image is mapped, by the workers that it has."""
+
+    def __init__(self, workers: Workers, step: Step) -> None:
+        super().__init__(())
+        self._real, self._step = workers, step
+
+    def call(self, what: str, timeout: float, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if not what.startswith("rbd-map"):
+            return self._real.call(what, timeout, function, *args, **kwargs)
+        self._step("before rbd map")
+        found = self._real.call(what, timeout, function, *args, **kwargs)
+        self._step("after rbd map")
+        return found
 
 
 class RiggedBackend(RbdBackend):
@@ -221,10 +221,10 @@ class RbdRig:
         make_devices: type[MappedVolumes] = MappedVolumes,
         fence: Fence = fence_off,
     ) -> "RiggedBackend":
-        clients, folder = SteppedClients(self.workers, Commands(self.workers), seconds), self.folder_of(node_id)
+        clients, folder = SteppedClients(self.workers, seconds), self.folder_of(node_id)
         clients.step = step
         logs, files = VolumeLogs(), Files()
-        devices = make_devices(folder, files, self.workers, MappedImages(), seconds)
+        devices = make_devices(folder, files, SteppedMapping(self.workers, step), MappedImages(), seconds)
         made = RiggedBackend(
             folder,
             CephAccess(Clusters(self.config), clients, [self.secret]),

@@ -91,6 +91,7 @@ def test_a_volume_goes_to_ceph_byte_by_byte_and_any_node_can_have_it(
     rbd_rig: RbdRig, pair: Pair, other: Node, parameters: dict[str, str]
 ) -> None:
     content = fill(pair.files, parameters)
+    blocked = rbd_rig.ceph.asked("ceph", "osd", "blocklist", "ls")
     before, disk = pair.files.record(), pair.files.disk().read_bytes()
     copy = pair.files.store.header_copy(VOLUME).read_bytes() if before.luks else b""
     moved = pair.move()
@@ -113,7 +114,7 @@ def test_a_volume_goes_to_ceph_byte_by_byte_and_any_node_can_have_it(
     give(rbd_rig, pair, OTHER)
     assert shown(other, pair.far)[: len(content)] == content
     assert is_refused(pair.group, pair.far), "another node has it"
-    assert not rbd_rig.ceph.asked("ceph", "osd", "blocklist", "ls"), "who let go of it was fenced off"
+    assert rbd_rig.ceph.asked("ceph", "osd", "blocklist", "ls") == blocked, "who let go of it was fenced off"
 
 
 def test_a_file_system_goes_along_and_can_be_enlarged_there(pair: Pair) -> None:

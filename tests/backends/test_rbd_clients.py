@@ -3,8 +3,10 @@
 On the host, as `test_rbd_cluster.py`: `make ceph-test` runs it.
 """
 
+import base64
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -12,8 +14,7 @@ from csi_driver.backends.rbderrors import CephExists, CephMissing
 from csi_driver.backends.rbdplace import Cluster
 from csi_driver.backends.rbdpool import CephPool
 from csi_driver.backends.rbdtool import CephClients, Credentials
-from csi_driver.host.commands import Commands
-from csi_driver.model.errors import DriverError, FailedPrecondition
+from csi_driver.model.errors import DeviceInUse, DriverError, FailedPrecondition
 from tests.backends.ceph import CLUSTER, POOL, USER, new_key
 from tests.backends.rigs import RbdRig
 
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def pool_of(rig: RbdRig, name: str = POOL, namespace: str = "", user: str = USER, key: str = "") -> CephPool:
-    clients = CephClients(rig.workers, Commands(rig.workers), 20)
+    clients = CephClients(rig.workers, 20)
     place = Cluster(CLUSTER, tuple(rig.ceph.monitors), namespace).place(name)
     return CephPool(clients, place, Credentials(user, key or rig.ceph.key))
 
@@ -43,6 +44,16 @@ def user(ceph: RbdRig) -> Iterator[str]:
     ceph.ceph.admin("ceph", "auth", "get-or-create", "client.other", *RIGHTS)
     yield "other"
     ceph.ceph.admin("ceph", "auth", "rm", "client.other")
+
+
+def exported(rig: RbdRig) -> bytes:
+    """All of the image `one`."""
+    path = rig.folder_of("exported")
+    rig.ceph.admin("rbd", "export", "--no-progress", f"{POOL}/one", str(path))
+    try:
+        return path.read_bytes()
+    finally:
+        path.unlink()
 
 
 def key_of(rig: RbdRig, user: str) -> str:
@@ -127,6 +138,47 @@ def test_an_image_can_have_its_data_in_another_pool(ceph: RbdRig, pool: CephPool
         pool.remove("one", 20)
     finally:
         ceph.ceph.admin("ceph", "osd", "pool", "rm", "data", "data", "--yes-i-really-really-mean-it")
+
+
+def test_what_was_ever_written_to_an_image_is_seen_and_its_start_overwritten(ceph: RbdRig, pool: CephPool) -> None:
+    pool.make("one", 9 * MIB, FEATURES, None)
+    assert pool.is_unwritten("one", 20)
+    pool.overwrite("one", 5 * MIB, 20)
+    assert not pool.is_unwritten("one", 20)
+    content = exported(ceph)
+    assert len(content) == 9 * MIB
+    assert content[5 * MIB :] == bytes(4 * MIB)
+    assert all(len(set(content[at : at + 4096])) > 200 for at in range(0, 5 * MIB, 4096))
+    pool.overwrite("one", 1 << 40, 20)
+    with pytest.raises(CephMissing):
+        pool.overwrite("two", MIB, 20)
+    pool.remove("one", 20)
+    pool.remove("one", 20)
+    assert pool.info("one") is None
+
+
+def test_an_image_that_is_open_is_not_removed(ceph: RbdRig, pool: CephPool) -> None:
+    pool.make("one", MIB, FEATURES, None)
+    bench = ("bench", "--io-type", "write", "--io-size", "4096", "--io-total", "10G", f"{POOL}/one")
+    with ceph.ceph.running("rbd", *bench) as writer:
+        deadline = time.monotonic() + 20
+        while not pool.watchers("one"):
+            assert writer.poll() is None
+            assert time.monotonic() < deadline
+        with pytest.raises(DeviceInUse, match=r"rbd rm rbd/one .* unmap it where it is mapped"):
+            pool.remove("one", 20)
+    pool.fence("one", pool.watchers("one")[0])
+    assert pool.info("one") is not None
+
+
+def test_the_kernel_is_told_where_the_monitors_are(ceph: RbdRig, pool: CephPool) -> None:
+    assert pool.address("one", ("noshare",)).line == (
+        f"{ceph.ceph.address}:6789 name=csi,key=client.csi,noshare rbd one -"
+    )
+    within = pool_of(ceph, namespace="tenant").address("one", ("ms_mode=secure",))
+    assert within.line == f"{ceph.ceph.address}:3300 name=csi,key=client.csi,ms_mode=secure,_pool_ns=tenant rbd one -"
+    assert ceph.ceph.key not in f"{within} {within.line}"
+    assert base64.b64encode(within.key).decode() == ceph.ceph.key
 
 
 def test_metadata_comes_whole_however_much_it_is(pool: CephPool) -> None:
@@ -223,12 +275,11 @@ def test_a_node_that_was_fenced_off_is_told_so_and_goes_on_when_it_is_let_in_aga
     assert pool.get("one") == b"z"
 
 
-@pytest.mark.parametrize("ask", [lambda pool: pool.get("one"), lambda pool: pool.is_unwritten("one", 20)])
-def test_monitors_that_have_no_address_are_named(ceph: RbdRig, ask: Callable[[CephPool], object]) -> None:
+def test_monitors_that_have_no_address_are_named(ceph: RbdRig) -> None:
     cluster = Cluster(CLUSTER, ("mon.invalid:6789",))
-    clients = CephClients(ceph.workers, Commands(ceph.workers), 20)
+    clients = CephClients(ceph.workers, 20)
     with pytest.raises(FailedPrecondition, match=r"no address is found .* \(mon\.invalid:6789\); correct them"):
-        ask(CephPool(clients, cluster.place(POOL), Credentials(USER, ceph.ceph.key)))
+        CephPool(clients, cluster.place(POOL), Credentials(USER, ceph.ceph.key)).get("one")
 
 
 @pytest.mark.parametrize(("user", "key"), [("nobody", ""), (USER, new_key())])

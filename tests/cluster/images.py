@@ -132,7 +132,7 @@ def _make_images(binaries: Path, cache: Path) -> dict[str, str]:
     """Every image and its id."""
     images, ours = _Images(cache), {OURS: ""}
     if os.environ.get(CLUSTER_CEPH):
-        ours[OURS_WITH_CEPH] = "ceph-common kmod"
+        ours[OURS_WITH_CEPH] = "librbd1 kmod"
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         _make_base(images, Path(scratch))
         for name, packages in ours.items():

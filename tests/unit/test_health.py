@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from csi_driver.backends import librbd
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.commands import Commands
 from csi_driver.host.devicemapper import DeviceMapper
@@ -19,6 +20,7 @@ from csi_driver.host.machine import Disk, Machine, OwnProcesses, Swap
 from csi_driver.host.mounts import Mounts
 from csi_driver.keys.ledger import KeyEntry, KeyLedger
 from csi_driver.luks.mapping import Mappings
+from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.settings import Limits, Service, Settings
 from csi_driver.model.volume import (
     EncryptionState,
@@ -122,6 +124,10 @@ def test_memory_that_key_derivations_may_want_and_is_not_there_is_told(found: Fo
     assert "--unlocks-at-once" in finding.advice
 
 
+def cannot_be_loaded() -> str:
+    raise FailedPrecondition("librados.so.2 cannot be loaded")
+
+
 def test_what_images_of_ceph_need_is_looked_for_where_they_are_used(
     found: Found, health: Build, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,9 +141,11 @@ def test_what_images_of_ceph_need_is_looked_for_where_they_are_used(
     )  # fmt: skip
     monkeypatch.setattr(MappedImages, "is_loaded", True)
     assert found("krbd", of_ceph, machine).ok
-    monkeypatch.setattr(Commands, "has", lambda _, program: program != "rbd")
-    assert found("programs", settings, machine).ok
-    assert found("programs", of_ceph, machine).found == "not installed: rbd"
+    assert "ceph" not in {finding.name for finding in health(settings, machine).findings()}
+    monkeypatch.setattr(librbd, "version", lambda: "librados 3.0.0, librbd 1.16.0")
+    assert found("ceph", of_ceph, machine).found == "librados 3.0.0, librbd 1.16.0"
+    monkeypatch.setattr(librbd, "version", cannot_be_loaded)
+    assert "install the package librbd1" in found("ceph", of_ceph, machine).advice
 
 
 def test_a_disk_that_a_restart_empties_is_told(found: Found, settings: Settings) -> None:

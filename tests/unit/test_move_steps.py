@@ -24,7 +24,7 @@ from csi_driver.backends.records import RecordCodec
 from csi_driver.host import blockdev
 from csi_driver.host.handle import Handle, open_handle
 from csi_driver.host.holders import Holders
-from csi_driver.host.krbd import ImageIdentity, MappedImage, MappedImages
+from csi_driver.host.krbd import ImageAddress, ImageIdentity, MappedImage, MappedImages
 from csi_driver.host.locks import VolumeLocks
 from csi_driver.model.errors import Aborted, DeviceAbsent, DeviceInUse, FailedPrecondition, NotFound
 from csi_driver.model.settings import Limits
@@ -87,15 +87,16 @@ class Pool(FakePool):
     def rooms(self) -> Sequence[PoolRoom]:
         return [msgspec.convert({"name": "rbd", "id": 7, "stats": {"max_avail": 1 << 40}}, PoolRoom)]
 
-    def map(self, image: str, options: Sequence[str]) -> str:
+    def map(self, image: str) -> MappedImage:
         self.step("before map")
         number = next(self._numbers)
         client = f"192.0.2.7:0/{number}"
         identity = ImageIdentity("fsid-1", 7, "", self.images[image].id)
-        self.mapped.append(MappedImage(number, identity, is_snapshot=False, major=250, minor=number, client=client))
+        mapped = MappedImage(number, identity, is_snapshot=False, major=250, minor=number, client=client)
+        self.mapped.append(mapped)
         self.images[image].open_at.append(client)
         self.step("after map")
-        return f"/dev/rbd{number}"
+        return mapped
 
 
 class Kernel(MappedImages):
@@ -104,6 +105,9 @@ class Kernel(MappedImages):
     def __init__(self, pool: Pool) -> None:
         super().__init__("/nonexistent")
         self._pool = pool
+
+    def map(self, address: ImageAddress) -> MappedImage:
+        return self._pool.map(address.image)
 
     def all(self) -> Iterator[MappedImage]:
         return iter(list(self._pool.mapped))

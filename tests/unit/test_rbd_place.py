@@ -10,7 +10,6 @@ from csi_driver.backends import librados
 from csi_driver.backends.rbdaccess import CephAccess
 from csi_driver.backends.rbdplace import Cluster, Clusters, Place, digest_of, image_name
 from csi_driver.backends.rbdtool import CephClients, Credentials
-from csi_driver.host.commands import Commands
 from csi_driver.host.workers import Workers
 from csi_driver.model.access import Access
 from csi_driver.model.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound
@@ -36,14 +35,14 @@ class Clients(CephClients):
     """Tells the pools of each cluster; and who asked."""
 
     def __init__(self, pools: dict[str, str]) -> None:
-        super().__init__(Workers(()), Commands(Workers(())), 1)
+        super().__init__(Workers(()), 1)
         self.pools = pools
         self.asked: list[tuple[str, Credentials]] = []
 
     def ask(
-        self, cluster: Cluster, credentials: Credentials, what: str, function: Any, *args: Any, **kwargs: Any
+        self, cluster: Cluster, credentials: Credentials, what: str, function: Any, *args: Any, **limit: Any
     ) -> Any:
-        assert (function, args, kwargs) == (librados.pools, (), {})
+        assert (function, args, limit) == (librados.pools, (), {})
         self.asked.append((cluster.id, credentials))
         if cluster.id not in self.pools:
             raise DeadlineExceeded(f"the cluster {cluster.id} did not answer")

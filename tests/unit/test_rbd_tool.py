@@ -1,8 +1,7 @@
-"""What Ceph's libraries and programs answer when they fail, and where, is the error that it means."""
+"""What Ceph's libraries answer when they fail is the error that it means."""
 
 import errno
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,8 +11,6 @@ from csi_driver.backends.rbderrors import CephExists, CephMissing
 from csi_driver.backends.rbdplace import Cluster
 from csi_driver.backends.rbdpool import CephPool
 from csi_driver.backends.rbdtool import CephClients, Credentials
-from csi_driver.host.commands import Commands, ProgramFailed
-from csi_driver.host.handle import Handle
 from csi_driver.host.workers import Workers
 from csi_driver.model.errors import (
     CommandFailed,
@@ -25,19 +22,7 @@ from csi_driver.model.errors import (
 )
 
 KEY = "AQBcX2pnAAAAABAAcXVpdGUgcmFuZG9tIGtleQ=="
-LOGGED = "2026-11-29T15:19:42.454+0000 4d06e6c0 -1 monclient: get_auth_request but no auth handler is set up"
-
-
-class Saying(Commands):
-    """Every program fails, with that on its two streams."""
-
-    def __init__(self, code: int, stdout: str, stderr: str) -> None:
-        super().__init__(Workers(()))
-        self._code, self._stdout, self._stderr = code, stdout, stderr
-
-    def run_into(self, output: Handle, argv: Sequence[str | Handle], *, timeout: float) -> None:
-        os.write(output.fd, self._stdout.encode())
-        raise ProgramFailed([str(each) for each in argv], self._code, self._stderr)
+PLACE = Cluster("ceph-one", ("192.0.2.1:6789",)).place("rbd")
 
 
 class Failing(Workers):
@@ -49,39 +34,6 @@ class Failing(Workers):
 
     def call(self, what: str, timeout: float, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         raise self._error
-
-
-def pool(workers: Workers, commands: Commands) -> CephPool:
-    place = Cluster("ceph-one", ("192.0.2.1:6789",)).place("rbd")
-    return CephPool(CephClients(workers, commands, 1), place, Credentials("csi", KEY))
-
-
-def saying(code: int, stdout: str, stderr: str) -> CephPool:
-    return pool(Workers(()), Saying(code, stdout, stderr))
-
-
-@pytest.mark.parametrize(
-    ("code", "stdout", "stderr", "error"),
-    [
-        (2, "", f"rbd: error opening image a: (2) No such file or directory\n{LOGGED}", CephMissing),
-        (17, "", f"{LOGGED}\nrbd: create error: (17) File exists", CephExists),
-        (28, "", "rbd: resize error: (28) No space left on device", ResourceExhausted),
-        (1, "half of an answer", LOGGED, CommandFailed),
-        (1, "", "rbd: couldn't connect to the cluster!: (13) Permission denied", FailedPrecondition),
-    ],
-)
-def test_what_a_program_says_is_the_error_that_it_means(
-    code: int, stdout: str, stderr: str, error: type[DriverError]
-) -> None:
-    with pytest.raises(error) as raised:
-        saying(code, stdout, stderr).map("a", ())
-    assert type(raised.value) is error
-
-
-def test_a_key_that_ceph_quotes_is_shown_to_nobody() -> None:
-    with pytest.raises(DriverError) as raised:
-        saying(22, f"said {KEY}", f"failed: {KEY}").map("a", ())
-    assert KEY not in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +59,6 @@ def test_what_a_library_answers_is_the_error_that_it_means(
     failed: Exception, error: type[DriverError], text: str
 ) -> None:
     with pytest.raises(error, match=text) as raised:
-        pool(Failing(failed), Commands(Workers(()))).rename("a", "b")
+        CephPool(CephClients(Failing(failed), 1), PLACE, Credentials("csi", KEY)).rename("a", "b")
     assert type(raised.value) is error
     assert KEY not in str(raised.value)
