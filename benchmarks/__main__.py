@@ -38,7 +38,9 @@ def main(names: Sequence[str]) -> int:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir=os.environ.get("MACHINE_STATE"), prefix="bench-") as folder:
         for name in names or [name for name in _GROUPS if name not in _APART]:
-            for row in _GROUPS[name](Path(folder)):
+            own = Path(folder, name)
+            own.mkdir()
+            for row in _GROUPS[name](own):
                 print(f"{name}: {row.what}: {row.cells()[3]}", file=sys.stderr, flush=True)
                 rows.append(row)
     for line in table(rows):
