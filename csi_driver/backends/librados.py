@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import pickle
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from ctypes import byref, c_char_p, c_int, c_int64, c_size_t, c_ubyte, c_uint64, c_void_p
@@ -25,10 +26,24 @@ from csi_driver.model.errors import FailedPrecondition
 _FSID_BYTES: Final = 37
 _SOME_BYTES: Final = 64 << 10
 _SOME_KEYS: Final = 1000
-# A session is as old as its worker: a key or a right may be new since, a fence may have been lifted.
+_MOST_SESSIONS: Final = 4  # each has ten threads
+_GRACE_SECONDS: Final = 5.0
+# A session is as old as its worker: a right may be new since, a fence may have been lifted.
 _STALE: Final = (errno.EPERM, errno.EACCES, errno.ESHUTDOWN, errno.ENOTCONN)
+# No file of the host is read or written, and nothing is told to anybody, whatever the cluster's own configuration wants
+# of its clients: an admin socket would tell the key.
+_OPTIONS: Final = {
+    "keyring": "/dev/null",
+    "admin_socket": "",
+    "log_file": "",
+    "log_to_stderr": "false",
+    "log_to_syslog": "false",
+    "err_to_stderr": "false",
+    "err_to_syslog": "false",
+    "ms_async_op_threads": "1",
+}
 
-_sessions: Final[dict[tuple[str, str], tuple[str, c_void_p]]] = {}  # by monitors and user; and the key of each
+_sessions: Final[dict[tuple[str, str], tuple[str, c_void_p]]] = {}  # and the key of each; the last used one is last
 
 
 Session = c_void_p
@@ -47,6 +62,11 @@ class Login:
     user: str
     key: str = field(repr=False)
 
+    @property
+    def name(self) -> tuple[str, str]:
+        """By what its session is known."""
+        return self.monitors, self.user
+
 
 @dataclass(frozen=True)
 class Where:
@@ -56,62 +76,73 @@ class Where:
     namespace: str
 
 
-def question(login: Login, function: Callable[..., object], args: Sequence[object]) -> bytes:
+def question(login: Login, function: Callable[..., object], args: Sequence[object], seconds: float) -> bytes:
     """What `answer` reads."""
-    return pickle.dumps((login, function, args))
+    return pickle.dumps((login, function, args, seconds))
 
 
 def answer(asked: Handle, into: Handle) -> None:
     """Do what the file in memory `asked` has, and write the result, of any length, to the one `into`.
 
-    It is asked once more in a new session where one that was kept is refused: what is refused was not done.
+    This process is killed a little behind the question's time, by the kernel: nobody else does it where the server was
+    killed, and what comes much later could be meant for an image that is another one by then.
     """
-    content = os.pread(asked.fd, os.fstat(asked.fd).st_size, 0)
-    login, function, args = pickle.loads(content)  # noqa: S301 - from our own parent
-    was_kept = (login.monitors, login.user) in _sessions
+    login, function, args, seconds = pickle.loads(os.pread(asked.fd, os.fstat(asked.fd).st_size, 0))  # noqa: S301 - from our own parent
+    signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE_SECONDS)
     try:
-        result = function(_session(login), *args)
-    except OSError as error:
-        if not was_kept or error.errno not in _STALE:
-            raise
-        _end_session(login)
-        result = function(_session(login), *args)
+        result = _asked(login, function, args)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
     with open(into.fd, "wb", closefd=False) as file:
         file.write(pickle.dumps(result))
 
 
+def _asked(login: Login, function: Callable[..., object], args: Sequence[object]) -> object:
+    """In the session that is kept, or in a new one; a single operation is asked again where the kept one is refused.
+
+    Not what librbd does in several steps: some of them may be done, and the next call goes on with those.
+    """
+    was_kept = login.name in _sessions
+    try:
+        session = _session(login)
+        if was_kept:
+            check(library().rados_wait_for_latest_osdmap(session))  # else pools and their names are as it began
+        return function(session, *args)
+    except OSError as error:
+        if error.errno not in _STALE:
+            raise
+        _end_session(login.name)
+        if not was_kept or function.__module__ != __name__:
+            raise
+    return function(_session(login), *args)
+
+
 def _session(login: Login) -> c_void_p:
     """The session with the cluster as that user, begun if there is none with this key. Raises Refused."""
-    name = login.monitors, login.user
-    kept = _sessions.get(name)
+    kept = _sessions.pop(login.name, None)
     if kept is not None and kept[0] == login.key:
+        _sessions[login.name] = kept  # now the one that was used last
         return kept[1]
-    _end_session(login)
+    if kept is not None:
+        library().rados_shutdown(kept[1])
+    while len(_sessions) >= _MOST_SESSIONS:
+        _end_session(next(iter(_sessions)))
     rados, session = library(), c_void_p()
     check(rados.rados_create2(byref(session), b"ceph", f"client.{login.user}".encode(), 0))
     try:
-        # No file of the host is read or written, and nothing is said on standard error, which is the server's log.
-        for option, content in {
-            "mon_host": login.monitors,
-            "key": login.key,
-            "keyring": "/dev/null",
-            "log_file": "",
-            "log_to_stderr": "false",
-            "err_to_stderr": "false",
-            "ms_async_op_threads": "1",
-        }.items():
+        for option, content in {**_OPTIONS, "mon_host": login.monitors, "key": login.key}.items():
             check(rados.rados_conf_set(session, option.encode(), content.encode()))
         if (code := rados.rados_connect(session)) < 0:
             raise Refused(-code, os.strerror(-code))
     except OSError:
         rados.rados_shutdown(session)
         raise
-    _sessions[name] = login.key, session
+    _sessions[login.name] = login.key, session
     return session
 
 
-def _end_session(login: Login) -> None:
-    kept = _sessions.pop((login.monitors, login.user), None)
+def _end_session(name: tuple[str, str]) -> None:
+    kept = _sessions.pop(name, None)
     if kept is not None:
         library().rados_shutdown(kept[1])
 
@@ -131,7 +162,7 @@ def pools(session: Session) -> Sequence[str]:
     size = check(library().rados_pool_list(session, None, 0))
     into = ctypes.create_string_buffer(size)
     check(library().rados_pool_list(session, into, size))
-    return [name.decode() for name in into.raw.split(b"\0") if name]
+    return [name.decode(errors="replace") for name in into.raw.split(b"\0") if name]
 
 
 def pool_name(session: Session, number: int) -> str:
@@ -286,18 +317,26 @@ def check(code: int) -> int:
     return code
 
 
-def loaded(name: str) -> ctypes.CDLL:
-    """A library of Ceph's. Raises FailedPrecondition."""
+@contextmanager
+def declaring(name: str) -> Iterator[ctypes.CDLL]:
+    """A library of Ceph's, whose functions the block declares. Raises FailedPrecondition."""
     try:
-        return ctypes.CDLL(name)
+        yield ctypes.CDLL(name)
     except OSError as error:
         raise FailedPrecondition(f"{name} cannot be loaded ({error}); install the package librbd1") from None
+    except AttributeError as error:
+        raise FailedPrecondition(f"{name} is too old ({error}); install librbd1 of Ceph 16 or newer") from None
 
 
 @cache
 def library() -> ctypes.CDLL:
     """librados, loaded once. Raises FailedPrecondition."""
-    rados = loaded("librados.so.2")
+    with declaring("librados.so.2") as rados:
+        _declare(rados)
+    return rados
+
+
+def _declare(rados: ctypes.CDLL) -> None:
     rados.rados_create_read_op.restype = rados.rados_create_write_op.restype = c_void_p
     # Of those that take a number: without it one is passed as a C int.
     rados.rados_create2.argtypes = (c_void_p, c_char_p, c_char_p, c_uint64)
@@ -314,7 +353,6 @@ def library() -> ctypes.CDLL:
     rados.rados_read_op_omap_get_vals_by_keys2.argtypes = (c_void_p, c_void_p, c_size_t, c_void_p, c_void_p, c_void_p)
     rados.rados_write_op_omap_set2.argtypes = (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_size_t)
     rados.rados_write_op_omap_rm_keys2.argtypes = (c_void_p, c_void_p, c_void_p, c_size_t)
-    return rados
 
 
 @contextmanager

@@ -13,17 +13,16 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
 
-from csi_driver.backends.librados import Session, Where, check, loaded, opened_pool, pool_name
+from csi_driver.backends.librados import Session, Where, check, declaring, opened_pool, pool_name
 from csi_driver.backends.librados import library as rados
+from csi_driver.model.errors import FailedPrecondition
 
 _FEATURES: Final = {
     "layering": 1 << 0,
-    "striping": 1 << 1,
     "exclusive-lock": 1 << 2,
     "object-map": 1 << 3,
     "fast-diff": 1 << 4,
     "deep-flatten": 1 << 5,
-    "journaling": 1 << 6,
 }
 _OPTION_FORMAT: Final = 0
 _OPTION_FEATURES: Final = 1
@@ -61,9 +60,15 @@ def info(session: Session, where: Where, image: str) -> Image | None:
         with _opened(session, where, image) as opened:
             check(library().rbd_get_size(opened, byref(size)))
             check(library().rbd_get_id(opened, identity, len(identity)))
-            data_pool = pool_name(session, check(library().rbd_get_data_pool_id(opened)))
+            number = check(library().rbd_get_data_pool_id(opened))
     except FileNotFoundError:
         return None
+    try:
+        data_pool = pool_name(session, number)
+    except FileNotFoundError:
+        raise FailedPrecondition(
+            f"the image {image} in the pool {where.pool} has its data in the pool {number}, which is gone; restore it"
+        ) from None
     return Image(identity.value.decode(), size.value, data_pool if data_pool != where.pool else None)
 
 
@@ -137,7 +142,13 @@ def metadata(session: Session, where: Where, image: str) -> Mapping[str, str]:
     keys, values = _Words(), _Words()
     with _opened(session, where, image) as opened:
         _until_it_fits(lambda: library().rbd_metadata_list(opened, b"", 0, *keys.room(), *values.room()))
-    return dict(zip(keys.all(), values.all(), strict=True))
+    try:
+        return dict(zip(keys.all(), values.all(), strict=True))
+    except ValueError:
+        raise FailedPrecondition(
+            f"the metadata of the image {image} in the pool {where.pool} cannot be read: a value has a NUL in it; look "
+            f"at 'rbd image-meta list {where.pool}/{image}' and remove it"
+        ) from None
 
 
 def watchers(session: Session, where: Where, image: str) -> Sequence[str]:
@@ -213,7 +224,7 @@ class _Words:
     def all(self) -> Sequence[str]:
         """What came."""
         content = self._room.raw[: self._size.value]
-        return [each.decode() for each in content.removesuffix(b"\0").split(b"\0")] if content else []
+        return [each.decode(errors="replace") for each in content.removesuffix(b"\0").split(b"\0")] if content else []
 
 
 def _until_it_fits(ask: Callable[[], int]) -> int:
@@ -235,7 +246,12 @@ def version() -> str:
 @cache
 def library() -> ctypes.CDLL:
     """librbd, loaded once. Raises FailedPrecondition."""
-    rbd = loaded("librbd.so.1")
+    with declaring("librbd.so.1") as rbd:
+        _declare(rbd)
+    return rbd
+
+
+def _declare(rbd: ctypes.CDLL) -> None:
     rbd.rbd_get_data_pool_id.restype = c_int64
     # Of those that take a number: without it one is passed as a C int.
     rbd.rbd_image_options_set_uint64.argtypes = (c_void_p, c_int, c_uint64)
@@ -247,4 +263,3 @@ def library() -> ctypes.CDLL:
     rbd.rbd_write.argtypes = (c_void_p, c_uint64, c_size_t, c_char_p)
     rbd.rbd_write.restype = c_ssize_t
     rbd.rbd_watchers_list_cleanup.argtypes = (c_void_p, c_size_t)
-    return rbd

@@ -1,13 +1,16 @@
 """How a volume's pool is reached: where its id says that it lies, and as which user of the cluster.
 
 The user comes with the calls, as Ceph-CSI's classes have it: `userID` and `userKey` of the secret. It is kept in memory
-alone, for the calls that bring none, and forgotten when the volume is detached or deleted. A Secret that is mounted for
-the server serves those that never bring one: lists, capacity, rotation.
+alone, for the calls that bring none, and forgotten when the volume is detached or deleted; the session of a worker that
+began with it lasts until the worker ends, or four others were used since. A Secret that is mounted for the server
+serves those that never bring one: lists, capacity, rotation.
 """
 
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
 from csi_driver.backends.rbderrors import KEY, USER
 from csi_driver.backends.rbdplace import Cluster, Clusters, Place, digest_of
@@ -16,6 +19,8 @@ from csi_driver.backends.rbdtool import CephClients, Credentials, pools_of, read
 from csi_driver.model.access import Access
 from csi_driver.model.errors import DriverError, FailedPrecondition, InvalidArgument, NotFound
 from csi_driver.model.volume import VolumeParameters
+
+_USER: Final = re.compile(r"[^\s,=\x00-\x1f\x7f]{1,128}")
 
 
 class CephAccess:
@@ -35,7 +40,7 @@ class CephAccess:
         user, key = access.secrets.get(USER, ""), access.secrets.get(KEY, "")
         if not user and not key:
             return
-        if not user or not key or not user.isprintable() or not key.isprintable():
+        if not user or not key:
             raise FailedPrecondition(
                 f"the secret for volume {volume_id} has {USER if user else KEY} and not {KEY if user else USER}; a "
                 f"user of Ceph needs both, give the secret the other one"
@@ -166,9 +171,12 @@ class CephAccess:
 
 
 def _checked(credentials: Credentials, where: str) -> Credentials:
-    """Ceph would quote a key that is none."""
+    """Before libraries and kernel read what is none: a user with a comma would be options of the mapping."""
+    if not _USER.fullmatch(credentials.user):
+        raise FailedPrecondition(f"{where} has a {USER} that is no user of Ceph; a blank or one of ',=' is in none")
     if not credentials.is_key:
         raise FailedPrecondition(
-            f"{where} has a {KEY} that is no key of Ceph; 'ceph auth get-key client.{credentials.user}' tells it"
+            f"{where} has a {KEY} that is no key of Ceph, or of a kind that the kernel does not know (it knows aes); "
+            f"'ceph auth get-key client.{credentials.user}' tells it"
         )
     return credentials

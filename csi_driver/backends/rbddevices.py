@@ -6,7 +6,6 @@ What asks by it (publish, unstage) needs no cluster that answers.
 """
 
 import contextlib
-import errno
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
@@ -22,6 +21,7 @@ from csi_driver.model.errors import DeadlineExceeded, DeviceMismatch, FailedPrec
 from csi_driver.model.reading import decode
 
 VERSION: Final = 1
+_LOAD_SECONDS: Final = 30.0
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -62,7 +62,7 @@ class BorrowedDevice(Handle):
 
 
 class MappedVolumes:
-    """Maps images and lets go of them; `seconds` is how long the kernel may take for the latter."""
+    """Maps images and lets go of them; `seconds` is how long the kernel may take for either."""
 
     def __init__(self, folder: Path, files: Files, workers: Workers, images: MappedImages, seconds: float) -> None:
         self._folder = folder / "attached"
@@ -123,18 +123,21 @@ class MappedVolumes:
         self._files.write(path, msgspec.json.encode(pin))
         address = pool.address(pin.image, ("noshare", *options))
         what = f"rbd-map of volume {volume_id}"
+        if not self._images.is_loaded:
+            self._workers.call("modprobe", _LOAD_SECONDS, self._images.load)
         try:
             found = self._workers.call(what, self._seconds, self._images.map, address)
         except DeadlineExceeded as error:
             raise pool.silent(what, self._seconds, error) from None
         except OSError as error:
-            if error.errno in (errno.EINVAL, errno.ENXIO):
-                raise FailedPrecondition(
-                    f"the kernel of this node cannot map the image {pin.image} of volume {volume_id} "
-                    f"({error.strerror}): its log (dmesg) says whether it lacks a feature (imageFeatures of the class) "
-                    f"or does not know an option ({', '.join(options) or 'mapOptions'}); a newer kernel may"
-                ) from None
-            raise pool.meaning(f"mapping {pin.image} for volume {volume_id}", error, self._seconds) from None
+            of_cluster = pool.meaning(f"mapping {pin.image} for volume {volume_id}", error, self._seconds)
+            if of_cluster is not None:
+                raise of_cluster from None
+            raise FailedPrecondition(
+                f"the kernel of this node cannot map the image {pin.image} of volume {volume_id} ({error.strerror}): "
+                f"its log (dmesg) says why, a feature that it lacks (imageFeatures of the class) or an option that it "
+                f"does not know ({', '.join(options) or 'mapOptions'}), say, which a newer kernel may"
+            ) from None
         if not pin.is_shown_by(found):
             self.unmap(volume_id, found)
             raise DeviceMismatch(

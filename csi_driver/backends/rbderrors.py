@@ -1,6 +1,7 @@
 """What Ceph's libraries, and the kernel, answer when they fail, as errors of ours: by the number of the error."""
 
-from errno import EINVAL, ENOENT
+import os
+from errno import EACCES, EINVAL, EPERM
 from typing import Final
 
 from csi_driver.backends.rbdplace import Cluster
@@ -40,7 +41,12 @@ def silent(cluster: Cluster, what: str, seconds: float, error: DeadlineExceeded 
 
 def refused(cluster: Cluster, user: str, number: int) -> DriverError:
     """No session of that user can begin."""
-    if number in (ENOENT, EINVAL):
+    if number not in (EINVAL, EACCES, EPERM):
+        return FailedPrecondition(
+            f"no session with the Ceph cluster {cluster.id} can begin as client.{user}: {os.strerror(number)}; look at "
+            f"'ceph status' and at the versions of librados on this node and of the cluster"
+        )
+    if number == EINVAL:
         return FailedPrecondition(
             f"the Ceph cluster {cluster.id} cannot be reached: no address is found for one of its monitors "
             f"({', '.join(cluster.monitors)}); correct them in --ceph-config, or let this node resolve their names"

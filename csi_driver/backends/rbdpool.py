@@ -176,11 +176,13 @@ class CephPool:
         namespace = place.cluster.namespace
         return ImageAddress(found, user.user, base64.b64decode(user.key), place.pool, namespace, image, options)
 
-    def meaning(self, what: str, error: OSError, seconds: float) -> DriverError:
-        """What the kernel answered within so many seconds, as an error of ours."""
+    def meaning(self, what: str, error: OSError, seconds: float) -> DriverError | None:
+        """What the kernel answered within so many seconds, as an error of ours, if it is about the cluster."""
         if error.errno == errno.ETIMEDOUT:
             return silent(self.place.cluster, what, seconds)
-        return meant(self.place.cluster, self._credentials.user, what, error.errno or 0, str(error.strerror))
+        if error.errno in (errno.ENOENT, errno.ESHUTDOWN):
+            return meant(self.place.cluster, self._credentials.user, what, error.errno, str(error.strerror))
+        return None
 
     def silent(self, what: str, seconds: float, error: DeadlineExceeded) -> DeadlineExceeded:
         """That the kernel did not answer, naming the cluster."""

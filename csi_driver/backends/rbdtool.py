@@ -24,6 +24,7 @@ from csi_driver.model.errors import DeadlineExceeded
 R = TypeVar("R")
 
 _KIND: Final = "ceph"
+_AES: Final = b"\1\0"  # CEPH_CRYPTO_AES, the one that krbd knows
 _KEY_HEAD: Final = 12  # CryptoKey of src/auth/Crypto.cc: type, seconds, nanoseconds, length
 
 
@@ -36,12 +37,12 @@ class Credentials:
 
     @property
     def is_key(self) -> bool:
-        """Whether it has the form of a key of Ceph: a type, a time, and a secret behind its length, in base64."""
+        """Whether it has the form of a key of Ceph: the one type, a time, and a secret behind its length, in base64."""
         try:
             raw = base64.b64decode(self.key, validate=True)
         except ValueError:
             return False
-        return len(raw) > _KEY_HEAD and len(raw) == _KEY_HEAD + int.from_bytes(raw[10:12], "little")
+        return len(raw) > _KEY_HEAD and raw[:2] == _AES and len(raw) == _KEY_HEAD + int.from_bytes(raw[10:12], "little")
 
 
 class CephClients:
@@ -68,13 +69,14 @@ class CephClients:
         """
         login, limit = Login(",".join(cluster.monitors), credentials.user, credentials.key), seconds or self._seconds
         with (
-            _memory_file(librados.question(login, function, args), what) as asked,
+            _memory_file(librados.question(login, function, args, limit), what) as asked,
             _memory_file(b"", f"the answer of {what}") as into,
             self._workers.apart(_KIND),
         ):
             try:
                 self._workers.call(what, limit, librados.answer, asked, into)
             except DeadlineExceeded as error:
+                self._workers.dismiss(_KIND)  # each of their sessions would hang as long, be it that of another cluster
                 raise silent(cluster, what, limit, error) from None
             except Refused as error:
                 if error.errno == errno.ETIMEDOUT:

@@ -84,16 +84,11 @@ class Commands:
             by_name=by_name,
         )
 
-    def run_into(self, output: Handle, argv: Sequence[str | Handle], *, timeout: float) -> None:
-        """`run` for an answer of any length, which goes to the file `output`."""
-        limit = timeout + 2 * _KILL_GRACE_SECONDS
-        what = f"{argv[0]} on {argv[-1]}"
-        self._workers.call(what, limit, run_program, tuple(argv), timeout=timeout, output=output)
-
     def read(self, argv: Sequence[str], *, timeout: float) -> str:
         """`run` for a long answer: all that the program writes to its standard output."""
+        limit, what = timeout + 2 * _KILL_GRACE_SECONDS, f"{argv[0]} on {argv[-1]}"
         with Handle(os.memfd_create("output", os.MFD_CLOEXEC), "its output") as output:
-            self.run_into(output, argv, timeout=timeout)
+            self._workers.call(what, limit, run_program, tuple(argv), timeout=timeout, output=output)
             return blockdev.read_at(output.fd, 0, os.fstat(output.fd).st_size).decode(errors="replace")
 
 

@@ -55,15 +55,22 @@ def find_user(description: str) -> KeptKey | None:
     return None if box is None or key is None else KeptKey(key, box)
 
 
-def add_to_thread(description: str, key: bytearray, kind: str = "logon") -> None:
+def add_to_thread(description: str, key: bytearray, kind: str = "logon") -> int:
     """Put a key into the calling thread's keyring, as libcryptsetup does; dm-crypt takes it by this name.
 
-    Of the kind `ceph` krbd takes it (Documentation/ABI/testing/sysfs-bus-rbd).
+    Of the kind `ceph` krbd takes it (net/ceph/ceph_common.c). Returns its serial.
 
     The kernel has a copy, so the caller wipes his. Raises FailedPrecondition (quota), CommandFailed.
     """
-    if _call(description, "add_key", kind.encode(), description.encode(), key, len(key), _THREAD_KEYRING) is None:
+    serial = _call(description, "add_key", kind.encode(), description.encode(), key, len(key), _THREAD_KEYRING)
+    if serial is None:
         raise CommandFailed(f"the key {description} could not be put into this thread's keyring; call again")
+    return serial
+
+
+def unlink_from_thread(serial: int) -> None:
+    """Take one key out of the calling thread's keyring again; gone is fine."""
+    _attempt(_UNLINK, serial, _THREAD_KEYRING)
 
 
 def link_to_user(description: str) -> KeptKey:

@@ -102,23 +102,19 @@ class MappedImages:
         """Show it as a device of this node, by its name: what came is to be compared with what was meant.
 
         Waits for the cluster as long as the options allow. Raises OSError as the kernel answers, FailedPrecondition
-        where the module is not there, CommandFailed.
+        where it takes no such request from us, CommandFailed.
         """
-        self.load()
-        before = {one.number for one in self.all()}
-        keyring.add_to_thread(f"client.{address.user}", bytearray(address.key), "ceph")
+        before = {(one.number, one.client) for one in self.all()}  # a number is soon another's, a client never
+        key = keyring.add_to_thread(f"client.{address.user}", bytearray(address.key), "ceph")
         try:
-            descriptor = os.open(f"{self._bus}/add_single_major", os.O_WRONLY | os.O_CLOEXEC)
-            try:
-                os.write(descriptor, address.line.encode())
-            finally:
-                os.close(descriptor)
+            self._tell(self._request("add"), address.line)
         finally:
-            keyring.clear_thread()
+            keyring.unlink_from_thread(key)
         for one in self.all():
             with contextlib.suppress(OSError):  # of one that goes meanwhile
                 place = self._read(one.number, "pool"), one.identity.namespace, self._read(one.number, "name")
-                if one.number not in before and place == (address.pool, address.namespace, address.image):
+                is_new = (one.number, one.client) not in before
+                if is_new and place == (address.pool, address.namespace, address.image):
                     return one
         raise CommandFailed(f"the image {address.image} was mapped and is gone; somebody unmapped it, call again")
 
@@ -165,23 +161,22 @@ class MappedImages:
         return handle
 
     def refresh(self, device: tuple[int, int]) -> None:
-        """Let the device show the size that its image has now. May wait for the cluster. Raises CommandFailed."""
+        """Let the device show the size that its image has now. May wait for the cluster. Errors as `unmap`."""
         mapped = self.of_device(device)
         if mapped is not None:
-            self._write(f"devices/{mapped.number}/refresh", "1", mapped)
+            self._tell_of(mapped, f"devices/{mapped.number}/refresh", "1")
 
     def unmap(self, mapped: MappedImage) -> None:
-        """Let go of it; gone is fine. Waits for the cluster without limit. Raises DeviceInUse, CommandFailed."""
-        if self.look(mapped.number) == mapped:
-            self._write("remove_single_major", str(mapped.number), mapped)
+        """Let go of it; gone is fine. Waits for the cluster without limit.
 
-    def _write(self, name: str, text: str, mapped: MappedImage) -> None:
+        Raises DeviceInUse, FailedPrecondition where the kernel takes no request from us, CommandFailed.
+        """
+        if self.look(mapped.number) == mapped:
+            self._tell_of(mapped, self._request("remove"), str(mapped.number))
+
+    def _tell_of(self, mapped: MappedImage, name: str, text: str) -> None:
         try:
-            descriptor = os.open(f"{self._bus}/{name}", os.O_WRONLY | os.O_CLOEXEC)
-            try:
-                os.write(descriptor, text.encode())
-            finally:
-                os.close(descriptor)
+            self._tell(name, text)
         except OSError as error:
             if error.errno == errno.ENOENT:
                 return
@@ -191,6 +186,25 @@ class MappedImages:
                 f"the kernel refuses what was asked of {mapped.path}, the {mapped.identity}: "
                 f"{os.strerror(error.errno or 0)}; look at the kernel log"
             ) from None
+
+    def _request(self, what: str) -> str:
+        """How the kernel is asked to `add` or `remove`; by the second name where its module has a major for each."""
+        name = f"{what}_single_major"
+        return name if os.path.exists(f"{self._bus}/{name}") else what
+
+    def _tell(self, name: str, text: str) -> None:
+        """Raises OSError as the kernel answers, FailedPrecondition where it takes no request from us."""
+        try:
+            descriptor = os.open(f"{self._bus}/{name}", os.O_WRONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise FailedPrecondition(
+                f"the kernel of this node takes no request for images of Ceph from this process ({self._bus}/{name}: "
+                f"{error.strerror}); run it privileged, with /sys writable and the module rbd loaded"
+            ) from None
+        try:
+            os.write(descriptor, text.encode())
+        finally:
+            os.close(descriptor)
 
     def all(self) -> Iterator[MappedImage]:
         """Every mapped image, in the kernel's order."""

@@ -223,6 +223,12 @@ class Workers:
         with self.session():
             return self.call(what, timeout, function, *args, **kwargs)
 
+    def dismiss(self, kind: str) -> None:
+        """Let go of those of a kind that are idle, with all that they have open."""
+        with self._guard:
+            for worker in self._idle.pop(kind, []):
+                worker.close()
+
     def _take(self, kind: str) -> _Worker:
         """An idle worker, the one that worked last, as its memory is its own already; or a new one."""
         for _ in range(2):

@@ -4,6 +4,7 @@ Two nodes are two backends with folders of their own: each image is mapped by a 
 cluster tells them apart.
 """
 
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import pytest
 
 from csi_driver.backends.rbd import RbdBackend
 from csi_driver.backends.rbddevices import MappedVolumes, Pin
-from csi_driver.backends.rbdplace import image_name
+from csi_driver.backends.rbdplace import Cluster, image_name
 from csi_driver.backends.rbdpool import CephPool
 from csi_driver.host.handle import Handle
 from csi_driver.host.krbd import MappedImage, MappedImages
@@ -183,6 +184,64 @@ def test_a_backend_that_fences_nobody_off_is_noticed(rbd_rig: RbdRig) -> None:
 
 
 # --- clusters
+
+
+@pytest.mark.parametrize("options", [(), ("ms_mode=crc",), ("ms_mode=secure", "queue_depth=32")])
+def test_an_image_in_a_namespace_is_mapped_by_either_messenger(rbd_rig: RbdRig, options: tuple[str, ...]) -> None:
+    cluster = Cluster("tenant", tuple(rbd_rig.ceph.monitors), "tenant")
+    before, record = rbd_rig.config.read_text(), record_of(rbd_rig)
+    rbd_rig.ceph.admin("rbd", "namespace", "create", f"{POOL}/tenant")
+    told = {"clusterID": "tenant", "monitors": rbd_rig.ceph.monitors, "rbd": {"radosNamespace": "tenant"}}
+    rbd_rig.config.write_text(json.dumps([*json.loads(before), told]))
+    parameters = msgspec.structs.replace(record.parameters, cluster_id="tenant", map_options=options)
+    record = msgspec.structs.replace(record, id=cluster.place(POOL).id_for("pvc-1"), parameters=parameters)
+    backend = rbd_rig.backend()
+    try:
+        backend.create(record, SIZE)
+        with backend.attach(record.id, lasting=False) as device:
+            write(device, b"of a tenant")
+        backend.detach(record.id)
+        with backend.attach(record.id, lasting=False) as device:
+            assert read(device, 11) == b"of a tenant"
+        backend.detach(record.id)
+        backend.delete(record.id)
+        assert rbd_rig.ceph.asked("rbd", "ls", f"{POOL}/tenant") == []
+    finally:
+        rbd_rig.config.write_text(before)
+    rbd_rig.ceph.admin("rbd", "namespace", "remove", f"{POOL}/tenant")
+
+
+def test_a_cluster_that_does_not_answer_while_an_image_is_mapped_leaves_no_device(rbd_rig: RbdRig) -> None:
+    class Stopped(MappedVolumes):
+        def map(self, volume_id: str, pool: CephPool, pin: Pin, options: Sequence[str]) -> MappedImage:
+            rbd_rig.ceph.stop("osd.0")
+            try:
+                return super().map(volume_id, pool, pin, options)
+            finally:
+                rbd_rig.ceph.go_on("osd.0")
+
+    volume_id = made(rbd_rig)
+    with pytest.raises(
+        DeadlineExceeded, match=r"did not answer rbd-map of volume pvc-1\S* within 3 s \(it was killed\)"
+    ):
+        rbd_rig.backend(seconds=3, make_devices=Stopped).attach(volume_id, lasting=False)
+    backend = rbd_rig.backend()
+    assert not list(MappedImages().all())
+    while backend.pool_of(volume_id).watchers(image_name(volume_id)):
+        time.sleep(0.1)
+    with backend.attach(volume_id, lasting=False) as device:
+        write(device, b"x")
+    backend.detach(volume_id)
+
+
+def test_an_option_that_the_kernel_refuses_is_named(rbd_rig: RbdRig) -> None:
+    backend, record = rbd_rig.backend(), record_of(rbd_rig)
+    parameters = msgspec.structs.replace(record.parameters, map_options=("alloc_size=3000",))
+    backend.create(msgspec.structs.replace(record, parameters=parameters), SIZE)
+    with pytest.raises(FailedPrecondition, match=r"Invalid argument.*dmesg.*alloc_size=3000"):
+        backend.attach(record.id, lasting=False)
+    assert not list(MappedImages().all())
+    backend.delete(record.id)
 
 
 def test_a_cluster_that_does_not_answer_at_unstage_is_named_and_the_next_call_goes_on(rbd_rig: RbdRig) -> None:

@@ -4,17 +4,22 @@ On the host, as `test_rbd_cluster.py`: `make ceph-test` runs it.
 """
 
 import base64
+import contextlib
 import os
+import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from csi_driver.backends import librados
 from csi_driver.backends.rbderrors import CephExists, CephMissing
 from csi_driver.backends.rbdplace import Cluster
 from csi_driver.backends.rbdpool import CephPool
-from csi_driver.backends.rbdtool import CephClients, Credentials
-from csi_driver.model.errors import DeviceInUse, DriverError, FailedPrecondition
+from csi_driver.backends.rbdtool import CephClients, Credentials, pools_of
+from csi_driver.host.handle import Handle
+from csi_driver.model.errors import CommandFailed, DeviceInUse, FailedPrecondition
 from tests.backends.ceph import CLUSTER, POOL, USER, new_key
 from tests.backends.rigs import RbdRig
 
@@ -44,6 +49,16 @@ def user(ceph: RbdRig) -> Iterator[str]:
     ceph.ceph.admin("ceph", "auth", "get-or-create", "client.other", *RIGHTS)
     yield "other"
     ceph.ceph.admin("ceph", "auth", "rm", "client.other")
+
+
+def pool_credentials(rig: RbdRig) -> Credentials:
+    return Credentials(USER, rig.ceph.key)
+
+
+def memory(content: bytes) -> Handle:
+    descriptor = os.memfd_create("question", os.MFD_CLOEXEC)
+    os.write(descriptor, content)
+    return Handle(descriptor, "a question")
 
 
 def exported(rig: RbdRig) -> bytes:
@@ -241,6 +256,64 @@ def test_the_cluster_tells_its_fsid_and_its_room(ceph: RbdRig, pool: CephPool) -
 # --- sessions that are kept ------------------------------------------------------------------------------------------
 
 
+def test_pools_that_are_made_and_renamed_are_known_at_once_by_a_session_that_is_kept(
+    ceph: RbdRig, pool: CephPool
+) -> None:
+    clients, admin = CephClients(ceph.workers, 20), ceph.ceph.admin
+    pool.put("one", b"x")
+    try:
+        admin("ceph", "osd", "pool", "create", "first", "1")
+        assert "first" in pools_of(clients, Cluster(CLUSTER, tuple(ceph.ceph.monitors)), pool_credentials(ceph))
+        pool_of(ceph, name="first").put("one", b"of the first")
+        admin("ceph", "osd", "pool", "rename", "first", "second")
+        admin("ceph", "osd", "pool", "create", "first", "1")
+        assert pool_of(ceph, name="first").get("one") is None
+        assert pool_of(ceph, name="second").get("one") == b"of the first"
+    finally:
+        for name in ("first", "second"):
+            admin("ceph", "osd", "pool", "rm", name, name, "--yes-i-really-really-mean-it", check=False)
+
+
+def test_a_worker_keeps_few_sessions(ceph: RbdRig, pool: CephPool) -> None:
+    pool.put("one", b"x")
+    users = [f"tenant-{number}" for number in range(6)]
+    try:
+        for user in users:
+            ceph.ceph.admin("ceph", "auth", "get-or-create", f"client.{user}", *RIGHTS)
+        for user in [*users, *users]:
+            assert pool_of(ceph, user=user, key=key_of(ceph, user)).get("one") == b"x"
+        with ceph.workers.apart("ceph"):
+            threads = ceph.workers.call("count", 10, os.listdir, "/proc/self/task")
+        assert 10 < len(threads) < 6 * 10
+    finally:
+        for user in users:
+            ceph.ceph.admin("ceph", "auth", "rm", f"client.{user}", check=False)
+
+
+def test_what_the_cluster_wants_of_its_clients_opens_no_socket_of_ours(ceph: RbdRig, tmp_path: Path) -> None:
+    """It would tell the key."""
+    socket = tmp_path / "client.asok"
+    ceph.ceph.admin("ceph", "config", "set", "client", "admin_socket", str(socket))
+    try:
+        ceph.workers.dismiss("ceph")
+        assert pool_of(ceph).get("one") is None
+        assert not socket.exists()
+    finally:
+        ceph.ceph.admin("ceph", "config", "rm", "client", "admin_socket")
+
+
+def test_a_question_ends_with_its_time_where_the_server_was_killed(ceph: RbdRig) -> None:
+    """By the kernel: nobody is there who would kill the worker."""
+    with contextlib.ExitStack() as stack:
+        silent = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        login = librados.Login(f"v1:127.0.0.1:{silent.getsockname()[1]}", USER, ceph.ceph.key)
+        asked = stack.enter_context(memory(librados.question(login, librados.uuid, (), seconds=-4)))
+        into = stack.enter_context(memory(b""))
+        stack.enter_context(ceph.workers.apart("ceph"))
+        with pytest.raises(CommandFailed, match="was killed before it could answer"):
+            ceph.workers.call("ceph fsid", 60, librados.answer, asked, into)
+
+
 def test_rights_that_a_user_is_given_count_at_once(ceph: RbdRig, user: str) -> None:
     theirs = pool_of(ceph, user=user, key=key_of(ceph, user))
     ceph.ceph.admin("ceph", "auth", "caps", f"client.{user}", "mon", "profile rbd", "osd", "allow r")
@@ -267,7 +340,7 @@ def test_a_node_that_was_fenced_off_is_told_so_and_goes_on_when_it_is_let_in_aga
     pool.put("one", b"x")
     ceph.ceph.admin("ceph", "osd", "blocklist", "add", "127.0.0.1:0/0")
     try:
-        with pytest.raises(DriverError):
+        with pytest.raises(FailedPrecondition, match="this node's client was fenced off"):
             pool.put("one", b"y")
     finally:
         ceph.ceph.admin("ceph", "osd", "blocklist", "rm", "127.0.0.1:0/0")

@@ -14,7 +14,7 @@ SCRATCH = MEMORY / "cluster"
 LOGS = SCRATCH / "logs"
 
 KUBERNETES_BIN, CSI_ADDONS_BIN, DISK = "KUBERNETES_BIN", "CSI_ADDONS_BIN", "CLUSTER_DISK"
-CLUSTER_CEPH = "CLUSTER_CEPH"  # whether nodes have an image with Ceph's programs
+CLUSTER_CEPH = "CLUSTER_CEPH"  # whether nodes have an image with Ceph's libraries
 ROOT = Path(__file__).parents[2]
 
 

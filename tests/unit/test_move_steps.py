@@ -103,7 +103,7 @@ class Kernel(MappedImages):
     """The mappings of one node."""
 
     def __init__(self, pool: Pool) -> None:
-        super().__init__("/nonexistent")
+        super().__init__("/")  # the module is loaded
         self._pool = pool
 
     def map(self, address: ImageAddress) -> MappedImage:

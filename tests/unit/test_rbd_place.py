@@ -173,8 +173,17 @@ def test_what_a_call_brought_is_used_until_it_is_forgotten_and_shown_nowhere(tmp
     assert {(each.user, each.key) for _, each in clients.asked} == {("server", OWN_KEY)}
 
 
-@pytest.mark.parametrize("key", ["AQ" + "A" * 38, "AQD9o0Fd6hQRChAAt7fMaSZXduT3NWEqylNpmg", "precious", "ä"])
-def test_what_is_no_key_of_ceph_never_reaches_its_programs_which_would_quote_it(tmp_path: Path, key: str) -> None:
+@pytest.mark.parametrize(
+    "key",
+    [
+        "AgAAAAAAAAAAABAAAAECAwQFBgcICQoLDA0ODw==",
+        "AQ" + "A" * 38,
+        "AQD9o0Fd6hQRChAAt7fMaSZXduT3NWEqylNpmg",
+        "precious",
+        "ä",
+    ],
+)
+def test_what_is_no_key_of_ceph_never_reaches_its_libraries(tmp_path: Path, key: str) -> None:
     clients = Clients({"old": "rbd\n"})
     access = CephAccess(clusters(tmp_path), clients, [tmp_path])
     with pytest.raises(FailedPrecondition, match=r"has a userKey that is no key of Ceph") as refused:
@@ -187,7 +196,14 @@ def test_what_is_no_key_of_ceph_never_reaches_its_programs_which_would_quote_it(
     assert not clients.asked
 
 
-@pytest.mark.parametrize("secrets", [{"userID": "a"}, {"userKey": "b"}, {"userID": "a", "userKey": "b\n"}])
+@pytest.mark.parametrize("user", ["a b", "a,secret=b", "a=b", "a\n", "ä\x7f"])
+def test_a_user_that_the_kernel_would_read_as_options_is_refused(tmp_path: Path, user: str) -> None:
+    access = CephAccess(clusters(tmp_path), Clients({}), ())
+    with pytest.raises(FailedPrecondition, match=r"a userID that is no user of Ceph"):
+        access.use("pvc-1.0123456789", Access(secrets={"userID": user, "userKey": OWN_KEY}))
+
+
+@pytest.mark.parametrize("secrets", [{"userID": "a"}, {"userKey": "b"}])
 def test_half_a_user_is_refused(tmp_path: Path, secrets: dict[str, str]) -> None:
     access = CephAccess(clusters(tmp_path), Clients({}), ())
     with pytest.raises(FailedPrecondition) as refused:

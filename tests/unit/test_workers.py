@@ -248,6 +248,8 @@ def test_workers_apart_are_nobody_elses_and_keep_what_they_have(workers: Workers
         kept = apart()
         assert workers.call("luks-test", 10, tasks.identity)[0] == own
     assert {apart() for _ in range(5)} == {kept}
+    workers.dismiss("cluster")
+    assert apart() != kept
     assert kept not in {workers.call("luks-test", 10, tasks.identity)[0] for _ in range(5)}
 
 
