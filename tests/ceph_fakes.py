@@ -141,7 +141,7 @@ class FakePool(CephPool):
     def rooms(self) -> Sequence[PoolRoom]:
         return [PoolRoom("rbd", 7)]
 
-    def cluster_uuid(self) -> str:
+    def cluster_uuid(self, seconds: float | None = None) -> str:
         return "fsid-1"
 
     def fence(self, image: str, address: str) -> None:

@@ -246,6 +246,14 @@ class MovesVolumeKey(Protocol):
 
 
 @runtime_checkable
+class StandsOnClusters(Protocol):
+    """A backend whose volumes lie in clusters that others run, each of which may be away or refuse this driver."""
+
+    def reached(self) -> str:
+        """Which clusters answer, for a person. Raises DriverError for the first one that does not."""
+
+
+@runtime_checkable
 class HasPools(Protocol):
     """A backend whose volumes share room that may run out beneath them."""
 

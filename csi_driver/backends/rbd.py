@@ -71,8 +71,8 @@ class RbdBackend:
         self._nodes = nodes
         self._devices = devices
         self._codec = codec
-        self._is_central = is_central
-        self._remember = remember
+        self._is_central, self._remember = is_central, remember
+        self.reached = access.reached
         self.foreign = CsiVolumes(access, logs, devices, codec)
 
     # --- storage outside the nodes

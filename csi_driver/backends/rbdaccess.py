@@ -20,6 +20,7 @@ from csi_driver.model.access import Access
 from csi_driver.model.errors import DriverError, FailedPrecondition, InvalidArgument, NotFound
 from csi_driver.model.volume import VolumeParameters
 
+_LOOK_SECONDS: Final = 10.0
 _USER: Final = re.compile(r"[^\s,=\x00-\x1f\x7f]{1,128}")
 
 
@@ -110,6 +111,14 @@ class CephAccess:
             self._uuids[name] = pool.cluster_uuid()
         return self._uuids[name]
 
+    def reached(self) -> str:
+        """Each configured cluster with its fsid, asked as the server's own user. Raises as `CephClients.ask`."""
+        if self._own_credentials() is None:
+            return "the server has no user of its own: each call brings one"
+        pools = [self._own(Place(cluster, "")) for cluster in self._clusters.all()]
+        told = (f"{pool.place.cluster.id} ({pool.cluster_uuid(_LOOK_SECONDS)})" for pool in pools)
+        return ", ".join(told) or "no cluster is configured"
+
     def _own(self, place: Place) -> CephPool:
         """With the server's own user."""
         return CephPool(self._clients, place, self._credentials("", place.cluster.id))
@@ -118,6 +127,16 @@ class CephAccess:
         with self._guard:
             if (brought := self._brought.get(volume_id)) is not None:
                 return brought
+        if (own := self._own_credentials()) is not None:
+            return own
+        what = f"volume {volume_id}" if volume_id else "this call"
+        raise FailedPrecondition(
+            f"nobody told a user of the Ceph cluster {cluster} for {what}: name a secret with {USER} and {KEY} in its "
+            f"class, or mount one for the server with --ceph-secret"
+        )
+
+    def _own_credentials(self) -> Credentials | None:
+        """The server's own user. Raises FailedPrecondition where it is none of Ceph's, or cannot be read."""
         for folder in self._secrets:
             try:
                 own = read_credentials(folder)
@@ -127,11 +146,7 @@ class CephAccess:
                 ) from None
             if own is not None:
                 return _checked(own, f"the secret in {folder}")
-        what = f"volume {volume_id}" if volume_id else "this call"
-        raise FailedPrecondition(
-            f"nobody told a user of the Ceph cluster {cluster} for {what}: name a secret with {USER} and {KEY} in its "
-            f"class, or mount one for the server with --ceph-secret"
-        )
+        return None
 
     def _find(self, volume_id: str) -> Place:
         digest = digest_of(volume_id)

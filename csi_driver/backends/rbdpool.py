@@ -190,9 +190,9 @@ class CephPool:
 
     # --- the cluster
 
-    def cluster_uuid(self) -> str:
+    def cluster_uuid(self, seconds: float | None = None) -> str:
         """The cluster's fsid."""
-        return self._ask("ceph fsid", librados.uuid)
+        return self._ask("ceph fsid", librados.uuid, seconds=seconds)
 
     def rooms(self) -> Sequence[PoolRoom]:
         """Every pool of the cluster, with what room it has. Raises FailedPrecondition where nobody counts that."""

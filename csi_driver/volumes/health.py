@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from csi_driver.backends.base import Backend, HasPools
+from csi_driver.backends.base import Backend, HasPools, StandsOnClusters
 from csi_driver.host import loopcontrol
 from csi_driver.host.commands import Commands
 from csi_driver.host.devicemapper import DeviceMapper
@@ -93,7 +93,7 @@ class Health:
             self._kernel,
             self._file_systems,
             self._programs,
-            *(self._ceph_checks() if self._backend.name == "rbd" else ()),
+            *(self._ceph_checks() if isinstance(self._backend, StandsOnClusters) else ()),
             self._permissions,
             self._clock,
             self._memory,
@@ -228,7 +228,14 @@ class Health:
         return look_at("programs", look, "install the packages that hold them", fatal=False)
 
     def _ceph_checks(self) -> Sequence[Callable[[], Finding]]:
-        return (self._ceph, self._krbd) if Service.NODE in self._settings.services else (self._ceph,)
+        everywhere = (self._ceph, self._clusters)
+        return (*everywhere, self._krbd) if Service.NODE in self._settings.services else everywhere
+
+    def _clusters(self) -> Finding:
+        def look() -> str:
+            return self._backend.reached() if isinstance(self._backend, StandsOnClusters) else ""
+
+        return look_at("clusters", look, "look at 'ceph status' and at the network of this node", fatal=False)
 
     def _ceph(self) -> Finding:
         from csi_driver.backends.librbd import version  # noqa: PLC0415 - who has no Ceph pays nothing for it

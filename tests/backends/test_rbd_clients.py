@@ -5,6 +5,7 @@ On the host, as `test_rbd_cluster.py`: `make ceph-test` runs it.
 
 import base64
 import contextlib
+import json
 import os
 import socket
 import time
@@ -251,6 +252,17 @@ def test_a_pool_that_is_not_there_has_nothing_and_takes_nothing(ceph: RbdRig) ->
 def test_the_cluster_tells_its_fsid_and_its_room(ceph: RbdRig, pool: CephPool) -> None:
     assert pool.cluster_uuid() == ceph.ceph.fsid
     assert pool.room_of(pool.rooms(), POOL).available > 0
+
+
+def test_each_cluster_is_told_with_its_fsid_and_the_first_one_that_cannot_be_asked(ceph: RbdRig) -> None:
+    backend, before = ceph.backend(), ceph.config.read_text()
+    assert backend.reached() == f"{CLUSTER} ({ceph.ceph.fsid})"
+    ceph.config.write_text(json.dumps([*json.loads(before), {"clusterID": "two", "monitors": ["mon.invalid:6789"]}]))
+    try:
+        with pytest.raises(FailedPrecondition, match=r"the Ceph cluster two cannot be reached"):
+            backend.reached()
+    finally:
+        ceph.config.write_text(before)
 
 
 # --- sessions that are kept ------------------------------------------------------------------------------------------

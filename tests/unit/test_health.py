@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from csi_driver.backends import librbd
+from csi_driver.backends.rbdaccess import CephAccess
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.commands import Commands
 from csi_driver.host.devicemapper import DeviceMapper
@@ -128,6 +129,10 @@ def cannot_be_loaded() -> str:
     raise FailedPrecondition("librados.so.2 cannot be loaded")
 
 
+def refused(_: CephAccess) -> str:
+    raise FailedPrecondition("the Ceph cluster one refuses client.a; correct the key")
+
+
 def test_what_images_of_ceph_need_is_looked_for_where_they_are_used(
     found: Found, health: Build, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +151,11 @@ def test_what_images_of_ceph_need_is_looked_for_where_they_are_used(
     assert found("ceph", of_ceph, machine).found == "librados 3.0.0, librbd 1.16.0"
     monkeypatch.setattr(librbd, "version", cannot_be_loaded)
     assert "install the package librbd1" in found("ceph", of_ceph, machine).advice
+    assert found("clusters", of_ceph, machine).found == "the server has no user of its own: each call brings one"
+    monkeypatch.setattr(CephAccess, "reached", refused)
+    assert found("clusters", of_ceph, machine) == Finding(
+        "clusters", ok=False, fatal=False, found="the Ceph cluster one refuses client.a", advice="correct the key"
+    )
 
 
 def test_a_disk_that_a_restart_empties_is_told(found: Found, settings: Settings) -> None:

@@ -164,7 +164,7 @@ class World:
         logs, files, workers = VolumeLogs(), SteppedFiles(self.step), InlineWorkers(self.step)
         access: Any = SimpleNamespace(
             pool=lambda *_: self.pool, place_of=lambda _: PLACE, uuid=lambda _: "fsid-1", knows=lambda _: True,
-            use=lambda *_: None, forget=lambda _: None, every_pool=lambda: [self.pool],
+            use=lambda *_: None, forget=lambda _: None, every_pool=lambda: [self.pool], reached=str,
         )  # fmt: skip
         kernel = Kernel(self.pool) if node == "node-1" else Kernel(Pool(self.folder))
         folder = self.folder / f"ceph-{node}"

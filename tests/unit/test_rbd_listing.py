@@ -35,7 +35,7 @@ def pool() -> Pool:
 def backend(tmp_path: Path, pool: Pool) -> RbdBackend:
     logs = VolumeLogs()
     access: Any = SimpleNamespace(
-        pool=lambda *_: pool, place_of=lambda _: PLACE, uuid=lambda _: "fsid-1", every_pool=lambda: [pool],
+        pool=lambda *_: pool, place_of=lambda _: PLACE, uuid=lambda _: "fsid-1", every_pool=lambda: [pool], reached=str,
     )  # fmt: skip
     devices: Any = None
     images: Any = SimpleNamespace(
