@@ -39,9 +39,11 @@ _FORGIVEN = {
     ("restage", "worker luks-grow"),
     *((call, "note remove") for call in ("create", "rotate", "delete")),
     *(("stage", seam) for seam in ("worker luks-backup", "file rename", "file sync_folder")),
+    ("unstage", "worker rados"),
 }
 """Steps whose failure a call outlives: a file system that cannot grow keeps nobody from the data in it, nor does a copy
-of the header that could not be made; and the note of a key that a KMS is about to make, or to forget, may stay.
+of the header that could not be made; and the note of a key that a KMS is about to make, or to forget, may stay. A
+cluster that was not told of an unmapping puts a client on its blocklist that is gone.
 """
 
 
