@@ -173,6 +173,7 @@ class Lab:
         if lost or leaked:
             self.close()
             clear(before, self._state)
+            self._below.clear()
         life.end()
         return lost, "; ".join(leaked)
 

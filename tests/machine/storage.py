@@ -59,6 +59,9 @@ class Storage(Protocol):
     def device(self, volume_id: str) -> AbstractContextManager[Path]:
         """A volume's bytes, attached or not; afterwards the driver finds what it has left."""
 
+    def clear(self) -> None:
+        """After a trouble, with nothing running: what is outside the state directory goes."""
+
 
 class FolderStorage(Storage, Protocol):
     """Storage whose records are files of this machine."""
@@ -118,6 +121,9 @@ class LoopfileStorage(_InFolders):
     def device(self, volume_id: str) -> AbstractContextManager[Path]:
         return nullcontext(self.folder(volume_id) / "disk.img")
 
+    def clear(self) -> None:
+        """All is in it."""
+
 
 class GroupStorage(_InFolders):
     """A volume group, whose records are mounted below the state directory."""
@@ -136,6 +142,10 @@ class GroupStorage(_InFolders):
     def made(self) -> set[str]:
         found = lvm("lvs", "--noheadings", "-o", "lv_name", GROUP).split()
         return {name.removeprefix("luks-") for name in found if name.startswith("luks-")}
+
+    def clear(self) -> None:
+        for volume_id in self.made():
+            lvm("lvremove", f"{GROUP}/luks-{volume_id}")
 
     @contextmanager
     def device(self, volume_id: str) -> Iterator[Path]:
@@ -182,6 +192,9 @@ class CephStorage:
 
     def left_of(self, volume_id: str) -> list[str]:
         return [line for line in self._rig.ceph.admin("rados", "-p", CEPH_POOL, "ls").split() if volume_id in line]
+
+    def clear(self) -> None:
+        self._rig.clear()
 
     @contextmanager
     def device(self, volume_id: str) -> Iterator[Path]:
