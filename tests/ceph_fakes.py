@@ -82,9 +82,10 @@ class FakePool(CephPool):
         self.maps.setdefault(name, {})[key] = value
         self.step(f"after set {key}")
 
-    def drop_value(self, name: str, key: str) -> None:
+    def drop_value(self, name: str, key: str, only: str | None = None) -> None:
         self.step(f"before unset {key}")
-        self.maps.get(name, {}).pop(key, None)
+        if only is None or self.value(name, key) == only:
+            self.maps.get(name, {}).pop(key, None)
         self.step(f"after unset {key}")
 
     def info(self, image: str) -> Image | None:
@@ -102,8 +103,10 @@ class FakePool(CephPool):
     def resize(self, image: str, size: int) -> None:
         self.images[image].size = size
 
-    def remove(self, image: str, seconds: float) -> None:
+    def remove(self, image: str, seconds: float, only: str | None = None) -> None:
         self.step("before rm")
+        if only is not None and image in self.images and self.images[image].id != only:
+            return
         if image in self.images and self.images[image].open_at:
             raise DeviceInUse(f"{image} is open")
         self.images.pop(image, None)

@@ -26,12 +26,14 @@ from csi_driver.model.errors import FailedPrecondition
 _FSID_BYTES: Final = 37
 _SOME_BYTES: Final = 64 << 10
 _SOME_KEYS: Final = 1000
+_EQUAL: Final = 1  # LIBRADOS_CMPXATTR_OP_EQ
 _MOST_SESSIONS: Final = 4  # each has ten threads
 _GRACE_SECONDS: Final = 5.0
 # A session is as old as its worker: a right may be new since, a fence may have been lifted.
 _STALE: Final = (errno.EPERM, errno.EACCES, errno.ESHUTDOWN, errno.ENOTCONN)
 # No file of the host is read or written, and nothing is told to anybody, whatever the cluster's own configuration wants
 # of its clients: an admin socket would tell the key.
+_IN_STEPS: Final = ("make", "resize", "remove", "overwrite", "rename", "describe", "break_lock")  # of librbd
 _OPTIONS: Final = {
     "keyring": "/dev/null",
     "admin_socket": "",
@@ -44,7 +46,6 @@ _OPTIONS: Final = {
 }
 
 _sessions: Final[dict[tuple[str, str], tuple[str, c_void_p]]] = {}  # and the key of each; the last used one is last
-
 
 Session = c_void_p
 """What functions here and of `librbd` get first (rados_t)."""
@@ -98,9 +99,9 @@ def answer(asked: Handle, into: Handle) -> None:
 
 
 def _asked(login: Login, function: Callable[..., object], args: Sequence[object]) -> object:
-    """In the session that is kept, or in a new one; a single operation is asked again where the kept one is refused.
+    """In the session that is kept, or in a new one; it is asked again there where the kept one is refused.
 
-    Not what librbd does in several steps: some of them may be done, and the next call goes on with those.
+    But for what librbd changes in several steps: some of them may be done, and the next call goes on with those.
     """
     was_kept = login.name in _sessions
     try:
@@ -112,7 +113,7 @@ def _asked(login: Login, function: Callable[..., object], args: Sequence[object]
         if error.errno not in _STALE:
             raise
         _end_session(login.name)
-        if not was_kept or function.__module__ != __name__:
+        if not was_kept or function.__name__ in _IN_STEPS:
             raise
     return function(_session(login), *args)
 
@@ -201,6 +202,7 @@ def opened_pool(session: Session, where: Where) -> Iterator[c_void_p]:
     check(rados.rados_ioctx_create(session, where.pool.encode(), byref(pool)))
     try:
         rados.rados_ioctx_set_namespace(pool, where.namespace.encode())
+        rados.rados_set_pool_full_try(pool)  # a full pool is an error at once, and no wait without end
         yield pool
     finally:
         rados.rados_ioctx_destroy(pool)
@@ -294,8 +296,8 @@ def set_value(session: Session, where: Where, name: str, key: str, content: str)
         check(rados.rados_write_op_operate(change, pool, name.encode(), None, 0))
 
 
-def drop_value(session: Session, where: Where, name: str, key: str) -> None:
-    """Remove a value of an object's map; absent is fine."""
+def drop_value(session: Session, where: Where, name: str, key: str, only: str | None = None) -> None:
+    """Remove a value of an object's map, in one step only if it is `only`; absent or another one is fine."""
     rados = library()
     wanted, sizes = _array(key)
     with (
@@ -303,8 +305,13 @@ def drop_value(session: Session, where: Where, name: str, key: str) -> None:
         opened_pool(session, where) as pool,
         _operation(rados.rados_create_write_op, rados.rados_release_write_op) as change,
     ):
+        if only is not None:
+            text, kept = key.encode(), only.encode()
+            rados.rados_write_op_omap_cmp2(change, text, _EQUAL, kept, len(text), len(kept), None)
         rados.rados_write_op_omap_rm_keys2(change, wanted, sizes, 1)
-        check(rados.rados_write_op_operate(change, pool, name.encode(), None, 0))
+        code = rados.rados_write_op_operate(change, pool, name.encode(), None, 0)
+        if only is None or code != -errno.ECANCELED:
+            check(code)
 
 
 # --- the binding -----------------------------------------------------------------------------------------------------
@@ -352,6 +359,7 @@ def _declare(rados: ctypes.CDLL) -> None:
     rados.rados_read_op_omap_get_keys2.argtypes = (c_void_p, c_char_p, c_uint64, c_void_p, c_void_p, c_void_p)
     rados.rados_read_op_omap_get_vals_by_keys2.argtypes = (c_void_p, c_void_p, c_size_t, c_void_p, c_void_p, c_void_p)
     rados.rados_write_op_omap_set2.argtypes = (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_size_t)
+    rados.rados_write_op_omap_cmp2.argtypes = (c_void_p, c_char_p, c_ubyte, c_char_p, c_size_t, c_size_t, c_void_p)
     rados.rados_write_op_omap_rm_keys2.argtypes = (c_void_p, c_void_p, c_void_p, c_size_t)
 
 

@@ -93,8 +93,13 @@ def resize(session: Session, where: Where, image: str, size: int) -> None:
         check(library().rbd_resize(opened, size))
 
 
-def remove(session: Session, where: Where, image: str) -> None:
-    """Remove it, and what is left of one that was half made or half removed; absent is fine."""
+def remove(session: Session, where: Where, image: str, only: str | None = None) -> None:
+    """Remove it, and what is left of one that was half made or half removed; absent is fine.
+
+    With an id nothing is done to another image that has the name.
+    """
+    if only is not None and (found := info(session, where, image)) is not None and found.id != only:
+        return
     with suppress(FileNotFoundError), opened_pool(session, where) as pool:
         check(library().rbd_remove(pool, image.encode()))
 

@@ -5,7 +5,6 @@ csi-vol-<id>       the image; what is known of it lies beside it in its pool: `c
 <folder>/headers   copies of headers that somebody asked for here: `csi_driver.backends.rbdheaders`
 """
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -31,7 +30,6 @@ from csi_driver.host.log import log
 from csi_driver.model.access import Access
 from csi_driver.model.errors import (
     Aborted,
-    DeadlineExceeded,
     DeviceAbsent,
     DeviceInUse,
     DriverError,
@@ -137,14 +135,8 @@ class RbdBackend:
             )
         number = self._images.check_room(pool, volume_id, parameters, size)
         cluster, written = self._access.uuid(pool), self._codec.encode(record).decode()
-        try:
-            made = VolumeState(cluster=cluster, pool_number=number, record=written)
-            self._images.make(pool, volume_id, state, parameters, size, made)
-        except DriverError as error:
-            if not isinstance(error, Aborted | DeadlineExceeded | FailedPrecondition):
-                with contextlib.suppress(DriverError):
-                    self.delete(volume_id)
-            raise
+        made = VolumeState(cluster=cluster, pool_number=number, record=written)
+        self._images.make(pool, volume_id, state, parameters, size, made)
         self._images.describe(pool, record)
         return record
 
@@ -187,13 +179,19 @@ class RbdBackend:
         pool = self._access.pool(volume_id)
         state = self._logs.state(pool, volume_id)
         if state is not None:
+            erase = 0
             if state.record is not None:
                 if self._devices.pin(volume_id) is not None:
                     self._release(pool, volume_id)
                 state = self._nodes.take_from_commands(pool, volume_id)
                 self._images.refuse_used(pool, volume_id, state)
-                state = self._images.mark_removed(pool, volume_id, self._to_erase(volume_id, state))
-            self._images.remove(pool, volume_id, state)
+                erase = self._to_erase(volume_id, state)
+            self._images.remove(pool, volume_id, self._images.mark_removed(pool, volume_id, erase))
+        elif self._logs.is_named(pool, volume_id) and pool.info(image_name(volume_id)) is not None:
+            raise FailedPrecondition(
+                f"volume {volume_id} cannot be deleted: {pool.place} has an image {image_name(volume_id)}, and the log "
+                f"of the volume is empty or gone; restore that object, or remove the image by hand"
+            )
         self._logs.forget(pool, volume_id)
         self._access.forget(volume_id)
         self._devices.forget(volume_id)
@@ -341,7 +339,9 @@ class RbdBackend:
     def remove_orphans(self, volume_id: str) -> Sequence[str]:
         if not self._is_central or self.has(volume_id) or volume_id not in self.ids():
             return []
-        self.delete(volume_id)
+        pool = self._access.pool(volume_id)
+        self._images.remove(pool, volume_id, self._images.mark_removed(pool, volume_id, None))
+        self._logs.forget(pool, volume_id)
         return [self._orphan(volume_id)]
 
     def _orphan(self, volume_id: str) -> str:

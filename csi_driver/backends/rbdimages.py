@@ -8,7 +8,9 @@
 Removed is in the other order: the log loses the record first, and with it goes the volume.
 """
 
+import contextlib
 import secrets
+from collections.abc import Iterator
 from typing import Final
 
 import msgspec
@@ -18,7 +20,14 @@ from csi_driver.backends.rbdplace import image_name
 from csi_driver.backends.rbdpool import CephPool
 from csi_driver.backends.rbdrecords import VolumeLogs, VolumeState
 from csi_driver.host.log import log
-from csi_driver.model.errors import Aborted, DeviceInUse, DriverError, FailedPrecondition, ResourceExhausted
+from csi_driver.model.errors import (
+    Aborted,
+    DeadlineExceeded,
+    DeviceInUse,
+    DriverError,
+    FailedPrecondition,
+    ResourceExhausted,
+)
 from csi_driver.model.volume import EncryptionState, VolumeParameters, VolumeRecord
 
 FEATURES: Final = ("layering", "exclusive-lock", "object-map", "fast-diff")
@@ -69,44 +78,75 @@ class Images:
             )
         if state is not None and state.removing:
             self.remove(pool, volume_id, state)
+            self._logs.forget(pool, volume_id)  # who removes it at the same time forgets that life, and not ours
+            state = None
 
         def claim(found: VolumeState | None) -> VolumeState:
-            if found is not None and (found.record is not None or (found.removing and found != state)):
+            if found is not None and (found.record is not None or found.removing):
                 raise Aborted(f"volume {volume_id} was made or removed by somebody else meanwhile; call again")
             return VolumeState(claim=mine)
 
         claimed = self._logs.change(pool, volume_id, claim)
-        if state is not None:
-            self.remove(pool, volume_id, claimed)
-        pool.make(image, rounded(size), parameters.image_features or FEATURES, parameters.data_pool)
-        fresh = pool.info(image)
+        with self._given_up(pool, volume_id, mine):
+            if state is not None:
+                self.remove(pool, volume_id, claimed)
+            pool.make(image, rounded(size), parameters.image_features or FEATURES, parameters.data_pool)
+            fresh = pool.info(image)
         if fresh is None:
             raise CephExists(f"the image {image} in {pool.place} was made and is gone; call again")
+        self._complete(pool, volume_id, mine, msgspec.structs.replace(made, image_id=fresh.id))
+
+    def _complete(self, pool: CephPool, volume_id: str, mine: str, made: VolumeState) -> None:
+        """Let the image be the volume; it goes where somebody has deleted that meanwhile, and nobody makes it anew."""
 
         def complete(found: VolumeState | None) -> VolumeState:
             if found is None or found.claim != mine:
-                raise Aborted(f"volume {volume_id} was made by somebody else at the same time; call again")
-            return msgspec.structs.replace(made, image_id=fresh.id)
+                raise Aborted(f"volume {volume_id} was made or removed by somebody else at the same time; call again")
+            return made
 
-        self._logs.change(pool, volume_id, complete)
-        self._logs.confirm(pool, volume_id)
+        try:
+            self._logs.change(pool, volume_id, complete)
+            self._logs.confirm(pool, volume_id)
+        except Aborted:
+            state = self._logs.state(pool, volume_id)
+            if state is None or state.removing:
+                pool.remove(image_name(volume_id), self._seconds, only=made.image_id)
+            raise
+
+    @contextlib.contextmanager
+    def _given_up(self, pool: CephPool, volume_id: str, mine: str) -> Iterator[None]:
+        """Where the block fails for good what it has made goes, unless somebody else is at it or has made it."""
+
+        def take(state: VolumeState | None) -> VolumeState:
+            if state is None or state.claim != mine or state.record is not None:
+                raise Aborted(f"volume {volume_id} is made by somebody else")
+            return VolumeState(removing=True)
+
+        try:
+            yield
+        except DriverError as error:
+            if not isinstance(error, Aborted | DeadlineExceeded | FailedPrecondition):
+                with contextlib.suppress(DriverError):
+                    self.remove(pool, volume_id, self._logs.change(pool, volume_id, take))
+                    self._logs.forget(pool, volume_id)
+            raise
 
     def remove(self, pool: CephPool, volume_id: str, state: VolumeState) -> None:
         """Remove the image of a volume without a record: one that is removed, or in which nothing was ever written."""
         image = image_name(volume_id)
         found = pool.info(image)
-        if state.removing:
-            if found is not None and found.id != state.image_id:
+        if found is not None and state.image_id is not None:
+            if found.id != state.image_id:
                 log.warning("an image was left alone: it is not the volume's", volume_id=volume_id, image=image)
                 return
-            if found is not None and state.erase:
+            if state.erase:
                 pool.overwrite(image, state.erase, self._seconds)
         elif found is not None and not pool.is_unwritten(image, self._seconds):
             raise FailedPrecondition(
                 f"the image {image} in {pool.place} has the name of volume {volume_id}, has no record and holds data; "
                 f"it was left as it is, rename it or remove it by hand"
             )
-        pool.remove(image, self._seconds)
+        pool.remove(image, self._seconds, only=found.id if found is not None else None)
 
     def refuse_used(self, pool: CephPool, volume_id: str, state: VolumeState) -> None:
         """Raise DeviceInUse while a node has it or a client has its image open."""
@@ -124,12 +164,18 @@ class Images:
                 f"first, or wait 30 s for a client that crashed"
             )
 
-    def mark_removed(self, pool: CephPool, volume_id: str, erase: int) -> VolumeState:
-        """Take the record away, in one step. Raises DeviceInUse where a node was given the volume meanwhile."""
+    def mark_removed(self, pool: CephPool, volume_id: str, erase: int | None) -> VolumeState:
+        """Take the record away, or the claim of who makes it, in one step: nobody completes it from then on.
+
+        Without `erase` one that has a record by now is left as it is. Raises Aborted then, and DeviceInUse where a node
+        was given the volume meanwhile.
+        """
 
         def take(state: VolumeState | None) -> VolumeState:
             if state is None or state.record is None:
-                return state or VolumeState()
+                return VolumeState(removing=True) if state is None or not state.removing else state
+            if erase is None:
+                raise Aborted(f"volume {volume_id} was made by somebody else meanwhile; it was left as it is")
             if state.nodes:
                 self.refuse_used(pool, volume_id, state)
             return msgspec.structs.replace(state, record=None, removing=True, erase=erase)

@@ -42,7 +42,9 @@ class _Monitors(msgspec.Struct, frozen=True):
 
 class _PoolStats(msgspec.Struct, frozen=True):
     used: int = msgspec.field(name="bytes_used", default=0)
+    stored: int = 0
     available: int = msgspec.field(name="max_avail", default=0)
+    quota: int = msgspec.field(name="quota_bytes", default=0)
 
 
 class PoolRoom(msgspec.Struct, frozen=True):
@@ -59,8 +61,9 @@ class PoolRoom(msgspec.Struct, frozen=True):
 
     @property
     def available(self) -> int:
-        """Bytes that can still be written."""
-        return self.stats.available
+        """Bytes that can still be written, to its quota too if it has one."""
+        stats = self.stats
+        return min(stats.available, max(0, stats.quota - stats.stored)) if stats.quota else stats.available
 
 
 class _Rooms(msgspec.Struct, frozen=True):
@@ -109,9 +112,9 @@ class CephPool:
         """Set a value of an object's map, which is made if it is absent."""
         self._ask(f"rados setomapval {name} {key}", librados.set_value, self._where, name, key, value)
 
-    def drop_value(self, name: str, key: str) -> None:
-        """Remove a value of an object's map; absent is fine."""
-        self._ask(f"rados rmomapkey {name} {key}", librados.drop_value, self._where, name, key)
+    def drop_value(self, name: str, key: str, only: str | None = None) -> None:
+        """Remove a value of an object's map, in one step only if it is `only`; absent or another one is fine."""
+        self._ask(f"rados rmomapkey {name} {key}", librados.drop_value, self._where, name, key, only)
 
     # --- images
 
@@ -127,12 +130,12 @@ class CephPool:
         """Give it `size` bytes; where it is mapped that is seen when this returns."""
         self._ask(f"rbd resize {self._spec(image)}", librbd.resize, self._where, image, size)
 
-    def remove(self, image: str, seconds: float) -> None:
+    def remove(self, image: str, seconds: float, only: str | None = None) -> None:
         """Remove it, and what is left of one that was half made or half removed; absent is fine.
 
-        Raises DeviceInUse while anybody has it open.
+        With an id nothing is done to another image that has the name. Raises DeviceInUse while anybody has it open.
         """
-        self._ask(f"rbd rm {self._spec(image)}", librbd.remove, self._where, image, seconds=seconds)
+        self._ask(f"rbd rm {self._spec(image)}", librbd.remove, self._where, image, only, seconds=seconds)
 
     def watchers(self, image: str) -> Sequence[str]:
         """The addresses of those who have it open for writing."""
@@ -196,7 +199,7 @@ class CephPool:
 
     def rooms(self) -> Sequence[PoolRoom]:
         """Every pool of the cluster, with what room it has. Raises FailedPrecondition where nobody counts that."""
-        said = self._ask("ceph df", librados.command, {"prefix": "df", "format": "json"})
+        said = self._ask("ceph df", librados.command, {"prefix": "df", "detail": "detail", "format": "json"})
         found = _decoded(_Rooms, said, "ceph df").pools
         if not found:
             raise FailedPrecondition(

@@ -118,6 +118,10 @@ class VolumeLogs:
         """All volumes that anything is known of, sorted."""
         return list(pool.keys(INDEX))
 
+    def is_named(self, pool: CephPool, volume_id: str) -> bool:
+        """Whether the index has the volume, whatever its log says."""
+        return pool.value(INDEX, volume_id) is not None
+
     def state(self, pool: CephPool, volume_id: str) -> VolumeState | None:
         """What is known of the volume; None where nothing is. Raises FailedPrecondition for a log that is damaged."""
         log = self._newest(pool, volume_id)
@@ -144,18 +148,22 @@ class VolumeLogs:
     def confirm(self, pool: CephPool, volume_id: str) -> None:
         """Raise Aborted where what was written went into a log that does not count: somebody else makes the volume."""
         if pool.value(INDEX, volume_id) != self._names[volume_id].life:
-            self._names.pop(volume_id, None)
+            self.forget(pool, volume_id)
             raise Aborted(f"volume {volume_id} is being made by somebody else at the same time; call again")
 
     def forget(self, pool: CephPool, volume_id: str) -> None:
-        """Remove all that is known of the volume, its log last but one and the index last."""
-        life = pool.value(INDEX, volume_id)
-        if life is not None:
+        """Remove all that is known of the volume, its log last but one and the index last.
+
+        Of the life that was last read here alone: who makes a volume of that name meanwhile begins another one.
+        """
+        known = self._names.get(volume_id)
+        life = known.life if known is not None else pool.value(INDEX, volume_id)
+        if life:
             first = _Name(volume_id, life)
             pool.drop(first.header)
             for number in [*self._named(pool, first), 0]:
                 pool.drop(first.numbered(number).log)
-            pool.drop_value(INDEX, volume_id)
+            pool.drop_value(INDEX, volume_id, only=life)
         self._names.pop(volume_id, None)
 
     def header(self, pool: CephPool, volume_id: str) -> bytes | None:

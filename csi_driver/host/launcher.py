@@ -21,7 +21,7 @@ from csi_driver.host.handle import Handle
 from csi_driver.host.hardening import harden_process
 from csi_driver.host.held import holding
 from csi_driver.host.syscalls import libc
-from csi_driver.host.workers import END, MESSAGE_BYTES, MOST_DESCRIPTORS, STARTED, WORD_BYTES, unpack
+from csi_driver.host.workers import END, MESSAGE_BYTES, MOST_DESCRIPTORS, REFUSED, STARTED, WORD_BYTES, unpack
 from csi_driver.model.errors import DriverError
 
 _PR_SET_NAME: Final = 15
@@ -39,18 +39,23 @@ def main(arguments: list[str]) -> int:
         if function:
             getattr(loaded, function)()
     gc.freeze()  # keeps the collector from unsharing the memory of every worker
-    _serve(control)
+    serve(control)
     return 0
 
 
-def _serve(control: socket.socket) -> None:
+def serve(control: socket.socket) -> None:
     """Fork workers until the server closes its end of the control socket."""
     while True:
         request, descriptors, _, _ = socket.recv_fds(control, WORD_BYTES, 1)
         if not request:
             return
         with socket.socket(fileno=descriptors[0]) as server:
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError:  # a limit of processes, or memory: the next one may get what ends meanwhile
+                with contextlib.suppress(OSError):
+                    server.send(REFUSED)
+                continue
             if pid == 0:
                 control.close()
                 _work(server)

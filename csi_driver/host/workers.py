@@ -38,9 +38,10 @@ MOST_DESCRIPTORS = 16
 WORD_BYTES = 16
 NEW = b"new"
 STARTED = b"started"
+REFUSED = b"refused"
 END = b"end"
 _MOST_IDLE = 2
-_MOST_IDLE_APART = 4
+_MOST_IDLE_APART = 8
 _KILL_GRACE_SECONDS = 2.0
 _START_SECONDS = 30.0
 
@@ -120,6 +121,11 @@ class _Worker:
         word, descriptors, _, _ = socket.recv_fds(self.connection, WORD_BYTES, 1)
         if not word:
             raise CommandFailed(f"{what} failed: the worker launcher was killed; call again")
+        if word != STARTED or not descriptors:
+            lacking = "descriptors of this process" if word == STARTED else "processes or memory"
+            raise CommandFailed(
+                f"{what} failed: a limit of {lacking} is reached on this node; raise it, and call again"
+            )
         self._pidfd = descriptors[0]
 
     @property

@@ -20,7 +20,7 @@ from csi_driver.backends.rbdplace import Cluster
 from csi_driver.backends.rbdpool import CephPool
 from csi_driver.backends.rbdtool import CephClients, Credentials, pools_of
 from csi_driver.host.handle import Handle
-from csi_driver.model.errors import CommandFailed, DeviceInUse, FailedPrecondition
+from csi_driver.model.errors import CommandFailed, DeviceInUse, FailedPrecondition, ResourceExhausted
 from tests.backends.ceph import CLUSTER, POOL, USER, new_key
 from tests.backends.rigs import RbdRig
 
@@ -195,6 +195,42 @@ def test_the_kernel_is_told_where_the_monitors_are(ceph: RbdRig, pool: CephPool)
     assert within.line == f"{ceph.ceph.address}:3300 name=csi,key=client.csi,ms_mode=secure,_pool_ns=tenant rbd one -"
     assert ceph.ceph.key not in f"{within} {within.line}"
     assert base64.b64encode(within.key).decode() == ceph.ceph.key
+
+
+def test_what_is_removed_on_a_condition_is_that_and_nothing_else(pool: CephPool) -> None:
+    pool.set_value("map", "a", "one")
+    pool.drop_value("map", "a", only="two")
+    pool.drop_value("map", "b", only="one")
+    pool.drop_value("none", "a", only="one")
+    assert pool.value("map", "a") == "one"
+    pool.drop_value("map", "a", only="one")
+    assert pool.value("map", "a") is None
+    pool.make("one", MIB, FEATURES, None)
+    pool.remove("one", 20, only="another")
+    found = pool.info("one")
+    assert found is not None
+    pool.remove("one", 20, only=found.id)
+    pool.remove("one", 20, only=found.id)
+    assert pool.info("one") is None
+
+
+def test_a_quota_counts_as_room_and_a_full_pool_is_told_at_once(ceph: RbdRig, pool: CephPool) -> None:
+    ceph.ceph.admin("ceph", "osd", "pool", "create", "small", "1")
+    small = pool_of(ceph, name="small")
+    try:
+        ceph.ceph.admin("ceph", "osd", "pool", "set-quota", "small", "max_bytes", str(8 * MIB))
+        while not any(room.name == "small" and room.stats.quota for room in pool.rooms()):
+            time.sleep(0.1)
+        assert pool.room_of(pool.rooms(), "small").available == 8 * MIB
+        small.put("one", b"x" * MIB)
+        ceph.ceph.admin("ceph", "osd", "pool", "set-quota", "small", "max_bytes", "1000")
+        while ceph.ceph.asked("ceph", "osd", "pool", "ls", "detail")[-1]["flags_names"].find("full_quota") < 0:
+            time.sleep(0.1)
+        with pytest.raises(ResourceExhausted, match="free space in the pool or raise its quota"):
+            small.append("one", b"x")
+        small.drop("one")
+    finally:
+        ceph.ceph.admin("ceph", "osd", "pool", "rm", "small", "small", "--yes-i-really-really-mean-it")
 
 
 def test_metadata_comes_whole_however_much_it_is(pool: CephPool) -> None:

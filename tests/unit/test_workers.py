@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.host import keyring
+from csi_driver.host import keyring, launcher
 from csi_driver.host.commands import ProgramFailed
 from csi_driver.host.held import held_descriptors
 from csi_driver.host.holders import Holders
@@ -217,6 +217,43 @@ def test_after_a_killed_call_a_session_goes_on_in_a_new_worker(workers: Workers)
         second = workers.call("luks-test", 10, tasks.identity)[0]
         assert second != first
         assert workers.call("luks-test", 10, tasks.identity)[0] == second
+
+
+class InThisProcess:
+    """A launcher that is a thread."""
+
+    def __init__(self, control: socket.socket, warm: Sequence[str]) -> None:
+        assert not warm
+        self._thread = threading.Thread(target=self._serve, args=(control.dup(),), daemon=True)
+        self._thread.start()
+
+    def _serve(self, control: socket.socket) -> None:
+        with control:
+            launcher.serve(control)
+
+    def poll(self) -> int | None:
+        return None if self._thread.is_alive() else 0
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._thread.join(timeout)
+        return 0
+
+    def kill(self) -> None:
+        raise AssertionError("it ends by itself")
+
+
+def test_a_node_without_processes_to_spare_is_told_as_that_and_the_launcher_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "fork", refuse)
+    workers = Workers((), InThisProcess)
+    for _ in range(2):
+        with pytest.raises(CommandFailed, match=r"luks-test failed: a limit of processes or memory is reached"):
+            workers.call("luks-test", 10, tasks.identity)
+    workers.stop()
 
 
 # --- sessions --------------------------------------------------------------------------------------------------------

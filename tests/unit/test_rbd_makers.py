@@ -1,0 +1,159 @@
+"""Two controllers at one volume of Ceph: none takes what the other has made, and nothing is left that nobody knows."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from csi_driver.backends.rbd import RbdBackend
+from csi_driver.backends.rbddevices import MappedVolumes
+from csi_driver.backends.rbdimages import Images
+from csi_driver.backends.rbdnodes import NodeAttachments
+from csi_driver.backends.rbdplace import image_name
+from csi_driver.backends.rbdrecords import INDEX, VolumeLogs
+from csi_driver.backends.records import RecordCodec
+from csi_driver.host.files import Files
+from csi_driver.host.krbd import MappedImages
+from csi_driver.host.workers import Workers
+from csi_driver.model.errors import Aborted, CommandFailed, FailedPrecondition
+from csi_driver.model.volume import VolumeParameters, VolumeRecord
+from tests.ceph_fakes import PLACE, FakePool
+
+MIB = 1 << 20
+ID = PLACE.id_for("pvc-1")
+IMAGE = image_name(ID)
+RECORD = VolumeRecord(id=ID, name="pvc-1", capacity_bytes=MIB, parameters=VolumeParameters(), created="now")
+
+
+class Pool(FakePool):
+    """`at` is called once, when a step of that name comes; it may raise."""
+
+    def __init__(self) -> None:
+        super().__init__(self._told)
+        self._awaited: tuple[str, Callable[[], object]] | None = None
+
+    def at(self, step: str, act: Callable[[], object]) -> None:
+        self._awaited = step, act
+
+    def _told(self, step: str) -> None:
+        if self._awaited is not None and step.startswith(self._awaited[0]):
+            _, act = self._awaited
+            self._awaited = None
+            act()
+
+    def rooms(self) -> Any:
+        return [SimpleNamespace(name="rbd", number=7, available=1 << 40)]
+
+
+@pytest.fixture
+def pool() -> Pool:
+    return Pool()
+
+
+@pytest.fixture
+def controller(pool: Pool, tmp_path: Path) -> Callable[[str], RbdBackend]:
+    def make(name: str) -> RbdBackend:
+        logs, files, workers = VolumeLogs(), Files(), Workers(())
+        access: Any = SimpleNamespace(
+            pool=lambda *_: pool, place_of=lambda _: PLACE, uuid=lambda _: "fsid-1", forget=lambda _: None,
+            every_pool=lambda: [pool], reached=str,
+        )  # fmt: skip
+        devices = MappedVolumes(tmp_path / name, files, workers, MappedImages(str(tmp_path / "none")), 1)
+        backend = RbdBackend(
+            tmp_path / name, access, logs, Images(logs, 1), NodeAttachments(logs, "", "boot"), devices, RecordCodec(),
+            files, is_central=True,
+        )  # fmt: skip
+        backend.prepare()
+        return backend
+
+    return make
+
+
+def fail() -> None:
+    raise CommandFailed("rbd info failed: its worker process was killed before it could answer; call again")
+
+
+def test_a_creation_that_fails_leaves_what_another_has_made_meanwhile(
+    pool: Pool, controller: Callable[[str], RbdBackend]
+) -> None:
+    one, other = controller("one"), controller("other")
+
+    def overtaken() -> None:
+        other.create(RECORD, MIB)
+        fail()
+
+    pool.at("after create", overtaken)
+    with pytest.raises(CommandFailed):
+        one.create(RECORD, MIB)
+    assert other.get(ID) == RECORD
+    assert IMAGE in pool.images
+
+
+def test_a_creation_that_fails_for_good_leaves_nothing(pool: Pool, controller: Callable[[str], RbdBackend]) -> None:
+    pool.at("after create", fail)
+    with pytest.raises(CommandFailed):
+        controller("one").create(RECORD, MIB)
+    assert (pool.images, pool.maps[INDEX], pool.objects) == ({}, {}, {})
+
+
+@pytest.mark.parametrize("step", ["after rm", "before rm", "before unset", "before drop"])
+def test_a_deletion_does_not_forget_what_was_made_anew_meanwhile(
+    pool: Pool, controller: Callable[[str], RbdBackend], step: str
+) -> None:
+    one, other = controller("one"), controller("other")
+    one.create(RECORD, MIB)
+
+    def made_anew() -> None:
+        other.create(RECORD, MIB)
+        other.publish(ID, "node-2", many_nodes=False)
+
+    pool.at(step, made_anew)
+    one.delete(ID)
+    assert other.get(ID) == RECORD
+    assert other.published(ID) == ["node-2"]
+    assert IMAGE in pool.images
+    other.unpublish(ID, "node-2")
+    other.delete(ID)
+    assert (pool.images, pool.maps[INDEX], pool.objects) == ({}, {}, {})
+
+
+@pytest.mark.parametrize("step", ["before create", "after create", "before append", "after append", "after set"])
+def test_a_creation_that_was_deleted_meanwhile_leaves_no_image_that_nobody_knows(
+    pool: Pool, controller: Callable[[str], RbdBackend], step: str
+) -> None:
+    one, other = controller("one"), controller("other")
+    pool.at(step, lambda: other.delete(ID))
+    with suppress(Aborted):
+        one.create(RECORD, MIB)
+    if not one.has(ID):
+        one.create(RECORD, MIB)
+    assert other.get(ID) == RECORD
+    other.delete(ID)
+    assert (pool.images, pool.maps[INDEX]) == ({}, {})
+
+
+def test_what_is_complete_by_now_is_no_orphan_that_is_removed(
+    controller: Callable[[str], RbdBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = controller("one"), controller("other")
+    one.create(RECORD, MIB)
+    monkeypatch.setattr(other, "has", lambda _: False)  # it looked before that
+    with pytest.raises(Aborted, match="was made by somebody else meanwhile; it was left as it is"):
+        other.remove_orphans(ID)
+    assert one.get(ID) == RECORD
+
+
+def test_a_volume_whose_log_is_empty_is_not_forgotten_with_its_image_there(
+    pool: Pool, controller: Callable[[str], RbdBackend]
+) -> None:
+    backend = controller("one")
+    backend.create(RECORD, MIB)
+    (log,) = pool.objects
+    pool.objects[log] = b""
+    with pytest.raises(FailedPrecondition, match="the log of the volume is empty or gone; restore that object"):
+        controller("other").delete(ID)
+    assert IMAGE in pool.images
+    assert ID in pool.maps[INDEX]
