@@ -75,8 +75,8 @@ def test_an_enlargement_without_room_says_so_and_keeps_no_pod_from_starting(pods
     pods.start("one")
     pods.sh("one", "echo kept > /data/first; sync /data/first")
     before = sizes()
-    with filled(pods.node, 4 * GIB):
-        pods.resize("8Gi")
+    with filled(pods.node, 2 * GIB):
+        pods.resize("2Gi")
         pods.cluster.wait("sentence of the driver", told)
         pods.sh("one", "echo written > /data/file; sync /data/file")
         assert sizes() == before
@@ -87,6 +87,6 @@ def test_an_enlargement_without_room_says_so_and_keeps_no_pod_from_starting(pods
         assert pods.status()["capacity"]["storage"] == "32Mi"
         pods.end("one")
     pods.start("one")
-    pods.wait_resized("8Gi")
-    assert pods.device_bytes() == 8 * GIB
+    pods.wait_resized("2Gi")
+    assert pods.device_bytes() == 2 * GIB
     assert pods.sh("one", "cat /data/file") == "written"

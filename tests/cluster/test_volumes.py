@@ -77,7 +77,11 @@ def test_a_deleted_claim_takes_file_and_record_along(pods: Pods) -> None:
     pods.claim()
     pods.start("one")
     volume = pods.volume()
-    assert pods.node.run(f"ls {STATE}/loopfile/volumes/{volume.id}").text.split() == ["disk.img", "record.json"]
+    assert pods.node.run(f"ls {STATE}/loopfile/volumes/{volume.id}").text.split() == [
+        "disk.img",
+        "header.luks2",
+        "record.json",
+    ]
     assert listed()
     pods.end("one")
     pods.cluster.api.delete("PersistentVolumeClaim", "data", pods.namespace)
