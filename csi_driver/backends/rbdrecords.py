@@ -158,7 +158,7 @@ class VolumeLogs:
         """
         known = self._names.get(volume_id)
         life = known.life if known is not None else pool.value(INDEX, volume_id)
-        if life:
+        if life is not None:
             first = _Name(volume_id, life)
             pool.drop(first.header)
             for number in [*self._named(pool, first), 0]:

@@ -146,6 +146,14 @@ def test_what_is_complete_by_now_is_no_orphan_that_is_removed(
     assert one.get(ID) == RECORD
 
 
+def test_an_entry_of_the_index_that_names_no_life_goes_with_a_deletion(
+    pool: Pool, controller: Callable[[str], RbdBackend]
+) -> None:
+    pool.set_value(INDEX, ID, "")
+    controller("one").delete(ID)
+    assert pool.maps[INDEX] == {}
+
+
 def test_a_volume_whose_log_is_empty_is_not_forgotten_with_its_image_there(
     pool: Pool, controller: Callable[[str], RbdBackend]
 ) -> None:
