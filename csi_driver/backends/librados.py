@@ -31,9 +31,9 @@ _MOST_SESSIONS: Final = 4  # each has ten threads
 _GRACE_SECONDS: Final = 5.0
 # A session is as old as its worker: a right may be new since, a fence may have been lifted.
 _STALE: Final = (errno.EPERM, errno.EACCES, errno.ESHUTDOWN, errno.ENOTCONN)
+_IN_STEPS: Final = ("make", "resize", "remove", "overwrite", "rename", "describe", "break_lock")  # of librbd
 # No file of the host is read or written, and nothing is told to anybody, whatever the cluster's own configuration wants
 # of its clients: an admin socket would tell the key.
-_IN_STEPS: Final = ("make", "resize", "remove", "overwrite", "rename", "describe", "break_lock")  # of librbd
 _OPTIONS: Final = {
     "keyring": "/dev/null",
     "admin_socket": "",
