@@ -40,7 +40,8 @@ GUEST_FOR := $(MEASURED_GUEST) --env MALLOC_MMAP_THRESHOLD_=33554432 --env MALLO
 GUEST := $(GUEST_FOR) --
 LONG_GUEST := $(GUEST_FOR) --disk 32G --timeout 7200 --
 # The guest's root is read-only: no cache folder there.
-MACHINE_PYTEST := $(PY) -m pytest -p no:cacheprovider
+# A test that its own limit of time does not end, or whose clean-up hangs, tells where it is and ends all.
+MACHINE_PYTEST := $(PY) -m pytest -p no:cacheprovider -o faulthandler_timeout=1800 -o faulthandler_exit_on_timeout=true
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -115,11 +115,12 @@ def test_a_folder_of_its_own_hides_the_hosts_but_for_what_it_must_see(tmp_path: 
     assert log.read_text().count("Linux version") == 2
 
 
-def test_a_time_limit_ends_it_and_nothing_is_left(guest: Guest) -> None:
+def test_a_time_limit_ends_it_tells_what_was_stuck_and_nothing_is_left(guest: Guest) -> None:
     scratch = guest.disk.parent
-    guest.start(["sleep", "600"])
+    guest.start(["sh", "-c", "fsfreeze --freeze $MACHINE_STATE && echo frozen && exec tee $MACHINE_STATE/file"])
+    until_output(guest, b"frozen\n")
     assert left(scratch)
-    with pytest.raises(GuestError, match=r"its command still ran after 3 s\.$"):
+    with pytest.raises(GuestError, match=r"its command still ran after 3 s, in state D: tee \(\d+\) in \w+\.$"):
         guest.wait(3)
     guest.__exit__(None, None, None)
     assert left(scratch) == []

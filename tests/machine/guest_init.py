@@ -19,7 +19,8 @@ import sys
 import termios
 from collections.abc import Iterator
 
-JOB, STATUS, STDIN = "job.json", "status", "stdin"  # files of the host's scratch folder, besides the streams'
+# Files of the host's scratch folder, besides the streams'.
+JOB, STATUS, STDIN, ASKED, STUCK = "job.json", "status", "stdin", "asked", "stuck"
 STATE, OUT = "/mnt/state", "/mnt/out"
 SHADOWED = {"/run": "755", "/mnt": "755", "/tmp": "1777", "/var/tmp": "1777"}  # the guest's own, and their modes
 
@@ -36,6 +37,7 @@ _MODULES = "/usr/lib/uml/modules"
 _AT_BOOT = ("ecb", "cbc", "ctr", "xts", "dm_crypt", "loop", "af_alg", "algif_skcipher")
 _CIPHERS = (b"xts(aes)", b"cbc(aes)")
 
+_LOOK_SECONDS = 5  # between two looks whether the host asks
 _LAST_READS = 64  # of up to 64 KiB from a pipe, 4 KiB from a terminal: more than either can hold
 
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REC, _MS_SHARED = 1, 2, 4, 1 << 14, 1 << 20
@@ -199,6 +201,12 @@ def _write(path: str, text: str) -> None:
         file.write(text)
 
 
+def _write_whole(name: str, text: str) -> None:
+    """A file of the host, which sees nothing of it or all."""
+    _write(f"{_HOST}/{name}.new", text)
+    os.rename(f"{_HOST}/{name}.new", f"{_HOST}/{name}")
+
+
 def _build_cipher(name: bytes) -> None:
     """Have the kernel put a cipher together before the first volume does: it asks for seven modules meanwhile, which
     are not there and not needed, and each question costs a process. See sockaddr_alg in linux/if_alg.h.
@@ -279,6 +287,26 @@ def _reap(command: int) -> int | None:
     return code
 
 
+def _tell_stuck() -> None:
+    """Tell the host once it asks which threads wait in the kernel and cannot be ended (state D), and for what."""
+    if not os.path.exists(f"{_HOST}/{ASKED}"):
+        return
+    stuck = []
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            for thread in os.listdir(f"/proc/{process}/task"):
+                with open(f"/proc/{process}/task/{thread}/stat") as file:
+                    name, _, rest = file.read().partition(" (")[2].rpartition(") ")
+                with open(f"/proc/{process}/task/{thread}/wchan") as file:
+                    place = file.read()
+                if rest.startswith("D"):
+                    stuck.append(f"{name} ({thread}) in {place}")
+        except OSError:  # it has ended
+            pass
+    _write_whole(STUCK, ", ".join(stuck))
+    os.unlink(f"{_HOST}/{ASKED}")
+
+
 def _spawn(job: Job, writers: dict[int, int]) -> int:
     os.chdir(job.cwd)
     os.environ["PATH"] = job.env["PATH"]  # where the command is looked for
@@ -308,13 +336,14 @@ def _pump(command: int, sources: dict[int, int]) -> int:
     for source in (wakeup, *sources):
         poller.register(source, select.POLLIN)
     while True:
-        for ready, _ in poller.poll():
+        for ready, _ in poller.poll(_LOOK_SECONDS * 1000):
             if ready == wakeup:
                 os.read(wakeup, 1 << 12)
                 if (status := _reap(command)) is not None:
                     return status
             elif not _copy(ready, sources[ready]):
                 poller.unregister(ready)
+        _tell_stuck()
 
 
 def run(job: Job) -> int:
@@ -354,8 +383,7 @@ def main(scratch: str) -> None:
     code = run(job)
     if job.sync:
         _check(_libc.syncfs(os.open(STATE, os.O_RDONLY)), STATE)
-    _write(f"{_HOST}/{STATUS}.new", str(code))
-    os.rename(f"{_HOST}/{STATUS}.new", f"{_HOST}/{STATUS}")
+    _write_whole(STATUS, str(code))
     _libc.reboot(_RB_POWER_OFF)
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
-from tests.machine.guest_init import JOB, OUT, SHADOWED, STATE, STATUS, STDIN, UDEVD, Job, Stream
+from tests.machine.guest_init import ASKED, JOB, OUT, SHADOWED, STATE, STATUS, STDIN, STUCK, UDEVD, Job, Stream
 
 _KERNEL = "linux.uml"
 _HERE = Path(__file__).parent
@@ -36,7 +36,8 @@ _ENV = ("COLORTERM", "FORCE_COLOR", "LANG", "LC_ALL", "LUKS_CSI_COLOR", "NO_COLO
 _FILES = {1: "stdout", 2: "stderr"}
 _GONE_SECONDS = 10  # how long killed processes may take to disappear
 _TAIL_SECONDS = 0.02  # between two looks at what the guest has written
-_LOG_LINES = 40
+_ASKED_SECONDS = 30
+_LOG_LINES = 12  # few, so that what the command said last is seen above them
 # The kernel leads a process group. The guard is told which, and ends it when whoever booted it is gone, kill -9
 # included: then its pipe closes.
 _START = 'log=$1; shift; echo $$; exec "$@" >>"$log" 2>&1'
@@ -224,7 +225,7 @@ class Guest:
         self._seen = {}
         self._log_start = self._kernel_log.stat().st_size if self._kernel_log.exists() else 0
         self._streams = _streams() if self._forward else [(name, [n], None) for n, name in _FILES.items()]
-        for name in (*_FILES.values(), STATUS):
+        for name in (*_FILES.values(), STATUS, ASKED, STUCK):
             (self._scratch / name).unlink(missing_ok=True)
         job = Job(
             command=list(command),
@@ -352,7 +353,19 @@ class Guest:
                 if ended:
                     raise self._crashed(process.wait(_GONE_SECONDS))
                 if time.monotonic() > deadline:
-                    raise GuestError(f"The guest was ended: its command still ran after {timeout:g} s.", self._log())
+                    ran = f"its command still ran after {timeout:g} s, {self._stuck()}"
+                    raise GuestError(f"The guest was ended: {ran}.", self._log())
+
+    def _stuck(self) -> str:
+        """Who waits in the guest's kernel for good, by its process 1."""
+        told = self._scratch / STUCK
+        (self._scratch / ASKED).touch()
+        deadline = time.monotonic() + _ASKED_SECONDS
+        while not told.exists():
+            if time.monotonic() > deadline:
+                return "and its process 1 does not answer"
+            time.sleep(_TAIL_SECONDS)
+        return f"in state D: {told.read_text() or 'nothing'}"
 
     def _code(self) -> int | None:
         with contextlib.suppress(FileNotFoundError):

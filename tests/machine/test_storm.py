@@ -24,7 +24,7 @@ _SEED = "7"
 _CALLS = 2000
 
 
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(1500)
 def test_a_seeded_storm_loses_mixes_and_leaks_nothing_and_leaves_nothing_stuck() -> None:
     ledger = storm(_SEED, _CALLS)
     assert ledger.findings == Ledger().findings
