@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from csi_driver.backends.librbd import Image
+from csi_driver.backends.rbdclients import CephClients, Credentials
 from csi_driver.backends.rbderrors import CephExists, CephMissing
 from csi_driver.backends.rbdplace import Cluster, Place
 from csi_driver.backends.rbdpool import CephPool, PoolRoom
-from csi_driver.backends.rbdtool import CephClients, Credentials
 from csi_driver.host.krbd import ImageAddress
 from csi_driver.host.workers import Workers
 from csi_driver.model.errors import DeviceInUse

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from csi_driver.backends.rbdclients import CephClients, Credentials, pools_of, read_credentials
 from csi_driver.backends.rbderrors import KEY, USER
 from csi_driver.backends.rbdplace import Cluster, Clusters, Place, digest_of
 from csi_driver.backends.rbdpool import CephPool, PoolRoom
-from csi_driver.backends.rbdtool import CephClients, Credentials, pools_of, read_credentials
 from csi_driver.model.access import Access
 from csi_driver.model.errors import DriverError, FailedPrecondition, InvalidArgument, NotFound
 from csi_driver.model.volume import VolumeParameters

@@ -10,9 +10,9 @@ import msgspec
 from csi_driver.backends import librados, librbd
 from csi_driver.backends.librados import Where
 from csi_driver.backends.librbd import Image
+from csi_driver.backends.rbdclients import CephClients, Credentials
 from csi_driver.backends.rbderrors import CephMissing, meant, silent
 from csi_driver.backends.rbdplace import Place
-from csi_driver.backends.rbdtool import CephClients, Credentials
 from csi_driver.host.krbd import ImageAddress
 from csi_driver.model.errors import CommandFailed, DeadlineExceeded, DriverError, FailedPrecondition
 from csi_driver.model.reading import decode

@@ -259,13 +259,13 @@ def _has_left(settings: Settings, host: Host, move: Move) -> bool:
 def _rbd(settings: Settings, host: Host, folder: Path, memory: Path) -> Backend:
     from csi_driver.backends.rbd import RbdBackend  # noqa: PLC0415 - who has no Ceph pays nothing for it
     from csi_driver.backends.rbdaccess import CephAccess  # noqa: PLC0415
+    from csi_driver.backends.rbdclients import CephClients  # noqa: PLC0415
     from csi_driver.backends.rbddevices import MappedVolumes  # noqa: PLC0415
     from csi_driver.backends.rbdimages import Images  # noqa: PLC0415
     from csi_driver.backends.rbdmemory import Memory, read_memory  # noqa: PLC0415
     from csi_driver.backends.rbdnodes import NodeAttachments  # noqa: PLC0415
     from csi_driver.backends.rbdplace import Clusters  # noqa: PLC0415
     from csi_driver.backends.rbdrecords import VolumeLogs  # noqa: PLC0415
-    from csi_driver.backends.rbdtool import CephClients  # noqa: PLC0415
     from csi_driver.host.krbd import MappedImages  # noqa: PLC0415
 
     is_server = settings.backend == "rbd"

@@ -21,13 +21,13 @@ from csi_driver.backends.lvmrecords import NAME, OWNER, GroupRecords
 from csi_driver.backends.lvmtool import VolumeGroup
 from csi_driver.backends.rbd import RbdBackend
 from csi_driver.backends.rbdaccess import CephAccess
+from csi_driver.backends.rbdclients import CephClients, Credentials
 from csi_driver.backends.rbddevices import MappedVolumes
 from csi_driver.backends.rbdimages import Images
 from csi_driver.backends.rbdnodes import Fence, NodeAttachments, fence_off
 from csi_driver.backends.rbdplace import Cluster, Clusters, image_name
 from csi_driver.backends.rbdpool import CephPool
 from csi_driver.backends.rbdrecords import VolumeLogs
-from csi_driver.backends.rbdtool import CephClients, Credentials
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.commands import Commands
 from csi_driver.host.devicemapper import DeviceMapper

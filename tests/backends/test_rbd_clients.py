@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from csi_driver.backends import librados
+from csi_driver.backends.rbdclients import CephClients, Credentials, pools_of
 from csi_driver.backends.rbderrors import CephExists, CephMissing
 from csi_driver.backends.rbdplace import Cluster
 from csi_driver.backends.rbdpool import CephPool
-from csi_driver.backends.rbdtool import CephClients, Credentials, pools_of
 from csi_driver.host.handle import Handle
 from csi_driver.model.errors import CommandFailed, DeviceInUse, FailedPrecondition, ResourceExhausted
 from tests.backends.ceph import CLUSTER, POOL, USER, new_key

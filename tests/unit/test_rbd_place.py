@@ -8,8 +8,8 @@ import pytest
 
 from csi_driver.backends import librados
 from csi_driver.backends.rbdaccess import CephAccess
+from csi_driver.backends.rbdclients import CephClients, Credentials
 from csi_driver.backends.rbdplace import Cluster, Clusters, Place, digest_of, image_name
-from csi_driver.backends.rbdtool import CephClients, Credentials
 from csi_driver.host.workers import Workers
 from csi_driver.model.access import Access
 from csi_driver.model.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from csi_driver.backends.librados import Refused
+from csi_driver.backends.rbdclients import CephClients, Credentials
 from csi_driver.backends.rbderrors import CephExists, CephMissing
 from csi_driver.backends.rbdplace import Cluster
 from csi_driver.backends.rbdpool import CephPool
-from csi_driver.backends.rbdtool import CephClients, Credentials
 from csi_driver.host.workers import Workers
 from csi_driver.model.errors import (
     CommandFailed,
