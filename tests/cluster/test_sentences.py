@@ -172,7 +172,7 @@ _CLASSES = {
     "unknown-parameter": ({"chipher": "aes-xts-plain64"}, "unknown", "cipher"),
     "no-truth": ({"encrypted": "yes"}, "the parameter encrypted is 'yes'; it must be", '"true" or "false"'),
     "too-cheap": ({"pbkdfIterations": "10"}, "pbkdfIterations", "1000"),
-    "key-management": ({"encryptionKMSID": "vault"}, "encryptionKMSID", "empty"),
+    "two-keys": ({"encryptionKMSID": "vault", "generateKey": "true"}, "encryptionKMSID and generateKey", "leave one"),
 }
 
 
