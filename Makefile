@@ -130,8 +130,10 @@ crashes: venv system ## kernel crashes at random moments; BACKEND=lvm-thick or l
 storm: venv system ## many callers, kills, stops, a bystander
 	@$(PY) -m tests.machine.storm
 
-danger: venv system ## what lost data in the field; BACKEND=lvm-thick or lvm-thin
-	@$(GUEST_FOR) --env BACKEND --timeout 7200 -- $(PY) -m tests.machine.danger
+danger: venv system ## what lost data in the field; BACKEND=lvm-thick, lvm-thin, rbd or csi
+	@[ '$(BACKEND)' != rbd ] || tools/system.sh ceph
+	@$(if $(filter rbd,$(BACKEND)),$(PY) -m tests.backends.on_ceph,$(GUEST_FOR) --env BACKEND --timeout 7200) -- \
+	    $(PY) -m tests.machine.danger
 
 canary: venv system ## no key byte leaves its place
 	@$(GUEST) $(PY) -m tests.machine.canary
@@ -202,7 +204,8 @@ bench-data: venv ## the data path, by fio, beside bare dm-crypt and other choice
 bench-backends: venv ## encrypted beside plain, fio, 200 volumes on each backend; BACKEND=lvm-thin, rbd or csi, say
 	@tools/system.sh data
 	@case '$(BACKEND)' in \
-	csi) tools/system.sh cluster && $(MAKE) --no-print-directory $(KUBERNETES_BIN) && $(PY) -m benchmarks.csi ;; \
+	csi) code=0; tools/system.sh cluster; $(MAKE) --no-print-directory $(KUBERNETES_BIN); $(PY) -m benchmarks.csi || code=1; \
+	    $(BENCH_GUEST) --env BACKEND -- $(PY) -m benchmarks backends backends-data backends-many || code=1; exit $$code ;; \
 	rbd) code=0; tools/system.sh ceph; $(PY) -m benchmarks backends-many || code=1; \
 	    $(PY) -m tests.backends.on_ceph -- $(PY) -m benchmarks backends backends-data || code=1; exit $$code ;; \
 	*) $(BENCH_GUEST) --env BACKEND -- $(PY) -m benchmarks backends backends-data backends-many ;; \

@@ -1,12 +1,14 @@
 """What the storage below costs: an encrypted volume of each backend beside a plain one of the same, and many of them.
 
-`make bench-backends`; BACKEND is one of them, else all but `rbd`. In parts: `python -m benchmarks backends`,
+`make bench-backends`; BACKEND is one of them, else all but `rbd` and `csi`. In parts: `python -m benchmarks backends`,
 `backends-data` and `backends-many`. Linux' loop device is below the first three: sparse files, and a volume group on
 one that is a sparse file itself. `rbd` has a Ceph of this machine or of its host, in memory; many volumes of it need no
-device.
+device. `csi` has a cluster that is played within the server, with loop devices below: what a real API adds is in
+`benchmarks.csi`.
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from csi_driver.rpc.client import CsiClient
 from csi_driver.volumes.driver import WARM
 from tests.backends.ceph import CLUSTER, USER
 from tests.backends.ceph import POOL as CEPH_POOL
+from tests.backends.csirig import BELOW, NODE_ID
 from tests.backends.rigs import GROUP, POOL, LvmRig, RbdRig
 
 BACKENDS = ("loopfile", "lvm-thick", "lvm-thin")
@@ -53,6 +56,8 @@ class Served:
     folder: Path
     parameters: dict[str, str]
     ceph: RbdRig | None = None
+    node: str = ""
+    """To whom a volume is given before it is staged; "" where it lies on its node."""
 
 
 def rows(folder: Path, sizes: Sizes = Sizes()) -> Iterator[Row]:
@@ -87,6 +92,11 @@ def _server(backend: str, folder: Path, services: str) -> Iterator[Served]:
         with our_server(folder / "server") as server:
             yield Served(backend, server, folder, {})
         return
+    if backend == "csi":
+        program = (sys.executable, "-m", "tests.backends.csi_server", "csi")
+        with our_server(folder / "server", program=program) as server:
+            yield Served(backend, server, folder, {"backingStorageClass": BELOW}, node=NODE_ID)
+        return
     thin, workers = backend == "lvm-thin", Workers(WARM)
     try:
         if backend == "rbd":
@@ -116,6 +126,8 @@ def _encrypted_beside_plain(served: Served, sizes: Sizes) -> Iterator[Row]:
         return seconds(volume.stage) + seconds(volume.unstage)
 
     for volume in (encrypted, plain):
+        if served.node:
+            volume.attach(served.node)
         stage_and_unstage(volume)
     series = side_by_side(
         sizes.turns, lambda: stage_and_unstage(encrypted), lambda: stage_and_unstage(plain), warm_up=sizes.warm_up
@@ -131,6 +143,8 @@ def _encrypted_beside_plain(served: Served, sizes: Sizes) -> Iterator[Row]:
         )
         yield times("rbd: re-stage + unstage, against Ceph-CSI's sequence on the same image", *series, 0.1)
     for volume in (encrypted, plain):
+        if served.node:
+            volume.detach(served.node)
         volume.delete()
 
 
@@ -146,7 +160,7 @@ def _data(served: Served, turns: int) -> Iterator[Row]:
     what = f"{served.backend}, ours against bare dm-crypt on the same device"
     with (
         CsiClient(served.server.endpoint) as client,
-        block_volume(client, served.folder, "data", served.parameters) as ours,
+        block_volume(client, served.folder, "data", served.parameters, served.node) as ours,
     ):
         yield from compared(what, 1 / 0.97, nullcontext(ours), same_device(ours.mapping), turns)
 

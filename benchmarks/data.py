@@ -104,14 +104,18 @@ def rows(folder: Path) -> Iterator[Row]:
 
 
 @contextmanager
-def block_volume(client: CsiClient, folder: Path, name: str, parameters: dict[str, str]) -> Iterator[Side]:
-    """A block volume of ours, as a pod gets it."""
+def block_volume(
+    client: CsiClient, folder: Path, name: str, parameters: dict[str, str], node: str = ""
+) -> Iterator[Side]:
+    """A block volume of ours, as a pod gets it; given to that `node` before, where one is named."""
     crypt = CHEAP if parameters.get("encrypted") != "false" else {}
     secrets = {"CRYPTO_KEY_VALUE": random_key()} if crypt else {}
     given = {**crypt, **{key: value for key, value in parameters.items() if key != "encrypted"}}
     stage, target = folder / f"{name}-stage", folder / f"{name}-pod"
     stage.mkdir()
     volume = client.create_volume(name, [_BLOCK], _DEVICE_BYTES, parameters=given, secrets=secrets)
+    if node:
+        client.attach(volume, node, _BLOCK, secrets)
     client.stage(volume, stage, _BLOCK, secrets)
     client.publish(volume, stage, target, _BLOCK)
     try:
@@ -119,6 +123,8 @@ def block_volume(client: CsiClient, folder: Path, name: str, parameters: dict[st
     finally:
         client.unpublish(volume.id, target)
         client.unstage(volume.id, stage)
+        if node:
+            client.detach(volume.id, node)
         client.delete_volume(volume.id)
         stage.rmdir()
 

@@ -134,13 +134,17 @@ class Running:
         return False
 
 
-def our_server(folder: Path, tree: Path | None = None, options: Sequence[str] = ()) -> Running:
+_SERVE = (str(Path(sys.executable).with_name("luks-csi")), "serve")
+
+
+def our_server(
+    folder: Path, tree: Path | None = None, options: Sequence[str] = (), program: Sequence[str] = _SERVE
+) -> Running:
     """`luks-csi serve`, as it is installed; of another `tree` with its stubs built, where one is given."""
-    program = str(Path(sys.executable).with_name("luks-csi"))
     return Running(
         folder,
         [
-            program, "serve", "--state-dir", str(folder / "state"), "--node-id", "bench", "--free-space-floor", "64Mi",
+            *program, "--state-dir", str(folder / "state"), "--node-id", "bench", "--free-space-floor", "64Mi",
             "--threads", str(THREADS), "--log-format", "json", *options, "--endpoint",
         ],
         tree,
@@ -211,6 +215,18 @@ class Volume:
     def target_path(self) -> Path:
         """Where it is published."""
         return self.folder / self.id / "target"
+
+    def attach(self, node_id: str) -> None:
+        """ControllerPublishVolume."""
+        request = csi.ControllerPublishVolumeRequest(
+            volume_id=self.id, node_id=node_id, volume_capability=CAPABILITY, volume_context=self.context
+        )
+        self.server.client.controller.ControllerPublishVolume(request, timeout=_CALL_SECONDS)
+
+    def detach(self, node_id: str) -> None:
+        """ControllerUnpublishVolume."""
+        request = csi.ControllerUnpublishVolumeRequest(volume_id=self.id, node_id=node_id)
+        self.server.client.controller.ControllerUnpublishVolume(request, timeout=_CALL_SECONDS)
 
     def stage(self) -> None:
         """NodeStageVolume."""

@@ -288,7 +288,7 @@ class RbdBackend:
             if is_new:
                 self._let_go(volume_id)
             if isinstance(error, CephMissing):
-                raise cut_short(volume_id, state, error) from None
+                raise cut_short(volume_id, state, self._absent(pool, volume_id, state)) from None
             raise
 
     def guard(self, volume_id: str) -> None:

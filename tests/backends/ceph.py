@@ -225,6 +225,9 @@ class CephOutside(Ceph):
     def go_on(self, name: str = "osd.0") -> None:
         self._ask(f"go_on {name}")
 
+    def clear(self) -> None:
+        self._ask("clear")
+
     def kill(self, name: str) -> None:
         """It is the host's."""
 

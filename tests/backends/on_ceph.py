@@ -76,14 +76,14 @@ def main(command: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def _fulfilling(ceph: Ceph, wish: Path) -> Iterator[None]:
-    """Do what the guest wishes of the daemons."""
+    """Do what the guest wishes of the daemons, or of all that is in the pool."""
     ended = threading.Event()
 
     def look() -> None:
         while not ended.wait(_PAUSE):
             with contextlib.suppress(FileNotFoundError):
                 what, _, name = wish.read_text().partition(" ")
-                {"stop": ceph.stop, "go_on": ceph.go_on}[what](name)
+                {"stop": ceph.stop, "go_on": ceph.go_on, "clear": lambda _: ceph.clear()}[what](name)
                 wish.unlink()
 
     thread = threading.Thread(target=look)

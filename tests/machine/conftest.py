@@ -3,6 +3,7 @@
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ import pytest
 from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.workers import Workers
 from csi_driver.volumes.driver import WARM
-from tests.backends.rigs import LvmRig
-from tests.machine.group import IN_GROUP, POOLS, clear_away, group_of_tests, put_down
+from tests.machine.ceph_place import ceph_of_tests
+from tests.machine.csi_place import claims_of_tests
+from tests.machine.group import POOLS, GroupPlace, group_of_tests
 from tests.machine.leaks import Facts, clear, settled
 from tests.machine.node import Node
+from tests.machine.places import BACKEND, IN_GROUP, OF_FILES, Place, being
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,15 +35,23 @@ def workers() -> Iterator[Workers]:
 
 
 @pytest.fixture(scope="session")
-def group(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LvmRig | None]:
-    """The volume group of all tests, where BACKEND names a kind of it."""
+def place(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place | None]:
+    """Where the volumes of all tests are, when BACKEND says that they are no files."""
+    if OF_FILES:
+        yield None
+        return
     parent = Path(os.environ.get("MACHINE_STATE") or tmp_path_factory.getbasetemp())
-    with group_of_tests(parent / f"group-{os.getpid()}", workers) as rig:
-        yield rig
+    folder = parent / f"place-{os.getpid()}"
+    places: dict[str, AbstractContextManager[Place]] = {
+        "rbd": ceph_of_tests(folder, workers),
+        "csi": claims_of_tests(folder, workers),
+    }
+    with places.get(BACKEND) or group_of_tests(folder, workers, thin=BACKEND == "lvm-thin") as made, being(made):
+        yield made
 
 
 @pytest.fixture
-def folder(tmp_path: Path, group: LvmRig | None) -> Iterator[Path]:
+def folder(tmp_path: Path, place: Place | None) -> Iterator[Path]:
     """A folder on a disk, and the check that the test leaves nothing in the kernel."""
     state = os.environ.get("MACHINE_STATE")
     folder = Path(state, tmp_path.name) if state else tmp_path
@@ -51,12 +62,13 @@ def folder(tmp_path: Path, group: LvmRig | None) -> Iterator[Path]:
     for name in mapper.names():
         if (device := mapper.get(name)) is not None and device.suspended:
             mapper.resume(name)  # else a look at what is mounted there waits for good
-    if group is not None:
-        put_down()
+    if place is not None:
+        place.put_down()
 
     def left() -> list[str]:
-        # The files stay: they are the volumes. So does what all tests have of the group.
-        kept, own = ("files", f"mappings: {POOLS}"), f" at {group.state / 'lvm'}" if group else "\0"
+        # The files stay: they are the volumes. So does what all tests have of a group.
+        kept = ("files", f"mappings: {POOLS}")
+        own = f" at {place.rig.state / 'lvm'}" if isinstance(place, GroupPlace) else "\0"
         found = Facts.now(folder).more_than(before)
         return [one for one in found if not one.startswith(kept) and not one.endswith(own)]
 
@@ -65,8 +77,8 @@ def folder(tmp_path: Path, group: LvmRig | None) -> Iterator[Path]:
             clear(before, folder)
             pytest.fail(f"left behind: {'; '.join(leaked)}")
     finally:
-        if group is not None:
-            clear_away(group)
+        if place is not None:
+            place.clear_away()
 
 
 @pytest.fixture
@@ -85,9 +97,9 @@ def volume_with_data(tmp_path_factory: pytest.TempPathFactory, workers: Workers)
 
 
 @pytest.fixture
-def used(node: Node, group: LvmRig | None, request: pytest.FixtureRequest) -> Node:
+def used(node: Node, place: Place | None, request: pytest.FixtureRequest) -> Node:
     """A driver with a volume that was staged, written ("precious") and unstaged."""
-    if group is not None:
+    if place is not None:
         node.staged_once()
         for folder in (node.staging_path(), node.staging_path().parent):  # kubelet's, which is not there yet
             folder.rmdir()

@@ -1,4 +1,6 @@
-"""What befalls a volume's storage behind the driver's back: a file's on loopfile, a logical volume's in a group."""
+"""What befalls a volume's storage behind the driver's back: a file's on loopfile, a logical volume's in a group, an
+image's on Ceph. What is below a claim is a file, and the other driver's.
+"""
 
 import os
 import shutil
@@ -10,19 +12,24 @@ from pathlib import Path
 from csi_driver.backends.lvmtool import dm_name
 from csi_driver.host.devicemapper import DeviceMapper
 from tests.backends.rigs import GROUP, lvm
-from tests.machine.group import IN_GROUP
+from tests.machine.ceph_place import CephPlace, admin, spec
 from tests.machine.node import DATA_OFFSET, MIB, SIZE, VOLUME, Node
+from tests.machine.places import BACKEND, IN_GROUP, OF_FILES, current
 
 SHORTER = (4 * MIB, SIZE + DATA_OFFSET - 4 * MIB) if IN_GROUP else (0, MIB, SIZE + DATA_OFFSET - 512)
 """Lengths that are less than a volume's."""
 
-GONE = "has no logical volume" if IN_GROUP else r"disk\.img is not there"
+GONE = {"rbd": "has no image", "csi": "is gone"}.get(
+    BACKEND, "has no logical volume" if IN_GROUP else r"disk\.img is not there"
+)
 """What is said of storage that is not there."""
 
 
 def lose(node: Node, volume: str = VOLUME) -> None:
     """It is removed by hand."""
-    if IN_GROUP:
+    if (ceph := _ceph()) is not None:
+        admin(ceph, "rm", "--no-progress", spec(volume))
+    elif IN_GROUP:
         lvm("lvremove", _logical(volume))
     else:
         node.disk(volume).unlink()
@@ -30,7 +37,9 @@ def lose(node: Node, volume: str = VOLUME) -> None:
 
 def shorten(node: Node, length: int, volume: str = VOLUME) -> None:
     """It is cut off behind so many bytes."""
-    if IN_GROUP:
+    if (ceph := _ceph()) is not None:
+        admin(ceph, "resize", "--no-progress", "--allow-shrink", "--size", f"{length}B", spec(volume))
+    elif IN_GROUP:
         lvm("lvreduce", "-f", "-L", f"{length}b", _logical(volume))
     else:
         os.truncate(node.disk(volume), length)
@@ -38,7 +47,9 @@ def shorten(node: Node, length: int, volume: str = VOLUME) -> None:
 
 def lengthen(node: Node, length: int, volume: str = VOLUME) -> None:
     """It gets so many bytes."""
-    if IN_GROUP:
+    if (ceph := _ceph()) is not None:
+        admin(ceph, "resize", "--no-progress", "--size", f"{length}B", spec(volume))
+    elif IN_GROUP:
         lvm("lvextend", "-L", f"{length}b", _logical(volume))
     else:
         os.truncate(node.disk(volume), length)
@@ -47,6 +58,11 @@ def lengthen(node: Node, length: int, volume: str = VOLUME) -> None:
 @contextmanager
 def away(node: Node, volume: str = VOLUME) -> Iterator[None]:
     """It has another name."""
+    if (ceph := _ceph()) is not None:
+        admin(ceph, "rename", spec(volume), spec("kept"))
+        yield
+        admin(ceph, "rename", spec("kept"), spec(volume))
+        return
     if IN_GROUP:
         lvm("lvrename", _logical(volume), f"{GROUP}/kept")
         yield
@@ -60,8 +76,8 @@ def away(node: Node, volume: str = VOLUME) -> Iterator[None]:
 
 @contextmanager
 def blank_instead(node: Node, volume: str = VOLUME) -> Iterator[None]:
-    """A blank one is in its place: another file; or all of a disk is zeros, on which LVM's metadata was put back."""
-    if IN_GROUP:
+    """A blank one is in its place: another file; or all of a disk is zeros, of which the rest was put back."""
+    if not OF_FILES:
         content = node.disk(volume).read_bytes()
         _put(node.disk(volume), bytes(len(content)))
         yield
@@ -75,7 +91,7 @@ def blank_instead(node: Node, volume: str = VOLUME) -> Iterator[None]:
 
 def swap(node: Node, one: str, other: str) -> None:
     """Each has what the other had."""
-    if IN_GROUP:
+    if not OF_FILES:
         contents = [node.disk(volume).read_bytes() for volume in (one, other)]
         for volume, content in zip((other, one), contents, strict=True):
             _put(node.disk(volume), content)
@@ -95,7 +111,7 @@ def swap_names(one: str, other: str) -> None:
 
 def allocated(node: Node, volume: str = VOLUME) -> int:
     """How many bytes of it take space: of a sparse file, or in a thin pool."""
-    if not IN_GROUP:
+    if not IN_GROUP:  # of a claim's file too
         return node.disk(volume).stat().st_blocks * 512
     node.disk(volume)  # shows it
     told = DeviceMapper().status(dm_name(GROUP, f"luks-{volume}"))
@@ -106,7 +122,7 @@ def allocated(node: Node, volume: str = VOLUME) -> int:
 def is_in_use(node: Node, volume: str = VOLUME) -> bool:
     """Whether something has its device open, or shows it."""
     if not IN_GROUP:
-        return bool(node.loops_of(volume))
+        return node.is_attached(volume)
     device = DeviceMapper().get(dm_name(GROUP, f"luks-{volume}"))
     return device is not None and device.open_count > 0
 
@@ -118,7 +134,13 @@ def copy_of(node: Node, path: Path, volume: str = VOLUME) -> Path:
 
 
 def _put(path: Path, content: bytes) -> None:
-    subprocess.run(["dd", f"of={path}", "bs=1M", "oflag=direct", "status=none"], input=content, check=True, timeout=60)
+    words = ("bs=1M", "oflag=direct", "conv=notrunc", "status=none")
+    subprocess.run(["dd", f"of={path}", *words], input=content, check=True, timeout=60)
+
+
+def _ceph() -> CephPlace | None:
+    place = current()
+    return place if isinstance(place, CephPlace) else None
 
 
 def _logical(volume: str) -> str:

@@ -1,4 +1,4 @@
-"""The volume group of tests that have all volumes in one where BACKEND says so, and what is said of those that cannot.
+"""A volume group as the place of all volumes of the tests.
 
 A volume's logical volume is looked at by its device, which is `shown` for that. The records are mounted once, and below
 the state directory of each test.
@@ -11,94 +11,24 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import pytest
-
+from csi_driver.backends.base import Backend
 from csi_driver.backends.lvmrecords import NAME
 from csi_driver.backends.lvmtool import dm_name
 from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.workers import Workers
 from csi_driver.model.errors import DriverError
+from csi_driver.model.settings import Settings
 from tests.backends.rigs import GROUP, POOL, LvmRig, lvm
 from tests.machine.leaks import mounts, settled
 from tests.machine.processes import run
 from tests.machine.server import ServerProcess
-from tests.machine.storage import DISK_BYTES, POOL_BYTES, VOLUMES, chosen
+from tests.machine.storage import DISK_BYTES, POOL_BYTES, VOLUMES, GroupStorage
 
 POOLS = dm_name(GROUP, POOL)
 """What device-mapper's names of the thin pool begin with: once used it stays."""
 
-IN_GROUP = os.environ.get("BACKEND", "").startswith("lvm")
-
-DEVICE = rf"/dev/mapper/{VOLUMES}\S+" if IN_GROUP else r"/dev/loop\d+"
-"""How an error names the device of a volume."""
-
-REASONS = {
-    "files": "it is about what can be done to a file and not to a logical volume",
-    "written": "only of a sparse file it is known what was ever written to it",
-    "loop": "it is about loop devices",
-    "own disk": "its disk is the test's own, whatever the backend is",
-    "key": "the backend lvm moves no volume to another volume key, which test_danger_group.py shows",
-    "thick": "a thick logical volume has all its space from the start",
-    "plain thick": "a thick volume that is not encrypted is not enlarged while it is in use",
-}
-"""Why a test is not for volumes in a group: no other reason counts."""
-
 _test_shows: set[str] = set()
-_rigs: list[LvmRig] = []
-
-
-def current() -> LvmRig | None:
-    """The volume group, while there is one."""
-    return _rigs[0] if _rigs else None
-
-
-def only_of_files(why: str) -> pytest.MarkDecorator:
-    """A test that makes no sense in a group, by one of REASONS."""
-    return pytest.mark.skipif(IN_GROUP, reason=REASONS[why])
-
-
-def skip_in_group(why: str) -> None:
-    """As `only_of_files`, for a fixture."""
-    if IN_GROUP:
-        pytest.skip(REASONS[why])
-
-
-def skip_plain_thick(parameters: Mapping[str, str]) -> None:
-    """Some classes' volumes cannot be enlarged while they are in use (tests/backends has what is said then)."""
-    if chosen() == "lvm-thick" and not parameters:
-        pytest.skip(REASONS["plain thick"])
-
-
-def in_pool(parameters: Mapping[str, str]) -> Mapping[str, str]:
-    """A class's parameters, where that has a thin pool."""
-    return {**parameters, "thinPool": POOL} if chosen() == "lvm-thin" else parameters
-
-
-def server_on(folder: Path, *options: str) -> ServerProcess:
-    """A server whose volumes are where those of the other tests are."""
-    if (rig := current()) is None:
-        return ServerProcess(folder, *options)
-    show_records(rig, folder / "state")
-    return ServerProcess(folder, "--backend", "lvm", "--volume-group", GROUP, *options)
-
-
-@contextmanager
-def group_of_tests(folder: Path, workers: Workers) -> Iterator[LvmRig | None]:
-    """The volume group, whose free extents hold what others have left; None where volumes are files."""
-    if not IN_GROUP:
-        yield None
-        return
-    folder.mkdir()
-    thin = chosen() == "lvm-thin"
-    with LvmRig(folder, workers, thin=thin, disk_bytes=DISK_BYTES, pool_bytes=POOL_BYTES) as rig:
-        if not thin:
-            rig.make_dirty()
-        _rigs.append(rig)
-        try:
-            yield rig
-        finally:
-            _rigs.clear()
 
 
 def show_records(rig: LvmRig, state: Path) -> None:
@@ -124,8 +54,7 @@ def mend_records(rig: LvmRig) -> None:
     rig.backend()
 
 
-def put_down() -> None:
-    """What a test has shown of its volumes, apart from the driver, is shown no more, and no records but the group's."""
+def _put_down() -> None:
     mapper = DeviceMapper()
     for point, _ in mounts():
         if point.endswith("/state/lvm"):
@@ -141,8 +70,7 @@ def put_down() -> None:
     _test_shows.clear()
 
 
-def clear_away(rig: LvmRig) -> None:
-    """The volumes of a test that has ended go."""
+def _clear_away(rig: LvmRig) -> None:
     records = rig.state / "lvm"
     try:
         (records / "volumes/written").touch()  # where they are not mounted there is no such folder
@@ -156,8 +84,7 @@ def clear_away(rig: LvmRig) -> None:
             path.unlink() if path.is_file() else shutil.rmtree(path)
 
 
-def shown(volume_id: str) -> Path:
-    """The device of a volume's logical volume, until `put_down` or the driver ends it; nothing's where it is gone."""
+def _shown(volume_id: str) -> Path:
     logical, mapper = f"luks-{volume_id}", DeviceMapper()
     name = dm_name(GROUP, logical)
     device = mapper.get(name)
@@ -172,8 +99,8 @@ def shown(volume_id: str) -> Path:
     return Path(f"/dev/dm-{device.minor}" if device is not None else f"/dev/{GROUP}/{logical}")
 
 
-def hide(volume_id: str) -> None:
-    """What a test alone has shown is shown no more: an active logical volume counts as one in use."""
+def _hide(volume_id: str) -> None:
+    """An active logical volume counts as one in use."""
     name = dm_name(GROUP, f"luks-{volume_id}")
     if name in _test_shows:
         with suppress(DriverError):
@@ -181,10 +108,67 @@ def hide(volume_id: str) -> None:
         _test_shows.discard(name)
 
 
-def is_left_shown(volume_id: str) -> bool:
-    """Whether the driver has left the device of a volume."""
+def _is_left_shown(volume_id: str) -> bool:
     name = dm_name(GROUP, f"luks-{volume_id}")
     left = settled(lambda: [name] if name not in _test_shows and DeviceMapper().get(name) else [])
     if DeviceMapper().get(name) is None:
         _test_shows.discard(name)
     return bool(left)
+
+
+class GroupPlace:
+    """The volumes of a group, each looked at by its device. `rig` is the group."""
+
+    def __init__(self, rig: LvmRig, *, thin: bool) -> None:
+        self.rig = rig
+        self.parameters: Mapping[str, str] = {"thinPool": POOL} if thin else {}
+        self.rounding = rig.rounding
+
+    def backend(self, state: Path, workers: Workers) -> Backend:
+        show_records(self.rig, state)
+        return self.rig.backend(workers=workers, state=state)
+
+    def settings(self, settings: Settings) -> Settings:
+        return GroupStorage(settings.state_dir, thin=False).settings(settings)
+
+    def server(self, folder: Path, *options: str) -> ServerProcess:
+        show_records(self.rig, folder / "state")
+        return ServerProcess(folder, "--backend", "lvm", "--volume-group", GROUP, *options)
+
+    def before_call(self) -> None:
+        """It takes over what the test has shown."""
+
+    def give(self, backend: Backend, volume_id: str) -> None:
+        """It is its node's."""
+
+    def take(self, backend: Backend, volume_id: str) -> None:
+        """It is its node's."""
+
+    def shown(self, volume_id: str) -> Path:
+        return _shown(volume_id)
+
+    def hide(self, volume_id: str) -> None:
+        _hide(volume_id)
+
+    def is_left_shown(self, volume_id: str) -> bool:
+        return _is_left_shown(volume_id)
+
+    def put_record(self, backend: Backend, volume_id: str, content: bytes) -> None:
+        (self.rig.state / "lvm/volumes" / volume_id / "record.json").write_bytes(content)
+
+    def put_down(self) -> None:
+        """No records are shown either, but the group's."""
+        _put_down()
+
+    def clear_away(self) -> None:
+        _clear_away(self.rig)
+
+
+@contextmanager
+def group_of_tests(folder: Path, workers: Workers, *, thin: bool) -> Iterator[GroupPlace]:
+    """A volume group, whose free extents hold what others have left."""
+    folder.mkdir()
+    with LvmRig(folder, workers, thin=thin, disk_bytes=DISK_BYTES, pool_bytes=POOL_BYTES) as rig:
+        if not thin:
+            rig.make_dirty()
+        yield GroupPlace(rig, thin=thin)

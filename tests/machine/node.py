@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,7 +40,7 @@ from csi_driver.volumes.healing import Healing
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.keyslots import KeySlots
 from csi_driver.volumes.move import Moves
-from csi_driver.volumes.move_copy import Place
+from csi_driver.volumes.move_copy import Place as MovePlace
 from csi_driver.volumes.moved import HasLeft, Homes
 from csi_driver.volumes.presence import Presences
 from csi_driver.volumes.provision import CreateRequest, Provisioning, VolumeView
@@ -50,15 +50,15 @@ from csi_driver.volumes.stage import StageRequest, Staging
 from csi_driver.volumes.stages import Stages
 from csi_driver.volumes.standing import StandingVolumes
 from csi_driver.volumes.usage import Usages
-from tests.backends.rigs import LvmRig
 from tests.fake_host import no_kms
 from tests.headers import head_of
-from tests.machine.group import current, in_pool, is_left_shown, show_records, shown
+from tests.machine.places import Place, current, id_of, length_of, name_of, of_class
 
 MIB = 1 << 20
 SIZE = 16 * MIB
 DATA_OFFSET = 16 * MIB
-VOLUME = "pvc-1"
+NAME = "pvc-1"
+VOLUME = id_of(NAME)
 PASSPHRASE = "plain oak table, seven chairs"
 SECRET: Mapping[str, str] = {"CRYPTO_KEY_VALUE": PASSPHRASE}
 CHEAP: Mapping[str, str] = {"encrypted": "true", "pbkdf": "pbkdf2", "pbkdfIterations": "1000"}
@@ -138,7 +138,7 @@ class Node:
             self.state / "loopfile", settings.free_space_floor, self.files, self.loops, RecordCodec()
         )
         loopfile.prepare()
-        self.store: Backend = self.backend or self._in_group() or loopfile
+        self.store: Backend = self.backend or self._elsewhere() or loopfile
         self.mapper, self.mounts, holders = DeviceMapper(), Mounts(), Holders()
         self.locks = VolumeLocks(self.state / "locks", holders, self.store.has, remade=True)
         self.stages = Stages(self.state / "stages", self.files)
@@ -194,7 +194,7 @@ class Node:
             MIB,
         )
         self.moves = Moves(
-            Place(self.state, self.store, self.locks, presences), self.workers, self.keys, self.limits, self.stretch
+            MovePlace(self.state, self.store, self.locks, presences), self.workers, self.keys, self.limits, self.stretch
         )
         self.exports = Exports(self.store, self.locks, presences, self.loops, self.slots)
         self.standing = StandingVolumes(self.store, self.locks, presences, self.workers, self.mapper, self.encryption)
@@ -202,16 +202,22 @@ class Node:
         self.usages = Usages(self.store, presences)
         self.workers.start()
 
-    def _in_group(self) -> Backend | None:
-        if self.group is None:
-            return None
-        show_records(self.group, self.state)
-        return self.group.backend(workers=self.workers, state=self.state)
+    def _elsewhere(self) -> Backend | None:
+        return self.place.backend(self.state, self.workers) if self.place is not None else None
 
     @property
-    def group(self) -> LvmRig | None:
-        """Where volumes are that have no other `backend`, while there is such a group; else they are files."""
+    def place(self) -> Place | None:
+        """Where volumes are that have no other `backend`, while there is such a place; else they are files."""
         return current() if self.backend is None else None
+
+    @contextlib.contextmanager
+    def _call(self, volume: str) -> Iterator[str]:
+        """A call of the driver for a volume, by name or id; its id."""
+        if self.place is not None:
+            self.place.before_call()
+        volume_id = id_of(volume)
+        with self.locks.hold(volume_id):
+            yield volume_id
 
     def create(
         self,
@@ -222,10 +228,13 @@ class Node:
         capability: Capability = MOUNT,
         secret: Mapping[str, str] = SECRET,
     ) -> VolumeView:
-        told = in_pool(parameters) if self.group is not None else parameters
-        request = CreateRequest(volume, size, 0, (capability,), told, read_secret(secret))
-        with self.locks.hold(volume):
-            return self.provisioning.create(request)
+        told = of_class(parameters) if self.place is not None else parameters
+        request = CreateRequest(name_of(volume), size, 0, (capability,), told, read_secret(secret))
+        with self._call(volume) as volume_id:
+            made = self.provisioning.create(request)
+            if self.place is not None:
+                self.place.give(self.store, volume_id)
+            return made
 
     def stage(
         self,
@@ -239,12 +248,12 @@ class Node:
         path = path or self.staging_path(volume)
         with contextlib.suppress(FileExistsError):  # not a look at what is mounted there
             path.mkdir(parents=True)
-        with self.locks.hold(volume):
-            self.staging.stage(StageRequest(volume, str(path), capability, read_secret(secret), context))
+        with self._call(volume) as volume_id:
+            self.staging.stage(StageRequest(volume_id, str(path), capability, read_secret(secret), context))
 
     def unstage(self, volume: str = VOLUME, *, path: Path | None = None) -> None:
-        with self.locks.hold(volume):
-            self.staging.unstage(volume, str(path or self.staging_path(volume)))
+        with self._call(volume) as volume_id:
+            self.staging.unstage(volume_id, str(path or self.staging_path(volume)))
 
     def publish(
         self,
@@ -256,64 +265,76 @@ class Node:
     ) -> Path:
         target = target or self.target_path(volume)
         staging_path = str(self.staging_path(volume))
-        with self.locks.hold(volume):
-            self.publishing.publish(PublishRequest(volume, staging_path, str(target), capability, read_only, NONE))
+        with self._call(volume) as volume_id:
+            self.publishing.publish(PublishRequest(volume_id, staging_path, str(target), capability, read_only, NONE))
         return target
 
     def unpublish(self, volume: str = VOLUME, *, target: Path | None = None) -> None:
-        with self.locks.hold(volume):
-            self.publishing.unpublish(volume, str(target or self.target_path(volume)))
+        with self._call(volume) as volume_id:
+            self.publishing.unpublish(volume_id, str(target or self.target_path(volume)))
 
     def grow(self, size: int, volume: str = VOLUME) -> int:
         """ControllerExpandVolume."""
-        with self.locks.hold(volume):
-            return self.provisioning.expand(volume, size, 0)
+        with self._call(volume) as volume_id:
+            return self.provisioning.expand(volume_id, size, 0)
 
     def expand(
         self, size: int, volume: str = VOLUME, *, path: Path | None = None, secret: Mapping[str, str] = NONE
     ) -> int:
         """NodeExpandVolume, by default without a secret, as Longhorn's and Ceph-CSI's classes have it."""
         shown = str(path or self.staging_path(volume))
-        with self.locks.hold(volume):
-            return self.expansion.expand(ExpandRequest(volume, shown, size, 0, read_secret(secret)))
+        with self._call(volume) as volume_id:
+            return self.expansion.expand(ExpandRequest(volume_id, shown, size, 0, read_secret(secret)))
 
     def delete(self, volume: str = VOLUME) -> None:
-        with self.locks.hold(volume):
-            self.provisioning.delete(volume)
+        with self._call(volume) as volume_id:
+            if self.place is not None and self.closed(volume):
+                self.place.take(self.store, volume_id)
+            self.provisioning.delete(volume_id)
 
     def staging_path(self, volume: str = VOLUME) -> Path:
-        return self.folder / "stage" / volume
+        return self.folder / "stage" / id_of(volume)
 
     def target_path(self, volume: str = VOLUME) -> Path:
-        return self.folder / "pods" / volume / "mount"
+        return self.folder / "pods" / id_of(volume) / "mount"
 
     def disk(self, volume: str = VOLUME) -> Path:
-        """The backing file of a volume on loopfile; of one in a group the device, shown."""
-        if self.group is not None:
-            return shown(volume)
+        """The backing file of a volume on loopfile, else its bytes where they are shown."""
+        if self.place is not None:
+            return self.place.shown(id_of(volume))
         return self.state / "loopfile" / "volumes" / volume / "disk.img"
 
     def disk_bytes(self, volume: str = VOLUME) -> int:
         """Its length."""
-        disk = self.disk(volume)
-        return disk.stat().st_size if self.group is None else blockdev.size_bytes(str(disk))
+        return length_of(self.disk(volume))
 
     def rounded(self, size: int) -> int:
         """How long it is made for so many bytes."""
-        unit = 1 if self.group is None else self.group.rounding
+        unit = 1 if self.place is None else self.place.rounding
         return -(-size // unit) * unit
 
     def plain_device(self, volume: str = VOLUME) -> Path:
         """What shows a staged volume that is not encrypted."""
-        return self.disk(volume) if self.group is not None else Path(self.loops_of(volume)[0].path)
+        device = self.store.device_of(id_of(volume))
+        assert device is not None, f"volume {volume} is not attached"
+        with contextlib.closing(device):
+            return Path("/dev", blockdev.kernel_name(device.number))
 
     def record_file(self, volume: str = VOLUME) -> Path:
-        if self.group is not None:
+        """Where records are files."""
+        if self.place is not None:
             return self.state / "lvm/volumes" / volume / "record.json"
         return self.disk(volume).with_name("record.json")
 
+    def put_record(self, content: bytes, volume: str = VOLUME) -> None:
+        """Put another record in place of a volume's."""
+        if self.place is not None:
+            self.place.put_record(self.store, id_of(volume), content)
+        else:
+            self.record_file(volume).write_bytes(content)
+
     def record(self, volume: str = VOLUME) -> VolumeRecord:
-        return self.store.get(volume)
+        return self.store.get(id_of(volume))
 
     def encryption_state(self, volume: str = VOLUME) -> EncryptionState | None:
         return self.record(volume).encryption
@@ -326,7 +347,7 @@ class Node:
         return parse(head_of(self.disk(volume)), f"the test's volume {volume}")
 
     def mapping(self, volume: str = VOLUME) -> Device | None:
-        return self.mapper.get(mapping_name(volume))
+        return self.mapper.get(mapping_name(id_of(volume)))
 
     def open_mapping(self, volume: str = VOLUME) -> Device:
         """The mapping of a staged volume."""
@@ -335,11 +356,11 @@ class Node:
         return found
 
     def loops_of(self, volume: str = VOLUME) -> Sequence[LoopInfo]:
-        return [] if self.group is not None else self.loops.find(str(self.disk(volume)))
+        return [] if self.place is not None else self.loops.find(str(self.disk(volume)))
 
     def is_attached(self, volume: str = VOLUME) -> bool:
         """Whether a device shows the volume's storage that is not the test's own doing."""
-        return is_left_shown(volume) if self.group is not None else bool(self.loops_of(volume))
+        return self.place.is_left_shown(id_of(volume)) if self.place is not None else bool(self.loops_of(volume))
 
     def write(self, text: str = "precious", volume: str = VOLUME) -> None:
         """Write a file into the staged file system, durably."""
@@ -359,7 +380,7 @@ class Node:
         return not (
             self.mapping(volume)
             or self.is_mounted(volume)
-            or self.stages.get(volume)
+            or self.stages.get(id_of(volume))
             or (self.backend is None and self.is_attached(volume))
         )
 

@@ -15,9 +15,8 @@ from csi_driver.model.errors import AlreadyExists, DeviceInUse, FailedPreconditi
 from csi_driver.model.volume import FileSystemState
 from csi_driver.volumes.capability import AccessMode, Capability
 from tests.machine import disks
-from tests.machine.group import REASONS
 from tests.machine.node import BLOCK, CHEAP, DATA_OFFSET, EXT4, MIB, SECRET, SIZE, VOLUME, Node
-from tests.machine.storage import chosen
+from tests.machine.places import not_on
 
 PATTERN = bytes(range(256)) * 16
 POD = Capability(AccessMode.SINGLE_NODE_SINGLE_WRITER, block=False)
@@ -153,7 +152,8 @@ def test_cc3563_a_flag_of_the_class_is_in_the_table(node: Node, parameter: str) 
     node.unstage("pvc-default")
 
 
-@pytest.mark.skipif(chosen() == "lvm-thick", reason=REASONS["thick"])
+@not_on("allocated", "rbd")
+@not_on("thick", "lvm-thick")
 @pytest.mark.parametrize("discard", ["true", "false"])
 def test_linstor458_freed_space_returns_to_the_backend_only_with_discard(node: Node, discard: str) -> None:
     node.create(parameters={**CHEAP, "discard": discard})

@@ -20,8 +20,8 @@ from csi_driver.volumes.conversion import Watch
 from csi_driver.volumes.conversion_steps import ConversionSteps
 from csi_driver.volumes.recovery import Recovery
 from tests.keys.given import GivenSources
-from tests.machine.group import only_of_files
 from tests.machine.node import BLOCK, CHEAP, LIMITS, SECRET, VOLUME, Node
+from tests.machine.places import only_of_files
 from tests.machine.processes import wait_for
 from tests.machine.test_conversion import (
     CHUNK,

@@ -19,8 +19,8 @@ from csi_driver.luks.device import volume_key_name
 from csi_driver.model.errors import FailedPrecondition, NotFound, OutOfRange, Unauthenticated
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.driver import WARM
-from tests.machine.group import skip_plain_thick
 from tests.machine.node import BLOCK, CHEAP, DATA_OFFSET, EXT4, MIB, SECRET, SIZE, Node
+from tests.machine.places import skip_plain_thick
 from tests.machine.processes import launcher_inside
 from tests.told_lines import told_lines
 
@@ -55,7 +55,7 @@ def is_sized_to_the_byte(node: Node, size: int) -> None:
     """Record, storage, loop device and mapping agree."""
     assert node.record().capacity_bytes == size
     assert node.disk_bytes() == node.rounded(size + DATA_OFFSET)
-    if node.group is None:
+    if node.place is None:
         (loop,) = node.loops_of()
         assert loop.size_bytes == size + DATA_OFFSET
     assert node.open_mapping().size_bytes == blockdev.size_bytes(node.open_mapping().path)

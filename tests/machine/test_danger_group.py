@@ -7,8 +7,8 @@ import pytest
 from csi_driver.model.errors import DeviceInUse, FailedPrecondition
 from csi_driver.model.volume import EncryptionState
 from tests.machine import disks
-from tests.machine.group import DEVICE
 from tests.machine.node import PASSPHRASE, SIZE, Node, fingerprint
+from tests.machine.places import DEVICE
 from tests.machine.test_conversion import reencrypt
 
 

@@ -29,8 +29,8 @@ from csi_driver.model.errors import (
 )
 from csi_driver.volumes.driver import WARM
 from tests.machine.block_backend import BlockBackend, FaultyDevice
-from tests.machine.group import IN_GROUP, skip_in_group
 from tests.machine.node import BLOCK, CHEAP, DATA_OFFSET, LIMITS, MIB, SIZE, VOLUME, Node
+from tests.machine.places import IN_GROUP, skip_elsewhere
 from tests.machine.processes import first_pid, launcher_inside, wait_for
 
 P = ParamSpec("P")
@@ -44,7 +44,7 @@ TIGHT = replace(LIMITS, format_seconds=SECONDS, unlock_seconds=SECONDS, mount_se
 
 @pytest.fixture
 def disk(folder: Path) -> Iterator[FaultyDevice]:
-    skip_in_group("own disk")
+    skip_elsewhere("own disk")
     disk = FaultyDevice(folder / "disk", SIZE + DATA_OFFSET)
     yield disk
     disk.close()

@@ -29,8 +29,8 @@ from csi_driver.model.volume import EncryptionState
 from csi_driver.volumes.driver import WARM
 from tests import headers
 from tests.headers import HDR_SIZE, Metadata, head_of, metadata_of
-from tests.machine.group import DEVICE
 from tests.machine.node import BLOCK, CHEAP, DATA_OFFSET, LIMITS, MIB, SECRET, VOLUME, Node, fingerprint
+from tests.machine.places import DEVICE
 
 P = ParamSpec("P")
 R = TypeVar("R")

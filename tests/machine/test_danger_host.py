@@ -24,8 +24,8 @@ from csi_driver.host.workers import Workers
 from csi_driver.model.errors import FailedPrecondition, NotFound
 from csi_driver.rpc.client import CsiClient, RemoteError
 from csi_driver.volumes.capability import AccessMode, Capability
-from tests.machine.group import in_pool, only_of_files, server_on, skip_plain_thick
-from tests.machine.node import BLOCK, CHEAP, EXT4, MIB, MOUNT, SECRET, SIZE, VOLUME, Node
+from tests.machine.node import BLOCK, CHEAP, EXT4, MIB, MOUNT, NAME, SECRET, SIZE, VOLUME, Node
+from tests.machine.places import of_class, only_of_files, server_on, skip_plain_thick
 from tests.machine.processes import children_of, run, wait_for
 from tests.machine.server import ServerProcess
 
@@ -164,7 +164,7 @@ def test_a_plain_volume_needs_no_device_mapper(folder: Path) -> None:
                 client.unpublish(name, target)
                 client.unstage(name, staging_path)
             client.delete_volume(name)
-        secret = client.create_volume(VOLUME, [EXT4], SIZE, parameters=CHEAP, secrets=SECRET)
+        secret = client.create_volume(NAME, [EXT4], SIZE, parameters=CHEAP, secrets=SECRET)
         (folder / "stage" / VOLUME).mkdir()
         with pytest.raises(RemoteError, match="device-mapper") as refused:
             client.stage(secret, folder / "stage" / VOLUME, EXT4, SECRET)
@@ -215,7 +215,7 @@ def test_blockstor192_a_secret_that_changed_is_told_before_the_reboot(folder: Pa
             found = [line for line in lines if line["level"] == "warning" and line.get("volume_id") == VOLUME]
             return [str(line["event"]) for line in found]
 
-        volume = client.create_volume(VOLUME, [EXT4], SIZE, parameters=in_pool(CHEAP), secrets=SECRET)
+        volume = client.create_volume(NAME, [EXT4], SIZE, parameters=of_class(CHEAP), secrets=SECRET)
         for _ in range(2):
             client.stage(volume, staging_path, EXT4, SECRET)
         client.stage(volume, staging_path, EXT4)  # no secret at all is none that drifted
@@ -237,7 +237,7 @@ def test_a_stopped_launcher_costs_errors_and_no_threads(folder: Path) -> None:
     staging_path.mkdir()
     limits = [f"--{what}-seconds=3" for what in ("format", "unlock", "mount")]
     with server_on(folder, *limits) as server, CsiClient(server.endpoint, 60) as client:
-        volume = client.create_volume(VOLUME, [EXT4], SIZE, parameters=in_pool(CHEAP), secrets=SECRET)
+        volume = client.create_volume(NAME, [EXT4], SIZE, parameters=of_class(CHEAP), secrets=SECRET)
         client.stage(volume, staging_path, EXT4, SECRET)
         (staging_path / "file").write_text("precious")
         (launcher,) = children_of(server.pid)

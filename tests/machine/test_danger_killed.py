@@ -26,10 +26,9 @@ from csi_driver.volumes.stage import StageRequest
 from tests.machine import disks
 from tests.machine.fault_points import Injector
 from tests.machine.fault_server import FaultServer, Outcome
-from tests.machine.group import IN_GROUP
 from tests.machine.node import CHEAP, EXT4, LIMITS, MIB, SECRET, SIZE, VOLUME, Node, fingerprint
+from tests.machine.places import IN_GROUP, settings_on
 from tests.machine.processes import has_ended, run, stopped_below, wait_for
-from tests.machine.storage import GroupStorage
 from tests.machine.test_danger_orphans import stage_when_free
 from tests.worker_tasks import run_stopped_program, stop_first
 
@@ -70,8 +69,7 @@ def orphaned(node: Node, step: str) -> Iterator[int]:
         free_space_floor=64 * MIB,
         limits=LIMITS,
     )
-    if IN_GROUP:
-        settings = GroupStorage(node.state, thin=False).settings(settings)
+    settings = settings_on(settings)
     request = StageRequest(VOLUME, str(node.staging_path()), EXT4, read_secret(SECRET), {})
     node.staging_path().mkdir(parents=True)
     server = FaultServer(settings, build, node.folder / "killed.log")

@@ -20,9 +20,9 @@ from csi_driver.model.errors import DeviceInUse, MappingMismatch
 from csi_driver.model.volume import mapping_name
 from tests.machine import disks
 from tests.machine.block_backend import BlockBackend, FaultyDevice
-from tests.machine.group import only_of_files, skip_in_group
 from tests.machine.kernel import suspend
 from tests.machine.node import DATA_OFFSET, MIB, PASSPHRASE, SIZE, VOLUME, Node
+from tests.machine.places import only_of_files, skip_elsewhere
 from tests.machine.processes import run
 
 NAME = mapping_name(VOLUME)
@@ -216,7 +216,7 @@ def test_a_complete_stage_is_repeated_without_the_key(used: Node) -> None:
 
 def test_a_device_that_somebody_else_has_mapped_is_refused_and_he_is_named(folder: Path, workers: Workers) -> None:
     """Device-mapper lays a second mapping over it all the same, and two file systems would write to one device."""
-    skip_in_group("own disk")
+    skip_elsewhere("own disk")
     disk = FaultyDevice(folder / "disk", SIZE + DATA_OFFSET)
     try:
         node = Node(folder, workers, backend=BlockBackend({VOLUME: disk.path}))

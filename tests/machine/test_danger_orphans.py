@@ -20,8 +20,8 @@ from csi_driver.model.errors import DriverError, VolumeBusy
 from csi_driver.model.volume import EncryptionState, FileSystemState
 from csi_driver.rpc.client import CsiClient, RemoteError, RemoteVolume
 from tests.headers import Metadata, forged, head_of, metadata_of
-from tests.machine.group import in_pool, server_on
-from tests.machine.node import EXT4, MIB, SECRET, SIZE, VOLUME, Node
+from tests.machine.node import EXT4, MIB, NAME, SECRET, SIZE, VOLUME, Node
+from tests.machine.places import of_class, server_on
 from tests.machine.processes import first_pid, has_ended, pids_of, wait_for
 from tests.machine.server import ServerProcess
 
@@ -59,9 +59,7 @@ def staging(server: ServerProcess, node: Node, parameters: dict[str, str], size:
     """A first stage, under way on the server."""
     node.staging_path().mkdir(parents=True)
     with CsiClient(server.endpoint) as client:
-        volume: RemoteVolume = client.create_volume(
-            VOLUME, [EXT4], size, parameters=in_pool(parameters), secrets=SECRET
-        )
+        volume: RemoteVolume = client.create_volume(NAME, [EXT4], size, parameters=of_class(parameters), secrets=SECRET)
         yield Background(lambda: client.stage(volume, node.staging_path(), EXT4, SECRET))
 
 

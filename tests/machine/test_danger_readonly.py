@@ -18,8 +18,9 @@ from csi_driver.host.mounts import Mounts
 from csi_driver.model.volume import mapping_name
 from csi_driver.rpc.client import CsiClient, RemoteError, RemoteVolume
 from csi_driver.volumes.capability import Capability
-from tests.machine.group import IN_GROUP, current, in_pool, is_left_shown, mend_records, server_on, show_records
+from tests.machine.group import GroupPlace, mend_records, show_records
 from tests.machine.node import BLOCK, CHEAP, EXT4, SECRET, SIZE
+from tests.machine.places import IN_GROUP, current, id_of, of_class, server_on
 from tests.machine.processes import run, wait_for
 
 KINDS: dict[str, tuple[Capability, dict[str, str]]] = {
@@ -64,13 +65,13 @@ class Disks:
     def mend(self) -> None:
         """What an administrator does."""
         run("umount", "--recursive", self.state)
-        if (rig := current()) is not None:
-            mend_records(rig)
+        if isinstance(place := current(), GroupPlace):
+            mend_records(place.rig)
         mended = subprocess.run(["e2fsck", "-p", "-f", self._image], check=False, timeout=60, capture_output=True)
         assert mended.returncode in (0, 1), mended.stdout
         self.attach()
-        if rig is not None:
-            show_records(rig, self.state)
+        if isinstance(place, GroupPlace):
+            show_records(place.rig, self.state)
         run("mount", "-o", "remount,rw", self.kubelet)
 
     def close(self) -> None:
@@ -84,10 +85,10 @@ class Disks:
         return self.kubelet / "pods" / name
 
     def is_put_down(self, name: str) -> bool:
-        disk = self.state / "loopfile/volumes" / name / "disk.img"
+        disk, place, volume_id = self.state / "loopfile/volumes" / name / "disk.img", current(), id_of(name)
         mounted = [path for path in (self.staging(name), self.pod(name)) if Mounts().at(str(path))]
-        is_shown = is_left_shown(name) if IN_GROUP else LoopDevices().find(str(disk))
-        return not (DeviceMapper().get(mapping_name(name)) or is_shown or mounted)
+        is_shown = place.is_left_shown(volume_id) if place is not None else bool(LoopDevices().find(str(disk)))
+        return not (DeviceMapper().get(mapping_name(volume_id)) or is_shown or mounted)
 
 
 def _is_read_only(place: Path) -> bool:
@@ -108,7 +109,7 @@ def disks(folder: Path) -> Iterator[Disks]:
 def use(client: CsiClient, disks: Disks, name: str) -> RemoteVolume:
     """A volume that a pod uses."""
     capability, parameters = KINDS[name]
-    volume = client.create_volume(name, [capability], SIZE, parameters=in_pool(parameters), secrets=SECRET)
+    volume = client.create_volume(name, [capability], SIZE, parameters=of_class(parameters), secrets=SECRET)
     disks.staging(name).mkdir(parents=True)
     client.stage(volume, disks.staging(name), capability, SECRET)
     client.publish(volume, disks.staging(name), disks.pod(name), capability)
@@ -134,12 +135,12 @@ def test_a_state_directory_that_turned_read_only_keeps_no_volume_up(
         told = []
         for name in KINDS:
             for _ in range(2):
-                client.unpublish(name, disks.pod(name))
+                client.unpublish(id_of(name), disks.pod(name))
             for _ in range(2):
-                client.unstage(name, disks.staging(name))
+                client.unstage(id_of(name), disks.staging(name))
             assert disks.is_put_down(name)
             with pytest.raises(RemoteError) as refused:
-                client.delete_volume(name)
+                client.delete_volume(id_of(name))
             told.append(str(refused.value))
         server.stop()
         for sentence in told:
@@ -151,8 +152,8 @@ def test_a_state_directory_that_turned_read_only_keeps_no_volume_up(
             client.stage(volumes[name], disks.staging(name), capability, SECRET)
             if not capability.block:
                 assert (disks.staging(name) / "file").read_text() == "precious"
-            client.unstage(name, disks.staging(name))
-            client.delete_volume(name)
+            client.unstage(id_of(name), disks.staging(name))
+            client.delete_volume(id_of(name))
 
 
 def test_a_volume_in_use_is_told_of_while_nothing_can_be_written(disks: Disks) -> None:
@@ -160,11 +161,11 @@ def test_a_volume_in_use_is_told_of_while_nothing_can_be_written(disks: Disks) -
     with server_on(disks.folder) as server, CsiClient(server.endpoint, 60) as client:
         use(client, disks, "mount")
         disks.fail(kubelet_too=False)
-        assert client.usage("mount", disks.pod("mount"))
-        assert [volume.id for volume in client.volumes()] == ["mount"]
+        assert client.usage(id_of("mount"), disks.pod("mount"))
+        assert [volume.id for volume in client.volumes()] == [id_of("mount")]
         with pytest.raises(RemoteError, match=r"(?i)read-only") as refused:
-            client.create_volume("another", [EXT4], SIZE, parameters=in_pool(CHEAP), secrets=SECRET)
+            client.create_volume("another", [EXT4], SIZE, parameters=of_class(CHEAP), secrets=SECRET)
         assert "look for request" not in str(refused.value)
-        client.unpublish("mount", disks.pod("mount"))
-        client.unstage("mount", disks.staging("mount"))
+        client.unpublish(id_of("mount"), disks.pod("mount"))
+        client.unstage(id_of("mount"), disks.staging("mount"))
         assert disks.is_put_down("mount")

@@ -16,19 +16,19 @@ from csi_driver.backends.records import RecordCodec
 from csi_driver.cli.volume import volume as volume_command
 from csi_driver.model.errors import Aborted, DriverError, FailedPrecondition, ForeignSignature, NotFound
 from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeRecord
-from tests.machine.group import IN_GROUP, only_of_files
 from tests.machine.node import BLANK, BLOCK, CHEAP, MIB, MOUNT, SIZE, VOLUME, Node, fingerprint
+from tests.machine.places import OF_FILES, RECORDS_ARE_FILES, not_on, only_of_files
 
 Change = Callable[[dict[str, Any]], object]
 MARK = "trusted.luks-csi.revision"
-WRITTEN = b"precious" * (MIB // 4 if IN_GROUP else 8192)
+WRITTEN = b"precious" * (8192 if OF_FILES else MIB // 4)
 """Where nobody knows what was ever written, 64 samples are read: of 64 MiB one lies in each."""
 
 
 def change_record(node: Node, change: Change) -> None:
-    document = json.loads(node.record_file().read_bytes())
+    document = json.loads(RecordCodec().encode(node.record()))
     change(document)
-    node.record_file().write_text(json.dumps(document))
+    node.put_record(json.dumps(document).encode())
 
 
 DAMAGE: dict[str, tuple[bytes, str]] = {
@@ -44,22 +44,25 @@ DAMAGE: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_record_is_told_and_nothing_is_touched(used: Node, name: str) -> None:
     content, words = DAMAGE[name]
-    kept = used.record_file().read_bytes()
+    kept = RecordCodec().encode(used.record())
     before = fingerprint(used.disk())
-    used.record_file().write_bytes(content)
+    used.put_record(content)
+    named = rf"record {used.record_file()} " if RECORDS_ARE_FILES else rf"record .*{VOLUME}.*"
     for call in (used.stage, used.create, lambda: used.grow(1 << 30), lambda: used.expand(1 << 30)):
-        with pytest.raises(FailedPrecondition, match=rf"record {used.record_file()} .*{words}|{words}"):
+        with pytest.raises(FailedPrecondition, match=rf"{named}.*{words}|{words}"):
             call()
     used.unstage()
-    assert used.record_file().read_bytes() == content
+    if RECORDS_ARE_FILES:
+        assert used.record_file().read_bytes() == content
     assert fingerprint(used.disk()) == before
     assert used.closed()
-    used.record_file().write_bytes(kept)
+    used.put_record(kept)
     used.stage()
     assert used.read() == "precious"
     used.unstage()
 
 
+@not_on("record", "rbd", "csi")
 def test_a_missing_record_is_no_new_volume(used: Node) -> None:
     """A volume's folder without its record still holds data: neither staged nor made anew over it."""
     kept = used.record_file().read_bytes()
@@ -141,7 +144,7 @@ def test_hc_pr1364_mkfs_that_was_cut_runs_again_and_only_then(node: Node) -> Non
 def records(node: Node, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """Every record of a volume up to the end of its first stage, in which a file was written."""
     node.create()
-    written, update = [node.record_file().read_bytes()], node.store.update
+    written, update = [RecordCodec().encode(node.record())], node.store.update
 
     def recorded(record: VolumeRecord) -> VolumeRecord:
         updated = update(record)
@@ -164,6 +167,7 @@ def records(node: Node, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return written
 
 
+@not_on("record", "rbd", "csi")
 def test_no_record_of_a_first_stage_that_is_put_back_formats_data_away(node: Node, records: list[bytes]) -> None:
     before = fingerprint(node.disk())
     for content in records[:-1]:
@@ -187,15 +191,17 @@ def test_without_a_mark_too_no_older_record_formats_data_away(node: Node, record
     """A file system without such attributes, or a volume that was copied without them: what lies there is looked at."""
     before = fingerprint(node.disk())
     for content in records[:-1]:
-        os.removexattr(node.record_file().parent, MARK)
-        node.record_file().write_bytes(content)
+        if RECORDS_ARE_FILES:
+            os.removexattr(node.record_file().parent, MARK)
+        node.put_record(content)
         with pytest.raises(ForeignSignature, match="nothing was written"):
             node.stage()
         assert node.closed()
-        assert node.record_file().read_bytes() == content
+        assert RecordCodec().encode(node.record()) == content
         assert fingerprint(node.disk()) == before
-        os.setxattr(node.record_file().parent, MARK, b"0")
-    node.record_file().write_bytes(records[-1])
+        if RECORDS_ARE_FILES:
+            os.setxattr(node.record_file().parent, MARK, b"0")
+    node.put_record(records[-1])
     node.stage()
     assert node.read() == "precious"
     node.unstage()
@@ -244,6 +250,7 @@ def test_of_a_cut_luksformat_all_that_was_ever_written_is_looked_at(node: Node) 
     assert fingerprint(node.disk()) == before
 
 
+@not_on("record", "rbd", "csi")
 def test_a_settled_record_from_a_backup_is_taken_when_an_administrator_says_so(
     node: Node, records: list[bytes]
 ) -> None:
@@ -263,6 +270,7 @@ def test_a_settled_record_from_a_backup_is_taken_when_an_administrator_says_so(
         node.stage()
 
 
+@not_on("record", "rbd", "csi")
 def test_a_volume_that_lost_its_mark_goes_on(node: Node, records: list[bytes]) -> None:
     assert records
     os.removexattr(node.record_file().parent, MARK)
@@ -288,7 +296,7 @@ def test_two_writers_of_a_record_do_not_overwrite_each_other(used: Node) -> None
 def test_cc3402_create_writes_the_intent_before_anything_else_can_happen(node: Node) -> None:
     """Field problem 22: from the first moment that a volume is to be seen, it is known to be encrypted."""
     node.create()
-    document = json.loads(node.record_file().read_bytes())
+    document = json.loads(RecordCodec().encode(node.record()))
     assert document["volume"]["encryption"] == "prepared"
     assert document["volume"]["parameters"]["encrypted"] is True
     assert fingerprint(node.disk()) == BLANK

@@ -19,8 +19,8 @@ from csi_driver.model.errors import DeviceInUse, DriverError, FailedPrecondition
 from csi_driver.model.volume import EncryptionState, mapping_name
 from csi_driver.rpc.client import CsiClient, RemoteError
 from csi_driver.volumes.capability import AccessMode, Capability
-from tests.machine.group import in_pool, server_on
-from tests.machine.node import BLOCK, CHEAP, EXT4, MIB, MOUNT, SECRET, SIZE, VOLUME, Node
+from tests.machine.node import BLOCK, CHEAP, EXT4, MIB, MOUNT, NAME, SECRET, SIZE, VOLUME, Node
+from tests.machine.places import of_class, server_on
 from tests.machine.processes import run, sleeping_in
 
 OTHER = "pvc-2"
@@ -218,7 +218,7 @@ def test_a_holder_in_a_folder_whose_name_is_no_utf8_is_named(folder: Path, log_f
     staging_path = folder / "stage"
     staging_path.mkdir()
     with server_on(folder, "--log-format", log_format) as server, CsiClient(server.endpoint) as client:
-        volume = client.create_volume(VOLUME, [EXT4], SIZE, parameters=in_pool(CHEAP), secrets=SECRET)
+        volume = client.create_volume(NAME, [EXT4], SIZE, parameters=of_class(CHEAP), secrets=SECRET)
         client.stage(volume, staging_path, EXT4, SECRET)
         latin = bytes(staging_path) + b"/caf\xe9"
         os.mkdir(latin)

@@ -10,6 +10,7 @@ import pytest
 
 from csi_driver.backends.rbd import RbdBackend
 from csi_driver.backends.rbddevices import MappedVolumes
+from csi_driver.backends.rbderrors import CephMissing
 from csi_driver.backends.rbdimages import Images
 from csi_driver.backends.rbdnodes import NodeAttachments
 from csi_driver.backends.rbdplace import image_name
@@ -18,7 +19,7 @@ from csi_driver.backends.records import RecordCodec
 from csi_driver.host.files import Files
 from csi_driver.host.krbd import MappedImages
 from csi_driver.host.workers import Workers
-from csi_driver.model.errors import Aborted, CommandFailed, FailedPrecondition
+from csi_driver.model.errors import Aborted, CommandFailed, DeviceAbsent, FailedPrecondition
 from csi_driver.model.volume import VolumeParameters, VolumeRecord
 from tests.ceph_fakes import PLACE, FakePool
 
@@ -165,3 +166,18 @@ def test_a_volume_whose_log_is_empty_is_not_forgotten_with_its_image_there(
         controller("other").delete(ID)
     assert IMAGE in pool.images
     assert ID in pool.maps[INDEX]
+
+
+def test_a_volume_whose_image_was_removed_by_hand_is_told_as_that_and_not_as_one_that_is_not_there(
+    controller: Callable[[str], RbdBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NOT_FOUND says to Kubernetes that there is no such volume."""
+    one = controller("one")
+    one.create(RECORD, MIB)
+
+    def gone(*_: object) -> None:
+        raise CephMissing("mapping failed")
+
+    monkeypatch.setattr(MappedVolumes, "map", gone)
+    with pytest.raises(DeviceAbsent, match=rf"volume {ID} has no image {IMAGE} with the id \w+ in .*; restore it"):
+        one.attach(ID, lasting=True)
