@@ -119,7 +119,7 @@ move-kills: venv system ## kill -9 at each step of a move to another backend; BA
 	@$(if $(filter rbd,$(BACKEND)),$(PY) -m tests.backends.on_ceph,$(GUEST_FOR) --env BACKEND --disk 32G --timeout 21600) -- \
 	    $(PY) -m tests.backends.move_kills
 
-faults: venv system ## every command and record write fails or is killed; BACKEND=lvm-thick, lvm-thin or rbd
+faults: venv system ## every command and record write fails or is killed; BACKEND=lvm-thick, lvm-thin, rbd or csi
 	@[ '$(BACKEND)' != rbd ] || tools/system.sh ceph
 	@$(if $(filter rbd,$(BACKEND)),$(PY) -m tests.backends.on_ceph,$(GUEST_FOR) --env BACKEND --timeout 21600) -- \
 	    $(PY) -m tests.machine.faults

@@ -24,7 +24,7 @@ from csi_driver.backends.csiholders import HolderPods, volume_of
 from csi_driver.backends.csiholding import hold
 from csi_driver.backends.csinode import NodeDevices
 from csi_driver.backends.csipins import Pins
-from csi_driver.backends.csirecords import RecordObjects
+from csi_driver.backends.csirecords import Api, RecordObjects
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.files import Files
 from csi_driver.host.handle import Handle
@@ -56,6 +56,7 @@ class Holding:
     """A holder pod at work: the program's own loop, with the loop device of its claim."""
 
     def __init__(self, volume_id: str, uid: str, file: Path, pins: Pins) -> None:
+        self.file = file
         made = subprocess.run(["losetup", "--find", "--show", str(file)], check=True, stdout=subprocess.PIPE, text=True)
         self.device = Path(made.stdout.strip())
         told, self._tell = os.pipe()
@@ -231,6 +232,31 @@ class WholeBackend(CsiBackend):
         super().delete(volume_id)
 
 
+def backend_on(
+    api: Api,
+    folder: Path,
+    files: Files,
+    direct: DirectDevices,
+    node_topology: str,
+    *,
+    is_node: bool = False,
+    make: type[CsiBackend] = CsiBackend,
+) -> CsiBackend:
+    """The backend of a cluster with that API, whose played part is in `folder`."""
+    records = RecordObjects(api, NAMESPACE, RecordCodec())
+    pins = Pins(folder / "holders", files)
+    pins.prepare()
+    return make(
+        records,
+        HeaderCopies(api, NAMESPACE, records, folder / "state", Files()),
+        Claims(api, NAMESPACE, DRIVER),
+        HolderPods(api, NAMESPACE, "image", folder / "holders"),
+        NodeDevices(api, records, pins, direct, NODE_ID, ""),
+        is_node=is_node,
+        node_topology=node_topology,
+    )
+
+
 class CsiRig:
     """A played cluster with one node."""
 
@@ -263,18 +289,7 @@ class CsiRig:
 
     def plain(self, node_topology: str, *, is_node: bool = False, step: Step = undisturbed) -> CsiBackend:
         """Controller and node in one, or a node, without anything that is done ahead of a call."""
-        records = RecordObjects(self.api, NAMESPACE, RecordCodec())
-        pins = Pins(self._holders, Files())
-        pins.prepare()
-        return CsiBackend(
-            records,
-            HeaderCopies(self.api, NAMESPACE, records, self._folder / "state", Files()),
-            Claims(self.api, NAMESPACE, DRIVER),
-            HolderPods(self.api, NAMESPACE, "image", self._holders),
-            NodeDevices(self.api, records, pins, self.direct(step), NODE_ID, ""),
-            is_node=is_node,
-            node_topology=node_topology,
-        )
+        return backend_on(self.api, self._folder, Files(), self.direct(step), node_topology, is_node=is_node)
 
     def direct(self, step: Step) -> DirectDevices:
         """How devices come without a holder."""
@@ -286,20 +301,10 @@ class CsiRig:
                 step(f"{call.verb} {call.kind} {call.name}")
 
         self.api.before = before
-        records = RecordObjects(self.api, NAMESPACE, RecordCodec())
-        files = SteppedFiles(step)
-        pins = Pins(self._holders, files)
-        made = WholeBackend(
-            records,
-            HeaderCopies(self.api, NAMESPACE, records, self._folder / "state", Files()),
-            Claims(self.api, NAMESPACE, DRIVER),
-            HolderPods(self.api, NAMESPACE, "image", self._holders),
-            NodeDevices(self.api, records, pins, self.direct(step), NODE_ID, ""),
-            is_node=False,
-            node_topology=f"topology.{DRIVER}/node",
-        )
+        topology = f"topology.{DRIVER}/node"
+        made = backend_on(self.api, self._folder, SteppedFiles(step), self.direct(step), topology, make=WholeBackend)
+        assert isinstance(made, WholeBackend)
         made.users = self._users
-        pins.prepare()
         return made
 
     def restart(self) -> None:

@@ -12,7 +12,7 @@ import select
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from csi_driver.cli.logs import configure_logs
@@ -26,6 +26,7 @@ from csi_driver.volumes.expand import ExpandRequest
 from csi_driver.volumes.provision import CreateRequest
 from csi_driver.volumes.publish import PublishRequest
 from csi_driver.volumes.stage import StageRequest
+from tests.machine.fault_api import faulty_csi
 from tests.machine.fault_points import Begun, Ended, Fault, Fired, Injector, faulty_host
 
 _CALL_SECONDS = 60.0
@@ -136,7 +137,10 @@ class Outcome:
 
 def faulty_driver(settings: Settings, injector: Injector) -> Driver:
     """The driver as it is, on a host that can fail."""
-    return build_driver(settings, faulty_host(injector))
+    host = faulty_host(injector)
+    if settings.backend == "csi":
+        host = replace(host, backend=faulty_csi(settings, host, injector))
+    return build_driver(settings, host)
 
 
 class FaultServer:

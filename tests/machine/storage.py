@@ -2,16 +2,19 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
+from csi_driver.backends.csidirect import DirectDevices, nobody_calls
 from csi_driver.backends.lvmtool import dm_name
 from csi_driver.backends.rbdplace import image_name
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.devicemapper import DeviceMapper
+from csi_driver.host.files import Files
 from csi_driver.host.krbd import MappedImages
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.workers import Workers
@@ -21,11 +24,16 @@ from csi_driver.model.volume import VolumeRecord
 from csi_driver.volumes.driver import WARM
 from tests.backends.ceph import CLUSTER
 from tests.backends.ceph import POOL as CEPH_POOL
+from tests.backends.csirig import BELOW, DRIVER, NODE_ID, backend_on
+from tests.backends.played import FarCluster, socket_in
 from tests.backends.rigs import GROUP, POOL, LvmRig, RbdRig, lvm
+from tests.machine.processes import wait_for
 
 DISK_BYTES, POOL_BYTES = 3 << 30, 2 << 30
 VOLUMES = f"{dm_name(GROUP, 'luks')}-"
 """What device-mapper's names of volumes of a group begin with."""
+PLAYED = "played"
+"""The folder of the played cluster, beside the state directory."""
 ON_THIS_MACHINE = ("loopfile", "lvm-thick", "lvm-thin")
 
 
@@ -211,11 +219,67 @@ class CephStorage:
             self._rig.ceph.admin("rbd", "unmap", "-o", "noudev", path)
 
 
+class CsiStorage:
+    """Claims of a played cluster, which goes on when the server is killed."""
+
+    parameters: Mapping[str, str] = {"backingStorageClass": BELOW}
+    makes_from_file = False
+    enlarges_plain = True
+    node = NODE_ID
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._cluster = FarCluster(folder)
+        direct = DirectDevices(nobody_calls, folder, DRIVER)
+        self._backend = backend_on(self._cluster, folder / "csi", Files(), direct, "")
+
+    def settings(self, settings: Settings) -> Settings:
+        return replace(settings, backend="csi")
+
+    def id_of(self, name: str) -> str:
+        return name
+
+    def record(self, volume_id: str) -> VolumeRecord | None:
+        try:
+            return self._backend.get(volume_id)
+        except NotFound:
+            return None
+
+    def header_copy(self, volume_id: str) -> Path:
+        return self._backend.header_copy(volume_id)
+
+    def left_of(self, volume_id: str) -> list[str]:
+        return cast("list[str]", self._cluster.ask("left_of", volume_id))
+
+    def device(self, volume_id: str) -> AbstractContextManager[Path]:
+        return nullcontext(cast("Path", self._cluster.ask("device", volume_id)))
+
+    def clear(self) -> None:
+        self._cluster.ask("clear")
+
+
+@contextmanager
+def _played(folder: Path) -> Iterator[CsiStorage]:
+    folder.mkdir()
+    with subprocess.Popen([sys.executable, "-m", "tests.backends.played", str(folder)]) as process:
+        try:
+            wait_for(socket_in(folder).exists, "the played cluster", 60)
+            made = CsiStorage(folder)
+            yield made
+            made.clear()
+        finally:
+            process.kill()
+
+
 @contextmanager
 def storage(backend: str, folder: Path, state: Path) -> Iterator[Storage]:
     """Storage for the driver with the state directory `state`; what else it needs is in `folder`. It ends with it."""
     if backend == "loopfile":
         yield LoopfileStorage(state)
+        return
+    if backend == "csi":
+        with _played(folder / PLAYED) as claims:
+            yield claims
         return
     workers = Workers(WARM)
     try:

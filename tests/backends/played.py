@@ -1,0 +1,130 @@
+"""The played cluster of `csirig` in a process of its own, which outlives whoever asks it: an API is not its client's.
+
+`python -m tests.backends.played FOLDER`. Its holders are there as long as it is, and end as kubelet ends them.
+"""
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any, cast
+
+from csi_driver.backends.csiclaims import name_for
+from csi_driver.host.workers import Workers
+from csi_driver.kube.kinds import POD, VOLUME_RECORD, Json, Kind
+from tests.backends.csirig import NAMESPACE, CsiRig
+
+_PAUSE = 0.02
+
+
+def socket_in(folder: Path) -> Path:
+    """Where it listens."""
+    return folder / "api.sock"
+
+
+class Asked:
+    """What can be asked: the API, and what lies below it."""
+
+    def __init__(self, rig: CsiRig) -> None:
+        self._rig = rig
+
+    def call(self, verb: str, *args: Any, **kwargs: Any) -> Any:
+        """One call of the API."""
+        return getattr(self._rig.api, verb)(*args, **kwargs)
+
+    def device(self, volume_id: str) -> Path:
+        """The loop device of a volume's holder, else the file of its claim."""
+        for name, running in self._rig.api.running.items():
+            pod = self._rig.api.get(POD, name, NAMESPACE)
+            if pod is not None and running.file == self._rig.api.file(name_for(volume_id)):
+                return running.device
+        return self._rig.api.file(name_for(volume_id))
+
+    def left_of(self, volume_id: str) -> list[str]:
+        """What is there of a volume, if anything is."""
+        file = self._rig.api.file(name_for(volume_id))
+        found = [str(file)] if file.exists() else []
+        if self._rig.api.get(VOLUME_RECORD, volume_id, NAMESPACE) is not None:
+            found.append(f"VolumeRecord {volume_id}")
+        return found
+
+    def clear(self) -> None:
+        """All volumes are gone."""
+        self._rig.clear()
+
+    def end_holders(self) -> None:
+        """As kubelet does, with those that were told to."""
+        for name in list(self._rig.api.running):
+            self._rig.api.get(POD, name, NAMESPACE)
+
+
+class FarCluster:
+    """A client; safe for many threads. It has the members of `Api`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._connection = Client(str(socket_in(folder)), "AF_UNIX")
+        self._lock = threading.Lock()
+
+    def ask(self, what: str, *args: Any, **kwargs: Any) -> Any:
+        """A member of `Asked`. Raises what it raised."""
+        with self._lock:
+            self._connection.send((what, args, kwargs))
+            succeeded, answer = self._connection.recv()
+        if not succeeded:
+            raise answer
+        return answer
+
+    def get(self, kind: Kind, name: str, namespace: str = "") -> Json | None:
+        return cast("Json | None", self.ask("call", "get", kind, name, namespace))
+
+    def list(
+        self, kind: Kind, namespace: str = "", labels: Mapping[str, str] = {}, fields: Mapping[str, str] = {}
+    ) -> tuple[list[Json], str]:
+        return cast("tuple[list[Json], str]", self.ask("call", "list", kind, namespace, labels, fields))
+
+    def create(self, kind: Kind, thing: Json, namespace: str = "") -> Json:
+        return cast("Json", self.ask("call", "create", kind, thing, namespace))
+
+    def patch(self, kind: Kind, name: str, patch: Json, namespace: str = "", *, status: bool = False) -> Json:
+        return cast("Json", self.ask("call", "patch", kind, name, patch, namespace, status=status))
+
+    def delete(self, kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None) -> None:
+        self.ask("call", "delete", kind, name, namespace, grace_seconds=grace_seconds)
+
+
+def _serve(connection: Connection, asked: Asked, lock: threading.Lock) -> None:
+    with contextlib.suppress(EOFError, OSError):  # its client is gone
+        while True:
+            what, args, kwargs = connection.recv()
+            answer: tuple[bool, object]
+            try:
+                with lock:
+                    answer = True, getattr(asked, what)(*args, **kwargs)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the client is told
+                answer = False, error
+            connection.send(answer)
+
+
+def main(words: Sequence[str]) -> None:
+    """Serve until it is killed."""
+    folder, lock = Path(words[0]), threading.Lock()
+    with CsiRig(folder, Workers(())) as rig, Listener(str(socket_in(folder)), "AF_UNIX") as listener:
+        asked = Asked(rig)
+
+        def kubelet() -> None:
+            while True:
+                time.sleep(_PAUSE)
+                with lock:
+                    asked.end_holders()
+
+        threading.Thread(target=kubelet, daemon=True).start()
+        while True:
+            connection = listener.accept()
+            threading.Thread(target=_serve, args=(connection, asked, lock), daemon=True).start()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
