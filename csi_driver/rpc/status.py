@@ -29,15 +29,21 @@ CODES: Mapping[type[Exception], grpc.StatusCode] = {
 """Of an error's class and its bases the most derived one that is here decides."""
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NO_DESCRIPTORS = {
+    errno.EMFILE: "the driver has as many files open as it may have (ulimit -n)",
+    errno.ENFILE: "this node has as many files open as it may have (fs.file-max)",
+}
 
 
 def code_of(error: Exception) -> grpc.StatusCode:
-    """The code of any error; INTERNAL for what is neither in the table nor a full disk."""
+    """The code of any error; INTERNAL for what is neither in the table nor about room or open files."""
     for base in type(error).__mro__:
         if (code := CODES.get(base)) is not None:
             return code
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return grpc.StatusCode.RESOURCE_EXHAUSTED
+    if isinstance(error, OSError) and error.errno in _NO_DESCRIPTORS:
+        return grpc.StatusCode.UNAVAILABLE
     return grpc.StatusCode.INTERNAL
 
 
@@ -53,6 +59,10 @@ def text_of(error: Exception, method: str, request_id: str) -> str:
         return f"this driver does not offer {method}"
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return f"{method} failed: {os.strerror(error.errno)} in the driver's state directory; free space there"
+    if isinstance(error, OSError) and error.errno in _NO_DESCRIPTORS:
+        return (
+            f"{method} failed: {_NO_DESCRIPTORS[error.errno]}; raise that limit, or call again later"
+        )
     if isinstance(error, OSError) and error.errno is not None:
         kind = f"a system call ended with {errno.errorcode.get(error.errno, error.errno)}, {os.strerror(error.errno)}"
     else:

@@ -69,6 +69,16 @@ def test_a_full_disk_is_resource_exhausted_and_says_so(number: int) -> None:
     assert SECRET not in text_of(error, "CreateVolume", "ab-1")
 
 
+@pytest.mark.parametrize(("number", "limit"), [(errno.EMFILE, "ulimit -n"), (errno.ENFILE, "fs.file-max")])
+def test_a_limit_of_open_files_is_named(number: int, limit: str) -> None:
+    error = OSError(number, "Too many open files", "/a/path")
+    assert code_of(error) is Code.UNAVAILABLE
+    said = text_of(error, "NodeStageVolume", "ab-1")
+    assert limit in said
+    assert "raise that limit" in said
+    assert "/a/path" not in said
+
+
 @pytest.mark.parametrize(
     "error", [OSError(errno.EIO, "bad", SECRET), OSError(SECRET), ValueError(SECRET), KeyError(SECRET)]
 )
