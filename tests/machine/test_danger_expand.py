@@ -19,7 +19,7 @@ from csi_driver.luks.device import volume_key_name
 from csi_driver.model.errors import FailedPrecondition, NotFound, OutOfRange, Unauthenticated
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.driver import WARM
-from tests.machine.node import BLOCK, CHEAP, DATA_OFFSET, EXT4, MIB, SECRET, SIZE, Node
+from tests.machine.node import BLOCK, CHEAP, DATA_OFFSET, EXT4, MIB, SECRET, SIZE, VOLUME, Node
 from tests.machine.places import skip_plain_thick
 from tests.machine.processes import launcher_inside
 from tests.told_lines import told_lines
@@ -279,7 +279,7 @@ def test_hv9775_it_never_shrinks(used: Node) -> None:
     assert used.grow(MIB) == SIZE
     assert used.expand(MIB) == SIZE
     with pytest.raises(OutOfRange):
-        used.provisioning.expand("pvc-1", 0, MIB)
+        used.provisioning.expand(VOLUME, 0, MIB)
     is_sized_to_the_byte(used, SIZE)
     used.unstage()
 
