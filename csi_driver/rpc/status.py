@@ -60,9 +60,7 @@ def text_of(error: Exception, method: str, request_id: str) -> str:
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return f"{method} failed: {os.strerror(error.errno)} in the driver's state directory; free space there"
     if isinstance(error, OSError) and error.errno in _NO_DESCRIPTORS:
-        return (
-            f"{method} failed: {_NO_DESCRIPTORS[error.errno]}; raise that limit, or call again later"
-        )
+        return f"{method} failed: {_NO_DESCRIPTORS[error.errno]}; raise that limit, or call again later"
     if isinstance(error, OSError) and error.errno is not None:
         kind = f"a system call ended with {errno.errorcode.get(error.errno, error.errno)}, {os.strerror(error.errno)}"
     else:

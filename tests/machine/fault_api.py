@@ -1,6 +1,7 @@
 """Where a call can be cut that asks Kubernetes: each request that changes an object is a step."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TypeVar
 
 from csi_driver.backends.csi import CsiBackend
@@ -34,16 +35,18 @@ class FaultyApi:
         return self._api.list(kind, namespace, labels, fields)
 
     def create(self, kind: Kind, thing: Json, namespace: str = "") -> Json:
-        return self._step("create", kind, lambda: self._api.create(kind, thing, namespace))
+        return self._step(f"create {kind.plural}", lambda: self._api.create(kind, thing, namespace))
 
     def patch(self, kind: Kind, name: str, patch: Json, namespace: str = "", *, status: bool = False) -> Json:
-        return self._step("patch", kind, lambda: self._api.patch(kind, name, patch, namespace, status=status))
+        what = f"patch {kind.plural} {'+'.join(patch.get('spec', patch))}"
+        return self._step(what, lambda: self._api.patch(kind, name, patch, namespace, status=status))
 
     def delete(self, kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None) -> None:
-        self._step("delete", kind, lambda: self._api.delete(kind, name, namespace, grace_seconds=grace_seconds))
+        gone = partial(self._api.delete, kind, name, namespace, grace_seconds=grace_seconds)
+        self._step(f"delete {kind.plural}", gone)
 
-    def _step(self, verb: str, kind: Kind, run: Callable[[], R]) -> R:
-        what = f"api {verb} {kind.plural}"
+    def _step(self, what: str, run: Callable[[], R]) -> R:
+        what = f"api {what}"
         return self._injector.step(what, what, run, lambda: Unavailable("the Kubernetes API does not answer"))
 
 

@@ -39,6 +39,7 @@ _FORGIVEN = {
     ("restage", "worker luks-grow"),
     *((call, "note remove") for call in ("create", "rotate", "delete")),
     *(("stage", seam) for seam in ("worker luks-backup", "file rename", "file sync_folder")),
+    *(("stage", f"api {what}") for what in ("create headerpieces", "patch volumerecords header")),
     ("unstage", "worker rados"),
 }
 """Steps whose failure a call outlives: a file system that cannot grow keeps nobody from the data in it, nor does a copy
