@@ -204,9 +204,10 @@ bench-data: venv ## the data path, by fio, beside bare dm-crypt and other choice
 bench-backends: venv ## encrypted beside plain, fio, 200 volumes on each backend; BACKEND=lvm-thin, rbd or csi, say
 	@tools/system.sh data
 	@case '$(BACKEND)' in \
-	csi) code=0; tools/system.sh cluster; $(MAKE) --no-print-directory $(KUBERNETES_BIN); $(PY) -m benchmarks.csi || code=1; \
+	csi) tools/system.sh cluster && $(MAKE) --no-print-directory $(KUBERNETES_BIN) || exit 1; \
+	    code=0; $(PY) -m benchmarks.csi || code=1; \
 	    $(BENCH_GUEST) --env BACKEND -- $(PY) -m benchmarks backends backends-data backends-many || code=1; exit $$code ;; \
-	rbd) code=0; tools/system.sh ceph; $(PY) -m benchmarks backends-many || code=1; \
+	rbd) tools/system.sh ceph || exit 1; code=0; $(PY) -m benchmarks backends-many || code=1; \
 	    $(PY) -m tests.backends.on_ceph -- $(PY) -m benchmarks backends backends-data || code=1; exit $$code ;; \
 	*) $(BENCH_GUEST) --env BACKEND -- $(PY) -m benchmarks backends backends-data backends-many ;; \
 	esac

@@ -42,10 +42,14 @@ class Count:
         return f"tests={len(self.ran)} failed={len(self.failed)} skipped={len(self.skipped)} seconds={self.seconds:.0f}"
 
 
+_ENDED = ("-o", "faulthandler_timeout=1800", "-o", "faulthandler_exit_on_timeout=true")
+"""A test that its own limit of time does not end, or whose clean-up hangs, tells where it is and ends all."""
+
+
 def run(paths: Sequence[str]) -> Count:
     """Run the tests there."""
     count, started = Count(), time.monotonic()
-    count.code = pytest.main(["-q", "-p", "no:cacheprovider", "--no-header", *paths], plugins=[count])
+    count.code = pytest.main(["-q", "-p", "no:cacheprovider", "--no-header", *_ENDED, *paths], plugins=[count])
     count.seconds = time.monotonic() - started
     return count
 

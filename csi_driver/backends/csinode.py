@@ -167,10 +167,10 @@ class NodeDevices:
                 )
             if (direct := pin.direct) is not None:
                 pin = pin.without_device(leaving=True)
-                self._pins.put(pin)  # whoever was told of an error may not come again
+                self._pins.note(pin)  # whoever was told of an error may not come again
                 self._direct.give_back(volume_id, direct)
             pin = msgspec.structs.replace(pin, released=True)
-            self._pins.put(pin)
+            self._pins.note(pin)
         try:
             self._tell(pin)
         except DriverError as error:

@@ -16,7 +16,7 @@ from typing import Final
 import msgspec
 
 from csi_driver.host.boot import boot_id
-from csi_driver.host.files import Files, read_attribute, read_file
+from csi_driver.host.files import Files, read_attribute, read_file, though_read_only
 from csi_driver.host.handle import Handle
 from csi_driver.host.passing import remove_dead
 from csi_driver.model.reading import decode
@@ -126,9 +126,15 @@ class Pins:
         else:
             self._files.write(self._path(pin.volume_id), content)
 
+    def note(self, pin: Pin) -> None:
+        """Write that it comes to its end. On a read-only file system it stays as it was: no device is put on it."""
+        with though_read_only("a pin could not be written", pin.volume_id):
+            self.put(pin)
+
     def remove(self, volume_id: str) -> None:
-        """Forget it; absent is fine. Raises OSError."""
-        self._files.remove(self._path(volume_id))
+        """Forget it; absent is fine. On a read-only file system it stays, of an attachment that has ended."""
+        with though_read_only("a pin could not be forgotten", volume_id):
+            self._files.remove(self._path(volume_id))
 
     def all(self) -> Sequence[Pin]:
         """The pins of this boot, in the order of the volumes' ids."""

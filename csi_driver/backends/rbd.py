@@ -288,7 +288,7 @@ class RbdBackend:
             if is_new:
                 self._let_go(volume_id)
             if isinstance(error, CephMissing):
-                raise cut_short(volume_id, state, self._absent(pool, volume_id, state)) from None
+                raise cut_short(volume_id, state, self._lacking(pool, volume_id, state, error)) from None
             raise
 
     def guard(self, volume_id: str) -> None:
@@ -391,6 +391,12 @@ class RbdBackend:
             self.detach(volume_id)
         except DriverError as error:
             log.warning("something was left behind after an error", volume_id=volume_id, error=str(error))
+
+    def _lacking(self, pool: CephPool, volume_id: str, state: VolumeState, error: CephMissing) -> DriverError:
+        """NOT_FOUND would say that there is no such volume: whether its image is gone, or what else is."""
+        found = pool.info(image_name(volume_id))
+        is_there = found is not None and found.id == state.image_id
+        return DeviceAbsent(str(error)) if is_there else self._absent(pool, volume_id, state)
 
     def _absent(self, pool: CephPool, volume_id: str, state: VolumeState) -> DeviceAbsent:
         return DeviceAbsent(

@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 
 from csi_driver.backends.rbdpool import CephPool
-from csi_driver.host.files import Files, read_file
+from csi_driver.host.files import Files, read_file, though_read_only
 from csi_driver.host.handle import Handle
 from csi_driver.host.krbd import ImageIdentity, MappedImage, MappedImages
 from csi_driver.host.workers import Workers
@@ -167,8 +167,8 @@ class MappedVolumes:
         self._workers.call(f"rbd-refresh of {device}", self._seconds, self._images.refresh, device.number)
 
     def forget(self, volume_id: str) -> None:
-        """Remove the pin; absent is fine."""
-        with contextlib.suppress(FileNotFoundError):
+        """Remove the pin; absent is fine. On a read-only file system it stays: its client has no mapping any more."""
+        with contextlib.suppress(FileNotFoundError), though_read_only("an image could not be forgotten", volume_id):
             self._files.remove(self._path(volume_id))
 
     def _names(self) -> Sequence[str]:

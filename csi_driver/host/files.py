@@ -3,7 +3,10 @@
 import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from csi_driver.host.log import log
 
 _PIECE = 1 << 20
 
@@ -27,6 +30,20 @@ def read_attribute(path: str) -> bytes:
         return os.read(descriptor, 4096)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def though_read_only(event: str, volume_id: str) -> Iterator[None]:
+    """Let what puts a volume down go on where its file system has turned read-only, with that line in the log.
+
+    Raises other OSErrors.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        log.warning(event, volume_id=volume_id, error=error.strerror)
 
 
 class Files:

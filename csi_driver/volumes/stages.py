@@ -1,15 +1,13 @@
 """What is staged on this node since it booted: one small file per volume, gone in meaning with a reboot."""
 
-import errno
 import os
 from pathlib import Path
 
 import msgspec
 
 from csi_driver.host.boot import boot_id
-from csi_driver.host.files import Files, read_file
+from csi_driver.host.files import Files, read_file, though_read_only
 from csi_driver.host.keyring import KeptKey
-from csi_driver.host.log import log
 from csi_driver.model.reading import decode
 
 
@@ -75,9 +73,5 @@ class Stages:
 
     def remove(self, volume_id: str) -> None:
         """Forget it; absent is fine. On a read-only file system it stays: what the kernel shows decides."""
-        try:
+        with though_read_only("a stage could not be forgotten", volume_id):
             self._files.remove(self._folder / volume_id)
-        except OSError as error:
-            if error.errno != errno.EROFS:
-                raise
-            log.warning("a stage could not be forgotten", volume_id=volume_id, error=error.strerror)

@@ -28,6 +28,7 @@ from csi_driver.backends.csirecords import Api, RecordObjects
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.files import Files
 from csi_driver.host.handle import Handle
+from csi_driver.host.loop import LoopDevices
 from csi_driver.host.workers import Workers
 from csi_driver.kube.kinds import (
     CLAIM,
@@ -59,6 +60,7 @@ class Holding:
         self.file = file
         made = subprocess.run(["losetup", "--find", "--show", str(file)], check=True, stdout=subprocess.PIPE, text=True)
         self.device = Path(made.stdout.strip())
+        self._loop = LoopDevices().info(str(self.device))
         told, self._tell = os.pipe()
         self._thread = threading.Thread(target=self._run, args=(volume_id, uid, pins, told), daemon=True)
         self._thread.start()
@@ -78,8 +80,7 @@ class Holding:
     def has_ended(self) -> bool:
         if self._thread.is_alive():
             return False
-        # After a test that failed somebody has taken it away already.
-        subprocess.run(["losetup", "--detach", str(self.device)], check=False, stderr=subprocess.DEVNULL)
+        LoopDevices().detach(str(self.device), self._loop)
         return True
 
     def enlarge(self) -> None:
@@ -249,7 +250,7 @@ def backend_on(
     pins.prepare()
     return make(
         records,
-        HeaderCopies(api, NAMESPACE, records, folder / "state", Files()),
+        HeaderCopies(api, NAMESPACE, records, folder / "state", files),
         Claims(api, NAMESPACE, DRIVER),
         HolderPods(api, NAMESPACE, "image", folder / "holders"),
         NodeDevices(api, records, pins, direct, NODE_ID, ""),

@@ -26,7 +26,7 @@ from csi_driver.model.settings import MIB
 from csi_driver.volumes.driver import WARM
 from tests.backends.moving import PLAIN, Pair, fill, is_refused, pair_in, shown, write
 from tests.backends.rigs import RIGS, LvmRig, RbdRig
-from tests.machine.node import CHEAP, VOLUME, Node
+from tests.machine.node import CHEAP, NAME, Node
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ class Result:
 def pair_on(rig: MoveRig, folder: Path) -> Pair:
     """The drivers in `folder`."""
     if isinstance(rig, RbdRig):
-        return pair_in(folder, rig.backend(), rig.workers, rig.parameters, rig.id_of(VOLUME), _CEPH_STRETCH)
+        return pair_in(folder, rig.backend(), rig.workers, rig.parameters, rig.id_of(NAME), _CEPH_STRETCH)
     return pair_in(folder, rig.backend(), rig.workers, rig.parameters)
 
 
@@ -92,7 +92,7 @@ def run(rig: MoveRig, case: Case, kind: str, step: int, result: Result) -> int:
     volume = pair.id_at(target)
     if not _patiently(lambda: shown(target, volume)).startswith(content):
         result.lost.append(f"{where}: the content is another one in the end")
-    if source.store.has(VOLUME) or source.store.orphans() or target.store.orphans():
+    if source.store.has(NAME) or source.store.orphans() or target.store.orphans():
         result.leaked.append(f"{where}: something was left behind")
     if (storage := shared(target.store)) is not None:
         if storage.published(volume) or any(MappedImages().all()):

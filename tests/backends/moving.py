@@ -13,7 +13,7 @@ from csi_driver.model.errors import FailedPrecondition, NotFound
 from csi_driver.model.volume import Move, MovePhase, VolumeParameters, VolumeRecord
 from csi_driver.volumes.move import MoveRequest
 from csi_driver.volumes.move_copy import Onlooker
-from tests.machine.node import BLOCK, MIB, VOLUME, Node
+from tests.machine.node import BLOCK, MIB, NAME, Node
 
 SIZE = 5 * MIB + 512
 PLAIN = {"encrypted": "false"}
@@ -53,7 +53,7 @@ class Pair:
         return self.place.thin_pool
 
     def id_at(self, node: Node) -> str:
-        return self.far if node is self.group else VOLUME
+        return self.far if node is self.group else NAME
 
     def other(self, node: Node) -> Node:
         return self.group if node is self.files else self.files
@@ -62,11 +62,11 @@ class Pair:
         """From the files unless told otherwise."""
         source = source or self.files
         there, place = self.other(source), self.place if source is self.files else None
-        return source.moves.move(MoveRequest(VOLUME, place, keep), there.moves.here, onlooker or Onlooker(Shown()))
+        return source.moves.move(MoveRequest(NAME, place, keep), there.moves.here, onlooker or Onlooker(Shown()))
 
 
 def pair_in(
-    folder: Path, group: Backend, workers: Workers, place: VolumeParameters, far: str = VOLUME, stretch: int = MIB
+    folder: Path, group: Backend, workers: Workers, place: VolumeParameters, far: str = NAME, stretch: int = MIB
 ) -> Pair:
     """The two drivers, each of which can ask for the other one's records."""
     nodes: list[Node] = []
@@ -82,7 +82,7 @@ def pair_in(
 
 
 @contextlib.contextmanager
-def opened(node: Node, volume: str = VOLUME) -> Iterator[int]:
+def opened(node: Node, volume: str = NAME) -> Iterator[int]:
     """What a pod sees of the volume as a block device, for as long as it is staged."""
     node.stage(volume, BLOCK)
     try:
@@ -103,7 +103,7 @@ def fill(node: Node, parameters: Mapping[str, str], seed: int = 1, thin_pool: st
     return write(node, seed)
 
 
-def write(node: Node, seed: int, volume: str = VOLUME) -> bytes:
+def write(node: Node, seed: int, volume: str = NAME) -> bytes:
     """Other noise in it. Returns what a pod sees of it."""
     with opened(node, volume) as device:
         noise = random.Random(seed).randbytes(SIZE)
@@ -113,13 +113,13 @@ def write(node: Node, seed: int, volume: str = VOLUME) -> bytes:
         return os.pread(device, _MOST, 0)
 
 
-def shown(node: Node, volume: str = VOLUME) -> bytes:
+def shown(node: Node, volume: str = NAME) -> bytes:
     """What a stage shows of the volume; of a hole in it noise, which stays the same."""
     with opened(node, volume) as device:
         return os.pread(device, _MOST, 0)
 
 
-def is_refused(node: Node, volume: str = VOLUME) -> bool:
+def is_refused(node: Node, volume: str = NAME) -> bool:
     """Whether the volume cannot be used there."""
     try:
         shown(node, volume)

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -115,10 +116,13 @@ def main(words: Sequence[str]) -> None:
         asked = Asked(rig)
 
         def kubelet() -> None:
-            while True:
-                time.sleep(_PAUSE)
-                with lock:
-                    asked.end_holders()
+            try:
+                while True:
+                    time.sleep(_PAUSE)
+                    with lock:
+                        asked.end_holders()
+            finally:
+                os._exit(1)  # nothing would come to its end any more
 
         threading.Thread(target=kubelet, daemon=True).start()
         while True:

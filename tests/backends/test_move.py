@@ -24,7 +24,7 @@ from csi_driver.volumes.move import MoveRequest
 from csi_driver.volumes.move_copy import Onlooker, move_of
 from tests.backends.moving import PLAIN, Pair, Shown, fill, is_refused, pair_in, shown, write
 from tests.backends.rigs import LvmRig, lvm
-from tests.machine.node import BLOCK, CHEAP, EXT4, MIB, MOUNT, VOLUME, Node
+from tests.machine.node import BLOCK, CHEAP, EXT4, MIB, MOUNT, NAME, Node
 
 
 @pytest.fixture
@@ -41,28 +41,28 @@ def pair(lvm_rig: LvmRig, workers: Workers, folder: Path) -> Pair:
 def test_a_volume_goes_there_and_back_byte_by_byte(pair: Pair, parameters: dict[str, str]) -> None:
     content = fill(pair.files, dict(parameters))
     before, disk = pair.files.record(), pair.files.disk().read_bytes()
-    copy = pair.files.store.header_copy(VOLUME).read_bytes() if before.luks else b""
+    copy = pair.files.store.header_copy(NAME).read_bytes() if before.luks else b""
     meter = Shown()
     moved = pair.move(onlooker=Onlooker(meter))
-    assert meter.parts == [f"copying volume {VOLUME} of {len(disk)}", f"comparing volume {VOLUME} of {len(disk)}"]
+    assert meter.parts == [f"copying volume {NAME} of {len(disk)}", f"comparing volume {NAME} of {len(disk)}"]
     assert meter.done[-1] == len(disk)
-    assert not pair.files.store.has(VOLUME)
+    assert not pair.files.store.has(NAME)
     assert not pair.files.disk().parent.exists()
     assert moved == pair.group.record()
     changed = msgspec.structs.replace(before.parameters, thin_pool=pair.pool)
     assert msgspec.structs.replace(moved, revision=0) == msgspec.structs.replace(before, revision=0, parameters=changed)
-    with pair.group.store.open_storage(VOLUME) as storage, open(storage, "rb") as ciphertext:
+    with pair.group.store.open_storage(NAME) as storage, open(storage, "rb") as ciphertext:
         assert ciphertext.read(len(disk)) == disk
     if before.luks:
-        assert pair.group.store.header_copy(VOLUME).read_bytes() == copy
-        assert pair.group.store.header_copy(VOLUME).stat().st_blocks * 512 < 2 * MIB
+        assert pair.group.store.header_copy(NAME).read_bytes() == copy
+        assert pair.group.store.header_copy(NAME).stat().st_blocks * 512 < 2 * MIB
     there = shown(pair.group)
     assert there[: len(content)] == content
     assert len(there) % (4 * MIB) == 0  # whole extents
     back = pair.move(pair.group)
     assert back.parameters.thin_pool is None
-    assert not pair.group.store.has(VOLUME)
-    assert f"luks-{VOLUME}" not in lvm("lvs", "-o", "lv_name")
+    assert not pair.group.store.has(NAME)
+    assert f"luks-{NAME}" not in lvm("lvs", "-o", "lv_name")
     assert back.capacity_bytes == len(there)  # as a file system may have been made in all of it
     assert shown(pair.files) == there
     assert pair.files.disk().stat().st_blocks * 512 < len(disk) - MIB, "holes stayed no holes"
@@ -110,7 +110,7 @@ def test_what_is_in_use_is_not_moved_and_nothing_is_changed(pair: Pair) -> None:
         finally:
             os.close(held)
     assert pair.files.record() == before
-    assert not pair.group.store.has(VOLUME)
+    assert not pair.group.store.has(NAME)
 
 
 def test_a_volume_of_that_id_over_there_is_left_alone(pair: Pair) -> None:
@@ -121,8 +121,8 @@ def test_a_volume_of_that_id_over_there_is_left_alone(pair: Pair) -> None:
     assert shown(pair.group)[: len(content)] == content
     assert pair.files.record().move is None
     with pytest.raises(FailedPrecondition, match=r"name that of another one"):
-        pair.files.moves.move(MoveRequest(VOLUME), pair.files.moves.here, Onlooker(Shown()))
-    pair.files.moves.undo(VOLUME, pair.group.moves.here)
+        pair.files.moves.move(MoveRequest(NAME), pair.files.moves.here, Onlooker(Shown()))
+    pair.files.moves.undo(NAME, pair.group.moves.here)
     assert shown(pair.group)[: len(content)] == content
 
 
@@ -167,7 +167,7 @@ def test_one_that_is_used_meanwhile_is_copied_anew(pair: Pair) -> None:
     told: list[str] = []
     meter = Shown()
     pair.move(onlooker=Onlooker(meter, told.append))
-    assert told[0] == f"volume {VOLUME} was used since a part of it was copied, or is to go elsewhere: anew"
+    assert told[0] == f"volume {NAME} was used since a part of it was copied, or is to go elsewhere: anew"
     assert meter.done[0] == 0
     assert shown(pair.group)[: len(content)] == content
 
@@ -190,13 +190,13 @@ def test_one_that_is_written_to_by_hand_is_noticed(pair: Pair) -> None:
 def test_a_move_is_given_up(pair: Pair) -> None:
     content = fill(pair.files, dict(CHEAP))
     stopped(pair, 2 * MIB)
-    pair.files.moves.undo(VOLUME, pair.group.moves.here)
-    assert not pair.group.store.has(VOLUME)
+    pair.files.moves.undo(NAME, pair.group.moves.here)
+    assert not pair.group.store.has(NAME)
     assert pair.files.record().move is None
     assert shown(pair.files) == content
     pair.move(keep=True)
     with pytest.raises(FailedPrecondition, match=r"move it back from there"):
-        pair.files.moves.undo(VOLUME, pair.group.moves.here)
+        pair.files.moves.undo(NAME, pair.group.moves.here)
     assert shown(pair.group)[: len(content)] == content
 
 
@@ -222,7 +222,7 @@ def test_one_that_went_over_there_is_not_resurrected_unasked(pair: Pair) -> None
     with pytest.raises(FailedPrecondition, match=r"is not there any more; the old copy here was left as it is"):
         pair.move()
     assert is_refused(pair.files)
-    pair.files.moves.undo(VOLUME, pair.group.moves.here)
+    pair.files.moves.undo(NAME, pair.group.moves.here)
     assert shown(pair.files) == content
 
 
@@ -233,7 +233,7 @@ def test_a_copy_that_is_not_the_same_never_counts(pair: Pair) -> None:
     disk = pair.files.disk().stat().st_size
 
     def lose() -> None:
-        with pair.group.store.storage(VOLUME) as storage, open(storage, "r+b", buffering=0) as device:
+        with pair.group.store.storage(NAME) as storage, open(storage, "r+b", buffering=0) as device:
             os.pwrite(device.fileno(), bytes(4096), 20 * MIB)
             os.fsync(device.fileno())
 
@@ -244,7 +244,7 @@ def test_a_copy_that_is_not_the_same_never_counts(pair: Pair) -> None:
     meter = Shown(each=each)
     with pytest.raises(CommandFailed, match=r"is not what was written: expected the digest .*the copy was removed"):
         pair.move(onlooker=Onlooker(meter))
-    assert not pair.group.store.has(VOLUME)
+    assert not pair.group.store.has(NAME)
     assert shown(pair.files) == content
     pair.move()
     assert shown(pair.group)[: len(content)] == content
@@ -282,7 +282,7 @@ def test_one_of_two_states_is_always_used_and_never_both(pair: Pair) -> None:
     assert shown(pair.group)[: len(content)] == content
     assert pair.group.record().move is None
     pair.move()
-    assert not pair.files.store.has(VOLUME)
+    assert not pair.files.store.has(NAME)
 
 
 def test_an_arrived_copy_is_not_used_while_the_volume_is_where_it_was(pair: Pair) -> None:

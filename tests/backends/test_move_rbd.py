@@ -26,7 +26,7 @@ from tests.backends.rigs import RbdRig
 from tests.backends.test_life import MOUNT as STAGED
 from tests.backends.test_life import SECRET
 from tests.backends.test_move_command import move
-from tests.machine.node import BLOCK, CHEAP, EXT4, MIB, VOLUME, Node
+from tests.machine.node import BLOCK, CHEAP, EXT4, MIB, NAME, Node
 from tests.machine.server import ServerProcess
 
 OTHER = "node-2"
@@ -93,9 +93,9 @@ def test_a_volume_goes_to_ceph_byte_by_byte_and_any_node_can_have_it(
     content = fill(pair.files, parameters)
     blocked = rbd_rig.ceph.asked("ceph", "osd", "blocklist", "ls")
     before, disk = pair.files.record(), pair.files.disk().read_bytes()
-    copy = pair.files.store.header_copy(VOLUME).read_bytes() if before.luks else b""
+    copy = pair.files.store.header_copy(NAME).read_bytes() if before.luks else b""
     moved = pair.move()
-    assert not pair.files.store.has(VOLUME)
+    assert not pair.files.store.has(NAME)
     assert moved == pair.group.record(pair.far)
     there = msgspec.structs.replace(before.parameters, cluster_id=CLUSTER, pool=POOL)
     expected = msgspec.structs.replace(before, id=pair.far, revision=0, parameters=there)
@@ -143,7 +143,7 @@ def test_what_is_on_its_way_is_used_where_it_was_and_by_no_node_of_ceph(
         give(rbd_rig, pair, OTHER)
     with pytest.raises(FailedPrecondition, match=where):
         other.grow(64 * MIB, pair.far)
-    assert (*pair.files.store.ids(), *rbd_rig.backend().ids()) == (VOLUME, pair.far)
+    assert (*pair.files.store.ids(), *rbd_rig.backend().ids()) == (NAME, pair.far)
     assert rbd_rig.backend().published(pair.far) == []
     done, meter = move_of(pair.group.record(pair.far)).copied.end, Shown()
     assert 2 * MIB < done < pair.files.disk().stat().st_size
@@ -178,7 +178,7 @@ def test_between_the_two_last_records_its_node_has_it_and_the_others_are_told_wh
     ):
         other.stage(pair.far, BLOCK)
     pair.move()
-    assert not pair.files.store.has(VOLUME)
+    assert not pair.files.store.has(NAME)
     give(rbd_rig, pair, OTHER)
     assert shown(other, pair.far)[: len(content)] == content
 
@@ -203,15 +203,15 @@ def test_a_move_is_given_up_and_where_it_was_begun_to_need_not_be_said(rbd_rig: 
     there = pair.group.moves.here
     elsewhere = VolumeParameters(cluster_id=CLUSTER, pool="elsewhere")
     with pytest.raises(FailedPrecondition, match=r"it would be pvc-1\.[0-9a-f]{10}; go on as it was begun, or give"):
-        pair.files.moves.move(MoveRequest(VOLUME, elsewhere), there, Onlooker(Shown()))
-    pair.files.moves.undo(VOLUME, there)
+        pair.files.moves.move(MoveRequest(NAME, elsewhere), there, Onlooker(Shown()))
+    pair.files.moves.undo(NAME, there)
     assert rbd_rig.ceph.asked("rbd", "ls", POOL) == []
     assert shown(pair.files)[: len(content)] == content
     with pytest.raises(InvalidArgument, match=r"the parameter clusterID is missing"):
-        pair.files.moves.move(MoveRequest(VOLUME), there, Onlooker(Shown()))
+        pair.files.moves.move(MoveRequest(NAME), there, Onlooker(Shown()))
     assert pair.files.record().move is None
     stopped(pair, 2 * MIB)
-    pair.files.moves.move(MoveRequest(VOLUME), there, Onlooker(Shown()))
+    pair.files.moves.move(MoveRequest(NAME), there, Onlooker(Shown()))
     assert shown(pair.group, pair.far)[: len(content)] == content
     with pytest.raises(FailedPrecondition, match=r"is of the backend rbd, which lies outside this node"):
         pair.move(pair.group)

@@ -61,11 +61,13 @@ class CephPlace:
     def give(self, backend: Backend, volume_id: str) -> None:
         assert isinstance(backend, RbdBackend)
         backend.publish(volume_id, backend.own_node, many_nodes=False)
+        self._note(volume_id)
 
     def take(self, backend: Backend, volume_id: str) -> None:
         assert isinstance(backend, RbdBackend)
-        with suppress(NotFound):
-            backend.unpublish(volume_id, backend.own_node)
+        if not any(self._mapped(volume_id)):
+            with suppress(NotFound):
+                backend.unpublish(volume_id, backend.own_node)
 
     def shown(self, volume_id: str) -> Path:
         if (found := next(iter(self._mapped(volume_id)), None)) is not None:
@@ -77,15 +79,21 @@ class CephPlace:
         return Path(made.path)
 
     def hide(self, volume_id: str) -> None:
-        if (made := self._shown.pop(volume_id, None)) is not None:
+        if (made := self._shown.get(volume_id)) is not None:
             os.sync()  # what a test has written to the device, by whatever way
             MappedImages().unmap(made)
+            del self._shown[volume_id]
 
     def is_left_shown(self, volume_id: str) -> bool:
         own = {each.number for each in self._shown.values()}
         return bool(settled(lambda: [one.path for one in self._mapped(volume_id) if one.number not in own]))
 
-    def put_record(self, backend: Backend, volume_id: str, content: bytes) -> None:
+    def raw_record(self, volume_id: str) -> bytes:
+        state = VolumeLogs().state(self._looking.pool_of(volume_id), volume_id)
+        assert state is not None, f"nothing is known of volume {volume_id}"
+        return (state.record or "").encode()
+
+    def put_record(self, volume_id: str, content: bytes) -> None:
         def put(state: VolumeState | None) -> VolumeState:
             assert state is not None
             return msgspec.structs.replace(state, record=content.decode())
@@ -99,11 +107,15 @@ class CephPlace:
         self._images.clear()
         self.rig.clear()
 
-    def _mapped(self, volume_id: str) -> Iterator[MappedImage]:
-        """By the id of the image that it has or had."""
+    def _note(self, volume_id: str) -> None:
+        """The id of its image, by which a mapping is known when the image is gone."""
         info = self._looking.pool_of(volume_id).info(image_name(volume_id))
         if info is not None:
             self._images[volume_id] = info.id
+
+    def _mapped(self, volume_id: str) -> Iterator[MappedImage]:
+        """By the id of the image that it has or had."""
+        self._note(volume_id)
         for one in MappedImages().all():
             if one.identity.image_id == self._images.get(volume_id):
                 yield one

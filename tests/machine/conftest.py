@@ -20,9 +20,9 @@ from tests.machine.places import BACKEND, IN_GROUP, OF_FILES, Place, being
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is of volume groups alone is no test that was skipped."""
-    if not IN_GROUP:
-        items[:] = [item for item in items if item.path.name != "test_danger_group.py"]
+    """What is of volume groups alone, or of all that are no files, is no test that was skipped."""
+    others = {"test_danger_group.py": IN_GROUP, "test_danger_elsewhere.py": not OF_FILES}
+    items[:] = [item for item in items if others.get(item.path.name, True)]
 
 
 @pytest.fixture(scope="session")

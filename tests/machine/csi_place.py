@@ -57,7 +57,12 @@ class CsiPlace:
     def is_left_shown(self, volume_id: str) -> bool:
         return bool(settled(lambda: [loop.path for loop in self._loops(volume_id)]))
 
-    def put_record(self, backend: Backend, volume_id: str, content: bytes) -> None:
+    def raw_record(self, volume_id: str) -> bytes:
+        found = self.rig.api.get(VOLUME_RECORD, volume_id, NAMESPACE)
+        assert found is not None, f"volume {volume_id} has no VolumeRecord"
+        return str(found["spec"]["record"]).encode()
+
+    def put_record(self, volume_id: str, content: bytes) -> None:
         self.rig.api.change(VOLUME_RECORD, volume_id, {"spec": {"record": content.decode()}}, NAMESPACE)
 
     def put_down(self) -> None:

@@ -28,8 +28,6 @@ from tests.machine.storage import DISK_BYTES, POOL_BYTES, VOLUMES, GroupStorage
 POOLS = dm_name(GROUP, POOL)
 """What device-mapper's names of the thin pool begin with: once used it stays."""
 
-_test_shows: set[str] = set()
-
 
 def show_records(rig: LvmRig, state: Path) -> None:
     """Let a state directory be the one that has the group, until `put_down`; again is fine."""
@@ -54,74 +52,13 @@ def mend_records(rig: LvmRig) -> None:
     rig.backend()
 
 
-def _put_down() -> None:
-    mapper = DeviceMapper()
-    for point, _ in mounts():
-        if point.endswith("/state/lvm"):
-            with suppress(DriverError):  # in use: a leak, which is told
-                Mounts().unmount(point)
-    for name in mapper.names():
-        if name.startswith(VOLUMES):
-            with suppress(DriverError):
-                mapper.remove(name)
-    for node in Path("/dev/mapper").glob(f"{VOLUMES}*"):
-        if mapper.get(node.name) is None:
-            node.unlink()
-    _test_shows.clear()
-
-
-def _clear_away(rig: LvmRig) -> None:
-    records = rig.state / "lvm"
-    try:
-        (records / "volumes/written").touch()  # where they are not mounted there is no such folder
-    except OSError:
-        mend_records(rig)
-    found = lvm("lvs", "--noheadings", "-o", "lv_name", GROUP).split()
-    if volumes := [f"{GROUP}/{name}" for name in found if name.startswith("luks-")]:
-        lvm("lvremove", *volumes)
-    for folder in ("volumes", "new", "trash"):
-        for path in (records / folder).iterdir():
-            path.unlink() if path.is_file() else shutil.rmtree(path)
-
-
-def _shown(volume_id: str) -> Path:
-    logical, mapper = f"luks-{volume_id}", DeviceMapper()
-    name = dm_name(GROUP, logical)
-    device = mapper.get(name)
-    if device is not None and device.is_leaving and not device.open_count:
-        settled(lambda: [name] if mapper.get(name) else [])
-        device = None
-    if device is None:
-        with suppress(subprocess.CalledProcessError):
-            lvm("lvchange", "-ay", "-K", f"{GROUP}/{logical}")
-            _test_shows.add(name)
-        device = mapper.get(name)
-    return Path(f"/dev/dm-{device.minor}" if device is not None else f"/dev/{GROUP}/{logical}")
-
-
-def _hide(volume_id: str) -> None:
-    """An active logical volume counts as one in use."""
-    name = dm_name(GROUP, f"luks-{volume_id}")
-    if name in _test_shows:
-        with suppress(DriverError):
-            DeviceMapper().remove(name)
-        _test_shows.discard(name)
-
-
-def _is_left_shown(volume_id: str) -> bool:
-    name = dm_name(GROUP, f"luks-{volume_id}")
-    left = settled(lambda: [name] if name not in _test_shows and DeviceMapper().get(name) else [])
-    if DeviceMapper().get(name) is None:
-        _test_shows.discard(name)
-    return bool(left)
-
-
 class GroupPlace:
     """The volumes of a group, each looked at by its device. `rig` is the group."""
 
     def __init__(self, rig: LvmRig, *, thin: bool) -> None:
         self.rig = rig
         self.parameters: Mapping[str, str] = {"thinPool": POOL} if thin else {}
+        self._test_shows: set[str] = set()
         self.rounding = rig.rounding
 
     def backend(self, state: Path, workers: Workers) -> Backend:
@@ -145,23 +82,71 @@ class GroupPlace:
         """It is its node's."""
 
     def shown(self, volume_id: str) -> Path:
-        return _shown(volume_id)
+        logical, mapper = f"luks-{volume_id}", DeviceMapper()
+        name = dm_name(GROUP, logical)
+        device = mapper.get(name)
+        if device is not None and device.is_leaving and not device.open_count:
+            settled(lambda: [name] if mapper.get(name) else [])
+            device = None
+        if device is None:
+            with suppress(subprocess.CalledProcessError):
+                lvm("lvchange", "-ay", "-K", f"{GROUP}/{logical}")
+                self._test_shows.add(name)
+            device = mapper.get(name)
+        return Path(f"/dev/dm-{device.minor}" if device is not None else f"/dev/{GROUP}/{logical}")
 
     def hide(self, volume_id: str) -> None:
-        _hide(volume_id)
+        """An active logical volume counts as one in use."""
+        name = dm_name(GROUP, f"luks-{volume_id}")
+        if name in self._test_shows:
+            with suppress(DriverError):
+                DeviceMapper().remove(name)
+            self._test_shows.discard(name)
 
     def is_left_shown(self, volume_id: str) -> bool:
-        return _is_left_shown(volume_id)
+        name = dm_name(GROUP, f"luks-{volume_id}")
+        left = settled(lambda: [name] if name not in self._test_shows and DeviceMapper().get(name) else [])
+        if DeviceMapper().get(name) is None:
+            self._test_shows.discard(name)
+        return bool(left)
 
-    def put_record(self, backend: Backend, volume_id: str, content: bytes) -> None:
-        (self.rig.state / "lvm/volumes" / volume_id / "record.json").write_bytes(content)
+    def raw_record(self, volume_id: str) -> bytes:
+        return self._record(volume_id).read_bytes()
+
+    def put_record(self, volume_id: str, content: bytes) -> None:
+        self._record(volume_id).write_bytes(content)
+
+    def _record(self, volume_id: str) -> Path:
+        return self.rig.state / "lvm/volumes" / volume_id / "record.json"
 
     def put_down(self) -> None:
         """No records are shown either, but the group's."""
-        _put_down()
+        mapper = DeviceMapper()
+        for point, _ in mounts():
+            if point.endswith("/state/lvm"):
+                with suppress(DriverError):  # in use: a leak, which is told
+                    Mounts().unmount(point)
+        for name in mapper.names():
+            if name.startswith(VOLUMES):
+                with suppress(DriverError):
+                    mapper.remove(name)
+        for node in Path("/dev/mapper").glob(f"{VOLUMES}*"):
+            if mapper.get(node.name) is None:
+                node.unlink()
+        self._test_shows.clear()
 
     def clear_away(self) -> None:
-        _clear_away(self.rig)
+        records = self.rig.state / "lvm"
+        try:
+            (records / "volumes/written").touch()  # where they are not mounted there is no such folder
+        except OSError:
+            mend_records(self.rig)
+        found = lvm("lvs", "--noheadings", "-o", "lv_name", GROUP).split()
+        if volumes := [f"{GROUP}/{name}" for name in found if name.startswith("luks-")]:
+            lvm("lvremove", *volumes)
+        for folder in ("volumes", "new", "trash"):
+            for path in (records / folder).iterdir():
+                path.unlink() if path.is_file() else shutil.rmtree(path)
 
 
 @contextmanager

@@ -293,16 +293,17 @@ def _tell_stuck() -> None:
         return
     stuck = []
     for process in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            for thread in os.listdir(f"/proc/{process}/task"):
-                with open(f"/proc/{process}/task/{thread}/stat") as file:
+        folder = f"/proc/{process}/task"
+        for thread in os.listdir(folder) if os.path.isdir(folder) else []:
+            try:
+                with open(f"{folder}/{thread}/stat", errors="replace") as file:
                     name, _, rest = file.read().partition(" (")[2].rpartition(") ")
-                with open(f"/proc/{process}/task/{thread}/wchan") as file:
+                with open(f"{folder}/{thread}/wchan") as file:
                     place = file.read()
-                if rest.startswith("D"):
-                    stuck.append(f"{name} ({thread}) in {place}")
-        except OSError:  # it has ended
-            pass
+            except OSError:  # it has ended
+                continue
+            if rest.startswith("D"):
+                stuck.append(f"{name} ({thread}) in {place}")
     _write_whole(STUCK, ", ".join(stuck))
     os.unlink(f"{_HOST}/{ASKED}")
 

@@ -37,7 +37,8 @@ _FILES = {1: "stdout", 2: "stderr"}
 _GONE_SECONDS = 10  # how long killed processes may take to disappear
 _TAIL_SECONDS = 0.02  # between two looks at what the guest has written
 _ASKED_SECONDS = 30
-_LOG_LINES = 12  # few, so that what the command said last is seen above them
+_LOG_LINES = 40
+_LATE_LOG_LINES = 12  # of one whose time was over: few, so that what the command said last is seen above them
 # The kernel leads a process group. The guard is told which, and ends it when whoever booted it is gone, kill -9
 # included: then its pipe closes.
 _START = 'log=$1; shift; echo $$; exec "$@" >>"$log" 2>&1'
@@ -354,7 +355,7 @@ class Guest:
                     raise self._crashed(process.wait(_GONE_SECONDS))
                 if time.monotonic() > deadline:
                     ran = f"its command still ran after {timeout:g} s, {self._stuck()}"
-                    raise GuestError(f"The guest was ended: {ran}.", self._log())
+                    raise GuestError(f"The guest was ended: {ran}.", self._log(_LATE_LOG_LINES))
 
     def _stuck(self) -> str:
         """Who waits in the guest's kernel for good, by its process 1."""
@@ -388,8 +389,8 @@ class Guest:
         """What the kernel has said since it booted."""
         return self._kernel_log.read_bytes()[self._log_start :].decode(errors="replace")
 
-    def _log(self) -> str:
-        return "\n".join(self._whole_log().splitlines()[-_LOG_LINES:])
+    def _log(self, lines: int = _LOG_LINES) -> str:
+        return "\n".join(self._whole_log().splitlines()[-lines:])
 
     def _judged(self, code: int) -> int:
         log = self._whole_log()

@@ -52,13 +52,14 @@ from csi_driver.volumes.standing import StandingVolumes
 from csi_driver.volumes.usage import Usages
 from tests.fake_host import no_kms
 from tests.headers import head_of
-from tests.machine.places import Place, current, id_of, length_of, name_of, of_class
+from tests.machine.places import RECORDS_ARE_FILES, Place, current, id_of, length_of, name_of, of_class
 
 MIB = 1 << 20
 SIZE = 16 * MIB
 DATA_OFFSET = 16 * MIB
 NAME = "pvc-1"
 VOLUME = id_of(NAME)
+"""The volume of most tests, as CreateVolume calls it, and its id."""
 PASSPHRASE = "plain oak table, seven chairs"
 SECRET: Mapping[str, str] = {"CRYPTO_KEY_VALUE": PASSPHRASE}
 CHEAP: Mapping[str, str] = {"encrypted": "true", "pbkdf": "pbkdf2", "pbkdfIterations": "1000"}
@@ -215,13 +216,17 @@ class Node:
         """A call of the driver for a volume, by name or id; its id."""
         if self.place is not None:
             self.place.before_call()
-        volume_id = id_of(volume)
+        volume_id = self._id(volume)
         with self.locks.hold(volume_id):
             yield volume_id
 
+    def _id(self, volume: str) -> str:
+        """Of a volume that is given by name or id."""
+        return id_of(volume) if self.place is not None else volume
+
     def create(
         self,
-        volume: str = VOLUME,
+        volume: str = NAME,
         *,
         size: int = SIZE,
         parameters: Mapping[str, str] = CHEAP,
@@ -229,7 +234,8 @@ class Node:
         secret: Mapping[str, str] = SECRET,
     ) -> VolumeView:
         told = of_class(parameters) if self.place is not None else parameters
-        request = CreateRequest(name_of(volume), size, 0, (capability,), told, read_secret(secret))
+        name = name_of(volume) if self.place is not None else volume
+        request = CreateRequest(name, size, 0, (capability,), told, read_secret(secret))
         with self._call(volume) as volume_id:
             made = self.provisioning.create(request)
             if self.place is not None:
@@ -238,7 +244,7 @@ class Node:
 
     def stage(
         self,
-        volume: str = VOLUME,
+        volume: str = NAME,
         capability: Capability = MOUNT,
         *,
         secret: Mapping[str, str] = SECRET,
@@ -251,13 +257,13 @@ class Node:
         with self._call(volume) as volume_id:
             self.staging.stage(StageRequest(volume_id, str(path), capability, read_secret(secret), context))
 
-    def unstage(self, volume: str = VOLUME, *, path: Path | None = None) -> None:
+    def unstage(self, volume: str = NAME, *, path: Path | None = None) -> None:
         with self._call(volume) as volume_id:
             self.staging.unstage(volume_id, str(path or self.staging_path(volume)))
 
     def publish(
         self,
-        volume: str = VOLUME,
+        volume: str = NAME,
         capability: Capability = MOUNT,
         *,
         target: Path | None = None,
@@ -269,42 +275,42 @@ class Node:
             self.publishing.publish(PublishRequest(volume_id, staging_path, str(target), capability, read_only, NONE))
         return target
 
-    def unpublish(self, volume: str = VOLUME, *, target: Path | None = None) -> None:
+    def unpublish(self, volume: str = NAME, *, target: Path | None = None) -> None:
         with self._call(volume) as volume_id:
             self.publishing.unpublish(volume_id, str(target or self.target_path(volume)))
 
-    def grow(self, size: int, volume: str = VOLUME) -> int:
+    def grow(self, size: int, volume: str = NAME) -> int:
         """ControllerExpandVolume."""
         with self._call(volume) as volume_id:
             return self.provisioning.expand(volume_id, size, 0)
 
     def expand(
-        self, size: int, volume: str = VOLUME, *, path: Path | None = None, secret: Mapping[str, str] = NONE
+        self, size: int, volume: str = NAME, *, path: Path | None = None, secret: Mapping[str, str] = NONE
     ) -> int:
         """NodeExpandVolume, by default without a secret, as Longhorn's and Ceph-CSI's classes have it."""
         shown = str(path or self.staging_path(volume))
         with self._call(volume) as volume_id:
             return self.expansion.expand(ExpandRequest(volume_id, shown, size, 0, read_secret(secret)))
 
-    def delete(self, volume: str = VOLUME) -> None:
+    def delete(self, volume: str = NAME) -> None:
         with self._call(volume) as volume_id:
-            if self.place is not None and self.closed(volume):
+            if self.place is not None:
                 self.place.take(self.store, volume_id)
             self.provisioning.delete(volume_id)
 
-    def staging_path(self, volume: str = VOLUME) -> Path:
-        return self.folder / "stage" / id_of(volume)
+    def staging_path(self, volume: str = NAME) -> Path:
+        return self.folder / "stage" / self._id(volume)
 
-    def target_path(self, volume: str = VOLUME) -> Path:
-        return self.folder / "pods" / id_of(volume) / "mount"
+    def target_path(self, volume: str = NAME) -> Path:
+        return self.folder / "pods" / self._id(volume) / "mount"
 
-    def disk(self, volume: str = VOLUME) -> Path:
+    def disk(self, volume: str = NAME) -> Path:
         """The backing file of a volume on loopfile, else its bytes where they are shown."""
         if self.place is not None:
-            return self.place.shown(id_of(volume))
+            return self.place.shown(self._id(volume))
         return self.state / "loopfile" / "volumes" / volume / "disk.img"
 
-    def disk_bytes(self, volume: str = VOLUME) -> int:
+    def disk_bytes(self, volume: str = NAME) -> int:
         """Its length."""
         return length_of(self.disk(volume))
 
@@ -313,78 +319,85 @@ class Node:
         unit = 1 if self.place is None else self.place.rounding
         return -(-size // unit) * unit
 
-    def plain_device(self, volume: str = VOLUME) -> Path:
+    def plain_device(self, volume: str = NAME) -> Path:
         """What shows a staged volume that is not encrypted."""
-        device = self.store.device_of(id_of(volume))
+        device = self.store.device_of(self._id(volume))
         assert device is not None, f"volume {volume} is not attached"
         with contextlib.closing(device):
             return Path("/dev", blockdev.kernel_name(device.number))
 
-    def record_file(self, volume: str = VOLUME) -> Path:
+    def record_file(self, volume: str = NAME) -> Path:
         """Where records are files."""
+        assert RECORDS_ARE_FILES
         if self.place is not None:
             return self.state / "lvm/volumes" / volume / "record.json"
         return self.disk(volume).with_name("record.json")
 
-    def put_record(self, content: bytes, volume: str = VOLUME) -> None:
+    def raw_record(self, volume: str = NAME) -> bytes:
+        """A volume's record as it is kept."""
+        if self.place is not None:
+            return self.place.raw_record(self._id(volume))
+        return self.record_file(volume).read_bytes()
+
+    def put_record(self, content: bytes, volume: str = NAME) -> None:
         """Put another record in place of a volume's."""
         if self.place is not None:
-            self.place.put_record(self.store, id_of(volume), content)
+            self.place.put_record(self._id(volume), content)
         else:
             self.record_file(volume).write_bytes(content)
 
-    def record(self, volume: str = VOLUME) -> VolumeRecord:
-        return self.store.get(id_of(volume))
+    def record(self, volume: str = NAME) -> VolumeRecord:
+        return self.store.get(self._id(volume))
 
-    def encryption_state(self, volume: str = VOLUME) -> EncryptionState | None:
+    def encryption_state(self, volume: str = NAME) -> EncryptionState | None:
         return self.record(volume).encryption
 
-    def file_system_state(self, volume: str = VOLUME) -> FileSystemState:
+    def file_system_state(self, volume: str = NAME) -> FileSystemState:
         return self.record(volume).file_system
 
-    def header(self, volume: str = VOLUME) -> Header:
+    def header(self, volume: str = NAME) -> Header:
         """The LUKS2 header on the backing file."""
         return parse(head_of(self.disk(volume)), f"the test's volume {volume}")
 
-    def mapping(self, volume: str = VOLUME) -> Device | None:
-        return self.mapper.get(mapping_name(id_of(volume)))
+    def mapping(self, volume: str = NAME) -> Device | None:
+        return self.mapper.get(mapping_name(self._id(volume)))
 
-    def open_mapping(self, volume: str = VOLUME) -> Device:
+    def open_mapping(self, volume: str = NAME) -> Device:
         """The mapping of a staged volume."""
         found = self.mapping(volume)
         assert found is not None, f"volume {volume} has no mapping"
         return found
 
-    def loops_of(self, volume: str = VOLUME) -> Sequence[LoopInfo]:
+    def loops_of(self, volume: str = NAME) -> Sequence[LoopInfo]:
         return [] if self.place is not None else self.loops.find(str(self.disk(volume)))
 
-    def is_attached(self, volume: str = VOLUME) -> bool:
+    def is_attached(self, volume: str = NAME) -> bool:
         """Whether a device shows the volume's storage that is not the test's own doing."""
-        return self.place.is_left_shown(id_of(volume)) if self.place is not None else bool(self.loops_of(volume))
+        return self.place.is_left_shown(self._id(volume)) if self.place is not None else bool(self.loops_of(volume))
 
-    def write(self, text: str = "precious", volume: str = VOLUME) -> None:
+    def write(self, text: str = "precious", volume: str = NAME) -> None:
         """Write a file into the staged file system, durably."""
         with (self.staging_path(volume) / "file").open("w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
 
-    def read(self, volume: str = VOLUME) -> str:
+    def read(self, volume: str = NAME) -> str:
         return (self.staging_path(volume) / "file").read_text()
 
-    def is_mounted(self, volume: str = VOLUME) -> bool:
+    def is_mounted(self, volume: str = NAME) -> bool:
         return self.mounts.at(str(self.staging_path(volume))) is not None
 
-    def closed(self, volume: str = VOLUME) -> bool:
+    def closed(self, volume: str = NAME) -> bool:
         """Whether nothing of the volume is open, mounted or attached, nor recorded as staged."""
         return not (
             self.mapping(volume)
             or self.is_mounted(volume)
-            or self.stages.get(id_of(volume))
+            or self.stages.get(self._id(volume))
             or (self.backend is None and self.is_attached(volume))
         )
 
-    def staged_once(self, volume: str = VOLUME, text: str = "precious") -> None:
+    def staged_once(self, volume: str = NAME, text: str = "precious") -> None:
         """Create the volume, put a file into it and unstage it."""
         self.create(volume)
         self.stage(volume)

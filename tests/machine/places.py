@@ -3,6 +3,7 @@
 And which tests are not for which place, each by a reason of REASONS.
 """
 
+import os
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,20 +19,18 @@ from csi_driver.host.workers import Workers
 from csi_driver.model.settings import Settings
 from tests.backends.ceph import CLUSTER, POOL
 from tests.machine.server import ServerProcess
-from tests.machine.storage import VOLUMES, chosen
+from tests.machine.storage import VOLUMES
 
-BACKEND = chosen("rbd", "csi")
+BACKEND = os.environ.get("BACKEND") or "loopfile"
 OF_FILES = BACKEND == "loopfile"
 IN_GROUP = BACKEND.startswith("lvm")
 RECORDS_ARE_FILES = OF_FILES or IN_GROUP
 
 DEVICE = {
-    "loopfile": r"/dev/loop\d+",
     "lvm-thick": rf"/dev/mapper/{VOLUMES}\S+",
     "lvm-thin": rf"/dev/mapper/{VOLUMES}\S+",
     "rbd": r"/dev/rbd\d+",
-    "csi": r"/dev/loop\d+",
-}[BACKEND]
+}.get(BACKEND, r"/dev/loop\d+")
 """How an error names the device of a volume."""
 
 REASONS = {
@@ -39,15 +38,14 @@ REASONS = {
     "written": "only of a sparse file it is known what was ever written to it",
     "loop": "it is about loop devices",
     "own disk": "its disk is the test's own, whatever the backend is",
-    "key": "only files are moved to another volume key; test_danger_group.py and tests/backends show the refusal",
+    "key": "only files are moved to another volume key; test_danger_elsewhere.py shows the refusal",
     "thick": "a thick logical volume has all its space from the start",
     "plain thick": "a thick volume that is not encrypted is not enlarged while it is in use",
     "record": "its record is no file, which could be away, or be an older one than is known beside the volume",
     "made": "what a creation that was cut leaves of it is shown by tests/backends, at each step",
     "below": "what becomes of a claim's storage is the other driver's to tell; tests/backends plays that",
-    "played": "another server would have a played cluster of its own, without this test's volumes",
+    "played": "it wants a second server or a command, and the played cluster is within the test's own process",
     "allocated": "it does not tell how much of a volume takes space",
-    "accepted": "no command reaches its records without a cluster's configuration; tests/backends has accept_record",
 }
 """Why a test is not for volumes that are no files: no other reason counts."""
 
@@ -76,7 +74,7 @@ class Place(Protocol):
         """Let the node have a new volume."""
 
     def take(self, backend: Backend, volume_id: str) -> None:
-        """Take it away, before it is deleted."""
+        """Take it away before it is deleted, if nothing uses it."""
 
     def shown(self, volume_id: str) -> Path:
         """The bytes of a volume, until `hide`, `put_down` or the driver ends it; no path's where it is gone."""
@@ -87,8 +85,11 @@ class Place(Protocol):
     def is_left_shown(self, volume_id: str) -> bool:
         """Whether the driver has left the device of a volume."""
 
-    def put_record(self, backend: Backend, volume_id: str, content: bytes) -> None:
-        """Put another record in place of a volume's."""
+    def raw_record(self, volume_id: str) -> bytes:
+        """A volume's record as it is kept."""
+
+    def put_record(self, volume_id: str, content: bytes) -> None:
+        """Put another record in its place."""
 
     def put_down(self) -> None:
         """What a test has shown of its volumes, apart from the driver, is shown no more."""

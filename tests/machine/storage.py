@@ -1,10 +1,11 @@
 """What the volumes of a suite lie on, by a backend's name: how a driver is told, and where a volume's bytes are."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, cast
@@ -263,12 +264,21 @@ def _played(folder: Path) -> Iterator[CsiStorage]:
     folder.mkdir()
     with subprocess.Popen([sys.executable, "-m", "tests.backends.played", str(folder)]) as process:
         try:
-            wait_for(socket_in(folder).exists, "the played cluster", 60)
+            wait_for(lambda: _listens(socket_in(folder)), "the played cluster", 60)
             made = CsiStorage(folder)
-            yield made
-            made.clear()
+            try:
+                yield made
+            finally:
+                made.clear()
         finally:
             process.kill()
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as caller, suppress(OSError):
+        caller.connect(str(path))
+        return True
+    return False
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import pytest
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.volumes.capability import AccessMode, Capability
 from tests.machine.node import BLOCK, CHEAP, EXT4, MIB, PASSPHRASE, SIZE, VOLUME, Node, fingerprint
-from tests.machine.places import BACKEND, REASONS, hide
+from tests.machine.places import hide, not_on
 
 CLI = str(Path(sys.executable).with_name("luks-csi"))
 XFS = Capability(AccessMode.SINGLE_NODE_WRITER, block=False, fs_type="xfs")
@@ -28,14 +28,13 @@ LARGE = 640 * MIB
 """From 512 MiB on, mke2fs chooses blocks of 4096 bytes, and this driver such sectors."""
 PLAIN: dict[str, str] = {}
 
+pytestmark = not_on("played", "csi")
 encrypted_or_plain = pytest.mark.parametrize("parameters", [CHEAP, PLAIN], ids=["encrypted", "plain"])
 
 
 def check(
     node: Node, *options: str, volume: str = VOLUME, passphrase: str = PASSPHRASE
 ) -> subprocess.CompletedProcess[str]:
-    if BACKEND == "csi":
-        pytest.skip(REASONS["played"])
     hide(volume)
     plain = volume == VOLUME and node.record().encryption is None  # for which a secret is refused
     secret = [] if plain else ["--passphrase-file", "-"]

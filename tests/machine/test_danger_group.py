@@ -7,9 +7,8 @@ import pytest
 from csi_driver.model.errors import DeviceInUse, FailedPrecondition
 from csi_driver.model.volume import EncryptionState
 from tests.machine import disks
-from tests.machine.node import PASSPHRASE, SIZE, Node, fingerprint
+from tests.machine.node import PASSPHRASE, SIZE, Node
 from tests.machine.places import DEVICE
-from tests.machine.test_conversion import reencrypt
 
 
 def test_hc1455_logical_volumes_that_were_renamed_are_refused(node: Node) -> None:
@@ -47,19 +46,5 @@ def test_a_second_mapping_of_a_volume_in_use_cannot_be_and_who_has_it_is_left_al
     finally:
         subprocess.run(["cryptsetup", "close", "second"], check=True, timeout=20)
     used.stage()
-    assert used.read() == "precious"
-    used.unstage()
-
-
-def test_a_move_to_another_volume_key_is_refused_and_changes_nothing(used: Node) -> None:
-    """In use or not: there is no storage beside a volume's own."""
-    before, record = fingerprint(used.disk()), used.record()
-    with pytest.raises(FailedPrecondition, match="pvc-1 cannot be moved to another volume key: the backend lvm has no"):
-        reencrypt(used)
-    assert (fingerprint(used.disk()), used.record()) == (before, record)
-    used.stage()
-    with pytest.raises(FailedPrecondition, match="pvc-1 cannot be moved to another volume key: the backend lvm has no"):
-        reencrypt(used)
-    assert used.record() == record
     assert used.read() == "precious"
     used.unstage()

@@ -26,7 +26,7 @@ WRITTEN = b"precious" * (8192 if OF_FILES else MIB // 4)
 
 
 def change_record(node: Node, change: Change) -> None:
-    document = json.loads(RecordCodec().encode(node.record()))
+    document = json.loads(node.raw_record())
     change(document)
     node.put_record(json.dumps(document).encode())
 
@@ -44,16 +44,14 @@ DAMAGE: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_record_is_told_and_nothing_is_touched(used: Node, name: str) -> None:
     content, words = DAMAGE[name]
-    kept = RecordCodec().encode(used.record())
+    kept = used.raw_record()
     before = fingerprint(used.disk())
     used.put_record(content)
-    named = rf"record {used.record_file()} " if RECORDS_ARE_FILES else rf"record .*{VOLUME}.*"
     for call in (used.stage, used.create, lambda: used.grow(1 << 30), lambda: used.expand(1 << 30)):
-        with pytest.raises(FailedPrecondition, match=rf"{named}.*{words}|{words}"):
+        with pytest.raises(FailedPrecondition, match=words):
             call()
     used.unstage()
-    if RECORDS_ARE_FILES:
-        assert used.record_file().read_bytes() == content
+    assert used.raw_record() == content
     assert fingerprint(used.disk()) == before
     assert used.closed()
     used.put_record(kept)
@@ -144,7 +142,7 @@ def test_hc_pr1364_mkfs_that_was_cut_runs_again_and_only_then(node: Node) -> Non
 def records(node: Node, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """Every record of a volume up to the end of its first stage, in which a file was written."""
     node.create()
-    written, update = [RecordCodec().encode(node.record())], node.store.update
+    written, update = [node.raw_record()], node.store.update
 
     def recorded(record: VolumeRecord) -> VolumeRecord:
         updated = update(record)
@@ -197,7 +195,7 @@ def test_without_a_mark_too_no_older_record_formats_data_away(node: Node, record
         with pytest.raises(ForeignSignature, match="nothing was written"):
             node.stage()
         assert node.closed()
-        assert RecordCodec().encode(node.record()) == content
+        assert node.raw_record() == content
         assert fingerprint(node.disk()) == before
         if RECORDS_ARE_FILES:
             os.setxattr(node.record_file().parent, MARK, b"0")
@@ -296,7 +294,7 @@ def test_two_writers_of_a_record_do_not_overwrite_each_other(used: Node) -> None
 def test_cc3402_create_writes_the_intent_before_anything_else_can_happen(node: Node) -> None:
     """Field problem 22: from the first moment that a volume is to be seen, it is known to be encrypted."""
     node.create()
-    document = json.loads(RecordCodec().encode(node.record()))
+    document = json.loads(node.raw_record())
     assert document["volume"]["encryption"] == "prepared"
     assert document["volume"]["parameters"]["encrypted"] is True
     assert fingerprint(node.disk()) == BLANK

@@ -58,7 +58,7 @@ def cases_at(points: Sequence[Point], scenario: str, call: str, seam: str, kind:
     ]
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(1500)
 def test_a_seeded_handful_loses_and_leaks_nothing(points: list[Point]) -> None:
     assert len(points) >= LEAST_POINTS
     result = tried(faulty_driver, random.Random(_SEED).sample(cases_of(points), _HANDFUL))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -56,13 +56,13 @@ def pool() -> Pool:
 
 @pytest.fixture
 def controller(pool: Pool, tmp_path: Path) -> Callable[[str], RbdBackend]:
-    def make(name: str) -> RbdBackend:
+    def make(name: str, make_devices: type[MappedVolumes] = MappedVolumes) -> RbdBackend:
         logs, files, workers = VolumeLogs(), Files(), Workers(())
         access: Any = SimpleNamespace(
             pool=lambda *_: pool, place_of=lambda _: PLACE, uuid=lambda _: "fsid-1", forget=lambda _: None,
             every_pool=lambda: [pool], reached=str,
         )  # fmt: skip
-        devices = MappedVolumes(tmp_path / name, files, workers, MappedImages(str(tmp_path / "none")), 1)
+        devices = make_devices(tmp_path / name, files, workers, MappedImages(str(tmp_path / "none")), 1)
         backend = RbdBackend(
             tmp_path / name, access, logs, Images(logs, 1), NodeAttachments(logs, "", "boot"), devices, RecordCodec(),
             files, is_central=True,
@@ -168,16 +168,25 @@ def test_a_volume_whose_log_is_empty_is_not_forgotten_with_its_image_there(
     assert ID in pool.maps[INDEX]
 
 
-def test_a_volume_whose_image_was_removed_by_hand_is_told_as_that_and_not_as_one_that_is_not_there(
-    controller: Callable[[str], RbdBackend], monkeypatch: pytest.MonkeyPatch
+class Unmappable(MappedVolumes):
+    """The kernel finds something missing."""
+
+    def map(self, *_: object) -> NoReturn:
+        raise CephMissing("the map of an object is missing")
+
+
+@pytest.mark.parametrize(
+    ("is_there", "said"),
+    [(False, rf"volume {ID} has no image {IMAGE} with the id \w+ in .*; restore it"), (True, "the map of an object")],
+    ids=["image", "something else"],
+)
+def test_a_volume_that_lacks_something_is_not_told_as_one_that_is_not_there(
+    controller: Callable[..., RbdBackend], pool: Pool, said: str, *, is_there: bool
 ) -> None:
     """NOT_FOUND says to Kubernetes that there is no such volume."""
-    one = controller("one")
+    one = controller("one", Unmappable)
     one.create(RECORD, MIB)
-
-    def gone(*_: object) -> None:
-        raise CephMissing("mapping failed")
-
-    monkeypatch.setattr(MappedVolumes, "map", gone)
-    with pytest.raises(DeviceAbsent, match=rf"volume {ID} has no image {IMAGE} with the id \w+ in .*; restore it"):
+    if not is_there:
+        pool.remove(IMAGE, 1)
+    with pytest.raises(DeviceAbsent, match=said):
         one.attach(ID, lasting=True)

@@ -1,0 +1,71 @@
+"""A file system that has turned read-only keeps no volume up: what only tidies up is told in the log and left."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from csi_driver.backends.csipins import Pin, Pins
+from csi_driver.backends.rbddevices import MappedVolumes
+from csi_driver.backends.rbddevices import Pin as ImagePin
+from csi_driver.host.files import Files
+from csi_driver.host.krbd import MappedImages
+from csi_driver.host.workers import Workers
+from csi_driver.volumes.stages import Stages
+from tests.told_lines import told_lines
+
+ID = "v.0123456789"
+Ends = Callable[[Path, int], None]
+
+
+class Failing(Files):
+    """Nothing can be written or removed."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def remove(self, path: Path) -> None:
+        raise OSError(self._number, os.strerror(self._number), str(path))
+
+    def write_volatile(self, path: Path, content: bytes) -> None:
+        raise OSError(self._number, os.strerror(self._number), str(path))
+
+
+def image_of(folder: Path, number: int) -> None:
+    pin = ImagePin(fsid="f", namespace="", pool_number=1, image_id="1f", image="csi-vol-v")
+    volumes = MappedVolumes(folder, Failing(number), Workers(()), MappedImages("/"), 1)
+    volumes.prepare()
+    (folder / "attached" / f"{ID}.json").write_bytes(msgspec.json.encode(pin))
+    volumes.forget(ID)
+
+
+def holder_noted(folder: Path, number: int) -> None:
+    pins = Pins(folder, Failing(number))
+    pins.note(Pin(volume_id=ID, boot_id=pins.boot_id, holder="uid", ticket="t"))
+
+
+def holder_forgotten(folder: Path, number: int) -> None:
+    Pins(folder, Failing(number)).remove(ID)
+
+
+def stage_of(folder: Path, number: int) -> None:
+    Stages(folder, Failing(number)).remove(ID)
+
+
+each = pytest.mark.parametrize("ends", [image_of, holder_noted, holder_forgotten, stage_of])
+
+
+@each
+def test_it_is_told_and_goes_on(tmp_path: Path, ends: Ends) -> None:
+    with told_lines() as lines:
+        ends(tmp_path, errno.EROFS)
+    assert [line.fields["volume_id"] for line in lines] == [ID]
+
+
+@each
+def test_any_other_error_is_one(tmp_path: Path, ends: Ends) -> None:
+    with pytest.raises(OSError, match="Input/output error"):
+        ends(tmp_path, errno.EIO)
