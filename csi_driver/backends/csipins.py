@@ -128,12 +128,12 @@ class Pins:
 
     def note(self, pin: Pin) -> None:
         """Write that it comes to its end. On a read-only file system it stays as it was: no device is put on it."""
-        with though_read_only("a pin could not be written", pin.volume_id):
+        with though_read_only("pin", pin.volume_id):
             self.put(pin)
 
     def remove(self, volume_id: str) -> None:
         """Forget it; absent is fine. On a read-only file system it stays, of an attachment that has ended."""
-        with though_read_only("a pin could not be forgotten", volume_id):
+        with though_read_only("pin", volume_id):
             self._files.remove(self._path(volume_id))
 
     def all(self) -> Sequence[Pin]:

@@ -168,7 +168,7 @@ class MappedVolumes:
 
     def forget(self, volume_id: str) -> None:
         """Remove the pin; absent is fine. On a read-only file system it stays: its client has no mapping any more."""
-        with contextlib.suppress(FileNotFoundError), though_read_only("an image could not be forgotten", volume_id):
+        with contextlib.suppress(FileNotFoundError), though_read_only("pin", volume_id):
             self._files.remove(self._path(volume_id))
 
     def _names(self) -> Sequence[str]:

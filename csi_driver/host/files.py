@@ -33,8 +33,8 @@ def read_attribute(path: str) -> bytes:
 
 
 @contextlib.contextmanager
-def though_read_only(event: str, volume_id: str) -> Iterator[None]:
-    """Let what puts a volume down go on where its file system has turned read-only, with that line in the log.
+def though_read_only(what: str, volume_id: str) -> Iterator[None]:
+    """Let what puts a volume down go on where a file of it, `what`, stays as its file system has turned read-only.
 
     Raises other OSErrors.
     """
@@ -43,7 +43,7 @@ def though_read_only(event: str, volume_id: str) -> Iterator[None]:
     except OSError as error:
         if error.errno != errno.EROFS:
             raise
-        log.warning(event, volume_id=volume_id, error=error.strerror)
+        log.warning("a file stays on a read-only file system", volume_id=volume_id, file=what)
 
 
 class Files:

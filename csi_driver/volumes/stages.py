@@ -73,5 +73,5 @@ class Stages:
 
     def remove(self, volume_id: str) -> None:
         """Forget it; absent is fine. On a read-only file system it stays: what the kernel shows decides."""
-        with though_read_only("a stage could not be forgotten", volume_id):
+        with though_read_only("stage", volume_id):
             self._files.remove(self._folder / volume_id)
