@@ -30,7 +30,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
 
     def write(self, path: Path, files: Files) -> None:
         """Keep it, durably. Raises OSError."""
-        files.write(path, msgspec.json.encode(self))
+        files.keep(path, msgspec.json.encode(self))
 
 
 def read_memory(path: Path) -> Memory:

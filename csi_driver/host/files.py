@@ -57,6 +57,13 @@ class Files:
         self._replace(path, content, durable=True)
         self.sync_folder(path.parent)
 
+    def keep(self, path: Path, content: bytes) -> None:
+        """`write`, unless that is there already: a file system that has turned read-only is no error then."""
+        with contextlib.suppress(FileNotFoundError):
+            if read_file(path) == content:
+                return
+        self.write(path, content)
+
     def write_volatile(self, path: Path, content: bytes) -> None:
         """Like `write` without the fsyncs: survives the death of the process, not of the kernel."""
         self._replace(path, content, durable=False)

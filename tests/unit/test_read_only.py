@@ -69,3 +69,21 @@ def test_it_is_told_and_goes_on(tmp_path: Path, ends: Ends) -> None:
 def test_any_other_error_is_one(tmp_path: Path, ends: Ends) -> None:
     with pytest.raises(OSError, match="Input/output error"):
         ends(tmp_path, errno.EIO)
+
+
+@pytest.mark.parametrize("there", [b"other", None], ids=["other", "none"])
+def test_what_is_there_already_is_not_written_again(tmp_path: Path, there: bytes | None) -> None:
+    """A server starts again on a state directory that has turned read-only."""
+
+    class ReadOnly(Files):
+        def write(self, path: Path, content: bytes) -> None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    kept = tmp_path / "rbd.json"
+    if there is not None:
+        kept.write_bytes(there)
+    with pytest.raises(OSError, match="Read-only"):
+        ReadOnly().keep(kept, b"what it is")
+    Files().keep(kept, b"what it is")
+    ReadOnly().keep(kept, b"what it is")
+    assert kept.read_bytes() == b"what it is"
