@@ -8,7 +8,7 @@ from csi_driver.backends.csi import CsiBackend
 from csi_driver.backends.csidirect import DirectDevices, nobody_calls
 from csi_driver.backends.csirecords import Api
 from csi_driver.kube.kinds import Json, Kind
-from csi_driver.model.errors import Unavailable
+from csi_driver.model.errors import AlreadyExists, Unavailable
 from csi_driver.model.settings import Settings
 from csi_driver.volumes.driver import Host
 from tests.backends.csirig import DRIVER, backend_on
@@ -35,7 +35,16 @@ class FaultyApi:
         return self._api.list(kind, namespace, labels, fields)
 
     def create(self, kind: Kind, thing: Json, namespace: str = "") -> Json:
-        return self._step(f"create {kind.plural}", lambda: self._api.create(kind, thing, namespace))
+        def create() -> Json | AlreadyExists:
+            try:
+                return self._api.create(kind, thing, namespace)
+            except AlreadyExists as error:  # an answer like another: the step was done
+                return error
+
+        made = self._step(f"create {kind.plural}", create)
+        if isinstance(made, AlreadyExists):
+            raise made
+        return made
 
     def patch(self, kind: Kind, name: str, patch: Json, namespace: str = "", *, status: bool = False) -> Json:
         what = f"patch {kind.plural} {'+'.join(patch.get('spec', patch))}"
