@@ -47,6 +47,9 @@ of the header that could not be made; and the note of a key that a KMS is about 
 cluster that was not told of an unmapping puts a client on its blocklist that is gone.
 """
 
+_AS_MANY_AS_THERE_ARE = "api delete headerpieces"
+"""A step that comes more often in a life in which more was done: the first one is tried."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -121,6 +124,7 @@ class Lab:
                 points += [
                     Point(scenario.name, call, step.seam, step.nth, step.depth, seconds.get((step.seam, step.nth), 0.0))
                     for step in outcome.steps
+                    if step.nth == 1 or step.seam != _AS_MANY_AS_THERE_ARE
                 ]
             life.end()
         return points

@@ -45,6 +45,7 @@ REASONS = {
     "made": "what a creation that was cut leaves of it is shown by tests/backends, at each step",
     "below": "what becomes of a claim's storage is the other driver's to tell; tests/backends plays that",
     "played": "it wants a second server or a command, and the played cluster is within the test's own process",
+    "given": "Kubernetes takes a volume from the node that it was given to before it is deleted",
     "allocated": "it does not tell how much of a volume takes space",
 }
 """Why a test is not for volumes that are no files: no other reason counts."""

@@ -20,7 +20,7 @@ from csi_driver.rpc.client import CsiClient, RemoteError, RemoteVolume
 from csi_driver.volumes.capability import Capability
 from tests.machine.group import GroupPlace, mend_records, show_records
 from tests.machine.node import BLOCK, CHEAP, EXT4, SECRET, SIZE
-from tests.machine.places import IN_GROUP, current, id_of, of_class, server_on
+from tests.machine.places import IN_GROUP, RECORDS_ARE_FILES, current, id_of, of_class, server_on
 from tests.machine.processes import run, wait_for
 
 KINDS: dict[str, tuple[Capability, dict[str, str]]] = {
@@ -139,9 +139,10 @@ def test_a_state_directory_that_turned_read_only_keeps_no_volume_up(
             for _ in range(2):
                 client.unstage(id_of(name), disks.staging(name))
             assert disks.is_put_down(name)
-            with pytest.raises(RemoteError) as refused:
-                client.delete_volume(id_of(name))
-            told.append(str(refused.value))
+            if RECORDS_ARE_FILES:
+                with pytest.raises(RemoteError) as refused:
+                    client.delete_volume(id_of(name))
+                told.append(str(refused.value))
         server.stop()
         for sentence in told:
             assert "read-only" in sentence.lower()
@@ -163,9 +164,10 @@ def test_a_volume_in_use_is_told_of_while_nothing_can_be_written(disks: Disks) -
         disks.fail(kubelet_too=False)
         assert client.usage(id_of("mount"), disks.pod("mount"))
         assert [volume.id for volume in client.volumes()] == [id_of("mount")]
-        with pytest.raises(RemoteError, match=r"(?i)read-only") as refused:
-            client.create_volume("another", [EXT4], SIZE, parameters=of_class(CHEAP), secrets=SECRET)
-        assert "look for request" not in str(refused.value)
+        if RECORDS_ARE_FILES:
+            with pytest.raises(RemoteError, match=r"(?i)read-only") as refused:
+                client.create_volume("another", [EXT4], SIZE, parameters=of_class(CHEAP), secrets=SECRET)
+            assert "look for request" not in str(refused.value)
         client.unpublish(id_of("mount"), disks.pod("mount"))
         client.unstage(id_of("mount"), disks.staging("mount"))
         assert disks.is_put_down("mount")

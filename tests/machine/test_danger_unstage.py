@@ -20,7 +20,7 @@ from csi_driver.model.volume import EncryptionState, mapping_name
 from csi_driver.rpc.client import CsiClient, RemoteError
 from csi_driver.volumes.capability import AccessMode, Capability
 from tests.machine.node import BLOCK, CHEAP, EXT4, MIB, MOUNT, NAME, SECRET, SIZE, VOLUME, Node
-from tests.machine.places import of_class, server_on
+from tests.machine.places import not_on, of_class, server_on
 from tests.machine.processes import run, sleeping_in
 
 OTHER = "pvc-2"
@@ -345,6 +345,7 @@ def test_kubernetes102408_kubelets_own_loop_device_is_named(node: Node, moment: 
     assert node.closed()
 
 
+@not_on("given", "rbd")
 @kinds
 @encrypted_or_plain
 def test_kubernetes85476_a_volume_that_nobody_uses_is_unstaged_by_its_deletion(
