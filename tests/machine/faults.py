@@ -40,6 +40,7 @@ _FORGIVEN = {
     *((call, "note remove") for call in ("create", "rotate", "delete")),
     *(("stage", seam) for seam in ("worker luks-backup", "file rename", "file sync_folder")),
     *(("stage", f"api {what}") for what in ("create headerpieces", "patch volumerecords header")),
+    ("stage", "copy remove"),
     ("unstage", "worker rados"),
 }
 """Steps whose failure a call outlives: a file system that cannot grow keeps nobody from the data in it, nor does a copy
@@ -303,16 +304,19 @@ def lab(build: Build = faulty_driver, seed: int = 0, backend: str = "loopfile") 
                 gc.unfreeze()
 
 
-def cases_of(points: Sequence[Point]) -> list[Case]:
-    """Every case of these points, and those of points at which more can go wrong."""
-    cases = [Case(point, kind) for point in points for kind in point.kinds]
+def cases_of(points: Sequence[Point], drawn: Sequence[Point] | None = None) -> list[Case]:
+    """Every case of these points, or of some `drawn` among them, and those of points at which more can go wrong."""
+    wanted = points if drawn is None else drawn
+    cases = [Case(point, kind) for point in wanted for kind in point.kinds]
     for scenario in SCENARIOS:
         here = [point for point in points if point.scenario == scenario.name and not point.depth]
         # A plain block volume is never formatted: whatever it holds is shown. One from an image is never blank.
         if (scenario.encrypted or not scenario.block) and not scenario.from_image:
-            cases += [Case(point, Kind.FOREIGN) for point in here if point.call == "stage"][:1]
+            first = [point for point in here if point.call == "stage"][:1]
+            cases += [Case(point, Kind.FOREIGN) for point in first if point in wanted]
         if scenario.encrypted:
-            cases += [Case(point, Kind.ZOMBIE) for point in here if point.call == "restage"][-1:]
+            last = [point for point in here if point.call == "restage"][-1:]
+            cases += [Case(point, Kind.ZOMBIE) for point in last if point in wanted]
     return cases
 
 
@@ -323,7 +327,7 @@ def main() -> int:
     with lab(seed=seed, backend=backend) as tried:
         points = tried.record()
         drawn = random.Random(seed).sample(points, min(count, len(points))) if count else points
-        result = tried.try_all(cases_of(drawn))
+        result = tried.try_all(cases_of(points, drawn))
     print(
         f"backend={backend} points={len(drawn)} cases={result.cases} kills={result.kills} busy={result.busy} "
         f"lost={len(result.lost)} leaked={len(result.leaked)} derived={len(points)} "
