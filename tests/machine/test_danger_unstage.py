@@ -20,10 +20,10 @@ from csi_driver.model.volume import EncryptionState, mapping_name
 from csi_driver.rpc.client import CsiClient, RemoteError
 from csi_driver.volumes.capability import AccessMode, Capability
 from tests.machine.node import BLOCK, CHEAP, EXT4, MIB, MOUNT, NAME, SECRET, SIZE, VOLUME, Node
-from tests.machine.places import not_on, of_class, server_on
+from tests.machine.places import id_of, not_on, of_class, server_on
 from tests.machine.processes import run, sleeping_in
 
-OTHER = "pvc-2"
+OTHER = id_of("pvc-2")
 PLAIN: Mapping[str, str] = {}
 BTRFS = Capability(AccessMode.SINGLE_NODE_WRITER, block=False, fs_type="btrfs")
 _BTRFS_DEVICES_READY = 0x90009427
@@ -403,7 +403,7 @@ def test_a_btrfs_is_mounted_from_a_name_that_means_its_device(node: Node, parame
         node.stage(volume, BTRFS)
         found = node.mounts.at(str(node.staging_path(volume)))
         assert found is not None
-        assert os.stat(found.source).st_rdev == os.makedev(*(node.presences.of(volume).number or (0, 0)))
+        assert os.stat(found.source).st_rdev == os.makedev(*(node.presences.of(id_of(volume)).number or (0, 0)))
         assert not found.source.startswith("/proc")
     for volume in ("one", "two"):
         node.unstage(volume)
