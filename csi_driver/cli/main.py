@@ -1,6 +1,7 @@
 """`luks-csi`: the group of commands, each loaded only when it is called."""
 
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -63,6 +64,9 @@ def main(arguments: Sequence[str] | None = None, obj: object = None) -> NoReturn
     Exit codes: 0 done, 1 refused, failed or found bad, 2 a command line or setting that cannot be right, 130 ended by
     Ctrl-C. A failure is one sentence on standard error; with `--output json` a line of JSON.
     """
+    # Before anything loads gRPC, which else starts a thread in each child that a command forks: it ends the child when
+    # its descriptors are closed, before the child's program runs (findings/grpcio-thread-in-fork.sh).
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     words = [*(sys.argv[1:] if arguments is None else arguments)]
     try:
         code = luks_csi.main(words, prog_name="luks-csi", standalone_mode=False, obj=obj)

@@ -5,18 +5,26 @@
 
 import contextlib
 import os
+import socket
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any, cast
 
+from csi_driver.backends.csi import CsiBackend
 from csi_driver.backends.csiclaims import name_for
+from csi_driver.backends.csidirect import DirectDevices, nobody_calls
+from csi_driver.backends.csirecords import Api
+from csi_driver.host.files import Files
 from csi_driver.host.workers import Workers
 from csi_driver.kube.kinds import POD, VOLUME_RECORD, Json, Kind
-from tests.backends.csirig import NAMESPACE, CsiRig
+from tests.backends.csirig import DRIVER, NAMESPACE, CsiRig, WholeBackend, backend_on
+from tests.machine.processes import wait_for
 
 _PAUSE = 0.02
 
@@ -42,6 +50,10 @@ class Asked:
             pod = self._rig.api.get(POD, name, NAMESPACE)
             if pod is not None and running.file == self._rig.api.file(name_for(volume_id)):
                 return running.device
+        return self._rig.api.file(name_for(volume_id))
+
+    def file(self, volume_id: str) -> Path:
+        """The file of a volume's claim."""
         return self._rig.api.file(name_for(volume_id))
 
     def left_of(self, volume_id: str) -> list[str]:
@@ -94,6 +106,44 @@ class FarCluster:
 
     def delete(self, kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None) -> None:
         self.ask("call", "delete", kind, name, namespace, grace_seconds=grace_seconds)
+
+
+@contextlib.contextmanager
+def played_cluster(folder: Path) -> Iterator[FarCluster]:
+    """Such a process, as long as the block; nothing of it is left."""
+    folder.mkdir()
+    with subprocess.Popen([sys.executable, "-m", "tests.backends.played", str(folder)]) as process:
+        try:
+            wait_for(lambda: _listens(socket_in(folder)), "the played cluster", 60)
+            made = FarCluster(folder)
+            try:
+                yield made
+            finally:
+                made.ask("clear")
+        finally:
+            process.kill()
+
+
+def far_backend(folder: Path, topology: str = "", *, api: Api | None = None, files: Files | None = None) -> CsiBackend:
+    """The backend of another process on it."""
+    direct = DirectDevices(nobody_calls, folder, DRIVER)
+    return backend_on(api or FarCluster(folder), folder / "csi", files or Files(), direct, topology)
+
+
+def whole_far_backend(folder: Path, topology: str = "") -> WholeBackend:
+    """The same, with Kubernetes' attaching ahead of each attach and behind each detach."""
+    direct = DirectDevices(nobody_calls, folder, DRIVER)
+    made = backend_on(FarCluster(folder), folder / "csi", Files(), direct, topology, make=WholeBackend)
+    assert isinstance(made, WholeBackend)
+    made.users = Counter()
+    return made
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as caller, contextlib.suppress(OSError):
+        caller.connect(str(path))
+        return True
+    return False
 
 
 def _serve(connection: Connection, asked: Asked, lock: threading.Lock) -> None:

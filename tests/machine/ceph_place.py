@@ -50,6 +50,9 @@ class CephPlace:
     def settings(self, settings: Settings) -> Settings:
         return CephStorage(self.rig).settings(settings)
 
+    def host(self, host: Host) -> Host:
+        return host
+
     def server(self, folder: Path, *options: str) -> ServerProcess:
         place = ("--backend", "rbd", "--ceph-config", str(self.rig.config), "--ceph-secret", str(self.rig.secret))
         return ServerProcess(folder, *place, *options)

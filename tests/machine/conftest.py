@@ -44,7 +44,7 @@ def place(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     folder = parent / f"place-{os.getpid()}"
     places: dict[str, AbstractContextManager[Place]] = {
         "rbd": ceph_of_tests(folder, workers),
-        "csi": claims_of_tests(folder, workers),
+        "csi": claims_of_tests(folder),
     }
     with places.get(BACKEND) or group_of_tests(folder, workers, thin=BACKEND == "lvm-thin") as made, being(made):
         yield made

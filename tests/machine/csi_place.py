@@ -1,93 +1,85 @@
 """Claims of a driver below, in a played cluster, as the place of all volumes of the tests.
 
-What lies below is a file, which is looked at by its name.
+What lies below is a file, which is looked at by its name. The cluster is a process of its own: servers come and go.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-
-import pytest
+from typing import cast
 
 from csi_driver.backends.base import Backend
-from csi_driver.backends.csiclaims import name_for
-from csi_driver.host.loop import LoopDevices, LoopInfo
+from csi_driver.host.loop import LoopDevices
 from csi_driver.host.workers import Workers
-from csi_driver.kube.kinds import POD, VOLUME_RECORD
+from csi_driver.kube.kinds import VOLUME_RECORD
 from csi_driver.model.settings import Settings
+from csi_driver.volumes.driver import Host
 from tests.backends.csirig import BELOW, NAMESPACE, CsiRig
+from tests.backends.played import FarCluster, played_cluster, whole_far_backend
 from tests.machine.leaks import settled
-from tests.machine.places import REASONS
 from tests.machine.server import ServerProcess
 
 
 class CsiPlace:
-    """The claims of one namespace. `rig` is the cluster."""
+    """The claims of one namespace; `folder` has the cluster."""
 
     parameters: Mapping[str, str] = {"backingStorageClass": BELOW}
     rounding = CsiRig.rounding
 
-    def __init__(self, rig: CsiRig) -> None:
-        self.rig = rig
+    def __init__(self, folder: Path, cluster: FarCluster) -> None:
+        self._folder, self._cluster = folder, cluster
 
     def backend(self, state: Path, workers: Workers) -> Backend:
-        return self.rig.backend()
+        return whole_far_backend(self._folder)
 
     def settings(self, settings: Settings) -> Settings:
-        pytest.skip(REASONS["played"])
+        return replace(settings, backend="csi")
+
+    def host(self, host: Host) -> Host:
+        return replace(host, backend=whole_far_backend(self._folder))
 
     def server(self, folder: Path, *options: str) -> ServerProcess:
-        pytest.skip(REASONS["played"])
+        program = (sys.executable, "-m", "tests.backends.csi_server", "played", str(self._folder))
+        return ServerProcess(folder, *options, program=program)
 
     def before_call(self) -> None:
         """It does not see who reads its file."""
 
     def give(self, backend: Backend, volume_id: str) -> None:
-        """The rig does, before it is attached."""
+        """It is given before it is attached."""
 
     def take(self, backend: Backend, volume_id: str) -> None:
-        """The rig does, when it is let go of."""
+        """It is taken when it is let go of."""
 
     def shown(self, volume_id: str) -> Path:
-        return self.rig.api.file(name_for(volume_id))
+        return cast("Path", self._cluster.ask("file", volume_id))
 
     def hide(self, volume_id: str) -> None:
         """Nothing is shown."""
 
     def is_left_shown(self, volume_id: str) -> bool:
-        return bool(settled(lambda: [loop.path for loop in self._loops(volume_id)]))
+        file = str(self.shown(volume_id))
+        return bool(settled(lambda: [loop.path for loop in LoopDevices().find(file)]))
 
     def raw_record(self, volume_id: str) -> bytes:
-        found = self.rig.api.get(VOLUME_RECORD, volume_id, NAMESPACE)
+        found = self._cluster.get(VOLUME_RECORD, volume_id, NAMESPACE)
         assert found is not None, f"volume {volume_id} has no VolumeRecord"
         return str(found["spec"]["record"]).encode()
 
     def put_record(self, volume_id: str, content: bytes) -> None:
-        self.rig.api.change(VOLUME_RECORD, volume_id, {"spec": {"record": content.decode()}}, NAMESPACE)
+        self._cluster.patch(VOLUME_RECORD, volume_id, {"spec": {"record": content.decode()}}, NAMESPACE)
 
     def put_down(self) -> None:
-        settled(self._ending)
+        """Nothing is shown, and holders that were told to end do so."""
 
     def clear_away(self) -> None:
-        self.rig.clear()
-
-    def _loops(self, volume_id: str) -> Iterator[LoopInfo]:
-        self._ending()
-        yield from LoopDevices().find(str(self.shown(volume_id)))
-
-    def _ending(self) -> list[str]:
-        """The holders that were told to end and have not; those that have are gone, as kubelet says it."""
-        found = []
-        for name in list(self.rig.api.running):
-            pod = self.rig.api.get(POD, name, NAMESPACE)
-            if pod is not None and pod["metadata"].get("deletionTimestamp"):
-                found.append(name)
-        return found
+        self._cluster.ask("clear")
 
 
 @contextmanager
-def claims_of_tests(folder: Path, workers: Workers) -> Iterator[CsiPlace]:
+def claims_of_tests(folder: Path) -> Iterator[CsiPlace]:
     """A played cluster."""
-    folder.mkdir()
-    with CsiRig(folder, workers) as rig:
-        yield CsiPlace(rig)
+    with played_cluster(folder) as cluster:
+        yield CsiPlace(folder, cluster)

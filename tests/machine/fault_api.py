@@ -5,14 +5,12 @@ from functools import partial
 from typing import TypeVar
 
 from csi_driver.backends.csi import CsiBackend
-from csi_driver.backends.csidirect import DirectDevices, nobody_calls
 from csi_driver.backends.csirecords import Api
 from csi_driver.kube.kinds import Json, Kind
 from csi_driver.model.errors import AlreadyExists, Unavailable
 from csi_driver.model.settings import Settings
 from csi_driver.volumes.driver import Host
-from tests.backends.csirig import DRIVER, backend_on
-from tests.backends.played import FarCluster
+from tests.backends.played import FarCluster, far_backend
 from tests.machine.fault_points import Injector
 from tests.machine.storage import PLAYED
 
@@ -62,6 +60,5 @@ class FaultyApi:
 def faulty_csi(settings: Settings, host: Host, injector: Injector) -> CsiBackend:
     """The backend csi on the played cluster beside the server's folder."""
     folder = settings.endpoint.parent / PLAYED
-    direct = DirectDevices(nobody_calls, folder, DRIVER)
     api = FaultyApi(injector, FarCluster(folder))
-    return backend_on(api, folder / "csi", host.files, direct, settings.topology_key)
+    return far_backend(folder, settings.topology_key, api=api, files=host.files)

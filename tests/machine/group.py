@@ -19,6 +19,7 @@ from csi_driver.host.mounts import Mounts
 from csi_driver.host.workers import Workers
 from csi_driver.model.errors import DriverError
 from csi_driver.model.settings import Settings
+from csi_driver.volumes.driver import Host
 from tests.backends.rigs import GROUP, POOL, LvmRig, lvm
 from tests.machine.leaks import mounts, settled
 from tests.machine.processes import run
@@ -67,6 +68,9 @@ class GroupPlace:
 
     def settings(self, settings: Settings) -> Settings:
         return GroupStorage(settings.state_dir, thin=False).settings(settings)
+
+    def host(self, host: Host) -> Host:
+        return host
 
     def server(self, folder: Path, *options: str) -> ServerProcess:
         show_records(self.rig, folder / "state")

@@ -17,6 +17,7 @@ from csi_driver.backends.rbdplace import Cluster, digest_of
 from csi_driver.host import blockdev
 from csi_driver.host.workers import Workers
 from csi_driver.model.settings import Settings
+from csi_driver.volumes.driver import Host
 from tests.backends.ceph import CLUSTER, POOL
 from tests.machine.server import ServerProcess
 from tests.machine.storage import VOLUMES
@@ -44,7 +45,7 @@ REASONS = {
     "record": "its record is no file, which could be away, or be an older one than is known beside the volume",
     "made": "what a creation that was cut leaves of it is shown by tests/backends, at each step",
     "below": "what becomes of a claim's storage is the other driver's to tell; tests/backends plays that",
-    "played": "it wants a second server or a command, and the played cluster is within the test's own process",
+    "command": "a command beside the server would ask a Kubernetes, and this cluster is played",
     "given": "Kubernetes takes a volume from the node that it was given to before it is deleted",
     "allocated": "it does not tell how much of a volume takes space",
 }
@@ -64,6 +65,9 @@ class Place(Protocol):
 
     def settings(self, settings: Settings) -> Settings:
         """Those of a driver for it."""
+
+    def host(self, host: Host) -> Host:
+        """That of a driver for it."""
 
     def server(self, folder: Path, *options: str) -> ServerProcess:
         """A server for it."""
@@ -168,6 +172,12 @@ def settings_on(settings: Settings) -> Settings:
     """Settings of a driver whose volumes are there."""
     place = current()
     return settings if place is None else place.settings(settings)
+
+
+def host_on(host: Host) -> Host:
+    """The host of a driver whose volumes are there."""
+    place = current()
+    return host if place is None else place.host(host)
 
 
 def hide(volume_id: str) -> None:

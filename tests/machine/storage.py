@@ -1,21 +1,17 @@
 """What the volumes of a suite lie on, by a backend's name: how a driver is told, and where a volume's bytes are."""
 
 import os
-import socket
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, cast
 
-from csi_driver.backends.csidirect import DirectDevices, nobody_calls
 from csi_driver.backends.lvmtool import dm_name
 from csi_driver.backends.rbdplace import image_name
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.devicemapper import DeviceMapper
-from csi_driver.host.files import Files
 from csi_driver.host.krbd import MappedImages
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.workers import Workers
@@ -25,10 +21,9 @@ from csi_driver.model.volume import VolumeRecord
 from csi_driver.volumes.driver import WARM
 from tests.backends.ceph import CLUSTER
 from tests.backends.ceph import POOL as CEPH_POOL
-from tests.backends.csirig import BELOW, DRIVER, NODE_ID, backend_on
-from tests.backends.played import FarCluster, socket_in
+from tests.backends.csirig import BELOW, NODE_ID
+from tests.backends.played import FarCluster, far_backend, played_cluster
 from tests.backends.rigs import GROUP, POOL, LvmRig, RbdRig, lvm
-from tests.machine.processes import wait_for
 
 DISK_BYTES, POOL_BYTES = 3 << 30, 2 << 30
 VOLUMES = f"{dm_name(GROUP, 'luks')}-"
@@ -228,11 +223,9 @@ class CsiStorage:
     enlarges_plain = True
     node = NODE_ID
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._cluster = FarCluster(folder)
-        direct = DirectDevices(nobody_calls, folder, DRIVER)
-        self._backend = backend_on(self._cluster, folder / "csi", Files(), direct, "")
+    def __init__(self, folder: Path, cluster: FarCluster) -> None:
+        self._cluster = cluster
+        self._backend = far_backend(folder, api=cluster)
 
     def settings(self, settings: Settings) -> Settings:
         return replace(settings, backend="csi")
@@ -260,36 +253,14 @@ class CsiStorage:
 
 
 @contextmanager
-def _played(folder: Path) -> Iterator[CsiStorage]:
-    folder.mkdir()
-    with subprocess.Popen([sys.executable, "-m", "tests.backends.played", str(folder)]) as process:
-        try:
-            wait_for(lambda: _listens(socket_in(folder)), "the played cluster", 60)
-            made = CsiStorage(folder)
-            try:
-                yield made
-            finally:
-                made.clear()
-        finally:
-            process.kill()
-
-
-def _listens(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as caller, suppress(OSError):
-        caller.connect(str(path))
-        return True
-    return False
-
-
-@contextmanager
 def storage(backend: str, folder: Path, state: Path) -> Iterator[Storage]:
     """Storage for the driver with the state directory `state`; what else it needs is in `folder`. It ends with it."""
     if backend == "loopfile":
         yield LoopfileStorage(state)
         return
     if backend == "csi":
-        with _played(folder / PLAYED) as claims:
-            yield claims
+        with played_cluster(folder / PLAYED) as cluster:
+            yield CsiStorage(folder / PLAYED, cluster)
         return
     workers = Workers(WARM)
     try:

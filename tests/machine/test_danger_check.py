@@ -28,7 +28,7 @@ LARGE = 640 * MIB
 """From 512 MiB on, mke2fs chooses blocks of 4096 bytes, and this driver such sectors."""
 PLAIN: dict[str, str] = {}
 
-pytestmark = not_on("played", "csi")
+pytestmark = not_on("command", "csi")
 encrypted_or_plain = pytest.mark.parametrize("parameters", [CHEAP, PLAIN], ids=["encrypted", "plain"])
 
 

@@ -27,7 +27,7 @@ from tests.machine import disks
 from tests.machine.fault_points import Injector
 from tests.machine.fault_server import FaultServer, Outcome
 from tests.machine.node import CHEAP, EXT4, LIMITS, MIB, SECRET, SIZE, VOLUME, Node, fingerprint
-from tests.machine.places import IN_GROUP, settings_on
+from tests.machine.places import IN_GROUP, host_on, settings_on
 from tests.machine.processes import has_ended, run, stopped_below, wait_for
 from tests.machine.test_danger_orphans import stage_when_free
 from tests.worker_tasks import run_stopped_program, stop_first
@@ -60,7 +60,7 @@ def orphaned(node: Node, step: str) -> Iterator[int]:
     """The child of a server that stages the volume and is killed when the child is about to begin `step`."""
 
     def build(settings: Settings, _: Injector) -> Driver:
-        return build_driver(settings, Host(workers=StoppingWorkers(step)))
+        return build_driver(settings, host_on(Host(workers=StoppingWorkers(step))))
 
     settings = Settings(
         node_id="node-1",
