@@ -1,6 +1,7 @@
 """The machine that the other tests run in: what goes in and comes out of it, and that nothing of it stays."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -124,6 +125,23 @@ def test_a_time_limit_ends_it_tells_what_was_stuck_and_nothing_is_left(guest: Gu
         guest.wait(3)
     guest.__exit__(None, None, None)
     assert left(scratch) == []
+
+
+def test_nothing_is_left_of_one_with_a_terminal() -> None:
+    """For each its kernel has a process with a session of its own, which nobody ends but the kernel."""
+    ours, theirs = pty.openpty()
+    try:
+        with Guest(GuestConfig(memory=512 << 20, disk_size=256 << 20, terminal=theirs)) as guest:
+            scratch = guest.disk.parent
+            guest.start(["sleep", "600"])
+            deadline = time.monotonic() + BOOT
+            while len({os.getsid(int(line.partition(":")[0])) for line in left(scratch)[1:]}) < 3:  # guard and kernel
+                assert time.monotonic() < deadline, left(scratch)
+                time.sleep(0.1)
+        assert left(scratch) == []
+    finally:
+        os.close(ours)
+        os.close(theirs)
 
 
 def test_nothing_is_left_when_its_starter_is_killed(tmp_path: Path) -> None:

@@ -42,7 +42,13 @@ _LATE_LOG_LINES = 12  # of one whose time was over: few, so that what the comman
 # The kernel leads a process group. The guard is told which, and ends it when whoever booted it is gone, kill -9
 # included: then its pipe closes.
 _START = 'log=$1; shift; echo $$; exec "$@" >>"$log" 2>&1'
-_GUARD = 'read -r group; cat; kill -9 "-$group"; sleep 1; rm -rf "$1"'
+# What the kernel starts for a terminal has a session of its own, and outlives the kernel (arch/um/drivers/chan_user.c).
+_GUARD = """read -r group; cat; kill -9 "-$group"
+for process in /proc/[0-9]*; do
+    ! grep -qs "uml_dir=$1/" "$process/cmdline" || kill -9 "${process#/proc/}"
+done
+sleep 1; rm -rf "$1"
+"""
 
 
 class GuestError(Exception):
@@ -164,12 +170,14 @@ def _streams() -> list[Stream]:
     return [(name, [number], _shape(number)) for number, name in _FILES.items()]
 
 
-def _members(group: int) -> Iterator[int]:
-    """The live processes of a process group."""
+def _members(group: int, folder: Path) -> Iterator[int]:
+    """The live processes of a process group, and those of the kernel that has that folder."""
+    mark = os.fsencode(f"uml_dir={folder}/")
     for entry in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
             state, _, members_group = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[:3]
-            if int(members_group) == group and state != "Z":
+            is_of_it = int(members_group) == group or mark in Path("/proc", entry, "cmdline").read_bytes()
+            if is_of_it and state != "Z":
                 yield int(entry)
 
 
@@ -312,7 +320,10 @@ class Guest:
             os.killpg(leader.pid, signal.SIGKILL)
         leader.wait(_GONE_SECONDS)
         deadline = time.monotonic() + _GONE_SECONDS
-        while left := list(_members(leader.pid)):
+        while left := list(_members(leader.pid, self._scratch)):
+            for process in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
             if time.monotonic() > deadline:
                 raise GuestError(f"Killed processes {left} of the guest do not go away.")
             time.sleep(_TAIL_SECONDS)
