@@ -35,7 +35,7 @@ def workers() -> Iterator[Workers]:
 
 
 @pytest.fixture(scope="session")
-def place(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place | None]:
+def volumes_at(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place | None]:
     """Where the volumes of all tests are, when BACKEND says that they are no files."""
     if OF_FILES:
         yield None
@@ -51,7 +51,7 @@ def place(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture
-def folder(tmp_path: Path, place: Place | None) -> Iterator[Path]:
+def folder(tmp_path: Path, volumes_at: Place | None) -> Iterator[Path]:
     """A folder on a disk, and the check that the test leaves nothing in the kernel."""
     state = os.environ.get("MACHINE_STATE")
     folder = Path(state, tmp_path.name) if state else tmp_path
@@ -62,13 +62,13 @@ def folder(tmp_path: Path, place: Place | None) -> Iterator[Path]:
     for name in mapper.names():
         if (device := mapper.get(name)) is not None and device.suspended:
             mapper.resume(name)  # else a look at what is mounted there waits for good
-    if place is not None:
-        place.put_down()
+    if volumes_at is not None:
+        volumes_at.put_down()
 
     def left() -> list[str]:
         # The files stay: they are the volumes. So does what all tests have of a group.
         kept = ("files", f"mappings: {POOLS}")
-        own = f" at {place.rig.state / 'lvm'}" if isinstance(place, GroupPlace) else "\0"
+        own = f" at {volumes_at.rig.state / 'lvm'}" if isinstance(volumes_at, GroupPlace) else "\0"
         found = Facts.now(folder).more_than(before)
         return [one for one in found if not one.startswith(kept) and not one.endswith(own)]
 
@@ -77,8 +77,8 @@ def folder(tmp_path: Path, place: Place | None) -> Iterator[Path]:
             clear(before, folder)
             pytest.fail(f"left behind: {'; '.join(leaked)}")
     finally:
-        if place is not None:
-            place.clear_away()
+        if volumes_at is not None:
+            volumes_at.clear_away()
 
 
 @pytest.fixture
@@ -97,9 +97,9 @@ def volume_with_data(tmp_path_factory: pytest.TempPathFactory, workers: Workers)
 
 
 @pytest.fixture
-def used(node: Node, place: Place | None, request: pytest.FixtureRequest) -> Node:
+def used(node: Node, volumes_at: Place | None, request: pytest.FixtureRequest) -> Node:
     """A driver with a volume that was staged, written ("precious") and unstaged."""
-    if place is not None:
+    if volumes_at is not None:
         node.staged_once()
         for folder in (node.staging_path(), node.staging_path().parent):  # kubelet's, which is not there yet
             folder.rmdir()
