@@ -65,7 +65,7 @@ test: check $(CSI_SANITY) $(KUBERNETES_BIN) $(KEY_SERVERS) ## every test, seeded
 # Each guest has one processor: the device tests run in two at once, and beside them what waits for servers. Those of
 # contract talk gRPC and start programs, which gRPC's fork handlers may end (findings/grpcio-thread-in-fork.sh).
 DANGER := $(wildcard tests/machine/test_danger_*.py) $(addprefix tests/machine/test_,storm.py canary.py)
-DANGER_IN_GROUP := $(addprefix tests/machine/test_danger_,selftest.py group.py killed.py)
+DANGER_IN_GROUP := $(addprefix tests/machine/test_danger_,selftest.py group.py elsewhere.py killed.py)
 UDEV := tests/machine/test_udev.py
 BACKENDS := $(addprefix tests/backends/test_,life.py::test_a_volume_is_made_used_restarted_enlarged_given_another_key_and_deleted \
     conformance.py::test_a_volume_is_blank_and_as_long_as_asked_for conformance.py::test_foreign_storage_of_the_name_is_left_alone \
