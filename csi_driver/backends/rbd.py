@@ -6,7 +6,7 @@ csi-vol-<id>       the image; what is known of it lies beside it in its pool: `c
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -394,9 +394,11 @@ class RbdBackend:
 
     def _lacking(self, pool: CephPool, volume_id: str, state: VolumeState, error: CephMissing) -> DriverError:
         """NOT_FOUND would say that there is no such volume: whether its image is gone, or what else is."""
-        found = pool.info(image_name(volume_id))
-        is_there = found is not None and found.id == state.image_id
-        return DeviceAbsent(str(error)) if is_there else self._absent(pool, volume_id, state)
+        with suppress(CephMissing):  # the pool too
+            found = pool.info(image_name(volume_id))
+            if found is None or found.id != state.image_id:
+                return self._absent(pool, volume_id, state)
+        return DeviceAbsent(str(error))
 
     def _absent(self, pool: CephPool, volume_id: str, state: VolumeState) -> DeviceAbsent:
         return DeviceAbsent(

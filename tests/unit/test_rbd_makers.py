@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from csi_driver.backends.librbd import Image
 from csi_driver.backends.rbd import RbdBackend
 from csi_driver.backends.rbddevices import MappedVolumes
 from csi_driver.backends.rbderrors import CephMissing
@@ -35,6 +36,12 @@ class Pool(FakePool):
     def __init__(self) -> None:
         super().__init__(self._told)
         self._awaited: tuple[str, Callable[[], object]] | None = None
+        self.is_gone = False
+
+    def info(self, image: str) -> Image | None:
+        if self.is_gone:
+            raise CephMissing("the pool is gone")
+        return super().info(image)
 
     def at(self, step: str, act: Callable[[], object]) -> None:
         self._awaited = step, act
@@ -189,4 +196,18 @@ def test_a_volume_that_lacks_something_is_not_told_as_one_that_is_not_there(
     if not is_there:
         pool.remove(IMAGE, 1)
     with pytest.raises(DeviceAbsent, match=said):
+        one.attach(ID, lasting=True)
+
+
+def test_a_volume_whose_pool_goes_is_not_told_as_one_that_is_not_there(
+    controller: Callable[..., RbdBackend], pool: Pool
+) -> None:
+    class Going(Unmappable):
+        def map(self, *words: object) -> NoReturn:
+            pool.is_gone = True
+            super().map(*words)
+
+    one = controller("one", Going)
+    one.create(RECORD, MIB)
+    with pytest.raises(DeviceAbsent, match="the map of an object"):
         one.attach(ID, lasting=True)
