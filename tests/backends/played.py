@@ -124,16 +124,22 @@ def played_cluster(folder: Path) -> Iterator[FarCluster]:
             process.kill()
 
 
-def far_backend(folder: Path, topology: str = "", *, api: Api | None = None, files: Files | None = None) -> CsiBackend:
+def far_backend(
+    folder: Path,
+    topology: str = "",
+    *,
+    api: Api | None = None,
+    files: Files | None = None,
+    make: type[CsiBackend] = CsiBackend,
+) -> CsiBackend:
     """The backend of another process on it."""
     direct = DirectDevices(nobody_calls, folder, DRIVER)
-    return backend_on(api or FarCluster(folder), folder / "csi", files or Files(), direct, topology)
+    return backend_on(api or FarCluster(folder), folder / "csi", files or Files(), direct, topology, make=make)
 
 
 def whole_far_backend(folder: Path, topology: str = "") -> WholeBackend:
     """The same, with Kubernetes' attaching ahead of each attach and behind each detach."""
-    direct = DirectDevices(nobody_calls, folder, DRIVER)
-    made = backend_on(FarCluster(folder), folder / "csi", Files(), direct, topology, make=WholeBackend)
+    made = far_backend(folder, topology, make=WholeBackend)
     assert isinstance(made, WholeBackend)
     made.users = Counter()
     return made

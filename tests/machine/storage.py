@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, cast
 
+from csi_driver.backends.base import Backend
 from csi_driver.backends.lvmtool import dm_name
 from csi_driver.backends.rbdplace import image_name
 from csi_driver.backends.records import RecordCodec
@@ -167,7 +168,22 @@ class GroupStorage(_InFolders):
                 lvm("lvchange", "-an", f"{GROUP}/{logical}")
 
 
-class CephStorage:
+class _OfBackend:
+    """Records and copies of headers that a backend fetches from where they are."""
+
+    _backend: Backend
+
+    def record(self, volume_id: str) -> VolumeRecord | None:
+        try:
+            return self._backend.get(volume_id)
+        except NotFound:
+            return None
+
+    def header_copy(self, volume_id: str) -> Path:
+        return self._backend.header_copy(volume_id)
+
+
+class CephStorage(_OfBackend):
     """A pool of Ceph; its images are given to the one node there is. `rig` has its daemons."""
 
     parameters: Mapping[str, str] = {"clusterID": CLUSTER, "pool": CEPH_POOL}
@@ -184,15 +200,6 @@ class CephStorage:
 
     def id_of(self, name: str) -> str:
         return self._rig.id_of(name)
-
-    def record(self, volume_id: str) -> VolumeRecord | None:
-        try:
-            return self._backend.get(volume_id)
-        except NotFound:
-            return None
-
-    def header_copy(self, volume_id: str) -> Path:
-        return self._backend.header_copy(volume_id)
 
     def left_of(self, volume_id: str) -> list[str]:
         return [line for line in self._rig.ceph.admin("rados", "-p", CEPH_POOL, "ls").split() if volume_id in line]
@@ -215,7 +222,7 @@ class CephStorage:
             self._rig.ceph.admin("rbd", "unmap", "-o", "noudev", path)
 
 
-class CsiStorage:
+class CsiStorage(_OfBackend):
     """Claims of a played cluster, which goes on when the server is killed."""
 
     parameters: Mapping[str, str] = {"backingStorageClass": BELOW}
@@ -232,15 +239,6 @@ class CsiStorage:
 
     def id_of(self, name: str) -> str:
         return name
-
-    def record(self, volume_id: str) -> VolumeRecord | None:
-        try:
-            return self._backend.get(volume_id)
-        except NotFound:
-            return None
-
-    def header_copy(self, volume_id: str) -> Path:
-        return self._backend.header_copy(volume_id)
 
     def left_of(self, volume_id: str) -> list[str]:
         return cast("list[str]", self._cluster.ask("left_of", volume_id))
