@@ -1,5 +1,6 @@
 """The machine that the other tests run in: what goes in and comes out of it, and that nothing of it stays."""
 
+import contextlib
 import os
 import pty
 import signal
@@ -28,13 +29,24 @@ def python(program: str) -> list[str]:
 def left(scratch: Path) -> list[str]:
     """What is there of a guest: its folder, and every process that names it."""
     found = [str(scratch)] if scratch.exists() else []
+    return found + [f"{pid}: {command}" for pid, command in processes_of(scratch).items()]
+
+
+def processes_of(scratch: Path) -> dict[int, str]:
+    found = {}
     for entry in filter(str.isdigit, os.listdir("/proc")):
-        try:
+        with contextlib.suppress(OSError):  # it has ended
             command = Path("/proc", entry, "cmdline").read_bytes()
-        except OSError:
-            continue
-        if os.fsencode(scratch) in command:
-            found.append(f"{entry}: {command.decode(errors='replace')}")
+            if os.fsencode(scratch) in command:
+                found[int(entry)] = command.decode(errors="replace")
+    return found
+
+
+def sessions_of(scratch: Path) -> set[int]:
+    found = set()
+    for pid in processes_of(scratch):
+        with contextlib.suppress(ProcessLookupError):  # a thread of the kernel's that has ended since
+            found.add(os.getsid(pid))
     return found
 
 
@@ -135,7 +147,7 @@ def test_nothing_is_left_of_one_with_a_terminal() -> None:
             scratch = guest.disk.parent
             guest.start(["sleep", "600"])
             deadline = time.monotonic() + BOOT
-            while len({os.getsid(int(line.partition(":")[0])) for line in left(scratch)[1:]}) < 3:  # guard and kernel
+            while len(sessions_of(scratch)) < 3:  # guard and kernel
                 assert time.monotonic() < deadline, left(scratch)
                 time.sleep(0.1)
         assert left(scratch) == []

@@ -294,13 +294,17 @@ def _tell_stuck() -> None:
     stuck = []
     for process in filter(str.isdigit, os.listdir("/proc")):
         folder = f"/proc/{process}/task"
-        for thread in os.listdir(folder) if os.path.isdir(folder) else []:
+        try:
+            threads = os.listdir(folder)
+        except OSError:  # it has ended
+            continue
+        for thread in threads:
             try:
                 with open(f"{folder}/{thread}/stat", errors="replace") as file:
                     name, _, rest = file.read().partition(" (")[2].rpartition(") ")
                 with open(f"{folder}/{thread}/wchan") as file:
                     place = file.read()
-            except OSError:  # it has ended
+            except OSError:  # so has this
                 continue
             if rest.startswith("D"):
                 stuck.append(f"{name} ({thread}) in {place}")
