@@ -16,7 +16,7 @@ import msgspec
 
 from csi_driver.host.commands import Commands, Completed
 from csi_driver.host.devicemapper import Device, DeviceMapper, MappingHandle, Target
-from csi_driver.host.fshealth import Ailment, FileSystemHealth
+from csi_driver.host.fshealth import Ailment, FileSystemHealth, Mounting
 from csi_driver.host.handle import Handle
 from csi_driver.host.keyring import KeptKey
 from csi_driver.host.mountinfo import Mount, MountTable
@@ -544,11 +544,13 @@ class KernelWorkers(Workers):
 
     def _mount_unless_flagged(
         self, mounts: Mounts, device: Handle, target: str, fs_type: str, flags: int, data: str, repair: str
-    ) -> bool:
-        if self._kernel.read(device.name).inside.flagged:
-            return False
+    ) -> Mounting:
+        inside = self._kernel.read(device.name).inside
+        if inside.flagged:
+            return Mounting.LEFT_ALONE
         mounts.mount(device, target, fs_type, flags, data, repair)
-        return True
+        is_full = fs_type == "ext4" and inside.fs_bytes == self._kernel.size(device.name)
+        return Mounting.FULL if is_full else Mounting.MOUNTED
 
     def _fsync_device(self, device: Handle) -> None:
         self._kernel.loop_below(device.name)

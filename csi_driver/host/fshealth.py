@@ -2,11 +2,10 @@
 
 import errno
 import os
-import struct
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 from typing import Final
 
-from csi_driver.host import blockdev
+from csi_driver.host import blockdev, ext4
 from csi_driver.host.files import read_attribute
 from csi_driver.host.handle import Handle
 from csi_driver.host.mountinfo import Mount
@@ -15,8 +14,6 @@ from csi_driver.host.patience import within
 from csi_driver.model.errors import FailedPrecondition
 
 _LIMIT_SECONDS: Final = 1.0
-_EXT4_MAGIC: Final = 0xEF53
-_EXT4_ERROR_FS: Final = 2
 
 
 class Ailment(StrEnum):
@@ -75,30 +72,41 @@ class FileSystemHealth:
             return False
 
 
+class Mounting(Enum):
+    """What became of a file system that was to be mounted."""
+
+    LEFT_ALONE = auto()
+    """It is an ext4 that carries its error flag."""
+    FULL = auto()
+    """It is mounted, and as large as its device."""
+    MOUNTED = auto()
+    """It is mounted, and may have to grow."""
+
+
 def mount_unless_flagged(
     mounts: Mounts, device: Handle, target: str, fs_type: str, flags: int, data: str, repair: str
-) -> bool:
-    """`Mounts.mount`, but for an ext4 that carries its error flag: that one is left alone. Whether it was mounted.
+) -> Mounting:
+    """`Mounts.mount`, but for an ext4 that carries its error flag: that one is left alone.
 
-    Runs in a worker, as it reads the device.
+    Runs in a worker, as it reads the device. A journal that is replayed may enlarge an ext4 and never makes it smaller.
     """
-    if fs_type == "ext4" and carries_error_flag(device):
-        return False
+    found = _superblock(device) if fs_type == "ext4" else None
+    if found is not None and found.flagged:
+        return Mounting.LEFT_ALONE
+    is_full = found is not None and ext4.room(found, device) <= found.blocks
     mounts.mount(device, target, fs_type, flags, data, repair)
-    return True
+    return Mounting.FULL if is_full else Mounting.MOUNTED
 
 
 def carries_error_flag(device: Handle) -> bool:
-    """Whether the superblock of an ext4 that is not mounted says that errors were found: s_state, s_error_count.
+    """Whether the superblock of an ext4 that is not mounted says that errors were found. Runs in a worker."""
+    found = _superblock(device)
+    return found is not None and found.flagged
 
-    Runs in a worker. A device that cannot be read tells nothing: to mount it says why.
-    """
+
+def _superblock(device: Handle) -> ext4.Superblock | None:
+    """None also of a device that cannot be read: to mount it says why."""
     try:
-        with open(device, "rb", buffering=0) as opened:
-            superblock = os.pread(opened.fileno(), 1024, 1024)
+        return ext4.read_superblock(device)
     except OSError:
-        return False
-    if len(superblock) < 1024 or struct.unpack_from("<H", superblock, 0x38)[0] != _EXT4_MAGIC:
-        return False
-    (state,), (errors,) = struct.unpack_from("<H", superblock, 0x3A), struct.unpack_from("<I", superblock, 0x194)
-    return bool(state & _EXT4_ERROR_FS or errors)
+        return None

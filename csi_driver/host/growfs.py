@@ -1,6 +1,6 @@
 """Mounted file systems grow to fill their device: by ioctl on the mount itself, so that no other one can be meant.
 
-Runs in a worker. Layouts: fs/ext4/ext4.h and the superblock of ext4(5), libxfs's xfs_fs.h (xfsctl(3)), <linux/btrfs.h>.
+Runs in a worker. Layouts: fs/ext4/ext4.h, libxfs's xfs_fs.h (xfsctl(3)), <linux/btrfs.h>.
 """
 
 import errno
@@ -9,7 +9,7 @@ import os
 import struct
 from typing import Final
 
-from csi_driver.host import blockdev
+from csi_driver.host import blockdev, ext4
 from csi_driver.host.handle import Handle
 from csi_driver.host.syscalls import error_name
 from csi_driver.model.errors import CommandFailed, DeviceUnreadable, DriverError, FailedPrecondition, ResourceExhausted
@@ -36,24 +36,10 @@ def grow(where: str, mount: Handle, device: Handle, fs_type: str) -> bool:
 
 
 def _grow_ext4(descriptor: int, device: Handle) -> bool:
-    with open(device, "rb", buffering=0) as opened:
-        superblock = os.pread(opened.fileno(), 1024, 1024)
-    low, log_size, high, incompatible = (
-        *struct.unpack_from("<I", superblock, 0x04),
-        *struct.unpack_from("<I", superblock, 0x18),
-        *struct.unpack_from("<I", superblock, 0x150),
-        *struct.unpack_from("<I", superblock, 0x60),
-    )
-    block, present = 1024 << log_size, low | (high << 32 if incompatible & 0x80 else 0)
-    # Whole pages, as mke2fs and resize2fs take of a device: the kernel reads its end by the page.
-    room = (
-        blockdev.size_bytes(device.fd)
-        // max(block, os.sysconf("SC_PAGESIZE"))
-        * max(1, os.sysconf("SC_PAGESIZE") // block)
-    )
-    if room <= present:
+    found = ext4.read_superblock(device)
+    if found is None or (wanted := ext4.room(found, device)) <= found.blocks:
         return False
-    fcntl.ioctl(descriptor, _EXT4_RESIZE, struct.pack("=Q", room))
+    fcntl.ioctl(descriptor, _EXT4_RESIZE, struct.pack("=Q", wanted))
     return True
 
 

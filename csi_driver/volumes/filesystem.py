@@ -9,7 +9,7 @@ import msgspec
 from csi_driver.backends.base import Backend
 from csi_driver.host import blockdev
 from csi_driver.host.commands import Commands, ProgramFailed
-from csi_driver.host.fshealth import mount_unless_flagged
+from csi_driver.host.fshealth import Mounting, mount_unless_flagged
 from csi_driver.host.growfs import grow
 from csi_driver.host.handle import Handle
 from csi_driver.host.holders import Holders, describe
@@ -113,10 +113,10 @@ class FileSystems:
         options: MountOptions,
         *,
         even_flagged: bool = True,
-    ) -> bool:
+    ) -> Mounting:
         """Mount the volume's file system, in a worker: a journal is replayed from the device.
 
-        An ext4 that carries its error flag is left alone unless `even_flagged`; whether it was mounted.
+        An ext4 that carries its error flag is left alone unless `even_flagged`.
         """
         data = options.data
         if fs_type == "xfs" and record.parameters.backing_image is not None:
@@ -126,7 +126,7 @@ class FileSystems:
         arguments = (device, path, fs_type, options.flags, data, repair_command(record.id))
         if even_flagged:
             self._workers.call(what, limit, self._mounts.mount, *arguments)
-            return True
+            return Mounting.MOUNTED
         return self._workers.call(what, limit, mount_unless_flagged, self._mounts, *arguments)
 
     def refuse_used(self, volume_id: str, device: Handle) -> None:

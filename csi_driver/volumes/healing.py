@@ -8,7 +8,7 @@ import threading
 from contextlib import AbstractContextManager
 
 from csi_driver.backends.base import Backend
-from csi_driver.host.fshealth import Ailment, FileSystemHealth
+from csi_driver.host.fshealth import Ailment, FileSystemHealth, Mounting
 from csi_driver.host.handle import Handle
 from csi_driver.host.log import log
 from csi_driver.host.mountoptions import MountOptions, parse_options
@@ -95,16 +95,18 @@ class Healing:
         if ailment is not None:
             raise _refusal(present, ailment, " and cannot be enlarged")
 
-    def mount(self, record: VolumeRecord, device: Handle, path: str, fs_type: str, options: MountOptions) -> None:
+    def mount(self, record: VolumeRecord, device: Handle, path: str, fs_type: str, options: MountOptions) -> Mounting:
         """Mount a file system for the first time on this node; an ext4 with its error flag is checked before.
 
         Raises FailedPrecondition with the cure where it cannot be mended, and what `FileSystems.mount` does.
         """
-        if not self._file_systems.mount(record, device, path, fs_type, options, even_flagged=options.read_only):
+        how = self._file_systems.mount(record, device, path, fs_type, options, even_flagged=options.read_only)
+        if how is Mounting.LEFT_ALONE:
             self._file_systems.refuse_used(record.id, device)
             self._file_systems.mend_ext4(record, device)
-            self._file_systems.mount(record, device, path, fs_type, options)
+            how = self._file_systems.mount(record, device, path, fs_type, options)
             self._tell(record.id, fs_type, Ailment.ERROR_FLAG)
+        return how
 
     def _mount_anew(self, present: Presence) -> None:
         stage, staging = present.stage, present.staging

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import msgspec
 
 from csi_driver.backends.base import Backend, movable, shared, takes_many_nodes
+from csi_driver.host.fshealth import Mounting
 from csi_driver.host.handle import Handle
 from csi_driver.host.log import log
 from csi_driver.host.mountinfo import Mount
@@ -267,8 +268,8 @@ class Staging:
             kept_next=volume.kept_next,
         )
         self._stages.put(record.id, stage)
-        self._healing.mount(record, device, request.staging_path, fs_type, options)
-        if volume.record.file_system in (FileSystemState.MADE, FileSystemState.RAW):
+        how = self._healing.mount(record, device, request.staging_path, fs_type, options)
+        if how is not Mounting.FULL and volume.record.file_system in (FileSystemState.MADE, FileSystemState.RAW):
             mount = self._presences.mount_on(device.number, fs_type, request.staging_path)
             if mount is not None:
                 self._grow(record, stage, mount, device)

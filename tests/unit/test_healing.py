@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from csi_driver.host.ext4 import Superblock, read_superblock
 from csi_driver.host.fshealth import Ailment, FileSystemHealth, carries_error_flag
 from csi_driver.host.handle import Handle
 from csi_driver.host.mountinfo import Mount
@@ -276,28 +277,43 @@ def test_what_ends_in_time_is_heard() -> None:
     assert within(30, lambda: "said") == "said"
 
 
-def superblock(*, magic: int = 0xEF53, state: int = 1, errors: int = 0) -> bytes:
+def superblock(*, magic: int = 0xEF53, state: int = 1, errors: int = 0, high: int = 0, features: int = 0) -> bytes:
     block = bytearray(4096)
-    block[0x438:0x43A] = magic.to_bytes(2, "little")
-    block[0x43A:0x43C] = state.to_bytes(2, "little")
-    block[0x594:0x598] = errors.to_bytes(4, "little")
+    for at, length, value in (
+        (0x404, 4, 300_000),  # blocks
+        (0x418, 4, 2),  # of 4096 bytes
+        (0x438, 2, magic),
+        (0x43A, 2, state),
+        (0x460, 4, features),
+        (0x550, 4, high),
+        (0x594, 4, errors),
+    ):
+        block[at : at + length] = value.to_bytes(length, "little")
     return bytes(block)
 
 
 @pytest.mark.parametrize(
-    ("content", "flagged"),
+    ("content", "found"),
     [
-        (superblock(), False),
-        (superblock(state=3), True),
-        (superblock(errors=1), True),
-        (superblock(magic=0, state=3), False),
-        (b"short", False),
+        (superblock(), Superblock(4096, 300_000, flagged=False)),
+        (superblock(state=3), Superblock(4096, 300_000, flagged=True)),
+        (superblock(errors=1), Superblock(4096, 300_000, flagged=True)),
+        (superblock(high=1), Superblock(4096, 300_000, flagged=False)),
+        (superblock(high=1, features=0x80), Superblock(4096, 300_000 + (1 << 32), flagged=False)),
+        (superblock(magic=0, state=3), None),
+        (b"short", None),
     ],
 )
-def test_the_superblock_tells_of_errors(tmp_path: Path, content: bytes, *, flagged: bool) -> None:
+def test_the_superblock_tells_of_size_and_errors(tmp_path: Path, content: bytes, found: Superblock | None) -> None:
     (tmp_path / "device").write_bytes(content)
     with Handle(os.open(tmp_path / "device", os.O_RDONLY), "device") as device:
-        assert carries_error_flag(device) is flagged
+        assert read_superblock(device) == found
+        assert carries_error_flag(device) is (found is not None and found.flagged)
+
+
+def test_a_device_that_cannot_be_read_carries_no_flag(tmp_path: Path) -> None:
+    with Handle(os.open(tmp_path, os.O_RDONLY), "device") as device:
+        assert not carries_error_flag(device)
 
 
 @pytest.mark.parametrize(("count", "ailment"), [("0\n", None), ("3\n", Ailment.ERROR_FLAG)])

@@ -488,6 +488,20 @@ def test_what_grew_while_it_was_closed_is_filled_by_the_next_stage_if_it_can_be(
     assert (inside.fs_bytes, inside.files) == (96 * MIB, {"file": "precious"})
 
 
+@pytest.mark.parametrize(("fs_type", "asked"), [("ext4", False), ("xfs", True)])
+def test_a_file_system_that_is_seen_to_fill_its_device_is_not_asked_to_grow(
+    folder: Path, fs_type: str, *, asked: bool
+) -> None:
+    rig, shown = Rig(folder), msgspec.structs.replace(MOUNT, fs_type=fs_type)
+    rig.create("enc-1", 512 * MIB)
+    rig.stage("enc-1", shown)
+    rig.unstage("enc-1")
+    steps: list[str] = []
+    rig.kernel.plan = steps.append
+    rig.stage("enc-1", shown)
+    assert ("before grow" in steps) is asked
+
+
 # --- any order of calls and faults -----------------------------------------------------------------------------------
 
 
