@@ -85,9 +85,9 @@ def hardening() -> tuple[tuple[int, int], int]:
     return resource.getrlimit(resource.RLIMIT_CORE), int(libc.prctl(_PR_GET_DUMPABLE, 0, 0, 0, 0))
 
 
-def add_thread_key(name: str) -> int:
+def add_thread_key(name: str) -> tuple[int, bool]:
     syscall("add_key", b"user", name.encode(), b"payload", 7, _THREAD_KEYRING)
-    return os.getpid()
+    return has_thread_key(name)
 
 
 def has_thread_key(name: str) -> tuple[int, bool]:
