@@ -14,6 +14,7 @@ from typing import Final
 
 from msgspec import Struct
 
+from csi_driver.host.files import read_attribute
 from csi_driver.host.syscalls import error_name
 from csi_driver.model.errors import DeviceMismatch, FailedPrecondition, ResourceExhausted
 
@@ -138,8 +139,8 @@ def bound_nodes() -> list[str]:
 def backing_file(path: str) -> str:
     """The whole path of the backing file as the kernel tells it, or "" when the device is not bound."""
     try:
-        with open(f"/sys/block/{os.path.basename(path)}/loop/backing_file", "rb") as name:
-            return os.fsdecode(name.read().removesuffix(b"\n"))
+        name = read_attribute(f"/sys/block/{os.path.basename(path)}/loop/backing_file")
+        return os.fsdecode(name.removesuffix(b"\n"))
     except OSError:
         return ""
 

@@ -291,12 +291,12 @@ class Encryption:
         backings = self._mappings.backings(mapping)
         if record.conversion is None:
             return backings == {device.number}
-        return all(backend.is_device_of(record.id, each) for each in backings)
+        return bool(backings) and all(backend.is_device_of(record.id, each) for each in backings)
 
     def _check_opened(self, backend: Backend, record: VolumeRecord, device: Handle, mapping: MappingHandle) -> None:
         """The mapping that is held is the one of this volume, on the device that is held."""
-        fit = self._mappings.fit(mapping.device, record.mapping_name, recorded_identity(record).uuid)
-        if fit is not Fit.FITS or not self._lies_on(backend, record, mapping.device, device):
+        own = luks.dm_uuid(record.mapping_name, recorded_identity(record).uuid)
+        if mapping.device.uuid != own or not self._lies_on(backend, record, mapping.device, device):
             raise FailedPrecondition(
                 f"the mapping {record.mapping_name} of {where_is(record, device)} was opened and is another one now; "
                 f"is another program closing it?"

@@ -49,6 +49,7 @@ class Publishing:
         healing: Healing,
     ) -> None:
         self._backend = backend
+        self._many_nodes = takes_many_nodes(backend)
         self._presences = presences
         self._mounts = mounts
         self._holders = holders
@@ -63,7 +64,7 @@ class Publishing:
         Raises NotFound, FailedPrecondition (not staged there, staged otherwise, sick for good, ReadWriteOncePod already
         published elsewhere), AlreadyExists (published at this path otherwise).
         """
-        capabilities.check([request.capability], many_nodes=takes_many_nodes(self._backend))
+        capabilities.check([request.capability], many_nodes=self._many_nodes)
         present = self._presences.of(request.volume_id)
         staged = self._require_staged(present, request)
         present = self._healing.restored(present)

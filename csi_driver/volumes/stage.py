@@ -77,6 +77,7 @@ class Staging:
         homes: Homes,
     ) -> None:
         self._backend = backend
+        self._many_nodes = takes_many_nodes(backend)
         self._check_state = check_state
         self._stages = stages
         self._presences = presences
@@ -100,7 +101,7 @@ class Staging:
         check_context(record, request.context)
         record = self._homes.here(record)
         refuse_half(self._backend, record)
-        capabilities.check([request.capability], many_nodes=takes_many_nodes(self._backend))
+        capabilities.check([request.capability], many_nodes=self._many_nodes)
         present = self._presences.of(record.id, record)
         if present.stage is not None and present.is_complete:
             self._check_same(record, present.stage, request)

@@ -59,9 +59,12 @@ class Stages:
 
     def put(self, volume_id: str, stage: Stage) -> None:
         """Write it; done before the mount that it announces."""
-        content = msgspec.json.encode(_StageFile(boot_id=self._boot_id, stage=stage))
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._files.write_volatile(self._folder / volume_id, content)
+        path, content = self._folder / volume_id, msgspec.json.encode(_StageFile(boot_id=self._boot_id, stage=stage))
+        try:
+            self._files.write_volatile(path, content)
+        except FileNotFoundError:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._files.write_volatile(path, content)
 
     def drifted(self) -> list[str]:
         """The volumes that are staged and whose secret no longer opens them, sorted."""
