@@ -12,6 +12,7 @@ from csi_driver.host.handle import Handle
 _MAGIC: Final = 0xEF53
 _ERROR_FS: Final = 2
 _64BIT: Final = 0x80
+_MOST_LOG_SIZE: Final = 6  # of a block, above 1 KiB: EXT4_MAX_BLOCK_LOG_SIZE
 
 
 class Superblock(Struct, frozen=True):
@@ -28,7 +29,7 @@ def read_superblock(device: Handle) -> Superblock | None:
     with open(device, "rb", buffering=0) as opened:
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # nothing is read, and decrypted, ahead
         content = os.pread(opened.fileno(), 1024, 1024)
-    if len(content) < 1024 or _field(content, "<H", 0x38) != _MAGIC:
+    if len(content) < 1024 or _field(content, "<H", 0x38) != _MAGIC or _field(content, "<I", 0x18) > _MOST_LOG_SIZE:
         return None
     high = _field(content, "<I", 0x150) if _field(content, "<I", 0x60) & _64BIT else 0
     return Superblock(

@@ -277,11 +277,13 @@ def test_what_ends_in_time_is_heard() -> None:
     assert within(30, lambda: "said") == "said"
 
 
-def superblock(*, magic: int = 0xEF53, state: int = 1, errors: int = 0, high: int = 0, features: int = 0) -> bytes:
+def superblock(
+    *, magic: int = 0xEF53, state: int = 1, errors: int = 0, high: int = 0, features: int = 0, log_size: int = 2
+) -> bytes:
     block = bytearray(4096)
     for at, length, value in (
         (0x404, 4, 300_000),  # blocks
-        (0x418, 4, 2),  # of 4096 bytes
+        (0x418, 4, log_size),  # of 4096 bytes
         (0x438, 2, magic),
         (0x43A, 2, state),
         (0x460, 4, features),
@@ -301,6 +303,9 @@ def superblock(*, magic: int = 0xEF53, state: int = 1, errors: int = 0, high: in
         (superblock(high=1), Superblock(4096, 300_000, flagged=False)),
         (superblock(high=1, features=0x80), Superblock(4096, 300_000 + (1 << 32), flagged=False)),
         (superblock(magic=0, state=3), None),
+        (superblock(log_size=6), Superblock(65536, 300_000, flagged=False)),
+        (superblock(log_size=7), None),
+        (superblock(log_size=0xFFFFFFFF), None),
         (b"short", None),
     ],
 )
