@@ -21,7 +21,7 @@ from csi_driver.host.hardening import harden_process
 from csi_driver.host.held import holding
 from csi_driver.host.syscalls import libc
 from csi_driver.host.workers import MESSAGE_BYTES, MOST_DESCRIPTORS, REFUSED, STARTED, WORD_BYTES, unpack
-from csi_driver.model.errors import DriverError
+from csi_driver.model.errors import DriverError, FailedPrecondition
 
 _PR_SET_NAME: Final = 15
 _IDLE: Final = "luks-idle"
@@ -85,13 +85,17 @@ def _work(server: socket.socket) -> NoReturn:
 
 def _serve_request(server: socket.socket) -> bool:
     """Answer a request, once all that came with it is let go: the server may lock the volume again at once."""
-    request, descriptors, _, _ = socket.recv_fds(server, MESSAGE_BYTES, MOST_DESCRIPTORS)
+    request, descriptors, flags, _ = socket.recv_fds(server, MESSAGE_BYTES, MOST_DESCRIPTORS)
     if not request:
         return False
     try:
-        answer = pickle.dumps(_answer(request, descriptors))
+        if flags & socket.MSG_CTRUNC:  # not all came, and of a lock nobody would miss it
+            answer = pickle.dumps((False, "it cannot have as many files open; raise that limit for the driver"))
+        else:
+            answer = pickle.dumps(_answer(request, descriptors))
     finally:
-        keyring.clear_thread()  # a volume key must not outlive its call here
+        with contextlib.suppress(FailedPrecondition):  # no key can be where keyrings are refused
+            keyring.clear_thread()  # a volume key must not outlive its call here
         for descriptor in descriptors:
             os.close(descriptor)
     server.send(answer)

@@ -277,19 +277,17 @@ class _Session:
 
     def call(self, what: str, timeout: float, function: Callable[..., object], args: object, kwargs: object) -> object:
         """Send one request with the locks that are held, and wait for its answer."""
-        worker = self._worker or self._start(what)
         request, descriptors = pack((what, function, args, kwargs))
-        with contextlib.suppress(ConnectionError):  # a worker that died tells by the end of its socket
-            socket.send_fds(worker.connection, [request], [*descriptors, *held_descriptors()])
-        if not _readable(worker.connection.fileno(), timeout):
-            raise self._killed(what, worker)
+        worker = self._worker or self._start(what)
+        self._worker = None  # whatever ends this: who has not answered is asked for nothing else
         try:
-            message = worker.connection.recv(MESSAGE_BYTES)
-        except ConnectionResetError:  # it died before it had read the request
-            message = b""
-        if not message:
-            self._abandon(worker)
-            raise CommandFailed(f"{what} failed: its worker process was killed before it could answer; call again")
+            with contextlib.suppress(ConnectionError):  # a worker that died tells by the end of its socket
+                socket.send_fds(worker.connection, [request], [*descriptors, *held_descriptors()])
+            message = _answer_of(worker, what, timeout)
+        except BaseException:
+            worker.close()
+            raise
+        self._worker = worker
         succeeded, outcome = pickle.loads(message)  # noqa: S301 -- from our own child, over a private socket
         if succeeded:
             return outcome
@@ -307,25 +305,27 @@ class _Session:
         worker = self._take()
         try:
             worker.await_start(what)
-        except DriverError:
+        except BaseException:
             worker.close()
             raise
-        self._worker = worker
         return worker
 
-    def _killed(self, what: str, worker: _Worker) -> DeadlineExceeded:
-        ended = worker.kill()
-        self._abandon(worker)
-        if ended:
-            return DeadlineExceeded(f"{what} did not end within its time limit and was killed")
-        return DeadlineExceeded(
-            f"{what} did not end within its time limit and cannot be killed: the device does not answer; "
-            f"look at the kernel log and the storage below it"
-        )
 
-    def _abandon(self, worker: _Worker) -> None:
-        worker.close()
-        self._worker = None
+def _answer_of(worker: _Worker, what: str, timeout: float) -> bytes:
+    """What it answers. Raises DeadlineExceeded when it was killed for its time, CommandFailed when it died."""
+    if not _readable(worker.connection.fileno(), timeout):
+        if worker.kill():
+            raise DeadlineExceeded(f"{what} did not end within its time limit and was killed")
+        raise DeadlineExceeded(
+            f"{what} did not end within its time limit and cannot be killed: the device does not answer; look at the "
+            f"kernel log and the storage below it"
+        )
+    message = b""
+    with contextlib.suppress(ConnectionResetError):  # it died before it had read the request
+        message = worker.connection.recv(MESSAGE_BYTES)
+    if not message:
+        raise CommandFailed(f"{what} failed: its worker process was killed before it could answer; call again")
+    return message
 
 
 def _new_worker(control: socket.socket) -> _Worker:
