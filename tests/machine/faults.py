@@ -42,10 +42,12 @@ _FORGIVEN = {
     *(("stage", f"api {what}") for what in ("create headerpieces", "patch volumerecords header")),
     ("stage", "copy remove"),
     ("unstage", "worker rados"),
+    ("unstage", "api patch volumerecords staged"),
 }
 """Steps whose failure a call outlives: a file system that cannot grow keeps nobody from the data in it, nor does a copy
 of the header that could not be made; and the note of a key that a KMS is about to make, or to forget, may stay. A
-cluster that was not told of an unmapping puts a client on its blocklist that is gone.
+cluster that was not told of an unmapping puts a client on its blocklist that is gone. An API that was not told that a
+device was let go of is told later: the pin says so until then.
 """
 
 _AS_MANY_AS_THERE_ARE = "api delete headerpieces"
