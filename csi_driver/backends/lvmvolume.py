@@ -8,6 +8,7 @@ thrown away.
 
 import hashlib
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -21,7 +22,7 @@ from csi_driver.host.devicemapper import Device, DeviceMapper, MappingHandle
 from csi_driver.host.files import Files, read_file
 from csi_driver.host.handle import Handle
 from csi_driver.host.workers import Workers
-from csi_driver.model.errors import Aborted, DeviceAbsent, DeviceMismatch, FailedPrecondition
+from csi_driver.model.errors import Aborted, DeviceAbsent, DeviceMismatch, DriverError, FailedPrecondition
 from csi_driver.model.reading import decode
 from csi_driver.model.settings import Limits
 
@@ -145,7 +146,7 @@ class GroupVolumes:
             if not shown:
                 if state.pool is not None:
                     self._pools.shown(state.pool)
-                self._group.activate(uuid)
+                self._activate(state, uuid)
             try:
                 return shown, self._mapper.open(name)
             except DeviceAbsent:
@@ -155,8 +156,17 @@ class GroupVolumes:
                     raise
         raise DeviceAbsent(f"the device {name} of volume {volume_id} goes away again and again; call again")
 
+    def _activate(self, state: LvState, uuid: str) -> None:
+        try:
+            self._group.activate(uuid)
+        except DriverError:
+            # A program that was killed may have shown it before it could say so.
+            with suppress(DriverError):
+                self._hide(state)
+            raise
+
     def _hide(self, state: LvState) -> None:
-        """Show no more what was shown by another name, as the logical volume has another one by now."""
+        """Show no more what was shown for nothing: in vain, or by another name than the logical volume has by now."""
         for name in self._mapper.names():
             device = self._mapper.get(name)
             if device is not None and device.uuid == state.dm_uuid and not device.open_count:

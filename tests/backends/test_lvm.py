@@ -18,7 +18,7 @@ from csi_driver.backends.lvmvolume import UNSEEN_TAG
 from csi_driver.host import deadline
 from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.workers import Workers
-from csi_driver.model.errors import Aborted, DeviceAbsent, FailedPrecondition, ResourceExhausted
+from csi_driver.model.errors import Aborted, CommandFailed, DeviceAbsent, FailedPrecondition, ResourceExhausted
 from csi_driver.model.volume import VolumeRecord
 from csi_driver.volumes.driver import WARM
 from tests.backends.rigs import GROUP, POOL, LvmRig, SteppedGroup, lvm
@@ -194,6 +194,22 @@ def test_a_logical_volume_that_took_the_name_is_left_alone(lvm_rig: LvmRig) -> N
     backend.delete("pvc-1")
     assert not backend.has("pvc-1")
     assert look() == before
+
+
+def test_what_a_killed_program_has_shown_is_hidden_again(lvm_rig: LvmRig) -> None:
+    """Found by make faults: the stage failed, and the device stayed."""
+
+    def killed(step: str) -> None:
+        if step == "after lvchange":
+            raise CommandFailed("its worker process was killed")
+
+    backend = lvm_rig.backend()
+    backend.create(record_of(lvm_rig), SIZE)
+    with pytest.raises(CommandFailed, match="was killed"):
+        lvm_rig.backend(killed).attach("pvc-1", lasting=True)
+    assert DeviceMapper().get(dm_name(GROUP, "luks-pvc-1")) is None
+    backend.attach("pvc-1", lasting=False).close()
+    assert gone(lvm_rig, backend)
 
 
 def check_came_meanwhile(rig: LvmRig) -> None:
