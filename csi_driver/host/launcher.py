@@ -17,14 +17,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn, cast
 
 from csi_driver.host import keyring
+from csi_driver.host.handle import Handle
 from csi_driver.host.hardening import harden_process
 from csi_driver.host.held import holding
 from csi_driver.host.syscalls import libc
-from csi_driver.host.workers import MESSAGE_BYTES, MOST_DESCRIPTORS, REFUSED, STARTED, WORD_BYTES, unpack
-from csi_driver.model.errors import DriverError, FailedPrecondition
+from csi_driver.host.workers import END, MESSAGE_BYTES, MOST_DESCRIPTORS, REFUSED, STARTED, WORD_BYTES, unpack
+from csi_driver.model.errors import DriverError
 
 _PR_SET_NAME: Final = 15
-_IDLE: Final = "luks-idle"
 
 
 def main(arguments: list[str]) -> int:
@@ -69,13 +69,12 @@ def serve(control: socket.socket) -> None:
 
 
 def _work(server: socket.socket) -> NoReturn:
-    """Answer one request after the other until the server is gone."""
+    """Serve one session after the other until the server is gone."""
     code = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        _set_name(_IDLE)
-        while _serve_request(server):
-            _set_name(_IDLE)
+        while _serve_session(server):
+            pass
         code = 0
     except OSError:
         pass  # the server is gone: there is nobody to answer to
@@ -83,30 +82,37 @@ def _work(server: socket.socket) -> NoReturn:
         os._exit(code)
 
 
-def _serve_request(server: socket.socket) -> bool:
-    """Answer a request, once all that came with it is let go: the server may lock the volume again at once."""
-    request, descriptors, flags, _ = socket.recv_fds(server, MESSAGE_BYTES, MOST_DESCRIPTORS)
-    if not request:
-        return False
+def _serve_session(server: socket.socket) -> bool:
+    """Answer requests until the end of the session; whether the server wants another one."""
+    _set_name("luks-idle")
+    locks: list[int] = []
     try:
-        if flags & socket.MSG_CTRUNC:  # not all came, and of a lock nobody would miss it
-            answer = pickle.dumps((False, "it cannot have as many files open; raise that limit for the driver"))
-        else:
-            answer = pickle.dumps(_answer(request, descriptors))
+        while True:
+            request, descriptors, _, _ = socket.recv_fds(server, MESSAGE_BYTES, MOST_DESCRIPTORS)
+            if request in (b"", END):
+                break
+            answer = pickle.dumps(_answer(request, descriptors, locks))
+            with contextlib.suppress(BrokenPipeError):  # a killed server hears no answer
+                server.send(answer)
     finally:
-        with contextlib.suppress(FailedPrecondition):  # no key can be where keyrings are refused
-            keyring.clear_thread()  # a volume key must not outlive its call here
-        for descriptor in descriptors:
-            os.close(descriptor)
-    server.send(answer)
-    return True
+        keyring.clear_thread()  # a volume key must not outlive its session here
+        for lock in locks:
+            os.close(lock)
+    if request:
+        server.send(END)  # the server may lock the volume again at once
+    return bool(request)
 
 
-def _answer(request: bytes, descriptors: Sequence[int]) -> tuple[bool, object]:
-    """Do what is asked for; whatever it starts has the descriptors too, locks and devices."""
+def _answer(request: bytes, descriptors: Sequence[int], locks: list[int]) -> tuple[bool, object]:
+    """Do what is asked for; the locks that came with it join `locks`, the other descriptors are closed afterwards."""
+    given = set(descriptors)
     try:
-        what, function, args, kwargs = cast("tuple[str, Callable[..., object], Any, Any]", unpack(request, descriptors))
-        with holding(*descriptors):
+        what, brought, function, args, kwargs = cast(
+            "tuple[str, tuple[Handle, ...], Callable[..., object], Any, Any]", unpack(request, descriptors)
+        )
+        locks += (lock.fd for lock in brought)
+        given.difference_update(locks)
+        with holding(*locks, *given):
             _set_name(what.partition(" ")[0])
             return True, function(*args, **kwargs)
     except (DriverError, OSError) as error:
@@ -114,6 +120,9 @@ def _answer(request: bytes, descriptors: Sequence[int]) -> tuple[bool, object]:
     except Exception as error:  # noqa: BLE001 -- a worker answers whatever happens
         # Only the type: the text of an unforeseen error may quote its arguments, and those may be secret.
         return False, f"unforeseen {type(error).__name__}"
+    finally:
+        for descriptor in given:
+            os.close(descriptor)
 
 
 def _set_name(name: str) -> None:
