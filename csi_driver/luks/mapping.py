@@ -1,7 +1,9 @@
 """Open LUKS mappings: whose they are, whether one may be used again, and how they are closed."""
 
+import contextlib
 import os
 import time
+from collections.abc import Iterable
 from enum import StrEnum
 
 from csi_driver.host import blockdev, dmnodes, keyring
@@ -98,12 +100,24 @@ class Mappings:
         """
         mapping = self.find(name)
         self.end_proof(name)
-        if mapping is not None and self.is_made_for(mapping, name):
-            self._remove(mapping)
-        elif mapping is None:
+        uuids = {uuid, luks_uuid(mapping.uuid, name) if mapping else None}
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        pause = 0.01
+        while mapping is not None and self.is_made_for(mapping, name):
+            if mapping.open_count == 0:
+                # The keys first: a kill between leaves a mapping, which is found by its name; a key would be by nobody.
+                _forget_keys(uuids)
+                with contextlib.suppress(DeviceInUse):
+                    self._mapper.remove(name)
+                    return
+            if time.monotonic() > deadline:
+                raise self._in_use(mapping)
+            time.sleep(pause)
+            pause *= 2
+            mapping = self.find(name)
+        if mapping is None:
             dmnodes.remove_name(name)  # a kill between removal and this left it, and the number is another's by now
-        for known in {uuid, luks_uuid(mapping.uuid, name) if mapping else None} - {None}:
-            keyring.unlink_all(key_prefix(str(known)))
+        _forget_keys(uuids)
 
     def end_proof(self, name: str) -> None:
         """Remove the second mapping that a killed resize of this one has left on the volume's device. As `close`."""
@@ -112,18 +126,6 @@ class Mappings:
         else:
             dmnodes.remove_name(proof)  # as in `close`
 
-    def _remove(self, mapping: Device) -> None:
-        deadline = time.monotonic() + _CLOSE_SECONDS
-        pause = 0.01
-        while True:
-            try:
-                return self._mapper.remove(mapping.name)
-            except DeviceInUse:
-                if time.monotonic() > deadline:
-                    raise self._in_use(mapping) from None
-                time.sleep(pause)
-                pause *= 2
-
     def _in_use(self, mapping: Device) -> DeviceInUse:
         found = [
             *self._holders.of_device(mapping.major, mapping.minor),
@@ -131,6 +133,11 @@ class Mappings:
         ]
         who = describe(found) if found else "something that this process cannot see (another mount namespace)"
         return DeviceInUse(f"the mapping {mapping.path} cannot be closed: it is kept busy by {who}; end that first")
+
+
+def _forget_keys(uuids: Iterable[str | None]) -> None:
+    for known in filter(None, uuids):
+        keyring.unlink_all(key_prefix(known))
 
 
 def luks_uuid(dm_uuid: str, name: str) -> str | None:

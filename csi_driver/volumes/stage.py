@@ -203,7 +203,7 @@ class Staging:
         """
         self._presences.refuse_others(volume_id)
         present = self._presences.of(volume_id)
-        if present.is_open:
+        if present.is_open or present.stage is not None:  # an unstage may have been cut when its mapping was closed
             self._put_down(present, "")
         else:
             self._stages.remove(volume_id)  # of an earlier boot, or of a state directory that was read-only

@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from csi_driver.rpc.client import CsiClient, RemoteError
 from csi_driver.volumes.capability import AccessMode, Capability
 from tests.machine.node import BLOCK, CHEAP, EXT4, MIB, MOUNT, NAME, SECRET, SIZE, VOLUME, Node
 from tests.machine.places import of_class, only_of_files, server_on, skip_plain_thick
-from tests.machine.processes import children_of, run, wait_for
+from tests.machine.processes import children_of, has_ended, run, wait_for
 from tests.machine.server import ServerProcess
 
 PLAIN: Mapping[str, str] = {}
@@ -244,6 +245,7 @@ def test_a_stopped_launcher_costs_errors_and_no_threads(folder: Path) -> None:
         os.kill(launcher, signal.SIGSTOP)
         for worker in children_of(launcher):  # idle: a call would go to one of them
             os.kill(worker, signal.SIGKILL)
+            wait_for(partial(has_ended, worker), "the end of a worker")  # else the call learns of it too late
         try:
             with CsiClient(server.endpoint, 10) as impatient:
                 impatient.probe()

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.host import keyring
 from csi_driver.host.devicemapper import DeviceMapper, Target
-from csi_driver.model.errors import DeviceInUse, DriverError, FailedPrecondition, NotFound
-from csi_driver.model.volume import EncryptionState, mapping_name
+from csi_driver.luks.device import volume_key_name
+from csi_driver.model.errors import CommandFailed, DeviceInUse, DriverError, FailedPrecondition, NotFound
+from csi_driver.model.volume import EncryptionState, VolumeRecord, mapping_name
 from csi_driver.rpc.client import CsiClient, RemoteError
 from csi_driver.volumes.capability import AccessMode, Capability
 from tests.machine.node import BLOCK, CHEAP, EXT4, MIB, MOUNT, NAME, SECRET, SIZE, VOLUME, Node
@@ -361,6 +363,54 @@ def test_kubernetes85476_a_volume_that_nobody_uses_is_unstaged_by_its_deletion(
     assert not node.disk().exists()
     node.delete()
     node.unstage()
+
+
+def keeps_its_key(record: VolumeRecord) -> bool:
+    """Whether the volume key lies in root's user keyring."""
+    assert record.luks is not None
+    return keyring.find_user(volume_key_name(record.luks.uuid)) is not None
+
+
+def test_no_key_outlives_its_mapping_where_a_kill_comes_between(used: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storm of 2026-11: a mapping that is left is found by its name, a key that is left by nobody."""
+    used.stage()
+    record = used.record()
+    assert keeps_its_key(record)
+
+    def is_killed(*_: object) -> None:
+        raise CommandFailed("killed here")
+
+    with monkeypatch.context() as planted:
+        planted.setattr(DeviceMapper, "remove", is_killed)
+        with pytest.raises(CommandFailed, match="killed here"):
+            used.unstage()
+    assert used.mapping()
+    assert not keeps_its_key(record)
+    used.unstage()
+    assert used.closed()
+
+
+def test_the_key_of_a_mapping_that_is_in_use_stays(node: Node) -> None:
+    """It is what lets the volume grow."""
+    node.create(capability=BLOCK)
+    node.stage(capability=BLOCK)
+    record = node.record()
+    with open(node.open_mapping().path, "rb"), pytest.raises(DeviceInUse):
+        node.unstage()
+    assert keeps_its_key(record)
+    node.unstage()
+    assert not keeps_its_key(record)
+
+
+def test_a_deletion_ends_an_unstage_that_was_cut_when_the_mapping_was_closed(used: Node) -> None:
+    """By a kill, or by hand: what is left is a record of the stage, and the key."""
+    used.stage()
+    record = used.record()
+    run("umount", used.staging_path())
+    run("dmsetup", "remove", used.open_mapping().name)
+    assert keeps_its_key(record)
+    used.delete()
+    assert not keeps_its_key(record)
 
 
 @encrypted_or_plain
