@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from csi_driver.host.commands import Completed, run_program
 from csi_driver.host.handle import Handle
-from csi_driver.host.syscalls import libc, syscall
+from csi_driver.host.syscalls import NUMBERS, libc, syscall
 from csi_driver.model.secret import Passphrase
 
 P = ParamSpec("P")
@@ -85,9 +85,14 @@ def hardening() -> tuple[tuple[int, int], int]:
     return resource.getrlimit(resource.RLIMIT_CORE), int(libc.prctl(_PR_GET_DUMPABLE, 0, 0, 0, 0))
 
 
-def add_thread_key(name: str) -> int:
+def add_thread_key(name: str) -> tuple[int, bool]:
     syscall("add_key", b"user", name.encode(), b"payload", 7, _THREAD_KEYRING)
-    return os.getpid()
+    return has_thread_key(name)
+
+
+def lose_keyrings() -> None:
+    """Be on a kernel without keyrings, which says what a seccomp filter on them does (ENOSYS or EPERM)."""
+    NUMBERS.update(keyctl=NUMBERS["open_tree"] + 10_000, add_key=NUMBERS["open_tree"] + 10_001)
 
 
 def has_thread_key(name: str) -> tuple[int, bool]:

@@ -17,14 +17,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn, cast
 
 from csi_driver.host import keyring
-from csi_driver.host.handle import Handle
 from csi_driver.host.hardening import harden_process
 from csi_driver.host.held import holding
 from csi_driver.host.syscalls import libc
-from csi_driver.host.workers import END, MESSAGE_BYTES, MOST_DESCRIPTORS, REFUSED, STARTED, WORD_BYTES, unpack
-from csi_driver.model.errors import DriverError
+from csi_driver.host.workers import MESSAGE_BYTES, MOST_DESCRIPTORS, REFUSED, STARTED, WORD_BYTES, unpack
+from csi_driver.model.errors import DriverError, FailedPrecondition
 
 _PR_SET_NAME: Final = 15
+_IDLE: Final = "luks-idle"
 
 
 def main(arguments: list[str]) -> int:
@@ -69,12 +69,13 @@ def serve(control: socket.socket) -> None:
 
 
 def _work(server: socket.socket) -> NoReturn:
-    """Serve one session after the other until the server is gone."""
+    """Answer one request after the other until the server is gone."""
     code = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        while _serve_session(server):
-            pass
+        _set_name(_IDLE)
+        while _serve_request(server):
+            _set_name(_IDLE)
         code = 0
     except OSError:
         pass  # the server is gone: there is nobody to answer to
@@ -82,37 +83,30 @@ def _work(server: socket.socket) -> NoReturn:
         os._exit(code)
 
 
-def _serve_session(server: socket.socket) -> bool:
-    """Answer requests until the end of the session; whether the server wants another one."""
-    _set_name("luks-idle")
-    locks: list[int] = []
+def _serve_request(server: socket.socket) -> bool:
+    """Answer a request, once all that came with it is let go: the server may lock the volume again at once."""
+    request, descriptors, flags, _ = socket.recv_fds(server, MESSAGE_BYTES, MOST_DESCRIPTORS)
+    if not request:
+        return False
     try:
-        while True:
-            request, descriptors, _, _ = socket.recv_fds(server, MESSAGE_BYTES, MOST_DESCRIPTORS)
-            if request in (b"", END):
-                break
-            answer = pickle.dumps(_answer(request, descriptors, locks))
-            with contextlib.suppress(BrokenPipeError):  # a killed server hears no answer
-                server.send(answer)
+        if flags & socket.MSG_CTRUNC:  # not all came, and of a lock nobody would miss it
+            answer = pickle.dumps((False, "it cannot have as many files open; raise that limit for the driver"))
+        else:
+            answer = pickle.dumps(_answer(request, descriptors))
     finally:
-        keyring.clear_thread()  # a volume key must not outlive its session here
-        for lock in locks:
-            os.close(lock)
-    if request:
-        server.send(END)  # the server may lock the volume again at once
-    return bool(request)
+        with contextlib.suppress(FailedPrecondition):  # no key can be where keyrings are refused
+            keyring.clear_thread()  # a volume key must not outlive its call here
+        for descriptor in descriptors:
+            os.close(descriptor)
+    server.send(answer)
+    return True
 
 
-def _answer(request: bytes, descriptors: Sequence[int], locks: list[int]) -> tuple[bool, object]:
-    """Do what is asked for; the locks that came with it join `locks`, the other descriptors are closed afterwards."""
-    given = set(descriptors)
+def _answer(request: bytes, descriptors: Sequence[int]) -> tuple[bool, object]:
+    """Do what is asked for; whatever it starts has the descriptors too, locks and devices."""
     try:
-        what, brought, function, args, kwargs = cast(
-            "tuple[str, tuple[Handle, ...], Callable[..., object], Any, Any]", unpack(request, descriptors)
-        )
-        locks += (lock.fd for lock in brought)
-        given.difference_update(locks)
-        with holding(*locks, *given):
+        what, function, args, kwargs = cast("tuple[str, Callable[..., object], Any, Any]", unpack(request, descriptors))
+        with holding(*descriptors):
             _set_name(what.partition(" ")[0])
             return True, function(*args, **kwargs)
     except (DriverError, OSError) as error:
@@ -120,9 +114,6 @@ def _answer(request: bytes, descriptors: Sequence[int], locks: list[int]) -> tup
     except Exception as error:  # noqa: BLE001 -- a worker answers whatever happens
         # Only the type: the text of an unforeseen error may quote its arguments, and those may be secret.
         return False, f"unforeseen {type(error).__name__}"
-    finally:
-        for descriptor in given:
-            os.close(descriptor)
 
 
 def _set_name(name: str) -> None:

@@ -1,12 +1,13 @@
 """Worker processes: everything that can touch a volume's device or key runs in one.
 
 The server starts one launcher (`csi_driver.host.launcher`), a small single-threaded process that forks workers. A
-worker serves one session at a time, the length of one call of the driver, and inherits the volume locks of the call, so
-a volume stays locked as long as a worker of a killed server is at work on it. Devices come with each request, as open
-descriptors (`csi_driver.host.handle`): while the worker works on one, that one cannot become another. A worker that
-hangs on a device (state D) costs an error, never a thread of the server. One that has ended its session is kept for
-another: a fresh fork pays for every page that it touches, several times what opening a mapping costs. What opens
-something that is dear to open, and starts threads perhaps, has workers apart, which keep it (`Workers.apart`).
+worker serves one session at a time, the length of one call of the driver. With each request come the volume locks of
+the call, so that a volume stays locked as long as a worker of a killed server is at work on it, and devices, as open
+descriptors (`csi_driver.host.handle`): while the worker works on one, that one cannot become another. It has let go of
+them all when it answers. A worker that hangs on a device (state D) costs an error, never a thread of the server. One
+whose session has ended is kept for another: a fresh fork pays for every page that it touches, several times what
+opening a mapping costs. What opens something that is dear to open, and starts threads perhaps, has workers apart, which
+keep it (`Workers.apart`).
 """
 
 import contextlib
@@ -39,7 +40,6 @@ WORD_BYTES = 16
 NEW = b"new"
 STARTED = b"started"
 REFUSED = b"refused"
-END = b"end"
 _MOST_IDLE = 2
 _MOST_IDLE_APART = 8
 _KILL_GRACE_SECONDS = 2.0
@@ -133,13 +133,6 @@ class _Worker:
         """Whether the process is gone, killed for its memory perhaps (pidfd_open(2))."""
         return self._pidfd is not None and _readable(self._pidfd, 0)
 
-    def ends_session(self) -> bool:
-        """Tell it that its session has ended; whether it has let go of the locks and waits for another one."""
-        with contextlib.suppress(OSError):
-            self.connection.send(END)
-            return _readable(self.connection.fileno(), _KILL_GRACE_SECONDS) and bool(self.connection.recv(WORD_BYTES))
-        return False
-
     def kill(self) -> bool:
         """Kill it; whether it has ended then."""
         if self._pidfd is None:
@@ -200,7 +193,7 @@ class Workers:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """Let all calls of the block run in one worker, which inherits the locks held now."""
+        """Let all calls of the block run in one worker."""
         with self.apart(""):
             yield
 
@@ -281,25 +274,20 @@ class _Session:
         self._take = take
         self._give_back = give_back
         self._worker: _Worker | None = None
-        self._locks: tuple[Handle, ...] = ()
 
     def call(self, what: str, timeout: float, function: Callable[..., object], args: object, kwargs: object) -> object:
-        """Send one request, the first with the locks, and wait for its answer."""
+        """Send one request with the locks that are held, and wait for its answer."""
+        request, descriptors = pack((what, function, args, kwargs))
         worker = self._worker or self._start(what)
-        locks = self._locks
-        self._locks = ()
-        request, descriptors = pack((what, locks, function, args, kwargs))
-        with contextlib.suppress(ConnectionError):  # a worker that died tells by the end of its socket
-            socket.send_fds(worker.connection, [request], descriptors)
-        if not _readable(worker.connection.fileno(), timeout):
-            raise self._killed(what, worker)
+        self._worker = None  # whatever ends this: who has not answered is asked for nothing else
         try:
-            message = worker.connection.recv(MESSAGE_BYTES)
-        except ConnectionResetError:  # it died before it had read the request
-            message = b""
-        if not message:
-            self._abandon(worker)
-            raise CommandFailed(f"{what} failed: its worker process was killed before it could answer; call again")
+            with contextlib.suppress(ConnectionError):  # a worker that died tells by the end of its socket
+                socket.send_fds(worker.connection, [request], [*descriptors, *held_descriptors()])
+            message = _answer_of(worker, what, timeout)
+        except BaseException:
+            worker.close()
+            raise
+        self._worker = worker
         succeeded, outcome = pickle.loads(message)  # noqa: S301 -- from our own child, over a private socket
         if succeeded:
             return outcome
@@ -308,39 +296,36 @@ class _Session:
         raise CommandFailed(f"{what} failed: {outcome}")
 
     def close(self) -> None:
-        """End the session; returns when the worker no longer holds the volume locks."""
+        """End the session: the worker waits for another one."""
         worker, self._worker = self._worker, None
-        if worker is None:
-            return
-        if worker.ends_session():
+        if worker is not None:
             self._give_back(worker)
-        else:
-            worker.close()
 
     def _start(self, what: str) -> _Worker:
         worker = self._take()
         try:
             worker.await_start(what)
-        except DriverError:
+        except BaseException:
             worker.close()
             raise
-        self._worker = worker
-        self._locks = tuple(Handle(descriptor, "lock") for descriptor in held_descriptors())
         return worker
 
-    def _killed(self, what: str, worker: _Worker) -> DeadlineExceeded:
-        ended = worker.kill()
-        self._abandon(worker)
-        if ended:
-            return DeadlineExceeded(f"{what} did not end within its time limit and was killed")
-        return DeadlineExceeded(
-            f"{what} did not end within its time limit and cannot be killed: the device does not answer; "
-            f"look at the kernel log and the storage below it"
-        )
 
-    def _abandon(self, worker: _Worker) -> None:
-        worker.close()
-        self._worker = None
+def _answer_of(worker: _Worker, what: str, timeout: float) -> bytes:
+    """What it answers. Raises DeadlineExceeded when it was killed for its time, CommandFailed when it died."""
+    if not _readable(worker.connection.fileno(), timeout):
+        if worker.kill():
+            raise DeadlineExceeded(f"{what} did not end within its time limit and was killed")
+        raise DeadlineExceeded(
+            f"{what} did not end within its time limit and cannot be killed: the device does not answer; look at the "
+            f"kernel log and the storage below it"
+        )
+    message = b""
+    with contextlib.suppress(ConnectionResetError):  # it died before it had read the request
+        message = worker.connection.recv(MESSAGE_BYTES)
+    if not message:
+        raise CommandFailed(f"{what} failed: its worker process was killed before it could answer; call again")
+    return message
 
 
 def _new_worker(control: socket.socket) -> _Worker:

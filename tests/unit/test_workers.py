@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import pickle
+import select
 import signal
 import socket
 import subprocess
@@ -19,12 +20,13 @@ import pytest
 
 from csi_driver.host import keyring, launcher
 from csi_driver.host.commands import ProgramFailed
+from csi_driver.host.handle import Handle
 from csi_driver.host.held import held_descriptors
 from csi_driver.host.holders import Holders
 from csi_driver.host.locks import VolumeLocks
-from csi_driver.host.workers import LauncherProcess, Workers, spawn_launcher
+from csi_driver.host.workers import MOST_DESCRIPTORS, LauncherProcess, Workers, spawn_launcher
 from csi_driver.model import errors
-from csi_driver.model.errors import CommandFailed, DeadlineExceeded, DriverError, VolumeBusy
+from csi_driver.model.errors import CommandFailed, DeadlineExceeded, DriverError, FailedPrecondition, VolumeBusy
 from csi_driver.model.secret import Passphrase
 from tests import worker_tasks as tasks
 from tests.handles import handle_on
@@ -194,6 +196,38 @@ def test_a_worker_that_is_killed_as_it_gets_a_session_does_no_lasting_harm(crew:
     assert crew.workers.call("luks-test", 10, tasks.identity)[1] == launcher
 
 
+def test_where_keyrings_are_refused_workers_work_and_are_kept() -> None:
+    """As Kubernetes' own seccomp profile does, RuntimeDefault, for a controller that is not privileged."""
+    workers = Workers(("tests.worker_tasks:lose_keyrings",))
+    try:
+        with pytest.raises(FailedPrecondition, match="may not use kernel keyrings"):
+            workers.call("luks-test", 10, keyring.clear_thread)
+        assert len({workers.call("luks-test", 10, tasks.identity)[0] for _ in range(3)}) == 1
+    finally:
+        workers.stop()
+
+
+def test_a_call_that_is_interrupted_takes_its_worker_with_it(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = select.poll
+
+    class Poll:
+        def __init__(self) -> None:
+            self._poll = real()
+            self.register = self._poll.register
+
+        def poll(self, timeout: float) -> list[tuple[int, int]]:
+            if timeout == 17_000:
+                raise KeyboardInterrupt
+            return list(self._poll.poll(timeout))
+
+    monkeypatch.setattr(select, "poll", Poll)
+    with workers.session():
+        for number in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                workers.call("luks-test", 17, tasks.identity, "nobody hears it")
+            assert workers.call("luks-test", 10, tasks.identity, number)[2] == (number,)
+
+
 # --- time limits -----------------------------------------------------------------------------------------------------
 
 
@@ -271,7 +305,7 @@ def test_a_session_has_one_worker_and_a_thread_of_another_call_has_another(worke
 def test_a_worker_is_named_after_its_work_and_used_again(workers: Workers) -> None:
     assert workers.call("luks-open of pvc-1", 10, tasks.comm) == "luks-open"
     pids = [workers.call("luks-test", 10, tasks.identity)[0] for _ in range(20)]
-    assert len(set(pids)) < 10  # a call that comes before the last worker is back gets another
+    assert len(set(pids)) == 1
     wait_for(lambda: any(_content(Path(f"/proc/{pid}/comm")) == b"luks-idle\n" for pid in pids))
 
 
@@ -295,19 +329,15 @@ def test_a_worker_cannot_be_dumped(workers: Workers) -> None:
     assert workers.call("luks-test", 10, tasks.hardening) == ((0, 0), 0)
 
 
-def test_a_volume_key_does_not_outlive_the_session_in_the_worker(workers: Workers) -> None:
+def test_a_volume_key_does_not_outlive_the_call_in_the_worker(workers: Workers) -> None:
     try:
         keyring.clear_thread()
     except DriverError as error:
         pytest.skip(str(error))
     with workers.session():
-        pid = workers.call("luks-test", 10, tasks.add_thread_key, "luks-csi-test")
-        assert workers.call("luks-test", 10, tasks.has_thread_key, "luks-csi-test") == (pid, True)
-    seen: list[tuple[int, bool]] = []
-    # A call that comes before the worker is back gets another one, and one that is back too late is let go.
-    while pid not in dict(seen) and not ended(pid):
-        seen.append(workers.call("luks-test", 10, tasks.has_thread_key, "luks-csi-test"))
-    assert not any(found for _, found in seen)
+        pid, found = workers.call("luks-test", 10, tasks.add_thread_key, "luks-csi-test")
+        assert found
+        assert workers.call("luks-test", 10, tasks.has_thread_key, "luks-csi-test") == (pid, False)
 
 
 # --- locks -----------------------------------------------------------------------------------------------------------
@@ -415,6 +445,18 @@ def test_a_handle_goes_with_the_call_and_means_the_same_whatever_its_name_means_
             name, _, content = workers.call("luks-test", 10, tasks.read_through, handle)
             assert (name, content) == (str(path), b"ours")
         assert not [name for name in workers.call("luks-test", 10, tasks.open_files) if str(tmp_path) in name]
+
+
+def test_nothing_is_done_where_not_all_descriptors_came(workers: Workers, locks: VolumeLocks, tmp_path: Path) -> None:
+    path = tmp_path / "device"
+    path.write_bytes(b"ours")
+    with handle_on(path) as handle, locks.hold("pvc-1"):
+        many = [Handle(handle.fd, "a device")] * MOST_DESCRIPTORS
+        with pytest.raises(CommandFailed, match=r"^luks-test of it failed: it cannot have as many files open; raise"):
+            workers.call("luks-test of it", 10, tasks.identity, *many)
+        assert workers.call("luks-test", 10, tasks.identity, 1)[2] == (1,)
+    with locks.hold("pvc-1"):
+        pass
 
 
 DEVICE_SERVER = """
