@@ -51,31 +51,41 @@ def serve(control: socket.socket) -> None:
             return
         with socket.socket(fileno=descriptors[0]) as server:
             try:
-                pid = os.fork()
-            except OSError:  # a limit of processes, or memory: the next one may get what ends meanwhile
+                _fork(control, server)
+            except OSError:  # a limit, or memory: the next one may get what ends meanwhile
                 with contextlib.suppress(OSError):
                     server.send(REFUSED)
-                continue
-            if pid == 0:
-                control.close()
-                _work(server)
-            # The server may have given up on this one, and then it has ended at once.
-            with contextlib.suppress(OSError):
-                pidfd = os.pidfd_open(pid)
-                try:
-                    socket.send_fds(server, [STARTED], [pidfd])
-                finally:
-                    os.close(pidfd)
 
 
-def _work(server: socket.socket) -> NoReturn:
-    """Answer one request after the other until the server is gone."""
+def _fork(control: socket.socket, server: socket.socket) -> None:
+    """Fork a worker; the server gets its pidfd, and the end of a pipe that ends with it and all that it runs."""
+    ended, alive = os.pipe()
+    try:
+        if (pid := os.fork()) == 0:
+            control.close()
+            os.close(ended)
+            _work(server, alive)
+        # The server may have given up on this one, and then it has ended at once.
+        with contextlib.suppress(OSError):
+            pidfd = os.pidfd_open(pid)
+            try:
+                socket.send_fds(server, [STARTED], [pidfd, ended])
+            finally:
+                os.close(pidfd)
+    finally:
+        os.close(ended)
+        os.close(alive)
+
+
+def _work(server: socket.socket, alive: int) -> NoReturn:
+    """Answer one request after the other until the server is gone; whatever is run has `alive` open too."""
     code = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         _set_name(_IDLE)
-        while _serve_request(server):
-            _set_name(_IDLE)
+        with holding(alive):
+            while _serve_request(server):
+                _set_name(_IDLE)
         code = 0
     except OSError:
         pass  # the server is gone: there is nobody to answer to

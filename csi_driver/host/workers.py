@@ -111,6 +111,7 @@ class _Worker:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self._pidfd: int | None = None
+        self._pipe: int | None = None
 
     def await_start(self, what: str) -> None:
         """Wait until it runs, the first time. Raises DeadlineExceeded, CommandFailed."""
@@ -118,15 +119,15 @@ class _Worker:
             return
         if not _readable(self.connection.fileno(), _START_SECONDS):
             raise DeadlineExceeded(f"{what} did not start in time: the node is overloaded; the call may be repeated")
-        word, descriptors, _, _ = socket.recv_fds(self.connection, WORD_BYTES, 1)
+        word, descriptors, _, _ = socket.recv_fds(self.connection, WORD_BYTES, 2)
+        self._pidfd, self._pipe = (*descriptors, None, None)[:2]
         if not word:
             raise CommandFailed(f"{what} failed: the worker launcher was killed; call again")
-        if word != STARTED or not descriptors:
-            lacking = "descriptors of this process" if word == STARTED else "processes or memory"
+        if self._pipe is None:
+            lacking = "descriptors of this process" if word == STARTED else "processes, descriptors or memory"
             raise CommandFailed(
                 f"{what} failed: a limit of {lacking} is reached on this node; raise it, and call again"
             )
-        self._pidfd = descriptors[0]
 
     @property
     def has_ended(self) -> bool:
@@ -134,19 +135,24 @@ class _Worker:
         return self._pidfd is not None and _readable(self._pidfd, 0)
 
     def kill(self) -> bool:
-        """Kill it; whether it has ended then."""
-        if self._pidfd is None:
+        """Kill it; whether it, and every program that it ran, has ended then.
+
+        A program is killed with its worker (PR_SET_PDEATHSIG, prctl(2)), and may still be in a system call that makes
+        what its caller looks for after the error.
+        """
+        if self._pidfd is None or self._pipe is None:
             return False
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        return _readable(self._pidfd, _KILL_GRACE_SECONDS)
+        return _readable(self._pidfd, _KILL_GRACE_SECONDS) and _readable(self._pipe, _KILL_GRACE_SECONDS)
 
     def close(self) -> None:
         """Let go of it: it ends when it has ended what it is at."""
         self.connection.close()
-        if self._pidfd is not None:
-            os.close(self._pidfd)
-            self._pidfd = None
+        for descriptor in (self._pidfd, self._pipe):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._pidfd = self._pipe = None
 
 
 class Workers:
@@ -324,6 +330,7 @@ def _answer_of(worker: _Worker, what: str, timeout: float) -> bytes:
     with contextlib.suppress(ConnectionResetError):  # it died before it had read the request
         message = worker.connection.recv(MESSAGE_BYTES)
     if not message:
+        worker.kill()
         raise CommandFailed(f"{what} failed: its worker process was killed before it could answer; call again")
     return message
 

@@ -220,3 +220,28 @@ def test_a_program_ends_with_the_worker_that_runs_it(programs: Programs, tmp_pat
         wait_for(lambda: ended(pid))
     finally:
         workers.stop()
+
+
+def test_a_call_whose_worker_was_killed_waits_for_all_that_it_ran(
+    programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by make faults: lvm, killed in a system call, had shown a device after its caller had looked for one."""
+    monkeypatch.setattr("csi_driver.host.workers._KILL_GRACE_SECONDS", 60.0)
+    program = programs.make(
+        f"(until [ -e {tmp_path}/gate ]; do sleep 0.05; done; echo > {tmp_path}/shown) &\n"
+        f"echo $PPID > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; wait"
+    )
+    workers = Workers(())
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            call = pool.submit(workers.call, "luks-test", 600, run_program, [program], timeout=600)
+            wait_for((tmp_path / "pid").exists)
+            worker = int((tmp_path / "pid").read_text())
+            os.kill(worker, signal.SIGKILL)
+            wait_for(lambda: ended(worker))
+            (tmp_path / "gate").touch()
+            with pytest.raises(CommandFailed, match="its worker process was killed"):
+                call.result(120)
+            assert (tmp_path / "shown").exists()
+    finally:
+        workers.stop()

@@ -285,7 +285,7 @@ def test_a_node_without_processes_to_spare_is_told_as_that_and_the_launcher_goes
     monkeypatch.setattr(os, "fork", refuse)
     workers = Workers((), InThisProcess)
     for _ in range(2):
-        with pytest.raises(CommandFailed, match=r"luks-test failed: a limit of processes or memory is reached"):
+        with pytest.raises(CommandFailed, match=r"a limit of processes, descriptors or memory is reached on"):
             workers.call("luks-test", 10, tasks.identity)
     workers.stop()
 
