@@ -32,6 +32,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _FOREVER = 600.0
+_OF_CEPH = ("rados ", "rbd ", "ceph ")  # whose second word is what they do
 
 
 class Kind(StrEnum):
@@ -272,7 +273,7 @@ class FaultyWorkers(Workers):
             return call(what, timeout, work_late, fault.gate, function, *args, **kwargs)
 
         return self._injector.step(
-            f"worker {what.partition(' ')[0]}",
+            f"worker {' '.join(what.split(' ')[: 2 if what.startswith(_OF_CEPH) else 1])}",
             what,
             lambda: call(what, timeout, function, *args, **kwargs),
             lambda: OSError(errno.EIO, os.strerror(errno.EIO)),

@@ -41,11 +41,14 @@ _FORGIVEN = {
     *(("stage", seam) for seam in ("worker luks-backup", "file rename", "file sync_folder")),
     *(("stage", f"api {what}") for what in ("create headerpieces", "patch volumerecords header")),
     ("stage", "copy remove"),
-    ("unstage", "worker rados"),
+    *((call, "worker rbd image-meta") for call in ("create", "stage")),
+    *((call, f"worker rados {what}") for call in ("stage", "restage") for what in ("getomapval", "stat", "put")),
+    *(("unstage", f"worker rados {what}") for what in ("get", "append")),
     ("unstage", "api patch volumerecords staged"),
 }
 """Steps whose failure a call outlives: a file system that cannot grow keeps nobody from the data in it, nor does a copy
-of the header that could not be made; and the note of a key that a KMS is about to make, or to forget, may stay. A
+of the header that could not be made (on Ceph: looked for by getomapval and stat, made by put), or what tells Ceph's own
+tools of an image; and the note of a key that a KMS is about to make, or to forget, may stay. A
 cluster that was not told of an unmapping puts a client on its blocklist that is gone. An API that was not told that a
 device was let go of is told later: the pin says so until then.
 """
