@@ -33,6 +33,12 @@ R = TypeVar("R")
 
 _FOREVER = 600.0
 _OF_CEPH = ("rados ", "rbd ", "ceph ")  # whose second word is what they do
+_LOOKS = {
+    *(f"worker rados {what}" for what in ("get", "getomapval", "listomapkeys", "lspools", "stat")),
+    *(f"worker rbd {what}" for what in ("info", "status")),
+    *(f"worker ceph {what}" for what in ("df", "fsid", "mon")),
+}
+"""Steps that change nothing: a kill after one is a kill before the next."""
 
 
 class Kind(StrEnum):
@@ -75,6 +81,8 @@ class Point:
         """What can happen here; between the steps of a step only what does not happen around it."""
         if self.depth:
             return (Kind.FAIL, Kind.AFTER)
+        if self.seam in _LOOKS:
+            return (Kind.BEFORE, Kind.FAIL)
         kinds = [Kind.BEFORE, Kind.AFTER]
         if (self.call, self.seam) != ("unstage", "loop unguard"):  # which may fail: attach and delete do it again
             kinds.append(Kind.FAIL)
