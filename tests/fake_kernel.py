@@ -253,6 +253,9 @@ class KernelMappings(Mappings):
         found = self._kernel.mappings.values()
         return [f"/dev/mapper/{one.name}" for one in found if one.name != name and self._below(one) == number]
 
+    def keeps_key(self, uuid: str) -> bool:
+        return True
+
     def _below(self, mapping: FakeMapping) -> tuple[int, int]:
         return self._kernel.number(mapping.loop)
 

@@ -61,6 +61,12 @@ def run_stopped_program(argv: Sequence[str | Handle], **kwargs: Any) -> Complete
     return run_program(("sh", "-c", 'kill -STOP $$; exec "$@"', "sh", *argv), **kwargs)
 
 
+def run_as_its_parent_dies(argv: Sequence[str]) -> Completed:
+    """As a worker that is killed between its program's fork and prctl(2): the program has another parent by then."""
+    os.getpid = lambda: 1
+    return run_program(argv, timeout=10)
+
+
 def leave() -> None:
     raise SystemExit(0)
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Self
 
 from msgspec import Struct
@@ -25,7 +26,7 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _ENVIRONMENT: Mapping[str, str] = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "LC_ALL": "C",
-    "LVM_SUPPRESS_FD_WARNINGS": "1",  # lvm(8): of the volume's lock and devices, which it is meant to inherit
+    "LVM_SUPPRESS_FD_WARNINGS": "1",  # lvm(8): of the volume's lock and devices, which it closes
 }
 
 
@@ -114,14 +115,14 @@ def run_program(
     try:
         process = subprocess.Popen(
             [(name_of(one) if by_name else one.path) if isinstance(one, Handle) else one for one in argv],
-            stdin=subprocess.DEVNULL,
+            stdin=None,  # the worker's, by which is seen when the program has ended: the launcher's `_fork`
             stdout=subprocess.PIPE if output is None else output.fd,
             stderr=subprocess.PIPE,
             env=_ENVIRONMENT,
             pass_fds={*held_descriptors(), *(handle.fd for handle in handles)},
             start_new_session=True,
             # The kernel looks at the thread that forked: a worker has one, which lives as long as the process.
-            preexec_fn=_end_with_parent if threading.active_count() == 1 else None,  # noqa: PLW1509 -- just for that
+            preexec_fn=partial(_end_with, os.getpid()) if threading.active_count() == 1 else None,  # noqa: PLW1509 -- just for that
         )
     except FileNotFoundError:
         raise FailedPrecondition(
@@ -143,9 +144,11 @@ def run_program(
     return Completed(process.returncode, stdout, stderr)
 
 
-def _end_with_parent() -> None:
+def _end_with(parent: int) -> None:
     """A worker is killed at its time limit, and what it runs must not go on without anybody who waits for it."""
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)  # it was killed before that
 
 
 def _text(output: bytes, handles: Sequence[Handle]) -> str:

@@ -25,6 +25,7 @@ from csi_driver.model.errors import DriverError, FailedPrecondition
 
 _PR_SET_NAME: Final = 15
 _IDLE: Final = "luks-idle"
+_STDIN: Final = 0
 
 
 def main(arguments: list[str]) -> int:
@@ -52,40 +53,42 @@ def serve(control: socket.socket) -> None:
         with socket.socket(fileno=descriptors[0]) as server:
             try:
                 _fork(control, server)
-            except OSError:  # a limit, or memory: the next one may get what ends meanwhile
+            except OSError:  # a limit: the next one may get what ends meanwhile; or the server has given this one up
                 with contextlib.suppress(OSError):
                     server.send(REFUSED)
 
 
 def _fork(control: socket.socket, server: socket.socket) -> None:
-    """Fork a worker; the server gets its pidfd, and the end of a pipe that ends with it and all that it runs."""
-    ended, alive = os.pipe()
-    try:
+    """Fork a worker; the server gets its pidfd, and the other end of its standard input.
+
+    What it runs has the same standard input, and keeps it: lvm(8) closes all descriptors but the first three. It reads
+    nothing there, and the server sees when the last of them has ended.
+    """
+    told, stdin = socket.socketpair()
+    with told, stdin:
+        told.shutdown(socket.SHUT_WR)
         if (pid := os.fork()) == 0:
             control.close()
-            os.close(ended)
-            _work(server, alive)
-        # The server may have given up on this one, and then it has ended at once.
-        with contextlib.suppress(OSError):
-            pidfd = os.pidfd_open(pid)
-            try:
-                socket.send_fds(server, [STARTED], [pidfd, ended])
-            finally:
-                os.close(pidfd)
-    finally:
-        os.close(ended)
-        os.close(alive)
+            os.dup2(stdin.fileno(), _STDIN)
+            told.close()
+            stdin.close()
+            _work(server)
+        # An error here ends the worker too: the server closes its socket.
+        pidfd = os.pidfd_open(pid)
+        try:
+            socket.send_fds(server, [STARTED], [pidfd, told.fileno()])
+        finally:
+            os.close(pidfd)
 
 
-def _work(server: socket.socket, alive: int) -> NoReturn:
-    """Answer one request after the other until the server is gone; whatever is run has `alive` open too."""
+def _work(server: socket.socket) -> NoReturn:
+    """Answer one request after the other until the server is gone."""
     code = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         _set_name(_IDLE)
-        with holding(alive):
-            while _serve_request(server):
-                _set_name(_IDLE)
+        while _serve_request(server):
+            _set_name(_IDLE)
         code = 0
     except OSError:
         pass  # the server is gone: there is nobody to answer to

@@ -11,6 +11,7 @@ keep it (`Workers.apart`).
 """
 
 import contextlib
+import errno
 import io
 import os
 import pickle
@@ -44,6 +45,7 @@ _MOST_IDLE = 2
 _MOST_IDLE_APART = 8
 _KILL_GRACE_SECONDS = 2.0
 _START_SECONDS = 30.0
+_LIMITS = (errno.EMFILE, errno.ENFILE)
 
 
 class _Packer(pickle.Pickler):
@@ -111,7 +113,7 @@ class _Worker:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self._pidfd: int | None = None
-        self._pipe: int | None = None
+        self._stdin: int | None = None
 
     def await_start(self, what: str) -> None:
         """Wait until it runs, the first time. Raises DeadlineExceeded, CommandFailed."""
@@ -120,10 +122,10 @@ class _Worker:
         if not _readable(self.connection.fileno(), _START_SECONDS):
             raise DeadlineExceeded(f"{what} did not start in time: the node is overloaded; the call may be repeated")
         word, descriptors, _, _ = socket.recv_fds(self.connection, WORD_BYTES, 2)
-        self._pidfd, self._pipe = (*descriptors, None, None)[:2]
+        self._pidfd, self._stdin = (*descriptors, None, None)[:2]
         if not word:
             raise CommandFailed(f"{what} failed: the worker launcher was killed; call again")
-        if self._pipe is None:
+        if self._stdin is None:
             lacking = "descriptors of this process" if word == STARTED else "processes, descriptors or memory"
             raise CommandFailed(
                 f"{what} failed: a limit of {lacking} is reached on this node; raise it, and call again"
@@ -135,24 +137,30 @@ class _Worker:
         return self._pidfd is not None and _readable(self._pidfd, 0)
 
     def kill(self) -> bool:
-        """Kill it; whether it, and every program that it ran, has ended then.
-
-        A program is killed with its worker (PR_SET_PDEATHSIG, prctl(2)), and may still be in a system call that makes
-        what its caller looks for after the error.
-        """
-        if self._pidfd is None or self._pipe is None:
+        """Kill it; whether it has ended then."""
+        if self._pidfd is None:
             return False
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        return _readable(self._pidfd, _KILL_GRACE_SECONDS) and _readable(self._pipe, _KILL_GRACE_SECONDS)
+        return _readable(self._pidfd, _KILL_GRACE_SECONDS)
+
+    def left(self) -> str:
+        """What to say of the programs that it ran, once it has ended; they are waited for.
+
+        They are killed with it (PR_SET_PDEATHSIG, prctl(2)), and may be in a system call still that makes what is
+        looked for after the error.
+        """
+        if self._stdin is None or _readable(self._stdin, _KILL_GRACE_SECONDS, 0):
+            return ""
+        return ", and what it ran has not ended yet: the device does not answer, look at the kernel log"
 
     def close(self) -> None:
         """Let go of it: it ends when it has ended what it is at."""
         self.connection.close()
-        for descriptor in (self._pidfd, self._pipe):
+        for descriptor in (self._pidfd, self._stdin):
             if descriptor is not None:
                 os.close(descriptor)
-        self._pidfd = self._pipe = None
+        self._pidfd = self._stdin = None
 
 
 class Workers:
@@ -220,7 +228,8 @@ class Workers:
         `function` is a module's function or a method of an object without state; `what` names the work in errors, its
         first word the process. Arguments and result travel pickled over a private socket, the descriptor of a Handle
         among the arguments with them; the worker has it until the function returns. Raises what the function raised
-        (DriverError, OSError), DeadlineExceeded when the worker had to be killed, CommandFailed when it died.
+        (DriverError, OSError), DeadlineExceeded when the worker had to be killed, CommandFailed when it died, OSError
+        at a limit of open files.
         """
         session = self._session.get()
         if session is not None:
@@ -245,9 +254,12 @@ class Workers:
                         return worker
                     worker.close()
                 control, launcher = self._control, self._launcher
-            with contextlib.suppress(OSError):
+            try:
                 if control is not None:
                     return _new_worker(control)
+            except OSError as error:
+                if error.errno in _LIMITS:
+                    raise
             # The launcher was killed; a new one serves as well, as it holds no state.
             if launcher is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -290,7 +302,12 @@ class _Session:
             with contextlib.suppress(ConnectionError):  # a worker that died tells by the end of its socket
                 socket.send_fds(worker.connection, [request], [*descriptors, *held_descriptors()])
             message = _answer_of(worker, what, timeout)
-        except BaseException:
+        except DriverError:
+            worker.close()
+            raise
+        except BaseException:  # an interrupt: nothing is to work on beside what is undone now
+            worker.kill()
+            worker.left()
             worker.close()
             raise
         self._worker = worker
@@ -321,7 +338,7 @@ def _answer_of(worker: _Worker, what: str, timeout: float) -> bytes:
     """What it answers. Raises DeadlineExceeded when it was killed for its time, CommandFailed when it died."""
     if not _readable(worker.connection.fileno(), timeout):
         if worker.kill():
-            raise DeadlineExceeded(f"{what} did not end within its time limit and was killed")
+            raise DeadlineExceeded(f"{what} did not end within its time limit and was killed{worker.left()}")
         raise DeadlineExceeded(
             f"{what} did not end within its time limit and cannot be killed: the device does not answer; look at the "
             f"kernel log and the storage below it"
@@ -330,13 +347,14 @@ def _answer_of(worker: _Worker, what: str, timeout: float) -> bytes:
     with contextlib.suppress(ConnectionResetError):  # it died before it had read the request
         message = worker.connection.recv(MESSAGE_BYTES)
     if not message:
-        worker.kill()
-        raise CommandFailed(f"{what} failed: its worker process was killed before it could answer; call again")
+        raise CommandFailed(
+            f"{what} failed: its worker process was killed before it could answer{worker.left()}; call again"
+        )
     return message
 
 
 def _new_worker(control: socket.socket) -> _Worker:
-    """Ask the launcher for a worker. Raises OSError when it is gone."""
+    """Ask the launcher for a worker. Raises OSError when it is gone, or at a limit of open files."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         with theirs:
@@ -347,7 +365,8 @@ def _new_worker(control: socket.socket) -> _Worker:
     return _Worker(ours)
 
 
-def _readable(descriptor: int, timeout: float) -> bool:
+def _readable(descriptor: int, timeout: float, events: int = select.POLLIN) -> bool:
+    """Whether it is, or its other end is closed; without `events` only that."""
     poller = select.poll()
-    poller.register(descriptor, select.POLLIN)
+    poller.register(descriptor, events)
     return bool(poller.poll(timeout * 1000))

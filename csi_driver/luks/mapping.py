@@ -10,7 +10,7 @@ from csi_driver.host import blockdev, dmnodes, keyring
 from csi_driver.host.devicemapper import Device, DeviceMapper, MappingHandle
 from csi_driver.host.dmcontrol import NoDeviceMapper
 from csi_driver.host.holders import Holders, describe
-from csi_driver.luks.device import UUID_PREFIX, dm_uuid, key_prefix
+from csi_driver.luks.device import UUID_PREFIX, dm_uuid, key_prefix, volume_key_name
 from csi_driver.luks.key_proof import proof_name
 from csi_driver.model.errors import DeviceInUse, MappingMismatch
 
@@ -91,6 +91,10 @@ class Mappings:
         """
         own = {dmnodes.name_path(each) for each in (name, proof_name(name))}
         return [path for path in blockdev.on_top_of(number) if path not in own]
+
+    def keeps_key(self, uuid: str) -> bool:
+        """Whether the volume key with which an open mapping grows is in root's user keyring. Raises CommandFailed."""
+        return keyring.find_user(volume_key_name(uuid)) is not None
 
     def close(self, name: str, uuid: str | None = None) -> None:
         """Close the mapping and forget its volume keys, also those of `uuid`; absent is fine, no key is needed.

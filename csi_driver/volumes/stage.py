@@ -103,7 +103,7 @@ class Staging:
         refuse_half(self._backend, record)
         capabilities.check([request.capability], many_nodes=self._many_nodes)
         present = self._presences.of(record.id, record)
-        if present.stage is not None and present.is_complete:
+        if present.stage is not None and present.is_complete and not self._is_half_closed(present):
             self._check_same(record, present.stage, request)
             if record.encryption is not None:
                 self._encryption.resume(self._backend, record, present.mapping, present.stage)
@@ -133,6 +133,13 @@ class Staging:
                 raise ResourceExhausted(
                     f"{error}; the storage below volume {record.id} is full ({free} bytes are free), free space there"
                 ) from error
+
+    def _is_half_closed(self, present: Presence) -> bool:
+        """Whether an unstage of a block volume was cut between key and mapping: opened anew it can grow again."""
+        stage, mapping = present.stage, present.mapping
+        if stage is None or not stage.block or stage.luks_uuid is None or mapping is None or mapping.open_count:
+            return False
+        return not self._mappings.keeps_key(stage.luks_uuid)
 
     def _free(self, record: VolumeRecord) -> int | None:
         """What is free below the volume; None where nobody says, as where the storage itself is what failed."""

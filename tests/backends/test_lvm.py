@@ -4,7 +4,9 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from subprocess import CalledProcessError
 from typing import ParamSpec, TypeVar, cast
 
@@ -16,6 +18,7 @@ from csi_driver.backends.lvmrecords import NAME, OWNER
 from csi_driver.backends.lvmtool import OURS, LogicalVolume, dm_name
 from csi_driver.backends.lvmvolume import UNSEEN_TAG
 from csi_driver.host import deadline
+from csi_driver.host.commands import Commands
 from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.workers import Workers
 from csi_driver.model.errors import Aborted, CommandFailed, DeviceAbsent, FailedPrecondition, ResourceExhausted
@@ -23,6 +26,7 @@ from csi_driver.model.volume import VolumeRecord
 from csi_driver.volumes.driver import WARM
 from tests.backends.rigs import GROUP, POOL, LvmRig, SteppedGroup, lvm
 from tests.backends.test_conformance import MIB, SIZE, Killed, check_made, gone, is_clear, record_of, write
+from tests.machine.processes import pids_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -210,6 +214,21 @@ def test_what_a_killed_program_has_shown_is_hidden_again(lvm_rig: LvmRig) -> Non
     assert DeviceMapper().get(dm_name(GROUP, "luks-pvc-1")) is None
     backend.attach("pvc-1", lasting=False).close()
     assert gone(lvm_rig, backend)
+
+
+@pytest.mark.usefixtures("thick")
+def test_lvm_keeps_what_tells_that_it_has_ended(tmp_path: Path, workers: Workers) -> None:
+    """It closes all descriptors but the first three (lvm(8)), the volume's lock too."""
+    os.mkfifo(script := tmp_path / "script")
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(Commands(workers).run, ["lvm", str(script)], timeout=60)
+        with open(script, "w"):  # it is open in lvm too by then
+            (pid,) = pids_of("lvm")
+            kept = os.readlink(f"/proc/{pid}/fd/0")
+            parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+            assert kept.startswith("socket:")
+            assert kept == os.readlink(f"/proc/{parent}/fd/0")
+        call.result(60)
 
 
 def check_came_meanwhile(rig: LvmRig) -> None:

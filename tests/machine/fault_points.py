@@ -32,6 +32,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _FOREVER = 600.0
+_SOON = 1e-6
 _OF_CEPH = ("rados ", "rbd ", "ceph ")  # whose second word is what they do
 _LOOKS = {
     *(f"worker rados {what}" for what in ("get", "getomapval", "listomapkeys", "lspools", "stat")),
@@ -199,8 +200,11 @@ class Injector:
 
 
 def die_amid(delay: float, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-    """Work of a worker that is killed after `delay` seconds, and at the latest before it can answer."""
-    threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    """Work of a worker that is killed after `delay` seconds, and at the latest before it can answer.
+
+    By SIGALRM, which kills as well: a thread would keep what is run from ending with the worker (`run_program`).
+    """
+    signal.setitimer(signal.ITIMER_REAL, max(delay, _SOON))
     function(*args, **kwargs)
     time.sleep(_FOREVER)
     raise AssertionError("the timer did not kill this process")

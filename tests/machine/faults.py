@@ -116,13 +116,11 @@ class Lab:
         """The points of each scenario, from a run in which nothing fails. Raises Lost."""
         points: list[Point] = []
         seen: set[tuple[str, ...]] = set()
+        self._live(scenarios[0])  # what is done once, to show a pool say, is no step of a volume
         for scenario in scenarios:
             if scenario.from_image and not self._below.makes_from_file:
                 continue
-            life = Life(scenario, self._folder, self._below)
-            self._renew()  # a case begins with a new server, which may ask for what another one knows
-            for call in life.calls:
-                outcome = self._succeed(life, call, self._server())
+            for call, outcome in self._live(scenario):
                 seams = tuple(step.seam for step in outcome.steps)
                 alike = call in _ALIKE or all(seam.startswith("file") for seam in seams)
                 if call not in scenario.faulted or (alike and (call, *seams) in seen):
@@ -134,8 +132,15 @@ class Lab:
                     for step in outcome.steps
                     if step.nth == 1 or step.seam != _AS_MANY_AS_THERE_ARE
                 ]
-            life.end()
         return points
+
+    def _live(self, scenario: Scenario) -> list[tuple[str, Outcome]]:
+        """A whole life in which nothing fails, with a server that knows nothing yet, as each case has one."""
+        life = Life(scenario, self._folder, self._below)
+        self._renew()
+        outcomes = [(call, self._succeed(life, call, self._server())) for call in life.calls]
+        life.end()
+        return outcomes
 
     def try_all(self, cases: Sequence[Case]) -> Result:
         """Try each case; troubles, and how far it is, are told on standard error as they come."""

@@ -390,6 +390,23 @@ def test_no_key_outlives_its_mapping_where_a_kill_comes_between(used: Node, monk
     assert used.closed()
 
 
+def test_a_block_volume_whose_unstage_was_cut_is_opened_anew(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it could not grow in its next pod, for want of the key."""
+    node.create(capability=BLOCK)
+    node.stage(capability=BLOCK)
+
+    def is_killed(*_: object) -> None:
+        raise CommandFailed("killed here")
+
+    with monkeypatch.context() as planted:
+        planted.setattr(DeviceMapper, "remove", is_killed)
+        with pytest.raises(CommandFailed, match="killed here"):
+            node.unstage()
+    node.stage(capability=BLOCK)
+    assert keeps_its_key(node.record())
+    node.unstage()
+
+
 def test_the_key_of_a_mapping_that_is_in_use_stays(node: Node) -> None:
     """It is what lets the volume grow."""
     node.create(capability=BLOCK)
@@ -407,7 +424,7 @@ def test_a_deletion_ends_an_unstage_that_was_cut_when_the_mapping_was_closed(use
     used.stage()
     record = used.record()
     run("umount", used.staging_path())
-    run("dmsetup", "remove", used.open_mapping().name)
+    run("dmsetup", "remove", "--noudevsync", "--retry", used.open_mapping().name)
     assert keeps_its_key(record)
     used.delete()
     assert not keeps_its_key(record)

@@ -15,6 +15,7 @@ from csi_driver.host.commands import Commands, ProgramFailed, run_program
 from csi_driver.host.locks import VolumeLocks
 from csi_driver.host.workers import Workers
 from csi_driver.model.errors import CommandFailed, DeadlineExceeded, DriverError, FailedPrecondition
+from tests import worker_tasks as tasks
 from tests.fake_host import NoHolders
 from tests.handles import handle_on
 from tests.unit.test_workers import children, ended, wait_for
@@ -222,13 +223,26 @@ def test_a_program_ends_with_the_worker_that_runs_it(programs: Programs, tmp_pat
         workers.stop()
 
 
+def test_a_program_whose_worker_was_killed_before_it_could_know_does_not_begin(
+    programs: Programs, tmp_path: Path
+) -> None:
+    workers = Workers(())
+    try:
+        with pytest.raises(ProgramFailed, match="ended with exit code 1: nothing on stderr"):
+            workers.call("luks-test", 60, tasks.run_as_its_parent_dies, [programs.make(f"echo > {tmp_path}/begun")])
+    finally:
+        workers.stop()
+    assert not (tmp_path / "begun").exists()
+
+
 def test_a_call_whose_worker_was_killed_waits_for_all_that_it_ran(
     programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found by make faults: lvm, killed in a system call, had shown a device after its caller had looked for one."""
     monkeypatch.setattr("csi_driver.host.workers._KILL_GRACE_SECONDS", 60.0)
     program = programs.make(
-        f"(until [ -e {tmp_path}/gate ]; do sleep 0.05; done; echo > {tmp_path}/shown) &\n"
+        "exec 3<&0  # a job in the background gets another standard input\n"
+        f"(until [ -e {tmp_path}/gate ]; do sleep 0.05; done; echo > {tmp_path}/shown) <&3 &\n"
         f"echo $PPID > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; wait"
     )
     workers = Workers(())

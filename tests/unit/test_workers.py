@@ -207,7 +207,9 @@ def test_where_keyrings_are_refused_workers_work_and_are_kept() -> None:
         workers.stop()
 
 
-def test_a_call_that_is_interrupted_takes_its_worker_with_it(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_is_interrupted_takes_its_worker_with_it(
+    workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = select.poll
 
     class Poll:
@@ -224,8 +226,11 @@ def test_a_call_that_is_interrupted_takes_its_worker_with_it(workers: Workers, m
     with workers.session():
         for number in range(3):
             with pytest.raises(KeyboardInterrupt):
-                workers.call("luks-test", 17, tasks.identity, "nobody hears it")
+                workers.call("luks-test", 17, tasks.nap, 600, str(tmp_path / f"{number}"))
             assert workers.call("luks-test", 10, tasks.identity, number)[2] == (number,)
+    for number in range(3):  # killed before it began, or in its sleep
+        note = tmp_path / f"{number}"
+        assert not note.exists() or ended(int(note.read_text()))
 
 
 # --- time limits -----------------------------------------------------------------------------------------------------
@@ -288,6 +293,22 @@ def test_a_node_without_processes_to_spare_is_told_as_that_and_the_launcher_goes
         with pytest.raises(CommandFailed, match=r"a limit of processes, descriptors or memory is reached on"):
             workers.call("luks-test", 10, tasks.identity)
     workers.stop()
+
+
+def test_a_limit_of_open_files_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    workers = Workers(())
+    workers.start()
+    try:
+        with workers.session(), monkeypatch.context() as planted:
+            assert workers.call("luks-test", 10, tasks.identity)  # which takes the idle one
+            planted.setattr(socket, "socketpair", refuse)
+            with ThreadPoolExecutor(1) as pool, pytest.raises(OSError, match="Too many open files"):
+                pool.submit(workers.call, "luks-test", 10, tasks.identity).result()
+    finally:
+        workers.stop()
 
 
 # --- sessions --------------------------------------------------------------------------------------------------------
