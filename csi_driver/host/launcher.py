@@ -68,11 +68,13 @@ def _fork(control: socket.socket, server: socket.socket) -> None:
     with told, stdin:
         told.shutdown(socket.SHUT_WR)
         if (pid := os.fork()) == 0:
-            control.close()
-            os.dup2(stdin.fileno(), _STDIN)
-            told.close()
-            stdin.close()
-            _work(server)
+            try:
+                os.dup2(stdin.fileno(), _STDIN)
+                for ours in (control, told, stdin):
+                    ours.close()
+                _work(server)
+            finally:
+                os._exit(1)  # whatever happens: two would serve the same socket
         # An error here ends the worker too: the server closes its socket.
         pidfd = os.pidfd_open(pid)
         try:
