@@ -116,7 +116,8 @@ class Lab:
         """The points of each scenario, from a run in which nothing fails. Raises Lost."""
         points: list[Point] = []
         seen: set[tuple[str, ...]] = set()
-        self._live(scenarios[0])  # what is done once, to show a pool say, is no step of a volume
+        # What is done once, for all volumes or by a server, is no step: a case has the server of the one before.
+        self._live(scenarios[0])
         for scenario in scenarios:
             if scenario.from_image and not self._below.makes_from_file:
                 continue
@@ -135,9 +136,8 @@ class Lab:
         return points
 
     def _live(self, scenario: Scenario) -> list[tuple[str, Outcome]]:
-        """A whole life in which nothing fails, with a server that knows nothing yet, as each case has one."""
+        """A whole life in which nothing fails."""
         life = Life(scenario, self._folder, self._below)
-        self._renew()
         outcomes = [(call, self._succeed(life, call, self._server())) for call in life.calls]
         life.end()
         return outcomes
@@ -174,7 +174,6 @@ class Lab:
             self._begin(life)
             life.keep()
             life = Life(scenario, self._folder, self._below)
-        self._renew()
         self._server()
         before = Facts.now(self._state)
         if inherits and self._below.makes_from_file:
