@@ -139,13 +139,24 @@ def unlink_from_user(description: str) -> bool:
     return box is not None and _keyctl(description, _UNLINK, box, _USER_KEYRING) is not None
 
 
+def kept(prefix: str) -> dict[str, int]:
+    """The keys in root's user keyring whose name begins so, and the serial of the keyring around each.
+
+    Raises FailedPrecondition, CommandFailed.
+    """
+    found = ((_described(box), box) for box in _members(_USER_KEYRING, prefix))
+    return {
+        each[4].removeprefix(_box_name("")): box
+        for each, box in found
+        if each[:2] == ["keyring", str(os.geteuid())] and each[4].startswith(_box_name(prefix))
+    }
+
+
 def unlink_all(prefix: str, but: str = "") -> None:
-    """Take every key whose name begins so out of root's user keyring, but the one named. Raises CommandFailed."""
-    for box in _members(_USER_KEYRING, prefix):
-        found = _described(box)
-        ours = len(found) == 5 and (found[0], found[1]) == ("keyring", str(os.geteuid()))
-        if ours and found[4].startswith(_box_name(prefix)) and found[4] != _box_name(but):
-            _keyctl(prefix, _UNLINK, box, _USER_KEYRING)
+    """Take every key whose name begins so out of root's user keyring, but the one named. Errors as `kept`."""
+    for name, box in kept(prefix).items():
+        if name != but:
+            _keyctl(name, _UNLINK, box, _USER_KEYRING)
 
 
 def clear_thread() -> None:

@@ -33,6 +33,8 @@ from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import LuksIdentity
 
 UUID_PREFIX = "CRYPT-LUKS2-"
+ALL_KEYS = "cryptsetup:"
+"""How the names of all volume keys in keyrings begin."""
 _SECTOR = 512
 _USUAL_HEADER = 64 * 1024
 _FORMATTED_SLOTS = (0,)
@@ -89,7 +91,7 @@ def volume_key_name(uuid: str) -> str:
 
 def key_prefix(uuid: str) -> str:
     """How the names of all keys of a device in keyrings begin."""
-    return f"cryptsetup:{uuid}-"
+    return f"{ALL_KEYS}{uuid}-"
 
 
 def key_name_of(target: Target) -> str:

@@ -10,7 +10,7 @@ from csi_driver.host import blockdev, dmnodes, keyring
 from csi_driver.host.devicemapper import Device, DeviceMapper, MappingHandle
 from csi_driver.host.dmcontrol import NoDeviceMapper
 from csi_driver.host.holders import Holders, describe
-from csi_driver.luks.device import UUID_PREFIX, dm_uuid, key_prefix, volume_key_name
+from csi_driver.luks.device import ALL_KEYS, UUID_PREFIX, dm_uuid, key_prefix, volume_key_name
 from csi_driver.luks.key_proof import proof_name
 from csi_driver.model.errors import DeviceInUse, MappingMismatch
 
@@ -95,6 +95,17 @@ class Mappings:
     def keeps_key(self, uuid: str) -> bool:
         """Whether the volume key with which an open mapping grows is in root's user keyring. Raises CommandFailed."""
         return keyring.find_user(volume_key_name(uuid)) is not None
+
+    def keys_left(self) -> dict[str, int]:
+        """Volume keys in root's user keyring of which no mapping is open, and their serials (`keyring.kept`)."""
+        kept = keyring.kept(ALL_KEYS)  # before the mappings: a key is kept after its mapping was made
+        devices = (self.find(name) for name in self.names())
+        used = {luks_uuid(device.uuid, device.name) for device in devices if device is not None}
+        return {
+            name: serial
+            for name, serial in kept.items()
+            if not any(name.startswith(key_prefix(uuid)) for uuid in used if uuid is not None)
+        }
 
     def close(self, name: str, uuid: str | None = None) -> None:
         """Close the mapping and forget its volume keys, also those of `uuid`; absent is fine, no key is needed.

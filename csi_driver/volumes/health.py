@@ -99,6 +99,7 @@ class Health:
             self._memory,
             self._swap,
             self._keys,
+            *((self._keys_left,) if Service.NODE in self._settings.services else ()),
             self._kms,
         )
         found = [check() for check in checks]
@@ -311,6 +312,17 @@ class Health:
 
         return look_at(
             "kernel keys", look, "raise kernel.keys.root_maxkeys and kernel.keys.root_maxbytes (sysctl)", fatal=False
+        )
+
+    def _keys_left(self) -> Finding:
+        def look() -> str:
+            if left := self._mappings.keys_left():
+                told = ", ".join(f"{name} in keyring {serial:#x}" for name, serial in sorted(left.items()))
+                raise FailedPrecondition(f"of volumes that are not open root keeps the volume keys {told}")
+            return "none is kept of a volume that is not open"
+
+        return look_at(
+            "keys left", look, "take each out: keyctl unlink <the number of its keyring> @u (keyctl(1))", fatal=False
         )
 
     def _kms(self) -> Finding:

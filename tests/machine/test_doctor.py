@@ -1,6 +1,7 @@
 """`luks-csi doctor` and `luks-csi volume show` on a machine that has what it takes."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from csi_driver.cli.doctor import doctor
 from csi_driver.cli.node_view import see
 from csi_driver.cli.record import record_rows
 from csi_driver.host.mounts import Mounts
+from csi_driver.luks.device import volume_key_name
 from csi_driver.model.volume import volume_id_for
 from tests.handles import mount_tmpfs
 from tests.machine.node import Node
+from tests.machine.processes import run
 
 
 def findings(state_dir: Path, code: int = 0) -> dict[str, dict[str, object]]:
@@ -70,3 +73,20 @@ def test_the_record_of_a_formatted_volume_is_shown(node: Node) -> None:
 
 
 _MS_PRIVATE = 1 << 18
+
+
+def test_a_key_of_a_volume_that_is_not_open_is_told(used: Node) -> None:
+    used.stage()
+    assert findings(used.state)["keys left"]["ok"]
+    identity = used.record().luks
+    assert identity is not None
+    run("umount", used.staging_path())
+    run("dmsetup", "remove", "--noudevsync", "--retry", used.open_mapping().name)
+    left = findings(used.state)["keys left"]
+    assert not left["ok"]
+    assert re.fullmatch(
+        rf"of volumes that are not open root keeps the volume keys {volume_key_name(identity.uuid)} in keyring 0x\w+",
+        str(left["found"]),
+    )
+    used.unstage()
+    assert findings(used.state)["keys left"]["ok"]
