@@ -254,7 +254,7 @@ class KernelMappings(Mappings):
         return [f"/dev/mapper/{one.name}" for one in found if one.name != name and self._below(one) == number]
 
     def keeps_key(self, uuid: str) -> bool:
-        return True
+        return uuid in self._kernel.keyring
 
     def _below(self, mapping: FakeMapping) -> tuple[int, int]:
         return self._kernel.number(mapping.loop)

@@ -26,6 +26,7 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _ENVIRONMENT: Mapping[str, str] = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "LC_ALL": "C",
+    "SHLVL": "1",  # else bash(1) takes a socket as its standard input for rshd's, and reads ~/.bashrc
     "LVM_SUPPRESS_FD_WARNINGS": "1",  # lvm(8): of the volume's lock and devices, which it closes
 }
 

@@ -29,7 +29,7 @@ from typing import ParamSpec, Protocol, TypeVar, cast
 
 from csi_driver.host.handle import Handle
 from csi_driver.host.held import held_descriptors, starting
-from csi_driver.model.errors import CommandFailed, DeadlineExceeded, DriverError
+from csi_driver.model.errors import CommandFailed, DeadlineExceeded, DriverError, Unavailable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -228,8 +228,8 @@ class Workers:
         `function` is a module's function or a method of an object without state; `what` names the work in errors, its
         first word the process. Arguments and result travel pickled over a private socket, the descriptor of a Handle
         among the arguments with them; the worker has it until the function returns. Raises what the function raised
-        (DriverError, OSError), DeadlineExceeded when the worker had to be killed, CommandFailed when it died, OSError
-        at a limit of open files.
+        (DriverError, OSError), DeadlineExceeded when the worker had to be killed, CommandFailed when it died,
+        Unavailable at a limit of open files.
         """
         session = self._session.get()
         if session is not None:
@@ -259,7 +259,10 @@ class Workers:
                     return _new_worker(control)
             except OSError as error:
                 if error.errno in _LIMITS:
-                    raise
+                    raise Unavailable(
+                        f"no worker process can be asked for: {error.strerror}; raise the limit of open files of the "
+                        f"driver (ulimit -n) or of this node (fs.file-max), or call again later"
+                    ) from None
             # The launcher was killed; a new one serves as well, as it holds no state.
             if launcher is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):

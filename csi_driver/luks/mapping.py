@@ -10,11 +10,12 @@ from csi_driver.host import blockdev, dmnodes, keyring
 from csi_driver.host.devicemapper import Device, DeviceMapper, MappingHandle
 from csi_driver.host.dmcontrol import NoDeviceMapper
 from csi_driver.host.holders import Holders, describe
-from csi_driver.luks.device import ALL_KEYS, UUID_PREFIX, dm_uuid, key_prefix, volume_key_name
+from csi_driver.luks.device import ALL_KEYS, UUID_PREFIX, dm_uuid, key_prefix
 from csi_driver.luks.key_proof import proof_name
 from csi_driver.model.errors import DeviceInUse, MappingMismatch
 
 _CLOSE_SECONDS = 3.0
+_UUID_LENGTH = 36
 _MOST_TARGETS = 2
 
 
@@ -93,19 +94,19 @@ class Mappings:
         return [path for path in blockdev.on_top_of(number) if path not in own]
 
     def keeps_key(self, uuid: str) -> bool:
-        """Whether the volume key with which an open mapping grows is in root's user keyring. Raises CommandFailed."""
-        return keyring.find_user(volume_key_name(uuid)) is not None
+        """Whether a volume key with which an open mapping grows is in root's user keyring. Raises CommandFailed."""
+        return bool(keyring.kept(key_prefix(uuid)))
 
     def keys_left(self) -> dict[str, int]:
         """Volume keys in root's user keyring of which no mapping is open, and their serials (`keyring.kept`)."""
         kept = keyring.kept(ALL_KEYS)  # before the mappings: a key is kept after its mapping was made
-        devices = (self.find(name) for name in self.names())
-        used = {luks_uuid(device.uuid, device.name) for device in devices if device is not None}
-        return {
+        opened = blockdev.mapping_uuids()
+        left = {
             name: serial
             for name, serial in kept.items()
-            if not any(name.startswith(key_prefix(uuid)) for uuid in used if uuid is not None)
+            if not any(each.startswith(dm_uuid("", name.removeprefix(ALL_KEYS)[:_UUID_LENGTH])) for each in opened)
         }
+        return dict(left.items() & keyring.kept(ALL_KEYS).items())  # else it was closed meanwhile
 
     def close(self, name: str, uuid: str | None = None) -> None:
         """Close the mapping and forget its volume keys, also those of `uuid`; absent is fine, no key is needed.

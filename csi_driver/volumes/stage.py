@@ -103,8 +103,9 @@ class Staging:
         refuse_half(self._backend, record)
         capabilities.check([request.capability], many_nodes=self._many_nodes)
         present = self._presences.of(record.id, record)
-        if present.stage is not None and present.is_complete and not self._is_half_closed(present):
+        if present.stage is not None and present.is_complete:
             self._check_same(record, present.stage, request)
+        if present.stage is not None and present.is_complete and not self._is_half_closed(record, present):
             if record.encryption is not None:
                 self._encryption.resume(self._backend, record, present.mapping, present.stage)
             well = self._healing.ensure_well(present)
@@ -134,12 +135,12 @@ class Staging:
                     f"{error}; the storage below volume {record.id} is full ({free} bytes are free), free space there"
                 ) from error
 
-    def _is_half_closed(self, present: Presence) -> bool:
+    def _is_half_closed(self, record: VolumeRecord, present: Presence) -> bool:
         """Whether an unstage of a block volume was cut between key and mapping: opened anew it can grow again."""
-        stage, mapping = present.stage, present.mapping
-        if stage is None or not stage.block or stage.luks_uuid is None or mapping is None or mapping.open_count:
+        mapping = present.mapping
+        if mapping is None or mapping.open_count or present.mounts or present.nodes or record.luks is None:
             return False
-        return not self._mappings.keeps_key(stage.luks_uuid)
+        return record.conversion is None and not self._mappings.keeps_key(record.luks.uuid)
 
     def _free(self, record: VolumeRecord) -> int | None:
         """What is free below the volume; None where nobody says, as where the storage itself is what failed."""

@@ -26,7 +26,7 @@ from csi_driver.model.volume import VolumeRecord
 from csi_driver.volumes.driver import WARM
 from tests.backends.rigs import GROUP, POOL, LvmRig, SteppedGroup, lvm
 from tests.backends.test_conformance import MIB, SIZE, Killed, check_made, gone, is_clear, record_of, write
-from tests.machine.processes import pids_of
+from tests.machine.processes import pids_of, wait_for
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -220,14 +220,18 @@ def test_what_a_killed_program_has_shown_is_hidden_again(lvm_rig: LvmRig) -> Non
 def test_lvm_keeps_what_tells_that_it_has_ended(tmp_path: Path, workers: Workers) -> None:
     """It closes all descriptors but the first three (lvm(8)), the volume's lock too."""
     os.mkfifo(script := tmp_path / "script")
+
+    def waits(pid: int) -> bool:
+        return str(script) in Path(f"/proc/{pid}/cmdline").read_text() and not Path(f"/proc/{pid}/fd/3").exists()
+
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(Commands(workers).run, ["lvm", str(script)], timeout=60)
-        with open(script, "w"):  # it is open in lvm too by then
-            (pid,) = pids_of("lvm")
-            kept = os.readlink(f"/proc/{pid}/fd/0")
-            parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
-            assert kept.startswith("socket:")
-            assert kept == os.readlink(f"/proc/{parent}/fd/0")
+        pid = wait_for(lambda: next((pid for pid in pids_of("lvm") if waits(pid)), None), "lvm, waiting for its script")
+        kept = os.readlink(f"/proc/{pid}/fd/0")
+        parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+        assert kept.startswith("socket:")
+        assert kept == os.readlink(f"/proc/{parent}/fd/0")
+        os.close(os.open(script, os.O_RDWR))
         call.result(60)
 
 

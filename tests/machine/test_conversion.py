@@ -113,6 +113,9 @@ def test_a_volume_in_use_gets_another_volume_key(node: Node) -> None:
     (target,) = node.open_mapping().targets
     assert volume_key_name(before.luks.uuid) not in target.params
     assert find_user(volume_key_name(before.luks.uuid)) is None, "the old volume key is still in root's keyring"
+    number = node.open_mapping().minor
+    node.stage(capability=BLOCK)
+    assert node.open_mapping().minor == number, "it was opened anew, as if its key were lost"
     node.unstage()
     node.stage(capability=BLOCK)
     assert digest_of(device_of(node)) == content

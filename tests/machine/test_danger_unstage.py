@@ -16,7 +16,7 @@ import pytest
 
 from csi_driver.host import keyring
 from csi_driver.host.devicemapper import DeviceMapper, Target
-from csi_driver.luks.device import volume_key_name
+from csi_driver.luks.device import key_prefix, volume_key_name
 from csi_driver.model.errors import CommandFailed, DeviceInUse, DriverError, FailedPrecondition, NotFound
 from csi_driver.model.volume import EncryptionState, VolumeRecord, mapping_name
 from csi_driver.rpc.client import CsiClient, RemoteError
@@ -404,6 +404,24 @@ def test_a_block_volume_whose_unstage_was_cut_is_opened_anew(node: Node, monkeyp
             node.unstage()
     node.stage(capability=BLOCK)
     assert keeps_its_key(node.record())
+    node.unstage()
+
+
+def test_a_published_block_volume_that_has_lost_its_key_is_not_opened_anew(node: Node) -> None:
+    """A pod that has it published and not open would have a node of another device, or of none."""
+    node.create(capability=BLOCK)
+    node.stage(capability=BLOCK)
+    target = node.publish(capability=BLOCK)
+    put(target, b"the first volume")
+    before = node.mapping()
+    identity = node.record().luks
+    assert identity is not None
+    keyring.unlink_all(key_prefix(identity.uuid))
+    node.stage(capability=BLOCK)
+    node.stage(capability=BLOCK, secret={"CRYPTO_KEY_VALUE": "wrong"})
+    assert node.mapping() == before
+    assert content_of(target) == b"the first volume"
+    node.unpublish()
     node.unstage()
 
 

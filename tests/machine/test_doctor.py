@@ -77,16 +77,14 @@ _MS_PRIVATE = 1 << 18
 
 def test_a_key_of_a_volume_that_is_not_open_is_told(used: Node) -> None:
     used.stage()
-    assert findings(used.state)["keys left"]["ok"]
     identity = used.record().luks
     assert identity is not None
+    name = volume_key_name(identity.uuid)
+    assert name not in str(findings(used.state)["keys left"]["found"])
     run("umount", used.staging_path())
     run("dmsetup", "remove", "--noudevsync", "--retry", used.open_mapping().name)
     left = findings(used.state)["keys left"]
     assert not left["ok"]
-    assert re.fullmatch(
-        rf"of volumes that are not open root keeps the volume keys {volume_key_name(identity.uuid)} in keyring 0x\w+",
-        str(left["found"]),
-    )
+    assert re.match(rf"of volumes that .* root keeps the volume keys .*{name} in keyring 0x\w+", str(left["found"]))
     used.unstage()
-    assert findings(used.state)["keys left"]["ok"]
+    assert name not in str(findings(used.state)["keys left"]["found"])

@@ -154,12 +154,17 @@ def test_the_environment_is_not_ours(programs: Programs) -> None:
         "LC_ALL=C",
         "LVM_SUPPRESS_FD_WARNINGS=1",
         "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "SHLVL=1",
     ]
 
 
 def test_there_is_nothing_to_read_on_stdin_and_no_terminal(programs: Programs) -> None:
     program = programs.make('cat; [ "$(cut -d" " -f5,6 /proc/$$/stat | cut -d" " -f1)" = "$$" ] && echo own group')
-    assert run_program([program], timeout=10).stdout == "own group\n"
+    workers = Workers(())
+    try:
+        assert Commands(workers).run([program], timeout=60).stdout == "own group\n"
+    finally:
+        workers.stop()
 
 
 def test_a_missing_program_is_told_with_what_to_do(tmp_path: Path) -> None:

@@ -26,7 +26,14 @@ from csi_driver.host.holders import Holders
 from csi_driver.host.locks import VolumeLocks
 from csi_driver.host.workers import MOST_DESCRIPTORS, LauncherProcess, Workers, spawn_launcher
 from csi_driver.model import errors
-from csi_driver.model.errors import CommandFailed, DeadlineExceeded, DriverError, FailedPrecondition, VolumeBusy
+from csi_driver.model.errors import (
+    CommandFailed,
+    DeadlineExceeded,
+    DriverError,
+    FailedPrecondition,
+    Unavailable,
+    VolumeBusy,
+)
 from csi_driver.model.secret import Passphrase
 from tests import worker_tasks as tasks
 from tests.handles import handle_on
@@ -305,7 +312,7 @@ def test_a_limit_of_open_files_is_told_as_that(monkeypatch: pytest.MonkeyPatch) 
         with workers.session(), monkeypatch.context() as planted:
             assert workers.call("luks-test", 10, tasks.identity)  # which takes the idle one
             planted.setattr(socket, "socketpair", refuse)
-            with ThreadPoolExecutor(1) as pool, pytest.raises(OSError, match="Too many open files"):
+            with ThreadPoolExecutor(1) as pool, pytest.raises(Unavailable, match=r"Too many open files; .*ulimit -n"):
                 pool.submit(workers.call, "luks-test", 10, tasks.identity).result()
     finally:
         workers.stop()
