@@ -176,9 +176,11 @@ class LvmBackend:
     def attach(self, volume_id: str, *, lasting: bool) -> Handle:
         """Show the logical volume; device-mapper removes the device with its last user unless it is lasting."""
         state = self._pinned(volume_id)
-        handle = self._volumes.open(volume_id, state, lasting=lasting)
+        handle = self._volumes.open(volume_id, state)
         try:
             self._settle(volume_id, handle)
+            stays = self._mapper.keep if lasting else self._mapper.let_go
+            stays(handle.device.name)  # not before it is settled: what fails leaves no device
         except BaseException:
             handle.close()
             raise

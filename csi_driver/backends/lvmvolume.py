@@ -109,7 +109,7 @@ class GroupVolumes:
         self.refuse_foreign(volume_id, found)
         return found
 
-    def open(self, volume_id: str, state: LvState, *, lasting: bool | None = None) -> MappingHandle:
+    def open(self, volume_id: str, state: LvState) -> MappingHandle:
         """Show and open the pinned logical volume, and no other that has its name.
 
         What is shown for this alone goes with its last user, and what is shown already stays as long as it would.
@@ -124,10 +124,8 @@ class GroupVolumes:
                     f"the device {name} is not the logical volume of volume {volume_id}: expected {state.dm_uuid}, "
                     f"found {handle.device.uuid}; remove it with 'dmsetup remove {name}'"
                 )
-            if lasting is False or not (shown or lasting):
+            if not shown:
                 self._mapper.let_go(name)
-            elif lasting and handle.device.is_leaving:
-                self._mapper.keep(name)
         except BaseException:
             handle.close()
             raise

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,7 +19,7 @@ from csi_driver.backends.lvmrecords import NAME, OWNER
 from csi_driver.backends.lvmtool import OURS, LogicalVolume, dm_name
 from csi_driver.backends.lvmvolume import UNSEEN_TAG
 from csi_driver.host import deadline
-from csi_driver.host.commands import Commands
+from csi_driver.host.commands import Commands, ProgramFailed
 from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.workers import Workers
 from csi_driver.model.errors import Aborted, CommandFailed, DeviceAbsent, FailedPrecondition, ResourceExhausted
@@ -201,7 +202,7 @@ def test_a_logical_volume_that_took_the_name_is_left_alone(lvm_rig: LvmRig) -> N
 
 
 def test_what_a_killed_program_has_shown_is_hidden_again(lvm_rig: LvmRig) -> None:
-    """Found by make faults: the stage failed, and the device stayed."""
+    """Found by make faults: the stage failed, and the device stayed. Also where an earlier call has shown it still."""
 
     def killed(step: str) -> None:
         if step == "after lvchange":
@@ -211,7 +212,7 @@ def test_what_a_killed_program_has_shown_is_hidden_again(lvm_rig: LvmRig) -> Non
     backend.create(record_of(lvm_rig), SIZE)
     with pytest.raises(CommandFailed, match="was killed"):
         lvm_rig.backend(killed).attach("pvc-1", lasting=True)
-    assert DeviceMapper().get(dm_name(GROUP, "luks-pvc-1")) is None
+    wait_for(lambda: DeviceMapper().get(dm_name(GROUP, "luks-pvc-1")) is None, "the end of the device")
     backend.attach("pvc-1", lasting=False).close()
     assert gone(lvm_rig, backend)
 
@@ -231,8 +232,9 @@ def test_lvm_keeps_what_tells_that_it_has_ended(tmp_path: Path, workers: Workers
         parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
         assert kept.startswith("socket:")
         assert kept == os.readlink(f"/proc/{parent}/fd/0")
-        os.close(os.open(script, os.O_RDWR))
-        call.result(60)
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(ProgramFailed, match="was ended by signal 9"):
+            call.result(60)
 
 
 def check_came_meanwhile(rig: LvmRig) -> None:
