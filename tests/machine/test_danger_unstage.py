@@ -437,6 +437,7 @@ def test_the_key_of_a_mapping_that_is_in_use_stays(node: Node) -> None:
     assert not keeps_its_key(record)
 
 
+@not_on("given", "rbd")
 def test_a_deletion_ends_an_unstage_that_was_cut_when_the_mapping_was_closed(used: Node) -> None:
     """By a kill, or by hand: what is left is a record of the stage, and the key."""
     used.stage()
