@@ -1,7 +1,6 @@
 """The gRPC server."""
 
 import os
-import select
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -46,7 +45,6 @@ _IDENTITY_THREADS = 2
 _LARGEST_REQUEST = 1 << 20
 _AFTER_GRACE_SECONDS = 1.0
 _PROBE_SECONDS = 5.0
-_WARM_UP_SECONDS = 0.5
 
 
 class _Socket:
@@ -261,11 +259,10 @@ def central_server(settings: Settings) -> Server:
 def serve_until_told(server: Server, listening: Callable[[], None] = lambda: None) -> bool:
     """Serve until SIGTERM or SIGINT; returns whether all calls ended within the grace time.
 
-    `listening` does what may wait until the first Probe is answered: it would take a processor from it.
+    `listening` does what may wait until the server answers.
     """
     with told_to_stop() as (asked, _):
         server.start()
-        if not select.select([asked], [], [], _WARM_UP_SECONDS)[0]:
-            listening()
+        listening()
         os.read(asked, 1)
         return server.stop()
