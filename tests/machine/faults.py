@@ -48,9 +48,9 @@ _FORGIVEN = {
 }
 """Steps whose failure a call outlives: a file system that cannot grow keeps nobody from the data in it, nor does a copy
 of the header that could not be made (on Ceph: looked for by getomapval and stat, made by put), or what tells Ceph's own
-tools of an image; and the note of a key that a KMS is about to make, or to forget, may stay. A
-cluster that was not told of an unmapping puts a client on its blocklist that is gone. An API that was not told that a
-device was let go of is told later: the pin says so until then.
+tools of an image; and the note of a key that a KMS is about to make, or to forget, may stay. A cluster that was not
+told of an unmapping puts a client on its blocklist that is gone. An API that was not told that a device was let go of
+is told later: the pin says so until then.
 """
 
 _ALIKE = {"create", "attach", "grow", "rotate", "detach", "delete"}

@@ -371,11 +371,8 @@ def keeps_its_key(record: VolumeRecord) -> bool:
     return keyring.find_user(volume_key_name(record.luks.uuid)) is not None
 
 
-def test_no_key_outlives_its_mapping_where_a_kill_comes_between(used: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Storm of 2026-11: a mapping that is left is found by its name, a key that is left by nobody."""
-    used.stage()
-    record = used.record()
-    assert keeps_its_key(record)
+def cut_before_the_mapping_goes(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unstage as a kill leaves it that comes when the mapping is about to be removed."""
 
     def is_killed(*_: object) -> None:
         raise CommandFailed("killed here")
@@ -383,7 +380,15 @@ def test_no_key_outlives_its_mapping_where_a_kill_comes_between(used: Node, monk
     with monkeypatch.context() as planted:
         planted.setattr(DeviceMapper, "remove", is_killed)
         with pytest.raises(CommandFailed, match="killed here"):
-            used.unstage()
+            node.unstage()
+
+
+def test_no_key_outlives_its_mapping_where_a_kill_comes_between(used: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storm of 2026-11: a mapping that is left is found by its name, a key that is left by nobody."""
+    used.stage()
+    record = used.record()
+    assert keeps_its_key(record)
+    cut_before_the_mapping_goes(used, monkeypatch)
     assert used.mapping()
     assert not keeps_its_key(record)
     used.unstage()
@@ -394,14 +399,7 @@ def test_a_block_volume_whose_unstage_was_cut_is_opened_anew(node: Node, monkeyp
     """Else it could not grow in its next pod, for want of the key."""
     node.create(capability=BLOCK)
     node.stage(capability=BLOCK)
-
-    def is_killed(*_: object) -> None:
-        raise CommandFailed("killed here")
-
-    with monkeypatch.context() as planted:
-        planted.setattr(DeviceMapper, "remove", is_killed)
-        with pytest.raises(CommandFailed, match="killed here"):
-            node.unstage()
+    cut_before_the_mapping_goes(node, monkeypatch)
     node.stage(capability=BLOCK)
     assert keeps_its_key(node.record())
     node.unstage()
