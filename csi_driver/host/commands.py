@@ -87,8 +87,8 @@ class Commands:
         )
 
     def read(self, argv: Sequence[str], *, timeout: float) -> str:
-        """`run` for a long answer: all that the program writes to its standard output."""
-        limit, what = timeout + 2 * _KILL_GRACE_SECONDS, f"{argv[0]} on {argv[-1]}"
+        """`run` for a long answer of a program whose second word is what it does: all of its standard output."""
+        limit, what = timeout + 2 * _KILL_GRACE_SECONDS, f"{shlex.join(argv[:2])} on {argv[-1]}"
         with Handle(os.memfd_create("output", os.MFD_CLOEXEC), "its output") as output:
             self._workers.call(what, limit, run_program, tuple(argv), timeout=timeout, output=output)
             return blockdev.read_at(output.fd, 0, os.fstat(output.fd).st_size).decode(errors="replace")

@@ -33,8 +33,9 @@ R = TypeVar("R")
 
 _FOREVER = 600.0
 _SOON = 1e-6
-_OF_CEPH = ("rados ", "rbd ", "ceph ")  # whose second word is what they do
+_BY_VERB = ("lvm ", "rados ", "rbd ", "ceph ")  # programs whose second word is what they do
 _LOOKS = {
+    *(f"worker lvm {what}" for what in ("lvs", "vgs")),
     *(f"worker rados {what}" for what in ("get", "getomapval", "listomapkeys", "lspools", "stat")),
     *(f"worker rbd {what}" for what in ("info", "status")),
     *(f"worker ceph {what}" for what in ("df", "fsid", "mon")),
@@ -285,7 +286,7 @@ class FaultyWorkers(Workers):
             return call(what, timeout, work_late, fault.gate, function, *args, **kwargs)
 
         return self._injector.step(
-            f"worker {' '.join(what.split(' ')[: 2 if what.startswith(_OF_CEPH) else 1])}",
+            f"worker {' '.join(what.split(' ')[: 2 if what.startswith(_BY_VERB) else 1])}",
             what,
             lambda: call(what, timeout, function, *args, **kwargs),
             lambda: OSError(errno.EIO, os.strerror(errno.EIO)),
