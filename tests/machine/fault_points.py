@@ -65,7 +65,8 @@ class Kind(StrEnum):
 class Point:
     """The n-th use of a seam within a call of a scenario.
 
-    `depth` counts the steps around it. `seconds` is what it took when it was recorded.
+    `depth` counts the steps around it. `seconds` is what it took when it was recorded. `again` says that another kind
+    of volume has it too: then what differs is what follows it.
     """
 
     scenario: str
@@ -74,17 +75,18 @@ class Point:
     nth: int
     depth: int = field(default=0, compare=False)
     seconds: float = field(default=0.0, compare=False)
+    again: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.scenario}: {self.call}: {self.seam} #{self.nth}"
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """What can happen here; between the steps of a step only what does not happen around it."""
+        """What can happen here; between the steps of a step, and again, only what does not happen elsewhere."""
         if self.depth:
-            return (Kind.FAIL, Kind.AFTER)
+            return () if self.again else (Kind.FAIL, Kind.AFTER)
         if self.seam in _LOOKS:
-            return (Kind.BEFORE, Kind.FAIL)
+            return (Kind.FAIL,) if self.again else (Kind.BEFORE, Kind.FAIL)
         kinds = [Kind.BEFORE, Kind.AFTER]
         if (self.call, self.seam) != ("unstage", "loop unguard"):  # which may fail: attach and delete do it again
             kinds.append(Kind.FAIL)
@@ -92,7 +94,7 @@ class Point:
             kinds += [Kind.DURING, Kind.WORKER]
         if self.call in ("create", "stage", "publish"):
             kinds.append(Kind.ABANDON)
-        return tuple(kinds)
+        return tuple(kind for kind in kinds if not self.again or kind in (Kind.FAIL, Kind.AFTER, Kind.ABANDON))
 
 
 @dataclass(frozen=True)

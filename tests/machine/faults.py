@@ -116,6 +116,7 @@ class Lab:
         """The points of each scenario, from a run in which nothing fails. Raises Lost."""
         points: list[Point] = []
         seen: set[tuple[str, ...]] = set()
+        had: set[tuple[str, str, int]] = set()
         # What is done once, for all volumes or by a server, is no step: a case has the server of the one before.
         self._live(scenarios[0])
         for scenario in scenarios:
@@ -129,10 +130,20 @@ class Lab:
                 seen.add((call, *seams))
                 seconds = {(end.seam, end.nth): end.seconds for end in outcome.ended}
                 points += [
-                    Point(scenario.name, call, step.seam, step.nth, step.depth, seconds.get((step.seam, step.nth), 0.0))
+                    Point(
+                        scenario.name,
+                        call,
+                        step.seam,
+                        step.nth,
+                        step.depth,
+                        seconds.get((step.seam, step.nth), 0.0),
+                        # On loopfile, where a case is quick, each kind of volume is tried in full.
+                        again=not self._below.makes_from_file and (call, step.seam, step.nth) in had,
+                    )
                     for step in outcome.steps
                     if step.nth == 1 or step.seam != _AS_MANY_AS_THERE_ARE
                 ]
+                had |= {(call, step.seam, step.nth) for step in outcome.steps}
         return points
 
     def _live(self, scenario: Scenario) -> list[tuple[str, Outcome]]:
