@@ -49,7 +49,7 @@ class HeaderCopies:
 
     def keep(self, volume_id: str, fill: Fill) -> None:
         """Keep what `fill` writes, in place of an earlier copy."""
-        fresh = self._folder / f".{volume_id}.new"
+        fresh = self._folder / f".{volume_id}.luks2.new"
         try:
             fill(str(fresh))
             self._logs.keep_header(self._access.pool(volume_id), volume_id, read_file(fresh))

@@ -271,7 +271,7 @@ class FaultyFiles(Files):
 
     def _step(self, name: str, path: Path, run: Callable[[], None], number: int) -> None:
         what = "note" if path.parent.name == "keys" else "file"  # of a key that a KMS makes or forgets
-        if path.name.endswith(".luks2.new"):  # of a header, on its way to Kubernetes
+        if path.name.endswith(".luks2.new"):  # of a header, on its way to a cluster
             what = "copy"
         self._injector.step(f"{what} {name}", str(path), run, lambda: OSError(number, os.strerror(number), str(path)))
 
