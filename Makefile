@@ -27,14 +27,14 @@ KEY_SERVERS := $(VAULT_BIN) $(LOCAL_KMS_BIN)
 CSI_ADDONS_BIN := $(CACHE)/csi-addons-$(shell cat tests/cluster/addons/*/go.* | sha256sum | cut -c1-12)
 
 # Suites that draw at random take these.
-export SEED COUNT BACKEND
+export SEED COUNT FROM BACKEND
 export CSI_SANITY KUBERNETES_BIN VAULT_BIN LOCAL_KMS_BIN BENCH_BASE BENCH_IMAGES_BASE
 cluster-test: export CSI_ADDONS_BIN := $(CSI_ADDONS_BIN)
 cluster-test: export CLUSTER_CEPH := yes
 
 # On the host if that has device-mapper, else in the guest. A page fault is dear there: memory, once had, is kept, but
 # where it is measured. The long image suites take more room and time.
-MEASURED_GUEST := $(PY) -m tests.machine.guest --env SEED --env COUNT --env CSI_SANITY --env VAULT_BIN --env LOCAL_KMS_BIN
+MEASURED_GUEST := $(PY) -m tests.machine.guest --env SEED --env COUNT --env FROM --env CSI_SANITY --env VAULT_BIN --env LOCAL_KMS_BIN
 BENCH_GUEST := $(MEASURED_GUEST) --env BENCH_BASE --disk 32G --timeout 7200
 GUEST_FOR := $(MEASURED_GUEST) --env MALLOC_MMAP_THRESHOLD_=33554432 --env MALLOC_TRIM_THRESHOLD_=268435456
 GUEST := $(GUEST_FOR) --
@@ -119,7 +119,7 @@ move-kills: venv system ## kill -9 at each step of a move to another backend; BA
 	@$(if $(filter rbd,$(BACKEND)),$(PY) -m tests.backends.on_ceph,$(GUEST_FOR) --env BACKEND --disk 32G --timeout 21600) -- \
 	    $(PY) -m tests.backends.move_kills
 
-faults: venv system ## every command and record write fails or is killed; BACKEND=lvm-thick, lvm-thin, rbd or csi
+faults: venv system ## every command and record write fails or is killed; BACKEND=lvm-thick, lvm-thin, rbd or csi, FROM=case
 	@[ '$(BACKEND)' != rbd ] || tools/system.sh ceph
 	@$(if $(filter rbd,$(BACKEND)),$(PY) -m tests.backends.on_ceph,$(GUEST_FOR) --env BACKEND --timeout 21600) -- \
 	    $(PY) -m tests.machine.faults

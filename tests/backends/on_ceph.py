@@ -21,7 +21,7 @@ from tests.machine.guest import Guest, GuestConfig, has_device_mapper
 
 BRIDGE, ADDRESS, NODES = "lukscsi-ceph", "10.98.7.1", ("10.98.7.11", "10.98.7.12")
 SECONDS = 21600
-PASSED_ON = ("BACKEND", "CSI_SANITY", "SEED", "COUNT", "PYTHONPATH")
+PASSED_ON = ("BACKEND", "CSI_SANITY", "SEED", "COUNT", "FROM", "PYTHONPATH")
 _PAUSE = 0.05
 _SET_UP = 'ip addr add {address}/24 dev vec0 && ip link set vec0 up && exec "$@"'
 

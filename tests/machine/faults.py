@@ -5,9 +5,9 @@ injected, a fresh server repeats the call, and the volume goes on to its end. Lo
 succeed when repeated, data is not what was written, or something was formatted again; leaked is one after which the
 kernel shows more than before.
 
-SEED and COUNT choose: COUNT of the points, drawn with SEED; all by default. BACKEND is loopfile, a volume group's
-lvm-thick or lvm-thin, rbd by `tests.backends.on_ceph`, or csi over a played cluster; only on loopfile there are volumes
-from images. On rbd a case takes long in a guest: name a COUNT.
+SEED and COUNT choose: COUNT of the points, drawn with SEED; all by default. FROM is the case to begin with, where an
+earlier run was ended. BACKEND is loopfile, a volume group's lvm-thick or lvm-thin, rbd by `tests.backends.on_ceph`, or
+csi over a played cluster; only on loopfile there are volumes from images. On rbd a case takes ten seconds in a guest.
 """
 
 import gc
@@ -153,12 +153,12 @@ class Lab:
         life.end()
         return outcomes
 
-    def try_all(self, cases: Sequence[Case]) -> Result:
-        """Try each case; troubles, and how far it is, are told on standard error as they come."""
+    def try_all(self, cases: Sequence[Case], first: int = 1) -> Result:
+        """Try each case from the `first` on; troubles, and how far it is, are told on standard error as they come."""
         result = Result()
-        for case in cases:
+        for number, case in enumerate(cases[first - 1 :], first):
             if result.cases % 50 == 0:
-                print(f"case {result.cases + 1} of {len(cases)}: {case}", file=sys.stderr, flush=True)
+                print(f"case {number} of {len(cases)}: {case}", file=sys.stderr, flush=True)
             result.cases += 1
             result.kills += case.kind.kills_server or case.kind is Kind.WORKER
             self._busy = False
@@ -345,18 +345,18 @@ def cases_of(points: Sequence[Point], drawn: Sequence[Point] | None = None) -> l
 
 def main() -> int:
     seed = int(os.environ.get("SEED") or time.time_ns() % 100_000)
-    count = int(os.environ.get("COUNT") or 0)
+    count, first = int(os.environ.get("COUNT") or 0), int(os.environ.get("FROM") or 1)
     backend, started = chosen("rbd", "csi"), time.monotonic()
     with lab(seed=seed, backend=backend) as tried:
         points = tried.record()
         drawn = random.Random(seed).sample(points, min(count, len(points))) if count else points
-        result = tried.try_all(cases_of(points, drawn))
+        result = tried.try_all(cases_of(points, drawn), first)
     print(
-        f"backend={backend} points={len(drawn)} cases={result.cases} kills={result.kills} busy={result.busy} "
-        f"lost={len(result.lost)} leaked={len(result.leaked)} derived={len(points)} "
+        f"backend={backend} points={len(drawn)} first={first} cases={result.cases} kills={result.kills} "
+        f"busy={result.busy} lost={len(result.lost)} leaked={len(result.leaked)} derived={len(points)} "
         f"seconds={time.monotonic() - started:.0f} seed={seed}"
     )
-    return 0 if not (result.lost or result.leaked) and len(points) >= LEAST_POINTS else 1
+    return 0 if result.cases and not (result.lost or result.leaked) and len(points) >= LEAST_POINTS else 1
 
 
 if __name__ == "__main__":
