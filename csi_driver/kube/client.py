@@ -1,26 +1,31 @@
 """The Kubernetes API: objects as they are on the wire, errors as sentences.
 
 lightkube does the talking: kubeconfig, tokens, TLS. Here is what it leaves open: no call without a name where a name is
-meant (that would be the whole collection), and connections that notice when the other end has gone silently.
+meant (that would be the whole collection), connections that notice when the other end has gone silently, and watches
+that end: lightkube's own waits for ever for a server that says nothing, begins anew without a listing, and cannot read
+an object with a U+0085 in it (findings/lightkube-watch-silent-connection.sh, findings/lightkube-watch-next-line.sh).
 """
 
 import contextlib
 import functools
 import re
 import socket
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import httpx2
+import msgspec
 from lightkube import ALL_NS, ApiError, Client, KubeConfig
-from lightkube.config.client_adapter import verify_cluster
+from lightkube.config.client_adapter import user_auth, verify_cluster
 from lightkube.core.exceptions import ConfigError
 from lightkube.generic_resource import create_global_resource, create_namespaced_resource
 from lightkube.models.authentication_v1 import TokenRequestSpec
-from lightkube.models.meta_v1 import ObjectMeta
+from lightkube.models.meta_v1 import ObjectMeta, Status
 from lightkube.resources.core_v1 import ServiceAccountToken
 from lightkube.types import PatchType
+from msgspec import Struct
 
 from csi_driver.host.syscalls import error_name
 from csi_driver.kube.kinds import Json, Kind
@@ -35,6 +40,7 @@ from csi_driver.model.errors import (
     PermissionDenied,
     Unavailable,
 )
+from csi_driver.model.reading import decode
 from csi_driver.model.text import one_line
 
 if TYPE_CHECKING:
@@ -43,7 +49,10 @@ if TYPE_CHECKING:
 _SECONDS: Final = 20.0
 _ACCOUNT: Final = Kind("", "v1", "ServiceAccount", "serviceaccounts", namespaced=True)
 _WATCH_SECONDS: Final = 540
-"""How long one watch lasts; behind it everything is listed anew."""
+"""How long one watch lasts."""
+_SILENT_SECONDS: Final = 75.0
+"""How long one may say nothing. About once a minute the API tells who has asked for it how far it is, where the kind
+has changed at all since the API server began (its BOOKMARK events)."""
 _MOST_QUOTED: Final = 600
 _TERMINATED: Final = "because it is being terminated"
 _NONE: Final[Mapping[str, str]] = {}
@@ -59,6 +68,11 @@ _KEPT_ALIVE: Final = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 90_000),
 )
+
+
+class _Event(Struct):
+    type: str
+    object: Json
 
 
 class Gone(Aborted):
@@ -81,6 +95,9 @@ class Kube:
         # Its overloads want a kind's class, known when the types are checked.
         self._client: Any = Client(
             config=config, timeout=httpx2.Timeout(_SECONDS), trust_env=False, transport=transport
+        )
+        self._watching = httpx2.Client(
+            base_url=config.cluster.server, auth=user_auth(config.user), transport=transport, trust_env=False
         )
 
     @classmethod
@@ -137,20 +154,40 @@ class Kube:
         labels: Mapping[str, str] = _NONE,
         fields: Mapping[str, str] = _NONE,
     ) -> Iterator[tuple[str, Json]]:
-        """Changes after `version`: ADDED, MODIFIED or DELETED with the object. Ends by itself after some minutes.
+        """Changes after `version`: ADDED, MODIFIED or DELETED with the object. Ends by itself after some minutes, and
+        when nothing was heard for more than one: list anew then.
 
         Raises Gone when `version` is too old.
         """
-        events = self._client.watch(
-            _class_of(kind), **_within(kind, namespace or ALL_NS), labels=labels or None, fields=fields or None,
-            resource_version=version, server_timeout=_WATCH_SECONDS,
-            on_error=_raise,
-        )  # fmt: skip
+        within = _within(kind, namespace or ALL_NS)
+        asked = {
+            "watch": "true", "resourceVersion": version, "timeoutSeconds": str(_WATCH_SECONDS),
+            "allowWatchBookmarks": "true", "labelSelector": _selector(labels), "fieldSelector": _selector(fields),
+        }  # fmt: skip
+        events = self._events(_path(kind, within.get("namespace", ALL_NS)), {k: v for k, v in asked.items() if v})
         while True:
             event = _told(functools.partial(next, events, None), kind, "")
             if event is None:
                 return
-            yield event[0], dict(event[1])
+            if event.type != "BOOKMARK":
+                yield event.type, event.object
+
+    def _events(self, path: str, asked: Mapping[str, str]) -> Iterator[_Event]:
+        """What one watch tells. Raises what `_told` knows."""
+        limit = httpx2.Timeout(_SECONDS, read=_SILENT_SECONDS)
+        with (
+            contextlib.suppress(httpx2.ReadTimeout),
+            self._watching.stream("GET", path, params=asked, timeout=limit) as answer,
+        ):
+            _check_answer(answer)
+            rest = b""
+            for piece in answer.iter_bytes():
+                *lines, rest = (rest + piece).split(b"\n")
+                for line in lines:
+                    event = decode(line, _Event)
+                    if event.type == "ERROR":
+                        raise ApiError(status=cast("Status", Status.from_dict(event.object)))
+                    yield event
 
     def create(self, kind: Kind, thing: Json, namespace: str = "", *, dry_run: bool = False) -> Json:
         """Make an object, or with `dry_run` do all but that; what came of it.
@@ -223,6 +260,7 @@ class Kube:
 
     def close(self) -> None:
         """Close the connections; watches end."""
+        self._watching.close()
         self._client.close()
 
     def _ask(self, kind: Kind, name: str, ask: Any) -> Json:
@@ -235,7 +273,7 @@ def _told(ask: Any, kind: Kind, name: str) -> Any:
         return ask()
     except ApiError as error:
         raise _refused(error, kind, name) from None
-    except (httpx2.HTTPError, httpx2.StreamError, OSError) as error:
+    except (httpx2.HTTPError, httpx2.StreamError, OSError, msgspec.DecodeError) as error:
         raise Unavailable(
             f"the Kubernetes API cannot be reached for {kind} {name} ({one_line(str(error), 200)}); it is tried again"
         ) from None
@@ -264,13 +302,15 @@ def _refused(error: ApiError, kind: Kind, name: str) -> DriverError:
     return CommandFailed(f"the Kubernetes API answered {code} for {what}: {said}")
 
 
-def _raise(error: Exception, _count: int) -> Any:
-    """Of a watch: that it was refused, and why, stands in an answer that lightkube does not read."""
-    if isinstance(error, httpx2.HTTPStatusError) and not isinstance(error, ApiError):
-        error.response.read()
-        with contextlib.suppress(ValueError):  # what says so is not the API, and no JSON
-            error = ApiError(error.request, error.response)
-    raise error
+def _check_answer(answer: httpx2.Response) -> None:
+    """Raise ApiError where a watch is refused; what says so may be no API, and no JSON."""
+    try:
+        answer.raise_for_status()
+    except httpx2.HTTPStatusError as error:
+        answer.read()
+        with contextlib.suppress(ValueError):
+            raise ApiError(error.request, answer) from None
+        raise
 
 
 def _is_name(text: str) -> bool:
@@ -296,10 +336,24 @@ def _within(kind: Kind, namespace: str) -> dict[str, str]:
     return {"namespace": namespace} if kind.namespaced else {}
 
 
+def _path(kind: Kind, namespace: str) -> str:
+    """Where its objects are, in one namespace or in all."""
+    root = f"apis/{kind.api_version}" if kind.group else f"api/{kind.version}"
+    return f"{root}/{kind.plural}" if namespace == ALL_NS else f"{root}/namespaces/{namespace}/{kind.plural}"
+
+
+def _selector(wanted: Mapping[str, str]) -> str:
+    return ",".join(f"{name}={value}" for name, value in wanted.items())
+
+
+_making = threading.Lock()
+
+
 @functools.cache
 def _class_of(kind: Kind) -> Any:
     make = create_namespaced_resource if kind.namespaced else create_global_resource
-    return make(kind.group, kind.version, kind.name, kind.plural)
+    with _making:  # lightkube refuses the second of two threads that come at once
+        return make(kind.group, kind.version, kind.name, kind.plural)
 
 
 def _trust(config: "SingleConfig") -> Any:

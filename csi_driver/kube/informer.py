@@ -45,6 +45,7 @@ class Informer:
         self._told: list[Changed] = [changed] if changed else []
         self._where = {"namespace": namespace, "labels": labels or {}, "fields": fields or {}}
         self._things: dict[Key, Json] = {}
+        self._own: set[Key] = set()  # of those that only `saw` told of
         self._guard = threading.Lock()
         self._synced = threading.Event()
         self._end = threading.Event()
@@ -83,12 +84,16 @@ class Informer:
             return [*self._things.values()]
 
     def saw(self, thing: Json) -> None:
-        """Take what an own write has answered: nobody waits for its event."""
+        """Take what an own write has answered: nobody waits for its event.
+
+        What somebody else changed just before is in it too, and is told by its own event, or by the next listing.
+        """
         with self._guard:
             key = _key(thing)
             known = self._things.get(key)
             if known is not None and _version(known) < _version(thing):
                 self._things[key] = thing
+                self._own.add(key)
 
     def _run(self) -> None:
         wait = _FIRST_SECONDS
@@ -125,29 +130,40 @@ class Informer:
         there = {_key(thing): thing for thing in things}
         with self._guard:
             before, self._things = self._things, there
+            own, self._own = self._own, set()
         for key, thing in there.items():
             known = before.pop(key, None)
-            if known is None or _version(known) != _version(thing):
+            if known is None or _version(known) != _version(thing) or key in own:
                 self._tell(thing)
         for thing in before.values():
             self._tell(thing)
 
     def _put(self, event: str, thing: Json) -> None:
+        key = _key(thing)
         with self._guard:
             if event == "DELETED":
-                self._things.pop(_key(thing), None)
+                self._things.pop(key, None)
             elif event in ("ADDED", "MODIFIED"):
-                known = self._things.get(_key(thing))
+                known = self._things.get(key)
                 if known is not None and _version(known) > _version(thing):
                     return  # an own write was seen already
-                self._things[_key(thing)] = thing
+                self._things[key] = thing
             else:
                 return
+            self._own.discard(key)
         self._tell(thing)
 
     def _tell(self, thing: Json) -> None:
         for told in self._told:
-            told(thing)
+            try:
+                told(thing)
+            except Exception as error:  # noqa: BLE001 - of one object, which must not hide the others
+                log.error(
+                    "a change could not be looked at",
+                    kind=str(self.kind),
+                    name=name_of(thing),
+                    error=type(error).__name__,
+                )
 
 
 def _key(thing: Json) -> Key:

@@ -1,6 +1,7 @@
 """Keeps Images true: has their copies made, told of, and removed. It decides; the agents of the nodes do."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -51,6 +52,7 @@ class Images:
         self.nodes = Informer(kube, NODE, self._nodes_changed)
         self.classes = Informer(kube, STORAGE_CLASS, self._class_changed)
         self._seen_nodes: tuple[frozenset[str], Mapping[str, Mapping[str, str]]] = frozenset(), {}
+        self._nodes_guard = threading.Lock()  # two informers tell of them
         self._since: dict[str, float] = {}
         self._written: dict[str, float] = {}
 
@@ -238,9 +240,10 @@ class Images:
 
     def _nodes_changed(self, _thing: Json) -> None:
         """A node that had no agent any more may go, too: then what is told of its copies is over."""
-        seen = frozenset(map(name_of, self.nodes.all())), self._agents()
-        if seen != self._seen_nodes:
-            self._seen_nodes = seen
+        with self._nodes_guard:
+            seen = frozenset(map(name_of, self.nodes.all())), self._agents()
+            is_new, self._seen_nodes = seen != self._seen_nodes, seen
+        if is_new:
             names = {copy["spec"]["image"] for copy in self.copies.all()} | {*map(name_of, self.images.all())}
             for name in names:
                 self.controller.tell(name)

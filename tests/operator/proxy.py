@@ -40,19 +40,27 @@ class Proxy:
     def close(self) -> None:
         self.cut()
         _end(self._listening)
+        self._listening.close()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 here, _ = self._listening.accept()
-                with self._guard:
-                    if self._is_cut:
-                        here.close()
-                        continue
-                    there = socket.create_connection((HOST, self._to))
-                    self._open += [here, there]
-                for each in ((here, there, self._most), (there, here, None)):
-                    threading.Thread(target=_pass_on, args=each, daemon=True).start()
+                threading.Thread(target=self._carry, args=(here,), daemon=True).start()
+
+    def _carry(self, here: socket.socket) -> None:
+        """Pass on what one client sends and gets. Nobody closes a socket that somebody else may still read from: its
+        number is soon another one's.
+        """
+        with here, contextlib.suppress(OSError), socket.create_connection((HOST, self._to)) as there:
+            with self._guard:
+                if self._is_cut:
+                    return
+                self._open += [here, there]
+            back = threading.Thread(target=_pass_on, args=(there, here, None), daemon=True)
+            back.start()
+            _pass_on(here, there, self._most)
+            back.join()
 
 
 def _pass_on(start: socket.socket, end: socket.socket, most: int | None) -> None:
@@ -69,7 +77,6 @@ def _pass_on(start: socket.socket, end: socket.socket, most: int | None) -> None
 def _end(each: socket.socket) -> None:
     with contextlib.suppress(OSError):
         each.shutdown(socket.SHUT_RDWR)
-    each.close()
 
 
 @contextlib.contextmanager

@@ -1,14 +1,21 @@
 """The client of the API: a name that a user has put into an object leads to no other object."""
 
+import contextlib
 import json
-from collections.abc import Callable, Iterator
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from lightkube.generic_resource import create_global_resource
 
-from csi_driver.kube.client import Kube
-from csi_driver.kube.kinds import IMAGE, SECRET
-from csi_driver.model.errors import FailedPrecondition, InvalidArgument, Unavailable
+from csi_driver.kube import client
+from csi_driver.kube.client import Gone, Kube
+from csi_driver.kube.kinds import CLAIM, IMAGE, SECRET, Json, Kind
+from csi_driver.model.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unavailable
 
 NAMES = ["", "a/b", "../secrets", "a?b", "a#b", "a%2fb", "..", ".", "a b", "a\n", "-a", "a" * 254, "*"]
 
@@ -16,18 +23,23 @@ NAMES = ["", "a/b", "../secrets", "a?b", "a#b", "a%2fb", "..", ".", "a b", "a\n"
 @pytest.fixture
 def kube(tmp_path: Path) -> Iterator[Kube]:
     """A client of an API that nobody can reach: what it is asked for raises Unavailable."""
+    kube = kube_of(tmp_path, 1)
+    yield kube
+    kube.close()
+
+
+def kube_of(tmp_path: Path, port: int) -> Kube:
+    """A client of the API there."""
     config = {
         "apiVersion": "v1",
         "kind": "Config",
-        "clusters": [{"name": "c", "cluster": {"server": "http://127.0.0.1:1"}}],
+        "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{port}"}}],
         "users": [{"name": "u", "user": {"token": "t"}}],
         "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
         "current-context": "c",
     }
     (tmp_path / "kubeconfig").write_text(json.dumps(config))
-    kube = Kube.of(tmp_path / "kubeconfig")
-    yield kube
-    kube.close()
+    return Kube.of(tmp_path / "kubeconfig")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,3 +82,133 @@ def test_a_token_that_cannot_be_read_is_told_with_its_file(kube: Kube, tmp_path:
 def test_what_can_be_one_is(kube: Kube, name: str) -> None:
     with pytest.raises(Unavailable):
         kube.get(IMAGE, name)
+
+
+class WatchedApi(ThreadingHTTPServer):
+    """Answers each request with `code` and `pieces`; one that is `silent` says nothing behind them until the end."""
+
+    daemon_threads = True
+
+    def __init__(self, pieces: Sequence[bytes], code: int = 200, *, silent: bool = False) -> None:
+        super().__init__(("127.0.0.1", 0), _Answers)
+        self.pieces, self.code, self.silent = pieces, code, silent
+        self.asked: queue.Queue[str] = queue.Queue()
+        self.over = threading.Event()
+
+
+class _Answers(BaseHTTPRequestHandler):
+    server: WatchedApi
+
+    def do_GET(self) -> None:
+        self.server.asked.put(self.path)
+        self.send_response(self.server.code)
+        self.end_headers()
+        for piece in self.server.pieces:
+            self.wfile.write(piece)
+            self.wfile.flush()
+        if self.server.silent:
+            self.server.over.wait()
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[Callable[..., tuple[Kube, WatchedApi]]]:
+    """A client of such an API."""
+    made: list[tuple[Kube, WatchedApi]] = []
+
+    def make(*pieces: bytes, code: int = 200, silent: bool = False) -> tuple[Kube, WatchedApi]:
+        api = WatchedApi(pieces, code, silent=silent)
+        threading.Thread(target=api.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        made.append((kube_of(tmp_path, api.server_port), api))
+        return made[-1]
+
+    yield make
+    for kube, api in made:
+        api.over.set()
+        kube.close()
+        api.shutdown()
+        api.server_close()
+
+
+def event(what: str, thing: Json) -> bytes:
+    """A line of a watch; what JSON need not escape is as it is."""
+    return json.dumps({"type": what, "object": thing}, ensure_ascii=False).encode() + b"\n"
+
+
+A, B = ({"metadata": {"name": name, "resourceVersion": "2"}} for name in "ab")
+
+
+def test_a_watch_that_has_ended_is_not_begun_anew(watched: Callable[..., tuple[Kube, WatchedApi]]) -> None:
+    kube, api = watched(event("ADDED", A), event("BOOKMARK", A), event("DELETED", B))
+    told = list(kube.watch(CLAIM, "7", "here", labels={"x": "y", "z": ""}, fields={"metadata.name": "a"}))
+    assert told == [("ADDED", A), ("DELETED", B)]
+    asked = urlsplit(api.asked.get_nowait())
+    assert asked.path == "/api/v1/namespaces/here/persistentvolumeclaims"
+    assert parse_qs(asked.query) == {
+        "watch": ["true"], "resourceVersion": ["7"], "timeoutSeconds": ["540"], "allowWatchBookmarks": ["true"],
+        "labelSelector": ["x=y,z="], "fieldSelector": ["metadata.name=a"],
+    }  # fmt: skip
+    assert list(kube.watch(IMAGE, "7")) == told
+    assert urlsplit(api.asked.get_nowait()).path == "/apis/images.luks.csi.internal/v1alpha1/images"
+    assert api.asked.empty()
+
+
+def test_a_watch_that_says_nothing_any_more_ends(
+    watched: Callable[..., tuple[Kube, WatchedApi]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kube, api = watched(event("ADDED", A), silent=True)
+    monkeypatch.setattr(client, "_SILENT_SECONDS", 0.05)
+    assert list(kube.watch(IMAGE, "7")) in ([("ADDED", A)], [])  # none where that came late
+    assert api.asked.qsize() == 1
+
+
+def test_an_event_is_a_line_whatever_is_in_it(watched: Callable[..., tuple[Kube, WatchedApi]]) -> None:
+    thing = {"metadata": {"name": "a", "annotations": {"note": "next\x85line\u2028of\u2029these\x1e"}}}
+    line = event("ADDED", thing)
+    kube, _ = watched(line[:40], line[40:-1], b"\n" + event("MODIFIED", thing))
+    assert list(kube.watch(IMAGE, "7")) == [("ADDED", thing), ("MODIFIED", thing)]
+
+
+def status(code: int) -> Json:
+    """What the API says of an error."""
+    return {"kind": "Status", "status": "Failure", "message": "so it is", "code": code}
+
+
+def test_an_error_of_a_watch_is_told_as_it_was_meant(watched: Callable[..., tuple[Kube, WatchedApi]]) -> None:
+    kube, api = watched(event("ADDED", A), event("ERROR", status(410)))
+    with pytest.raises(Gone, match="so it is"):
+        list(kube.watch(IMAGE, "7"))
+    api.pieces, api.code = [json.dumps(status(403)).encode()], 403
+    with pytest.raises(PermissionDenied, match="so it is"):
+        list(kube.watch(IMAGE, "7"))
+    api.pieces, api.code = [b"<html>"], 502
+    with pytest.raises(Unavailable, match="502"):
+        list(kube.watch(IMAGE, "7"))
+    api.pieces, api.code = [b"<html>\n"], 200
+    with pytest.raises(Unavailable, match="cannot be reached for Image"):
+        list(kube.watch(IMAGE, "7"))
+
+
+def test_two_threads_may_be_the_first_to_ask_for_a_kind(kube: Kube, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lightkube lets one make a kind's class, and raises for the other."""
+    real, both, at_once = create_global_resource, threading.Barrier(2), [0]
+
+    def make(*words: str) -> object:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.2)
+            at_once[0] += 1
+        return real(*words)
+
+    def ask() -> None:
+        with pytest.raises(Unavailable):
+            kube.get(Kind("test.example", "v1", "Thing", "things"), "a")
+
+    monkeypatch.setattr(client, "create_global_resource", make)
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert at_once == [0]

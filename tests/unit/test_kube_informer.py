@@ -151,6 +151,46 @@ def test_an_own_write_is_seen_at_once_and_an_older_one_never(kube: FakeKube, inf
     assert names(informer) == {"a", "b"}
 
 
+def test_what_an_own_write_brought_with_it_is_told_by_the_next_listing(
+    kube: FakeKube, informer: Informer, told: Told
+) -> None:
+    """Somebody changes an object, its event is lost, and the answer of a write of ours has the change in it."""
+    informer.saw(thing("a", 3))
+    kube.things = [thing("a", 3), thing("b")]
+    kube.events.put(None)
+    assert told.next() == "a"
+    kube.events.put(None)
+    kube.events.put(("ADDED", thing("c", 4)))
+    assert told.next() == "c"  # and a once
+
+
+def test_an_event_tells_what_an_own_write_brought_with_it(kube: FakeKube, informer: Informer, told: Told) -> None:
+    informer.saw(thing("a", 3))
+    kube.events.put(("MODIFIED", thing("a", 3)))
+    assert told.next() == "a"
+    kube.things = [thing("a", 3), thing("b")]
+    kube.events.put(None)
+    kube.events.put(("ADDED", thing("c", 4)))
+    assert told.next() == "c"
+
+
+def test_an_object_that_cannot_be_looked_at_hides_no_other(kube: FakeKube, told: Told) -> None:
+    def look(changed: Json) -> None:
+        if name_of(changed) == "a":
+            raise KeyError("spec")
+
+    made = Informer(cast("Kube", kube), IMAGE, look)
+    made.tell_too(told)
+    made.start()
+    assert {told.next(), told.next()} == {"a", "b"}
+    kube.events.put(("MODIFIED", thing("a", 3)))
+    kube.events.put(("MODIFIED", thing("b", 4)))
+    assert [told.next(), told.next()] == ["a", "b"]
+    assert made.error == ""
+    made.ask_to_end()
+    kube.events.put(None)
+
+
 class Work:
     """Reconciles names as `answers` say, and tells which were looked at."""
 

@@ -1,6 +1,8 @@
 """The operator's look at one Image, where it has not yet seen what it has done itself."""
 
-from collections.abc import Iterator
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
@@ -167,3 +169,26 @@ def test_a_claim_that_names_somebody_elses_volume_exports_nothing(
     assert told is not None
     said = "the claim team/mine names the PersistentVolume pvc-others, which is not bound to it"
     assert told["status"]["message"].startswith(said) == (not is_its)
+
+
+def test_what_nodes_and_pods_tell_at_once_is_looked_at_by_one_after_the_other(
+    api: SilentApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the one that has seen less may be the last to keep what it saw, and a change back is none."""
+    kube = cast("Kube", api)
+    images = Images(kube, OperatorSettings(), Events(kube, "operator"))
+    real, both, at_once = images.nodes.all, threading.Barrier(2), [0]
+
+    def look() -> Sequence[Json]:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.2)
+            at_once[0] += 1
+        return real()
+
+    monkeypatch.setattr(images.nodes, "all", look)
+    threads = [threading.Thread(target=api.inform, args=(informer,)) for informer in (images.nodes, images.pods)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert at_once == [0]
