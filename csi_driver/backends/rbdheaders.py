@@ -2,6 +2,7 @@
 
 <folder>/<id>          the copy that is in the cluster, fetched
 <folder>/.<id>.before  what `restore-header` overwrites: `csi_driver.backends.base.kept_before`
+<folder>/.<id>.luks2.new  a copy on its way to the cluster
 """
 
 from pathlib import Path
@@ -49,7 +50,7 @@ class HeaderCopies:
 
     def keep(self, volume_id: str, fill: Fill) -> None:
         """Keep what `fill` writes, in place of an earlier copy."""
-        fresh = self._folder / f".{volume_id}.luks2.new"
+        fresh = self._fresh(volume_id)
         try:
             fill(str(fresh))
             self._logs.keep_header(self._access.pool(volume_id), volume_id, read_file(fresh))
@@ -60,4 +61,8 @@ class HeaderCopies:
     def drop(self, volume_id: str) -> None:
         """Remove this node's files of a volume that is gone."""
         self._files.remove(self._folder / volume_id)
+        self._files.remove(self._fresh(volume_id))
         drop_before(self.before(volume_id), self._files)
+
+    def _fresh(self, volume_id: str) -> Path:
+        return self._folder / f".{volume_id}.luks2.new"

@@ -8,10 +8,12 @@ an object with a U+0085 in it (findings/lightkube-watch-silent-connection.sh, fi
 
 import contextlib
 import functools
+import random
 import re
 import socket
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -25,7 +27,6 @@ from lightkube.models.authentication_v1 import TokenRequestSpec
 from lightkube.models.meta_v1 import ObjectMeta, Status
 from lightkube.resources.core_v1 import ServiceAccountToken
 from lightkube.types import PatchType
-from msgspec import Struct
 
 from csi_driver.host.syscalls import error_name
 from csi_driver.kube.kinds import Json, Kind
@@ -40,7 +41,7 @@ from csi_driver.model.errors import (
     PermissionDenied,
     Unavailable,
 )
-from csi_driver.model.reading import decode
+from csi_driver.model.reading import convert, decode
 from csi_driver.model.text import one_line
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ if TYPE_CHECKING:
 
 _SECONDS: Final = 20.0
 _ACCOUNT: Final = Kind("", "v1", "ServiceAccount", "serviceaccounts", namespaced=True)
-_WATCH_SECONDS: Final = 540
-"""How long one watch lasts."""
+_WATCH_SECONDS: Final = (300, 540)
+"""How long one watch lasts, drawn, so that not all list at once for ever when all have begun at once."""
 _SILENT_SECONDS: Final = 75.0
 """How long one may say nothing. About once a minute the API tells who has asked for it how far it is, where the kind
 has changed at all since the API server began (its BOOKMARK events)."""
@@ -60,19 +61,14 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,252}")
 """Of objects. lightkube puts a name into the path as it is: a / in one, which an object of a user may name, would lead
 to another object."""
 
-# A watch may be silent for minutes. The kernel asks after half a minute, and gives the connection up one later.
-_KEPT_ALIVE: Final = (
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
-    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 90_000),
-)
+# What lies between forgets a connection on which nothing comes: the kernel asks after half a minute.
+_KEPT_ALIVE: Final = ((socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30))
 
 
-class _Event(Struct):
+@dataclass(frozen=True)
+class _Event:
     type: str
-    object: Json
+    object: Json = field(repr=False)
 
 
 class Gone(Aborted):
@@ -96,6 +92,7 @@ class Kube:
         self._client: Any = Client(
             config=config, timeout=httpx2.Timeout(_SECONDS), trust_env=False, transport=transport
         )
+        decode(b"{}", Status)  # by one thread: see `csi_driver.model.reading`
         self._watching = httpx2.Client(
             base_url=config.cluster.server, auth=user_auth(config.user), transport=transport, trust_env=False
         )
@@ -160,8 +157,9 @@ class Kube:
         Raises Gone when `version` is too old.
         """
         within = _within(kind, namespace or ALL_NS)
+        seconds = random.randint(*_WATCH_SECONDS)  # noqa: S311 - it is no secret
         asked = {
-            "watch": "true", "resourceVersion": version, "timeoutSeconds": str(_WATCH_SECONDS),
+            "watch": "true", "resourceVersion": version, "timeoutSeconds": str(seconds),
             "allowWatchBookmarks": "true", "labelSelector": _selector(labels), "fieldSelector": _selector(fields),
         }  # fmt: skip
         events = self._events(_path(kind, within.get("namespace", ALL_NS)), {k: v for k, v in asked.items() if v})
@@ -180,14 +178,16 @@ class Kube:
             self._watching.stream("GET", path, params=asked, timeout=limit) as answer,
         ):
             _check_answer(answer)
-            rest = b""
+            begun: list[bytes] = []
             for piece in answer.iter_bytes():
-                *lines, rest = (rest + piece).split(b"\n")
-                for line in lines:
-                    event = decode(line, _Event)
+                *ends, rest = piece.split(b"\n")
+                for end in ends:
+                    event = decode(b"".join((*begun, end)), _Event)
+                    begun.clear()
                     if event.type == "ERROR":
-                        raise ApiError(status=cast("Status", Status.from_dict(event.object)))
+                        raise ApiError(status=convert(event.object, Status))
                     yield event
+                begun.append(rest)
 
     def create(self, kind: Kind, thing: Json, namespace: str = "", *, dry_run: bool = False) -> Json:
         """Make an object, or with `dry_run` do all but that; what came of it.
@@ -259,7 +259,7 @@ class Kube:
         return user.token if user is not None else None
 
     def close(self) -> None:
-        """Close the connections; watches end."""
+        """Close the connections; a watch ends at the latest when it has been silent for too long."""
         self._watching.close()
         self._client.close()
 
@@ -269,13 +269,18 @@ class Kube:
 
 def _told(ask: Any, kind: Kind, name: str) -> Any:
     """The answer; its errors as ours."""
+    what = f"{kind} {name}".strip()
     try:
         return ask()
     except ApiError as error:
         raise _refused(error, kind, name) from None
-    except (httpx2.HTTPError, httpx2.StreamError, OSError, msgspec.DecodeError) as error:
+    except (httpx2.HTTPError, httpx2.StreamError, OSError) as error:
         raise Unavailable(
-            f"the Kubernetes API cannot be reached for {kind} {name} ({one_line(str(error), 200)}); it is tried again"
+            f"the Kubernetes API cannot be reached for {what} ({one_line(str(error), 200)}); it is tried again"
+        ) from None
+    except msgspec.DecodeError as error:
+        raise Unavailable(
+            f"the Kubernetes API has sent for {what} what cannot be read ({error}); it is tried again"
         ) from None
     except ConfigError as error:
         raise FailedPrecondition(f"no credentials for the Kubernetes API ({one_line(str(error), 200)})") from None

@@ -103,17 +103,17 @@ class Informer:
                 self._replace([self._kept(thing) for thing in things])
                 self._error = ""
                 self._synced.set()
-                wait = _FIRST_SECONDS
                 told = False
                 for event, thing in self._kube.watch(self.kind, version, **self._where):  # type: ignore[arg-type]
                     if self._end.is_set():
                         return
                     self._put(event, self._kept(thing))
                     told = True
+                wait = _FIRST_SECONDS
                 if not told:  # who ends each watch at once (a proxy, say) is not asked again and again
-                    self._end.wait(_FIRST_SECONDS)
+                    self._end.wait(wait)
             except Gone:
-                continue
+                self._end.wait(_FIRST_SECONDS)
             except DriverError as error:
                 if self._end.is_set():
                     return
@@ -131,6 +131,10 @@ class Informer:
         with self._guard:
             before, self._things = self._things, there
             own, self._own = self._own, set()
+            for key in own & there.keys():
+                if _version(before[key]) > _version(there[key]):  # written since it was listed: its event is to come
+                    there[key] = before[key]
+                    self._own.add(key)
         for key, thing in there.items():
             known = before.pop(key, None)
             if known is None or _version(known) != _version(thing) or key in own:

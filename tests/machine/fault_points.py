@@ -67,7 +67,7 @@ class Point:
     """The n-th use of a seam within a call of a scenario.
 
     `depth` counts the steps around it. `seconds` is what it took when it was recorded. `again` says that another kind
-    of volume has it too: then what differs is what follows it.
+    of volume, encrypted as this one is or not, has it too: then what differs is what follows it.
     """
 
     scenario: str
@@ -208,8 +208,9 @@ def die_amid(delay: float, function: Callable[P, R], /, *args: P.args, **kwargs:
 
     By SIGALRM, which kills as well: a thread would keep what is run from ending with the worker (`run_program`).
     """
-    signal.setitimer(signal.ITIMER_REAL, max(delay, _SOON))
+    set_timer = signal.setitimer
     with mock.patch.object(signal, "setitimer"):  # there is one timer, and `librados.answer` would take it
+        set_timer(signal.ITIMER_REAL, max(delay, _SOON))
         function(*args, **kwargs)
         time.sleep(_FOREVER)
     raise AssertionError("the timer did not kill this process")

@@ -6,8 +6,9 @@ succeed when repeated, data is not what was written, or something was formatted 
 kernel shows more than before.
 
 SEED and COUNT choose: COUNT of the points, drawn with SEED; all by default. FROM is the case to begin with, where an
-earlier run was ended. BACKEND is loopfile, a volume group's lvm-thick or lvm-thin, rbd by `tests.backends.on_ceph`, or
-csi over a played cluster; only on loopfile there are volumes from images. On rbd a case takes ten seconds in a guest.
+earlier run with the same SEED was ended. BACKEND is loopfile, a volume group's lvm-thick or lvm-thin, rbd by
+`tests.backends.on_ceph`, or csi over a played cluster; only on loopfile there are volumes from images. On rbd a case
+takes ten seconds in a guest.
 """
 
 import gc
@@ -116,7 +117,7 @@ class Lab:
         """The points of each scenario, from a run in which nothing fails. Raises Lost."""
         points: list[Point] = []
         seen: set[tuple[str, ...]] = set()
-        had: set[tuple[str, str, int]] = set()
+        had: set[tuple[bool, str, str, int, bool]] = set()
         # What is done once, for all volumes or by a server, is no step: a case has the server of the one before.
         self._live(scenarios[0])
         for scenario in scenarios:
@@ -129,6 +130,10 @@ class Lab:
                     continue
                 seen.add((call, *seams))
                 seconds = {(end.seam, end.nth): end.seconds for end in outcome.ended}
+                # On loopfile, where a case is quick, each kind of volume is tried in full.
+                names = {
+                    step: (scenario.encrypted, call, step.seam, step.nth, bool(step.depth)) for step in outcome.steps
+                }
                 points += [
                     Point(
                         scenario.name,
@@ -137,14 +142,13 @@ class Lab:
                         step.nth,
                         step.depth,
                         seconds.get((step.seam, step.nth), 0.0),
-                        # On loopfile, where a case is quick, each kind of volume is tried in full.
-                        again=not self._below.makes_from_file and (call, step.seam, step.nth) in had,
+                        again=not self._below.makes_from_file and name in had,
                     )
-                    for step in outcome.steps
+                    for step, name in names.items()
                     if step.nth == 1 or step.seam != _AS_MANY_AS_THERE_ARE
                 ]
-                had |= {(call, step.seam, step.nth) for step in outcome.steps}
-        return points
+                had |= {*names.values()}
+        return [point for point in points if point.kinds]
 
     def _live(self, scenario: Scenario) -> list[tuple[str, Outcome]]:
         """A whole life in which nothing fails."""
@@ -345,7 +349,7 @@ def cases_of(points: Sequence[Point], drawn: Sequence[Point] | None = None) -> l
 
 def main() -> int:
     seed = int(os.environ.get("SEED") or time.time_ns() % 100_000)
-    count, first = int(os.environ.get("COUNT") or 0), int(os.environ.get("FROM") or 1)
+    count, first = int(os.environ.get("COUNT") or 0), max(1, int(os.environ.get("FROM") or 1))
     backend, started = chosen("rbd", "csi"), time.monotonic()
     with lab(seed=seed, backend=backend) as tried:
         points = tried.record()

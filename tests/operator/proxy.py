@@ -40,10 +40,9 @@ class Proxy:
     def close(self) -> None:
         self.cut()
         _end(self._listening)
-        self._listening.close()
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):
+        with self._listening, contextlib.suppress(OSError):
             while True:
                 here, _ = self._listening.accept()
                 threading.Thread(target=self._carry, args=(here,), daemon=True).start()

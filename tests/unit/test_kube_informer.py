@@ -140,6 +140,20 @@ def test_a_watch_that_ends_without_a_word_is_not_begun_anew_at_once(
     kube.events.put(None)
 
 
+def test_a_watch_that_is_refused_again_and_again_is_asked_for_less_often(
+    kube: FakeKube, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, pauses = Informer(cast("Kube", kube), IMAGE), Pauses()
+    monkeypatch.setattr(made, "_end", pauses)
+    made.start()
+    refused = Unavailable("no watch here, though it can be listed")
+    for event in (refused, refused, refused, ("ADDED", thing("c", 2)), None, refused, Gone("too old")):
+        kube.events.put(event)
+    assert [pauses.asked.get(timeout=_SECONDS) for _ in range(5)] == [0.5, 1.0, 2.0, 0.5, 0.5]
+    made.ask_to_end()
+    kube.events.put(None)
+
+
 def test_an_own_write_is_seen_at_once_and_an_older_one_never(kube: FakeKube, informer: Informer, told: Told) -> None:
     informer.saw(thing("a", 5))
     kube.events.put(("MODIFIED", thing("a", 3)))  # of before that write
@@ -162,6 +176,17 @@ def test_what_an_own_write_brought_with_it_is_told_by_the_next_listing(
     kube.events.put(None)
     kube.events.put(("ADDED", thing("c", 4)))
     assert told.next() == "c"  # and a once
+
+
+def test_a_listing_that_is_older_than_an_own_write_takes_nothing_back(
+    kube: FakeKube, informer: Informer, told: Told
+) -> None:
+    informer.saw(thing("a", 3))  # while it was on its way
+    kube.events.put(None)
+    assert told.next() == "a"
+    assert informer.get("a") == thing("a", 3)
+    kube.events.put(("MODIFIED", thing("a", 3)))
+    assert told.next() == "a"
 
 
 def test_an_event_tells_what_an_own_write_brought_with_it(kube: FakeKube, informer: Informer, told: Told) -> None:
