@@ -86,6 +86,11 @@ class Result:
     lost: dict[str, str] = field(default_factory=dict)
     leaked: dict[str, str] = field(default_factory=dict)
 
+    def tell(self, what: str, case: Case, found: str) -> None:
+        """Keep and print that a case has `lost` or `leaked` something, before anything is put in order behind it."""
+        (self.lost if what == "lost" else self.leaked)[str(case)] = found
+        print(f"{what}: {case}: {found}", file=sys.stderr, flush=True)
+
 
 class Lab:
     """A folder with a state directory, the running server, and the cases tried on them."""
@@ -167,12 +172,8 @@ class Lab:
             result.kills += case.kind.kills_server or case.kind is Kind.WORKER
             self._busy = False
             self._shut_gate()
-            lost, leaked = self._try(case)
+            self._try(case, result)
             result.busy += self._busy and case.kind is Kind.DURING
-            for kind, told, found in (("lost", result.lost, lost), ("leaked", result.leaked, leaked)):
-                if found:
-                    told[str(case)] = found
-                    print(f"{kind}: {case}: {found}", file=sys.stderr, flush=True)
         return result
 
     def close(self) -> None:
@@ -181,7 +182,7 @@ class Lab:
         self._renew()
         settled(lambda: orphans(self._known))
 
-    def _try(self, case: Case) -> tuple[str, str]:
+    def _try(self, case: Case, result: Result) -> None:
         scenario = next(scenario for scenario in SCENARIOS if scenario.name == case.point.scenario)
         life = Life(scenario, self._folder, self._below)
         inherits = "create" not in life.around(case.point.call)
@@ -191,26 +192,26 @@ class Lab:
             life = Life(scenario, self._folder, self._below)
         self._server()
         before = Facts.now(self._state)
-        if inherits and self._below.makes_from_file:
-            life.inherit()
-        elif inherits:
-            self._begin(life)
-        lost, leaked = "", []
         try:
+            if inherits and self._below.makes_from_file:
+                life.inherit()
+            elif inherits:
+                self._begin(life)
             leaked = self._drive(life, case)
         except Lost as broken:
-            lost = str(broken)
+            result.tell("lost", case, str(broken))
         except Exception as unforeseen:  # noqa: BLE001 - of one case, and the others are to be tried
-            lost = f"{type(unforeseen).__name__}: {unforeseen}"
+            result.tell("lost", case, f"{type(unforeseen).__name__}: {unforeseen}")
         else:
             leaked += leaked_since(before, self._state)
             leaked += settled(lambda: orphans(self._known | {self._server().pid}))
-        if lost or leaked:
+            if leaked:
+                result.tell("leaked", case, "; ".join(leaked))
+        if str(case) in result.lost or str(case) in result.leaked:
             self.close()
             clear(before, self._state)
             self._below.clear()
         life.end()
-        return lost, "; ".join(leaked)
 
     def _begin(self, life: Life) -> None:
         """A volume that was staged once."""
