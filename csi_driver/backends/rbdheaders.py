@@ -1,8 +1,8 @@
 """Copies of LUKS2 headers, which are kept beside the images, as files of this node for those who read them by a path.
 
-<folder>/<id>          the copy that is in the cluster, fetched
-<folder>/.<id>.before  what `restore-header` overwrites: `csi_driver.backends.base.kept_before`
-<folder>/.<id>.luks2.new  a copy on its way to the cluster
+<folder>/<id>             the copy that is in the cluster, fetched
+<folder>/.<id>.luks2.new  one on its way there
+<folder>/.<id>.before     what `restore-header` overwrites: `csi_driver.backends.base.kept_before`
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The client of the API: a name that a user has put into an object leads to no other object."""
+"""The client of the API: a user's name for an object leads to no other one, and a watch ends, whatever comes."""
 
 import contextlib
 import json
