@@ -101,7 +101,8 @@ class FakePool(CephPool):
         self.step("after create")
 
     def resize(self, image: str, size: int) -> None:
-        self.images[image].size = size
+        self.step("before resize")
+        self.images[image].size = max(size, self.images[image].size)
 
     def remove(self, image: str, seconds: float, only: str | None = None) -> None:
         self.step("before rm")

@@ -88,9 +88,16 @@ def make(session: Session, where: Where, image: str, size: int, features: Sequen
 
 
 def resize(session: Session, where: Where, image: str, size: int) -> None:
-    """Give it `size` bytes; where it is mapped that is seen when this returns."""
+    """Give it `size` bytes; where it is mapped that is seen when this returns.
+
+    It is never made shorter, whoever has lengthened it meanwhile: librbd looks when it alone may change the image.
+    """
+    found = c_uint64()
     with _opened(session, where, image, writable=True) as opened:
-        check(library().rbd_resize(opened, size))
+        code = library().rbd_resize2(opened, size, _MAY_SHRINK, _Progress(lambda *_: 0), None)
+        check(library().rbd_get_size(opened, byref(found)))
+    if found.value < size:
+        check(code)
 
 
 def remove(session: Session, where: Where, image: str, only: str | None = None) -> None:
@@ -205,6 +212,8 @@ def _opened(session: Session, where: Where, name: str, *, writable: bool = False
 
 
 _Extent = ctypes.CFUNCTYPE(c_int, c_uint64, c_size_t, c_int, c_void_p)
+_Progress = ctypes.CFUNCTYPE(c_int, c_uint64, c_uint64, c_void_p)  # librbd calls it without a look whether it is one
+_MAY_SHRINK: Final = 0
 
 
 class _Watcher(ctypes.Structure):
@@ -261,7 +270,7 @@ def _declare(rbd: ctypes.CDLL) -> None:
     # Of those that take a number: without it one is passed as a C int.
     rbd.rbd_image_options_set_uint64.argtypes = (c_void_p, c_int, c_uint64)
     rbd.rbd_create4.argtypes = (c_void_p, c_char_p, c_uint64, c_void_p)
-    rbd.rbd_resize.argtypes = (c_void_p, c_uint64)
+    rbd.rbd_resize2.argtypes = (c_void_p, c_uint64, c_ubyte, _Progress, c_void_p)
     rbd.rbd_get_id.argtypes = (c_void_p, c_char_p, c_size_t)
     rbd.rbd_metadata_list.argtypes = (c_void_p, c_char_p, c_uint64, c_char_p, c_void_p, c_char_p, c_void_p)
     rbd.rbd_diff_iterate2.argtypes = (c_void_p, c_char_p, c_uint64, c_uint64, c_ubyte, c_ubyte, _Extent, c_void_p)

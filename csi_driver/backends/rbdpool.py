@@ -127,7 +127,7 @@ class CephPool:
         self._ask(f"rbd create {self._spec(image)}", librbd.make, self._where, image, size, features, data_pool)
 
     def resize(self, image: str, size: int) -> None:
-        """Give it `size` bytes; where it is mapped that is seen when this returns."""
+        """Give it `size` bytes; one that is longer stays so. Where it is mapped that is seen when this returns."""
         self._ask(f"rbd resize {self._spec(image)}", librbd.resize, self._where, image, size)
 
     def remove(self, image: str, seconds: float, only: str | None = None) -> None:

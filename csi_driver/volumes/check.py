@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
 
-from csi_driver.backends.base import Backend
+from csi_driver.backends.base import Backend, refuse_many_nodes
 from csi_driver.host.commands import Commands, Completed
 from csi_driver.host.fshealth import carries_error_flag
 from csi_driver.host.handle import Handle
@@ -77,10 +77,11 @@ class Checking:
         """Open the volume, run its file system's own check, mend if `repair`, and close it again.
 
         Each program may take `seconds`. Whether it was mended a second check says. Raises NotFound, DeviceInUse (it is
-        staged or open), FailedPrecondition (nothing was formatted or made in it yet, or no file system is known in it),
-        Unauthenticated, DeadlineExceeded, and what opening it raises.
+        staged or open, or several nodes have it), FailedPrecondition (nothing was formatted or made in it yet, or no
+        file system is known in it), Unauthenticated, DeadlineExceeded, and what opening it raises.
         """
         record = self._backend.get(volume_id)
+        refuse_many_nodes(self._backend, volume_id)
         self._presences.refuse_others(volume_id)
         _refuse_open(self._presences.of(volume_id, record))
         _refuse_unmade(record)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from csi_driver.backends.base import Backend, kept_before, next_before
+from csi_driver.backends.base import Backend, kept_before, next_before, refuse_many_nodes
 from csi_driver.backends.loopfile import half_beside
 from csi_driver.host import blockdev
 from csi_driver.host.handle import Handle, open_handle
@@ -66,13 +66,14 @@ class Recovery:
         """Write that copy of a volume's header back to it; where the header is that was there, if that was one.
 
         The volume's key, of its KMS or `secret`'s passphrase, must open the copy, unless it is written by `force`.
-        Raises DeviceInUse while it is open, FailedPrecondition for a volume that was never formatted or a passphrase
-        that is not given, Unauthenticated, and where the copy is not of this very volume: ForeignSignature,
-        InvalidHeader, DeviceBlank; DeviceShort; what a KMS raises.
+        Raises DeviceInUse while it is open or several nodes have it, FailedPrecondition for a volume that was never
+        formatted or a passphrase that is not given, Unauthenticated, and where the copy is not of this very volume:
+        ForeignSignature, InvalidHeader, DeviceBlank; DeviceShort; what a KMS raises.
         """
         record = self._backend.get(volume_id)
         if record.encryption is not EncryptionState.ENCRYPTED or record.luks is None:
             raise FailedPrecondition(f"volume {volume_id} was never formatted, so it has no header to restore")
+        refuse_many_nodes(self._backend, volume_id)
         self._presences.refuse_others(volume_id)
         if self._presences.of(volume_id, record).is_open:
             raise DeviceInUse(f"volume {volume_id} is open; unstage it before its header is restored")

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import msgspec
 
-from csi_driver.backends.base import Backend
+from csi_driver.backends.base import Backend, refuse_many_nodes
 from csi_driver.host.handle import Handle
 from csi_driver.host.log import log
 from csi_driver.host.workers import Workers
@@ -284,6 +284,7 @@ class Rekeying:
         if record.encryption is not EncryptionState.ENCRYPTED:
             raise FailedPrecondition(f"volume {volume_id} was never staged, so it has no key slot yet; stage it first")
         refuse_away(record)
+        refuse_many_nodes(self._backend, volume_id)  # each would write the header, and neither knows of the other
         if record.conversion is not None:
             raise FailedPrecondition(
                 f"volume {volume_id} is being moved to another volume key; let luks-csi volume reencrypt {volume_id} "

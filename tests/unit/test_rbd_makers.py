@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
+import msgspec
 import pytest
 
 from csi_driver.backends.librbd import Image
@@ -20,13 +21,20 @@ from csi_driver.backends.records import RecordCodec
 from csi_driver.host.files import Files
 from csi_driver.host.krbd import MappedImages
 from csi_driver.host.workers import Workers
-from csi_driver.model.errors import Aborted, CommandFailed, DeviceAbsent, FailedPrecondition
-from csi_driver.model.volume import VolumeParameters, VolumeRecord
+from csi_driver.keys.secret import SecretKey
+from csi_driver.model.errors import Aborted, CommandFailed, DeviceAbsent, DeviceInUse, FailedPrecondition
+from csi_driver.model.settings import Limits
+from csi_driver.model.volume import EncryptionState, LuksIdentity, VolumeParameters, VolumeRecord
+from csi_driver.volumes.check import Checking
+from csi_driver.volumes.recovery import Recovery
+from csi_driver.volumes.rekey import Rekeying
+from csi_driver.volumes.sizing import grow_device
 from tests.ceph_fakes import PLACE, FakePool
 
 MIB = 1 << 20
 ID = PLACE.id_for("pvc-1")
 IMAGE = image_name(ID)
+LUKS = LuksIdentity(uuid="u", cipher="aes-xts-plain64", key_bits=512, sector_size=512, data_offset=MIB)
 RECORD = VolumeRecord(id=ID, name="pvc-1", capacity_bytes=MIB, parameters=VolumeParameters(), created="now")
 
 
@@ -211,3 +219,41 @@ def test_a_volume_whose_pool_goes_is_not_told_as_one_that_is_not_there(
     one.create(RECORD, MIB)
     with pytest.raises(DeviceAbsent, match="the map of an object"):
         one.attach(ID, lasting=True)
+
+
+def test_a_growth_that_comes_late_makes_nothing_shorter(pool: Pool, controller: Callable[[str], RbdBackend]) -> None:
+    """A controller that stood still between its look and its call, while another one has grown the volume further."""
+    one, other = controller("one"), controller("other")
+    record = one.create(RECORD, MIB)
+    pool.at("before resize", lambda: grow_device(other, record, 3 * MIB, 0))
+    with pytest.raises(Aborted):
+        grow_device(one, record, 2 * MIB, 0)
+    assert (pool.images[IMAGE].size, other.get(ID).capacity_bytes) == (3 * MIB, 3 * MIB)
+
+
+def check(backend: RbdBackend) -> None:
+    make: Any = Checking
+    make(backend, *[None] * 8, Limits()).check(ID, SecretKey(None), repair=True, seconds=1)
+
+
+def restore_header(backend: RbdBackend) -> None:
+    make: Any = Recovery
+    make(backend, *[None] * 6, Limits()).restore_header(ID, Path("/copy"), SecretKey(None), force=True)
+
+
+def rotate(backend: RbdBackend) -> None:
+    make: Any = Rekeying
+    make(backend, *[None] * 4).rotate(ID, SecretKey(None), None)
+
+
+@pytest.mark.parametrize("act", [check, restore_header, rotate])
+def test_what_two_nodes_have_is_neither_mended_nor_given_another_header(
+    controller: Callable[[str], RbdBackend], act: Callable[[RbdBackend], None]
+) -> None:
+    """A virtual machine may write on the one where the other one sees a closed volume, as in a live migration."""
+    backend = controller("one")
+    backend.create(msgspec.structs.replace(RECORD, encryption=EncryptionState.ENCRYPTED, luks=LUKS), MIB)
+    for node in ("a", "b"):
+        backend.publish(ID, node, many_nodes=True)
+    with pytest.raises(DeviceInUse, match=f"^volume {ID} is left as it is: it was given to the nodes a and b, "):
+        act(backend)
