@@ -222,8 +222,7 @@ def _left_told(driver: Driver) -> list[str]:
 
 
 def _left(driver: Driver) -> list[KeyEntry]:
-    """Of all volumes; one record that cannot be read might name any of them."""
-    return driver.keys.left([driver.backend.get(each) for each in driver.backend.ids()])
+    return driver.keys.left(driver.backend)
 
 
 def _leftover(entry: KeyEntry) -> dict[str, str]:

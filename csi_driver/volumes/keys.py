@@ -1,18 +1,19 @@
 """Which passphrase opens a volume: that of the secret that came with the call, or its own from a KMS."""
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Final
 
 import msgspec
 
+from csi_driver.backends.base import Backend
 from csi_driver.host.log import log
 from csi_driver.keys.base import KeyRequest
 from csi_driver.keys.ledger import KeyEntry, KeyLedger
 from csi_driver.keys.secret import PREVIOUS, SecretKey, require_passphrase
 from csi_driver.keys.sources import GENERATED, KeySources
-from csi_driver.model.errors import Aborted, DeadlineExceeded, DriverError, Unauthenticated
+from csi_driver.model.errors import Aborted, DeadlineExceeded, DriverError, NotFound, Unauthenticated
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import KeyTrail, VolumeParameters, VolumeRecord
 
@@ -175,9 +176,9 @@ class VolumeKeys:
         for name in _names(record):
             self._ledger.forget(name)
 
-    def left(self, records: Iterable[VolumeRecord]) -> list[KeyEntry]:
+    def left(self, backend: Backend) -> list[KeyEntry]:
         """As `left_keys`."""
-        return left_keys(self._ledger, records)
+        return left_keys(self._ledger, backend)
 
     def _forget(self, entry: KeyEntry, purpose: str, *, noted: bool = False) -> bool:
         """Whether the KMS has forgotten it."""
@@ -208,13 +209,25 @@ def previous_tried() -> Iterator[None]:
         raise Unauthenticated(f"{error}; its {PREVIOUS} was tried too and opens none either") from None
 
 
-def left_keys(ledger: KeyLedger, records: Iterable[VolumeRecord]) -> list[KeyEntry]:
-    """The keys that a KMS keeps for nothing: the ledger's, but for those that one of `records`, of all volumes, names.
+def left_keys(ledger: KeyLedger, backend: Backend) -> list[KeyEntry]:
+    """The keys that a KMS keeps for nothing: the ledger's, but for those that the record of a volume names.
 
-    One of a volume that is being made at this moment is among them.
+    One of a volume that is being made at this moment is among them. Raises what `Backend.get` does, as a record that
+    cannot be read might name any. A node of storage that others share lists the volumes that are attached there: of
+    another one the record is asked for, and where that cannot be read no key of it counts as left.
     """
-    named = {name for record in records for name in _names(record)}
-    return [entry for entry in ledger.entries() if entry.key.name not in named]
+    listed = frozenset(backend.ids())
+    named = {name for volume_id in listed for name in _names(backend.get(volume_id))}
+
+    def is_left(entry: KeyEntry) -> bool:
+        if entry.key.name in named:
+            return False
+        try:
+            return entry.volume in listed or entry.key.name not in _names(backend.get(entry.volume))
+        except DriverError as error:
+            return type(error) is NotFound  # its subclasses miss something else than the volume, a pool say
+
+    return [entry for entry in ledger.entries() if is_left(entry)]
 
 
 def shares_key(record: VolumeRecord) -> bool:

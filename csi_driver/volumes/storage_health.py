@@ -134,7 +134,7 @@ class StorageHealth:
                     f"{' and others' * (len(cut) > 5)}; stage the volume with the secret that it has, or end it by "
                     f"luks-csi keys rotate"
                 )
-            if left := left_keys(KeyLedger(self._settings.state_dir, Files()), records):
+            if left := left_keys(KeyLedger(self._settings.state_dir, Files()), self._backend):
                 raise FailedPrecondition(
                     f"a KMS keeps {len(left)} keys for nothing; look at them with `luks-csi keys leftovers`"
                 )

@@ -4,16 +4,19 @@ import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
 
+from csi_driver.backends.rbderrors import CephMissing
 from csi_driver.host.files import Files
 from csi_driver.keys.base import Announce, nobody
 from csi_driver.keys.ledger import KeyEntry, KeyLedger
 from csi_driver.keys.secret import SecretKey, read_secret
 from csi_driver.keys.sources import GENERATED
-from csi_driver.model.errors import Aborted, DriverError, FailedPrecondition, ResourceExhausted, Unavailable
+from csi_driver.model.errors import Aborted, DriverError, FailedPrecondition, NotFound, ResourceExhausted, Unavailable
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import KeyTrail, Rekey, RekeyPhase, VolumeParameters, VolumeRecord
 from csi_driver.volumes.keys import VolumeKeys
@@ -99,7 +102,19 @@ def destroy(keys: VolumeKeys, entries: Iterable[KeyEntry]) -> None:
 
 
 def left(keys: VolumeKeys, *records: VolumeRecord) -> list[str]:
-    return [entry.key.name for entry in keys.left(records)]
+    return [entry.key.name for entry in keys.left(having(*records))]
+
+
+def having(*records: VolumeRecord) -> Any:
+    """A backend with these volumes."""
+    found = {record.id: record for record in records}
+
+    def get(volume_id: str) -> VolumeRecord:
+        if volume_id not in found:
+            raise NotFound(f"there is no volume {volume_id}")
+        return found[volume_id]
+
+    return SimpleNamespace(ids=lambda: list(found), get=get)
 
 
 def test_a_volumes_own_key_goes_with_it_and_a_foreign_or_retained_one_does_not(keys: VolumeKeys, kept: Kept) -> None:
@@ -140,9 +155,35 @@ def test_the_key_of_a_volume_that_could_not_be_made_goes(keys: VolumeKeys, kept:
     assert (failed in kept.names) is down
     assert left(keys) == [failed] * down
     assert make(keys) != failed  # the one of another call, whatever it was that failed
-    destroy(keys, keys.left([]))
+    destroy(keys, keys.left(having()))
     assert failed not in kept.names
     assert left(keys) == []
+
+
+@pytest.mark.parametrize(
+    ("found", "is_left"),
+    [
+        (msgspec.structs.replace(RECORD, key=None), True),
+        (NotFound("there is no volume pvc-1"), True),
+        (RECORD, False),
+        (CephMissing("the pool is gone"), False),
+        (Unavailable("nobody answers"), False),
+    ],
+    ids=["names another", "gone", "names it", "pool gone", "silent"],
+)
+def test_a_volume_that_is_on_another_node_is_asked_for_before_its_key_counts_as_left(
+    keys: VolumeKeys, found: VolumeRecord | DriverError, *, is_left: bool
+) -> None:
+    """A node of shared storage lists only the volumes that it has; its ledger names keys of others."""
+    keys.leave("pvc-1", RECORD)
+
+    def get(_: str) -> VolumeRecord:
+        if isinstance(found, DriverError):
+            raise found
+        return found
+
+    elsewhere: Any = SimpleNamespace(ids=list, get=get)
+    assert [entry.key.name for entry in keys.left(elsewhere)] == [OWN.name] * is_left
 
 
 def test_a_key_that_a_record_names_is_never_taken_for_left(keys: VolumeKeys, kept: Kept) -> None:
@@ -183,7 +224,7 @@ def test_a_kms_that_is_down_leaves_the_name_of_what_it_keeps(keys: VolumeKeys, k
     destroy(keys, keys.leave("pvc-1", RECORD))
     assert left(keys) == [OWN.name]
     kept.down = None
-    destroy(keys, keys.left([]))
+    destroy(keys, keys.left(having()))
     assert OWN.name not in kept.names
 
 
