@@ -89,7 +89,7 @@ class Moves:
             _refuse_coming(source)
             if source.move is not None:
                 _refuse_elsewhere(source, there)
-                if source.move.phase is MovePhase.LEFT and target is not None and target.move is None:
+                if source.move.phase is MovePhase.LEFT and target is not None and not self._is_of(target, source):
                     raise FailedPrecondition(
                         f"volume {volume_id} was moved to {there.state_dir} and may have been used there since; move "
                         f"it back from there"

@@ -180,7 +180,7 @@ class World:
         self.step.left = None
         self.loops.end_of_process()
 
-    def move(self, *, undo: bool = False) -> VolumeRecord:
+    def move(self, *, undo: bool = False, keep: bool = False) -> VolumeRecord:
         """The command."""
         here, there = (
             self.place(backend, name) for backend, name in ((self.source, "files"), (self.ceph(), "ceph-node-1"))
@@ -188,8 +188,7 @@ class World:
         moves = Moves(here, InlineWorkers(self.step), no_kms(), Limits(), MIB)
         if undo:
             return moves.undo(VOLUME, there, CLASS)
-
-        return moves.move(MoveRequest(VOLUME, CLASS), there, Onlooker(Shown()))
+        return moves.move(MoveRequest(VOLUME, CLASS, keep=keep), there, Onlooker(Shown()))
 
     def place(self, backend: Backend, name: str) -> Place:
         nothing = SimpleNamespace(stage=None, mapping=None, mounts=(), nodes=())
@@ -305,6 +304,20 @@ def test_it_is_given_up_or_is_there_already(tmp_path: Path) -> None:
         assert world.uses(world.source, VOLUME), step
         assert not world.pool.images, step
         assert not world.pool.mapped, step
+
+
+@pytest.mark.parametrize("phase", [None, MovePhase.LEAVING, MovePhase.LEFT])
+def test_a_move_is_not_given_up_when_the_volume_was_used_over_there_or_moved_on(
+    tmp_path: Path, phase: MovePhase | None
+) -> None:
+    """The copy that was kept here would count again, and its deletion would destroy the key of the volume."""
+    world = World(tmp_path)
+    world.move(keep=True)
+    onward = Move(phase=phase, id="onward", other="/elsewhere", volume_id=VOLUME) if phase else None
+    world.ceph().update(msgspec.structs.replace(world.ceph().get(FAR), move=onward))
+    with pytest.raises(FailedPrecondition, match="may have been used there since; move it back from there"):
+        world.move(undo=True)
+    assert not world.uses(world.source, VOLUME)
 
 
 def test_what_is_deleted_in_ceph_meanwhile_is_here_still(tmp_path: Path) -> None:
