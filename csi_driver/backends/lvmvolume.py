@@ -183,8 +183,12 @@ class GroupVolumes:
                 state = self.clear(volume_id, folder, state, device, unseen)
                 self._group.retag(found.name, f"{UNSEEN_TAG}{unseen}", None)
             self.write(folder, msgspec.structs.replace(state, settled=True))
-        size = blockdev.size_bytes(device.fd)
-        if is_plain and state.clear is not None and state.clear < size:
+        if is_plain:
+            self.refuse_unclear(volume_id, state, blockdev.size_bytes(device.fd))
+
+    def refuse_unclear(self, volume_id: str, state: LvState, size: int) -> None:
+        """Raise FailedPrecondition where its `size` bytes are more than are known to hold nothing of others."""
+        if state.clear is not None and state.clear < size:
             raise FailedPrecondition(
                 f"the logical volume {self._group.name}/{self.name_of(volume_id)} of volume {volume_id} has {size} "
                 f"bytes and {state.clear} are known to hold nothing of others, by a record that is older or because it "
@@ -224,10 +228,15 @@ class GroupVolumes:
         """Lengthen it to `size` bytes at least, told before as what nobody was shown yet."""
         # It may have been shortened since, and what was cut off may have been another's meanwhile.
         clear = None if state.clear is None else min(state.clear, found.size)
+        was_settled = state.settled
         state = msgspec.structs.replace(state, settled=False, clear=clear)
         self.write(folder, state)
-        if unseen_from(found) is None:
-            self._group.retag(found.name, None, f"{UNSEEN_TAG}{found.size}")
+        unseen = unseen_from(found)
+        # One that is there though all was settled is of a growth of which an older record knows nothing: what it lets
+        # be cleared was shown since, and written to.
+        if unseen is None or (was_settled and unseen != found.size):
+            stale = None if unseen is None else f"{UNSEEN_TAG}{unseen}"
+            self._group.retag(found.name, stale, f"{UNSEEN_TAG}{found.size}")
         self._group.extend(found.name, size)
         return state
 
