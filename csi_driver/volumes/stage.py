@@ -341,12 +341,12 @@ class Staging:
                     self._file_systems.unmount(present.volume_id, mount)
 
     def _known_uuid(self, present: Presence) -> str | None:
-        if present.stage is not None and present.stage.luks_uuid:
+        if present.stage is not None:
             return present.stage.luks_uuid
         try:
             record = self._backend.get(present.volume_id)
-        except (NotFound, FailedPrecondition):
-            return None  # unstage works without a record
+        except DriverError:
+            return None  # unstage works without a record, and without the storage or API that has it
         return record.luks.uuid if record.luks else None
 
 

@@ -32,6 +32,7 @@ from csi_driver.model.errors import (
     FailedPrecondition,
     NotFound,
     Unauthenticated,
+    Unavailable,
 )
 from csi_driver.model.settings import Limits, Settings
 from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeRecord
@@ -437,6 +438,24 @@ def test_unpublish_unmounts_in_a_worker_what_nothing_else_shows(folder: Path, *,
     rig.unpublish("enc-1")
     assert ("before unmount_volume" in steps) is not staged
     assert "after unmount" in steps
+
+
+@pytest.mark.parametrize("name", ["enc-1", "plain-1"])
+def test_what_is_staged_is_put_down_while_nobody_answers_for_its_record(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The API of Kubernetes or a Ceph cluster may be away; what the kernel shows and the stage says is enough."""
+    rig = Rig(folder)
+    rig.create(name)
+    rig.stage(name)
+
+    def away(_: str) -> VolumeRecord:
+        raise Unavailable("nobody answers")
+
+    monkeypatch.setattr(rig.backend, "get", away)
+    rig.unstage(name)
+    assert not rig.kernel.mounted
+    assert rig.stages.get(name) is None
 
 
 def test_a_clone_whose_stage_was_cut_before_it_grew_grows_with_the_next_one(folder: Path) -> None:
