@@ -7,7 +7,6 @@ import click
 
 from csi_driver.cli.logs import configure_logs
 from csi_driver.cli.serve import settings_of, settings_params
-from csi_driver.host.hardening import harden_process
 from csi_driver.model.settings import Service
 
 _OPTIONS = ("endpoint", "driver_name", "threads", "grace_seconds", "log_format", "log_level", "http_address")
@@ -19,7 +18,6 @@ def controller(**options: Any) -> None:
 
     Everything else of the Controller service is served on each node, by `luks-csi serve`.
     """
-    harden_process()
     settings = settings_of({**options, "services": frozenset({Service.IDENTITY, Service.CONTROLLER})})
     configure_logs(settings.log_format, settings.log_level)
     from csi_driver.rpc.threads import listen_with_one_poller

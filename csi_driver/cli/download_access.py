@@ -8,7 +8,6 @@ from typing import Any, Final, TypeVar
 import click
 
 from csi_driver.cli.secret_files import SecretSource
-from csi_driver.host.hardening import harden_process
 from csi_driver.images.bring import is_url
 from csi_driver.images.credentials import PAIRS, authorization, pair_of
 
@@ -66,7 +65,6 @@ def read_headers(
         raise click.UsageError("--header-file, --netrc-file and --credentials-dir are for a download; leave them out.")
     if netrc_file is not None and credentials_dir is not None:
         raise click.UsageError("--netrc-file and --credentials-dir exclude each other; give one of them.")
-    harden_process()
     headers = _headers(header_file) if header_file else {}
     pair = _of_netrc(netrc_file, source) if netrc_file else _of_secret(credentials_dir) if credentials_dir else None
     return headers | (authorization(*pair) if pair else {})

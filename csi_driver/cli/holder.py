@@ -8,7 +8,6 @@ import click
 from csi_driver.cli.logs import configure_logs
 from csi_driver.cli.serve import settings_params
 from csi_driver.cli.setting import read_folder, read_path, setting
-from csi_driver.host.hardening import harden_process
 from csi_driver.model.settings import LogFormat
 
 _OPTIONS = ("log_format", "log_level")
@@ -28,7 +27,6 @@ def holder(**options: Any) -> None:
     path: Path = options["device"]
     if not options["volume_id"]:
         raise click.UsageError("--volume-id says nothing; name the volume that the device is of")
-    harden_process()
     configure_logs(LogFormat(options["log_format"]), options["log_level"])
     from csi_driver.backends.csiholding import hold
     from csi_driver.backends.csipins import Pins

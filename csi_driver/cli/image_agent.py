@@ -12,7 +12,6 @@ from csi_driver.cli.loading import loading
 from csi_driver.cli.logs import configure_logs
 from csi_driver.cli.serve import settings_params
 from csi_driver.cli.setting import number, read_folder, read_path, read_truth, seconds, setting
-from csi_driver.host.hardening import harden_process
 from csi_driver.model.settings import LogFormat
 from csi_driver.model.sizes import read_size
 from csi_driver.rpc.endpoint import host_and_port
@@ -54,7 +53,6 @@ def _text(text: str) -> str:
 )  # fmt: skip
 def image_agent(log_format: LogFormat, log_level: str, **options: Any) -> None:
     """Make, keep, give and remove this node's copies of Images until SIGTERM."""
-    harden_process()
     configure_logs(log_format, log_level)
     kube = cluster()
     with loading():

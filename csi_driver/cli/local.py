@@ -9,7 +9,6 @@ import click
 
 from csi_driver.cli.logs import configure_logs
 from csi_driver.cli.serve import settings_of
-from csi_driver.host.hardening import harden_process
 from csi_driver.model.settings import LogFormat
 from csi_driver.volumes.driver import Driver
 
@@ -25,7 +24,6 @@ def local_driver(context: click.Context, given: dict[str, Any]) -> Iterator[Driv
     from csi_driver.volumes.driver import Host, build_driver
 
     configure_logs(LogFormat.AUTO, "warning")
-    harden_process()
     settings = dataclasses.replace(settings_of(given), ceph_secret=context.params.get("secret_dir"))
     with ExitStack() as stack:
         try:

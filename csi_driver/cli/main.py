@@ -12,6 +12,7 @@ import click
 from csi_driver import __version__
 from csi_driver.cli.loading import loading
 from csi_driver.cli.words import for_people
+from csi_driver.host.hardening import harden_process
 from csi_driver.model.errors import DriverError, Stopped
 from csi_driver.model.text import printable
 
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None, obj: object = None) -> NoReturn
     # Before anything loads gRPC, which else starts a thread in each child that a command forks: it ends the child when
     # its descriptors are closed, before the child's program runs (findings/grpcio-thread-in-fork.sh).
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    harden_process()  # whatever the command: many come to hold a key, a token or a passphrase
     words = [*(sys.argv[1:] if arguments is None else arguments)]
     try:
         code = luks_csi.main(words, prog_name="luks-csi", standalone_mode=False, obj=obj)

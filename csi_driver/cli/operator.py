@@ -12,7 +12,6 @@ from csi_driver.cli.loading import loading
 from csi_driver.cli.logs import configure_logs
 from csi_driver.cli.serve import settings_params
 from csi_driver.cli.setting import one_of, seconds, setting
-from csi_driver.host.hardening import harden_process
 from csi_driver.model.settings import LogFormat
 from csi_driver.rpc.endpoint import host_and_port
 
@@ -52,7 +51,6 @@ def operator(
     profile: str, **options: Any,
 ) -> None:  # fmt: skip
     """Keep Images true until SIGTERM: have them made, copied to nodes, and removed, by the agents of the nodes."""
-    harden_process()
     configure_logs(log_format, log_level)
     kube = cluster()
     with loading():

@@ -13,7 +13,6 @@ from csi_driver.cli.names import volume_names
 from csi_driver.cli.output import confirm, show_text
 from csi_driver.cli.secret_files import SecretSource, secret_options
 from csi_driver.cli.serve import settings_params
-from csi_driver.host.hardening import harden_process
 from csi_driver.keys.secret import read_secret
 from csi_driver.model.errors import NotFound
 from csi_driver.model.settings import Limits, LogFormat, Settings
@@ -41,7 +40,6 @@ def recover(
     from csi_driver.volumes.driver import build_driver
 
     configure_logs(LogFormat.AUTO, "warning")
-    harden_process()
     secret = SecretSource(given.pop("secret_dir"), given.pop("passphrase_file"))
     if not _NAME.fullmatch(name) or name in (".", "..", "control"):
         raise click.BadParameter(

@@ -8,7 +8,6 @@ from typing import BinaryIO, TypeVar
 
 import click
 
-from csi_driver.host.hardening import harden_process
 from csi_driver.keys.secret import LONGHORN_VALUE
 from csi_driver.model.errors import FailedPrecondition, InvalidArgument
 
@@ -56,11 +55,10 @@ class SecretSource:
     def read(self, prompt: str = "Passphrase", *, new: bool = False) -> Mapping[str, str]:
         """The entries. Raises ClickException; what was read is in no message.
 
-        On a terminal a `new` passphrase is asked for twice. The process that holds it from here on leaves no core dump.
+        On a terminal a `new` passphrase is asked for twice.
         """
         if not self.is_given:
             return {}
-        harden_process()
         try:
             if self.folder is not None:
                 # Kubernetes mounts entries as links into a hidden folder; what is hidden is its own.

@@ -26,7 +26,6 @@ from csi_driver.cli.setting import (
     seconds,
     setting,
 )
-from csi_driver.host.hardening import harden_process
 from csi_driver.model.settings import Limits, LogFormat, Service, Settings
 from csi_driver.model.sizes import read_size
 from csi_driver.rpc.endpoint import endpoint_path
@@ -98,7 +97,6 @@ _OPTIONS = (
 @click.command(params=list(_OPTIONS))
 def serve(**options: Any) -> None:
     """Serve the CSI services on a unix socket until SIGTERM; every option can come from the environment too."""
-    harden_process()
     settings = settings_of(options)
     if settings.addons_endpoint == settings.endpoint:
         raise click.UsageError("--addons-endpoint and --endpoint name one socket; give each of them its own")

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from csi_driver.host import blockdev, keyring
+from csi_driver.host import blockdev
 from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.files import Files
 from csi_driver.host.handle import Handle, open_handle
 from csi_driver.host.syscalls import error_name
 from csi_driver.luks import key_token
 from csi_driver.luks.cloned import length_of, write_errors
-from csi_driver.luks.device import SEALS, Opening, dm_uuid, header_in_memory, read_header, volume_key_name
+from csi_driver.luks.device import SEALS, Opening, dm_uuid, header_in_memory, read_header
 from csi_driver.luks.header import Header
 from csi_driver.luks.header_rules import Limits, validate
 from csi_driver.luks.image_header import identity_of
@@ -128,7 +128,6 @@ def open_with_header(
     if set(blockdev.on_top_of(device.number)) - {made.path}:
         mapper.remove(opening.name)
         raise DeviceInUse(f"{where} was opened by somebody else meanwhile, and was let go of; unstage its volume first")
-    keyring.link_to_user(volume_key_name(identity.uuid))
 
 
 def _keep(where: str, device: Handle, path: str) -> bool:

@@ -932,6 +932,8 @@ def test_what_recover_has_open_is_neither_staged_nor_changed_nor_deleted(used: N
     made.open(used.disk(), "recovered", None, secret, read_only=False)
     try:
         before = used.record()
+        assert before.luks is not None
+        assert not used.mappings.keeps_key(before.luks.uuid)  # who closes it by hand takes no key out of a keyring
         for call in (
             used.stage,
             lambda: made.restore_header(VOLUME, used.disk().with_name("header.luks2"), secret),
