@@ -73,6 +73,7 @@ class CsiBackend:
         self._node_topology = node_topology
         self._remember = remember
         self._wished: dict[str, str] = {}
+        self._said: dict[str, str] = {}
 
     # What every backend does.
 
@@ -338,7 +339,8 @@ class CsiBackend:
 
         Of a deletion nobody may ask again: not of a volume that could not be made, whose claim was deleted since.
 
-        `hold` is the volume's lock; one that is busy waits for the next time.
+        `hold` is the volume's lock; one that is busy waits for the next time. What keeps one volume from being mended
+        is told, once, and the next one's turn comes.
         """
         if self._is_node:
             self._devices.mend(hold, is_ending)
@@ -346,11 +348,22 @@ class CsiBackend:
         known = {each.volume_id: each for each in self._records.all()}
         astray = astray_of(known.values(), self._holders.all())
         going = [each.volume_id for each in known.values() if each.spec.state == "Deleting"]
-        for volume_id in sorted({*astray, *going}):
+        wanting = {*astray, *going}
+        self._said = {volume_id: said for volume_id, said in self._said.items() if volume_id in wanting}
+        for volume_id in sorted(wanting):
             if is_ending():
                 return
-            with suppress(VolumeBusy, Aborted), hold(volume_id):
-                self._mend(volume_id)
+            try:
+                with hold(volume_id):
+                    self._mend(volume_id)
+            except (VolumeBusy, Aborted):
+                continue  # it passes by itself
+            except DriverError as error:
+                if (said := str(error)) != self._said.get(volume_id):
+                    log.warning("a volume cannot be mended", volume_id=volume_id, error=said)
+                    self._said[volume_id] = said
+            else:
+                self._said.pop(volume_id, None)
         self._headers.drop_unused(known)
 
     def _mend(self, volume_id: str) -> None:

@@ -92,7 +92,9 @@ class HeaderCopies:
         drop_before(self._before(volume_id), self._files)
 
     def drop_unused(self, known: Mapping[str, Known]) -> None:
-        """Remove pieces that no record points to, once nobody can be about to; `known` are all records by name."""
+        """Remove pieces that no record points to, once nobody can be about to. `known` are the records, by name, that
+        can be read; what another one points to nobody knows, and its pieces stay.
+        """
         used = {
             _name(volume_id, each.spec.header, number)
             for volume_id, each in known.items()
@@ -102,8 +104,19 @@ class HeaderCopies:
         before = datetime.now(UTC) - _YOUNG
         for piece in self._pieces({MANAGED_BY: MANAGER}):
             made = datetime.fromisoformat(piece["metadata"]["creationTimestamp"])
-            if name_of(piece) not in used and made < before:
+            if name_of(piece) not in used and made < before and self._is_told(piece, known):
                 self._api.delete(HEADER_PIECE, name_of(piece), self._namespace)
+
+    def _is_told(self, piece: Json, known: Mapping[str, Known]) -> bool:
+        """Whether it is known what the volume's record points to, or there is none."""
+        volume_id = name_of(piece).rsplit(".", 2)[0]
+        if volume_id in known:
+            return True
+        try:
+            self._records.find(volume_id)
+        except FailedPrecondition:
+            return False
+        return True
 
     def _pieces(self, labels: Mapping[str, str]) -> list[Json]:
         return self._api.list(HEADER_PIECE, self._namespace, labels=labels)[0]

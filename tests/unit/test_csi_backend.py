@@ -46,6 +46,7 @@ from csi_driver.model.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
+    PermissionDenied,
     ResourceExhausted,
     Unavailable,
     VolumeBusy,
@@ -54,6 +55,7 @@ from csi_driver.model.settings import Settings
 from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeParameters, VolumeRecord
 from csi_driver.volumes.driver import Host, build_driver
 from tests.operator_fakes import Call, FakeApi
+from tests.told_lines import told_lines
 
 NAMESPACE, DRIVER, TOPOLOGY, MIB = "luks", "luks.csi.internal", "topology.luks.csi.internal/node", 1 << 20
 SIZE = 16 * MIB
@@ -486,6 +488,74 @@ def test_holders_and_records_are_made_to_agree(world: World) -> None:
     world.controller.mend(no_lock, lambda: False)
     assert written
     assert not world.api.written()
+
+
+def header_copy(world: World, volume_id: str) -> None:
+    """A copy of its header, of long ago."""
+
+    def put(path: str) -> None:
+        Path(path).write_bytes(volume_id.encode())
+
+    world.node.keep_header_copy(volume_id, put)
+    old = {"metadata": {"creationTimestamp": "2020-01-01T00:00:00Z"}}
+    for each in world.api.all(HEADER_PIECE):
+        world.api.change(HEADER_PIECE, name_of(each), old, NAMESPACE)
+
+
+def test_a_volume_that_cannot_be_mended_keeps_no_other_from_it(world: World) -> None:
+    """Else one holder that a quota forbids would leave all volumes sorted behind it without theirs."""
+    holders = [pod_name(volume_id, "one") for volume_id in ("pvc-1", "pvc-2")]
+    for volume_id in ("pvc-1", "pvc-2"):
+        world.create(volume_id)
+        world.controller.publish(volume_id, "one", many_nodes=False)
+        world.api.lose(POD, pod_name(volume_id, "one"), NAMESPACE)
+    header_copy(world, "pvc-2")
+    world.records.change("pvc-2", header=None)
+    said = ["no room"]
+
+    def refuse(call: Call) -> None:
+        if call == Call("create", POD, holders[0]):
+            raise PermissionDenied(said[-1])
+
+    world.api.before = refuse
+    with told_lines() as told:
+        for reason in ("no room", "no room", "another reason"):
+            said.append(reason)
+            world.controller.mend(no_lock, lambda: False)
+            world.controller.mend(busy, lambda: False)
+            assert [name_of(each) for each in world.api.all(POD)] == holders[1:]
+        assert not world.api.all(HEADER_PIECE), "it went no further"
+        world.api.before = lambda _: None
+        world.controller.mend(no_lock, lambda: False)
+        assert sorted(name_of(each) for each in world.api.all(POD)) == sorted(holders)
+        world.api.lose(POD, holders[0], NAMESPACE)
+        world.api.before = refuse
+        world.controller.mend(no_lock, lambda: False)
+    assert {(each.level, each.event, each.fields["volume_id"]) for each in told} == {
+        ("warning", "a volume cannot be mended", "pvc-1")
+    }
+    assert [each.fields["error"] for each in told] == ["no room", "another reason", "another reason"]
+
+
+def test_a_record_that_cannot_be_read_keeps_its_header_copy_and_keeps_nobody_from_being_mended(world: World) -> None:
+    """It may be a newer driver's, and points to that copy."""
+    for volume_id in ("pvc-1", "pvc-2"):
+        world.create(volume_id)
+        world.controller.publish(volume_id, "one", many_nodes=False)
+        header_copy(world, volume_id)
+    world.api.lose(POD, pod_name("pvc-2", "one"), NAMESPACE)
+    world.api.change(VOLUME_RECORD, "pvc-1", {"spec": {"state": "Newer"}}, NAMESPACE)
+    with told_lines() as told:
+        for _ in range(2):
+            world.controller.mend(no_lock, lambda: False)
+    assert len(world.holders()) == 2
+    assert [each.event for each in told] == ["a volume cannot be mended"]
+    assert "the VolumeRecord luks/pvc-1 cannot be read" in told[0].fields["error"]
+    world.api.change(VOLUME_RECORD, "pvc-1", {"spec": {"state": "Ready"}}, NAMESPACE)
+    assert world.node.header_copy("pvc-1").read_bytes() == b"pvc-1"
+    world.api.lose(VOLUME_RECORD, "pvc-2", NAMESPACE)
+    world.controller.mend(no_lock, lambda: False)
+    assert [name_of(each).partition(".")[0] for each in world.api.all(HEADER_PIECE)] == ["pvc-1"]
 
 
 def test_what_could_not_be_made_goes_though_nobody_asks_again(world: World) -> None:
