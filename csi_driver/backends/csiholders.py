@@ -13,6 +13,7 @@ from csi_driver.backends.csiclaims import last_event, name_for
 from csi_driver.backends.csiheaders import LABEL
 from csi_driver.backends.csipins import digest
 from csi_driver.backends.csirecords import GROUP, Api, Known, Staged, looks
+from csi_driver.host.log import log
 from csi_driver.kube.kinds import MANAGED_BY, MANAGER, NODE, POD, VOLUME_RECORD, Json, is_going, name_of, uid_of
 from csi_driver.model.errors import Aborted, AlreadyExists, FailedPrecondition, NotFound
 
@@ -73,9 +74,15 @@ class HolderPods:
         return self._api.list(POD, self._namespace, labels={_COMPONENT: COMPONENT, LABEL: digest(volume_id)})[0]
 
     def begin(self, known: Known, node: str) -> None:
-        """Have the volume's holder be made on that node, without waiting for it."""
+        """Have the volume's holder be made on that node, in place of one that has ended, without waiting for it."""
         name = pod_name(known.volume_id, node)
-        if self._api.get(POD, name, self._namespace) is None:
+        found = self._api.get(POD, name, self._namespace)
+        if found is not None and _has_ended(found) and not is_going(found):
+            said = found["status"].get("message") or found["status"].get("reason") or found["status"]["phase"]
+            log.warning("a holder had ended", volume_id=known.volume_id, pod=name, node=node, reason=said)
+            self._api.delete(POD, name, self._namespace, grace_seconds=0)
+            found = self._api.get(POD, name, self._namespace)
+        if found is None:
             self._make(known, node, name)
 
     def ensure(self, known: Known, node: str) -> Json:
@@ -86,15 +93,14 @@ class HolderPods:
             found = self._api.get(POD, name, self._namespace)
             if found is None:
                 found = self._make(known, node, name)
-            phase = found.get("status", {}).get("phase")
-            if is_going(found) or phase in ("Failed", "Succeeded"):
+            if is_going(found) or _has_ended(found):
                 if not is_going(found):
                     self._api.delete(POD, name, self._namespace, grace_seconds=0)
                 said = found.get("status", {}).get("message") or "an earlier one is ending"
             elif _is_ready(found):
                 return found
             elif is_last:
-                said = last_event(self._api, self._namespace, found) or str(phase)
+                said = last_event(self._api, self._namespace, found) or str(found.get("status", {}).get("phase"))
         raise Aborted(
             f"the holder pod {self._namespace}/{name} of volume {known.volume_id} on node {node} is not ready yet "
             f"({said}); this is tried again"
@@ -193,10 +199,12 @@ def wants_holder(known: Known) -> bool:
 
 
 def astray_of(known: Iterable[Known], pods: Iterable[Json]) -> set[str]:
-    """The volumes whose holder is missing, or that have one which no record wants."""
-    found = {name_of(pod): volume_of(pod) for pod in pods}
+    """The volumes whose holder is missing or has ended, or that have one which no record wants."""
+    there = list(pods)
+    found = {name_of(pod): volume_of(pod) for pod in there}
+    ended = {name_of(pod) for pod in there if _has_ended(pod)}
     wanted = {pod_name(each.volume_id, each.spec.node): each.volume_id for each in known if wants_holder(each)}
-    return {(wanted | found)[name] for name in wanted.keys() ^ found.keys()}
+    return {(wanted | found)[name] for name in (wanted.keys() ^ found.keys()) | (wanted.keys() & ended)}
 
 
 def volume_of(pod: Json) -> str:
@@ -211,6 +219,11 @@ def refuse_open(volume_id: str, node: str, device: str) -> FailedPrecondition:
         f"device away would break what is written; let its pods end and the driver on that node unstage it. If the "
         f"node is off for good, say so by the taint {_OUT_OF_SERVICE}, or delete its Node object"
     )
+
+
+def _has_ended(pod: Json) -> bool:
+    """Whether nothing of it runs, nor ever will: a node's graceful shutdown does that to all its pods."""
+    return pod.get("status", {}).get("phase") in ("Failed", "Succeeded")
 
 
 def _is_ready(pod: Json) -> bool:

@@ -200,8 +200,8 @@ def test_a_header_copy_of_eight_slots_fits_and_a_piece_never_changes(
 def test_nobody_deletes_a_holder_but_the_controller(account: Accounts, cluster: Kube) -> None:
     labels = {"app.kubernetes.io/component": "holder"}
     annotations = {"volumes.luks.csi.internal/volume-id": "pvc-7"}
+    container = {"name": "holder", "image": "none"}
     for name, about in (("holder", {"labels": labels, "annotations": annotations}), ("other", {})):
-        container = {"name": "holder", "image": "none"}
         cluster.create(
             POD,
             {"metadata": {"name": name, **about}, "spec": {"nodeName": "one", "containers": [container]}},
@@ -210,6 +210,17 @@ def test_nobody_deletes_a_holder_but_the_controller(account: Accounts, cluster: 
     with pytest.raises(InvalidArgument, match=r"the pod holder holds the device of volume pvc-7 on node one"):
         cluster.delete(POD, "holder", NAMESPACE)
     cluster.delete(POD, "other", NAMESPACE, grace_seconds=0)
+    for phase in ("Failed", "Succeeded"):
+        ended = {
+            "metadata": {"name": "ended", "labels": labels},
+            "spec": {"nodeName": "one", "containers": [container]},
+        }
+        cluster.create(POD, ended, NAMESPACE)
+        with pytest.raises(InvalidArgument, match=r"the pod ended holds the device"):
+            cluster.delete(POD, "ended", NAMESPACE, grace_seconds=0)
+        cluster.patch(POD, "ended", {"status": {"phase": phase}}, NAMESPACE, status=True)
+        cluster.delete(POD, "ended", NAMESPACE, grace_seconds=0)
+        assert cluster.get(POD, "ended", NAMESPACE) is None
     controller = account("luks-csi-controller")
     controller.delete(POD, "holder", NAMESPACE, grace_seconds=0)
     assert controller.get(POD, "holder", NAMESPACE) is None

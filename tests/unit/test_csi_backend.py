@@ -490,6 +490,54 @@ def test_holders_and_records_are_made_to_agree(world: World) -> None:
     assert not world.api.written()
 
 
+def end(world: World, volume_id: str, phase: str = "Failed") -> str:
+    """A node's shutdown, as kubelet tells it of a holder; its uid."""
+    said = "Pod was terminated in response to imminent node shutdown."
+    status = {"phase": phase, "message": said, "containerStatuses": [{"ready": False, "started": False}]}
+    return uid_of(world.api.change(POD, pod_name(volume_id, "one"), {"status": status}, NAMESPACE))
+
+
+@pytest.mark.parametrize("phase", ["Failed", "Succeeded"])
+def test_a_holder_that_has_ended_is_made_anew(world: World, phase: str) -> None:
+    """No workload replaces it, and the controller is asked for the volume no more."""
+    world.create()
+    world.controller.publish("pvc-1", "one", many_nodes=False)
+    uid = end(world, "pvc-1", phase)
+    with told_lines() as told:
+        world.controller.mend(no_lock, lambda: False)
+        (pod,) = world.api.all(POD)
+        assert (uid_of(pod) != uid, pod["status"]["phase"]) == (True, "Running")
+        world.api.written()
+        world.controller.mend(no_lock, lambda: False)
+        assert not world.api.written()
+    assert [(each.event, each.fields["reason"]) for each in told] == [
+        ("a holder had ended", "Pod was terminated in response to imminent node shutdown.")
+    ]
+
+
+def test_a_holder_that_has_ended_and_is_going_is_waited_for(world: World) -> None:
+    world.create()
+    world.controller.publish("pvc-1", "one", many_nodes=False)
+    uid = end(world, "pvc-1")
+    world.api.obeys = False
+    world.api.remove(POD, pod_name("pvc-1", "one"), NAMESPACE)
+    world.api.written()
+    world.controller.mend(no_lock, lambda: False)
+    assert not world.api.written()
+    world.api.lose(POD, pod_name("pvc-1", "one"), NAMESPACE)
+    world.controller.mend(no_lock, lambda: False)
+    assert [uid_of(each) != uid for each in world.api.all(POD)] == [True]
+
+
+def test_a_holder_that_has_ended_and_that_nobody_wants_only_goes(world: World) -> None:
+    world.create()
+    world.controller.publish("pvc-1", "one", many_nodes=False)
+    end(world, "pvc-1")
+    world.records.change("pvc-1", node="")
+    world.controller.mend(no_lock, lambda: False)
+    assert not world.api.all(POD)
+
+
 def header_copy(world: World, volume_id: str) -> None:
     """A copy of its header, of long ago."""
 

@@ -97,3 +97,12 @@ def test_kubectl_explain_tells_what_each_kind_is_and_each_field_that_people_writ
         assert [path for path, words in explained.items() if not words] == []
     image = dict(fields(kinds["Image"], "Image"))
     assert image["Image.spec.secretRef"] != image["Image.spec.newSecretRef"]
+
+
+def test_a_holder_that_has_ended_is_anybodys_to_delete() -> None:
+    found = yaml.safe_load_all((ROOT / "deploy/kubernetes/csi-backend/policies.yaml").read_text())
+    (policy,) = (
+        each for each in found if each["metadata"]["name"] == "luks-csi-over-holders" and "Binding" not in each["kind"]
+    )
+    conditions = {each["name"]: each["expression"] for each in policy["spec"]["matchConditions"]}
+    assert conditions["not-ended"] == "!(oldObject.?status.?phase.orValue('') in ['Failed', 'Succeeded'])"
