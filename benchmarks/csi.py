@@ -76,7 +76,7 @@ class _Cluster:
             records,
             HeaderCopies(kube, NAMESPACE, records, self._folder, Files()),
             Claims(kube, NAMESPACE, DRIVER),
-            HolderPods(kube, NAMESPACE, "image", self._folder / "holders"),
+            HolderPods(kube, NAMESPACE, lambda: "image", self._folder / "holders"),
             NodeDevices(kube, records, self.pins, direct, _NODE, ""),
             is_node=is_node,
             node_topology=f"topology.{DRIVER}/node",

@@ -5,7 +5,7 @@ nobody does but `HolderPods`, when the node has nothing open on it any more.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -16,25 +16,31 @@ from csi_driver.backends.csirecords import GROUP, Api, Known, Staged, looks
 from csi_driver.host.log import log
 from csi_driver.kube.kinds import MANAGED_BY, MANAGER, NODE, POD, VOLUME_RECORD, Json, is_going, name_of, uid_of
 from csi_driver.model.errors import Aborted, AlreadyExists, FailedPrecondition, NotFound
+from csi_driver.model.text import one_line
 
 COMPONENT: Final = "holder"
+CONTROLLER: Final = "controller"
 DEVICE: Final = "/dev/backing"
 FOLDER: Final = "/holders"
 _COMPONENT: Final = "app.kubernetes.io/component"
 _VOLUME: Final = f"{GROUP}/volume-id"
 _LASTING_SECONDS: Final = 10 * 365 * 24 * 3600  # kubelet kills a container that is slower than its pod's grace
 _OUT_OF_SERVICE: Final = "node.kubernetes.io/out-of-service"
+_MOST_QUOTED: Final = 300
 WAIT_SECONDS: Final = 60.0
 
 
 class HolderPods:
-    """The holder pods in `namespace`, of the container image `image`; `folder` of each node is shared with the driver.
+    """The holder pods in `namespace`; `folder` of each node is shared with the driver.
 
-    `wait_seconds` is how long one call waits for a pod to come or go. Long, as Kubernetes asks later and later after
-    each answer that is an error; csi-attacher has to wait longer still (--timeout).
+    `image` tells their container image, when one is made. `wait_seconds` is how long one call waits for a pod to come
+    or go. Long, as Kubernetes asks later and later after each answer that is an error; csi-attacher has to wait longer
+    still (--timeout).
     """
 
-    def __init__(self, api: Api, namespace: str, image: str, folder: Path, wait_seconds: float = WAIT_SECONDS) -> None:
+    def __init__(
+        self, api: Api, namespace: str, image: Callable[[], str], folder: Path, wait_seconds: float = WAIT_SECONDS
+    ) -> None:
         self._api = api
         self._namespace = namespace
         self._image = image
@@ -74,7 +80,10 @@ class HolderPods:
         return self._api.list(POD, self._namespace, labels={_COMPONENT: COMPONENT, LABEL: digest(volume_id)})[0]
 
     def begin(self, known: Known, node: str) -> None:
-        """Have the volume's holder be made on that node, in place of one that has ended, without waiting for it."""
+        """Have the volume's holder be made on that node, in place of one that has ended, without waiting for it.
+
+        Raises what `image` does.
+        """
         name = pod_name(known.volume_id, node)
         found = self._api.get(POD, name, self._namespace)
         if found is not None and _has_ended(found) and not is_going(found):
@@ -86,7 +95,10 @@ class HolderPods:
             self._make(known, node, name)
 
     def ensure(self, known: Known, node: str) -> Json:
-        """Have the volume's holder on that node, and wait for it. Raises Aborted, saying why it is not ready yet."""
+        """Have the volume's holder on that node, and wait for it.
+
+        Raises Aborted, saying why it is not ready yet, and what `image` does.
+        """
         name = pod_name(known.volume_id, node)
         said = ""
         for is_last in looks(self._wait_seconds):
@@ -100,7 +112,8 @@ class HolderPods:
             elif _is_ready(found):
                 return found
             elif is_last:
-                said = last_event(self._api, self._namespace, found) or str(found.get("status", {}).get("phase"))
+                said = _waiting(found) or last_event(self._api, self._namespace, found)
+                said = said or str(found.get("status", {}).get("phase"))
         raise Aborted(
             f"the holder pod {self._namespace}/{name} of volume {known.volume_id} on node {node} is not ready yet "
             f"({said}); this is tried again"
@@ -140,7 +153,7 @@ class HolderPods:
         }
         container = {
             "name": COMPONENT,
-            "image": self._image,
+            "image": self._image(),
             "args": ["holder", f"--device={DEVICE}", f"--folder={FOLDER}", f"--volume-id={known.volume_id}",
                      "--holder-id=$(POD_UID)"],
             "env": [{"name": "POD_UID", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}],
@@ -188,6 +201,24 @@ class HolderPods:
         }
 
 
+def image_of(api: Api, namespace: str, pod: str) -> str:
+    """The container image of the controller, as its own pod names it: that is what whoever installed it has set.
+
+    Nothing tells a container which one of its pod it is: it is the one called `controller`, as in the manifests, else
+    the only one. Raises FailedPrecondition.
+    """
+    found = api.get(POD, pod, namespace)
+    containers = found["spec"]["containers"] if found is not None else []
+    own = [each for each in containers if each["name"] == CONTROLLER] or containers
+    if len(own) != 1:
+        why = f"has several containers, and none is called {CONTROLLER}" if own else "is not there"
+        raise FailedPrecondition(
+            f"holder pods cannot be made: their image is that of the controller's pod {namespace}/{pod}, which {why}; "
+            f"correct --pod-name, or name an image by --holder-image"
+        )
+    return str(own[0]["image"])
+
+
 def pod_name(volume_id: str, node: str) -> str:
     """The name of the holder of a volume on a node."""
     return f"luks-holder-{hashlib.sha256(f'{volume_id}/{node}'.encode()).hexdigest()[:32]}"
@@ -229,3 +260,12 @@ def _has_ended(pod: Json) -> bool:
 def _is_ready(pod: Json) -> bool:
     statuses = pod.get("status", {}).get("containerStatuses", ())
     return bool(statuses) and all(each.get("ready") and each.get("started") for each in statuses)
+
+
+def _waiting(pod: Json) -> str:
+    """Why its container does not run yet, by kubelet, which names here the image that it cannot pull; "" where it says
+    nothing.
+    """
+    states = [each.get("state", {}) for each in pod.get("status", {}).get("containerStatuses", ())]
+    said = [str(each.get("waiting", {}).get("message", "")) for each in states]
+    return one_line(" ".join(filter(None, said)), _MOST_QUOTED)

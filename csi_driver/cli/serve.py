@@ -58,7 +58,9 @@ _OPTIONS = (
             "thin pool may be for new volumes and growth."),
     setting("--namespace", "namespace", read_name, "NAME", "", "Of the backend csi's objects; without it, the pod's."),
     setting("--holder-image", "holder_image", read_image, "IMAGE", "", "The container image of the holder pods of the "
-            "backend csi."),
+            "backend csi; without it, that of the controller's own pod."),
+    setting("--pod-name", "pod_name", read_name, "NAME", "", "The controller's own pod, whose image the holder pods of "
+            "the backend csi have."),
     setting("--driver-below", "driver_below", read_name, "NAME", "", "The driver below the backend csi, whose limit of "
             "volumes of a node is ours too."),
     setting("--ceph-config", "ceph_config", read_path, "FILE", Settings.ceph_config, "The Ceph clusters of the backend "
@@ -105,8 +107,11 @@ def serve(**options: Any) -> None:
     makes_holders = settings.backend == "csi" and Service.CONTROLLER in settings.services
     if makes_holders and Service.NODE in settings.services:
         raise click.UsageError("--backend csi has one controller and a server on each node; choose by --services")
-    if makes_holders != bool(settings.holder_image):
-        raise click.UsageError("--holder-image belongs to the controller of --backend csi; give it there alone")
+    if makes_holders != bool(settings.holder_image or settings.pod_name):
+        raise click.UsageError(
+            "the controller of --backend csi, and no other server, has --holder-image, or --pod-name for the image of "
+            "its own pod; give one of them there alone"
+        )
     configure_logs(settings.log_format, settings.log_level)
     with loading():
         from csi_driver.cli.below import below

@@ -50,6 +50,7 @@ class Settings:
     thin_pool_limit: int = 80
     namespace: str = ""
     holder_image: str = ""
+    pod_name: str = ""
     driver_below: str = ""
     ceph_config: Path = Path("/etc/ceph-csi-config/config.json")
     ceph_secret: Path | None = None

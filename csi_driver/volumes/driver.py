@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -220,7 +220,7 @@ def _csi(settings: Settings, host: Host, folder: Path, memory: Path) -> Backend:
     from csi_driver.backends.csi import CsiBackend  # noqa: PLC0415 - who has no Kubernetes below pays nothing for it
     from csi_driver.backends.csiclaims import Claims  # noqa: PLC0415
     from csi_driver.backends.csiheaders import HeaderCopies  # noqa: PLC0415
-    from csi_driver.backends.csiholders import HolderPods  # noqa: PLC0415
+    from csi_driver.backends.csiholders import HolderPods, image_of  # noqa: PLC0415
     from csi_driver.backends.csinode import NodeDevices  # noqa: PLC0415
     from csi_driver.backends.csipins import Pins  # noqa: PLC0415
     from csi_driver.backends.csiplace import Place, read_place  # noqa: PLC0415
@@ -234,6 +234,8 @@ def _csi(settings: Settings, host: Host, folder: Path, memory: Path) -> Backend:
         place = read_place(memory)
         settings = replace(settings, driver_name=place.driver_name, kubelet_dir=Path(place.kubelet_dir))
     is_node = Service.NODE in settings.services
+    # Asked when the first holder is made: the API may be away at the start.
+    own_image = cache(partial(image_of, kube, kube.namespace, settings.pod_name))
     records = RecordObjects(kube, place.namespace, RecordCodec())
     pins = Pins(settings.holders_dir, host.files)
     direct = DirectDevices(host.below(settings.kubelet_dir), settings.kubelet_dir, settings.driver_name)
@@ -241,7 +243,7 @@ def _csi(settings: Settings, host: Host, folder: Path, memory: Path) -> Backend:
         records,
         HeaderCopies(kube, place.namespace, records, folder, host.files),
         Claims(kube, place.namespace, settings.driver_name),
-        HolderPods(kube, place.namespace, settings.holder_image, settings.holders_dir),
+        HolderPods(kube, place.namespace, lambda: settings.holder_image or own_image(), settings.holders_dir),
         NodeDevices(kube, records, pins, direct, place.node_id, settings.driver_below),
         is_node=is_node,
         node_topology=settings.topology_key,

@@ -252,7 +252,7 @@ def backend_on(
         records,
         HeaderCopies(api, NAMESPACE, records, folder / "state", files),
         Claims(api, NAMESPACE, DRIVER),
-        HolderPods(api, NAMESPACE, "image", folder / "holders"),
+        HolderPods(api, NAMESPACE, lambda: "image", folder / "holders"),
         NodeDevices(api, records, pins, direct, NODE_ID, ""),
         is_node=is_node,
         node_topology=node_topology,

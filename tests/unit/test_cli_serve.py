@@ -31,6 +31,7 @@ GIVEN: tuple[tuple[str, str, str, object], ...] = (
     ("thin_pool_limit", "--thin-pool-limit", "90", 90),
     ("namespace", "--namespace", "luks", "luks"),
     ("holder_image", "--holder-image", "registry.example/luks-csi:1", "registry.example/luks-csi:1"),
+    ("pod_name", "--pod-name", "luks-csi-controller-5d8f-x2x9z", "luks-csi-controller-5d8f-x2x9z"),
     ("driver_below", "--driver-below", "csi.example.com", "csi.example.com"),
     ("ceph_config", "--ceph-config", "/etc/ceph/clusters.json", Path("/etc/ceph/clusters.json")),
     ("ceph_secret", "--ceph-secret", "/etc/ceph-secret", Path("/etc/ceph-secret")),
@@ -64,6 +65,7 @@ REFUSED = (
     ("--backend", "tape"),
     ("--namespace", "A_b"),
     ("--holder-image", "an image"),
+    ("--pod-name", "A_b"),
     ("--driver-below", "-x"),
     ("--volume-group", "-x"),
     ("--volume-group", "luks-disks"),
@@ -204,6 +206,41 @@ def test_one_socket_is_not_for_two_servers() -> None:
     found = run("serve", "--endpoint", "unix:///run/x/csi.sock", "--addons-endpoint", "/run/x/csi.sock")
     assert found.returncode == 2
     assert found.stderr == ("luks-csi: --addons-endpoint and --endpoint name one socket; give each of them its own\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--backend=csi", "--services=controller"),
+        ("--backend=csi", "--services=node", "--pod-name=own"),
+        ("--backend=csi", "--services=node", "--holder-image=image"),
+        ("--pod-name=own",),
+        ("--backend=rbd", "--services=controller", "--holder-image=image"),
+    ],
+)
+def test_the_controller_of_the_backend_csi_alone_is_told_the_image_of_holders(arguments: tuple[str, ...]) -> None:
+    found = run("serve", *arguments)
+    assert found.returncode == 2
+    assert found.stderr == (
+        "luks-csi: the controller of --backend csi, and no other server, has --holder-image, or --pod-name for the "
+        "image of its own pod; give one of them there alone\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--pod-name=own",), ("--holder-image=image",), ("--pod-name=own", "--holder-image=image")]
+)
+def test_the_image_of_holders_is_told_in_one_way_at_least(arguments: tuple[str, ...]) -> None:
+    program = (
+        "import csi_driver.volumes.driver as driver\n"
+        "def build(settings, host):\n"
+        "    print(settings.pod_name, settings.holder_image)\n"
+        "    raise SystemExit(0)\n"
+        "driver.build_driver = build\n"
+        "from csi_driver.cli.main import main; main()\n"
+    )
+    found = run("serve", "--backend=csi", "--services=controller", *arguments, code=program)
+    assert found.stdout.split() == [each.partition("=")[2] for each in arguments], found.stderr
 
 
 def test_the_command_line_is_read_before_anything_slow_is_loaded() -> None:

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
+from csi_driver.backends.base import shared
 from csi_driver.backends.csi import CsiBackend
 from csi_driver.backends.csiclaims import Claims, name_for, places_of
 from csi_driver.backends.csidirect import DirectDevices, nobody_calls
 from csi_driver.backends.csiheaders import HeaderCopies
-from csi_driver.backends.csiholders import HolderPods, pod_name
+from csi_driver.backends.csiholders import HolderPods, image_of, pod_name
 from csi_driver.backends.csinode import NodeDevices
 from csi_driver.backends.csipins import Pin, Pins, digest
 from csi_driver.backends.csiplace import Place, read_place
@@ -51,9 +52,9 @@ from csi_driver.model.errors import (
     Unavailable,
     VolumeBusy,
 )
-from csi_driver.model.settings import Settings
+from csi_driver.model.settings import Service, Settings
 from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeParameters, VolumeRecord
-from csi_driver.volumes.driver import Host, build_driver
+from csi_driver.volumes.driver import Host, build_driver, make_backend
 from tests.operator_fakes import Call, FakeApi
 from tests.told_lines import told_lines
 
@@ -147,7 +148,7 @@ class World:
             self.records,
             self.headers,
             Claims(self.api, NAMESPACE, DRIVER, 0.0),
-            HolderPods(self.api, NAMESPACE, "image", Path("/holders"), 0.0),
+            HolderPods(self.api, NAMESPACE, lambda: "image", Path("/holders"), 0.0),
             self.devices,
             is_node=is_node,
             node_topology=TOPOLOGY,
@@ -392,6 +393,79 @@ def test_a_holder_that_is_not_ready_is_waited_for_in_words(world: World) -> None
         world.controller.publish("pvc-1", "one", many_nodes=False)
     world.api.start(pod_name("pvc-1", "one"))
     world.controller.publish("pvc-1", "one", many_nodes=False)
+
+
+def test_an_image_that_cannot_be_pulled_is_named(world: World) -> None:
+    """The last event of its pod is `Error: ImagePullBackOff`."""
+    world.create()
+    world.api.obeys = False
+    with pytest.raises(Aborted):
+        world.controller.publish("pvc-1", "one", many_nodes=False)
+    world.api.tell(world.api.all(POD)[0], "Error: ImagePullBackOff")
+    waiting = {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "localhost/luks-csi:0.1.0"'}
+    status = {"phase": "Pending", "containerStatuses": [{"ready": False, "state": {"waiting": waiting}}]}
+    world.api.change(POD, pod_name("pvc-1", "one"), {"status": status}, NAMESPACE)
+    with pytest.raises(Aborted, match=r'not ready yet \(Back-off pulling image "localhost/luks-csi:0.1.0"\); this is'):
+        world.controller.publish("pvc-1", "one", many_nodes=False)
+    del waiting["message"]
+    world.api.change(POD, pod_name("pvc-1", "one"), {"status": status}, NAMESPACE)
+    with pytest.raises(Aborted, match=r"not ready yet \(Error: ImagePullBackOff\)"):
+        world.controller.publish("pvc-1", "one", many_nodes=False)
+
+
+def own_pod(world: World, *containers: str) -> None:
+    """The controller's, with containers of these names."""
+    spec = {"containers": [{"name": name, "image": f"registry.example/{name}:1"} for name in containers]}
+    world.api.put(POD, {"metadata": {"name": "own"}, "spec": spec}, NAMESPACE)
+
+
+def test_holders_have_the_image_of_the_controllers_own_container(world: World) -> None:
+    with pytest.raises(FailedPrecondition, match=r"controller's pod luks/own, which is not there; correct --pod-name"):
+        image_of(world.api, NAMESPACE, "own")
+    own_pod(world, "attacher", "controller")
+    assert image_of(world.api, NAMESPACE, "own") == "registry.example/controller:1"
+    own_pod(world, "renamed")
+    assert image_of(world.api, NAMESPACE, "own") == "registry.example/renamed:1"
+    own_pod(world, "attacher", "renamed")
+    with pytest.raises(FailedPrecondition, match=r"has several containers, and none is called controller; correct"):
+        image_of(world.api, NAMESPACE, "own")
+
+
+@pytest.mark.parametrize("holder_image", ["", "registry.example/chosen:1"])
+def test_the_api_is_asked_for_that_image_once_and_when_a_holder_is_made(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder_image: str
+) -> None:
+    """It may be away when the controller starts."""
+    asked: list[Call] = []
+    away = [True]
+
+    def look(call: Call) -> None:
+        if call == Call("get", POD, "own"):
+            asked.append(call)
+            if away[0]:
+                raise Unavailable("the API is away")
+
+    monkeypatch.setattr(world.api, "namespace", NAMESPACE, raising=False)
+    monkeypatch.setattr("csi_driver.kube.client.Kube.of", lambda: world.api)
+    own_pod(world, "controller")
+    settings = Settings(
+        node_id="c", backend="csi", driver_name=DRIVER, state_dir=tmp_path / "state", pod_name="own",
+        holder_image=holder_image, services=frozenset({Service.IDENTITY, Service.CONTROLLER}),
+    )  # fmt: skip
+    world.api.before = look
+    controller = shared(make_backend(settings, Host()))
+    assert controller is not None
+    assert not asked
+    for volume_id in ("pvc-1", "pvc-2"):
+        world.create(volume_id)
+        if not holder_image and away[0]:
+            with pytest.raises(Unavailable):
+                controller.publish(volume_id, "one", many_nodes=False)
+            away[0] = False
+        controller.publish(volume_id, "one", many_nodes=False)
+    images = {each["spec"]["containers"][0]["image"] for each in world.api.all(POD) if name_of(each) != "own"}
+    assert images == {holder_image or "registry.example/controller:1"}
+    assert len(asked) == (0 if holder_image else 2)
 
 
 def check_looks(world: World) -> None:

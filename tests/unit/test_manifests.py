@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from csi_driver.backends.csiholders import CONTROLLER
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -97,6 +99,38 @@ def test_kubectl_explain_tells_what_each_kind_is_and_each_field_that_people_writ
         assert [path for path, words in explained.items() if not words] == []
     image = dict(fields(kinds["Image"], "Image"))
     assert image["Image.spec.secretRef"] != image["Image.spec.newSecretRef"]
+
+
+def texts(thing: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Each text in a document, with the name of the field that it is in."""
+    if isinstance(thing, dict):
+        for name, value in thing.items():
+            yield from texts(value, name)
+    elif isinstance(thing, list):
+        for value in thing:
+            yield from texts(value, key)
+    elif isinstance(thing, str):
+        yield key, thing
+
+
+def test_images_are_named_where_kustomize_finds_them() -> None:
+    """What `images:` of a kustomization does not reach is pulled from localhost."""
+    files = sorted((ROOT / "deploy").rglob("*.yaml"))
+    found = [(file, *each) for file in files for each in texts([*yaml.safe_load_all(file.read_text())])]
+    names = {text.rpartition(":")[0] for _, key, text in found if key == "image"}
+    assert "localhost/luks-csi" in names
+    told = [(file.name, key, text) for file, key, text in found for name in names if name in text and key != "image"]
+    assert told == []
+
+
+def test_the_controller_over_another_driver_knows_its_own_pod() -> None:
+    """Its image is the holders'."""
+    controller = containers("csi-backend/controller.yaml")[CONTROLLER]
+    (own,) = (each for each in controller["env"] if each["name"] == "LUKS_CSI_POD_NAME")
+    assert own["valueFrom"] == {"fieldRef": {"fieldPath": "metadata.name"}}
+    found = yaml.safe_load_all((ROOT / "deploy/kubernetes/csi-backend/rbac.yaml").read_text())
+    (role,) = (each for each in found if (each["kind"], each["metadata"]["name"]) == ("Role", "luks-csi-controller"))
+    assert any({"pods"} <= {*each["resources"]} and "get" in each["verbs"] for each in role["rules"])
 
 
 def test_a_holder_that_has_ended_is_anybodys_to_delete() -> None:
