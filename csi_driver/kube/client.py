@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import httpx2
 import msgspec
+import yaml
 from lightkube import ALL_NS, ApiError, Client, KubeConfig
 from lightkube.config.client_adapter import user_auth, verify_cluster
 from lightkube.core.exceptions import ConfigError
@@ -46,6 +47,7 @@ from csi_driver.model.text import one_line
 
 if TYPE_CHECKING:
     from lightkube.config.kubeconfig import SingleConfig
+    from lightkube.config.models import User
 
 _SECONDS: Final = 20.0
 _ACCOUNT: Final = Kind("", "v1", "ServiceAccount", "serviceaccounts", namespaced=True)
@@ -60,6 +62,7 @@ _NONE: Final[Mapping[str, str]] = {}
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,252}")
 """Of objects. lightkube puts a name into the path as it is: a / in one, which an object of a user may name, would lead
 to another object."""
+_TOKEN: Final = re.compile(r"[!-~]*")
 
 # What lies between forgets a connection on which nothing comes: the kernel asks after half a minute.
 _KEPT_ALIVE: Final = ((socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30))
@@ -85,6 +88,7 @@ class Kube:
     """
 
     def __init__(self, config: "SingleConfig") -> None:
+        config = config._replace(user=_sendable(config.user))
         transport = httpx2.HTTPTransport(
             verify=_trust(config), socket_options=list(_KEPT_ALIVE), limits=httpx2.Limits(max_connections=64)
         )
@@ -109,10 +113,12 @@ class Kube:
             if config is None:
                 raise ConfigError("it names no current context")
             return cls(config)
-        except (ConfigError, OSError, ValueError, KeyError, TypeError) as error:
+        except (
+            ConfigError, OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError, httpx2.InvalidURL
+        ) as error:  # fmt: skip
             raise FailedPrecondition(
-                f"no way to the Kubernetes API ({one_line(str(error), 200)}); give a kubeconfig, or run this in a pod "
-                f"with a service account's token"
+                f"no way to the Kubernetes API ({_unusable(error)}); give a kubeconfig, or run this in a pod with a "
+                f"service account's token"
             ) from None
 
     @property
@@ -250,7 +256,7 @@ class Kube:
         user = self._client.config.user
         if user is not None and user.token_file:
             try:
-                return Path(user.token_file).read_text().strip()
+                return _token(Path(user.token_file).read_text())
             except (OSError, UnicodeDecodeError) as error:
                 why = error_name(error) if isinstance(error, OSError) else "it is no text"
                 raise FailedPrecondition(
@@ -274,9 +280,14 @@ def _told(ask: Any, kind: Kind, name: str) -> Any:
         return ask()
     except ApiError as error:
         raise _refused(error, kind, name) from None
-    except (httpx2.HTTPError, httpx2.StreamError, OSError) as error:
+    except (httpx2.HTTPError, httpx2.StreamError, OSError, UnicodeError) as error:
+        if isinstance(error, UnicodeError) or _is_header(error):
+            raise FailedPrecondition(
+                f"the Kubernetes API cannot be asked for {what}: the token that the kubeconfig's user has, or that its "
+                f"plug-in gives, has characters that no header can have; it must be as it was given out"
+            ) from None
         raise Unavailable(
-            f"the Kubernetes API cannot be reached for {what} ({one_line(str(error), 200)}); it is tried again"
+            f"the Kubernetes API cannot be reached for {what} ({_broken(error)}); it is tried again"
         ) from None
     except msgspec.DecodeError as error:
         raise Unavailable(
@@ -284,6 +295,49 @@ def _told(ask: Any, kind: Kind, name: str) -> Any:
         ) from None
     except ConfigError as error:
         raise FailedPrecondition(f"no credentials for the Kubernetes API ({one_line(str(error), 200)})") from None
+
+
+def _is_header(error: Exception) -> bool:
+    """Whether a header of ours was refused before it was sent; of those only the token comes from elsewhere."""
+    return isinstance(error, httpx2.LocalProtocolError) and str(error).startswith("Illegal header")
+
+
+def _broken(error: Exception) -> str:
+    """What a connection's error says, without what was sent: a header, or an address that has a password in it."""
+    if isinstance(error, httpx2.HTTPStatusError):
+        return f"HTTP {error.response.status_code}"
+    return type(error).__name__ if isinstance(error, httpx2.LocalProtocolError) else one_line(str(error), 200)
+
+
+def _unusable(error: Exception) -> str:
+    """Why a kubeconfig is none, without what stands in it: YAML's errors have the line, those of an address a part."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"the kubeconfig cannot be read from line {mark.line + 1}, column {mark.column + 1} on, as YAML"
+    if isinstance(error, httpx2.InvalidURL):
+        return "the kubeconfig has a cluster whose server is no URL"
+    if isinstance(error, KeyError):
+        return f"{one_line(str(error), 200)} is missing"
+    if isinstance(error, ConfigError | OSError | msgspec.ValidationError):
+        return one_line(str(error), 200)
+    return f"the kubeconfig cannot be read ({type(error).__name__})"
+
+
+def _sendable(user: "User | None") -> "User | None":
+    """The kubeconfig's user with its token as it is sent. Raises FailedPrecondition where that cannot be."""
+    token = None if user is None or user.token is None else _token(user.token)
+    return None if user is None else msgspec.structs.replace(user, token=token or None)
+
+
+def _token(text: str) -> str:
+    """A token without the white space around it, such as a block of YAML ends with. Raises FailedPrecondition."""
+    token = text.strip()
+    if _TOKEN.fullmatch(token) is None:
+        raise FailedPrecondition(
+            "the token of the kubeconfig's user cannot be sent to the Kubernetes API: it has white space or characters "
+            "that are not ASCII in it; put it there as it was given out"
+        )
+    return token
 
 
 def _refused(error: ApiError, kind: Kind, name: str) -> DriverError:

@@ -5,6 +5,7 @@ import json
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -18,6 +19,7 @@ from csi_driver.kube.kinds import CLAIM, IMAGE, SECRET, Json, Kind
 from csi_driver.model.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unavailable
 
 NAMES = ["", "a/b", "../secrets", "a?b", "a#b", "a%2fb", "..", ".", "a b", "a\n", "-a", "a" * 254, "*"]
+A, B = ({"metadata": {"name": name, "resourceVersion": "2"}} for name in "ab")
 
 
 @pytest.fixture
@@ -28,18 +30,70 @@ def kube(tmp_path: Path) -> Iterator[Kube]:
     kube.close()
 
 
-def kube_of(tmp_path: Path, port: int) -> Kube:
-    """A client of the API there."""
+def kube_of(tmp_path: Path, port: int, **user: object) -> Kube:
+    """A client of the API there; by a token unless the kubeconfig's user has something else."""
     config = {
         "apiVersion": "v1",
         "kind": "Config",
         "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{port}"}}],
-        "users": [{"name": "u", "user": {"token": "t"}}],
+        "users": [{"name": "u", "user": user or {"token": "t"}}],
         "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
         "current-context": "c",
     }
     (tmp_path / "kubeconfig").write_text(json.dumps(config))
     return Kube.of(tmp_path / "kubeconfig")
+
+
+class WatchedApi(ThreadingHTTPServer):
+    """Answers each request with `code` and `pieces`; one that is `silent` says nothing behind them until the end."""
+
+    daemon_threads = True
+
+    def __init__(self, pieces: Sequence[bytes], code: int = 200, *, silent: bool = False) -> None:
+        super().__init__(("127.0.0.1", 0), _Answers)
+        self.pieces, self.code, self.silent = pieces, code, silent
+        self.asked: queue.Queue[str] = queue.Queue()
+        self.headers: queue.Queue[Message] = queue.Queue()
+        self.over = threading.Event()
+
+
+class _Answers(BaseHTTPRequestHandler):
+    server: WatchedApi
+
+    def do_GET(self) -> None:
+        self.server.asked.put(self.path)
+        self.server.headers.put(self.headers)
+        self.send_response(self.server.code)
+        is_json = b"".join(self.server.pieces).startswith(b"{")
+        self.send_header("Content-Type", "application/json" if is_json else "text/html")
+        self.end_headers()
+        for piece in self.server.pieces:
+            self.wfile.write(piece)
+            self.wfile.flush()
+        if self.server.silent:
+            self.server.over.wait()
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[Callable[..., tuple[Kube, WatchedApi]]]:
+    """A client of such an API."""
+    made: list[tuple[Kube, WatchedApi]] = []
+
+    def make(*pieces: bytes, code: int = 200, silent: bool = False) -> tuple[Kube, WatchedApi]:
+        api = WatchedApi(pieces, code, silent=silent)
+        threading.Thread(target=api.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        made.append((kube_of(tmp_path, api.server_port), api))
+        return made[-1]
+
+    yield make
+    for kube, api in made:
+        api.over.set()
+        kube.close()
+        api.shutdown()
+        api.server_close()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -78,66 +132,93 @@ def test_a_token_that_cannot_be_read_is_told_with_its_file(kube: Kube, tmp_path:
     assert kube.own_token == "t"
 
 
+@pytest.mark.parametrize("token", ["SECRET\n", "  SECRET", "SECRET\r\n"])
+def test_white_space_around_a_token_is_none_of_it(
+    watched: Callable[..., tuple[Kube, WatchedApi]], tmp_path: Path, token: str
+) -> None:
+    _, api = watched(json.dumps(A).encode())
+    with contextlib.closing(kube_of(tmp_path, api.server_port, token=token)) as kube:
+        assert kube.own_token == "SECRET"
+        assert kube.get(IMAGE, "a") == A
+    assert api.headers.get_nowait()["Authorization"] == "Bearer SECRET"
+
+
+@pytest.mark.parametrize("token", ["SECRET of mine", "SECRET\nX-Remote-User: admin", "SECRET\xfc", "SECRET\u2192\0"])
+def test_a_token_that_cannot_be_sent_is_told_and_not_repeated(tmp_path: Path, token: str) -> None:
+    with pytest.raises(FailedPrecondition, match="the token of the kubeconfig's user cannot be sent") as told:
+        kube_of(tmp_path, 1, token=token)
+    assert "SECRET" not in str(told.value)
+    (tmp_path / "token").write_text(token)
+    with contextlib.closing(kube_of(tmp_path, 1, tokenFile=str(tmp_path / "token"))) as kube:
+        with pytest.raises(FailedPrecondition, match="the token of the kubeconfig's user cannot be sent") as told:
+            _ = kube.own_token
+        assert "SECRET" not in str(told.value)
+
+
+GIVEN = json.dumps({"status": {"token": "SECRET\n"}})
+PLUGIN = {"apiVersion": "client.authentication.k8s.io/v1beta1", "command": "echo", "args": [GIVEN]}
+
+
+@pytest.mark.parametrize(
+    ("token", "user"), [(b"SECRET\0", {}), (b"SECRET\nX: y", {}), (b"SECRET\xff", {}), (b"", {"exec": PLUGIN})]
+)
+def test_a_header_that_cannot_be_sent_is_not_repeated(
+    watched: Callable[..., tuple[Kube, WatchedApi]], tmp_path: Path, token: bytes, user: Json
+) -> None:
+    _, api = watched()
+    (tmp_path / "token").write_bytes(token)
+    user = user or {"tokenFile": str(tmp_path / "token")}
+    with contextlib.closing(kube_of(tmp_path, api.server_port, **user)) as kube:
+        calls: list[Callable[[], object]] = [lambda: kube.get(IMAGE, "a"), lambda: list(kube.watch(IMAGE, "7"))]
+        for call in calls:
+            with pytest.raises(FailedPrecondition, match=r"for Image.*has characters that no header can have") as told:
+                call()
+            assert "SECRET" not in str(told.value)
+
+
+def test_a_password_in_the_address_of_the_api_is_not_repeated(
+    watched: Callable[..., tuple[Kube, WatchedApi]], tmp_path: Path
+) -> None:
+    _, api = watched(b"<html>", code=502)
+    config = json.loads((tmp_path / "kubeconfig").read_text())
+    for address in (f"127.0.0.1:{api.server_port}", "127.0.0.1:hunter2"):
+        config["clusters"][0]["cluster"]["server"] = f"http://me:hunter2@{address}"
+        (tmp_path / "kubeconfig").write_text(json.dumps(config))
+        with pytest.raises((Unavailable, FailedPrecondition), match=r"HTTP 502|whose server is no URL") as told:
+            Kube.of(tmp_path / "kubeconfig").get(IMAGE, "a")
+        assert "hunter2" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("users:\n- name: u\n  user:\n    password: hunter2: x\n", "from line 4, column 22 on, as YAML"),
+        ("users: {password: [hunter2\n", "from line 2, column 1 on, as YAML"),
+        ("password: !hunter2 x\n", "from line 1, column 11 on, as YAML"),
+        ("password: hunter2\0\n", r"cannot be read \(ReaderError\)"),
+        ("password: !!int hunter2\n", r"cannot be read \(ValueError\)"),
+        ("hunter2\n", r"cannot be read \(AttributeError\)"),
+        ("", r"cannot be read \(AttributeError\)"),
+        ("clusters: []\n", r"'contexts' is missing"),
+        ("clusters: []\ncontexts: []\nusers: [{name: u, user: {password: [hunter2]}}]\n", r"Expected `str.*password"),
+    ],
+)
+def test_what_is_no_kubeconfig_is_told_without_what_stands_in_it(tmp_path: Path, content: str, why: str) -> None:
+    (tmp_path / "kubeconfig").write_text(content)
+    with pytest.raises(FailedPrecondition, match=rf"no way to the Kubernetes API \(.*{why}") as told:
+        Kube.of(tmp_path / "kubeconfig")
+    assert "hunter2" not in str(told.value)
+
+
 @pytest.mark.parametrize("name", ["a", "vmi-1", "system:controller", "Upper_case.1", "a" * 253])
 def test_what_can_be_one_is(kube: Kube, name: str) -> None:
     with pytest.raises(Unavailable):
         kube.get(IMAGE, name)
 
 
-class WatchedApi(ThreadingHTTPServer):
-    """Answers each request with `code` and `pieces`; one that is `silent` says nothing behind them until the end."""
-
-    daemon_threads = True
-
-    def __init__(self, pieces: Sequence[bytes], code: int = 200, *, silent: bool = False) -> None:
-        super().__init__(("127.0.0.1", 0), _Answers)
-        self.pieces, self.code, self.silent = pieces, code, silent
-        self.asked: queue.Queue[str] = queue.Queue()
-        self.over = threading.Event()
-
-
-class _Answers(BaseHTTPRequestHandler):
-    server: WatchedApi
-
-    def do_GET(self) -> None:
-        self.server.asked.put(self.path)
-        self.send_response(self.server.code)
-        self.end_headers()
-        for piece in self.server.pieces:
-            self.wfile.write(piece)
-            self.wfile.flush()
-        if self.server.silent:
-            self.server.over.wait()
-
-    def log_message(self, *_: object) -> None:
-        """Nothing."""
-
-
-@pytest.fixture
-def watched(tmp_path: Path) -> Iterator[Callable[..., tuple[Kube, WatchedApi]]]:
-    """A client of such an API."""
-    made: list[tuple[Kube, WatchedApi]] = []
-
-    def make(*pieces: bytes, code: int = 200, silent: bool = False) -> tuple[Kube, WatchedApi]:
-        api = WatchedApi(pieces, code, silent=silent)
-        threading.Thread(target=api.serve_forever, kwargs={"poll_interval": 0.01}).start()
-        made.append((kube_of(tmp_path, api.server_port), api))
-        return made[-1]
-
-    yield make
-    for kube, api in made:
-        api.over.set()
-        kube.close()
-        api.shutdown()
-        api.server_close()
-
-
 def event(what: str, thing: Json) -> bytes:
     """A line of a watch; what JSON need not escape is as it is."""
     return json.dumps({"type": what, "object": thing}, ensure_ascii=False).encode() + b"\n"
-
-
-A, B = ({"metadata": {"name": name, "resourceVersion": "2"}} for name in "ab")
 
 
 def test_a_watch_that_has_ended_is_not_begun_anew(watched: Callable[..., tuple[Kube, WatchedApi]]) -> None:
