@@ -4,7 +4,6 @@ Bodies and headers carry keys and tokens: neither is ever quoted. What the serve
 nothing secret was sent.
 """
 
-import os
 import ssl
 import time
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from csi_driver.host.inmemory import in_memory
 from csi_driver.keys.base import SECONDS
 from csi_driver.keys.extras import load
 from csi_driver.keys.retries import retried
@@ -60,7 +60,8 @@ class Tls:
             context.verify_mode = ssl.CERT_NONE
         if self.certificate is not None:
             with ExitStack() as stack:
-                paths = [_in_memory(each or "", stack) for each in (self.certificate, self.key)]
+                texts = (self.certificate, self.key)
+                paths = [stack.enter_context(in_memory((each or "").encode())) for each in texts]
                 try:
                     context.load_cert_chain(*paths)
                 except (ssl.SSLError, OSError):
@@ -227,11 +228,3 @@ def _said(content: bytes) -> str:
         errors = answer.get("errors")
         words = errors[0] if isinstance(errors, list) and errors else answer.get("message")
     return f": {one_line(words, _MOST_QUOTED)}" if isinstance(words, str) and words.strip() else ""
-
-
-def _in_memory(text: str, stack: ExitStack) -> str:
-    """A path that shows the text, which is nowhere but in memory, while the stack is open."""
-    descriptor = os.memfd_create("luks-csi-tls", os.MFD_CLOEXEC)
-    stack.callback(os.close, descriptor)
-    os.write(descriptor, text.encode())
-    return f"/proc/self/fd/{descriptor}"

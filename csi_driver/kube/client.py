@@ -1,27 +1,31 @@
 """The Kubernetes API: objects as they are on the wire, errors as sentences.
 
-lightkube does the talking: kubeconfig, tokens, TLS. Here is what it leaves open: no call without a name where a name is
-meant (that would be the whole collection), connections that notice when the other end has gone silently, and watches
-that end: lightkube's own waits for ever for a server that says nothing, begins anew without a listing, and cannot read
-an object with a U+0085 in it (findings/lightkube-watch-silent-connection.sh, findings/lightkube-watch-next-line.sh).
+lightkube does the talking: kubeconfig and tokens. Here is what it leaves open: no call without a name where a name is
+meant (that would be the whole collection), no private key in /tmp, no credentials in errors, connections that notice
+when the other end has gone silently, and watches that end: lightkube's own waits for ever for a server that says
+nothing, begins anew without a listing, and cannot read an object with a U+0085 in it
+(findings/lightkube-watch-silent-connection.sh, findings/lightkube-watch-next-line.sh).
 """
 
+import base64
 import contextlib
 import functools
+import os
 import random
 import re
 import socket
+import ssl
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import httpx2
 import msgspec
 import yaml
 from lightkube import ALL_NS, ApiError, Client, KubeConfig
-from lightkube.config.client_adapter import user_auth, verify_cluster
+from lightkube.config.client_adapter import user_auth
 from lightkube.core.exceptions import ConfigError
 from lightkube.generic_resource import create_global_resource, create_namespaced_resource
 from lightkube.models.authentication_v1 import TokenRequestSpec
@@ -29,6 +33,7 @@ from lightkube.models.meta_v1 import ObjectMeta, Status
 from lightkube.resources.core_v1 import ServiceAccountToken
 from lightkube.types import PatchType
 
+from csi_driver.host.inmemory import in_memory
 from csi_driver.host.syscalls import error_name
 from csi_driver.kube.kinds import Json, Kind
 from csi_driver.model.errors import (
@@ -88,10 +93,10 @@ class Kube:
     """
 
     def __init__(self, config: "SingleConfig") -> None:
-        config = config._replace(user=_sendable(config.user))
         transport = httpx2.HTTPTransport(
             verify=_trust(config), socket_options=list(_KEPT_ALIVE), limits=httpx2.Limits(max_connections=64)
         )
+        config = _without_tls(config._replace(user=_sendable(config.user)))
         # Its overloads want a kind's class, known when the types are checked.
         self._client: Any = Client(
             config=config, timeout=httpx2.Timeout(_SECONDS), trust_env=False, transport=transport
@@ -415,8 +420,60 @@ def _class_of(kind: Kind) -> Any:
         return make(kind.group, kind.version, kind.name, kind.plural)
 
 
-def _trust(config: "SingleConfig") -> Any:
-    user = config.user
+def _trust(config: "SingleConfig") -> ssl.SSLContext:
+    """Whom a kubeconfig trusts, and the certificate of its user. Raises ConfigError, without what stands in it.
+
+    lightkube's own would write what is there as data, the private key too, to files on disk.
+    """
+    cluster, user = config.cluster, config.user
     if user is None:
         raise ConfigError("its context names no user")
-    return verify_cluster(config.cluster, user, cast("Any", config.abs_file), trust_env=False)
+    with contextlib.ExitStack() as stack:
+        if ca := _file(config, "certificate-authority", cluster.certificate_auth, cluster.certificate_auth_data, stack):
+            with _usable("the CA certificate of its cluster is no PEM", cluster.certificate_auth):
+                context = ssl.create_default_context(cafile=ca)
+        else:
+            context = httpx2.create_ssl_context(verify=not cluster.insecure, trust_env=False)
+        if certificate := _file(config, "client-certificate", user.client_cert, user.client_cert_data, stack):
+            key = _file(config, "client-key", user.client_key, user.client_key_data, stack)
+            if key is None:
+                raise ConfigError("its user has a client certificate and no key")
+            with _usable(
+                "client certificate and key of its user are no PEM, or do not belong together",
+                user.client_cert,
+                user.client_key,
+            ):
+                context.load_cert_chain(certificate, key)
+    return context
+
+
+def _file(
+    config: "SingleConfig", entry: str, path: str | None, data: str | None, stack: contextlib.ExitStack
+) -> str | None:
+    """Where an entry of a kubeconfig can be read while the stack is open: its data if it has that, as for kubectl."""
+    if not data:
+        return os.fspath(config.abs_file(path)) if path else None
+    try:
+        return stack.enter_context(in_memory(base64.b64decode(data)))
+    except ValueError:
+        raise ConfigError(f"its {entry}-data is no base64") from None
+
+
+@contextlib.contextmanager
+def _usable(wrong: str, *paths: str | None) -> Iterator[None]:
+    """Raises ConfigError for what OpenSSL does not take: it says of files neither which, nor what is wrong."""
+    try:
+        yield
+    except ssl.SSLError:
+        raise ConfigError(wrong) from None
+    except OSError as error:
+        read = ", ".join(each for each in paths if each)
+        raise ConfigError(f"{read} cannot be read: {error_name(error)}") from None
+
+
+def _without_tls(config: "SingleConfig") -> "SingleConfig":
+    """What lightkube is given: our transport has all of TLS."""
+    cluster = msgspec.structs.replace(config.cluster, certificate_auth=None, certificate_auth_data=None)
+    bare = dict.fromkeys(("client_cert", "client_cert_data", "client_key", "client_key_data"))
+    user = None if config.user is None else msgspec.structs.replace(config.user, **bare)
+    return config._replace(cluster=cluster, user=user)

@@ -1,8 +1,12 @@
 """The client of the API: a user's name for an object leads to no other one, and a watch ends, whatever comes."""
 
+import base64
 import contextlib
 import json
 import queue
+import ssl
+import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from email.message import Message
@@ -19,6 +23,8 @@ from csi_driver.kube.kinds import CLAIM, IMAGE, SECRET, Json, Kind
 from csi_driver.model.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unavailable
 
 NAMES = ["", "a/b", "../secrets", "a?b", "a#b", "a%2fb", "..", ".", "a b", "a\n", "-a", "a" * 254, "*"]
+GIVEN = json.dumps({"status": {"token": "SECRET\n"}})
+PLUGIN = {"apiVersion": "client.authentication.k8s.io/v1beta1", "command": "echo", "args": [GIVEN]}
 A, B = ({"metadata": {"name": name, "resourceVersion": "2"}} for name in "ab")
 
 
@@ -30,18 +36,23 @@ def kube(tmp_path: Path) -> Iterator[Kube]:
     kube.close()
 
 
-def kube_of(tmp_path: Path, port: int, **user: object) -> Kube:
+def kube_of(tmp_path: Path, port: int, cluster: Json | None = None, **user: object) -> Kube:
     """A client of the API there; by a token unless the kubeconfig's user has something else."""
     config = {
         "apiVersion": "v1",
         "kind": "Config",
-        "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{port}"}}],
+        "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{port}"} | (cluster or {})}],
         "users": [{"name": "u", "user": user or {"token": "t"}}],
         "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
         "current-context": "c",
     }
     (tmp_path / "kubeconfig").write_text(json.dumps(config))
     return Kube.of(tmp_path / "kubeconfig")
+
+
+def event(what: str, thing: Json) -> bytes:
+    """A line of a watch; what JSON need not escape is as it is."""
+    return json.dumps({"type": what, "object": thing}, ensure_ascii=False).encode() + b"\n"
 
 
 class WatchedApi(ThreadingHTTPServer):
@@ -132,6 +143,141 @@ def test_a_token_that_cannot_be_read_is_told_with_its_file(kube: Kube, tmp_path:
     assert kube.own_token == "t"
 
 
+@pytest.mark.parametrize(
+    ("user", "sent"),
+    [
+        ({"tokenFile": "token"}, "Bearer f"),
+        ({"token": "t", "tokenFile": "token"}, "Bearer f"),
+        ({"username": "me", "password": "hunter2"}, "Basic bWU6aHVudGVyMg=="),
+        ({"exec": PLUGIN | {"args": [GIVEN.replace("\\n", "")]}}, "Bearer SECRET"),
+        ({"token": " ", "username": "me", "password": "hunter2"}, "Basic bWU6aHVudGVyMg=="),
+    ],
+)
+def test_each_kind_of_credentials_is_sent(
+    watched: Callable[..., tuple[Kube, WatchedApi]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    user: Json,
+    sent: str,
+) -> None:
+    _, api = watched(event("ADDED", A))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "token").write_text("f\n")
+    with contextlib.closing(kube_of(tmp_path, api.server_port, **user)) as kube:
+        assert kube.get(IMAGE, "a") is not None
+        assert list(kube.watch(IMAGE, "7")) == [("ADDED", A)]
+    assert [api.headers.get_nowait()["Authorization"] for _ in range(2)] == [sent, sent]
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with key and self-signed certificate of 127.0.0.1."""
+    folder = tmp_path_factory.mktemp("tls")
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-batch"),
+            *("-subj", "/CN=me", "-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-days", "2", "-keyout", folder / "tls.key", "-out", folder / "tls.crt"),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    return folder
+
+
+def as_data(folder: Path) -> tuple[Json, Json]:
+    """Cluster and user of a kubeconfig that has all of TLS in it."""
+    crt, key = (base64.b64encode((folder / name).read_bytes()).decode() for name in ("tls.crt", "tls.key"))
+    return {"certificate-authority-data": crt}, {"client-certificate-data": crt, "client-key-data": key}
+
+
+def as_files(folder: Path) -> tuple[Json, Json]:
+    """The same, by files."""
+    crt, key = (str(folder / name) for name in ("tls.crt", "tls.key"))
+    return {"certificate-authority": crt}, {"client-certificate": crt, "client-key": key}
+
+
+def as_relative_files(_: Path) -> tuple[Json, Json]:
+    """The same, by files that lie beside the kubeconfig."""
+    return {"certificate-authority": "tls.crt"}, {"client-certificate": "tls.crt", "client-key": "tls.key"}
+
+
+def as_anybody(folder: Path) -> tuple[Json, Json]:
+    """A user by data, and a server that anybody may be."""
+    return {"insecure-skip-tls-verify": True}, as_data(folder)[1]
+
+
+@pytest.fixture
+def tls(certificate: Path) -> Iterator[WatchedApi]:
+    """An API that wants a certificate of its users."""
+    api = WatchedApi([event("ADDED", A)])
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate / "tls.crt", certificate / "tls.key")
+    context.load_verify_locations(certificate / "tls.crt")
+    context.verify_mode = ssl.CERT_REQUIRED
+    api.socket = context.wrap_socket(api.socket, server_side=True)
+    threading.Thread(target=api.serve_forever, kwargs={"poll_interval": 0.01}).start()
+    yield api
+    api.shutdown()
+    api.server_close()
+
+
+@pytest.fixture
+def no_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A temporary file is an error."""
+
+    def made(*_: object, **__: object) -> None:
+        raise AssertionError("a temporary file was made")
+
+    for name in ("NamedTemporaryFile", "TemporaryFile", "SpooledTemporaryFile", "mkstemp", "mkdtemp"):
+        monkeypatch.setattr(tempfile, name, made)
+
+
+@pytest.mark.usefixtures("no_files")
+@pytest.mark.parametrize("shown", [as_data, as_files, as_relative_files, as_anybody])
+def test_certificates_of_a_kubeconfig_are_used_and_come_to_no_file(
+    tls: WatchedApi, tmp_path: Path, certificate: Path, shown: Callable[[Path], tuple[Json, Json]]
+) -> None:
+    for name in ("tls.crt", "tls.key"):
+        (tmp_path / name).write_bytes((certificate / name).read_bytes())
+    cluster, user = shown(certificate)
+    there = {"server": f"https://127.0.0.1:{tls.server_port}"}
+    with contextlib.closing(kube_of(tmp_path, 1, there | cluster, **user)) as kube:
+        assert kube.get(IMAGE, "a") is not None
+        assert list(kube.watch(IMAGE, "7")) == [("ADDED", A)]
+    with (
+        contextlib.closing(kube_of(tmp_path, 1, there, **user)) as kube,
+        pytest.raises(Unavailable, match="CERTIFICATE_VERIFY_FAILED"),
+    ):
+        kube.get(IMAGE, "a")
+
+
+NO_PEM = base64.b64encode(b"SECRET").decode()
+
+
+@pytest.mark.usefixtures("no_files")
+@pytest.mark.parametrize(
+    ("cluster", "user", "why"),
+    [
+        ({"certificate-authority-data": "SECRET"}, {}, "its certificate-authority-data is no base64"),
+        ({"certificate-authority-data": NO_PEM}, {}, "the CA certificate of its cluster is no PEM"),
+        ({"certificate-authority": "absent.crt"}, {}, "absent.crt cannot be read: ENOENT"),
+        ({}, {"client-certificate-data": "SECRET"}, "its client-certificate-data is no base64"),
+        ({}, {"client-key-data": "SECRET\xfc"}, "its client-key-data is no base64"),
+        ({}, {"client-key-data": NO_PEM}, "client certificate and key of its user are no PEM, or do not belong"),
+        ({}, {"client-key-data": ""}, "its user has a client certificate and no key"),
+        ({}, {"client-key-data": "", "client-key": "absent.key"}, "absent.key cannot be read: ENOENT"),
+    ],
+)
+def test_a_certificate_or_key_that_cannot_be_used_is_told_and_not_repeated(
+    tmp_path: Path, certificate: Path, cluster: Json, user: Json, why: str
+) -> None:
+    with pytest.raises(FailedPrecondition, match=rf"no way to the Kubernetes API \({why}") as told:
+        kube_of(tmp_path, 1, cluster, **(as_data(certificate)[1] | user))
+    assert "SECRET" not in str(told.value)
+    assert NO_PEM not in str(told.value)
+
+
 @pytest.mark.parametrize("token", ["SECRET\n", "  SECRET", "SECRET\r\n"])
 def test_white_space_around_a_token_is_none_of_it(
     watched: Callable[..., tuple[Kube, WatchedApi]], tmp_path: Path, token: str
@@ -153,10 +299,6 @@ def test_a_token_that_cannot_be_sent_is_told_and_not_repeated(tmp_path: Path, to
         with pytest.raises(FailedPrecondition, match="the token of the kubeconfig's user cannot be sent") as told:
             _ = kube.own_token
         assert "SECRET" not in str(told.value)
-
-
-GIVEN = json.dumps({"status": {"token": "SECRET\n"}})
-PLUGIN = {"apiVersion": "client.authentication.k8s.io/v1beta1", "command": "echo", "args": [GIVEN]}
 
 
 @pytest.mark.parametrize(
@@ -214,11 +356,6 @@ def test_what_is_no_kubeconfig_is_told_without_what_stands_in_it(tmp_path: Path,
 def test_what_can_be_one_is(kube: Kube, name: str) -> None:
     with pytest.raises(Unavailable):
         kube.get(IMAGE, name)
-
-
-def event(what: str, thing: Json) -> bytes:
-    """A line of a watch; what JSON need not escape is as it is."""
-    return json.dumps({"type": what, "object": thing}, ensure_ascii=False).encode() + b"\n"
 
 
 def test_a_watch_that_has_ended_is_not_begun_anew(watched: Callable[..., tuple[Kube, WatchedApi]]) -> None:
