@@ -88,7 +88,8 @@ class Claims:
     def ensure(self, known: Known, storage_class: Json, node: str) -> Json:
         """Make the volume's claim, or find the one that was made; for `node` where its class waits for one.
 
-        Raises FailedPrecondition when the name is taken by another claim, or it has gone.
+        Raises FailedPrecondition when the name is taken by another claim, it has gone, or the cluster does not admit
+        it; ResourceExhausted where a quota does not.
         """
         found = self.find(known.volume_id)
         if found is None and not known.spec.claim_uid:
@@ -112,6 +113,13 @@ class Claims:
                 return self._api.create(CLAIM, {"metadata": metadata, "spec": spec}, self._namespace)
             except AlreadyExists:
                 found = self.find(known.volume_id)
+            except (FailedPrecondition, InvalidArgument, ResourceExhausted) as error:
+                # InvalidArgument would be for good, and whoever refuses can change that.
+                kind = ResourceExhausted if isinstance(error, ResourceExhausted) else FailedPrecondition
+                raise kind(
+                    f"volume {known.volume_id} cannot be made, as namespace {self._namespace} does not take the claim "
+                    f"below it: {error}; this is tried again"
+                ) from None
         if found is not None and not self._is_own(known, found):
             raise FailedPrecondition(
                 f"volume {known.volume_id} cannot be made: the claim {self._where(known.volume_id)} is there and was "

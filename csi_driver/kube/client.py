@@ -45,6 +45,7 @@ from csi_driver.model.errors import (
     InvalidArgument,
     NotFound,
     PermissionDenied,
+    ResourceExhausted,
     Unavailable,
 )
 from csi_driver.model.reading import convert, decode
@@ -63,6 +64,11 @@ _SILENT_SECONDS: Final = 75.0
 has changed at all since the API server began (its BOOKMARK events)."""
 _MOST_QUOTED: Final = 600
 _TERMINATED: Final = "because it is being terminated"
+_NO_RIGHT: Final = re.compile(r' cannot .* resource "')
+"""What the API says of every lack of rights. Its admissions answer 403 too: quotas, PodSecurity, policies, webhooks."""
+_OVER_QUOTA: Final = "exceeded quota"
+_POLICIES: Final = ("admission webhook", "ValidatingAdmissionPolicy")
+"""What a cluster asks beside its own admissions; ours is one. Its refusals are of the object."""
 _NONE: Final[Mapping[str, str]] = {}
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,252}")
 """Of objects. lightkube puts a name into the path as it is: a / in one, which an object of a user may name, would lead
@@ -85,6 +91,10 @@ class Gone(Aborted):
 
 class Conflict(Aborted):
     """Somebody else has changed the object meanwhile."""
+
+
+class NamespaceGoing(FailedPrecondition):
+    """The namespace of what was to be made is being deleted."""
 
 
 class Kube:
@@ -203,8 +213,9 @@ class Kube:
     def create(self, kind: Kind, thing: Json, namespace: str = "", *, dry_run: bool = False) -> Json:
         """Make an object, or with `dry_run` do all but that; what came of it.
 
-        Raises AlreadyExists, InvalidArgument, NotFound (of the kind, or of the namespace), FailedPrecondition (a
-        namespace that is being deleted).
+        Raises AlreadyExists, InvalidArgument (it cannot be so, or a webhook or policy refuses it), NotFound (of the
+        kind, or of the namespace), NamespaceGoing, ResourceExhausted (a quota), FailedPrecondition (PodSecurity, a
+        LimitRange).
         """
         document = _class_of(kind)(apiVersion=kind.api_version, kind=kind.name, **thing)
         return self._ask(kind, "", lambda: self._client.create(document, dry_run=dry_run, **_within(kind, namespace)))
@@ -213,7 +224,7 @@ class Kube:
         """Merge into an object, or into its status (RFC 7386); what came of it.
 
         With `metadata.resourceVersion` in the patch it raises Conflict if the object is no longer that one. Raises
-        NotFound, InvalidArgument.
+        NotFound, and what refuses as `create` does.
         """
         _check_name(kind, name)
         res = _class_of(kind)
@@ -347,7 +358,8 @@ def _token(text: str) -> str:
 
 def _refused(error: ApiError, kind: Kind, name: str) -> DriverError:
     code, reason = error.status.code or 0, error.status.reason or ""
-    said = one_line(error.status.message or f"HTTP {code}", _MOST_QUOTED)
+    whole = error.status.message or f"HTTP {code}"
+    said, is_policy = one_line(whole, _MOST_QUOTED), any(each in whole for each in _POLICIES)
     what = f"{kind} {name}".strip()
     if code == 404:
         return NotFound(f"there is no {what}: {said}")
@@ -356,9 +368,13 @@ def _refused(error: ApiError, kind: Kind, name: str) -> DriverError:
     if code == 409:
         return AlreadyExists(said) if reason == "AlreadyExists" else Conflict(f"{what} was changed meanwhile: {said}")
     if code == 403 and _TERMINATED in said:
-        return FailedPrecondition(f"the namespace of {what} is being deleted: {said}")
-    if code in (401, 403) and "admission webhook" not in said and "ValidatingAdmissionPolicy" not in said:
+        return NamespaceGoing(f"the namespace of {what} is being deleted: {said}")
+    if code == 401 or (code == 403 and not is_policy and _NO_RIGHT.search(whole)):
         return PermissionDenied(f"the Kubernetes API refuses {what}: {said}; look at the role of this service account")
+    if code == 403 and not is_policy and _OVER_QUOTA in whole:
+        return ResourceExhausted(f"a quota leaves no room for {what}: {said}; raise that quota of its namespace")
+    if code == 403 and not is_policy:
+        return FailedPrecondition(f"the cluster does not admit {what}: {said}; change what it admits in that namespace")
     if code in (400, 403, 422):
         return InvalidArgument(f"{what} is refused: {said}")
     if code == 429 or code >= 500 or code == 0:

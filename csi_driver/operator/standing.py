@@ -7,8 +7,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+from csi_driver.kube.client import NamespaceGoing
 from csi_driver.kube.kinds import FINALIZER, MANAGED_BY, MANAGER, ORIGIN, Json, Kind, name_of, uid_of
-from csi_driver.model.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
+from csi_driver.model.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted
 
 SOON: Final = 0.25
 """Seconds after which to look again where an own write is not seen yet."""
@@ -117,11 +118,11 @@ def make(api: Api, kind: Kind, thing: Json, namespace: str = "") -> Json:
     """
     try:
         return api.create(kind, thing, namespace)
-    except (FailedPrecondition, NotFound, PermissionDenied) as error:
+    except (FailedPrecondition, NotFound, PermissionDenied, ResourceExhausted) as error:
         why, place = str(error), f"namespace {namespace}, in which its {kind} belongs"
         if namespace and isinstance(error, NotFound):
             why = f"there is no {place}; make it (kubectl create namespace {namespace})"
-        elif namespace and isinstance(error, FailedPrecondition):
+        elif namespace and isinstance(error, NamespaceGoing):
             why = f"the {place}, is being deleted; make it anew when it is gone (kubectl create namespace {namespace})"
         raise InvalidArgument(f"{why}; it is tried again") from None
 

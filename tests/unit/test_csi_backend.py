@@ -274,6 +274,31 @@ def test_what_the_driver_below_refuses_is_told_and_leaves_nothing(
     assert not world.api.all(VOLUME_RECORD)
 
 
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (InvalidArgument("PersistentVolumeClaim is refused: a policy denied it"), FailedPrecondition),
+        (FailedPrecondition("the cluster does not admit PersistentVolumeClaim: too small"), FailedPrecondition),
+        (ResourceExhausted("a quota leaves no room for PersistentVolumeClaim"), ResourceExhausted),
+    ],
+)
+def test_a_claim_that_the_cluster_does_not_admit_is_told_and_asked_for_again(
+    world: World, error: DriverError, kind: type[DriverError]
+) -> None:
+    """InvalidArgument would keep external-provisioner away for minutes, though the policy has been changed."""
+
+    def refuse(call: Call) -> None:
+        if (call.verb, call.kind) == ("create", CLAIM):
+            raise error
+
+    world.api.before = refuse
+    with pytest.raises(kind, match=rf"volume pvc-1 .* namespace {NAMESPACE} does not take the claim .*: {error}; this"):
+        world.create()
+    assert not world.api.all(VOLUME_RECORD)
+    world.api.before = lambda _call: None
+    world.create()
+
+
 def test_a_class_that_cannot_be_below_is_refused_before_anything_is_made(world: World) -> None:
     for parameters, kind, sentence in (
         (VolumeParameters(), InvalidArgument, r"backingStorageClass must name"),

@@ -18,9 +18,16 @@ import pytest
 from lightkube.generic_resource import create_global_resource
 
 from csi_driver.kube import client
-from csi_driver.kube.client import Gone, Kube
+from csi_driver.kube.client import Gone, Kube, NamespaceGoing
 from csi_driver.kube.kinds import CLAIM, IMAGE, SECRET, Json, Kind
-from csi_driver.model.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unavailable
+from csi_driver.model.errors import (
+    DriverError,
+    FailedPrecondition,
+    InvalidArgument,
+    PermissionDenied,
+    ResourceExhausted,
+    Unavailable,
+)
 
 NAMES = ["", "a/b", "../secrets", "a?b", "a#b", "a%2fb", "..", ".", "a b", "a\n", "-a", "a" * 254, "*"]
 GIVEN = json.dumps({"status": {"token": "SECRET\n"}})
@@ -83,6 +90,10 @@ class _Answers(BaseHTTPRequestHandler):
             self.wfile.flush()
         if self.server.silent:
             self.server.over.wait()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
 
     def log_message(self, *_: object) -> None:
         """Nothing."""
@@ -392,17 +403,68 @@ def test_an_event_is_a_line_whatever_is_in_it(watched: Callable[..., tuple[Kube,
     assert list(kube.watch(IMAGE, "7")) == [("ADDED", thing), ("MODIFIED", thing)]
 
 
-def status(code: int) -> Json:
+NO_RIGHT = (
+    'images.images.luks.csi.internal is forbidden: User "system:serviceaccount:luks:luks" cannot list resource '
+    '"images" in API group "images.luks.csi.internal" at the cluster scope'
+)
+
+
+def status(code: int, message: str = "so it is", reason: str = "") -> Json:
     """What the API says of an error."""
-    return {"kind": "Status", "status": "Failure", "message": "so it is", "code": code}
+    return {"kind": "Status", "status": "Failure", "message": message, "code": code, "reason": reason}
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "kind", "said"),
+    [
+        (401, "Unauthorized", PermissionDenied, "look at the role"),
+        (403, NO_RIGHT, PermissionDenied, "look at the role"),
+        (403, NO_RIGHT.replace("luks:luks", f"{'a' * 253}:{'b' * 253}"), PermissionDenied, "look at the role"),
+        (
+            403, 'persistentvolumeclaims "a" is forbidden: exceeded quota: few, requested: requests.storage=1Gi',
+            ResourceExhausted, r"a quota leaves no room for .*exceeded quota: few, .*; raise that quota",
+        ),
+        (
+            403, 'pods "a" is forbidden: violates PodSecurity "restricted:latest": privileged',
+            FailedPrecondition, r"the cluster does not admit .*violates PodSecurity .*; change what it admits",
+        ),
+        (
+            403, 'persistentvolumeclaims "a" is forbidden: minimum storage usage per PersistentVolumeClaim is 1Gi',
+            FailedPrecondition, r"the cluster does not admit .*minimum storage usage",
+        ),
+        (
+            403, "unable to create new content in namespace here because it is being terminated",
+            NamespaceGoing, "the namespace of .* is being deleted",
+        ),
+        (403, 'admission webhook "x" denied the request: exceeded quota', InvalidArgument, "is refused: admission"),
+        (403, f'admission webhook "x" denied the request: {NO_RIGHT}', InvalidArgument, "is refused: admission"),
+        (
+            403, "images \"a\" is forbidden: ValidatingAdmissionPolicy 'x' with binding 'y' denied request: no",
+            InvalidArgument, "is refused: images",
+        ),
+        (422, 'Image "a" is invalid: spec: Required value', InvalidArgument, "is refused: Image"),
+    ],
+)  # fmt: skip
+def test_what_the_api_refuses_is_told_by_who_refuses_it(
+    watched: Callable[..., tuple[Kube, WatchedApi]], code: int, message: str, kind: type[DriverError], said: str
+) -> None:
+    kube, _ = watched(json.dumps(status(code, message)).encode(), code=code)
+    asks: list[Callable[[], object]] = [
+        lambda: kube.get(IMAGE, "a"),
+        lambda: kube.create(CLAIM, {"metadata": {"name": "a"}}, "here"),
+    ]
+    for ask in asks:
+        with pytest.raises(kind, match=said) as told:
+            ask()
+        assert type(told.value) is kind
 
 
 def test_an_error_of_a_watch_is_told_as_it_was_meant(watched: Callable[..., tuple[Kube, WatchedApi]]) -> None:
     kube, api = watched(event("ADDED", A), event("ERROR", status(410)))
     with pytest.raises(Gone, match="so it is"):
         list(kube.watch(IMAGE, "7"))
-    api.pieces, api.code = [json.dumps(status(403)).encode()], 403
-    with pytest.raises(PermissionDenied, match="so it is"):
+    api.pieces, api.code = [json.dumps(status(403, NO_RIGHT)).encode()], 403
+    with pytest.raises(PermissionDenied, match="is forbidden"):
         list(kube.watch(IMAGE, "7"))
     api.pieces, api.code = [b"<html>"], 502
     with pytest.raises(Unavailable, match="502"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from csi_driver.kube.client import NamespaceGoing
 from csi_driver.kube.kinds import (
     BACKING_IMAGE,
     CLAIM,
@@ -22,7 +23,14 @@ from csi_driver.kube.kinds import (
     Json,
     Kind,
 )
-from csi_driver.model.errors import DriverError, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
+from csi_driver.model.errors import (
+    DriverError,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+)
 from csi_driver.operator.backing_images import RETRIES, BackingImages
 from csi_driver.operator.class_parameters import secret_keys, verified
 from csi_driver.operator.compat import check_crds
@@ -721,10 +729,12 @@ ANEW = f"make it anew when it is gone ({MADE})"
             f"there is no namespace {SPACE}, in which its BackingImage belongs; make it ({MADE})",
         ),
         (
-            FailedPrecondition("the namespace of BackingImage is being deleted: so says the API"),
+            NamespaceGoing("the namespace of BackingImage is being deleted: so says the API"),
             f"the namespace {SPACE}, in which its BackingImage belongs, is being deleted; {ANEW}",
         ),
         (PermissionDenied("the API refuses BackingImage"), "the API refuses BackingImage"),
+        (ResourceExhausted("a quota leaves no room"), "a quota leaves no room"),
+        (FailedPrecondition("the cluster does not admit it"), "the cluster does not admit it"),
     ],
 )
 def test_what_the_api_does_not_let_the_operator_make_is_told_and_tried_again(
