@@ -7,14 +7,11 @@ nothing, begins anew without a listing, and cannot read an object with a U+0085 
 (findings/lightkube-watch-silent-connection.sh, findings/lightkube-watch-next-line.sh).
 """
 
-import base64
 import contextlib
 import functools
-import os
 import random
 import re
 import socket
-import ssl
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -33,9 +30,9 @@ from lightkube.models.meta_v1 import ObjectMeta, Status
 from lightkube.resources.core_v1 import ServiceAccountToken
 from lightkube.types import PatchType
 
-from csi_driver.host.inmemory import in_memory
 from csi_driver.host.syscalls import error_name
 from csi_driver.kube.kinds import Json, Kind
+from csi_driver.kube.kubeconfig import sendable, token_of, trust, unusable, without_tls
 from csi_driver.model.errors import (
     Aborted,
     AlreadyExists,
@@ -53,7 +50,6 @@ from csi_driver.model.text import one_line
 
 if TYPE_CHECKING:
     from lightkube.config.kubeconfig import SingleConfig
-    from lightkube.config.models import User
 
 _SECONDS: Final = 20.0
 _ACCOUNT: Final = Kind("", "v1", "ServiceAccount", "serviceaccounts", namespaced=True)
@@ -73,7 +69,6 @@ _NONE: Final[Mapping[str, str]] = {}
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,252}")
 """Of objects. lightkube puts a name into the path as it is: a / in one, which an object of a user may name, would lead
 to another object."""
-_TOKEN: Final = re.compile(r"[!-~]*")
 
 # What lies between forgets a connection on which nothing comes: the kernel asks after half a minute.
 _KEPT_ALIVE: Final = ((socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30))
@@ -104,9 +99,9 @@ class Kube:
 
     def __init__(self, config: "SingleConfig") -> None:
         transport = httpx2.HTTPTransport(
-            verify=_trust(config), socket_options=list(_KEPT_ALIVE), limits=httpx2.Limits(max_connections=64)
+            verify=trust(config), socket_options=list(_KEPT_ALIVE), limits=httpx2.Limits(max_connections=64)
         )
-        config = _without_tls(config._replace(user=_sendable(config.user)))
+        config = without_tls(config._replace(user=sendable(config.user)))
         # Its overloads want a kind's class, known when the types are checked.
         self._client: Any = Client(
             config=config, timeout=httpx2.Timeout(_SECONDS), trust_env=False, transport=transport
@@ -132,7 +127,7 @@ class Kube:
             ConfigError, OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError, httpx2.InvalidURL
         ) as error:  # fmt: skip
             raise FailedPrecondition(
-                f"no way to the Kubernetes API ({_unusable(error)}); give a kubeconfig, or run this in a pod with a "
+                f"no way to the Kubernetes API ({unusable(error)}); give a kubeconfig, or run this in a pod with a "
                 f"service account's token"
             ) from None
 
@@ -272,7 +267,7 @@ class Kube:
         user = self._client.config.user
         if user is not None and user.token_file:
             try:
-                return _token(Path(user.token_file).read_text())
+                return token_of(Path(user.token_file).read_text())
             except (OSError, UnicodeDecodeError) as error:
                 why = error_name(error) if isinstance(error, OSError) else "it is no text"
                 raise FailedPrecondition(
@@ -323,37 +318,6 @@ def _broken(error: Exception) -> str:
     if isinstance(error, httpx2.HTTPStatusError):
         return f"HTTP {error.response.status_code}"
     return type(error).__name__ if isinstance(error, httpx2.LocalProtocolError) else one_line(str(error), 200)
-
-
-def _unusable(error: Exception) -> str:
-    """Why a kubeconfig is none, without what stands in it: YAML's errors have the line, those of an address a part."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
-        return f"the kubeconfig cannot be read from line {mark.line + 1}, column {mark.column + 1} on, as YAML"
-    if isinstance(error, httpx2.InvalidURL):
-        return "the kubeconfig has a cluster whose server is no URL"
-    if isinstance(error, KeyError):
-        return f"{one_line(str(error), 200)} is missing"
-    if isinstance(error, ConfigError | OSError | msgspec.ValidationError):
-        return one_line(str(error), 200)
-    return f"the kubeconfig cannot be read ({type(error).__name__})"
-
-
-def _sendable(user: "User | None") -> "User | None":
-    """The kubeconfig's user with its token as it is sent. Raises FailedPrecondition where that cannot be."""
-    token = None if user is None or user.token is None else _token(user.token)
-    return None if user is None else msgspec.structs.replace(user, token=token or None)
-
-
-def _token(text: str) -> str:
-    """A token without the white space around it, such as a block of YAML ends with. Raises FailedPrecondition."""
-    token = text.strip()
-    if _TOKEN.fullmatch(token) is None:
-        raise FailedPrecondition(
-            "the token of the kubeconfig's user cannot be sent to the Kubernetes API: it has white space or characters "
-            "that are not ASCII in it; put it there as it was given out"
-        )
-    return token
 
 
 def _refused(error: ApiError, kind: Kind, name: str) -> DriverError:
@@ -434,62 +398,3 @@ def _class_of(kind: Kind) -> Any:
     make = create_namespaced_resource if kind.namespaced else create_global_resource
     with _making:  # lightkube refuses the second of two threads that come at once
         return make(kind.group, kind.version, kind.name, kind.plural)
-
-
-def _trust(config: "SingleConfig") -> ssl.SSLContext:
-    """Whom a kubeconfig trusts, and the certificate of its user. Raises ConfigError, without what stands in it.
-
-    lightkube's own would write what is there as data, the private key too, to files on disk.
-    """
-    cluster, user = config.cluster, config.user
-    if user is None:
-        raise ConfigError("its context names no user")
-    with contextlib.ExitStack() as stack:
-        if ca := _file(config, "certificate-authority", cluster.certificate_auth, cluster.certificate_auth_data, stack):
-            with _usable("the CA certificate of its cluster is no PEM", cluster.certificate_auth):
-                context = ssl.create_default_context(cafile=ca)
-        else:
-            context = httpx2.create_ssl_context(verify=not cluster.insecure, trust_env=False)
-        if certificate := _file(config, "client-certificate", user.client_cert, user.client_cert_data, stack):
-            key = _file(config, "client-key", user.client_key, user.client_key_data, stack)
-            if key is None:
-                raise ConfigError("its user has a client certificate and no key")
-            with _usable(
-                "client certificate and key of its user are no PEM, or do not belong together",
-                user.client_cert,
-                user.client_key,
-            ):
-                context.load_cert_chain(certificate, key)
-    return context
-
-
-def _file(
-    config: "SingleConfig", entry: str, path: str | None, data: str | None, stack: contextlib.ExitStack
-) -> str | None:
-    """Where an entry of a kubeconfig can be read while the stack is open: its data if it has that, as for kubectl."""
-    if not data:
-        return os.fspath(config.abs_file(path)) if path else None
-    try:
-        return stack.enter_context(in_memory(base64.b64decode(data)))
-    except ValueError:
-        raise ConfigError(f"its {entry}-data is no base64") from None
-
-
-@contextlib.contextmanager
-def _usable(wrong: str, *paths: str | None) -> Iterator[None]:
-    """Raises ConfigError for what OpenSSL does not take: it says of files neither which, nor what is wrong."""
-    try:
-        yield
-    except ssl.SSLError:
-        raise ConfigError(wrong) from None
-    except OSError as error:
-        read = ", ".join(each for each in paths if each)
-        raise ConfigError(f"{read} cannot be read: {error_name(error)}") from None
-
-
-def _without_tls(config: "SingleConfig") -> "SingleConfig":
-    """What lightkube is given: our transport has all of TLS."""
-    cluster = msgspec.structs.replace(config.cluster, certificate_auth=None, certificate_auth_data=None)
-    bare = dict.fromkeys(("client_cert", "client_cert_data", "client_key", "client_key_data"))
-    user = None if config.user is None else msgspec.structs.replace(config.user, **bare)
-    return config._replace(cluster=cluster, user=user)
