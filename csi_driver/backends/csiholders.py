@@ -88,7 +88,8 @@ class HolderPods:
         found = self._api.get(POD, name, self._namespace)
         if found is not None and _has_ended(found) and not is_going(found):
             said = found["status"].get("message") or found["status"].get("reason") or found["status"]["phase"]
-            log.warning("a holder had ended", volume_id=known.volume_id, pod=name, node=node, reason=said)
+            why = one_line(said, _MOST_QUOTED)
+            log.warning("a holder had ended", volume_id=known.volume_id, pod=name, node=node, reason=why)
             self._api.delete(POD, name, self._namespace, grace_seconds=0)
             found = self._api.get(POD, name, self._namespace)
         if found is None:

@@ -62,7 +62,7 @@ _MOST_QUOTED: Final = 600
 _TERMINATED: Final = "because it is being terminated"
 _NO_RIGHT: Final = re.compile(r' cannot .* resource "')
 """What the API says of every lack of rights. Its admissions answer 403 too: quotas, PodSecurity, policies, webhooks."""
-_OVER_QUOTA: Final = "exceeded quota"
+_OVER_QUOTA: Final = re.compile("(?:exceeded|insufficient) quota")
 _POLICIES: Final = ("admission webhook", "ValidatingAdmissionPolicy")
 """What a cluster asks beside its own admissions; ours is one. Its refusals are of the object."""
 _NONE: Final[Mapping[str, str]] = {}
@@ -291,8 +291,8 @@ def _told(ask: Any, kind: Kind, name: str) -> Any:
         return ask()
     except ApiError as error:
         raise _refused(error, kind, name) from None
-    except (httpx2.HTTPError, httpx2.StreamError, OSError, UnicodeError) as error:
-        if isinstance(error, UnicodeError) or _is_header(error):
+    except (httpx2.HTTPError, httpx2.StreamError, OSError, UnicodeEncodeError) as error:
+        if isinstance(error, UnicodeEncodeError) or _is_header(error):
             raise FailedPrecondition(
                 f"the Kubernetes API cannot be asked for {what}: the token that the kubeconfig's user has, or that its "
                 f"plug-in gives, has characters that no header can have; it must be as it was given out"
@@ -303,6 +303,11 @@ def _told(ask: Any, kind: Kind, name: str) -> Any:
     except msgspec.DecodeError as error:
         raise Unavailable(
             f"the Kubernetes API has sent for {what} what cannot be read ({error}); it is tried again"
+        ) from None
+    except UnicodeDecodeError:
+        raise Unavailable(
+            f"what the Kubernetes API has sent for {what} cannot be read, or the token file of the kubeconfig's user, "
+            f"as it is no UTF-8; it is tried again"
         ) from None
     except ConfigError as error:
         raise FailedPrecondition(f"no credentials for the Kubernetes API ({one_line(str(error), 200)})") from None
@@ -335,7 +340,7 @@ def _refused(error: ApiError, kind: Kind, name: str) -> DriverError:
         return NamespaceGoing(f"the namespace of {what} is being deleted: {said}")
     if code == 401 or (code == 403 and not is_policy and _NO_RIGHT.search(whole)):
         return PermissionDenied(f"the Kubernetes API refuses {what}: {said}; look at the role of this service account")
-    if code == 403 and not is_policy and _OVER_QUOTA in whole:
+    if code == 403 and not is_policy and _OVER_QUOTA.search(whole):
         return ResourceExhausted(f"a quota leaves no room for {what}: {said}; raise that quota of its namespace")
     if code == 403 and not is_policy:
         return FailedPrecondition(f"the cluster does not admit {what}: {said}; change what it admits in that namespace")

@@ -312,9 +312,7 @@ def test_a_token_that_cannot_be_sent_is_told_and_not_repeated(tmp_path: Path, to
         assert "SECRET" not in str(told.value)
 
 
-@pytest.mark.parametrize(
-    ("token", "user"), [(b"SECRET\0", {}), (b"SECRET\nX: y", {}), (b"SECRET\xff", {}), (b"", {"exec": PLUGIN})]
-)
+@pytest.mark.parametrize(("token", "user"), [(b"SECRET\0", {}), (b"SECRET\nX: y", {}), (b"", {"exec": PLUGIN})])
 def test_a_header_that_cannot_be_sent_is_not_repeated(
     watched: Callable[..., tuple[Kube, WatchedApi]], tmp_path: Path, token: bytes, user: Json
 ) -> None:
@@ -327,6 +325,17 @@ def test_a_header_that_cannot_be_sent_is_not_repeated(
             with pytest.raises(FailedPrecondition, match=r"for Image.*has characters that no header can have") as told:
                 call()
             assert "SECRET" not in str(told.value)
+
+
+def test_a_token_file_that_is_no_text_is_told_and_not_repeated(
+    watched: Callable[..., tuple[Kube, WatchedApi]], tmp_path: Path
+) -> None:
+    _, api = watched()
+    (tmp_path / "token").write_bytes(b"SECRET\xff")
+    with contextlib.closing(kube_of(tmp_path, api.server_port, tokenFile=str(tmp_path / "token"))) as kube:
+        with pytest.raises(Unavailable, match=r"or the token file of the kubeconfig's user, as it is no UTF-8") as told:
+            kube.get(IMAGE, "a")
+        assert "SECRET" not in str(told.value)
 
 
 def test_a_password_in_the_address_of_the_api_is_not_repeated(
@@ -425,6 +434,10 @@ def status(code: int, message: str = "so it is", reason: str = "") -> Json:
             ResourceExhausted, r"a quota leaves no room for .*exceeded quota: few, .*; raise that quota",
         ),
         (
+            403, 'pods "a" is forbidden: insufficient quota to match these scopes: [{PriorityClass In [critical]}]',
+            ResourceExhausted, r"a quota leaves no room for .*insufficient quota",
+        ),
+        (
             403, 'pods "a" is forbidden: violates PodSecurity "restricted:latest": privileged',
             FailedPrecondition, r"the cluster does not admit .*violates PodSecurity .*; change what it admits",
         ),
@@ -469,9 +482,10 @@ def test_an_error_of_a_watch_is_told_as_it_was_meant(watched: Callable[..., tupl
     api.pieces, api.code = [b"<html>"], 502
     with pytest.raises(Unavailable, match="502"):
         list(kube.watch(IMAGE, "7"))
-    api.pieces, api.code = [b"<html>\n"], 200
-    with pytest.raises(Unavailable, match="has sent for Image what cannot be read"):
-        list(kube.watch(IMAGE, "7"))
+    for odd in (b"<html>\n", b'{"type": "ADDED", "object": {"kind": "\xff"}}\n'):
+        api.pieces, api.code = [odd], 200
+        with pytest.raises(Unavailable, match=r"has sent for Image .*cannot be read"):
+            list(kube.watch(IMAGE, "7"))
 
 
 def test_two_threads_may_be_the_first_to_ask_for_a_kind(kube: Kube, monkeypatch: pytest.MonkeyPatch) -> None:
