@@ -236,7 +236,8 @@ class Moves:
         if target is None or (target.name, target.created) != (source.name, source.created):
             raise FailedPrecondition(
                 f"volume {source.id} was moved to {there.state_dir} and is not there any more; the old copy here was "
-                f"left as it is: delete it, or let it count again (--undo) as it was when it was moved"
+                f"left as it is: delete it, or, unless the volume was moved on from there, let it count again (--undo) "
+                f"as it was when it was moved"
             )
         if target.move is not None:
             if target.move.id != move_of(source).id:
