@@ -90,7 +90,8 @@ def make(session: Session, where: Where, image: str, size: int, features: Sequen
 def resize(session: Session, where: Where, image: str, size: int) -> None:
     """Give it `size` bytes; where it is mapped that is seen when this returns.
 
-    It is never made shorter, whoever has lengthened it meanwhile: librbd looks when it alone may change the image.
+    It is never made shorter, whoever has lengthened it meanwhile: librbd looks when it alone may change the image. Its
+    rbd_resize does not (findings/librbd-resize-shrinks.sh).
     """
     found = c_uint64()
     with _opened(session, where, image, writable=True) as opened:
