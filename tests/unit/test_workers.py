@@ -101,6 +101,10 @@ def ended(pid: int) -> bool:
         return True
 
 
+def stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
 # --- results and errors ----------------------------------------------------------------------------------------------
 
 
@@ -164,7 +168,7 @@ def test_a_worker_that_is_killed_before_it_read_the_request_is_told(workers: Wor
     with workers.session():
         pid = workers.call("luks-test", 10, tasks.identity)[0]
         os.kill(pid, signal.SIGSTOP)
-        wait_for(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+        wait_for(lambda: stopped(pid))
         threading.Timer(0.2, os.kill, (pid, signal.SIGKILL)).start()
         with pytest.raises(CommandFailed, match=r"killed before it could answer"):
             workers.call("luks-test", 10, tasks.identity)
@@ -177,9 +181,9 @@ def test_an_idle_worker_that_was_killed_is_given_to_nobody(crew: Crew) -> None:
     with ThreadPoolExecutor(1) as pool:
         os.kill(launcher, signal.SIGSTOP)  # it hears of the request and of the deaths together
         try:
+            wait_for(lambda: stopped(launcher))  # until then it may yet reap a worker that has ended
             idle = children(launcher)
-            for pid in idle:
-                os.kill(pid, signal.SIGKILL)
+            signal_all(idle, signal.SIGKILL)
             wait_for(lambda: all(map(ended, idle)))
             call = pool.submit(crew.workers.call, "luks-test", 10, tasks.identity)
             time.sleep(0.1)
