@@ -31,6 +31,7 @@ from csi_driver.agent.work import (
     foreign,
 )
 from csi_driver.host.hardening import die_with_parent, harden_process
+from csi_driver.host.inmemory import in_memory
 from csi_driver.host.syscalls import error_name
 from csi_driver.images.base import Progress
 from csi_driver.images.checkpoint import Operation
@@ -151,12 +152,8 @@ def _certificates(request: Request) -> Iterator[Path | None]:
     if text is None:
         yield None
         return
-    descriptor = os.memfd_create("luks-csi-ca", os.MFD_CLOEXEC)
-    try:
-        os.write(descriptor, text.encode())
-        yield Path(f"/proc/self/fd/{descriptor}")
-    finally:
-        os.close(descriptor)
+    with in_memory(text.encode()) as path:
+        yield Path(path)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from msgspec import Struct
 from csi_driver.host.files import Files
 from csi_driver.host.handle import Handle
 from csi_driver.model.access import Access
-from csi_driver.model.errors import DeviceInUse, FailedPrecondition
+from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.volume import VolumeParameters, VolumeRecord
 
 
@@ -382,17 +382,6 @@ def shared(backend: Backend) -> SharedStorage | None:
 def takes_many_nodes(backend: Backend) -> bool:
     """Whether its block volumes may be used on several nodes at once."""
     return isinstance(backend, SharedStorage) and backend.takes_many_nodes
-
-
-def refuse_many_nodes(backend: Backend, volume_id: str) -> None:
-    """Raise DeviceInUse where several nodes have the volume: no look at this one tells what the others write."""
-    outside = shared(backend)
-    nodes = outside.published(volume_id) if outside is not None and outside.takes_many_nodes else ()
-    if len(nodes) > 1:
-        raise DeviceInUse(
-            f"volume {volume_id} is left as it is: it was given to the nodes {' and '.join(nodes)}, and this is for a "
-            f"volume that one node has; end what uses it on the others, then call again"
-        )
 
 
 def movable(backend: Backend) -> MovesVolumeKey | None:

@@ -5,7 +5,6 @@ that is renewed stays trusted beside its successor until it expires.
 """
 
 import base64
-import os
 import ssl
 import threading
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from csi_driver.host.inmemory import in_memory
 from csi_driver.host.log import log
 from csi_driver.kube.client import Conflict
 from csi_driver.kube.copies import AGENTS, AUTHORITY
@@ -272,10 +272,6 @@ def _fits(certificate: x509.Certificate, issuer: x509.Certificate, dns: str, now
 def _context_of(signed: Signed) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    descriptor = os.memfd_create("luks-csi-tls", os.MFD_CLOEXEC)  # OpenSSL wants a path
-    try:
-        os.write(descriptor, (signed.certificate + signed.key).encode())
-        context.load_cert_chain(f"/proc/self/fd/{descriptor}")
-    finally:
-        os.close(descriptor)
+    with in_memory((signed.certificate + signed.key).encode()) as path:
+        context.load_cert_chain(path)
     return context

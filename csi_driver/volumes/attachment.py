@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 from msgspec import Struct
 
-from csi_driver.backends.base import Backend, SharedStorage
+from csi_driver.backends.base import Backend, SharedStorage, shared
 from csi_driver.host.log import log
-from csi_driver.model.errors import InvalidArgument
+from csi_driver.model.errors import DeviceInUse, InvalidArgument
 from csi_driver.volumes import capability as capabilities
 from csi_driver.volumes.capability import Capability
 from csi_driver.volumes.context import check_context
@@ -54,3 +54,14 @@ class Attachments:
         """Take the volume from the node, from all where none is named; a volume that is gone is fine."""
         self._storage.unpublish(volume_id, node_id)
         log.info("volume detached", volume_id=volume_id, node=node_id or "all")
+
+
+def refuse_many_nodes(backend: Backend, volume_id: str) -> None:
+    """Raise DeviceInUse where several nodes have the volume: no look at this one tells what the others write."""
+    outside = shared(backend)
+    nodes = outside.published(volume_id) if outside is not None and outside.takes_many_nodes else ()
+    if len(nodes) > 1:
+        raise DeviceInUse(
+            f"volume {volume_id} is left as it is: it was given to the nodes {' and '.join(nodes)}, and this is for a "
+            f"volume that one node has; end what uses it on the others, then call again"
+        )

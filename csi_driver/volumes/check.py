@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
 
-from csi_driver.backends.base import Backend, refuse_many_nodes
+from csi_driver.backends.base import Backend
 from csi_driver.host.commands import Commands, Completed
 from csi_driver.host.fshealth import carries_error_flag
 from csi_driver.host.handle import Handle
@@ -17,6 +17,7 @@ from csi_driver.luks.mapping import Mappings
 from csi_driver.model.errors import DeviceInUse, FailedPrecondition
 from csi_driver.model.settings import Limits
 from csi_driver.model.volume import EncryptionState, FileSystemState, VolumeRecord
+from csi_driver.volumes.attachment import refuse_many_nodes
 from csi_driver.volumes.encryption import Encryption, attempt
 from csi_driver.volumes.filesystem import FSCK, Attached, FileSystems
 from csi_driver.volumes.keys import VolumeKeys

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from csi_driver.backends.base import Backend, kept_before, next_before, refuse_many_nodes
+from csi_driver.backends.base import Backend, kept_before, next_before
 from csi_driver.backends.loopfile import half_beside
 from csi_driver.host import blockdev
 from csi_driver.host.handle import Handle, open_handle
@@ -27,6 +27,7 @@ from csi_driver.model.errors import DeviceAbsent, DeviceInUse, DeviceMismatch, F
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.settings import Limits
 from csi_driver.model.volume import EncryptionState, VolumeRecord
+from csi_driver.volumes.attachment import refuse_many_nodes
 from csi_driver.volumes.encryption import told_of_a_kms
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.keyslots import device_size, recorded_identity

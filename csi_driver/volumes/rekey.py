@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import msgspec
 
-from csi_driver.backends.base import Backend, refuse_many_nodes
+from csi_driver.backends.base import Backend
 from csi_driver.host.handle import Handle
 from csi_driver.host.log import log
 from csi_driver.host.workers import Workers
@@ -22,6 +22,7 @@ from csi_driver.model.errors import DriverError, FailedPrecondition, InvalidArgu
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.times import recorded_now
 from csi_driver.model.volume import EncryptionState, KeyTrail, NamedSlot, Rekey, RekeyPhase, VolumeRecord
+from csi_driver.volumes.attachment import refuse_many_nodes
 from csi_driver.volumes.encryption import attempt, told_of_a_kms
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.keyslots import KeySlots, where_is
