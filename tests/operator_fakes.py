@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from csi_driver.kube.client import Conflict
 from csi_driver.kube.informer import Informer
 from csi_driver.kube.kinds import FINALIZER, Json, Kind, name_of
+from csi_driver.kube.refusals import Conflict
 from csi_driver.model.errors import AlreadyExists, NotFound
 
 Key = tuple[str, str]

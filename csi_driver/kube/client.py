@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import httpx2
-import msgspec
 import yaml
 from lightkube import ALL_NS, ApiError, Client, KubeConfig
 from lightkube.config.client_adapter import user_auth
@@ -33,20 +32,13 @@ from lightkube.types import PatchType
 from csi_driver.host.syscalls import error_name
 from csi_driver.kube.kinds import Json, Kind
 from csi_driver.kube.kubeconfig import sendable, token_of, trust, unusable, without_tls
+from csi_driver.kube.refusals import told
 from csi_driver.model.errors import (
-    Aborted,
-    AlreadyExists,
-    CommandFailed,
-    DriverError,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
-    PermissionDenied,
-    ResourceExhausted,
-    Unavailable,
 )
 from csi_driver.model.reading import convert, decode
-from csi_driver.model.text import one_line
 
 if TYPE_CHECKING:
     from lightkube.config.kubeconfig import SingleConfig
@@ -58,13 +50,6 @@ _WATCH_SECONDS: Final = (300, 540)
 _SILENT_SECONDS: Final = 75.0
 """How long one may say nothing. About once a minute the API tells who has asked for it how far it is, where the kind
 has changed at all since the API server began (its BOOKMARK events)."""
-_MOST_QUOTED: Final = 600
-_TERMINATED: Final = "because it is being terminated"
-_NO_RIGHT: Final = re.compile(r' cannot .* resource "')
-"""What the API says of every lack of rights. Its admissions answer 403 too: quotas, PodSecurity, policies, webhooks."""
-_OVER_QUOTA: Final = re.compile("(?:exceeded|insufficient) quota")
-_POLICIES: Final = ("admission webhook", "ValidatingAdmissionPolicy")
-"""What a cluster asks beside its own admissions; ours is one. Its refusals are of the object."""
 _NONE: Final[Mapping[str, str]] = {}
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,252}")
 """Of objects. lightkube puts a name into the path as it is: a / in one, which an object of a user may name, would lead
@@ -78,18 +63,6 @@ _KEPT_ALIVE: Final = ((socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPRO
 class _Event:
     type: str
     object: Json = field(repr=False)
-
-
-class Gone(Aborted):
-    """What was asked for lies too far back: list anew."""
-
-
-class Conflict(Aborted):
-    """Somebody else has changed the object meanwhile."""
-
-
-class NamespaceGoing(FailedPrecondition):
-    """The namespace of what was to be made is being deleted."""
 
 
 class Kube:
@@ -156,7 +129,7 @@ class Kube:
             )
             return [dict(each) for each in found], str(found.resourceVersion)
 
-        found: tuple[list[Json], str] = _told(ask, kind, "")
+        found: tuple[list[Json], str] = told(ask, kind, "")
         return found
 
     def watch(
@@ -180,14 +153,14 @@ class Kube:
         }  # fmt: skip
         events = self._events(_path(kind, within.get("namespace", ALL_NS)), {k: v for k, v in asked.items() if v})
         while True:
-            event = _told(functools.partial(next, events, None), kind, "")
+            event = told(functools.partial(next, events, None), kind, "")
             if event is None:
                 return
             if event.type != "BOOKMARK":
                 yield event.type, event.object
 
     def _events(self, path: str, asked: Mapping[str, str]) -> Iterator[_Event]:
-        """What one watch tells. Raises what `_told` knows."""
+        """What one watch tells. Raises what `told` knows."""
         limit = httpx2.Timeout(_SECONDS, read=_SILENT_SECONDS)
         with (
             contextlib.suppress(httpx2.ReadTimeout),
@@ -258,7 +231,7 @@ class Kube:
             metadata=ObjectMeta(),  # lightkube looks into it
             spec=TokenRequestSpec(audiences=[audience], expirationSeconds=3600),
         )
-        made = _told(lambda: self._client.create(asked, name, namespace=namespace), _ACCOUNT, f"{namespace}/{name}")
+        made = told(lambda: self._client.create(asked, name, namespace=namespace), _ACCOUNT, f"{namespace}/{name}")
         return str(made.status.token)
 
     @property
@@ -281,74 +254,7 @@ class Kube:
         self._client.close()
 
     def _ask(self, kind: Kind, name: str, ask: Any) -> Json:
-        return dict(_told(ask, kind, name))
-
-
-def _told(ask: Any, kind: Kind, name: str) -> Any:
-    """The answer; its errors as ours."""
-    what = f"{kind} {name}".strip()
-    try:
-        return ask()
-    except ApiError as error:
-        raise _refused(error, kind, name) from None
-    except (httpx2.HTTPError, httpx2.StreamError, OSError, UnicodeEncodeError) as error:
-        if isinstance(error, UnicodeEncodeError) or _is_header(error):
-            raise FailedPrecondition(
-                f"the Kubernetes API cannot be asked for {what}: the token that the kubeconfig's user has, or that its "
-                f"plug-in gives, has characters that no header can have; it must be as it was given out"
-            ) from None
-        raise Unavailable(
-            f"the Kubernetes API cannot be reached for {what} ({_broken(error)}); it is tried again"
-        ) from None
-    except msgspec.DecodeError as error:
-        raise Unavailable(
-            f"the Kubernetes API has sent for {what} what cannot be read ({error}); it is tried again"
-        ) from None
-    except UnicodeDecodeError:
-        raise Unavailable(
-            f"what the Kubernetes API has sent for {what} cannot be read, or the token file of the kubeconfig's user, "
-            f"as it is no UTF-8; it is tried again"
-        ) from None
-    except ConfigError as error:
-        raise FailedPrecondition(f"no credentials for the Kubernetes API ({one_line(str(error), 200)})") from None
-
-
-def _is_header(error: Exception) -> bool:
-    """Whether a header of ours was refused before it was sent; of those only the token comes from elsewhere."""
-    return isinstance(error, httpx2.LocalProtocolError) and str(error).startswith("Illegal header")
-
-
-def _broken(error: Exception) -> str:
-    """What a connection's error says, without what was sent: a header, or an address that has a password in it."""
-    if isinstance(error, httpx2.HTTPStatusError):
-        return f"HTTP {error.response.status_code}"
-    return type(error).__name__ if isinstance(error, httpx2.LocalProtocolError) else one_line(str(error), 200)
-
-
-def _refused(error: ApiError, kind: Kind, name: str) -> DriverError:
-    code, reason = error.status.code or 0, error.status.reason or ""
-    whole = error.status.message or f"HTTP {code}"
-    said, is_policy = one_line(whole, _MOST_QUOTED), any(each in whole for each in _POLICIES)
-    what = f"{kind} {name}".strip()
-    if code == 404:
-        return NotFound(f"there is no {what}: {said}")
-    if code == 410:
-        return Gone(f"the Kubernetes API has forgotten so old a version of {what}: {said}")
-    if code == 409:
-        return AlreadyExists(said) if reason == "AlreadyExists" else Conflict(f"{what} was changed meanwhile: {said}")
-    if code == 403 and _TERMINATED in said:
-        return NamespaceGoing(f"the namespace of {what} is being deleted: {said}")
-    if code == 401 or (code == 403 and not is_policy and _NO_RIGHT.search(whole)):
-        return PermissionDenied(f"the Kubernetes API refuses {what}: {said}; look at the role of this service account")
-    if code == 403 and not is_policy and _OVER_QUOTA.search(whole):
-        return ResourceExhausted(f"a quota leaves no room for {what}: {said}; raise that quota of its namespace")
-    if code == 403 and not is_policy:
-        return FailedPrecondition(f"the cluster does not admit {what}: {said}; change what it admits in that namespace")
-    if code in (400, 403, 422):
-        return InvalidArgument(f"{what} is refused: {said}")
-    if code == 429 or code >= 500 or code == 0:
-        return Unavailable(f"the Kubernetes API failed for {what}: {said}; it is tried again")
-    return CommandFailed(f"the Kubernetes API answered {code} for {what}: {said}")
+        return dict(told(ask, kind, name))
 
 
 def _check_answer(answer: httpx2.Response) -> None:

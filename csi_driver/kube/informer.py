@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from csi_driver.host.log import log
-from csi_driver.kube.client import Gone, Kube
+from csi_driver.kube.client import Kube
 from csi_driver.kube.kinds import Json, Kind, name_of
+from csi_driver.kube.refusals import Gone
 from csi_driver.model.errors import DriverError
 
 Key = tuple[str, str]

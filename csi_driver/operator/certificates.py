@@ -20,9 +20,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from csi_driver.host.inmemory import in_memory
 from csi_driver.host.log import log
-from csi_driver.kube.client import Conflict
 from csi_driver.kube.copies import AGENTS, AUTHORITY
 from csi_driver.kube.kinds import CONFIG_MAP, MANAGED_BY, MANAGER, MUTATING, SECRET, VALIDATING, Json, Kind
+from csi_driver.kube.refusals import Conflict
 from csi_driver.model.errors import AlreadyExists, DriverError, FailedPrecondition
 from csi_driver.operator.standing import Api
 

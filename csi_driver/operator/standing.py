@@ -7,8 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from csi_driver.kube.client import NamespaceGoing
 from csi_driver.kube.kinds import FINALIZER, MANAGED_BY, MANAGER, ORIGIN, Json, Kind, name_of, uid_of
+from csi_driver.kube.refusals import NamespaceGoing
 from csi_driver.model.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted
 
 SOON: Final = 0.25

@@ -18,8 +18,9 @@ import pytest
 from lightkube.generic_resource import create_global_resource
 
 from csi_driver.kube import client
-from csi_driver.kube.client import Gone, Kube, NamespaceGoing
+from csi_driver.kube.client import Kube
 from csi_driver.kube.kinds import CLAIM, IMAGE, SECRET, Json, Kind
+from csi_driver.kube.refusals import Gone, NamespaceGoing
 from csi_driver.model.errors import (
     DriverError,
     FailedPrecondition,

@@ -7,10 +7,11 @@ from typing import Any, cast
 
 import pytest
 
-from csi_driver.kube.client import Gone, Kube
+from csi_driver.kube.client import Kube
 from csi_driver.kube.controller import Controller
 from csi_driver.kube.informer import Informer
 from csi_driver.kube.kinds import IMAGE, Json, Kind, name_of
+from csi_driver.kube.refusals import Gone
 from csi_driver.model.errors import Aborted, Unavailable
 
 _SECONDS = 30.0

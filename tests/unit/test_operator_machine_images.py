@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from csi_driver.kube.client import NamespaceGoing
 from csi_driver.kube.kinds import (
     BACKING_IMAGE,
     CLAIM,
@@ -23,6 +22,7 @@ from csi_driver.kube.kinds import (
     Json,
     Kind,
 )
+from csi_driver.kube.refusals import NamespaceGoing
 from csi_driver.model.errors import (
     DriverError,
     FailedPrecondition,
