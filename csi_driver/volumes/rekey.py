@@ -104,7 +104,8 @@ class Rekeying:
         """End a change that was cut, as far as `secret` lets it, and begin the one that the secret asks for.
 
         It asks by CRYPTO_KEY_VALUE_PREVIOUS: where that opens the volume and the new passphrase does not. Called while
-        a volume is staged, with its device. What hinders it is logged and no error: some key opens the volume.
+        a volume is staged, with its device. What hinders it (another node that has the volume too, say) is logged and
+        no error: some key opens the volume.
         """
         try:
             return self._renewed(record, device, secret)
@@ -115,15 +116,18 @@ class Rekeying:
     def _renewed(self, record: VolumeRecord, device: Handle, secret: SecretKey) -> VolumeRecord:
         if record.encryption is not EncryptionState.ENCRYPTED or record.conversion is not None:
             return record
+        new, asked = secret.passphrase, record.key is None and secret.previous not in (None, secret.passphrase)
+        if record.rekey is None and not asked:
+            return record
+        refuse_many_nodes(self._backend, record.id)
         if record.key is not None:
-            return self._end(record, device, secret) if record.rekey else record
-        previous = secret.previous if secret.previous != secret.passphrase else None
-        if secret.passphrase is None or (previous is None and record.rekey is None):
+            return self._end(record, device, secret)
+        if new is None:
             return record
         with self._keys.using(record, "rotate"):
-            if previous is not None:
-                return self._change_passphrase(record, device, secret, secret.passphrase).record
-            return self._settled(record, device, secret.passphrase)
+            if asked:
+                return self._change_passphrase(record, device, secret, new).record
+            return self._settled(record, device, new)
 
     def _change_passphrase(
         self, record: VolumeRecord, device: Handle, secret: SecretKey, new: Passphrase | None

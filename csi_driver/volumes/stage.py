@@ -25,7 +25,7 @@ from csi_driver.model.errors import (
     ResourceExhausted,
     Unauthenticated,
 )
-from csi_driver.model.volume import FileSystemState, VolumeRecord, mapping_name
+from csi_driver.model.volume import FileSystemState, RekeyPhase, VolumeRecord, mapping_name
 from csi_driver.volumes import capability as capabilities
 from csi_driver.volumes.capability import Capability
 from csi_driver.volumes.context import check_context
@@ -188,11 +188,12 @@ class Staging:
         except Unauthenticated:
             if secret.previous is None or record.key is not None:
                 raise
-        if record.conversion is not None:  # its passphrase is changed when that has ended
+        renewed = self._rekeying.renew(record, device, secret)
+        adding = renewed.rekey is not None and renewed.rekey.phase is RekeyPhase.ADDING
+        if renewed == record or adding:  # until its conversion has ended, or what hindered the change is gone
             key = msgspec.structs.replace(key, passphrase=secret.previous)
-        record = self._rekeying.renew(record, device, secret)
-        with previous_tried(), self._keys.using(record, "stage"):
-            return self._encryption.open(self._backend, record, device, key, undo)
+        with previous_tried(), self._keys.using(renewed, "stage"):
+            return self._encryption.open(self._backend, renewed, device, key, undo)
 
     def unstage(self, volume_id: str, staging_path: str) -> None:
         """Unmount, close the mapping, let go of the device; needs no key, no record, and nothing to be there.

@@ -1,5 +1,6 @@
 """Volumes with keys of their own on real dm-crypt: their life, other keys while in use, what a KMS's failure leaves."""
 
+import errno
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -52,6 +53,7 @@ from csi_driver.model.errors import (
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.settings import Limits
 from csi_driver.model.volume import EncryptionState, KeyTrail, NamedSlot, Rekey, RekeyPhase
+from csi_driver.volumes import rekey
 from csi_driver.volumes.adoption import Adoption, AdoptRequest
 from csi_driver.volumes.conversion import Watch
 from csi_driver.volumes.keys import VolumeKeys, shares_key
@@ -461,6 +463,46 @@ def test_a_secret_with_the_previous_passphrase_changes_it_at_the_next_stage(used
     used.unstage()
     with pytest.raises(Unauthenticated):
         used.stage()
+
+
+@pytest.mark.parametrize("hindered", ["before", "announced", "written"])
+def test_the_previous_passphrase_opens_what_cannot_be_changed_now(
+    used: Node, hindered: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = {**OTHER, "CRYPTO_KEY_VALUE_PREVIOUS": SECRET["CRYPTO_KEY_VALUE"]}
+    add: Callable[..., Added] = KeySlots.add_passphrase
+
+    def refused(*_: object) -> None:
+        raise DeviceInUse("two nodes have it")
+
+    def cut_when_announced(*arguments: Any) -> None:
+        def announce(added: Added) -> None:
+            arguments[-1](added)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        add(*arguments[:-1], announce)
+
+    def cut_when_written(*arguments: Any) -> None:
+        add(*arguments)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        if hindered == "before":
+            patch.setattr(rekey, "refuse_many_nodes", refused)
+        else:
+            cut = cut_when_announced if hindered == "announced" else cut_when_written
+            patch.setattr(KeySlots, "add_passphrase", cut)
+        used.stage(secret=both)
+    assert used.read() == "precious"
+    used.unstage()
+    assert opens(used.disk(), Passphrase(SECRET["CRYPTO_KEY_VALUE"].encode()))
+    assert opens(used.disk(), Passphrase(OTHER["CRYPTO_KEY_VALUE"].encode())) is (hindered == "written")
+    used.stage(secret=both)  # and nothing hinders it any longer
+    used.unstage()
+    assert used.record().rekey is None
+    assert len(used.header().keyslots) == 1
+    used.stage(secret=OTHER)
+    used.unstage()
 
 
 def test_a_previous_passphrase_that_opens_nothing_is_no_help(used: Node) -> None:

@@ -23,6 +23,7 @@ from csi_driver.host.krbd import MappedImages
 from csi_driver.host.workers import Workers
 from csi_driver.keys.secret import SecretKey
 from csi_driver.model.errors import Aborted, CommandFailed, DeviceAbsent, DeviceInUse, FailedPrecondition
+from csi_driver.model.secret import Passphrase
 from csi_driver.model.settings import Limits
 from csi_driver.model.volume import EncryptionState, LuksIdentity, VolumeParameters, VolumeRecord
 from csi_driver.volumes.check import Checking
@@ -257,3 +258,13 @@ def test_what_two_nodes_have_is_neither_mended_nor_given_another_header(
         backend.publish(ID, node, many_nodes=True)
     with pytest.raises(DeviceInUse, match=f"^volume {ID} is left as it is: it was given to the nodes a and b, "):
         act(backend)
+
+
+def test_nor_does_a_stage_on_two_nodes_change_its_passphrase(controller: Callable[[str], RbdBackend]) -> None:
+    backend = controller("one")
+    backend.create(msgspec.structs.replace(RECORD, encryption=EncryptionState.ENCRYPTED, luks=LUKS), MIB)
+    for node in ("a", "b"):
+        backend.publish(ID, node, many_nodes=True)
+    make: Any = Rekeying
+    changed = SecretKey(Passphrase(b"new"), previous=Passphrase(b"old"))
+    assert make(backend, *[None] * 4).renew(backend.get(ID), None, changed) == backend.get(ID)
