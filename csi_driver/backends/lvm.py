@@ -138,7 +138,7 @@ class LvmBackend:
                 f"of others would be seen before it is cleared; unstage it, then enlarge it"
             )
         if found.size < size:
-            if state.settled and self._is_plain(volume_id):
+            if (state.settled or unseen_from(found) is None) and self._is_plain(volume_id):
                 self._volumes.refuse_unclear(volume_id, state, found.size)  # what is between would never be cleared
             self._check_room(volume_id, size - found.size, state.pool)
             state = self._volumes.grown(folder, state, found, size)

@@ -226,17 +226,16 @@ class GroupVolumes:
 
     def grown(self, folder: Path, state: LvState, found: LogicalVolume, size: int) -> LvState:
         """Lengthen it to `size` bytes at least, told before as what nobody was shown yet."""
-        # It may have been shortened since, and what was cut off may have been another's meanwhile.
-        clear = None if state.clear is None else min(state.clear, found.size)
-        was_settled = state.settled
-        state = msgspec.structs.replace(state, settled=False, clear=clear)
-        self.write(folder, state)
         unseen = unseen_from(found)
         # One that is there though all was settled is of a growth of which an older record knows nothing: what it lets
-        # be cleared was shown since, and written to.
-        if unseen is None or (was_settled and unseen != found.size):
+        # be cleared was shown since, and written to. It goes before the record says that there is something to clear.
+        if unseen is None or (state.settled and unseen != found.size):
             stale = None if unseen is None else f"{UNSEEN_TAG}{unseen}"
             self._group.retag(found.name, stale, f"{UNSEEN_TAG}{found.size}")
+        # It may have been shortened since, and what was cut off may have been another's meanwhile.
+        clear = None if state.clear is None else min(state.clear, found.size)
+        state = msgspec.structs.replace(state, settled=False, clear=clear)
+        self.write(folder, state)
         self._group.extend(found.name, size)
         return state
 

@@ -11,7 +11,7 @@ from csi_driver.backends.lvmtool import OURS, LogicalVolume
 from csi_driver.backends.lvmvolume import ID_TAG, VERSION, GroupVolumes, LvState, unseen_from
 from csi_driver.host import blockdev
 from csi_driver.host.files import Files
-from csi_driver.model.errors import FailedPrecondition
+from csi_driver.model.errors import CommandFailed, FailedPrecondition
 from csi_driver.model.settings import Limits
 
 MIB = 1 << 20
@@ -88,6 +88,28 @@ def test_a_growth_after_an_older_record_clears_nothing_that_was_shown_since(worl
     world.settle()
     assert world.cleared == [(128, 192)]
     assert unseen_from(world.group.found) is None
+
+
+@pytest.mark.parametrize("cut", ["retag", "write"])
+@pytest.mark.parametrize("sizes", [(), (192 * MIB,)])
+def test_nor_does_one_that_is_cut_before_it_is_told(
+    world: World, monkeypatch: pytest.MonkeyPatch, cut: str, sizes: tuple[int, ...]
+) -> None:
+    world.grow(128 * MIB)
+    world.volumes.write(world.folder, MADE)
+    world.settle()
+
+    def fail(*_: object) -> None:
+        raise CommandFailed("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.group if cut == "retag" else world.volumes, cut, fail)
+        with pytest.raises(CommandFailed):
+            world.grow(192 * MIB)
+    for size in sizes:
+        world.grow(size)
+    world.settle()
+    assert world.cleared == [(128, 192) for _ in sizes]
 
 
 def test_a_growth_that_was_cut_before_it_began_is_cleared_from_where_it_begins(world: World) -> None:
