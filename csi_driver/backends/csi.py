@@ -353,32 +353,37 @@ class CsiBackend:
         for volume_id in sorted(wanting):
             if is_ending():
                 return
+            before = self._said.pop(volume_id, "")
             try:
                 with hold(volume_id):
-                    self._mend(volume_id)
+                    said = self._mend(volume_id)
+                if said not in ("", before):
+                    log.warning("a holder had ended", volume_id=volume_id, error=said)
             except (VolumeBusy, Aborted):
-                continue  # it passes by itself
+                said = before  # it passes by itself
             except DriverError as error:
-                if (said := str(error)) != self._said.get(volume_id):
+                said = str(error)
+                if said != before:
                     log.warning("a volume cannot be mended", volume_id=volume_id, error=said)
-                    self._said[volume_id] = said
-            else:
-                self._said.pop(volume_id, None)
+            self._said[volume_id] = said
         self._headers.drop_unused(known)
 
-    def _mend(self, volume_id: str) -> None:
+    def _mend(self, volume_id: str) -> str:
+        """Returns what a holder that had ended tells of it."""
         known = self._records.find(volume_id)
         if known is not None and known.spec.state == "Deleting":
             self._undo(volume_id)
-            return
+            return ""
         node = known.spec.node if known is not None else ""
         for pod in self._holders.of(volume_id):
             place = str(pod["spec"].get("nodeName"))
             if place != node:
                 log.warning("a holder that nobody asked for", volume_id=volume_id, pod=name_of(pod), node=place)
                 self._holders.drop(volume_id, pod, at_once=self._holders.is_down(place))
-        if known is not None and wants_holder(known) and not self._holders.is_down(node):
-            self._holders.begin(known, node)
+        # One that is made for a node that is off would stay until that is back, and keep the volume from all others.
+        if known is not None and wants_holder(known) and self._holders.is_ready(node):
+            return self._holders.begin(known, node)
+        return ""
 
     def _refuse_open(self, known: Known, node: str) -> None:
         if (staged := self._holders.staged(known)) is not None:

@@ -13,7 +13,6 @@ from csi_driver.backends.csiclaims import last_event, name_for
 from csi_driver.backends.csiheaders import LABEL
 from csi_driver.backends.csipins import digest
 from csi_driver.backends.csirecords import GROUP, Api, Known, Staged, looks
-from csi_driver.host.log import log
 from csi_driver.kube.kinds import MANAGED_BY, MANAGER, NODE, POD, VOLUME_RECORD, Json, is_going, name_of, uid_of
 from csi_driver.model.errors import Aborted, AlreadyExists, FailedPrecondition, NotFound
 from csi_driver.model.text import one_line
@@ -71,6 +70,12 @@ class HolderPods:
         found = self._api.get(NODE, node)
         return found is None or any(each.get("key") == _OUT_OF_SERVICE for each in found["spec"].get("taints", ()))
 
+    def is_ready(self, node: str) -> bool:
+        """Whether its kubelet starts and ends pods, as far as the cluster knows."""
+        found = self._api.get(NODE, node) or {}
+        told = {each.get("type"): each.get("status") for each in found.get("status", {}).get("conditions", ())}
+        return bool(found) and told.get("Ready", "True") == "True" and not self.is_down(node)
+
     def all(self) -> Sequence[Json]:
         """Every holder pod."""
         return self._api.list(POD, self._namespace, labels={_COMPONENT: COMPONENT, MANAGED_BY: MANAGER})[0]
@@ -79,21 +84,22 @@ class HolderPods:
         """Those of a volume."""
         return self._api.list(POD, self._namespace, labels={_COMPONENT: COMPONENT, LABEL: digest(volume_id)})[0]
 
-    def begin(self, known: Known, node: str) -> None:
+    def begin(self, known: Known, node: str) -> str:
         """Have the volume's holder be made on that node, in place of one that has ended, without waiting for it.
 
-        Raises what `image` does.
+        Returns what one that had ended tells of it, "" where none had. Raises what `image` does.
         """
-        name = pod_name(known.volume_id, node)
+        name, said = pod_name(known.volume_id, node), ""
         found = self._api.get(POD, name, self._namespace)
         if found is not None and _has_ended(found) and not is_going(found):
-            said = found["status"].get("message") or found["status"].get("reason") or found["status"]["phase"]
-            why = one_line(said, _MOST_QUOTED)
-            log.warning("a holder had ended", volume_id=known.volume_id, pod=name, node=node, reason=why)
-            self._api.delete(POD, name, self._namespace, grace_seconds=0)
+            status = found["status"]
+            why = one_line(status.get("message") or status.get("reason") or status["phase"], _MOST_QUOTED)
+            said = f"{self._namespace}/{name} on node {node}: {why}"
+            self._remove_ended(name)
             found = self._api.get(POD, name, self._namespace)
         if found is None:
             self._make(known, node, name)
+        return said
 
     def ensure(self, known: Known, node: str) -> Json:
         """Have the volume's holder on that node, and wait for it.
@@ -108,7 +114,7 @@ class HolderPods:
                 found = self._make(known, node, name)
             if is_going(found) or _has_ended(found):
                 if not is_going(found):
-                    self._api.delete(POD, name, self._namespace, grace_seconds=0)
+                    self._remove_ended(name)
                 said = found.get("status", {}).get("message") or "an earlier one is ending"
             elif _is_ready(found):
                 return found
@@ -132,11 +138,28 @@ class HolderPods:
             found = self._api.get(POD, name, self._namespace)
             if found is None or uid_of(found) != uid:
                 return
+            pod = found
+        node = str(pod["spec"].get("nodeName"))
         raise Aborted(
-            f"the holder pod {self._namespace}/{name} of volume {volume_id} has not ended on node "
-            f"{pod['spec'].get('nodeName')} yet; it stays while the volume's device is in use there, see its log; this "
-            f"is tried again"
+            f"the holder pod {self._namespace}/{name} of volume {volume_id} has not ended on node {node} yet; "
+            f"{self._why_it_stays(pod, node)}; this is tried again"
         )
+
+    def _why_it_stays(self, pod: Json, node: str) -> str:
+        if not self.is_ready(node):
+            return (
+                f"the node is not ready, and nothing there ends it before it is; if the node is off for good, say so "
+                f"by the taint {_OUT_OF_SERVICE}, or delete its Node object"
+            )
+        if not _is_ready(pod) and (said := _waiting(pod) or last_event(self._api, self._namespace, pod)):
+            return f"it does not run ({said})"
+        return "it stays while the volume's device is in use there, see its log"
+
+    def _remove_ended(self, name: str) -> None:
+        """No grace period is named: Kubernetes gives none to a pod that has ended, and one that another controller has
+        made of that name meanwhile keeps its own, ten years.
+        """
+        self._api.delete(POD, name, self._namespace)
 
     def _make(self, known: Known, node: str, name: str) -> Json:
         try:

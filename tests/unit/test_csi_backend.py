@@ -111,6 +111,10 @@ class Cluster(FakeApi):
         super().remove(kind, name, namespace)
 
     def delete(self, kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None) -> None:
+        """A pod that has ended goes at once, as in Kubernetes (podStrategy.CheckGracefulDelete)."""
+        pod = self._of(POD).get((namespace, name), {}) if kind == POD else {}
+        if pod.get("status", {}).get("phase") in ("Failed", "Succeeded"):
+            grace_seconds = 0
         super().delete(kind, name, namespace, grace_seconds=grace_seconds)
         if grace_seconds == 0 and self.get(kind, name, namespace) is not None:
             self.lose(kind, name, namespace)
@@ -545,7 +549,13 @@ def test_a_holder_that_stays_is_waited_for_before_another_node_gets_the_volume(w
     world.api.obeys = False
     with pytest.raises(Aborted, match=r"has not ended on node one yet; it stays while"):
         world.controller.unpublish("pvc-1", "one")
-    with pytest.raises(Aborted, match=r"has not ended on node one yet"):
+    world.api.change(NODE, "one", {"status": {"conditions": [{"type": "Ready", "status": "Unknown"}]}})
+    with pytest.raises(Aborted, match=r"has not ended on node one yet; the node is not ready, .* by the taint"):
+        world.controller.publish("pvc-1", "two", many_nodes=False)
+    world.api.change(NODE, "one", {"status": {"conditions": [{"type": "Ready", "status": "True"}]}})
+    waits = {"ready": False, "state": {"waiting": {"message": "no such image"}}}
+    world.api.change(POD, pod_name("pvc-1", "one"), {"status": {"containerStatuses": [waits]}}, NAMESPACE)
+    with pytest.raises(Aborted, match=r"has not ended on node one yet; it does not run \(no such image\); this is"):
         world.controller.publish("pvc-1", "two", many_nodes=False)
     world.api.change(POD, pod_name("pvc-1", "one"), {"metadata": {"finalizers": None}}, NAMESPACE)
     world.api.obeys = True
@@ -609,9 +619,52 @@ def test_a_holder_that_has_ended_is_made_anew(world: World, phase: str) -> None:
         world.api.written()
         world.controller.mend(no_lock, lambda: False)
         assert not world.api.written()
-    assert [(each.event, each.fields["reason"]) for each in told] == [
-        ("a holder had ended", "Pod was terminated in response to imminent node shutdown.")
-    ]
+    assert [each.event for each in told] == ["a holder had ended"]
+    assert told[0].fields["error"].endswith(" on node one: Pod was terminated in response to imminent node shutdown.")
+
+
+def test_a_node_that_takes_no_holder_is_told_of_once(world: World) -> None:
+    world.create()
+    world.controller.publish("pvc-1", "one", many_nodes=False)
+    with told_lines() as told:
+        for _ in range(3):
+            end(world, "pvc-1")
+            world.controller.mend(no_lock, lambda: False)
+        world.controller.mend(no_lock, lambda: False)
+        end(world, "pvc-1")
+        world.controller.mend(no_lock, lambda: False)
+    assert [each.event for each in told] == ["a holder had ended"] * 2
+
+
+def test_no_holder_is_made_for_a_node_that_is_off(world: World) -> None:
+    """Nobody would end it there: the volume could be given to no other node."""
+    world.create()
+    world.controller.publish("pvc-1", "one", many_nodes=False)
+    end(world, "pvc-1")
+    off = {"status": {"conditions": [{"type": "Ready", "status": "False"}]}}
+    world.api.change(NODE, "one", off)
+    world.api.written()
+    world.controller.mend(no_lock, lambda: False)
+    assert not world.api.written()
+    world.controller.unpublish("pvc-1", "one")
+    world.controller.publish("pvc-1", "two", many_nodes=False)
+
+
+def test_another_controller_that_stood_still_ends_no_holder_that_runs(world: World) -> None:
+    world.create()
+    world.controller.publish("pvc-1", "one", many_nodes=False)
+    end(world, "pvc-1")
+    real = world.api.delete
+
+    def stands_still(kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None) -> None:
+        world.api.delete = real  # type: ignore[method-assign]
+        world.controller.mend(no_lock, lambda: False)
+        world.api.obeys = False  # the holder stays for as long as its grace period lets it
+        real(kind, name, namespace, grace_seconds=grace_seconds)
+
+    world.api.delete = stands_still  # type: ignore[method-assign]
+    world.controller.mend(no_lock, lambda: False)
+    assert [each["status"]["phase"] for each in world.api.all(POD)] == ["Running"]
 
 
 def test_a_holder_that_has_ended_and_is_going_is_waited_for(world: World) -> None:
