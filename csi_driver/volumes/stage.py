@@ -16,6 +16,7 @@ from csi_driver.host.workers import Workers
 from csi_driver.keys.secret import SecretKey
 from csi_driver.luks.mapping import Mappings
 from csi_driver.model.errors import (
+    Aborted,
     AlreadyExists,
     CommandFailed,
     DeviceInUse,
@@ -159,6 +160,7 @@ class Staging:
             if lasting or shared(self._backend) is not None:
                 undo.callback(attempt, self._backend.detach, record.id)
             undo.callback(let_go, device)
+            self._refuse_outdated(record)
             with ExitStack() as opened:
                 volume = Attached(record, device, device)
                 if key is not None:
@@ -176,6 +178,15 @@ class Staging:
                 self._drift.opened(record.id, request.key)
             volume.shown.close()
             device.close()
+
+    def _refuse_outdated(self, record: VolumeRecord) -> None:
+        """Raise Aborted where another node has formatted it between the look at its record and the attach, which lets
+        several nodes have what is settled, and only that.
+        """
+        if not record.is_settled and self._backend.get(record.id).revision != record.revision:
+            raise Aborted(
+                f"volume {record.id} was formatted by another node while this one began with it; this is tried again"
+            )
 
     def _open(self, record: VolumeRecord, device: Handle, secret: SecretKey, key: KeyInHand, undo: ExitStack) -> Opened:
         """Open it, and let a change of its key that was cut, or that the secret asks for, be done."""

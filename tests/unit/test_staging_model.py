@@ -21,11 +21,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from csi_driver.backends.loopfile import LoopfileBackend
 from csi_driver.backends.records import RecordCodec
+from csi_driver.host.handle import Handle
 from csi_driver.images.cluster import ClusterImages
 from csi_driver.images.store import ImageStore
 from csi_driver.keys.secret import SecretKey, read_secret
 from csi_driver.luks.formats import DATA_OFFSET
 from csi_driver.model.errors import (
+    Aborted,
     CommandFailed,
     DeviceInUse,
     DriverError,
@@ -481,6 +483,30 @@ def test_a_clone_whose_stage_was_cut_before_it_grew_grows_with_the_next_one(fold
     rig.restart()
     rig.stage("enc-1")
     assert rig.kernel.read(rig.device("enc-1")).inside.fs_bytes == rig.kernel.size(rig.device("enc-1"))
+
+
+def test_what_another_node_formats_behind_the_look_at_its_record_is_not_formatted_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backend lets several nodes have what is settled, and the other one's record is that by then."""
+    rig = Rig(folder)
+    rig.create("enc-1")
+    real = rig.backend.attach
+
+    def attach(volume_id: str, *, lasting: bool) -> Handle:
+        monkeypatch.undo()
+        rig.stage("enc-1", BLOCK)
+        content = rig.kernel.read(rig.device("enc-1"))
+        content.inside.raw = "precious"
+        rig.kernel.write(rig.device("enc-1"), content)
+        rig.unstage("enc-1")
+        return real(volume_id, lasting=lasting)
+
+    monkeypatch.setattr(rig.backend, "attach", attach)
+    with pytest.raises(Aborted, match=r"^volume enc-1 was formatted by another node while this one began with it; "):
+        rig.stage("enc-1", BLOCK)
+    rig.stage("enc-1", BLOCK)
+    assert rig.kernel.read(rig.device("enc-1")).inside.raw == "precious"
 
 
 @pytest.mark.parametrize("name", ["enc-1", "plain-1"])
