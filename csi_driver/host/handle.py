@@ -6,7 +6,12 @@ soon as nobody has it open. What was opened stays what it was.
 
 import os
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
+
+from csi_driver.host.log import log
+from csi_driver.host.patience import within
+
+_CLOSE_SECONDS: Final = 2.0
 
 
 class Handle(os.PathLike[str]):
@@ -64,3 +69,14 @@ class Handle(os.PathLike[str]):
 def open_handle(path: str, flags: int) -> Handle:
     """Open `path`, never following a link at its end. Raises OSError."""
     return Handle(os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW), path)
+
+
+def let_go(device: Handle) -> None:
+    """Close a device after an error. The last close waits for I/O under way, which need not end: not our time limit."""
+
+    def close() -> bool:
+        device.close()
+        return True
+
+    if not within(_CLOSE_SECONDS, close):
+        log.warning("a device does not answer and stays open until it does", device=device.name)

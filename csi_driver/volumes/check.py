@@ -10,7 +10,7 @@ from enum import StrEnum
 from csi_driver.backends.base import Backend
 from csi_driver.host.commands import Commands, Completed
 from csi_driver.host.fshealth import carries_error_flag
-from csi_driver.host.handle import Handle
+from csi_driver.host.handle import Handle, let_go
 from csi_driver.host.workers import Workers
 from csi_driver.keys.secret import SecretKey
 from csi_driver.luks.mapping import Mappings
@@ -23,7 +23,6 @@ from csi_driver.volumes.filesystem import FSCK, Attached, FileSystems
 from csi_driver.volumes.keys import VolumeKeys
 from csi_driver.volumes.moved import Homes
 from csi_driver.volumes.presence import Presence, Presences
-from csi_driver.volumes.stage import let_go
 from csi_driver.volumes.two_keys import refuse_half
 
 _ANY_CODE = range(256)

@@ -13,7 +13,7 @@ import msgspec
 
 from csi_driver.backends.base import Backend, movable
 from csi_driver.host.devicemapper import Device, DeviceMapper, MappingHandle
-from csi_driver.host.handle import Handle
+from csi_driver.host.handle import Handle, let_go
 from csi_driver.host.keyring import KeptKey
 from csi_driver.host.log import log
 from csi_driver.host.workers import Workers
@@ -116,7 +116,7 @@ class Encryption:
             elif not reused:
                 kept = self._open(record, device, passphrase)
         mapping = self._mappings.open(record.mapping_name)
-        undo.callback(mapping.close)
+        undo.callback(let_go, mapping)
         self._check_opened(backend, record, device, mapping)
         if record.conversion is None:
             self._slots.ensure_header_copy(backend, record, device)  # of a header that has opened

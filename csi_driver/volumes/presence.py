@@ -13,7 +13,7 @@ from functools import cached_property
 from csi_driver.backends.base import Backend
 from csi_driver.host import blockdev
 from csi_driver.host.devicemapper import Device
-from csi_driver.host.handle import Handle
+from csi_driver.host.handle import Handle, let_go
 from csi_driver.host.mountinfo import Mount, MountTable
 from csi_driver.host.mounts import Mounts
 from csi_driver.luks.device import dm_uuid
@@ -194,10 +194,14 @@ class Presences:
             handle = self._backend.device_of(present.volume_id)
         if handle is None:
             raise DeviceAbsent(f"the device of volume {present.volume_id} is gone; unstage and stage the volume")
-        with handle:
+        try:
             if handle.number != present.number:
                 raise DeviceAbsent(f"the device of volume {present.volume_id} became another one meanwhile; call again")
             yield handle
+        except BaseException:
+            let_go(handle)
+            raise
+        handle.close()
 
     def _plain_device(self, volume_id: str, stage: Stage | None) -> tuple[int, int] | None:
         """The attached device of an unencrypted volume; where the stage says it was is looked at first."""

@@ -8,10 +8,9 @@ import msgspec
 
 from csi_driver.backends.base import Backend, movable, shared, takes_many_nodes
 from csi_driver.host.fshealth import Mounting
-from csi_driver.host.handle import Handle
+from csi_driver.host.handle import Handle, let_go
 from csi_driver.host.log import log
 from csi_driver.host.mountinfo import Mount
-from csi_driver.host.patience import within
 from csi_driver.host.workers import Workers
 from csi_driver.keys.secret import SecretKey
 from csi_driver.luks.mapping import Mappings
@@ -41,7 +40,6 @@ from csi_driver.volumes.rekey import Rekeying
 from csi_driver.volumes.stages import Stage, Stages
 from csi_driver.volumes.two_keys import refuse_half
 
-_CLOSE_SECONDS = 2.0
 _FULL_BYTES = 16 << 20  # so little, and a device on it fails
 
 
@@ -369,14 +367,3 @@ def _refuse_link(record: VolumeRecord, staging_path: str) -> None:
             f"volume {record.id} cannot be staged at {staging_path}: it is a symbolic link and must be a folder; "
             f"remove the link"
         )
-
-
-def let_go(device: Handle) -> None:
-    """Close a device after an error. The last close waits for I/O under way, which need not end: not our time limit."""
-
-    def close() -> bool:
-        device.close()
-        return True
-
-    if not within(_CLOSE_SECONDS, close):
-        log.warning("a device does not answer and stays open until it does", device=device.name)

@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from csi_driver.backends.loopfile import LoopfileBackend
 from csi_driver.backends.records import RecordCodec
+from csi_driver.host.fshealth import Ailment
 from csi_driver.host.handle import Handle
 from csi_driver.images.cluster import ClusterImages
 from csi_driver.images.store import ImageStore
@@ -29,6 +31,7 @@ from csi_driver.luks.formats import DATA_OFFSET
 from csi_driver.model.errors import (
     Aborted,
     CommandFailed,
+    DeadlineExceeded,
     DeviceInUse,
     DriverError,
     FailedPrecondition,
@@ -55,6 +58,7 @@ from csi_driver.volumes.stage import StageRequest, Staging
 from csi_driver.volumes.stages import Stages
 from tests.fake_host import NoHolders, SteppedFiles, at_home, no_kms
 from tests.fake_kernel import (
+    FakeMappingHandle,
     Kernel,
     KernelCommands,
     KernelFileSystemHealth,
@@ -507,6 +511,35 @@ def test_what_another_node_formats_behind_the_look_at_its_record_is_not_formatte
         rig.stage("enc-1", BLOCK)
     rig.stage("enc-1", BLOCK)
     assert rig.kernel.read(rig.device("enc-1")).inside.raw == "precious"
+
+
+@pytest.mark.parametrize("program", ["mkfs", "e2fsck"])
+def test_after_an_error_no_thread_of_a_call_closes_a_device(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, program: str
+) -> None:
+    """The last close writes back what the killed program has written, which need not end."""
+    rig, closing = Rig(folder), list[bool]()
+    rig.create("enc-1")
+    if program == "e2fsck":
+        rig.stage("enc-1")
+        rig.kernel.ailing[rig.kernel.mounted[0].device] = Ailment.ERROR_FLAG
+    real = FakeMappingHandle.close
+
+    def close(self: FakeMappingHandle) -> None:
+        if self.fd >= 0:
+            closing.append(threading.current_thread() is threading.main_thread())
+        real(self)
+
+    def fail(step: str) -> None:
+        if step in ("in mkfs", "before e2fsck"):
+            closing.clear()
+            raise DeadlineExceeded("it did not end in time and was killed")
+
+    monkeypatch.setattr(FakeMappingHandle, "close", close)
+    rig.kernel.plan = fail
+    with pytest.raises(DeadlineExceeded):
+        rig.stage("enc-1")
+    assert closing[:1] == [False]
 
 
 @pytest.mark.parametrize("name", ["enc-1", "plain-1"])
