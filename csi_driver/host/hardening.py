@@ -12,12 +12,24 @@ _PR_SET_DUMPABLE: Final = 4
 
 
 def harden_process() -> None:
-    """No core dump, no ptrace by others, /proc/<pid> owned by root; children inherit the limit.
+    """No core dump, no ptrace by others, /proc/<pid> owned by root; programs that it starts inherit the limit.
 
-    RLIMIT_CORE is 0 for good (soft and hard), PR_SET_DUMPABLE is 0 until an exec (prctl(2)). Raises OSError.
+    `forbid_core` for good, PR_SET_DUMPABLE is 0 until an exec (prctl(2)). Raises OSError.
     """
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    forbid_core()
     check(libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl(PR_SET_DUMPABLE)")
+
+
+def forbid_core() -> None:
+    """Leave no core dump, nor let a program that this process becomes: RLIMIT_CORE is 1, soft and hard.
+
+    0 forbids a file alone: where core_pattern names a program, that gets the dump all the same (core(5)). Of 1 the
+    kernel makes neither (fs/coredump.c).
+    """
+    try:
+        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+    except ValueError:  # it was 0 for good already, and to raise it takes a capability
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def die_with_parent() -> None:

@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Final, Self
 
+from csi_driver.host.hardening import forbid_core
 from csi_driver.host.syscalls import AT_FDCWD, check, libc, syscall
 
 MESSAGE_BYTES: Final = 16 * 1024
@@ -290,9 +291,9 @@ def _set_limits(sandbox: Sandbox) -> None:
         (resource.RLIMIT_NPROC, 1024),  # of all programs in such sandboxes together
         (resource.RLIMIT_STACK, 1 << 20),  # threads get as much each
         (resource.RLIMIT_MEMLOCK, 0),
-        (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(limit, (most, most))
+    forbid_core()
 
 
 def _drop_privileges(image: _Image) -> None:

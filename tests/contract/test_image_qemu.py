@@ -251,7 +251,7 @@ def test_qemu_nbd_sees_the_image_and_its_libraries_and_nothing_else(qcow2: Path)
             (resource.RLIMIT_CPU, 600 + qcow2.stat().st_size // (128 << 10)),
             (resource.RLIMIT_FSIZE, 0),
             (resource.RLIMIT_NOFILE, 34),
-            (resource.RLIMIT_CORE, 0),
+            (resource.RLIMIT_CORE, 1),
         ):
             assert limits(program, limit) == (most, most)
         environment = Path(f"/proc/{program}/environ").read_text().split("\0")

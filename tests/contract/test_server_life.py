@@ -175,7 +175,7 @@ def test_the_server_ends_well_when_it_is_told_to(tmp_path: Path, number: signal.
         with CsiClient(tmp_path / "csi.sock", timeout=SECONDS) as client:
             assert wait_for(client.node_id) == "node-1"
             assert stat.S_IMODE((tmp_path / "csi.sock").stat().st_mode) == 0o600
-            assert core_limit(process.pid) == ("0", "0")
+            assert core_limit(process.pid) == ("1", "1")
             process.send_signal(number)
             code, said = ended(process)
     finally:
