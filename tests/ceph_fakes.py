@@ -31,6 +31,7 @@ class FakeImage:
     metadata: dict[str, str] = field(default_factory=dict)
     open_at: list[str] = field(default_factory=list)
     data_pool: str | None = None
+    snapshots: int = 0
 
 
 class FakePool(CephPool):
@@ -117,6 +118,9 @@ class FakePool(CephPool):
         if image not in self.images:
             raise CephMissing(f"no image {image}")
         return tuple(self.images[image].open_at)
+
+    def snapshots(self, image: str) -> int:
+        return self.images[image].snapshots
 
     def is_unwritten(self, image: str, seconds: float) -> bool:
         return not self.images[image].written

@@ -127,6 +127,16 @@ def is_unwritten(session: Session, where: Where, image: str) -> bool:
     return not found
 
 
+def snapshots(session: Session, where: Where, image: str) -> int:
+    """How many snapshots it has, of whatever kind."""
+    room = c_int()
+    with _opened(session, where, image) as opened:
+        code = library().rbd_snap_list(opened, None, byref(room))
+    if code != -errno.ERANGE:
+        check(code)
+    return max(0, room.value - 1)  # it wants room for one more, an end
+
+
 def overwrite(session: Session, where: Where, image: str, length: int) -> None:
     """Random bytes over its first `length` bytes, without mapping it."""
     size = c_uint64()
@@ -271,6 +281,7 @@ def _declare(rbd: ctypes.CDLL) -> None:
     # Of those that take a number: without it one is passed as a C int.
     rbd.rbd_image_options_set_uint64.argtypes = (c_void_p, c_int, c_uint64)
     rbd.rbd_create4.argtypes = (c_void_p, c_char_p, c_uint64, c_void_p)
+    rbd.rbd_snap_list.argtypes = (c_void_p, c_void_p, c_void_p)
     rbd.rbd_resize2.argtypes = (c_void_p, c_uint64, c_ubyte, _Progress, c_void_p)
     rbd.rbd_get_id.argtypes = (c_void_p, c_char_p, c_size_t)
     rbd.rbd_metadata_list.argtypes = (c_void_p, c_char_p, c_uint64, c_char_p, c_void_p, c_char_p, c_void_p)

@@ -65,7 +65,11 @@ def meant(cluster: Cluster, user: str, what: str, number: int, said: str) -> Dri
             return CephMissing(f"{text}; look whether the pool or image was removed by hand")
         case 17:
             return CephExists(f"{text}; call again")
-        case 16 | 39:
+        case 39:
+            return DeviceInUse(
+                f"{text}; the image has snapshots, remove them first if nobody needs them ('rbd snap ls')"
+            )
+        case 16:
             return DeviceInUse(f"{text}; unmap it where it is mapped, or wait 30 s for a client that crashed")
         case 28 | 122:
             return ResourceExhausted(f"{text}; free space in the pool or raise its quota")

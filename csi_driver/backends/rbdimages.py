@@ -149,19 +149,24 @@ class Images:
         pool.remove(image, self._seconds, only=found.id if found is not None else None)
 
     def refuse_used(self, pool: CephPool, volume_id: str, state: VolumeState) -> None:
-        """Raise DeviceInUse while a node has it or a client has its image open."""
+        """Raise DeviceInUse while a node has it, a client has its image open, or that has snapshots."""
         image = image_name(volume_id)
         text = f"volume {volume_id} cannot be deleted: "
         if state.nodes:
             raise DeviceInUse(f"{text}it was given to {', '.join(sorted(state.nodes))}; unpublish and unstage it first")
         try:
-            clients = pool.watchers(image)
+            clients, snapshots = pool.watchers(image), pool.snapshots(image)
         except CephMissing:
             return
         if clients:
             raise DeviceInUse(
                 f"{text}its image {pool.place.spec}/{image} is open at {', '.join(clients)}; unpublish and unstage it "
                 f"first, or wait 30 s for a client that crashed"
+            )
+        if snapshots:
+            raise DeviceInUse(
+                f"{text}Ceph keeps its image {pool.place.spec}/{image} for its snapshots ({snapshots}); 'rbd snap ls "
+                f"--all' tells them, remove them first if nobody needs them"
             )
 
     def mark_removed(self, pool: CephPool, volume_id: str, erase: int | None) -> VolumeState:

@@ -141,6 +141,10 @@ class CephPool:
         """The addresses of those who have it open for writing."""
         return self._ask(f"rbd status {self._spec(image)}", librbd.watchers, self._where, image)
 
+    def snapshots(self, image: str) -> int:
+        """How many snapshots it has: with one it cannot be removed."""
+        return self._ask(f"rbd snap ls {self._spec(image)}", librbd.snapshots, self._where, image)
+
     def is_unwritten(self, image: str, seconds: float) -> bool:
         """Whether nothing was ever written to it that is still there."""
         return self._ask(f"rbd du {self._spec(image)}", librbd.is_unwritten, self._where, image, seconds=seconds)

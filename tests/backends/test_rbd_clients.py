@@ -243,6 +243,19 @@ def test_metadata_comes_whole_however_much_it_is(pool: CephPool) -> None:
     assert pool.metadata("one") == wanted
 
 
+def test_snapshots_are_counted_and_an_image_that_has_some_stays(ceph: RbdRig, pool: CephPool) -> None:
+    pool.make("one", MIB, FEATURES, None)
+    for number in range(3):
+        assert pool.snapshots("one") == number
+        ceph.ceph.admin("rbd", "snap", "create", f"{POOL}/one@{number}")
+    with pytest.raises(DeviceInUse, match=r"; the image has snapshots, remove them first"):
+        pool.remove("one", 60)
+    ceph.ceph.admin("rbd", "snap", "purge", f"{POOL}/one")
+    assert pool.snapshots("one") == 0
+    pool.remove("one", 60)
+    assert pool.info("one") is None
+
+
 def test_who_has_an_image_open_is_told_and_his_lock_broken_when_he_is_fenced(ceph: RbdRig, pool: CephPool) -> None:
     pool.make("one", MIB, FEATURES, None)
     assert pool.watchers("one") == []

@@ -215,6 +215,10 @@ def test_a_volume_that_a_node_has_or_a_client_has_open_is_not_removed() -> None:
     pool.images[IMAGE].open_at.append("192.0.2.7:0/1")
     with pytest.raises(DeviceInUse, match=r"is open at 192\.0\.2\.7:0/1"):
         images.refuse_used(pool, ID, state)
+    pool.images[IMAGE].open_at.clear()
+    pool.images[IMAGE].snapshots = 2
+    with pytest.raises(DeviceInUse, match=r"Ceph keeps its image .* for its snapshots \(2\); .* remove them first"):
+        images.refuse_used(pool, ID, state)
     node("").give(pool, ID, "node-a", many_nodes=False)
     with pytest.raises(DeviceInUse, match=r"it was given to node-a"):
         images.mark_removed(pool, ID, 0)
