@@ -66,9 +66,7 @@ def meant(cluster: Cluster, user: str, what: str, number: int, said: str) -> Dri
         case 17:
             return CephExists(f"{text}; call again")
         case 39:
-            return DeviceInUse(
-                f"{text}; the image has snapshots, remove them first if nobody needs them ('rbd snap ls')"
-            )
+            return DeviceInUse(f"{text}; it has snapshots ('rbd snap ls'), remove them first if nobody needs them")
         case 16:
             return DeviceInUse(f"{text}; unmap it where it is mapped, or wait 30 s for a client that crashed")
         case 28 | 122:

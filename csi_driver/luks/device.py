@@ -36,6 +36,7 @@ UUID_PREFIX = "CRYPT-LUKS2-"
 ALL_KEYS = "cryptsetup:"
 """How the names of all volume keys in keyrings begin."""
 _SECTOR = 512
+_LONGEST_BLOCK = 4096
 _USUAL_HEADER = 64 * 1024
 _FORMATTED_SLOTS = (0,)
 _CLAIM_TRIES, _CLAIM_PAUSE = 10, 0.05
@@ -239,7 +240,10 @@ def resize_mapping(
                 f"{where} cannot be enlarged while it is open: the volume key in its LUKS2 header is not that of its "
                 f"mapping {name}; unstage and stage the volume"
             )
-    mapper.reload(name, [Target(target.start, size // _SECTOR, target.type, target.params)])
+    # A device with blocks of 4096 bytes takes no table that ends in the middle of one.
+    payload = found - identity.data_offset
+    end = min(-(-size // _LONGEST_BLOCK) * _LONGEST_BLOCK, payload - payload % identity.sector_size)
+    mapper.reload(name, [Target(target.start, end // _SECTOR, target.type, target.params)])
 
 
 def read_header(where: str, device: str | os.PathLike[str], changed_from: str | None = None) -> tuple[bytes, Header]:

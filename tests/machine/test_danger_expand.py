@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.host import blockdev, keyring
+from csi_driver.host import blockdev, keyring, loopcontrol
 from csi_driver.host.workers import Workers
 from csi_driver.luks.device import volume_key_name
 from csi_driver.model.errors import FailedPrecondition, NotFound, OutOfRange, Unauthenticated
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.driver import WARM
 from tests.machine.node import BLOCK, CHEAP, DATA_OFFSET, EXT4, MIB, SECRET, SIZE, VOLUME, Node
-from tests.machine.places import skip_plain_thick
+from tests.machine.places import only_of_files, skip_plain_thick
 from tests.machine.processes import launcher_inside
 from tests.told_lines import told_lines
 
@@ -300,6 +300,23 @@ def test_lh9205_a_volume_of_large_sectors_is_rounded_up_to_them(node: Node) -> N
     is_sized_to_the_byte(node, SIZE + 4096)
     assert node.expand(LARGER) == LARGER - 512 + 4096
     is_sized_to_the_byte(node, LARGER - 512 + 4096)
+    node.unstage()
+
+
+@only_of_files("loop")
+def test_a_device_of_large_blocks_grows_while_it_is_open_to_a_size_that_ends_within_one(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on LVM, whose volumes are longer than was asked for; dm-crypt takes no table that ends within a block."""
+    monkeypatch.setattr(loopcontrol, "_BLOCK_SIZE", 4096)
+    node.create(capability=BLOCK)
+    node.stage(capability=BLOCK)
+    with node.disk().open("ab") as file:
+        file.write(bytes(LARGER + MIB - 512 - SIZE))
+    assert node.expand(LARGER) == LARGER
+    assert node.open_mapping().size_bytes == LARGER - 512 + 4096
+    node.unstage()
+    node.stage(capability=BLOCK)
     node.unstage()
 
 
