@@ -366,7 +366,7 @@ class CsiBackend:
                 if said != before:
                     log.warning("a volume cannot be mended", volume_id=volume_id, error=said)
             self._said[volume_id] = said
-        self._headers.drop_unused(known)
+        self._headers.drop_unused(known.values())
 
     def _mend(self, volume_id: str) -> str:
         """Returns what a holder that had ended tells of it."""

@@ -8,7 +8,7 @@ import base64
 import binascii
 import hashlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
@@ -40,7 +40,7 @@ class HeaderCopies:
 
     def path(self, volume_id: str) -> Path:
         """The last copy, fetched; a path without a file where there is none. Raises FailedPrecondition."""
-        path = self._folder / f"{volume_id}.luks2"
+        path = self._fetched(volume_id)
         known = self._records.find(volume_id)
         if known is None or known.spec.header is None:
             self._files.remove(path)
@@ -80,43 +80,42 @@ class HeaderCopies:
         for number, piece in enumerate(pieces):
             self._write(volume_id, _name(volume_id, pointer, number), piece)
         self._records.change(volume_id, header=pointer)
-        drop_before(self._before(volume_id), self._files)
+        self._remove_files(volume_id)
 
     def _before(self, volume_id: str) -> Path:
         return self._folder / f".{volume_id}.before"
+
+    def _fetched(self, volume_id: str) -> Path:
+        return self._folder / f"{volume_id}.luks2"
+
+    def _remove_files(self, volume_id: str) -> None:
+        """What this node has of older headers: a key slot that was taken away since may be in them."""
+        self._files.remove(self._fetched(volume_id))
+        drop_before(self._before(volume_id), self._files)
 
     def drop(self, volume_id: str) -> None:
         """Remove every piece of the volume's; absent is fine."""
         for piece in self._pieces({LABEL: short(volume_id)}):
             self._api.delete(HEADER_PIECE, name_of(piece), self._namespace)
-        drop_before(self._before(volume_id), self._files)
+        self._remove_files(volume_id)
 
-    def drop_unused(self, known: Mapping[str, Known]) -> None:
-        """Remove pieces that no record points to, once nobody can be about to. `known` are the records, by name, that
-        can be read; what another one points to nobody knows, and its pieces stay.
+    def drop_unused(self, known: Iterable[Known]) -> None:
+        """Remove pieces that no record points to, once nobody can be about to. `known` are the records as they were a
+        while ago: each other one is read anew, and of one that cannot be read nobody knows what it points to.
         """
-        used = {
-            _name(volume_id, each.spec.header, number)
-            for volume_id, each in known.items()
-            if each.spec.header is not None
-            for number in range(each.spec.header.pieces)
-        }
+        used = {name for each in known for name in _names(each)}
         before = datetime.now(UTC) - _YOUNG
         for piece in self._pieces({MANAGED_BY: MANAGER}):
-            made = datetime.fromisoformat(piece["metadata"]["creationTimestamp"])
-            if name_of(piece) not in used and made < before and self._is_told(piece, known):
-                self._api.delete(HEADER_PIECE, name_of(piece), self._namespace)
+            made, name = datetime.fromisoformat(piece["metadata"]["creationTimestamp"]), name_of(piece)
+            if name not in used and made < before and not self._may_be_used(name):
+                self._api.delete(HEADER_PIECE, name, self._namespace)
 
-    def _is_told(self, piece: Json, known: Mapping[str, Known]) -> bool:
-        """Whether it is known what the volume's record points to, or there is none."""
-        volume_id = name_of(piece).rsplit(".", 2)[0]
-        if volume_id in known:
-            return True
+    def _may_be_used(self, name: str) -> bool:
         try:
-            self._records.find(volume_id)
+            known = self._records.find(name.rsplit(".", 2)[0])
         except FailedPrecondition:
-            return False
-        return True
+            return True
+        return known is not None and name in _names(known)
 
     def _pieces(self, labels: Mapping[str, str]) -> list[Json]:
         return self._api.list(HEADER_PIECE, self._namespace, labels=labels)[0]
@@ -152,6 +151,12 @@ class HeaderCopies:
             f"the copy of the header of volume {volume_id} is damaged: the HeaderPieces {', '.join(names)} in "
             f"namespace {self._namespace} are not what its VolumeRecord points to; restore them from a backup"
         )
+
+
+def _names(known: Known) -> Iterable[str]:
+    """The pieces that a record points to."""
+    header = known.spec.header
+    return [_name(known.volume_id, header, number) for number in range(header.pieces)] if header is not None else []
 
 
 def _name(volume_id: str, pointer: HeaderPointer, number: int) -> str:

@@ -49,13 +49,14 @@ class HeaderCopies:
         return self._folder / f".{volume_id}.before"
 
     def keep(self, volume_id: str, fill: Fill) -> None:
-        """Keep what `fill` writes, in place of an earlier copy."""
+        """Keep what `fill` writes, in place of an earlier copy, of one that this node has fetched too."""
         fresh = self._fresh(volume_id)
         try:
             fill(str(fresh))
             self._logs.keep_header(self._access.pool(volume_id), volume_id, read_file(fresh))
         finally:
             self._files.remove(fresh)
+        self._files.remove(self._folder / volume_id)
         drop_before(self.before(volume_id), self._files)
 
     def drop(self, volume_id: str) -> None:

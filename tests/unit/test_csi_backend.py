@@ -737,6 +737,43 @@ def test_a_volume_that_cannot_be_mended_keeps_no_other_from_it(world: World) -> 
     assert [each.fields["error"] for each in told] == ["no room", "another reason", "another reason"]
 
 
+@pytest.mark.parametrize("kind", ["kept meanwhile", "mended meanwhile"])
+def test_a_header_copy_that_a_record_points_to_by_now_stays(world: World, kind: str) -> None:
+    """A look may take an hour: holders that do not end take a minute each."""
+    for volume_id in ("pvc-1", "pvc-2"):
+        world.create(volume_id)
+        world.controller.publish(volume_id, "one", many_nodes=False)
+    world.api.lose(POD, pod_name("pvc-1", "one"), NAMESPACE)
+    if kind == "mended meanwhile":
+        header_copy(world, "pvc-2")
+        world.api.change(VOLUME_RECORD, "pvc-2", {"spec": {"state": "Newer"}}, NAMESPACE)
+
+    def meanwhile(call: Call) -> None:
+        if (call.verb, call.kind) == ("create", POD):
+            world.api.before = lambda _: None
+            if kind == "kept meanwhile":
+                header_copy(world, "pvc-2")
+            else:
+                world.api.change(VOLUME_RECORD, "pvc-2", {"spec": {"state": "Ready"}}, NAMESPACE)
+
+    world.api.before = meanwhile
+    world.controller.mend(no_lock, lambda: False)
+    assert world.node.header_copy("pvc-2").read_bytes() == b"pvc-2"
+
+
+def test_a_fetched_header_copy_goes_with_the_next_one_and_with_the_volume(world: World) -> None:
+    """A key slot that was taken away since may be in it."""
+    world.create()
+    header_copy(world, "pvc-1")
+    fetched = world.node.header_copy("pvc-1")
+    assert fetched.exists()
+    header_copy(world, "pvc-1")
+    assert not fetched.exists()
+    fetched = world.controller.header_copy("pvc-1")
+    world.controller.delete("pvc-1")
+    assert not fetched.exists()
+
+
 def test_a_record_that_cannot_be_read_keeps_its_header_copy_and_keeps_nobody_from_being_mended(world: World) -> None:
     """It may be a newer driver's, and points to that copy."""
     for volume_id in ("pvc-1", "pvc-2"):
