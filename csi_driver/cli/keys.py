@@ -167,12 +167,14 @@ def leftovers(
     """Show the keys that a KMS keeps for no volume: of one that is gone, or that was not made to its end.
 
     A volume that is being made at this moment has one too. With --destroy the exit code is 1 when one is still there.
-    With --forget one stays in its KMS, if it is there: for a KMS that is gone for good.
+    With --forget one stays in its KMS, if it is there: for a KMS that is gone for good, or a key of which nobody can
+    tell whether a volume has it, as the storage that knew is gone for good.
     """
     if forget and (destroy or not names):
         raise click.UsageError("--forget is for keys that are named, and without --destroy.")
     with local_driver(context, given) as driver:
-        found = [entry for entry in _left(driver) if not names or entry.key.name in names]
+        found = [entry for entry in _left(driver, forget=forget) if not names or entry.key.name in names]
+        _warn(_untold(driver))
         if absent := set(names) - {entry.key.name for entry in found}:
             raise click.ClickException(f"no KMS keeps {', '.join(sorted(absent))} for nothing")
         gone: set[str] = set()
@@ -181,18 +183,20 @@ def leftovers(
             gone = _ended(driver, found, driver.keys.destroy_left)
         elif found and forget:
             confirm(f"Forget {len(found)} keys, and never destroy what their KMS has of them?", yes=yes)
-            gone = _ended(driver, found, driver.keys.forget_left)
+            gone = _ended(driver, found, driver.keys.forget_left, forget=True)
     _show_left(found, gone, output, "destroyed" if destroy else "forgotten" if forget else "")
     if (destroy or forget) and len(gone) < len(found):
         context.exit(1)
 
 
-def _ended(driver: Driver, found: Sequence[KeyEntry], end: Callable[[KeyEntry], bool]) -> set[str]:
+def _ended(
+    driver: Driver, found: Sequence[KeyEntry], end: Callable[[KeyEntry], bool], *, forget: bool = False
+) -> set[str]:
     """The names of those that `end` has ended, each under its volume's lock and if it is left still."""
     gone = set()
     for entry in found:
         with driver.locks.hold(entry.volume):
-            if entry in _left(driver) and end(entry):
+            if entry in _left(driver, forget=forget) and end(entry):
                 gone.add(entry.key.name)
     return gone
 
@@ -218,11 +222,21 @@ def _warn(sentences: Sequence[str]) -> None:
 
 def _left_told(driver: Driver) -> list[str]:
     count = len(_left(driver))
-    return [f"a KMS keeps {count} keys for nothing; look at them with `luks-csi keys leftovers`"] * bool(count)
+    told = [f"a KMS keeps {count} keys for nothing; look at them with `luks-csi keys leftovers`"] * bool(count)
+    return told + _untold(driver)
 
 
-def _left(driver: Driver) -> list[KeyEntry]:
-    return driver.keys.left(driver.backend)
+def _left(driver: Driver, *, forget: bool = False) -> list[KeyEntry]:
+    untold = [entry for entry, _ in driver.keys.untold(driver.backend)] if forget else []
+    return [*driver.keys.left(driver.backend), *untold]
+
+
+def _untold(driver: Driver) -> list[str]:
+    return [
+        f"nobody can tell whether volume {entry.volume} has the key {entry.key.name} of its KMS ({error}); if its "
+        f"storage is gone for good, name the key to `luks-csi keys leftovers --forget`"
+        for entry, error in driver.keys.untold(driver.backend)
+    ]
 
 
 def _leftover(entry: KeyEntry) -> dict[str, str]:

@@ -180,6 +180,10 @@ class VolumeKeys:
         """As `left_keys`."""
         return left_keys(self._ledger, backend)
 
+    def untold(self, backend: Backend) -> list[tuple[KeyEntry, DriverError]]:
+        """As `untold_keys`."""
+        return untold_keys(self._ledger, backend)
+
     def _forget(self, entry: KeyEntry, purpose: str, *, noted: bool = False) -> bool:
         """Whether the KMS has forgotten it."""
         trail = entry.key
@@ -216,18 +220,31 @@ def left_keys(ledger: KeyLedger, backend: Backend) -> list[KeyEntry]:
     cannot be read might name any. A node of storage that others share lists the volumes that are attached there: of
     another one the record is asked for, and where that cannot be read no key of it counts as left.
     """
+    return [entry for entry, error in _unnamed(ledger, backend) if error is None]
+
+
+def untold_keys(ledger: KeyLedger, backend: Backend) -> list[tuple[KeyEntry, DriverError]]:
+    """Those of which nobody can tell whether they are left, each with why: the record of their volume cannot be read
+    from here, or went with the pool that it was in. Raises as `left_keys`.
+    """
+    return [(entry, error) for entry, error in _unnamed(ledger, backend) if error is not None]
+
+
+def _unnamed(ledger: KeyLedger, backend: Backend) -> Iterator[tuple[KeyEntry, DriverError | None]]:
+    """The entries that no record names which can be read, and why another one may."""
     listed = frozenset(backend.ids())
     named = {name for volume_id in listed for name in _names(backend.get(volume_id))}
-
-    def is_left(entry: KeyEntry) -> bool:
+    for entry in ledger.entries():
         if entry.key.name in named:
-            return False
+            continue
         try:
-            return entry.volume in listed or entry.key.name not in _names(backend.get(entry.volume))
+            if entry.volume not in listed and entry.key.name in _names(backend.get(entry.volume)):
+                continue
         except DriverError as error:
-            return type(error) is NotFound  # its subclasses miss something else than the volume, a pool say
-
-    return [entry for entry in ledger.entries() if is_left(entry)]
+            # Subclasses of NotFound miss something else than the volume, a pool say.
+            yield entry, None if type(error) is NotFound else error
+        else:
+            yield entry, None
 
 
 def shares_key(record: VolumeRecord) -> bool:

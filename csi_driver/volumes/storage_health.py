@@ -10,7 +10,7 @@ from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.settings import Settings
 from csi_driver.model.volume import MovePhase, VolumeRecord
 from csi_driver.volumes.finding import Finding, look_at
-from csi_driver.volumes.keys import SHARED, left_keys, shares_key
+from csi_driver.volumes.keys import SHARED, left_keys, shares_key, untold_keys
 from csi_driver.volumes.stages import Stages
 
 _GIB = 1 << 30
@@ -137,6 +137,11 @@ class StorageHealth:
             if left := left_keys(KeyLedger(self._settings.state_dir, Files()), self._backend):
                 raise FailedPrecondition(
                     f"a KMS keeps {len(left)} keys for nothing; look at them with `luks-csi keys leftovers`"
+                )
+            if untold := untold_keys(KeyLedger(self._settings.state_dir, Files()), self._backend):
+                raise FailedPrecondition(
+                    f"of {len(untold)} keys nobody can tell whether a volume has them; look at them with "
+                    f"`luks-csi keys leftovers`"
                 )
             return "each volume has its own, and none is left in a KMS"
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from csi_driver.backends.loopfile import LoopfileBackend
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.files import Files
 from csi_driver.keys.ledger import KeyEntry, KeyLedger
+from csi_driver.model.errors import Unavailable
 from csi_driver.model.volume import (
     EncryptionState,
     KeyTrail,
@@ -190,6 +193,28 @@ def test_a_key_of_a_kms_that_is_gone_is_forgotten_by_its_name(
     assert [each["key"] for each in json.loads(run_cli("keys", "leftovers", *state, "-o", "json").stdout)] == [
         "gone.11"
     ]
+
+
+def test_a_key_of_which_nobody_can_tell_is_told_and_only_forgotten(
+    state: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The storage that has the record does not answer, or went with it."""
+    note(state)
+    real, volume = LoopfileBackend.get, LEFT.name.rpartition(".")[0]
+
+    def get(self: LoopfileBackend, volume_id: str) -> VolumeRecord:
+        if volume_id == volume:
+            raise Unavailable("nobody answers")
+        return real(self, volume_id)
+
+    monkeypatch.setattr(LoopfileBackend, "get", get)
+    told = rf"nobody can tell whether volume {volume} has the key {LEFT.name} of its KMS \(nobody answers\); "
+    for command in (("status",), ("leftovers",)):
+        assert re.search(told, run_cli("keys", *command, *state).stderr)
+    done = run_cli("keys", "leftovers", LEFT.name, "--destroy", "--yes", *state)
+    assert (done.exit_code, f"no KMS keeps {LEFT.name} for nothing" in done.stderr) == (1, True)
+    assert run_cli("keys", "leftovers", LEFT.name, "--forget", "--yes", *state).exit_code == 0
+    assert "nobody can tell" not in run_cli("keys", "status", *state).stderr
 
 
 def test_no_key_is_destroyed_while_a_record_that_may_name_it_cannot_be_read(state: list[str]) -> None:

@@ -1,7 +1,7 @@
 """Whose key a volume's is: what may be destroyed with it, what a new one is called, and what a cut leaves in a KMS."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,18 +161,18 @@ def test_the_key_of_a_volume_that_could_not_be_made_goes(keys: VolumeKeys, kept:
 
 
 @pytest.mark.parametrize(
-    ("found", "is_left"),
+    ("found", "is_left", "untold"),
     [
-        (msgspec.structs.replace(RECORD, key=None), True),
-        (NotFound("there is no volume pvc-1"), True),
-        (RECORD, False),
-        (CephMissing("the pool is gone"), False),
-        (Unavailable("nobody answers"), False),
+        (msgspec.structs.replace(RECORD, key=None), True, []),
+        (NotFound("there is no volume pvc-1"), True, []),
+        (RECORD, False, []),
+        (CephMissing("the pool is gone"), False, ["the pool is gone"]),
+        (Unavailable("nobody answers"), False, ["nobody answers"]),
     ],
     ids=["names another", "gone", "names it", "pool gone", "silent"],
 )
 def test_a_volume_that_is_on_another_node_is_asked_for_before_its_key_counts_as_left(
-    keys: VolumeKeys, found: VolumeRecord | DriverError, *, is_left: bool
+    keys: VolumeKeys, found: VolumeRecord | DriverError, untold: Sequence[str], *, is_left: bool
 ) -> None:
     """A node of shared storage lists only the volumes that it has; its ledger names keys of others."""
     keys.leave("pvc-1", RECORD)
@@ -184,6 +184,9 @@ def test_a_volume_that_is_on_another_node_is_asked_for_before_its_key_counts_as_
 
     elsewhere: Any = SimpleNamespace(ids=list, get=get)
     assert [entry.key.name for entry in keys.left(elsewhere)] == [OWN.name] * is_left
+    assert [(entry.key.name, str(error)) for entry, error in keys.untold(elsewhere)] == [
+        (OWN.name, why) for why in untold
+    ]
 
 
 def test_a_key_that_a_record_names_is_never_taken_for_left(keys: VolumeKeys, kept: Kept) -> None:
