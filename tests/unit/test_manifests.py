@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from csi_driver.backends.csiholders import CONTROLLER
+from csi_driver.model.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,6 +40,21 @@ def containers(file: str) -> dict[str, Any]:
 
 def mounts(container: dict[str, Any]) -> set[str]:
     return {each["name"] for each in container.get("volumeMounts", ())}
+
+
+SERVERS = [f"{folder}/{pod}.yaml" for folder in ("rbd", "csi-backend") for pod in ("node", "controller")]
+
+
+@pytest.mark.parametrize("file", ["driver/node.yaml", *SERVERS])
+def test_commands_in_a_servers_container_find_it_and_its_volumes(file: str) -> None:
+    """What `kubectl exec` runs has the container's variables, and not the server's arguments."""
+    (server,) = (each for each in containers(file).values() if each["args"][0] == "serve")
+    given = {word.partition("=")[0] for word in server["args"]}
+    assert not given & {"--endpoint", "--state-dir", "--kms-config", "--kms-programs", "--audit-file"}
+    told = {each["name"]: each.get("value", "") for each in server["env"]}
+    assert told["LUKS_CSI_ENDPOINT"].endswith("/csi.sock")
+    paths = {each["mountPath"]: each["name"] for each in server["volumeMounts"]}
+    assert paths[told.get("LUKS_CSI_STATE_DIR", str(Settings.state_dir))] == "state"
 
 
 def test_only_what_needs_the_api_has_a_token() -> None:
