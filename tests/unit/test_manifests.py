@@ -2,13 +2,15 @@
 
 import re
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from csi_driver.backends.csiholders import CONTROLLER
+from csi_driver.backends.csiclaims import Claims
+from csi_driver.backends.csiholders import CONTROLLER, WAIT_SECONDS
 from csi_driver.model.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -148,6 +150,25 @@ def test_the_controller_over_another_driver_knows_its_own_pod() -> None:
     found = yaml.safe_load_all((ROOT / "deploy/kubernetes/csi-backend/rbac.yaml").read_text())
     (role,) = (each for each in found if (each["kind"], each["metadata"]["name"]) == ("Role", "luks-csi-controller"))
     assert any({"pods"} <= {*each["resources"]} and "get" in each["verbs"] for each in role["rules"])
+
+
+def test_who_calls_the_controller_over_another_driver_waits_longer_than_it_and_for_no_thread() -> None:
+    found = containers("csi-backend/controller.yaml")
+    server, *sidecars = (found[name]["args"] for name in (CONTROLLER, "resizer", "provisioner", "attacher"))
+    (grows,) = (each for each in signature(Claims).parameters.values() if each.name == "wait_seconds")
+    assert number(sidecars[0], "--timeout") > 3 * grows.default  # `bound`, `grow` and `settle`
+    assert number(sidecars[1], "--timeout") > 30 + grows.default  # a KMS, then `bound`
+    assert number(sidecars[2], "--timeout") > WAIT_SECONDS
+    ten = 10  # csi-resizer's workers, by default
+    workers = ten + number(sidecars[1], "--worker-threads") + number(sidecars[2], "--worker-threads")
+    assert number(server, "--threads") > workers
+    (deployment,) = yaml.safe_load_all((ROOT / "deploy/kubernetes/csi-backend/controller.yaml").read_text())
+    assert deployment["spec"]["strategy"] == {"type": "Recreate"}
+
+
+def number(words: list[str], option: str) -> int:
+    (found,) = (word.partition("=")[2] for word in words if word.startswith(f"{option}="))
+    return int(found.removesuffix("s"))
 
 
 def test_a_holder_that_has_ended_is_anybodys_to_delete() -> None:
