@@ -136,8 +136,8 @@ class Careless(CsiBackend):
 class World:
     """The cluster, a controller on it, and the node `one`."""
 
-    def __init__(self, folder: Path, make: type[CsiBackend] = CsiBackend) -> None:
-        self.api = Cluster()
+    def __init__(self, folder: Path, make: type[CsiBackend] = CsiBackend, api: Cluster | None = None) -> None:
+        self.api = api or Cluster()
         self.records = RecordObjects(self.api, NAMESPACE, RecordCodec())
         self.headers = HeaderCopies(self.api, NAMESPACE, self.records, folder / "headers", Files())
         self.pins = Pins(folder / "holders", Files())
