@@ -171,6 +171,14 @@ def number(words: list[str], option: str) -> int:
     return int(found.removesuffix("s"))
 
 
+def test_the_role_for_generated_keys_lets_them_be_looked_for_too() -> None:
+    """`Kubernetes.keep_secret` and `find_secret` get them, in accounts that have no other right on secrets."""
+    found = yaml.safe_load_all((ROOT / "deploy/kubernetes/kms/rbac.yaml").read_text())
+    (role,) = (each for each in found if each["kind"] == "Role")
+    (rule,) = role["rules"]
+    assert (rule["resources"], {*rule["verbs"]}) == (["secrets"], {"get", "create", "patch", "delete"})
+
+
 def test_a_holder_that_has_ended_is_anybodys_to_delete() -> None:
     found = yaml.safe_load_all((ROOT / "deploy/kubernetes/csi-backend/policies.yaml").read_text())
     (policy,) = (
