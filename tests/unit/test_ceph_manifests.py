@@ -76,3 +76,16 @@ def test_the_drivers_name_is_one_and_it_attaches() -> None:
     assert kustomization["configMapGenerator"][0]["literals"] == [f"driver-name={told['metadata']['name']}"]
     assert told["spec"]["attachRequired"] is True
     assert all((FOLDER / file).exists() for file in kustomization["resources"])
+
+
+@pytest.mark.parametrize(("overlay", "below"), [("ceph", "driver"), ("ceph-rbd", "rbd")])
+def test_under_the_name_of_ceph_csi_the_name_is_one_too(overlay: str, below: str) -> None:
+    told = yaml.safe_load((FOLDER.parent / "names" / overlay / "kustomization.yaml").read_text())
+    assert told["resources"] == [f"../../{below}"]
+    base = yaml.safe_load((FOLDER.parent / below / "kustomization.yaml").read_text())
+    assert told["namespace"] == base["namespace"]
+    (config,), (patch,) = told["configMapGenerator"], told["patches"]
+    assert (config["name"], config["behavior"]) == (base["configMapGenerator"][0]["name"], "merge")
+    (name,) = yaml.safe_load(patch["patch"])
+    assert patch["target"] == {"kind": "CSIDriver"}
+    assert config["literals"] == [f"driver-name={name['value']}"] == ["driver-name=rbd.csi.ceph.com"]
