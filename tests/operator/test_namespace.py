@@ -69,6 +69,21 @@ def test_everything_is_in_the_namespace_that_is_wanted(tmp_path: Path, component
         assert len(said) == 2, found  # policies and webhooks
 
 
+@pytest.mark.parametrize("driver", ["csi-backend", "lvm", "rbd", "names/ceph", "names/ceph-rbd", "names/longhorn"])
+def test_so_is_another_driver(tmp_path: Path, driver: str) -> None:
+    wanted = told("transformers:")
+    del wanted["components"]
+    wanted["resources"] = [f"luks-csi/deploy/kubernetes/{driver}"]
+    things = built(tmp_path, wanted)
+    found = {place for thing in things for place in places(thing)}
+    assert {name for _, name in found} == {wanted["namespace"]}, found
+    policies = [each for each in things if each["kind"] == "ValidatingAdmissionPolicy"]
+    assert len(policies) == (2 if driver == "csi-backend" else 0)
+    selectors = [each["spec"]["matchConstraints"].get("namespaceSelector") for each in policies]
+    label = {"matchLabels": {"kubernetes.io/metadata.name": wanted["namespace"]}}
+    assert [each for each in selectors if each] == [label][: len(policies)]
+
+
 def test_other_projects_kinds_know_the_operator_there(tmp_path: Path) -> None:
     things = built(tmp_path, told("kubernetes/compat"))
     (binding,) = [each for each in things if each["kind"] == "ClusterRoleBinding"]
