@@ -84,6 +84,23 @@ def test_so_is_another_driver(tmp_path: Path, driver: str) -> None:
     assert [each for each in selectors if each] == [label][: len(policies)]
 
 
+def csi_addons_over(driver: str) -> dict[str, Any]:
+    return told("deploy/kubernetes/csi-addons") | {"resources": [f"luks-csi/deploy/kubernetes/{driver}"]}
+
+
+@pytest.mark.parametrize("driver", ["kms", "names/ceph"])
+def test_csi_addons_come_over_the_driver_that_they_are_for(tmp_path: Path, driver: str) -> None:
+    found = {name for thing in built(tmp_path, csi_addons_over(driver)) for _, name in places(thing)}
+    assert found <= {"luks-csi", "$(NAMESPACE)"}
+
+
+@pytest.mark.parametrize("driver", ["csi-backend", "lvm", "rbd", "names/ceph-rbd"])
+def test_csi_addons_over_another_driver_are_an_error(tmp_path: Path, driver: str) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        built(tmp_path, csi_addons_over(driver))
+    assert "/metadata/namespace" in refused.value.stderr
+
+
 def test_other_projects_kinds_know_the_operator_there(tmp_path: Path) -> None:
     things = built(tmp_path, told("kubernetes/compat"))
     (binding,) = [each for each in things if each["kind"] == "ClusterRoleBinding"]
