@@ -103,7 +103,9 @@ def _refused(error: ApiError, kind: Kind, name: str) -> DriverError:
     if code == 403 and not is_policy and _OVER_QUOTA.search(whole):
         return ResourceExhausted(f"a quota leaves no room for {what}: {said}; raise that quota of its namespace")
     if code == 403 and not is_policy:
-        return FailedPrecondition(f"the cluster does not admit {what}: {said}; change what it admits in that namespace")
+        return FailedPrecondition(
+            f"the cluster does not admit {what}: {said}; change what it admits, or the role of this service account"
+        )
     if code in (400, 403, 422):
         return InvalidArgument(f"{what} is refused: {said}")
     if code == 429 or code >= 500 or code == 0:

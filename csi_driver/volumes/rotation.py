@@ -20,7 +20,7 @@ from csi_driver.host.regularly import Ending
 from csi_driver.keys.audit import asker
 from csi_driver.keys.base import RequestNeeded
 from csi_driver.keys.secret import LONGHORN_VALUE, PREVIOUS, SecretKey
-from csi_driver.model.errors import DriverError, FailedPrecondition, NotFound, VolumeBusy
+from csi_driver.model.errors import DeviceInUse, DriverError, FailedPrecondition, NotFound, VolumeBusy
 from csi_driver.model.volume import EncryptionState, VolumeRecord
 from csi_driver.volumes.moved import is_here
 from csi_driver.volumes.rekey import Rekeying
@@ -165,6 +165,9 @@ class KeyRotation:
         except RequestNeeded as error:
             if self._is_news(volume_id):
                 log.warning("a key is rotated by request only", volume_id=volume_id, error=str(error))
+        except DeviceInUse as error:  # several nodes have the volume, and may for long
+            if self._is_news(volume_id):
+                log.warning("a key is not rotated while its volume is in use", volume_id=volume_id, error=str(error))
         except (DriverError, OSError) as error:
             self._failed += 1
             log.warning("a key could not be rotated", volume_id=volume_id, error=str(error))

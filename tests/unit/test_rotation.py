@@ -12,7 +12,7 @@ from csi_driver.host.locks import VolumeLocks
 from csi_driver.keys.audit import asker
 from csi_driver.keys.base import RequestNeeded
 from csi_driver.keys.secret import SecretKey, read_secret
-from csi_driver.model.errors import FailedPrecondition, NotFound, Unavailable
+from csi_driver.model.errors import DeviceInUse, DriverError, FailedPrecondition, NotFound, Unavailable
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import EncryptionState, KeyTrail, Rekey, RekeyPhase, VolumeParameters, VolumeRecord
 from csi_driver.volumes.rekey import Rekeyed, Rekeying
@@ -255,13 +255,23 @@ def test_what_nobody_foresaw_ends_no_look_and_is_not_quoted(lab: Lab, lines: Tol
     assert "a passphrase" not in str(lines)
 
 
-def test_a_kms_that_needs_a_request_is_told_once_and_stays_overdue(lab: Lab, lines: Told) -> None:
+@pytest.mark.parametrize(
+    ("fails", "event"),
+    [
+        (RequestNeeded("it is so"), "a key is rotated by request only"),
+        (DeviceInUse("it is so"), "a key is not rotated while its volume is in use"),
+    ],
+    ids=["request", "two nodes"],
+)
+def test_what_does_not_pass_by_itself_is_told_once_and_stays_overdue(
+    lab: Lab, lines: Told, fails: DriverError, event: str
+) -> None:
     lab.add(record("a"), record("b"))
-    lab.rekeying.fails = {"a": RequestNeeded("KMS kms names no secret")}
+    lab.rekeying.fails = {"a": fails}
     for _ in range(3):
         lab.look(MADE + 90 * DAY)
-    (line,) = [line for line in lines if line.event == "a key is rotated by request only"]
-    assert (line.fields["volume_id"], line.fields["error"]) == ("a", "KMS kms names no secret")
+    (line,) = [line for line in lines if line.event == event]
+    assert (line.fields["volume_id"], line.fields["error"]) == ("a", "it is so")
     assert (lab.rotation.failed(), lab.rotation.overdue()) == (0, 1)
 
 
