@@ -198,9 +198,18 @@ class Provisioning:
     ) -> Capacity:
         """Room for volumes of these parameters, as a pod would see it; 0 where such a volume cannot be.
 
-        Parameters that name a claim are asked for before this node takes it (`BackingImages.let_others_go_first`).
+        Of parameters that no volume can have it is the room of plain ones: where none is told nobody asks CreateVolume,
+        which says what is wrong. Parameters that name a claim are asked for before this node takes it
+        (`BackingImages.let_others_go_first`).
         """
-        parameters = self._read(given)
+        try:
+            return self._room(self._read(given), topology, wanted)
+        except InvalidArgument:
+            return self._room(VolumeParameters(), topology, wanted)
+
+    def _room(
+        self, parameters: VolumeParameters, topology: Mapping[str, str] | None, wanted: Sequence[Capability]
+    ) -> Capacity:
         is_elsewhere = topology and topology.get(self._settings.topology_key) != self._settings.node_id
         if is_elsewhere and shared(self._backend) is None:
             return Capacity(0, 0)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from csi_driver.backends.base import Space
 from csi_driver.keys.secret import SecretKey, read_secret
 from csi_driver.luks import formats
 from csi_driver.model.errors import (
@@ -359,8 +360,6 @@ def test_the_backend_is_named_rightly_or_not_at_all() -> None:
     for refused in ("rbd", "", "Memory"):
         with pytest.raises(InvalidArgument, match=r"this driver serves 'memory'"):
             driver.create(request("pvc-2", parameters={"backend": refused}))
-        with pytest.raises(InvalidArgument, match=r"this driver serves 'memory'"):
-            driver.capacity({"backend": refused}, None, [])
 
 
 def test_the_file_system_of_capability_and_parameter_must_agree() -> None:
@@ -523,8 +522,28 @@ def test_capacity_is_what_a_pod_would_see() -> None:
     assert driver.capacity({}, {"zone": "a"}, []) == Capacity(0, 0)
     assert provisioning(MemoryBackend(total=MIB)).capacity(ENCRYPTED, None, []) == Capacity(0, 0)
     assert provisioning(MemoryBackend(total=1 << 70)).capacity({}, None, []).maximum == (1 << 63) - (1 << 30)
+
+
+@pytest.mark.parametrize(
+    "refused", [{"encrypted": "maybe"}, {"encryptd": "true"}, {"backend": "rbd"}, {"thinPool": "a"}]
+)
+def test_a_class_that_is_refused_has_the_room_of_a_plain_one_so_that_it_can_be_refused(refused: dict[str, str]) -> None:
+    driver = provisioning(MemoryBackend(total=10 * GIB))
+    assert driver.capacity(refused, HERE, []) == driver.capacity({}, HERE, [])
+    assert driver.capacity(refused, {next(iter(HERE)): "node-2"}, []) == Capacity(0, 0)
     with pytest.raises(InvalidArgument):
-        driver.capacity({"encrypted": "maybe"}, None, [])
+        driver.create(request(parameters=refused))
+
+
+def test_a_class_that_asks_the_backend_for_what_it_does_not_know_has_the_room_of_a_plain_one() -> None:
+    class Clusters(MemoryBackend):
+        def space(self, parameters: VolumeParameters | None = None) -> Space:
+            if parameters is not None and parameters.encrypted:
+                raise InvalidArgument("no such cluster")
+            return super().space(parameters)
+
+    driver = provisioning(Clusters(total=10 * GIB))
+    assert driver.capacity(ENCRYPTED, None, []) == Capacity(10 * GIB, 10 * GIB)
 
 
 @pytest.mark.parametrize("parameters", [{}, ENCRYPTED])
