@@ -22,11 +22,23 @@ DEFAULT_FILE_SYSTEM = "ext4"
 
 _KUBERNETES = "csi.storage.k8s.io/"
 _SECRET_KEYS = frozenset(
-    f"{_KUBERNETES}{stage}-secret-{part}"
-    for stage in ("provisioner", "controller-publish", "controller-expand", "node-stage", "node-publish", "node-expand")
+    key
     for part in ("name", "namespace")
-)
-"""The provisioner takes these out; who sends a class's parameters by hand may leave them in."""
+    for key in (
+        *(
+            f"{_KUBERNETES}{stage}secret-{part}"
+            for stage in (
+                "", "provisioner-", "controller-publish-", "controller-expand-", "controller-modify-", "node-stage-",
+                "node-publish-", "node-expand-",
+            )
+        ),
+        *(
+            f"csi{stage}Secret{part.capitalize()}"
+            for stage in ("Provisioner", "ControllerPublish", "NodeStage", "NodePublish")
+        ),
+    )
+)  # fmt: skip
+"""What external-provisioner reads itself: GetCapacity is sent all of them, CreateVolume those without a prefix."""
 
 _KEY_SOURCES = {
     "encryptionKMSID": "kms_id",

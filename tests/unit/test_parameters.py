@@ -257,6 +257,24 @@ def test_what_the_provisioner_adds_is_no_unknown_parameter() -> None:
     assert found == VolumeParameters(claim="shop/data")
 
 
+@pytest.mark.parametrize("part", ["name", "namespace"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "", "provisioner-", "controller-publish-", "controller-expand-", "controller-modify-", "node-stage-",
+        "node-publish-", "node-expand-",
+    ],
+)  # fmt: skip
+def test_a_secret_that_the_sidecars_read_is_no_unknown_parameter(stage: str, part: str) -> None:
+    assert read_parameters({f"csi.storage.k8s.io/{stage}secret-{part}": "keys"}) == VolumeParameters()
+
+
+@pytest.mark.parametrize("part", ["Name", "Namespace"])
+@pytest.mark.parametrize("stage", ["Provisioner", "ControllerPublish", "NodeStage", "NodePublish"])
+def test_a_secret_in_the_old_spelling_is_no_unknown_parameter(stage: str, part: str) -> None:
+    assert read_parameters({f"csi{stage}Secret{part}": "keys"}) == VolumeParameters()
+
+
 def test_two_spellings_must_agree() -> None:
     assert read_parameters({"fstype": "xfs", "fsType": "xfs"}).fs_type == "xfs"
     with pytest.raises(InvalidArgument, match=r"fsType says 'ext4' and another one says 'xfs'"):
