@@ -40,6 +40,8 @@ _SECRET_KEYS = frozenset(
 )  # fmt: skip
 """What external-provisioner reads itself: GetCapacity is sent all of them, CreateVolume those without a prefix."""
 
+_NAMES_OF_CLAIM = (f"{_KUBERNETES}pvc/namespace", f"{_KUBERNETES}pvc/name", f"{_KUBERNETES}pv/name")
+
 _KEY_SOURCES = {
     "encryptionKMSID": "kms_id",
     "generateKey": "generate_key",
@@ -58,6 +60,12 @@ _IGNORED = {
     "pool": "it names a Ceph pool and this backend is not Ceph",
     "dataLocality": "a volume's data is always on its own node",
 }
+_ONE_VALUE = {
+    "fromBackup": ("", "no backup can be restored"),
+    "encryptionType": ("block", "it is the device that is encrypted, with LUKS2, and no files (fscrypt)"),
+    "integrityMode": ("", "encryption is without integrity protection (dm-integrity)"),
+}
+"""What another driver's parameter may say here if it says anything, and why nothing else: it would promise more."""
 
 _MKFS_FLAGS: Mapping[str, Mapping[str, Sequence[str] | None]] = {
     "ext4": {"-b": ("1024", "2048", "4096"),
@@ -103,13 +111,13 @@ def read_parameters(given: Mapping[str, str], backend: str = "") -> VolumeParame
             values[field] = value
         elif name == "mkfsOptions":
             values["mkfs_options"] = _words(text)
+        elif name in _ONE_VALUE:
+            _check_one_value(name, text)
         elif name in _IGNORED:
             _tell_ignored(name)
-        elif name not in _CHECKED and name not in _SECRET_KEYS:
+        elif name not in _NAMES_OF_CLAIM and name not in _SECRET_KEYS:
             raise _unknown(name)
-        if name in _CHECKED and (refusal := _CHECKED[name](text)):
-            raise InvalidArgument(refusal)
-    claim = "/".join(given[key] for key in (f"{_KUBERNETES}pvc/namespace", f"{_KUBERNETES}pvc/name") if given.get(key))
+    claim = "/".join(given[key] for key in _NAMES_OF_CLAIM[:2] if given.get(key))
     parameters = VolumeParameters(**values, claim=claim or None)
     if parameters.fs_type is not None:  # else it comes with the volume's capability
         check_mkfs_options(parameters.fs_type, parameters.mkfs_options)
@@ -146,6 +154,13 @@ def _value(name: str, text: str, reader: tuple[str, Callable[[str], Any]]) -> tu
         raise InvalidArgument(f"the parameter {name} is {text!r}; it must be {error}") from None
 
 
+def _check_one_value(name: str, text: str) -> None:
+    value, reason = _ONE_VALUE[name]
+    if text not in ("", value):
+        remedy = f"make it {value!r} or leave it out" if value else "leave it out"
+        raise InvalidArgument(f"the parameter {name} is {text!r} and {reason}; {remedy}")
+
+
 def _words(text: str) -> tuple[str, ...]:
     try:
         return tuple(shlex.split(text))
@@ -179,7 +194,7 @@ def _tell_ignored(name: str) -> None:
 
 
 def _unknown(name: str) -> InvalidArgument:
-    known = [*_READERS, *_IGNORED, *_CHECKED, "mkfsOptions"]
+    known = [*_READERS, *_IGNORED, *_ONE_VALUE, *_NAMES_OF_CLAIM, "mkfsOptions"]
     import difflib  # noqa: PLC0415 - for a refusal alone
 
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -241,6 +256,9 @@ _READERS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "pbkdfMemory": ("pbkdf_memory_kib", whole_number(formats.ARGON2_LEAST_MEMORY_KIB, 4 << 20)),
     "pbkdfIterations": ("pbkdf_iterations", whole_number(formats.ARGON2_LEAST_TIME, formats.PBKDF2_MOST_ITERATIONS)),
     "sectorSize": ("sector_size", _sector_size),
+    "encryptionCipher": ("cipher", one_of(*formats.CIPHER_KEY_BITS)),
+    "encryptionKeySize": ("key_bits", whole_number(128, 512)),
+    "encryptionSectorSize": ("sector_size", _sector_size),
     "encryptionKMSID": ("kms_id", _kms_id),
     "generateKey": ("generate_key", _boolean),
     "keyReclaimPolicy": ("retain_key", _retains),
@@ -262,12 +280,6 @@ _READERS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     f"{_KUBERNETES}fstype": ("fs_type", _file_system),
 }
 _OF_BACKENDS: Mapping[str, Mapping[str, tuple[str, Callable[[str], Any]]]] = {"rbd": ceph_parameters.READERS}
-_CHECKED: Mapping[str, Callable[[str], str | None]] = {
-    "fromBackup": lambda text: "the parameter fromBackup names a backup; this driver restores none" if text else None,
-    f"{_KUBERNETES}pvc/name": lambda _: None,
-    f"{_KUBERNETES}pvc/namespace": lambda _: None,
-    f"{_KUBERNETES}pv/name": lambda _: None,
-}
 
 
 def _check_suboptions(fs_type: str, flag: str, value: str, names: Sequence[str] | None) -> None:

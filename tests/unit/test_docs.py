@@ -27,7 +27,7 @@ from csi_driver.volumes.capability import AccessMode
 from csi_driver.volumes.check import Checked
 from csi_driver.volumes.condition import Condition
 from csi_driver.volumes.image_source import _KEYS
-from csi_driver.volumes.parameters import _CHECKED, _IGNORED, _MKFS_FLAGS, _READERS
+from csi_driver.volumes.parameters import _IGNORED, _MKFS_FLAGS, _NAMES_OF_CLAIM, _ONE_VALUE, _READERS
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -71,15 +71,19 @@ def test_every_parameter_and_no_other_is_told() -> None:
     same(first_names(section(page("parameters.md"), "Parameters")), {*_READERS, "mkfsOptions"})
 
 
-def test_every_parameter_that_must_be_empty_is_told() -> None:
-    checked = {name for name, refuse in _CHECKED.items() if refuse("something")}
-    same(first_names(section(page("parameters.md"), "Parameters that must be empty")), checked)
+def test_every_parameter_with_one_value_is_told_with_it() -> None:
+    told = {
+        name: "".join(code_names(value))
+        for (names, value, *_) in rows(section(page("parameters.md"), "Parameters with one value"))
+        for name in code_names(names)
+    }
+    assert told == {name: value for name, (value, _) in _ONE_VALUE.items()}
 
 
 def test_every_ignored_parameter_and_no_other_is_told() -> None:
     ignored = section(page("parameters.md"), "Ignored parameters")
     same(first_names(ignored), set(_IGNORED))
-    for name in {name for name, refuse in _CHECKED.items() if not refuse("something")}:
+    for name in _NAMES_OF_CLAIM:
         assert f"`{name}`" in ignored
 
 

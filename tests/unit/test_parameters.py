@@ -50,6 +50,9 @@ VALID = [
     ("pbkdfIterations", "4", "pbkdf_iterations", 4),
     ("pbkdfIterations", "10000000", "pbkdf_iterations", 10_000_000),
     *(("sectorSize", str(size), "sector_size", size) for size in formats.SECTOR_SIZES),
+    ("encryptionCipher", "aes-xts-plain64", "cipher", "aes-xts-plain64"),
+    ("encryptionKeySize", "256", "key_bits", 256),
+    ("encryptionSectorSize", "4096", "sector_size", 4096),
     ("discard", "true", "discard", True),
     ("noReadWorkqueue", "true", "no_read_workqueue", True),
     ("noWriteWorkqueue", "true", "no_write_workqueue", True),
@@ -145,6 +148,11 @@ INVALID = [
     *(("backingImageDataSourceParameters", text) for text in ("{", "[]", "null", '{"url": 1}', '{"url": "https:/x"}')),
     ("mkfsOptions", "-b '4096"),
     ("fromBackup", "s3://backups/one"),
+    *(("encryptionType", text) for text in ("file", "Block", "none")),
+    ("integrityMode", "hmac-sha256"),
+    *(("encryptionCipher", text) for text in ("", "serpent-xts-plain64", "aes-xts-random")),
+    *(("encryptionKeySize", text) for text in ("", "64")),
+    *(("encryptionSectorSize", text) for text in ("", "8192")),
     *(("encryptionKMSID", text) for text in ("v" * 254, "vault\n", "\x1b[31m")),
     *(("generateKey", text) for text in ("", "yes")),
     *(("keyReclaimPolicy", text) for text in ("", "retain", "Recycle")),
@@ -273,6 +281,32 @@ def test_a_secret_that_the_sidecars_read_is_no_unknown_parameter(stage: str, par
 @pytest.mark.parametrize("stage", ["Provisioner", "ControllerPublish", "NodeStage", "NodePublish"])
 def test_a_secret_in_the_old_spelling_is_no_unknown_parameter(stage: str, part: str) -> None:
     assert read_parameters({f"csi{stage}Secret{part}": "keys"}) == VolumeParameters()
+
+
+@pytest.mark.parametrize("text", ["", "block"])
+def test_a_block_device_is_what_ceph_csi_encrypts_unless_told(text: str) -> None:
+    assert read_parameters(CEPH | {"encryptionType": text, "integrityMode": ""}) == read_parameters(CEPH)
+
+
+def test_encrypted_files_are_refused_for_what_is_offered() -> None:
+    with pytest.raises(InvalidArgument, match=r"is 'file' and it is the device .*LUKS2.*; make it 'block' or leave it"):
+        read_parameters(CEPH | {"encryptionType": "file"})
+    with pytest.raises(InvalidArgument, match=r"integrityMode is 'hmac-sha512' and .*dm-integrity\); leave it out$"):
+        read_parameters(CEPH | {"integrityMode": "hmac-sha512"})
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "values"),
+    [
+        ("cipher", "encryptionCipher", ("aes-xts-plain64", "aes-xts-plain")),
+        ("keySize", "encryptionKeySize", ("512", "256")),
+        ("sectorSize", "encryptionSectorSize", ("4096", "512")),
+    ],
+)
+def test_what_ceph_csi_calls_otherwise_is_the_same(one: str, other: str, values: tuple[str, str]) -> None:
+    assert read_parameters({one: values[0], other: values[0]}) == read_parameters({one: values[0]})
+    with pytest.raises(InvalidArgument, match=rf"{other} says '{values[1]}' and another one says"):
+        read_parameters({one: values[0], other: values[1]})
 
 
 def test_two_spellings_must_agree() -> None:
