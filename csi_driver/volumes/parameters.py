@@ -52,6 +52,8 @@ _KEY_SOURCES = {
 _IGNORED = {
     "staleReplicaTimeout": "volumes have no replicas",
     "migratable": "a volume lives on one node",
+    "diskSelector": "nodes have no disks by tag",
+    "nodeSelector": "a volume is made on the node that its pod has",
     "imageFeatures": "it belongs to Ceph images",
     "dataPool": "it names a Ceph pool and this backend is not Ceph",
     "mounter": "it says how Ceph images are mapped and this backend is not Ceph",

@@ -14,6 +14,7 @@ from csi_driver.luks.formats import LuksFormat
 from csi_driver.luks.header_rules import DEFAULT_LIMITS
 from csi_driver.model.errors import DriverError, FailedPrecondition, InvalidArgument
 from csi_driver.model.volume import VolumeParameters
+from csi_driver.operator.class_parameters import TAKEN_OVER
 from csi_driver.volumes.parameters import (
     _IGNORED,
     _READERS,
@@ -281,6 +282,11 @@ def test_a_secret_that_the_sidecars_read_is_no_unknown_parameter(stage: str, par
 @pytest.mark.parametrize("stage", ["Provisioner", "ControllerPublish", "NodeStage", "NodePublish"])
 def test_a_secret_in_the_old_spelling_is_no_unknown_parameter(stage: str, part: str) -> None:
     assert read_parameters({f"csi{stage}Secret{part}": "keys"}) == VolumeParameters()
+
+
+def test_what_the_class_of_a_machine_image_takes_over_makes_volumes() -> None:
+    given = dict.fromkeys(TAKEN_OVER, "a,b") | {"encrypted": "true", "numberOfReplicas": "2"}
+    assert read_parameters(given) == VolumeParameters(encrypted=True, replicas=2)
 
 
 @pytest.mark.parametrize("text", ["", "block"])
