@@ -51,6 +51,19 @@ _KEY_SOURCES = {
 }
 _IGNORED = {
     "staleReplicaTimeout": "volumes have no replicas",
+    "replicaAutoBalance": "volumes have no replicas",
+    "replicaSoftAntiAffinity": "volumes have no replicas",
+    "replicaZoneSoftAntiAffinity": "volumes have no replicas",
+    "replicaDiskSoftAntiAffinity": "volumes have no replicas",
+    "disableRevisionCounter": "volumes have no replicas",
+    "dataEngine": "it names an engine of Longhorn",
+    "unmapMarkSnapChainRemoved": "volumes have no snapshots",
+    "freezeFilesystemForSnapshot": "volumes have no snapshots",
+    "backupTargetName": "volumes have no backups",
+    "backupBlockSize": "volumes have no backups",
+    "nfsOptions": "no volume is shared by NFS",
+    "shareManagerNodeSelector": "no volume is shared by NFS",
+    "shareManagerTolerations": "no volume is shared by NFS",
     "migratable": "a volume lives on one node",
     "diskSelector": "nodes have no disks by tag",
     "nodeSelector": "a volume is made on the node that its pod has",
@@ -64,6 +77,10 @@ _IGNORED = {
 }
 _ONE_VALUE = {
     "fromBackup": ("", "no backup can be restored"),
+    "recurringJobSelector": ("", "nothing makes snapshots or backups of a volume by itself"),
+    "backingImageChecksum": ("", "an image is compared with its checksum when it is imported, and not by a class"),
+    "dataLayout.type": ("replicated", "a volume has one copy, without parity"),
+    "dataLayout.mode": ("raid1", "a volume has one copy, without parity"),
     "encryptionType": ("block", "it is the device that is encrypted, with LUKS2, and no files (fscrypt)"),
     "integrityMode": ("", "encryption is without integrity protection (dm-integrity)"),
 }
@@ -111,8 +128,6 @@ def read_parameters(given: Mapping[str, str], backend: str = "") -> VolumeParame
             if values.get(field, value) != value:
                 raise InvalidArgument(f"the parameter {name} says {text!r} and another one says {values[field]!r}")
             values[field] = value
-        elif name == "mkfsOptions":
-            values["mkfs_options"] = _words(text)
         elif name in _ONE_VALUE:
             _check_one_value(name, text)
         elif name in _IGNORED:
@@ -163,13 +178,6 @@ def _check_one_value(name: str, text: str) -> None:
         raise InvalidArgument(f"the parameter {name} is {text!r} and {reason}; {remedy}")
 
 
-def _words(text: str) -> tuple[str, ...]:
-    try:
-        return tuple(shlex.split(text))
-    except ValueError as error:
-        raise InvalidArgument(f"the parameter mkfsOptions cannot be split into words: {error}") from None
-
-
 def check_mkfs_options(fs_type: str, options: Sequence[str]) -> None:
     """Raise InvalidArgument when an option is not one that mkfs of `fs_type` may get, with a value of its own."""
     allowed = _MKFS_FLAGS[fs_type]
@@ -196,11 +204,11 @@ def _tell_ignored(name: str) -> None:
 
 
 def _unknown(name: str) -> InvalidArgument:
-    known = [*_READERS, *_IGNORED, *_ONE_VALUE, *_NAMES_OF_CLAIM, "mkfsOptions"]
+    known = [*_READERS, *_IGNORED, *_ONE_VALUE, *_NAMES_OF_CLAIM]
     import difflib  # noqa: PLC0415 - for a refusal alone
 
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}" if near else f"; known are {', '.join(sorted(_READERS))} and mkfsOptions"
+    hint = f"; did you mean {near[0]}" if near else f"; known are {', '.join(sorted(_READERS))}"
     return InvalidArgument(f"the parameter {name!r} is unknown{hint}")
 
 
@@ -211,6 +219,13 @@ def _boolean(text: str) -> bool:
     if text not in ("true", "false"):
         raise ValueError('"true" or "false"')
     return text == "true"
+
+
+def _words(text: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise ValueError(f"words as a shell reads them ({error})") from None
 
 
 def _sector_size(text: str) -> int:
@@ -266,6 +281,8 @@ _READERS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "keyReclaimPolicy": ("retain_key", _retains),
     "eraseOnDelete": ("erase_on_delete", _boolean),
     "keyRotationPeriod": ("key_rotation_seconds", _period),
+    "mkfsOptions": ("mkfs_options", _words),
+    "mkfsParams": ("mkfs_options", _words),
     "discard": ("discard", _boolean),
     "noReadWorkqueue": ("no_read_workqueue", _boolean),
     "noWriteWorkqueue": ("no_write_workqueue", _boolean),

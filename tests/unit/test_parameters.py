@@ -17,6 +17,7 @@ from csi_driver.model.volume import VolumeParameters
 from csi_driver.operator.class_parameters import TAKEN_OVER
 from csi_driver.volumes.parameters import (
     _IGNORED,
+    _ONE_VALUE,
     _READERS,
     _tell_ignored,
     check_mkfs_options,
@@ -36,6 +37,18 @@ HARVESTER = {
     "migratable": "true",
     "encrypted": "true",
 }
+LONGHORNS_OWN = {
+    "numberOfReplicas": "3",
+    "staleReplicaTimeout": "30",
+    "fromBackup": "",
+    "fsType": "ext4",
+    "dataLocality": "disabled",
+    "unmapMarkSnapChainRemoved": "ignored",
+    "disableRevisionCounter": "true",
+    "dataEngine": "v1",
+    "backupTargetName": "default",
+}
+"""The class `longhorn` that Longhorn's chart makes."""
 CEPH = {"clusterID": "rook", "pool": "rbd", "imageFeatures": "layering", "encrypted": "true", "encryptionKMSID": ""}
 
 
@@ -78,6 +91,7 @@ VALID = [
         ("-b", "4096", "-E", "stride=4,stripe_width=8"),
     ),
     ("mkfsOptions", "", "mkfs_options", ()),
+    ("mkfsParams", "-I 256 -O ^metadata_csum,^64bit", "mkfs_options", ("-I", "256", "-O", "^metadata_csum,^64bit")),
 ]
 
 
@@ -148,7 +162,7 @@ INVALID = [
     *(("backingImageDataSourceType", text) for text in ("Clone", "http", "clone", "download")),
     *(("backingImageDataSourceParameters", text) for text in ("{", "[]", "null", '{"url": 1}', '{"url": "https:/x"}')),
     ("mkfsOptions", "-b '4096"),
-    ("fromBackup", "s3://backups/one"),
+    ("mkfsParams", "-b '4096"),
     *(("encryptionType", text) for text in ("file", "Block", "none")),
     ("integrityMode", "hmac-sha256"),
     *(("encryptionCipher", text) for text in ("", "serpent-xts-plain64", "aes-xts-random")),
@@ -222,7 +236,7 @@ def test_an_unknown_parameter_is_refused_and_the_nearest_named(wrong: str, meant
 
 
 def test_an_unknown_parameter_like_no_other_is_refused_with_those_that_are() -> None:
-    with pytest.raises(InvalidArgument, match=r"parameter '42' is unknown; known are backend, .* and mkfsOptions"):
+    with pytest.raises(InvalidArgument, match=r"parameter '42' is unknown; known are backend, .*, mkfsOptions"):
         read_parameters({"42": ""})
 
 
@@ -282,6 +296,29 @@ def test_a_secret_that_the_sidecars_read_is_no_unknown_parameter(stage: str, par
 @pytest.mark.parametrize("stage", ["Provisioner", "ControllerPublish", "NodeStage", "NodePublish"])
 def test_a_secret_in_the_old_spelling_is_no_unknown_parameter(stage: str, part: str) -> None:
     assert read_parameters({f"csi{stage}Secret{part}": "keys"}) == VolumeParameters()
+
+
+def test_the_class_that_longhorn_comes_with_applies() -> None:
+    assert read_parameters(LONGHORNS_OWN) == VolumeParameters(replicas=3, fs_type="ext4")
+
+
+def test_longhorns_example_with_the_second_engine_applies() -> None:
+    given = LONGHORNS_OWN | {"dataEngine": "v2", "dataLayout.type": "replicated", "dataLayout.mode": "raid1"}
+    assert read_parameters(given) == read_parameters(LONGHORNS_OWN)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("fromBackup", "s3://backups/one", "no backup can be restored; leave it out$"),
+        ("recurringJobSelector", '[{"name":"backup"}]', "nothing makes snapshots or backups .* leave it out$"),
+        ("backingImageChecksum", "0f", "compared with its checksum when it is imported, .* leave it out$"),
+        ("dataLayout.type", "sharded", "has one copy, without parity; make it 'replicated' or leave it out$"),
+    ],
+)
+def test_what_longhorn_would_do_and_nobody_does_here_is_refused_for_that(name: str, text: str, words: str) -> None:
+    with pytest.raises(InvalidArgument, match=rf"parameter {name} is .* and .*{words}"):
+        read_parameters(LONGHORNS_OWN | {name: text})
 
 
 def test_what_the_class_of_a_machine_image_takes_over_makes_volumes() -> None:
@@ -532,7 +569,7 @@ def test_options_are_held_against_the_file_system_that_the_capability_brings() -
 # --- nothing but our own errors --------------------------------------------------------------------------------------
 
 
-NAMES = st.sampled_from([*_READERS, *_IGNORED, "mkfsOptions", "fromBackup", "encryptionKMSID"]) | st.text(max_size=20)
+NAMES = st.sampled_from([*_READERS, *_IGNORED, *_ONE_VALUE]) | st.text(max_size=20)
 ENTRIES = st.sampled_from(
     ["CRYPTO_KEY_VALUE", "encryptionPassphrase", "CRYPTO_KEY_PROVIDER", *(entry for _, _, entry, _, _ in AGREEMENTS)]
 )
