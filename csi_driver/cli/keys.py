@@ -32,6 +32,8 @@ _PARAMS = [
     OUTPUT_OPTION,
 ]
 
+_VERDICTS = {True: "ok", False: "FAIL", None: "-"}
+
 
 @click.group()
 def keys() -> None:
@@ -79,12 +81,25 @@ def check(context: click.Context, /, output: str, **given: Any) -> None:
     with local_driver(context, given) as driver:
         found = driver.sources.checked()
     if output == Output.JSON:
-        show_json([{"kms": kms_id, "ok": ok, "found": said} for kms_id, ok, said in found])
+        show_json(
+            [
+                {"kms": one.kms_id, "ok": one.works, "found": one.found, "unknown_fields": one.unknown_fields}
+                for one in found
+            ]
+        )
     elif found:
-        show_table([("ok" if ok else "FAIL", kms_id, said) for kms_id, ok, said in found])
+        show_table([(_VERDICTS[one.works], one.kms_id, one.found) for one in found])
     else:
         show_text("no KMS is configured")
-    if not all(ok for _, ok, _ in found):
+    _warn(
+        [
+            f"the KMS {one.kms_id} has fields that nobody reads: {', '.join(one.unknown_fields)}; correct the KMS "
+            f"configuration, or take them out"
+            for one in found
+            if one.unknown_fields
+        ]
+    )
+    if any(one.works is False for one in found):
         context.exit(1)
 
 

@@ -12,10 +12,10 @@ import msgspec
 
 from csi_driver.host.files import read_file
 from csi_driver.keys.base import Entry
+from csi_driver.keys.fields import TYPE_FIELDS
 from csi_driver.keys.kubernetes import Kubernetes
 from csi_driver.model.errors import FailedPrecondition
 
-TYPE_FIELDS: Final = ("encryptionKMSType", "KMS_PROVIDER")
 CONFIG_MAP: Final = "csi-kms-connection-details"
 
 

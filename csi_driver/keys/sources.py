@@ -15,10 +15,12 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from csi_driver.host.log import log
 from csi_driver.host.workers import Workers
 from csi_driver.keys.audit import Audit
 from csi_driver.keys.base import EntryReader, KeyRequest, KeySource, RequestNeeded
 from csi_driver.keys.config import KmsConfig
+from csi_driver.keys.fields import unknown_fields
 from csi_driver.keys.generated import GeneratedKeys
 from csi_driver.keys.kubernetes import Kubernetes
 from csi_driver.keys.types import BUILDERS, NEVER_KEPT, UNNAMED, Surroundings
@@ -33,6 +35,15 @@ GENERATED: Final = "kubernetes-secret"
 
 _MOST_KEPT: Final = 64
 _KEPT_SECONDS: Final = 300.0
+
+
+class CheckedEntry(msgspec.Struct, frozen=True):
+    """What a look at an entry of the configuration found; `works` is None where it could not be tried."""
+
+    kms_id: str
+    works: bool | None
+    found: str
+    unknown_fields: tuple[str, ...] = ()
 
 
 Observe = Callable[[str, str, str, float], None]
@@ -57,6 +68,7 @@ class KeySources:
         self._digest_key = os.urandom(32)
         self._kept: dict[bytes, tuple[float, KeySource]] = {}
         self._lock = threading.Lock()
+        self._unknown_told: dict[str, list[str]] = {}
         self.observers: list[Observe] = []
 
     def create(
@@ -139,19 +151,26 @@ class KeySources:
         kind, source = self._source(kms_id, KeyRequest(volume_id=""))
         return f"{kind}: {source.check()}"
 
-    def checked(self) -> list[tuple[str, bool, str]]:
-        """Each entry of the configuration: its id, whether it works, and what was found."""
-        found = []
-        for kms_id in self.ids():
-            try:
-                found.append((kms_id, True, self.check(kms_id)))
-            except RequestNeeded:
-                found.append((kms_id, True, "asked with what each claim brings, so not tried"))
-            except DriverError as error:
-                found.append((kms_id, False, str(error)))
-            except Exception as error:  # noqa: BLE001 - what nobody foresaw hides no other; its text may quote a key
-                found.append((kms_id, False, f"the check ended in {type(error).__name__}, which nobody foresaw"))
-        return found
+    def checked(self) -> list[CheckedEntry]:
+        """What a look at each entry of the configuration finds."""
+        return [CheckedEntry(kms_id, *self._tried(kms_id), self._unknown_fields(kms_id)) for kms_id in self.ids()]
+
+    def _tried(self, kms_id: str) -> tuple[bool | None, str]:
+        try:
+            return True, self.check(kms_id)
+        except RequestNeeded:
+            return None, "asked with what each claim brings, so not tried"
+        except DriverError as error:
+            return False, str(error)
+        except Exception as error:  # noqa: BLE001 - what nobody foresaw hides no other; its text may quote a key
+            return False, f"the check ended in {type(error).__name__}, which nobody foresaw"
+
+    def _unknown_fields(self, kms_id: str) -> tuple[str, ...]:
+        try:
+            kind, entry = self._config.entry(kms_id)
+        except DriverError:
+            return ()
+        return tuple(unknown_fields(kind, entry)) if kind in BUILDERS else ()
 
     def close(self) -> None:
         """Close what is open to any KMS; whoever asks again opens it again."""
@@ -180,6 +199,7 @@ class KeySources:
                 f"the KMS {kms_id!r} is of type {kind!r}, which this driver does not know; known are "
                 f"{', '.join(sorted(BUILDERS))}"
             )
+        self._tell_unknown(kms_id, unknown_fields(kind, entry))
         key = hashlib.blake2b(
             msgspec.json.encode([kms_id, dict(entry), request.tenant, dict(request.secret.entries)], order="sorted"),
             key=self._digest_key,
@@ -201,6 +221,12 @@ class KeySources:
             while len(self._kept) > _MOST_KEPT:
                 self._kept.pop(next(iter(self._kept)))
         return kind, source
+
+    def _tell_unknown(self, kms_id: str, fields: list[str]) -> None:
+        if self._unknown_told.get(kms_id, []) != fields:
+            self._unknown_told[kms_id] = fields
+            if fields:
+                log.warning("a KMS entry has fields that nobody reads", kms=kms_id, fields=", ".join(fields))
 
     def _told(
         self,

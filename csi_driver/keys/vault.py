@@ -15,26 +15,12 @@ from urllib.parse import quote
 import msgspec
 
 from csi_driver.keys.base import Entry, EntryReader
-from csi_driver.keys.config import TYPE_FIELDS
+from csi_driver.keys.fields import SKIP_VERIFY, STANDARD, TENANTS, TYPE_FIELDS
 from csi_driver.keys.http import HttpService, NotTaken, Tls, shaped
 from csi_driver.keys.kubernetes import Kubernetes
 from csi_driver.model.errors import DriverError, FailedPrecondition, PermissionDenied
 
 EXTRA: Final = "vault"
-_STANDARD: Final = {
-    "VAULT_ADDR": "vaultAddress",
-    "VAULT_BACKEND": "vaultBackend",
-    "VAULT_BACKEND_PATH": "vaultBackendPath",
-    "VAULT_DESTROY_KEYS": "vaultDestroyKeys",
-    "VAULT_CACERT": "vaultCAFromSecret",
-    "VAULT_TLS_SERVER_NAME": "vaultTLSServerName",
-    "VAULT_CLIENT_CERT": "vaultClientCertFromSecret",
-    "VAULT_CLIENT_KEY": "vaultClientCertKeyFromSecret",
-    "VAULT_AUTH_NAMESPACE": "vaultAuthNamespace",
-    "VAULT_NAMESPACE": "vaultNamespace",
-}
-"""Entries that say KMS_PROVIDER name things as Vault's own environment variables do."""
-
 _TENANT_OPTIONS: Final = frozenset(
     {
         "vaultAddress", "vaultBackend", "vaultBackendPath", "vaultAuthNamespace", "vaultNamespace", "vaultDestroyKeys",
@@ -51,8 +37,8 @@ def plain_entry(entry: Entry) -> Entry:
     """An entry by Ceph-CSI's names, whichever it has."""
     if TYPE_FIELDS[1] not in entry:
         return entry
-    plain: dict[str, object] = {_STANDARD[name]: value for name, value in entry.items() if name in _STANDARD}
-    skip = str(entry.get("VAULT_SKIP_VERIFY", "")).lower()
+    plain: dict[str, object] = {STANDARD[name]: value for name, value in entry.items() if name in STANDARD}
+    skip = str(entry.get(SKIP_VERIFY, "")).lower()
     return plain | ({"vaultCAVerify": "false"} if skip in ("1", "t", "true") else {})
 
 
@@ -62,7 +48,7 @@ def tenant_entry(where: str, entry: Entry, tenant: str, kubernetes: Kubernetes, 
     What the entry says of it in `tenants` comes before the entry, and of the namespace's own ConfigMap what it may say
     comes before both.
     """
-    tenants = entry.get("tenants")
+    tenants = entry.get(TENANTS)
     own = tenants.get(tenant, {}) if isinstance(tenants, dict) else {}
     if not isinstance(own, dict):
         raise FailedPrecondition(f"what {where} says of the tenant {tenant} is no JSON object; correct it")

@@ -14,6 +14,7 @@ from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.keyquota import KeyQuota, read_key_quota
 from csi_driver.host.log import log
 from csi_driver.host.mounts import Mounts
+from csi_driver.keys.sources import CheckedEntry
 from csi_driver.luks.libcryptsetup import check_library
 from csi_driver.luks.mapping import Mappings
 from csi_driver.model.errors import FailedPrecondition
@@ -50,7 +51,7 @@ class Health:
         mappings: Mappings,
         mounts: Mounts,
         check_state: Callable[[], None],
-        checked_keys: Callable[[], list[tuple[str, bool, str]]],
+        checked_keys: Callable[[], Sequence[CheckedEntry]],
         machine: "Callable[[], Machine] | None" = None,
         key_quota: Callable[[], KeyQuota] = read_key_quota,
     ) -> None:
@@ -328,9 +329,9 @@ class Health:
     def _kms(self) -> Finding:
         def look() -> str:
             found = self._checked_keys()
-            if failed := [f"{kms_id}: {said}" for kms_id, ok, said in found if not ok]:
+            if failed := [f"{one.kms_id}: {one.found}" for one in found if one.works is False]:
                 raise FailedPrecondition("; ".join(failed))
-            return ", ".join(f"{kms_id} ({said})" for kms_id, _, said in found) or "none is configured"
+            return ", ".join(f"{one.kms_id} ({one.found})" for one in found) or "none is configured"
 
         return look_at("KMS", look, "correct the KMS configuration; volumes that are open go on", fatal=False)
 

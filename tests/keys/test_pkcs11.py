@@ -133,9 +133,9 @@ def test_each_fault_has_its_class_and_its_sentence(
     refused(case.create, kind, words)
     refused(lambda: case.fetch(trail), kind, words)
     refused(lambda: case.sources.rewrap(trail, REQUEST), kind, words)
-    ((_, ok, said),) = case.sources.checked()
-    assert not ok
-    assert PIN not in said
+    (one,) = case.sources.checked()
+    assert one.works is False
+    assert PIN not in one.found
 
 
 def test_the_codes_that_callers_get() -> None:

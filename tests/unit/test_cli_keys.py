@@ -304,8 +304,20 @@ def test_each_kms_is_told_and_one_that_fails_ends_with_1(state: list[str]) -> No
     Path(state[-1]).write_text('{"a": {"encryptionKMSType": "abacus"}, "b": {"encryptionKMSType": "metadata"}}')
     done = run_cli("keys", "check", *state, "-o", "json")
     assert done.exit_code == 1
-    assert [(one["kms"], one["ok"]) for one in json.loads(done.stdout)] == [("a", False), ("b", True)]
+    assert [(one["kms"], one["ok"]) for one in json.loads(done.stdout)] == [("a", False), ("b", None)]
     assert "FAIL" in run_cli("keys", "check", *state).stdout
+
+
+def test_a_kms_that_was_not_tried_is_no_failure_and_a_field_that_nobody_reads_is_told(state: list[str]) -> None:
+    Path(state[-1]).write_text('{"b": {"encryptionKMSType": "metadata", "secretname": "x"}}')
+    done = run_cli("keys", "check", *state)
+    assert (done.exit_code, done.stdout.split()[:2]) == (0, ["-", "b"])
+    assert done.stderr == (
+        "warning: the KMS b has fields that nobody reads: secretname (did you mean secretName?); correct the KMS "
+        "configuration, or take them out\n"
+    )
+    (found,) = json.loads(run_cli("keys", "check", *state, "-o", "json").stdout)
+    assert found["unknown_fields"] == ["secretname (did you mean secretName?)"]
 
 
 @pytest.mark.parametrize(

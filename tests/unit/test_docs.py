@@ -17,6 +17,7 @@ from csi_driver.cli.remote import document
 from csi_driver.cli.serve import serve
 from csi_driver.host import mountoptions
 from csi_driver.keys import secret
+from csi_driver.keys.fields import FIELDS
 from csi_driver.luks import formats
 from csi_driver.model import errors
 from csi_driver.rpc import metrics, server
@@ -122,6 +123,11 @@ def test_every_type_of_an_images_source_is_told_with_its_parameters() -> None:
         if image_source.TYPE in code_names(cells[0])
     ]
     assert values == list(image_source.TYPES)
+
+
+def test_every_field_of_a_kms_entry_is_told() -> None:
+    told = section(page("kms.md"), "Configuration")
+    assert [name for name in sorted(set().union(*FIELDS.values())) if not re.search(rf"`{name}[`*]", told)] == []
 
 
 def test_every_mkfs_option_and_no_other_is_told() -> None:

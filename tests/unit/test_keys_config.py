@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import re
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from csi_driver.host.workers import Workers
+from csi_driver.keys import types
 from csi_driver.keys.audit import Audit
 from csi_driver.keys.base import EntryReader, KeyRequest
 from csi_driver.keys.config import KmsConfig
+from csi_driver.keys.fields import FIELDS, unknown_fields
 from csi_driver.keys.kubernetes import Kubernetes
 from csi_driver.keys.secret import read_secret
 from csi_driver.keys.sources import KeySources
@@ -20,6 +23,7 @@ from csi_driver.keys.types import BUILDERS
 from csi_driver.keys.vault import auth_mount, joined, plain_entry
 from csi_driver.model.errors import DriverError, FailedPrecondition
 from csi_driver.model.volume import KeyTrail
+from tests.told_lines import told_lines
 
 NOBODY = Kubernetes("", "")
 
@@ -179,8 +183,96 @@ def test_what_nobody_foresaw_of_one_entry_hides_no_other(file: Path, monkeypatch
         return really(self, kms_id)
 
     monkeypatch.setattr(KeySources, "check", check)
-    (_, ok, said), (_, other, _) = made.checked()
-    assert (ok, said, other) == (False, "the check ended in AttributeError, which nobody foresaw", True)
+    one, other = made.checked()
+    assert (one.works, one.found) == (False, "the check ended in AttributeError, which nobody foresaw")
+    assert other.works is None
+
+
+DOCUMENTED: Mapping[str, Mapping[str, object]] = {
+    "vault": {
+        "encryptionKMSType": "vault",
+        "vaultAddress": "https://vault:8200",
+        "vaultAuthPath": "/v1/auth/kubernetes/login",
+        "vaultRole": "csi-kubernetes",
+        "vaultBackend": "kv-v2",
+        "vaultDestroyKeys": "true",
+        "vaultPassphraseRoot": "/v1/secret",
+        "vaultPassphrasePath": "ceph-csi/",
+        "vaultCAVerify": "false",
+    },
+    "tokens": {
+        "encryptionKMSType": "vaulttokens",
+        "vaultAddress": "https://vault:8200",
+        "vaultTLSServerName": "vault",
+        "tenantConfigName": "ceph-csi-kms-config",
+        "tenantTokenName": "ceph-csi-kms-token",
+        "tenants": {"app": {"vaultAddress": "https://other:8200"}, "other": {"vaultDestroyKeys": "false"}},
+    },
+    "account": {
+        "encryptionKMSType": "vaulttenantsa",
+        "vaultAuthNamespace": "devops",
+        "vaultNamespace": "devops/homepage",
+        "tenantSAName": "ceph-csi-vault-sa",
+        "tenants": {"app": {"tenantSAName": "storage-encryption-sa"}},
+    },
+    "rook": {
+        "KMS_PROVIDER": "vaulttokens",
+        "KMS_SERVICE_NAME": "vault",
+        "VAULT_ADDR": "https://vault:8200",
+        "VAULT_BACKEND_PATH": "secret",
+        "VAULT_DESTROY_KEYS": "true",
+        "VAULT_SKIP_VERIFY": "true",
+    },
+    "kmip": {
+        "KMS_PROVIDER": "kmip",
+        "KMIP_ENDPOINT": "kmip:5696",
+        "TLS_SERVER_NAME": "kmip",
+        "READ_TIMEOUT": 10,
+        "WRITE_TIMEOUT": 10,
+    },
+    "ibm": {"KMS_PROVIDER": "ibmkeyprotect", "IBM_KP_SERVICE_INSTANCE_ID": "7abef064", "IBM_KP_REGION": "us-south-2"},
+}
+"""Entries as Ceph-CSI and Rook document them."""
+
+
+@pytest.mark.parametrize("entry", DOCUMENTED.values(), ids=DOCUMENTED.keys())
+def test_what_ceph_csi_documents_is_known(entry: Mapping[str, object]) -> None:
+    kind = str(entry.get("encryptionKMSType", entry.get("KMS_PROVIDER")))
+    assert unknown_fields(kind, entry) == []
+
+
+def test_what_nobody_reads_is_told_with_what_may_be_meant() -> None:
+    entry: dict[str, object] = {"encryptionKMSType": "vault", "vaultDestroyKey": "false", "42": "", "tenants": {}}
+    assert unknown_fields("vault", entry) == ["42", "tenants", "vaultDestroyKey (did you mean vaultDestroyKeys?)"]
+    entry = {"KMS_PROVIDER": "vaulttokens", "VAULT_DESTROY_KEY": "false"}
+    assert unknown_fields("vaulttokens", entry) == ["VAULT_DESTROY_KEY (did you mean VAULT_DESTROY_KEYS?)"]
+    entry = {"encryptionKMSType": "vaulttokens", "tenants": {"app": {"vaultRoot": "", "tenants": {}}, "other": "x"}}
+    assert [one.partition(" ")[0] for one in unknown_fields("vaulttokens", entry)] == [
+        "tenants.app.tenants",
+        "tenants.app.vaultRoot",
+    ]
+
+
+def test_every_type_has_its_fields_and_every_field_that_is_read_is_one() -> None:
+    assert FIELDS.keys() == BUILDERS.keys()
+    text = "".join(path.read_text() for path in Path(types.__file__).parent.glob("*.py"))
+    read = set(re.findall(r"""\breader\.(?:text|truth|seconds|texts)\(\s*"(\w+)\"""", text))
+    assert len(read) > 30
+    assert read <= set().union(*FIELDS.values())
+
+
+def test_the_log_warns_once_of_what_nobody_reads_until_that_changes(file: Path) -> None:
+    made = sources(file)
+    with told_lines() as told:
+        for wrong in ("secretname", "secretname", "secretNam"):
+            file.write_text(json.dumps({"a": {"encryptionKMSType": "metadata", wrong: "x"}}))
+            with contextlib.suppress(DriverError):
+                made.check("a")
+    assert [(line.level, line.event) for line in told] == [
+        ("warning", "a KMS entry has fields that nobody reads"),
+        ("warning", "a KMS entry has fields that nobody reads"),
+    ]
+    assert told[0].fields == {"kms": "a", "fields": "secretname (did you mean secretName?)"}
 
 
 @pytest.mark.parametrize(
