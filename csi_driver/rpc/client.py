@@ -21,6 +21,7 @@ Response = TypeVar("Response")
 
 _UNITS = {csi.VolumeUsage.BYTES: "bytes", csi.VolumeUsage.INODES: "inodes"}
 _PAGE = 500
+_NOT_SERVED = "Method not found!"  # grpc's own words for a call of a service that was not registered
 _NOTHING: Mapping[str, str] = {}
 
 
@@ -54,6 +55,7 @@ class CsiClient:
     """Calls the server at `endpoint`. Each call raises RemoteError; `timeout` in seconds bounds it, None does not."""
 
     def __init__(self, endpoint: Path, timeout: float | None = 330.0) -> None:
+        self._endpoint = endpoint
         self._timeout = timeout
         self._channel = grpc.insecure_channel(
             address_of(endpoint),
@@ -239,8 +241,18 @@ class CsiClient:
         return [Usage(_UNITS[count.unit], count.total, count.used, count.available) for count in counts]
 
     def _call(self, method: "grpc.UnaryUnaryMultiCallable[Request, Response]", request: Request) -> Response:
-        with _remote_errors():
-            return method(request, timeout=self._timeout)
+        try:
+            with _remote_errors():
+                return method(request, timeout=self._timeout)
+        except RemoteError as error:
+            if str(error) != _NOT_SERVED:
+                raise
+            service = "controller" if method in vars(self._controller).values() else "node"
+            raise RemoteError(
+                error.code,
+                f"the server at {self._endpoint} has no {service} service; call one that has, where the driver's "
+                f"{service} plug-in runs, or name its socket by LUKS_CSI_ENDPOINT",
+            ) from None
 
 
 @contextmanager

@@ -61,6 +61,9 @@ def test_only_the_chosen_services_are_served_and_offered(run: Run) -> None:
     endpoint = cases.driver.settings.endpoint
     with CsiClient(endpoint, timeout=SECONDS) as client, grpc.insecure_channel(address_of(endpoint)) as channel:
         assert client.node_id() == "node-1"
+        for call in (client.capacity, lambda: list(client.volumes()), lambda: client.delete_volume("data")):
+            with pytest.raises(RemoteError, match=rf"server at {endpoint} has no controller service; .*LUKS_CSI_END"):
+                call()
         assert code_of(client.capacity) == "UNIMPLEMENTED"
         assert csi.PluginCapability.Service.CONTROLLER_SERVICE not in plugin_capabilities(channel)[:-1]
 
