@@ -89,15 +89,21 @@ class FakeApi:
         self._drop(kind, (namespace, name))
         return copy.deepcopy(thing)
 
-    def delete(self, kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None) -> None:
+    def delete(
+        self, kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None, seen: Json | None = None
+    ) -> None:
         self._called("delete", kind, name)
+        there = self._of(kind).get((namespace, name))
+        if seen and there and seen["metadata"]["resourceVersion"] != there["metadata"]["resourceVersion"]:
+            raise Conflict(f"{kind} {name} was changed meanwhile")
         self.remove(kind, name, namespace)
 
     def remove(self, kind: Kind, name: str, namespace: str = "") -> None:
         """Somebody asks for its deletion."""
         thing = self._of(kind).get((namespace, name))
         if thing is not None:
-            thing["metadata"]["deletionTimestamp"] = NOW
+            if "deletionTimestamp" not in thing["metadata"]:
+                thing["metadata"] |= {"deletionTimestamp": NOW, "resourceVersion": str(next(self._versions))}
             self._drop(kind, (namespace, name))
 
     def lose(self, kind: Kind, name: str, namespace: str = "") -> None:

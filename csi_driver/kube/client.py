@@ -2,8 +2,8 @@
 
 lightkube does the talking: kubeconfig and tokens. Here is what it leaves open: no call without a name where a name is
 meant (that would be the whole collection), no private key in /tmp, no credentials in errors, connections that notice
-when the other end has gone silently, and watches that end: lightkube's own waits for ever for a server that says
-nothing, begins anew without a listing, and cannot read an object with a U+0085 in it
+when the other end has gone silently, deletions only of what was seen, and watches that end: lightkube's own waits for
+ever for a server that says nothing, begins anew without a listing, and cannot read an object with a U+0085 in it
 (findings/lightkube-watch-silent-connection.sh, findings/lightkube-watch-next-line.sh).
 """
 
@@ -80,7 +80,7 @@ class Kube:
             config=config, timeout=httpx2.Timeout(_SECONDS), trust_env=False, transport=transport
         )
         decode(b"{}", Status)  # by one thread: see `csi_driver.model.reading`
-        self._watching = httpx2.Client(
+        self._http = httpx2.Client(
             base_url=config.cluster.server, auth=user_auth(config.user), transport=transport, trust_env=False
         )
 
@@ -164,7 +164,7 @@ class Kube:
         limit = httpx2.Timeout(_SECONDS, read=_SILENT_SECONDS)
         with (
             contextlib.suppress(httpx2.ReadTimeout),
-            self._watching.stream("GET", path, params=asked, timeout=limit) as answer,
+            self._http.stream("GET", path, params=asked, timeout=limit) as answer,
         ):
             _check_answer(answer)
             begun: list[bytes] = []
@@ -204,21 +204,22 @@ class Kube:
             ),
         )
 
-    def delete(self, kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None) -> None:
+    def delete(
+        self, kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None, seen: Json | None = None
+    ) -> None:
         """Ask for an object's deletion, with its own grace unless told; absent is fine.
 
-        Raises InvalidArgument where an admission refuses.
+        Raises Conflict where it is no more as it was `seen`, InvalidArgument where an admission refuses.
         """
         _check_name(kind, name)
-        res = _class_of(kind)
-        try:
-            self._ask(
-                kind,
-                name,
-                lambda: self._client.delete(res, name, grace_period=grace_seconds, **_within(kind, namespace)) or {},
-            )
-        except NotFound:
-            return
+        path = f"{_path(kind, _within(kind, namespace).get('namespace', ALL_NS))}/{name}"
+        asked: Json = {"apiVersion": "v1", "kind": "DeleteOptions"}
+        if grace_seconds is not None:
+            asked["gracePeriodSeconds"] = grace_seconds
+        if seen is not None:
+            asked["preconditions"] = {each: seen["metadata"][each] for each in ("uid", "resourceVersion")}
+        with contextlib.suppress(NotFound):
+            told(lambda: _check_answer(self._http.request("DELETE", path, json=asked, timeout=_SECONDS)), kind, name)
 
     def account_token(self, namespace: str, name: str, audience: str) -> str:
         """A token of a service account for an hour, made for that audience (TokenRequest).
@@ -250,7 +251,7 @@ class Kube:
 
     def close(self) -> None:
         """Close the connections; a watch ends at the latest when it has been silent for too long."""
-        self._watching.close()
+        self._http.close()
         self._client.close()
 
     def _ask(self, kind: Kind, name: str, ask: Any) -> Json:
@@ -258,7 +259,7 @@ class Kube:
 
 
 def _check_answer(answer: httpx2.Response) -> None:
-    """Raise ApiError where a watch is refused; what says so may be no API, and no JSON."""
+    """Raise ApiError where it refuses; what says so may be no API, and no JSON."""
     try:
         answer.raise_for_status()
     except httpx2.HTTPStatusError as error:

@@ -11,7 +11,7 @@ from csi_driver.host.log import log
 from csi_driver.kube.claims import volume_of
 from csi_driver.kube.client import Kube
 from csi_driver.kube.controller import Controller
-from csi_driver.kube.copies import State, state_of
+from csi_driver.kube.copies import State, is_of, state_of
 from csi_driver.kube.informer import Informer
 from csi_driver.kube.kinds import (
     IMAGE,
@@ -68,9 +68,13 @@ class Images:
             self._written.pop(name, None)
             self._let_go([copy for copy in self._copies(name) if self._is_over(copy)])
             return None
-        copies = self._copies(name)
+        every = self.copies.all()
+        idle, idle_later = self._idle(image, every)
+        if idle:  # what was begun or deleted a moment ago, by this operator too, may not be among those that were seen
+            every = self._kube.list(IMAGE_COPY)[0]
+            idle, idle_later = self._idle(image, every)
+        copies = [copy for copy in every if copy["spec"]["image"] == name]
         lost, look_again = self._lost(copies)
-        idle, idle_later = self._idle(image, copies)
         world = World(
             now=recorded_now(), agents=self._agents(), nodes=frozenset(map(name_of, self.nodes.all())), lost=lost,
             **self._of_source(image), users=self._users(image) if is_going(image) else (), idle=idle,
@@ -88,8 +92,9 @@ class Images:
                 log.info(
                     "copy wanted", image=copy["spec"]["image"], node=copy["spec"]["node"], make=copy["spec"]["make"]
                 )
-        for name in found.delete:
-            self._kube.delete(IMAGE_COPY, name)
+        for copy in copies:
+            if name_of(copy) in found.delete:  # it was decided of this state of it alone
+                self._kube.delete(IMAGE_COPY, name_of(copy), seen=copy)
         self._let_go([copy for copy in copies if name_of(copy) in found.forget])
         if found.finalizer is not None:
             keep(self._kube, IMAGE, self.images, image, kept=found.finalizer)
@@ -192,27 +197,23 @@ class Images:
         return users_of_image(name_of(image), self._settings.driver_name, self.classes.all(), self.images.all(), copies)
 
     def _idle(self, image: Json, copies: Sequence[Json]) -> tuple[list[str], float | None]:
-        """The copies that were ready and of no use for long enough, the longest first; when the next one has been so.
+        """Which of all `copies` are its, ready and of no use for long enough, the longest first; when the next one is.
 
         One beyond what is wanted: nobody has to look again for the others.
         """
         seconds, wanted = self._settings.unused_seconds, image["spec"].get("copies", 1)
-        ready = [copy for copy in copies if state_of(copy) is State.READY and not is_going(copy)]
+        ready = [copy for copy in copies if is_of(copy, image) and state_of(copy) is State.READY and not is_going(copy)]
         if not seconds or len(ready) <= wanted:
             return [], None
-        read = self._read_on(name_of(image), self.copies.all())
+        read = self._read_on(name_of(image), copies)
         now, since, waits = datetime.now(UTC), {}, [_CLAIM_SECONDS] if read else []
         for copy in ready:
             used = datetime.fromisoformat(copy["status"].get("lastUsed") or copy["metadata"]["creationTimestamp"])
             left = seconds - (now - used).total_seconds()
             if left > 0:
                 waits.append(left)
-            else:
+            elif copy["spec"]["node"] not in read:
                 since[name_of(copy)] = used
-        if since:  # and as with users: what has been begun a moment ago
-            read = self._read_on(name_of(image), self._kube.list(IMAGE_COPY)[0])
-            since = {name_of(copy): since[name_of(copy)] for copy in ready
-                     if name_of(copy) in since and copy["spec"]["node"] not in read}  # fmt: skip
         return sorted(since, key=lambda name: since[name]), min(waits, default=None)
 
     def _read_on(self, source: str, copies: Sequence[Json]) -> set[str]:

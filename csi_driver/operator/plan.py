@@ -139,21 +139,27 @@ def _spread(image: Json, near: Sequence[Json], ready: Sequence[Json], world: Wor
         free = [node for node in _nodes(image, world) if node not in taken]
         found.create = [copy_of(image, node) for node in free[:missing]]
         missing -= len(found.create)
-    _remove_idle(ready, [copy for copy in ready if copy in counted], wanted, world, found)
+    _remove_idle(ready, selected, wanted, world, found)
     wanted = "one more copy is" if missing == 1 else f"{missing} more copies are"
     message = "" if missing <= 0 else f"{wanted} wanted and no other node can have one"
     return _Outcome(READY, message, "Ready")
 
 
-def _remove_idle(ready: Sequence[Json], counted: Sequence[Json], wanted: int, world: World, found: Plan) -> None:
-    """Copies that are more than wanted, those first that nobody has used for longest."""
-    spare = len(counted) - wanted
-    by_name = {name_of(copy): copy for copy in ready}
-    for name in (name for name in world.idle if name in by_name and spare >= 0):
-        is_one = by_name[name] in counted
-        if not is_one or spare:
+def _remove_idle(ready: Sequence[Json], selector: Mapping[str, str], wanted: int, world: World, found: Plan) -> None:
+    """Copies that are more than wanted, those first that nobody has used for longest.
+
+    Only those whose nodes answer are reckoned with: one that is away may never come back.
+    """
+    fits = {
+        name_of(copy): _fits(world, copy["spec"]["node"], selector)
+        for copy in ready
+        if copy["spec"]["node"] in world.agents
+    }
+    spare = sum(fits.values()) - wanted
+    for name in (name for name in world.idle if name in fits and spare >= 0):
+        if not fits[name] or spare:
             found.delete.append(name)
-            spare -= is_one
+            spare -= fits[name]
 
 
 def _make(image: Json, near: Sequence[Json], there: Sequence[Json], world: World, found: Plan) -> _Outcome:

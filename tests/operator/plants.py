@@ -49,7 +49,9 @@ class ForgetfulKube(Kube):
 class HastyKube(Kube):
     """Lets go of copies whose files are there."""
 
-    def delete(self, kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None) -> None:
+    def delete(
+        self, kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None, seen: Json | None = None
+    ) -> None:
         if kind == IMAGE_COPY:
             self.patch(kind, name, {"metadata": {"finalizers": None}})
         super().delete(kind, name, namespace)
@@ -66,9 +68,11 @@ class MortalKube(Kube):
     def patch(self, kind: Kind, name: str, patch: Json, namespace: str = "", *, status: bool = False) -> Json:
         return self._done(lambda: super(MortalKube, self).patch(kind, name, patch, namespace, status=status))
 
-    def delete(self, kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None) -> None:
+    def delete(
+        self, kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None, seen: Json | None = None
+    ) -> None:
         def delete() -> Json:
-            super(MortalKube, self).delete(kind, name, namespace)
+            super(MortalKube, self).delete(kind, name, namespace, seen=seen)
             return {}
 
         self._done(delete)

@@ -110,12 +110,14 @@ class Cluster(FakeApi):
             self.change(POD, name, {"metadata": {"finalizers": ["kubelet"]}}, namespace)
         super().remove(kind, name, namespace)
 
-    def delete(self, kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None) -> None:
+    def delete(
+        self, kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None, seen: Json | None = None
+    ) -> None:
         """A pod that has ended goes at once, as in Kubernetes (podStrategy.CheckGracefulDelete)."""
         pod = self._of(POD).get((namespace, name), {}) if kind == POD else {}
         if pod.get("status", {}).get("phase") in ("Failed", "Succeeded"):
             grace_seconds = 0
-        super().delete(kind, name, namespace, grace_seconds=grace_seconds)
+        super().delete(kind, name, namespace, grace_seconds=grace_seconds, seen=seen)
         if grace_seconds == 0 and self.get(kind, name, namespace) is not None:
             self.lose(kind, name, namespace)
 

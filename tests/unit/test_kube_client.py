@@ -20,7 +20,7 @@ from lightkube.generic_resource import create_global_resource
 from csi_driver.kube import client
 from csi_driver.kube.client import Kube
 from csi_driver.kube.kinds import CLAIM, IMAGE, SECRET, Json, Kind
-from csi_driver.kube.refusals import Gone, NamespaceGoing
+from csi_driver.kube.refusals import Conflict, Gone, NamespaceGoing
 from csi_driver.model.errors import (
     DriverError,
     FailedPrecondition,
@@ -73,6 +73,7 @@ class WatchedApi(ThreadingHTTPServer):
         self.pieces, self.code, self.silent = pieces, code, silent
         self.asked: queue.Queue[str] = queue.Queue()
         self.headers: queue.Queue[Message] = queue.Queue()
+        self.bodies: queue.Queue[Json] = queue.Queue()
         self.over = threading.Event()
 
 
@@ -93,8 +94,11 @@ class _Answers(BaseHTTPRequestHandler):
             self.server.over.wait()
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.bodies.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         self.do_GET()
+
+    def do_DELETE(self) -> None:
+        self.do_POST()
 
     def log_message(self, *_: object) -> None:
         """Nothing."""
@@ -377,6 +381,24 @@ def test_what_is_no_kubeconfig_is_told_without_what_stands_in_it(tmp_path: Path,
 def test_what_can_be_one_is(kube: Kube, name: str) -> None:
     with pytest.raises(Unavailable):
         kube.get(IMAGE, name)
+
+
+def test_a_deletion_is_of_what_was_seen(watched: Callable[..., tuple[Kube, WatchedApi]]) -> None:
+    kube, api = watched(b"{}")
+    options: Json = {"apiVersion": "v1", "kind": "DeleteOptions"}
+    seen = {"uid": "u", "resourceVersion": "7"}
+    kube.delete(IMAGE, "a", seen={"metadata": {"name": "a", **seen}})
+    kube.delete(CLAIM, "b", "here", grace_seconds=0)
+    asked = [(api.asked.get_nowait(), api.bodies.get_nowait()) for _ in range(2)]
+    assert asked == [
+        ("/apis/images.luks.csi.internal/v1alpha1/images/a", options | {"preconditions": seen}),
+        ("/api/v1/namespaces/here/persistentvolumeclaims/b", options | {"gracePeriodSeconds": 0}),
+    ]
+    api.pieces, api.code = [json.dumps(status(404)).encode()], 404
+    kube.delete(IMAGE, "a")
+    api.pieces, api.code = [json.dumps(status(409, reason="Conflict")).encode()], 409
+    with pytest.raises(Conflict, match="was changed meanwhile"):
+        kube.delete(IMAGE, "a")
 
 
 def test_a_watch_that_has_ended_is_not_begun_anew(watched: Callable[..., tuple[Kube, WatchedApi]]) -> None:

@@ -11,6 +11,7 @@ import pytest
 from csi_driver.kube.client import Kube
 from csi_driver.kube.copies import copy_of
 from csi_driver.kube.kinds import CLAIM, FINALIZER, IMAGE, IMAGE_COPY, NODE, POD, VOLUME, Json, name_of
+from csi_driver.kube.refusals import Conflict
 from csi_driver.model.times import recorded
 from csi_driver.operator.events import Events
 from csi_driver.operator.images import AGENT_LABELS, Images
@@ -112,6 +113,44 @@ def test_a_copy_goes_when_it_is_not_wanted_and_was_not_used_for_long_enough(api:
     assert deleted(api) == []
     seeing(api, unused_seconds=3600.0).reconcile("disk")
     assert deleted(api) == [name_of(unused)]
+
+
+def test_what_was_deleted_a_moment_ago_is_none_of_those_that_stay(api: SilentApi) -> None:
+    """Its agent wrote when it was used last just before, and that is what the operator hears of first."""
+    now = datetime.now(UTC)
+    source = disk(api)
+    first = name_of(ready(api, source, "one", now - timedelta(days=5)))
+    ready(api, source, "two", now - timedelta(days=3))
+    images = seeing(api)
+    images.reconcile("disk")
+    assert deleted(api) == [first]
+    there = next(each for each in images.copies.all() if name_of(each) == first)
+    used = {**there, "status": {**there["status"], "lastUsed": recorded(now)}}
+    images.copies.saw(used | {"metadata": {**there["metadata"], "resourceVersion": "999"}})
+    images.reconcile("disk")
+    assert deleted(api) == []
+
+
+def test_a_copy_that_was_used_a_moment_ago_stays(api: SilentApi) -> None:
+    long_ago = datetime.now(UTC) - timedelta(days=2)
+    source = disk(api)
+    first = name_of(ready(api, source, "one", long_ago - timedelta(days=1)))
+    other = name_of(ready(api, source, "two", long_ago))
+    images = seeing(api)
+
+    def use(_call: object = None) -> None:
+        api.before = lambda _call: None
+        api.change(IMAGE_COPY, first, {"status": {"lastUsed": recorded(datetime.now(UTC))}})
+
+    use()
+    images.reconcile("disk")
+    assert deleted(api) == [other]  # though it has not heard of that
+    api.change(IMAGE_COPY, other, {"metadata": {"deletionTimestamp": None}})
+    api.change(IMAGE_COPY, first, {"status": {"lastUsed": recorded(long_ago - timedelta(days=1))}})
+    api.before = lambda call: use() if call.verb == "delete" else None
+    with pytest.raises(Conflict):
+        images.reconcile("disk")
+    assert not any("deletionTimestamp" in copy["metadata"] for copy in api.all(IMAGE_COPY))
 
 
 def test_a_copy_that_a_clone_was_begun_of_a_moment_ago_is_in_use(api: SilentApi) -> None:

@@ -450,6 +450,18 @@ def test_copies_beyond_what_is_wanted_go_when_nobody_has_used_them_the_oldest_fi
     assert plan(wanted, copies, world("a", "b", "c", idle=idle)).delete == []
 
 
+def test_one_whose_node_does_not_answer_makes_no_other_superfluous() -> None:
+    """It may be dead, and may have been so for days before the operator began to look."""
+    wanted = image()
+    copies = [copy(wanted, node, "Ready", make=node == "a") for node in "abc"]
+    names = tuple(map(name_of, copies))
+    there = frozenset("abc")
+    assert plan(wanted, copies, world("a", nodes=there, idle=names)).delete == []
+    assert plan(wanted, copies, world("b", "a", nodes=there, idle=names)).delete == [names[0]]
+    wanted["spec"]["nodeSelector"] = {"kubernetes.io/hostname": "b"}
+    assert plan(wanted, copies, world("a", "c", nodes=there, idle=names)).delete == []
+
+
 def test_where_the_selector_wants_none_a_copy_goes_when_enough_are_where_it_wants_them() -> None:
     wanted = image(nodeSelector={"kubernetes.io/hostname": "b"})
     copies = [copy(wanted, "a", "Ready", make=True), copy(wanted, "b", "Pending")]
