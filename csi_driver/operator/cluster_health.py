@@ -22,7 +22,7 @@ from csi_driver.kube.kinds import (
 from csi_driver.model.errors import AlreadyExists, DriverError, FailedPrecondition, InvalidArgument
 from csi_driver.operator.certificates import WEBHOOKS
 from csi_driver.operator.compat import check_crds
-from csi_driver.operator.images import AGENT_LABELS, is_up
+from csi_driver.operator.images import AGENT_LABELS, is_silent, is_up
 from csi_driver.operator.settings import OperatorSettings
 from csi_driver.operator.users import named, secrets_of_image
 from csi_driver.volumes.finding import Finding, look_at
@@ -99,8 +99,9 @@ class ClusterHealth:
 
     def _agents(self) -> str:
         pods, _ = self._api.list(POD, self._namespace, AGENT_LABELS)
-        up = {pod["spec"].get("nodeName") for pod in pods if is_up(pod)}
-        nodes = {name_of(node) for node in self._api.list(NODE)[0]}
+        listed = self._api.list(NODE)[0]
+        nodes = set(map(name_of, listed))
+        up = {pod["spec"].get("nodeName") for pod in pods if is_up(pod)} - {*map(name_of, filter(is_silent, listed))}
         if not up:
             raise FailedPrecondition(
                 f"no node has an image agent that is ready; install the component deploy/kubernetes/images in "

@@ -139,7 +139,7 @@ class Images:
 
     def _agents(self) -> dict[str, Mapping[str, str]]:
         """Nodes with an agent that is up, and their labels."""
-        labels = {name_of(node): node["metadata"].get("labels", {}) for node in self.nodes.all()}
+        labels = {name_of(node): node["metadata"].get("labels", {}) for node in self.nodes.all() if not is_silent(node)}
         up = {pod["spec"].get("nodeName", "") for pod in self.pods.all() if is_up(pod)}
         return {node: labels[node] for node in sorted(up) if node in labels}
 
@@ -261,8 +261,14 @@ def _cloned(image: Json) -> str | None:
     return name
 
 
+def is_silent(node: Json) -> bool:
+    """Whether its kubelet tells nothing any more: what its pods say is as old then, and no one else's word."""
+    conditions = node.get("status", {}).get("conditions", ())
+    return any((each["type"], each["status"]) == ("Ready", "Unknown") for each in conditions)
+
+
 def is_up(pod: Json) -> bool:
-    """Whether its agent can be asked: the pod stays, and its container image-agent is ready."""
+    """Whether its agent can be asked, if its node is not silent: it stays, and its container image-agent is ready."""
     if is_going(pod):
         return False
     statuses = pod.get("status", {}).get("containerStatuses", [])

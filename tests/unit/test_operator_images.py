@@ -115,6 +115,22 @@ def test_a_copy_goes_when_it_is_not_wanted_and_was_not_used_for_long_enough(api:
     assert deleted(api) == [name_of(unused)]
 
 
+def test_a_node_that_tells_nothing_any_more_has_no_agent(api: SilentApi) -> None:
+    """Nobody takes back what the containers of its pods were: the pod of a DaemonSet stays, too."""
+    now = datetime.now(UTC)
+    source = disk(api)
+    ready(api, source, "one", now - timedelta(days=5))
+    ready(api, source, "two", now - timedelta(days=3))
+    api.change(NODE, "two", {"status": {"conditions": [{"type": "Ready", "status": "Unknown"}]}})
+    seeing(api, lost_seconds=0.0).reconcile("disk")
+    assert deleted(api) == []
+    api.change(NODE, "one", {"status": {"conditions": [{"type": "Ready", "status": "Unknown"}]}})
+    seeing(api, lost_seconds=0.0).reconcile("disk")
+    told = api.get(IMAGE, "disk")
+    assert told is not None
+    assert (told["status"]["phase"], told["status"]["conditions"][0]["reason"]) == ("Pending", "NodesLost")
+
+
 def test_what_was_deleted_a_moment_ago_is_none_of_those_that_stay(api: SilentApi) -> None:
     """Its agent wrote when it was used last just before, and that is what the operator hears of first."""
     now = datetime.now(UTC)
