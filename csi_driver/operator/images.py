@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -74,9 +74,10 @@ class Images:
             every = self._kube.list(IMAGE_COPY)[0]
             idle, idle_later = self._idle(image, every)
         copies = [copy for copy in every if copy["spec"]["image"] == name]
-        lost, look_again = self._lost(copies)
+        agents = self._agents()
+        lost, look_again = self._lost(copies, agents)
         world = World(
-            now=recorded_now(), agents=self._agents(), nodes=frozenset(map(name_of, self.nodes.all())), lost=lost,
+            now=recorded_now(), agents=agents, nodes=frozenset(map(name_of, self.nodes.all())), lost=lost,
             **self._of_source(image), users=self._users(image) if is_going(image) else (), idle=idle,
         )  # fmt: skip
         found = plan(image, copies, world)
@@ -143,10 +144,9 @@ class Images:
         up = {pod["spec"].get("nodeName", "") for pod in self.pods.all() if is_up(pod)}
         return {node: labels[node] for node in sorted(up) if node in labels}
 
-    def _lost(self, copies: Sequence[Json]) -> tuple[frozenset[str], float | None]:
+    def _lost(self, copies: Sequence[Json], agents: Container[str]) -> tuple[frozenset[str], float | None]:
         """The nodes of copies that have had no agent for too long, and when the next one has been so."""
-        agents, now = self._agents(), time.monotonic()
-        lost, waits = set(), []
+        now, lost, waits = time.monotonic(), set(), []
         for node in {copy["spec"]["node"] for copy in copies}:
             if node in agents:
                 self._since.pop(node, None)

@@ -170,8 +170,24 @@ def _make(image: Json, near: Sequence[Json], there: Sequence[Json], world: World
         return _Outcome(PENDING, _no_claim(world) or "its claim has another volume now", "NoClaim")
     if makers:
         return _made_by(image, makers[0], world, found)
-    # One whose node has no agent any more is tidied up when that comes back.
-    found.delete = [name_of(copy) for copy in there]
+    if (held := _upload_on(image, there)) is not None:
+        said = f"node {held}, which may have all of its upload, does not answer; it is made when it does"
+        return _Outcome(PENDING, f"{said}, else delete the Image and make it anew", "NodesLost")
+    outcome = _first(image, world, found)
+    if any(copy["spec"]["make"] for copy in found.create):
+        # One whose node has no agent any more is tidied up when that comes back. Until then it may be the only one.
+        found.delete = [name_of(copy) for copy in there]
+    return outcome
+
+
+def _upload_on(image: Json, there: Sequence[Json]) -> str | None:
+    """The node with an upload that may have come, all of it: nobody sends it again."""
+    told = (copy for copy in there if copy.get("status") and state_of(copy) is not State.AWAITING_UPLOAD)
+    return next((str(copy["spec"]["node"]) for copy in told), None) if "upload" in image["spec"]["source"] else None
+
+
+def _first(image: Json, world: World, found: Plan) -> _Outcome:
+    """Nobody is at work on it: who begins."""
     source = image["spec"]["source"]
     if "claim" in source:
         return _export(image, world, found)

@@ -116,6 +116,34 @@ def test_a_maker_that_is_lost_before_it_was_ready_is_replaced() -> None:
     assert (found.delete, placed(found)) == ([name_of(maker)], [("b", True)])
 
 
+def test_a_maker_that_is_lost_stays_while_nobody_else_can_make_it() -> None:
+    there: dict[str, Any] = {"nodes": frozenset("ab"), "lost": frozenset("a")}
+    wanted = image(nodeSelector={"kubernetes.io/hostname": "a"})
+    alone = plan(wanted, [copy(wanted, "a", "InProgress", make=True)], world("b", **there))
+    assert (alone.delete, alone.create, alone.status["conditions"][0]["reason"]) == ([], [], "NoNode")
+    cloned = clone()
+    maker = copy(cloned, "a", "InProgress", make=True)
+    assert plan(cloned, [maker], world("b", **there)).delete == []
+    source = image(status=READY)
+    brought = plan(cloned, [maker], world("b", source=source, source_copies=[copy(source, "a", "Ready")], **there))
+    assert (brought.delete, placed(brought)) == ([], [("b", False)])
+    copies = [copy(source, "b", "Ready")]
+    found = plan(cloned, [maker], world("b", source=source, source_copies=copies, **there))
+    assert (found.delete, placed(found)) == ([name_of(maker)], [("b", True)])
+
+
+@pytest.mark.parametrize("state", ["InProgress", "Failed", "Pending"])
+def test_an_upload_that_has_come_is_waited_for(state: str) -> None:
+    wanted = image(source={"upload": {}})
+    there: dict[str, Any] = {"nodes": frozenset("ab"), "lost": frozenset("a")}
+    found = plan(wanted, [copy(wanted, "a", state, make=True)], world("b", **there))
+    assert (found.delete, found.create, found.status["phase"]) == ([], [], "Pending")
+    assert found.status["message"].startswith("node a, which may have all of its upload, does not answer")
+    awaited = copy(wanted, "a", "AwaitingUpload", make=True)
+    found = plan(wanted, [awaited], world("b", **there))
+    assert (found.delete, placed(found)) == ([name_of(awaited)], [("b", True)])
+
+
 def test_what_was_ready_once_is_never_made_anew() -> None:
     had = image(status=READY)
     gone = plan(had, [copy(had, "a", "Ready", make=True)], world("b"))
