@@ -34,7 +34,7 @@ WEBHOOKS: Final = "luks-csi-images"
 _AUTHORITY_LIFE: Final = timedelta(days=3650)
 _LIFE: Final = timedelta(days=90)
 _BACK: Final = timedelta(minutes=10)  # for clocks that are behind
-_LOOK_SECONDS: Final = 3600.0
+_LOOK_SECONDS: Final = 60.0  # who deletes a secret to have it made anew waits for that
 _PREVIOUS: Final = "previous.crt"
 _TLS: Final = "kubernetes.io/tls"
 

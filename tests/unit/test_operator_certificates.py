@@ -134,6 +134,23 @@ def test_the_api_is_told_whom_to_trust(api: FakeApi, certificates: Certificates)
         assert [each["clientConfig"] for each in found["webhooks"]] == [{"service": service, "caBundle": bundle}] * 2
 
 
+def test_what_was_deleted_is_made_anew_within_a_minute_and_an_old_authority_trusted_no_more(
+    api: FakeApi, certificates: Certificates
+) -> None:
+    assert certificates.reconcile("all") <= 60
+    old = entries(api, AGENT_SECRET)
+    api.lose(SECRET, AGENT_SECRET, _NAMESPACE)
+    certificates.reconcile("all")
+    assert entries(api, AGENT_SECRET)["tls.key"] != old["tls.key"]
+    api.lose(SECRET, AUTHORITY, _NAMESPACE)
+    certificates.reconcile("all")
+    published = api.get(CONFIG_MAP, AUTHORITY, _NAMESPACE)
+    assert published is not None
+    authority = entries(api, AUTHORITY)["tls.crt"]
+    assert authority != old["ca.crt"]
+    assert published["data"]["ca.crt"] == entries(api, AGENT_SECRET)["ca.crt"] == authority
+
+
 def test_a_damaged_secret_is_told_by_its_name(api: FakeApi, certificates: Certificates) -> None:
     data = {entry: base64.b64encode(b"nothing").decode() for entry in ("tls.crt", "tls.key")}
     api.put(SECRET, {"metadata": {"name": AUTHORITY}, "data": data}, _NAMESPACE)
