@@ -134,6 +134,20 @@ def test_the_api_is_told_whom_to_trust(api: FakeApi, certificates: Certificates)
         assert [each["clientConfig"] for each in found["webhooks"]] == [{"service": service, "caBundle": bundle}] * 2
 
 
+def test_what_was_made_by_a_clock_that_was_ahead_is_replaced(
+    api: FakeApi, certificates: Certificates, clock: Clock
+) -> None:
+    right = clock.now
+    clock.now += timedelta(days=10)
+    certificates.reconcile("all")
+    clock.now = right
+    certificates.reconcile("all")
+    for name in (AUTHORITY, AGENT_SECRET, OPERATOR_SECRET):
+        assert certificate(entries(api, name)["tls.crt"]).not_valid_before_utc < right
+    signed = certificate(entries(api, AGENT_SECRET)["tls.crt"])
+    signed.verify_directly_issued_by(certificate(entries(api, AUTHORITY)["tls.crt"]))
+
+
 def test_what_was_deleted_is_made_anew_within_a_minute_and_an_old_authority_trusted_no_more(
     api: FakeApi, certificates: Certificates
 ) -> None:
