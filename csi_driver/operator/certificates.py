@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -66,8 +66,8 @@ class Certificates:
         """Look at all of them; seconds until the next look."""
         try:
             self._reconcile()
-        except DriverError as error:
-            self.error = str(error)
+        except Exception as error:  # its text may quote anything
+            self.error = str(error) if isinstance(error, DriverError) else f"{type(error).__name__}; look at the log"
             raise
         self.error = ""
         return _LOOK_SECONDS
@@ -131,7 +131,7 @@ class Certificates:
             return
         with self._guard:
             if self._shown is None or self._shown[0] != signed:
-                self._shown = signed, _context_of(signed)
+                self._shown = signed, _context_of(name, signed)
 
     def _publish(self, bundle: str) -> None:
         """Who uploads an image must know whom to trust."""
@@ -159,7 +159,10 @@ class Certificates:
         found = self._api.get(SECRET, name, self._namespace)
         if found is None:
             return None
-        data = {entry: base64.b64decode(value).decode() for entry, value in (found.get("data") or {}).items()}
+        try:
+            data = {entry: base64.b64decode(value).decode() for entry, value in (found.get("data") or {}).items()}
+        except UnicodeDecodeError:
+            raise _damaged(name) from None
         return found, data
 
     def _write(self, name: str, entries: dict[str, str], there: Json | None) -> None:
@@ -194,7 +197,10 @@ def _make_authority(now: datetime) -> Signed:
 def _sign(authority: Signed, dns: str, now: datetime) -> Signed:
     key = ec.generate_private_key(ec.SECP256R1())
     issuer = _certificate(authority.certificate)
-    signer = serialization.load_pem_private_key(authority.key.encode(), None)
+    try:
+        signer = serialization.load_pem_private_key(authority.key.encode(), None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise _damaged(AUTHORITY) from None
     if not isinstance(signer, ec.EllipticCurvePrivateKey):
         raise FailedPrecondition(f"the key in the secret {AUTHORITY} is not one of ours; delete that secret")
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, dns)])
@@ -269,9 +275,16 @@ def _fits(certificate: x509.Certificate, issuer: x509.Certificate, dns: str, now
     return dns in names.get_values_for_type(x509.DNSName) and not _is_due(certificate, now)
 
 
-def _context_of(signed: Signed) -> ssl.SSLContext:
+def _damaged(name: str) -> FailedPrecondition:
+    return FailedPrecondition(f"key or certificate of the secret {name} cannot be used; delete it, it is made anew")
+
+
+def _context_of(name: str, signed: Signed) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     with in_memory((signed.certificate + signed.key).encode()) as path:
-        context.load_cert_chain(path)
+        try:
+            context.load_cert_chain(path, password="")
+        except ssl.SSLError:
+            raise _damaged(name) from None
     return context

@@ -173,3 +173,31 @@ def test_a_damaged_secret_is_told_by_its_name(api: FakeApi, certificates: Certif
     with pytest.raises(FailedPrecondition, match="no certificate yet"):
         certificates.context()
     assert "nothing" not in repr(certificates)
+
+
+@pytest.mark.parametrize("key", [b"damaged", b"\xff"])
+@pytest.mark.parametrize("name", [AUTHORITY, OPERATOR_SECRET])
+def test_a_key_that_cannot_be_used_is_told_with_its_secret(
+    api: FakeApi, certificates: Certificates, name: str, key: bytes
+) -> None:
+    certificates.reconcile("all")
+    api.change(SECRET, name, {"data": {"tls.key": base64.b64encode(key).decode()}}, _NAMESPACE)
+    api.lose(SECRET, AGENT_SECRET, _NAMESPACE)  # which is to be signed
+    said = f"key or certificate of the secret {name} cannot be used; delete it, it is made anew"
+    with pytest.raises(FailedPrecondition, match=said):
+        certificates.reconcile("all")
+    assert certificates.error == said
+    api.lose(SECRET, name, _NAMESPACE)
+    certificates.reconcile("all")
+    assert certificates.error == ""
+
+
+def test_what_nobody_foresaw_is_told_without_its_text(api: FakeApi, certificates: Certificates) -> None:
+    def fail(_call: object) -> None:
+        raise ValueError("SECRET")
+
+    certificates.reconcile("all")
+    api.before = fail
+    with pytest.raises(ValueError, match="SECRET"):
+        certificates.reconcile("all")
+    assert certificates.error == "ValueError; look at the log"
