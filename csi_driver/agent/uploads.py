@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 from csi_driver.host.files import Files, read_file
 from csi_driver.host.syscalls import error_name
@@ -29,6 +29,9 @@ from csi_driver.model.errors import (
     VolumeBusy,
 )
 from csi_driver.model.sizes import read_size
+
+_MOST_LIMIT: Final = 1024 << 40
+"""No image has more, and no sum of sizes leaves what 64 bits hold."""
 
 
 class Uploads:
@@ -192,9 +195,13 @@ class Uploads:
 
 
 def limit_of(image: Json) -> int:
-    """The most bytes that an Image may bring in, by its `spec.limit`."""
+    """The most bytes that an Image may bring in, by its `spec.limit`. Raises InvalidArgument."""
     limit = image["spec"].get("limit")
-    return MOST_BYTES if limit is None else read_size(str(limit))
+    with contextlib.suppress(ValueError):
+        size = MOST_BYTES if limit is None else read_size(str(limit))
+        if size <= _MOST_LIMIT:
+            return size
+    raise InvalidArgument(f"spec.limit of the Image, {limit}, is no size of at most 1024Ti; write one, such as 2Ti")
 
 
 def _check_same(folder: Path, name: str, total: int, announced: Checksum | None) -> None:

@@ -3,7 +3,10 @@
 import hashlib
 import shutil
 
+import pytest
+
 from csi_driver.kube.kinds import IMAGE, IMAGE_COPY
+from csi_driver.model.errors import InvalidArgument
 from tests.image_server import ImageServer, sha512
 from tests.operator.lab import Lab
 
@@ -34,6 +37,12 @@ def test_a_download_that_cannot_happen_says_why(lab: Lab, web: ImageServer) -> N
     status = lab.wait_phase("wrong", "Failed", "checksum", "expected sha512:000")
     assert [each["reason"] for each in status["conditions"] if each["type"] == "Ready"] == ["NotMade"]
     lab.delete_image("wrong")
+
+
+@pytest.mark.parametrize("limit", [9223372036854775807, "99999999999Ti", "9007199254740993", "1Ei", "much"])
+def test_a_limit_that_no_image_can_have_is_refused(lab: Lab, limit: int | str) -> None:
+    with pytest.raises(InvalidArgument, match=r"spec\.limit"):
+        lab.image("limitless", {"upload": {}}, limit=limit)
 
 
 def test_another_node_gets_its_copy_and_the_same_bytes(lab: Lab, web: ImageServer) -> None:

@@ -124,6 +124,12 @@ def test_what_was_announced_of_an_upload_is_what_it_must_be(nodes: Any, jobs: li
         assert jobs[number].request.work.checksum == expected
 
 
+def test_a_limit_that_is_no_size_fails_for_good(nodes: Any) -> None:
+    status = nodes(limit=9223372036854775807).look()
+    assert (status["state"], status["permanent"]) == ("Failed", True)
+    assert status["message"].startswith("spec.limit of the Image, 9223372036854775807, is no size")
+
+
 TOO_LARGE = "image disk: its virtual size is 9 bytes and at most 4 are allowed; raise the limit if the image is meant"
 WORDS = "; what an Image is made of does not change: delete it and make it anew"
 

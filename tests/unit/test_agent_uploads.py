@@ -105,6 +105,13 @@ def test_more_than_the_image_may_have_is_refused_before_it_comes(uploads: Upload
     assert (limit_of(image), limit_of({"spec": {}})) == (2 << 40, 1 << 40)
 
 
+@pytest.mark.parametrize("limit", [9223372036854775807, "1025Ti", "99999999999Ti", "much"])
+def test_a_limit_that_is_no_size_is_told(limit: int | str) -> None:
+    with pytest.raises(InvalidArgument, match=rf"spec\.limit of the Image, {limit}, is no size of at most 1024Ti"):
+        limit_of({"spec": {"limit": limit}})
+    assert limit_of({"spec": {"limit": "1024Ti"}}) == 1 << 50
+
+
 def test_what_an_earlier_image_of_the_name_got_is_not_this_ones(uploads: Uploads) -> None:
     uploads.receive("disk", "uid", 0, 10, 4, io.BytesIO(b"0123"))
     assert uploads.received("disk", "another") == 0
