@@ -82,7 +82,8 @@ def main() -> None:
     try:
         _tell(make(request))
     except DriverError as error:
-        busy, elsewhere = isinstance(error, Aborted), isinstance(error, _OF_THIS_NODE)
+        is_absent = isinstance(error, NotFound) and isinstance(request.work, Download)  # and so it is from anywhere
+        busy, elsewhere = isinstance(error, Aborted), isinstance(error, _OF_THIS_NODE) and not is_absent
         _tell(Failed(str(error), isinstance(error, _PERMANENT), busy, elsewhere))
     except OSError as error:
         said = f"image {request.name} could not be made ({error_name(error)}); check the disk of this node"
