@@ -15,6 +15,7 @@ Reconcile = Callable[[str], float | None]
 
 _FIRST_SECONDS: Final = 0.25
 _MOST_SECONDS: Final = 60.0
+_MOST_DOUBLINGS: Final = 10  # no float holds the product of a thousand
 
 
 class Controller:
@@ -84,7 +85,7 @@ class Controller:
             after = self._reconcile(name)
         except Aborted as error:
             log.debug("looked at again", controller=self._name, name=name, error=str(error))
-            return _FIRST_SECONDS
+            return self._pause(name)
         except DriverError as error:
             log.warning("not done yet", controller=self._name, name=name, error=str(error))
             return self._pause(name)
@@ -96,8 +97,9 @@ class Controller:
         return after
 
     def _pause(self, name: str) -> float:
-        count = self._failures[name] = self._failures.get(name, 0) + 1
-        return float(min(_FIRST_SECONDS * 2**count, _MOST_SECONDS))
+        count = self._failures.get(name, 0)
+        self._failures[name] = count + 1
+        return float(min(_FIRST_SECONDS * 2 ** min(count, _MOST_DOUBLINGS), _MOST_SECONDS))
 
 
 def _where(error: BaseException) -> str:

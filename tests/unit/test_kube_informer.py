@@ -11,7 +11,7 @@ from csi_driver.kube.client import Kube
 from csi_driver.kube.controller import Controller
 from csi_driver.kube.informer import Informer
 from csi_driver.kube.kinds import IMAGE, Json, Kind, name_of
-from csi_driver.kube.refusals import Gone
+from csi_driver.kube.refusals import Conflict, Gone
 from csi_driver.model.errors import Aborted, Unavailable
 
 _SECONDS = 30.0
@@ -246,6 +246,30 @@ def test_what_is_not_done_is_looked_at_again(answer: object) -> None:
     controller.ask_to_end()
     controller.join(_SECONDS)
     assert work.looked.empty()
+
+
+@pytest.mark.parametrize("answer", [Conflict("changed meanwhile"), Unavailable("later")], ids=repr)
+def test_it_is_looked_at_again_with_growing_pauses_for_ever(answer: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    real = Controller.tell
+
+    def tell(self: Controller, name: str, after: float = 0.0) -> None:
+        pauses.append(after)
+        real(self, name)
+
+    monkeypatch.setattr(Controller, "tell", tell)
+    monkeypatch.setattr("csi_driver.kube.controller.log.warning", lambda *_, **__: None)
+    answers: list[object] = [*[answer] * 1100, 5.0, answer]
+    work = Work({"a": answers})
+    controller = Controller("test", work)
+    controller.start()
+    controller.tell("a")
+    for _ in range(len(answers) + 1):
+        work.next()
+    controller.ask_to_end()
+    controller.join(_SECONDS)
+    assert pauses[1:11] == [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+    assert pauses[1100:] == [60.0, 5.0, 0.25]
 
 
 def test_a_name_told_often_is_looked_at_once_and_never_by_two_at_a_time() -> None:
