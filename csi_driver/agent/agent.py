@@ -120,23 +120,20 @@ class Agent:
         """Nothing is at work on it: what is there, and what is to be done."""
         image_name, uid = copy["spec"]["image"], copy["spec"]["imageUID"]
         status = copy.get("status", {})
-        try:
-            record: ImageRecord | None = self._library.get(image_name)
-        except NotFound:
-            record = None
+        record, obstacle = self._found(copy)
         known = status.get("image", {}).get("checksum")
-        if record is not None and record.owner == uid and known:
+        if record is not None and known:
             self._ready(copy, record, known)
             return _LOOK_SECONDS
-        if record is not None and record.owner != uid:
-            return self._failed(copy, Failed(foreign(record), elsewhere=True))
         image = self.images.get(image_name)
         if image is None or uid_of(image) != uid:
             return 2.0  # not seen yet, or going: its copies go too
-        if self._is_given_up(copy, image, there=record is not None):
+        if self._is_given_up(copy, image, there=record is not None or bool(obstacle)):
             return _LOOK_SECONDS
         if (wait := self._paused.get(name_of(copy), 0.0) - time.monotonic()) > 0:
             return wait
+        if obstacle:
+            return self._failed(copy, Failed(obstacle, elsewhere=True))
         if self._at_work() >= self._settings.jobs_at_once:
             self._tell(copy, State.PENDING, "waits for other images that this node is at work on")
             return None
@@ -154,6 +151,16 @@ class Agent:
         self._tell(copy, State.IN_PROGRESS, "starting", progress=0)
         self._told[key] = time.monotonic()
         return None
+
+    def _found(self, copy: Json) -> tuple[ImageRecord | None, str]:
+        """The file of a copy, if it is there, and what lies in its place: another image, one that cannot be read."""
+        try:
+            record = self._library.get(copy["spec"]["image"])
+        except NotFound:
+            return None, ""
+        except DriverError as error:
+            return None, str(error)
+        return (record, "") if record.owner == copy["spec"]["imageUID"] else (None, foreign(record))
 
     def _is_given_up(self, copy: Json, image: Json, *, there: bool) -> bool:
         """Whether it has failed for good, and nobody has changed the Image since: its limit, say."""

@@ -81,8 +81,11 @@ class ImageLibrary:
 
     def owned(self) -> dict[str, str]:
         """Which of both are for Image objects: by name the uid. What cannot be read is left out."""
-        owners = ((name, self._owner(name)) for name in (*self.names(), *self.unfinished()))
-        return {name: owner for name, owner in owners if owner is not None}
+        owners = {}
+        for name in (*self.names(), *self.unfinished()):
+            with contextlib.suppress(FailedPrecondition):
+                owners[name] = self._owner(name)
+        return {name: owner for name, owner in owners.items() if owner is not None}
 
     def get(self, name: str) -> ImageRecord:
         """The record of an image. Raises InvalidArgument, NotFound, FailedPrecondition."""
@@ -238,7 +241,10 @@ class ImageLibrary:
         check_name(name)
         self._store.start()
         with self._lock(name):
-            if not owned and (owner := self._owner(name)) is not None:
+            owner = None
+            with contextlib.suppress(FailedPrecondition):  # one that is damaged can be removed
+                owner = self._owner(name)
+            if owner is not None and not owned:
                 raise FailedPrecondition(
                     f"image {name} is this node's copy of the Image object with the uid {owner} and was not deleted; "
                     f"delete that object (kubectl delete image {name}), or add --owned where the cluster has it no more"
@@ -246,7 +252,10 @@ class ImageLibrary:
             self._store.delete(name)
 
     def drop(self, name: str, owner: str) -> None:
-        """As `delete`, of what is there for that owner; nothing of it, or somebody else's, is fine."""
+        """As `delete`, of what is there for that owner; nothing of it, or somebody else's, is fine.
+
+        Raises FailedPrecondition where the record does not tell whose it is.
+        """
         check_name(name)
         self._store.start()
         with self._lock(name):
@@ -256,13 +265,11 @@ class ImageLibrary:
                 self._store.discard(name)
 
     def _owner(self, name: str) -> str | None:
-        """The uid of the Image object that what there is of that name is for."""
+        """The uid of the Image object that what there is of that name is for. Raises FailedPrecondition."""
         try:
             return self._store.get(name).owner
         except NotFound:
             return self._store.maker(name)
-        except FailedPrecondition:
-            return None  # damaged: it can be removed
 
     @contextlib.contextmanager
     def _made(self, name: str, owner: str | None) -> Iterator[Path]:

@@ -306,5 +306,6 @@ def _decode(content: bytes, path: Path) -> ImageRecord:
         return convert(document["image"], ImageRecord)
     except (ValueError, KeyError, RecursionError) as error:
         raise FailedPrecondition(
-            f"the image record {path} cannot be read ({error}); restore it from a backup"
+            f"the image record {path} cannot be read ({error}); restore it from a backup, or remove the image with "
+            f"luks-csi image delete {path.parent.name}"
         ) from None

@@ -18,7 +18,7 @@ from csi_driver.kube.copies import copy_of
 from csi_driver.kube.kinds import IMAGE, IMAGE_COPY, Json, name_of
 from tests.image_clones import sha256
 from tests.machine.image_lab import unmetered
-from tests.operator_fakes import SilentApi
+from tests.operator_fakes import NOW, SilentApi
 
 
 class Node:
@@ -44,6 +44,10 @@ class Node:
         for informer in (self._agent.images, self._agent.copies):
             for thing in self.api.all(informer.kind):
                 informer.saw(thing)
+
+    def forget(self) -> None:
+        """A look at a copy that goes."""
+        self._agent.reconcile(name_of(self.copy))
 
     def look(self) -> Json:
         """The status of the copy after a look."""
@@ -87,6 +91,41 @@ def test_a_name_that_is_taken_is_told_with_what_helps_and_gone_on_with_when_it_i
     assert f"luks-csi image delete disk{option}, or give" in status["message"]
     node.library.delete("disk", owned=bool(option))
     assert nodes().look()["state"] == "AwaitingUpload"  # that one does not wait a moment, as after a failure
+
+
+def test_a_copy_whose_record_cannot_be_read_is_not_ready_and_is_not_let_go_with_its_file(
+    nodes: Any, tmp_path: Path
+) -> None:
+    node = nodes()
+    put(node, tmp_path, "uid-disk")
+    key, record = name_of(node.copy), node.library.file("disk").with_name("record.json")
+    node.api.change(IMAGE_COPY, key, {"status": {"state": "Ready", "message": "", "image": {"checksum": "00"}}})
+    node.see()
+    whole = record.read_bytes()
+    record.write_bytes(b"{")
+    status = node.look()
+    assert (status["state"], status["elsewhere"], status["attempts"]) == ("Failed", True, 1)
+    assert "record.json cannot be read" in status["message"]
+    assert "or remove the image with luks-csi image delete disk" in status["message"]
+    node.see()
+    assert node.look()["attempts"] == 1  # its own word of it is no new attempt
+    record.write_bytes(whole)
+    assert node.look()["state"] == "Ready"
+    record.write_bytes(b"{")
+    node.api.change(IMAGE_COPY, key, {"metadata": {"deletionTimestamp": NOW}})
+    node.see()
+    assert node.look()["message"].startswith("not removed yet: the image record ")
+    node.library.delete("disk")
+    node.forget()
+    assert node.api.get(IMAGE_COPY, key) is None
+
+
+def test_a_name_that_is_taken_is_one_attempt_for_each_pause(nodes: Any, tmp_path: Path) -> None:
+    node = nodes()
+    put(node, tmp_path, None)
+    for _ in range(3):
+        assert node.look()["attempts"] == 1
+        node.see()
 
 
 def test_given_up_is_given_up_wherever_it_was_tried(nodes: Any, tmp_path: Path) -> None:
