@@ -117,9 +117,12 @@ class Bringer:
                 wanted.checksum.require(found, where if wanted.take else wanted.source)
             with _reading(wanted.source, where):
                 packed = detect_wrapping(os.pread(descriptor, HEAD_BYTES, 0))
+            is_whole = False
             if packed is None:
                 # Refused before it is copied; the copy decides.
-                check_secret_fits(inspect(descriptor, where, wanted.most_bytes), wanted, where)
+                inspected = inspect(descriptor, where, wanted.most_bytes)
+                check_secret_fits(inspected, wanted, where)
+                is_whole = inspected.length == before.size
         finally:
             os.close(descriptor)
         if packed:
@@ -129,7 +132,7 @@ class Bringer:
                     self._files.remove(made)
                 raise FailedPrecondition(f"{source} was changed while it was read; import it again")
             return made
-        if wanted.take:
+        if wanted.take and is_whole:  # a second name of what is to be cut would cut the source
             made = folder / "taken"
             with _reading(wanted.source, where):
                 self._files.link(source, made)

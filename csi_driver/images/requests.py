@@ -27,8 +27,8 @@ class Import:
 
     `secret` (namespace/name) may be told for an image that is encrypted already. `stream` is read in the place of a
     source. `headers` are sent to the server of the URL, and may be credentials, as a signed URL is one. `take` moves
-    the file of a local source in, where it need not be unpacked, instead of copying it. `owner` is the uid of the Image
-    object that the image is for.
+    the file of a local source in, where it is neither unpacked nor cut, instead of copying it. `owner` is the uid of
+    the Image object that the image is for.
     """
 
     name: str

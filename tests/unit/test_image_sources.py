@@ -1,6 +1,7 @@
 """Where an image may come from besides a file: a pipe, and servers that ask who is there."""
 
 import base64
+import contextlib
 import gzip
 import hashlib
 import io
@@ -116,6 +117,36 @@ def test_a_fixed_vhd_loses_its_footer_and_becomes_raw(library: ImageLibrary, tmp
     assert path.read_bytes() == vhd_fixed(), "the source stays as it is"
     piped(ImageLibrary(tmp_path / "other" / "images"), gzip.compress(vhd_fixed()))
     assert told == []
+
+
+@pytest.mark.parametrize("call", ["write", "link", "rename", "remove", "sync_folder"])
+def test_a_fixed_vhd_that_is_moved_in_is_whole_until_its_image_is(
+    library: ImageLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    path = tmp_path / "whole"
+    path.write_bytes(vhd_fixed())
+    wanted = Import("disk", str(path), Checksum.parse(hashlib.sha256(vhd_fixed()).hexdigest()), take=True)
+    real, cuts = getattr(Files, call), 0
+    while not library.names():
+        left = cuts
+
+        def dies(*arguments: object) -> None:
+            nonlocal left
+            if not left:
+                raise KeyboardInterrupt
+            left -= 1
+            real(*arguments)
+
+        monkeypatch.setattr(Files, call, dies)  # killed at the first of these, then at the second, …
+        with contextlib.suppress(KeyboardInterrupt):
+            library.import_(wanted, unmetered)
+        cuts += 1
+        assert path.read_bytes() == vhd_fixed()
+        assert cuts < 50
+    monkeypatch.undo()
+    assert cuts > 1
+    assert library.file("disk").read_bytes() == DISK
+    assert library.get("disk").file_size == len(DISK)
 
 
 def test_a_warning_is_told_once(library: ImageLibrary, tmp_path: Path, told: list[str]) -> None:
