@@ -14,11 +14,12 @@ from csi_driver.images.destinations import Connector, Destination, SocketAddress
 from csi_driver.images.fetch import fetch
 from csi_driver.images.store import ImageRecord
 from csi_driver.kube.copies import AGENTS
-from csi_driver.model.errors import DriverError, InvalidArgument, Unavailable
+from csi_driver.model.errors import DriverError, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from csi_driver.model.reading import decode
 
 _LARGEST_RECORD: Final = 1 << 20
 _WAIT_SECONDS: Final = 3.0
+_OF_A_PEER: Final = (Unavailable, InvalidArgument, NotFound, FailedPrecondition)
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -29,13 +30,17 @@ class Offer(msgspec.Struct, frozen=True):
 
 
 def pull(name: str, work: Pull, folder: Path, meter: Meter) -> tuple[Path, ImageRecord]:
-    """The file, durable in `folder`, and what its node has recorded of it. Raises Unavailable and what `fetch` does."""
+    """The file, durable in `folder`, and what its node has recorded of it.
+
+    What one of the peers has, or answers, keeps nobody from asking the next one. Raises Unavailable, telling what each
+    said, and of this node ResourceExhausted, VolumeBusy, CommandFailed and what `meter` raises.
+    """
     said: list[str] = []
     for peer in work.peers:
         try:
             return _from(name, peer, work, folder, meter)
-        except Unavailable as error:
-            said.append(str(error))
+        except _OF_A_PEER as error:
+            said.append(f"{peer}: {str(error).partition(';')[0]}")  # without what to do about a download
     raise Unavailable(f"image {name} could be pulled from no node: {'; '.join(said) or 'none has it'}")
 
 
@@ -52,9 +57,9 @@ def _from(name: str, peer: str, work: Pull, folder: Path, meter: Meter) -> tuple
         raise Unavailable(f"nobody can be trusted yet: {error}") from None
     url = f"https://{AGENTS}:{port}/v1/copies/{name}"
     headers = {"Authorization": f"Bearer {work.token}"}
-    offer = _offer(parse_url(f"{url}/record"), connector, headers, peer)
+    offer = _offer(parse_url(f"{url}/record"), connector, headers)
     if work.checksum is not None and offer.checksum != work.checksum:
-        raise Unavailable(f"the agent at {peer} has another file under that name, of SHA-256 {offer.checksum}")
+        raise Unavailable(f"it has another file under that name, of SHA-256 {offer.checksum}")
     path = folder / "pulled"
     if not path.exists():
         with meter("pulling", offer.record.file_size) as progress:
@@ -66,7 +71,7 @@ def _from(name: str, peer: str, work: Pull, folder: Path, meter: Meter) -> tuple
     return path, offer.record
 
 
-def _offer(to: Destination, connector: Connector, headers: dict[str, str], peer: str) -> Offer:
+def _offer(to: Destination, connector: Connector, headers: dict[str, str]) -> Offer:
     try:
         with contextlib.closing(connector.connect(to)) as connection:
             response = connection.get(to, headers, _LARGEST_RECORD)
@@ -80,4 +85,4 @@ def _offer(to: Destination, connector: Connector, headers: dict[str, str], peer:
         why = "an answer that is not understood"
     except DriverError as error:
         why = str(error)
-    raise Unavailable(f"the agent at {peer} offers no copy ({why})")
+    raise Unavailable(f"it offers no copy: {why}")

@@ -1,21 +1,33 @@
 """What a pull needs of its node, and whom it believes."""
 
+import contextlib
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
+from csi_driver.agent.access import Access
 from csi_driver.agent.pulling import pull
+from csi_driver.agent.rate import Rate
 from csi_driver.agent.requests import Requests
+from csi_driver.agent.server import CopyServer
 from csi_driver.agent.settings import AgentSettings
 from csi_driver.agent.uploads import Uploads
 from csi_driver.agent.work import CloneWork, Export, Pull, Secret
+from csi_driver.images.library import ImageLibrary
+from csi_driver.images.requests import Import
+from csi_driver.images.store import ImageRecord
 from csi_driver.kube.client import Kube
 from csi_driver.kube.copies import copy_of
 from csi_driver.kube.kinds import CLAIM, IMAGE_COPY, SECRET, VOLUME, Json
 from csi_driver.model.errors import FailedPrecondition, Unavailable
+from tests.image_clones import sha256
 from tests.machine.image_lab import unmetered
 from tests.operator_fakes import NOW, SilentApi
+from tests.unit.test_agent_server import mount
 
 IMAGE: Json = {
     "metadata": {"name": "disk", "uid": "uid"},
@@ -37,6 +49,48 @@ def test_before_there_are_certificates_it_is_tried_again(tmp_path: Path) -> None
     work = Pull(("127.0.0.1:1",), str(tmp_path / "ca.crt"), "token")
     with pytest.raises(Unavailable, match=r"nobody can be trusted yet: the certificates in .*ca\.crt cannot be used"):
         pull("disk", work, tmp_path, unmetered)
+
+
+@contextlib.contextmanager
+def peer(folder: Path, source: Path) -> Iterator[tuple[str, Path]]:
+    """An agent that has the image: where it is asked, and its file."""
+    library = ImageLibrary(folder / "images")
+    library.import_(Import("disk", str(source), owner="uid"), unmetered)
+    copy = copy_of({"metadata": {"name": "disk", "uid": "uid"}}, "there")
+    copy["status"] = {"state": "Ready", "image": {"checksum": sha256(source.read_bytes()).digest}}
+    access = cast("Access", SimpleNamespace(check_agent=lambda _token: None))
+    uploads = Uploads(folder / "uploads")
+    served = CopyServer(
+        ("127.0.0.1", 0), source.parent, library, uploads, access, lambda: [copy], lambda _: None, Rate(0)
+    )
+    served.start()
+    try:
+        yield f"127.0.0.1:{served.port}", library.file("disk")
+    finally:
+        served.stop()
+
+
+def test_a_copy_that_has_rotted_keeps_nobody_from_a_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("csi_driver.agent.pulling._WAIT_SECONDS", 0.0)
+    mount(tmp_path)
+    source, folder = tmp_path / "disk.raw", tmp_path / "pulled"
+    source.write_bytes(bytes(range(256)) * 4096)
+    digest = sha256(source.read_bytes()).digest
+    folder.mkdir()
+    with peer(tmp_path / "rotten", source) as (bad, file), peer(tmp_path / "good", source) as (good, _):
+        with file.open("r+b") as rotten:
+            rotten.seek(5000)
+            rotten.write(b"rotten")
+
+        def pulled(*peers: str) -> tuple[Path, ImageRecord]:
+            return pull("disk", Pull(peers, str(tmp_path / "ca.crt"), "token", digest), folder, unmetered)
+
+        with pytest.raises(Unavailable) as told:
+            pulled(bad, "127.0.0.1:1", bad)
+        wrong = f"{bad}: https://.*/v1/copies/disk/file has the checksum sha256:[0-9a-f]*, expected sha256:{digest}"
+        away = "127.0.0.1:1: it offers no copy: .*refused"
+        assert re.fullmatch(f"image disk could be pulled from no node: {wrong}; {away}; {wrong}", str(told.value))
+        assert pulled(bad, good)[0].read_bytes() == source.read_bytes()
 
 
 def test_a_clone_is_made_of_the_very_image_that_the_cluster_has(settings: AgentSettings) -> None:
