@@ -99,9 +99,9 @@ class SteppedFiles(Files):
         super().overwrite(path, length)
         self.step(f"after overwrite {path.name}")
 
-    def remove_folder(self, folder: Path) -> None:
+    def remove_folder(self, folder: Path, last: str = "") -> None:
         self.step(f"before remove_folder in {folder.parent.name}")
-        super().remove_folder(folder)
+        super().remove_folder(folder, last)
         self.step(f"after remove_folder in {folder.parent.name}")
 
 

@@ -30,6 +30,7 @@ from csi_driver.model.errors import (
 )
 from csi_driver.model.sizes import read_size
 
+_FOR: Final = "for"
 _MOST_LIMIT: Final = 1024 << 40
 """No image has more, and no sum of sizes leaves what 64 bits hold."""
 
@@ -128,7 +129,7 @@ class Uploads:
     def owned(self) -> dict[str, str]:
         """What there is of uploads: by the image's name the uid of the Image that it is for."""
         found = {}
-        for path in self._folder.glob("*/for"):
+        for path in self._folder.glob(f"*/{_FOR}"):
             with contextlib.suppress(OSError):
                 found[path.parent.name] = read_file(path).decode(errors="replace")
         return found
@@ -138,7 +139,7 @@ class Uploads:
         with self._alone(name), _told(name):
             self._refused.pop(name, None)
             if self._is_for(name, uid):
-                self._files.remove_folder(self._folder / name)
+                self._files.remove_folder(self._folder / name, last=_FOR)
 
     def _note(self, folder: Path, total: int, announced: Checksum | None) -> None:
         """Which file it is of, before the first byte of it is here; and what nobody had said of it until now."""
@@ -170,14 +171,14 @@ class Uploads:
     def _begin(self, name: str, uid: str) -> Path:
         folder = self._folder / name
         if not self._is_for(name, uid):
-            self._files.remove_folder(folder)
+            self._files.remove_folder(folder, last=_FOR)
             folder.mkdir(mode=0o700, parents=True)
-            self._files.write(folder / "for", uid.encode())
+            self._files.write(folder / _FOR, uid.encode())
         return folder
 
     def _is_for(self, name: str, uid: str) -> bool:
         try:
-            return read_file(self._folder / name / "for") == uid.encode()
+            return read_file(self._folder / name / _FOR) == uid.encode()
         except OSError:
             return False
 

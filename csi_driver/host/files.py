@@ -147,16 +147,17 @@ class Files:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name)
 
-    def remove_folder(self, folder: Path) -> None:
+    def remove_folder(self, folder: Path, last: str = "") -> None:
         """Remove a folder of files, one level deep, and make that durable; absent is fine.
 
+        The file named `last` goes behind the others: a removal that was cut is told by it, whose it was say.
         Raises OSError (ENOTEMPTY, EISDIR) when it holds folders: nothing of ours does.
         """
         try:
             names = os.listdir(folder)
         except FileNotFoundError:
             return
-        for name in names:
+        for name in sorted(names, key=lambda name: name == last):
             self.remove(folder / name)
         os.rmdir(folder)
         self.sync_folder(folder.parent)

@@ -84,7 +84,7 @@ class ImageLibrary:
         owners = {}
         for name in (*self.names(), *self.unfinished()):
             with contextlib.suppress(FailedPrecondition):
-                owners[name] = self._owner(name)
+                owners[name] = self._store.owner(name)
         return {name: owner for name, owner in owners.items() if owner is not None}
 
     def get(self, name: str) -> ImageRecord:
@@ -243,7 +243,7 @@ class ImageLibrary:
         with self._lock(name):
             owner = None
             with contextlib.suppress(FailedPrecondition):  # one that is damaged can be removed
-                owner = self._owner(name)
+                owner = self._store.owner(name)
             if owner is not None and not owned:
                 raise FailedPrecondition(
                     f"image {name} is this node's copy of the Image object with the uid {owner} and was not deleted; "
@@ -259,17 +259,10 @@ class ImageLibrary:
         check_name(name)
         self._store.start()
         with self._lock(name):
-            if self._owner(name) == owner:
+            if self._store.owner(name) == owner:
                 self._store.delete(name)
             elif self._store.is_unbegun(name):
                 self._store.discard(name)
-
-    def _owner(self, name: str) -> str | None:
-        """The uid of the Image object that what there is of that name is for. Raises FailedPrecondition."""
-        try:
-            return self._store.get(name).owner
-        except NotFound:
-            return self._store.maker(name)
 
     @contextlib.contextmanager
     def _made(self, name: str, owner: str | None) -> Iterator[Path]:

@@ -122,7 +122,7 @@ class ImageStore:
         if ready.exists():
             self._tidy(ready)
             raise AlreadyExists(f"image {name} exists already; delete it, or choose another name")
-        self._files.remove_folder(self._folder / "trash" / name)
+        self._empty_trash(name)
         folder = self._folder / "new" / name
         if not folder.exists():
             self._files.make_folder(folder)
@@ -137,12 +137,12 @@ class ImageStore:
         return folder
 
     def is_unbegun(self, name: str) -> bool:
-        """Whether there is a folder to make it in with nothing in it: a call was killed before it said for whom."""
-        try:
-            found = {path.name for path in (self._folder / "new" / name).iterdir()}
-        except FileNotFoundError:
-            return False
-        return found <= {beside(self._folder / _OWNER).name}
+        """Whether there is a folder to make it in, or of its removal, with nothing in it: a call was killed before it
+        said for whom, or when all was removed.
+        """
+        folders = [folder for kind in ("new", "trash") if (folder := self._folder / kind / name).exists()]
+        found = {path.name for folder in folders for path in folder.iterdir()}
+        return bool(folders) and found <= {beside(self._folder / _OWNER).name}
 
     def maker(self, name: str) -> str | None:
         """The owner for whom an unfinished image was begun; None where it is by hand, or where there is none."""
@@ -151,6 +151,14 @@ class ImageStore:
                 return read_file(self._folder / "new" / name / _OWNER).decode(errors="replace")
         except FileNotFoundError:
             return None
+
+    def owner(self, name: str) -> str | None:
+        """The owner of what there is of an image: whole, being removed, or in the making. Raises FailedPrecondition."""
+        for kind in ("ready", "trash"):
+            path = self._folder / kind / name / _RECORD
+            with contextlib.suppress(FileNotFoundError), self._usable():
+                return _decode(read_file(path), path).owner
+        return self.maker(name)
 
     def finish(self, record: ImageRecord, made: Path) -> None:
         """Make an image visible whose file `made`, in the folder of `begin`, is complete and durable.
@@ -202,8 +210,9 @@ class ImageStore:
             os.close(descriptor)
 
     def discard(self, name: str) -> None:
-        """Remove what is in the making."""
-        self._files.remove_folder(self._folder / "new" / name)
+        """Remove what is in the making, and what a cut removal has left."""
+        self._empty_trash(name)
+        self._files.remove_folder(self._folder / "new" / name, last=_OWNER)
 
     def delete(self, name: str) -> None:
         """Remove an image and what is in the making of it. Raises NotFound, DeviceInUse naming who reads it."""
@@ -211,13 +220,16 @@ class ImageStore:
         if not self.exists(name):
             raise NotFound(f"image {name} does not exist in {self._folder}")
         ready, trash = self._folder / "ready" / name, self._folder / "trash" / name
-        self._files.remove_folder(trash)
+        self._empty_trash(name)
         if ready.exists():
             with self._unread(name):
                 self._files.rename(ready, trash)
-        self._files.remove_folder(trash)
         self.discard(name)
         self._files.remove(lock_of(self._folder / "new" / name))
+
+    def _empty_trash(self, name: str) -> None:
+        """The record goes last: it tells whose the file is."""
+        self._files.remove_folder(self._folder / "trash" / name, last=_RECORD)
 
     def _tidy(self, ready: Path) -> None:
         """Remove what the making of an image has left beside it."""

@@ -267,8 +267,8 @@ class FaultyFiles(Files):
     def remove(self, path: Path) -> None:
         self._step("remove", path, lambda: super(FaultyFiles, self).remove(path), errno.EIO)
 
-    def remove_folder(self, folder: Path) -> None:
-        self._step("remove_folder", folder, lambda: super(FaultyFiles, self).remove_folder(folder), errno.EIO)
+    def remove_folder(self, folder: Path, last: str = "") -> None:
+        self._step("remove_folder", folder, lambda: super(FaultyFiles, self).remove_folder(folder, last), errno.EIO)
 
     def _step(self, name: str, path: Path, run: Callable[[], None], number: int) -> None:
         what = "note" if path.parent.name == "keys" else "file"  # of a key that a KMS makes or forgets

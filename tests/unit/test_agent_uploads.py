@@ -121,6 +121,27 @@ def test_what_an_earlier_image_of_the_name_got_is_not_this_ones(uploads: Uploads
     assert uploads.received("disk", "another") == 2
 
 
+def test_an_upload_that_is_forgotten_says_to_the_last_whose_it_was(
+    uploads: Uploads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed, real = os.listdir, os.unlink
+
+    def unlink(path: Path) -> None:
+        if path.name == "part":
+            raise KeyboardInterrupt
+        real(path)
+
+    uploads.receive("disk", "uid", 0, 10, 4, io.BytesIO(A[:4]))
+    with monkeypatch.context() as patch:
+        patch.setattr("csi_driver.host.files.os.listdir", lambda path: sorted(listed(path)))
+        patch.setattr("csi_driver.host.files.os.unlink", unlink)
+        with pytest.raises(KeyboardInterrupt):
+            uploads.forget("disk", "uid")
+    assert uploads.owned() == {"disk": "uid"}
+    uploads.forget("disk", "uid")
+    assert (uploads.owned(), uploads.received("disk", "uid")) == ({}, 0)
+
+
 @pytest.mark.parametrize(("start", "total", "length"), [(0, 0, 1), (5, 4, 1), (0, 4, 5), (-1, 4, 1)])
 def test_what_is_no_part_of_an_image_is_refused(uploads: Uploads, start: int, total: int, length: int) -> None:
     with pytest.raises(InvalidArgument, match="are no part of an image"):

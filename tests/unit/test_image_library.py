@@ -1,5 +1,6 @@
 """The use cases of images, and the catalog: what is visible when, and what is refused before any work."""
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -346,6 +347,49 @@ def test_a_removal_that_was_cut_is_told_of_and_ends(library: ImageLibrary, raw: 
     bring(library, raw)
     assert left(folder) == []
     assert library.unfinished() == []
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_removal_for_an_object_that_was_cut_is_gone_on_with(
+    library: ImageLibrary, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, reverse: bool
+) -> None:
+    folder, listed, real = tmp_path / "state" / "images", os.listdir, Files.remove
+    monkeypatch.setattr("csi_driver.host.files.os.listdir", lambda path: sorted(listed(path), reverse=reverse))
+
+    def cut(_folder: Path) -> tuple[Path, ImageRecord]:
+        (_folder / "part").write_bytes(b"half")
+        (_folder / "zero").write_bytes(b"half")
+        raise Unavailable("cut")
+
+    def leave_half() -> None:
+        with pytest.raises(Unavailable):
+            library.receive("disk", "uid-disk", cut)
+
+    def leave_whole() -> None:
+        bring(library, raw, owner="uid-disk")
+
+    for leave in (leave_half, leave_whole):
+        for removals in range(4):
+            leave()
+            left_to_go = removals
+
+            def dies(files: Files, path: Path) -> None:
+                nonlocal left_to_go
+                if not left_to_go:
+                    raise KeyboardInterrupt
+                left_to_go -= 1
+                real(files, path)
+
+            monkeypatch.setattr(Files, "remove", dies)
+            with contextlib.suppress(KeyboardInterrupt):
+                library.drop("disk", "uid-disk")
+            monkeypatch.setattr(Files, "remove", real)
+            if library.owned():
+                library.drop("disk", "uid-another")
+                assert library.owned() == {"disk": "uid-disk"}
+            library.drop("disk", "uid-disk")
+            assert left(folder) == []
+            assert (library.names(), library.unfinished()) == ([], [])
 
 
 def test_what_is_read_is_not_deleted_and_the_reader_is_named(library: ImageLibrary, raw: Path, tmp_path: Path) -> None:
