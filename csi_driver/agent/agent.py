@@ -240,7 +240,7 @@ class Agent:
     def _wanted_otherwise(self, copy: Json) -> bool:
         """Whether another object of this node, which stays, is for the same file."""
         return any(
-            other["spec"] | {"make": None} == copy["spec"] | {"make": None}
+            all(other["spec"][field] == copy["spec"][field] for field in ("image", "imageUID", "node"))
             for other in self.copies.all()
             if name_of(other) != name_of(copy) and not is_going(other)
         )

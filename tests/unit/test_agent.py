@@ -24,18 +24,24 @@ from tests.operator_fakes import NOW, SilentApi
 class Node:
     """A node that is to have a copy of an Image; its agent looks when it is told to."""
 
-    def __init__(self, folder: Path, status: Json | None = None, **spec: object) -> None:
+    def __init__(
+        self, folder: Path, status: Json | None = None, maker: dict[str, Any] | None = None, **spec: object
+    ) -> None:
         self.api = SilentApi()
-        settings = AgentSettings(
+        self.settings = AgentSettings(
             node="one", state_dir=folder, address="", listen=("", 0), tls_dir=folder, token_file=folder / "token",
             account="",
         )  # fmt: skip
-        self.library = ImageLibrary(settings.images)
-        self.uploads = Uploads(settings.images / "uploads")
+        self.library = ImageLibrary(self.settings.images)
+        self.uploads = Uploads(self.settings.images / "uploads")
         metadata = {"name": "disk", "uid": "uid-disk"}
         image = {"metadata": metadata, "spec": {"source": {"upload": {}}, **spec}, "status": status or {}}
-        self.copy = self.api.put(IMAGE_COPY, copy_of(self.api.put(IMAGE, image), "one", make=True))
-        self._agent = Agent(cast("Kube", self.api), settings, self.library, self.uploads)
+        self.copy = self.api.put(IMAGE_COPY, copy_of(self.api.put(IMAGE, image), "one", make=True, **maker or {}))
+        self.start()
+
+    def start(self) -> None:
+        """The agent begins, and sees what there is now."""
+        self._agent = Agent(cast("Kube", self.api), self.settings, self.library, self.uploads)
         for informer in (self._agent.images, self._agent.copies):
             self.api.inform(informer)
 
@@ -62,8 +68,8 @@ class Node:
 def nodes(tmp_path: Path) -> Iterator[Any]:
     made: list[Node] = []
 
-    def make(status: Json | None = None, **spec: object) -> Node:
-        made.append(Node(tmp_path, status, **spec))
+    def make(status: Json | None = None, maker: dict[str, Any] | None = None, **spec: object) -> Node:
+        made.append(Node(tmp_path, status, maker, **spec))
         return made[-1]
 
     yield make
@@ -118,6 +124,20 @@ def test_a_copy_whose_record_cannot_be_read_is_not_ready_and_is_not_let_go_with_
     node.library.delete("disk")
     node.forget()
     assert node.api.get(IMAGE_COPY, key) is None
+
+
+@pytest.mark.parametrize("more", [{}, {"volume": "pvc-1"}, {"secret": {"name": "key", "namespace": "n"}}])
+def test_the_file_of_a_copy_that_stays_stays_when_its_maker_goes(
+    nodes: Any, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    node = nodes(maker=more)
+    put(node, tmp_path, "uid-disk")
+    node.api.put(IMAGE_COPY, copy_of(node.api.get(IMAGE, "disk"), "one"))
+    node.api.change(IMAGE_COPY, name_of(node.copy), {"metadata": {"deletionTimestamp": NOW}})
+    node.start()
+    node.forget()
+    assert node.api.get(IMAGE_COPY, name_of(node.copy)) is None
+    assert node.library.names() == ["disk"]
 
 
 def test_a_name_that_is_taken_is_one_attempt_for_each_pause(nodes: Any, tmp_path: Path) -> None:
