@@ -36,7 +36,9 @@ _MOST_LIMIT: Final = 1024 << 40
 
 
 class Uploads:
-    """The uploads below `folder`; `came` is told of an image that is whole, or that there is no room for."""
+    """The uploads below `folder`; `came` is told of an image that is whole, that there is no room for, or that
+    goes on after that.
+    """
 
     def __init__(self, folder: Path, came: Callable[[str], None] = lambda _: None) -> None:
         self._folder = folder
@@ -96,7 +98,8 @@ class Uploads:
         if not 0 <= start < total or not 0 < length <= total - start:
             raise InvalidArgument(f"{length} bytes from {start} on are no part of an image of {total} bytes")
         with self._alone(name):
-            self._refused.pop(name, None)
+            if self._refused.pop(name, None):
+                self.came(name)
             try:
                 with _told(name):
                     there = self._take(name, uid, start, total, length, stream, announced)
