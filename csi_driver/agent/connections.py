@@ -1,6 +1,7 @@
 """The connections of the agent's server: who asks nothing, or slowly, keeps nobody else from it."""
 
 import contextlib
+import math
 import socket
 import threading
 import time
@@ -13,8 +14,9 @@ from csi_driver.host.listening import listening
 IDLE_SECONDS: Final = 60.0
 """For each read and each write."""
 _ASK_SECONDS: Final = 15.0
-"""For a handshake and a request's head together: until then nobody knows who it is."""
-_MOST_ASKING: Final = 256
+"""For a handshake and a request's head together."""
+_MOST_UNKNOWN: Final = 256
+"""Connections of which nobody knows yet who it is, those of which Kubernetes is asked just now among them."""
 
 
 class Server(ThreadingHTTPServer):
@@ -28,7 +30,7 @@ class Server(ThreadingHTTPServer):
     ) -> None:
         self._certificate = certificate
         self._guard = threading.Lock()
-        self._asking: dict[int, tuple[float, socket.socket]] = {}
+        self._unknown: dict[int, tuple[float, socket.socket]] = {}  # by their threads
         super().__init__(listen, handler, bind_and_activate=False)
         self.socket.close()  # that one is of IPv4 only
         self.socket = listening(*listen)
@@ -36,11 +38,11 @@ class Server(ThreadingHTTPServer):
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """In the connection's own thread: who is slow in the handshake keeps nobody else waiting."""
-        number = request.fileno()
+        until = time.monotonic() + _ASK_SECONDS
         with self._guard:
-            too_many = len(self._asking) >= _MOST_ASKING
+            too_many = len(self._unknown) >= _MOST_UNKNOWN
             if not too_many:
-                self._asking[number] = time.monotonic() + _ASK_SECONDS, request
+                self._unknown[threading.get_ident()] = until, request
         if too_many:
             self.shutdown_request(request)
             return
@@ -52,22 +54,26 @@ class Server(ThreadingHTTPServer):
                 self.shutdown_request(request)
                 return
             with self._guard:
-                if number in self._asking:  # the same descriptor, another object
-                    self._asking[number] = self._asking[number][0], secured
+                self._unknown[threading.get_ident()] = until, secured
             super().process_request_thread(secured, client_address)
         finally:
-            self.has_asked(number)
+            self.is_known()
 
-    def has_asked(self, number: int) -> None:
-        """The request is there: from now on each read and write has its own limit."""
+    def has_asked(self) -> None:
+        """The head of the request of this thread is there: how long it takes until it is known who asks is not his."""
         with self._guard:
-            self._asking.pop(number, None)
+            self._unknown[threading.get_ident()] = math.inf, self._unknown[threading.get_ident()][1]
+
+    def is_known(self) -> None:
+        """Who asks in this thread may: from now on each read and write has its own limit."""
+        with self._guard:
+            self._unknown.pop(threading.get_ident(), None)
 
     def service_actions(self) -> None:
         """Twice a second: who has not asked in time goes, however little he sends again and again."""
         now = time.monotonic()
         with self._guard:
-            for until, connection in self._asking.values():
+            for until, connection in self._unknown.values():
                 if until < now:
                     with contextlib.suppress(OSError):
                         connection.shutdown(socket.SHUT_RDWR)

@@ -187,7 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, do: Callable[[str, str, str], None]) -> None:
         self.close_connection = True
-        self.server.has_asked(self.connection.fileno())
+        self.server.has_asked()
         try:
             if self.path == "/readyz" and self.command == "GET":
                 return self._ready()
@@ -224,6 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise NotFound("there is nothing of that name")
         side = self.server_side
         side.access.check_agent(self._token())
+        self.server.is_known()
         copy = side.copy(name)
         record, checksum = side.library.get(name), copy["status"]["image"]["checksum"]
         if record.owner != copy["spec"]["imageUID"]:
@@ -297,6 +298,7 @@ class _Handler(BaseHTTPRequestHandler):
         if what != "uploads" or part:
             raise NotFound("there is nothing of that name")
         self.server_side.access.check_upload(self._token(), name)
+        self.server.is_known()
         return self.server_side.awaited(name)
 
     def _say(self, status: HTTPStatus, content: bytes, kind: str = "text/plain; charset=utf-8") -> None:

@@ -7,6 +7,7 @@ import http.client
 import io
 import socket
 import ssl
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -111,6 +112,51 @@ def test_who_is_silent_keeps_nobody_out(server: CopyServer, tmp_path: Path) -> N
         for _ in range(100):
             stack.enter_context(socket.create_connection((_HOST, server.port), timeout=30))
         assert ask(server, tmp_path, "GET", "/v1/uploads/disk", {"Authorization": "Bearer good"}) == (204, "0")
+
+
+def test_who_is_not_known_yet_is_counted_until_he_is(
+    server: CopyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each makes the API look at a token."""
+    monkeypatch.setattr("csi_driver.agent.connections._MOST_UNKNOWN", 3)
+    reviews, answer, sending = threading.Semaphore(0), threading.Event(), threading.Event()
+
+    def check(token: str, _image: str) -> None:
+        if token != "good":
+            reviews.release()
+            assert answer.wait(60)
+            raise Unauthenticated("the token is not valid")
+
+    monkeypatch.setattr(server.access, "check_upload", check)
+    context = ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
+
+    def send(stack: contextlib.ExitStack, token: str, method: str = "GET", more: str = "") -> ssl.SSLSocket:
+        plain = stack.enter_context(socket.create_connection((_HOST, server.port), timeout=60))
+        secured = stack.enter_context(context.wrap_socket(plain, server_hostname=AGENTS))
+        head = f"{method} /v1/uploads/disk HTTP/1.1\r\nAuthorization: Bearer {token}\r\n{more}\r\n"
+        secured.sendall(head.encode())
+        return secured
+
+    def receive(*_: object, **__: object) -> int:
+        sending.set()
+        assert answer.wait(60)
+        return 4
+
+    monkeypatch.setattr(server.uploads, "receive", receive)
+    with contextlib.ExitStack() as stack:
+        body = "Content-Range: bytes 0-3/4\r\nContent-Length: 4\r\n"
+        known = send(stack, "good", "PUT", body)
+        assert sending.wait(60)  # he is known, and takes nobody's place
+        asking = []
+        for _ in range(3):
+            asking.append(send(stack, "bad"))
+            assert reviews.acquire(timeout=60)
+        with pytest.raises(OSError):  # noqa: PT011 - whatever TLS makes of the end
+            send(stack, "bad").recv(1)
+        answer.set()
+        assert [each.recv(100).split(b"\r\n")[0] for each in (known, *asking)] == [
+            b"HTTP/1.1 204 No Content", *3 * [b"HTTP/1.1 401 Unauthorized"],
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
