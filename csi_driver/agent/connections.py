@@ -49,13 +49,15 @@ class Server(ThreadingHTTPServer):
         try:
             request.settimeout(IDLE_SECONDS)
             try:
-                secured = self._certificate.context().wrap_socket(request, server_side=True)
+                context = self._certificate.context()
+                request = context.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+                with self._guard:
+                    self._unknown[threading.get_ident()] = until, request  # it has the descriptor from now on
+                request.do_handshake()
             except OSError:
                 self.shutdown_request(request)
                 return
-            with self._guard:
-                self._unknown[threading.get_ident()] = until, secured
-            super().process_request_thread(secured, client_address)
+            super().process_request_thread(request, client_address)
         finally:
             self.is_known()
 

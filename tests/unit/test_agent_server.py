@@ -114,6 +114,16 @@ def test_who_is_silent_keeps_nobody_out(server: CopyServer, tmp_path: Path) -> N
         assert ask(server, tmp_path, "GET", "/v1/uploads/disk", {"Authorization": "Bearer good"}) == (204, "0")
 
 
+@pytest.mark.parametrize("sent", [b"", b"\x16\x03\x01"])
+def test_a_handshake_has_its_time_however_little_comes_of_it(
+    server: CopyServer, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    monkeypatch.setattr("csi_driver.agent.connections._ASK_SECONDS", 0.2)
+    with socket.create_connection((_HOST, server.port), timeout=20) as plain:  # less than a read may take there
+        plain.sendall(sent)
+        assert plain.recv(1) == b""
+
+
 def test_who_is_not_known_yet_is_counted_until_he_is(
     server: CopyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
