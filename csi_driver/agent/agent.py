@@ -12,7 +12,7 @@ import msgspec
 
 from csi_driver.agent.jobs import Job
 from csi_driver.agent.leftovers import Leftovers
-from csi_driver.agent.requests import Requests
+from csi_driver.agent.requests import Requests, is_download
 from csi_driver.agent.settings import AgentSettings
 from csi_driver.agent.uploads import Uploads
 from csi_driver.agent.wishes import Wishes
@@ -128,17 +128,18 @@ class Agent:
         image = self.images.get(image_name)
         if image is None or uid_of(image) != uid:
             return 2.0  # not seen yet, or going: its copies go too
-        if self._is_given_up(copy, image, there=record is not None or bool(obstacle)):
+        there = record is not None
+        if self._is_given_up(copy, image, there=there or bool(obstacle)):
             return _LOOK_SECONDS
         if (wait := self._paused.get(name_of(copy), 0.0) - time.monotonic()) > 0:
             return wait
         if obstacle:
             return self._failed(copy, Failed(obstacle, elsewhere=True))
-        if self._at_work() >= self._settings.jobs_at_once:
+        if self._at_work(downloads=is_download(copy, image, there=there)) >= self._settings.jobs_at_once:
             self._tell(copy, State.PENDING, "waits for other images that this node is at work on")
             return None
         try:
-            request = self._requests.of(copy, self._held_to_its_digest(image), there=record is not None)
+            request = self._requests.of(copy, self._held_to_its_digest(image), there=there)
         except DriverError as error:
             return self._failed(copy, Failed(str(error), permanent=isinstance(error, InvalidArgument)))
         if request is None:
@@ -260,8 +261,9 @@ class Agent:
             with contextlib.suppress(NotFound):
                 self.copies.saw(self._kube.patch(IMAGE_COPY, name_of(copy), {"status": patch}, status=True))
 
-    def _at_work(self) -> int:
-        return sum(job.result is None for job in self._jobs.values())
+    def _at_work(self, *, downloads: bool) -> int:
+        """Jobs of which one more would be: downloads that last for ever keep nothing else waiting."""
+        return sum(job.result is None and job.downloads == downloads for job in self._jobs.values())
 
     def _wake_waiting(self) -> None:
         for copy in self.copies.all():

@@ -10,7 +10,7 @@ from typing import IO, Final, cast
 
 import msgspec
 
-from csi_driver.agent.work import Doing, Failed, Line, Made, Request, Used
+from csi_driver.agent.work import Doing, Download, Failed, Line, Made, Request, Used
 from csi_driver.host.log import log
 from csi_driver.keys.audit import Audit
 from csi_driver.model.reading import decode
@@ -30,6 +30,7 @@ class Job:
         self.doing = Doing("starting", 0, None)
         self.bytes_per_second = 0
         self.result: Made | Failed | None = None
+        self.downloads = isinstance(request.work, Download)
         self._name = request.name
         self._audit = audit
         self._changed = changed

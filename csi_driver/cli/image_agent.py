@@ -42,7 +42,8 @@ def _text(text: str) -> str:
                 "that shows other agents who this is."),
         setting("--account", "account", _text, "USER", "system:serviceaccount:luks-csi:luks-csi-node", "Whose tokens "
                 "are agents'."),
-        setting("--jobs", "jobs_at_once", number(1, 16), "NUMBER", 2, "Images at work at once."),
+        setting("--jobs", "jobs_at_once", number(1, 16), "NUMBER", 2, "Images at work at once, and as many "
+                "downloads beside them."),
         setting("--rate-limit", "rate", read_size, "SIZE", "0", "Most bytes a second that go to other nodes, and "
                 "that an export reads; 0 is without a limit."),
         setting("--leftover-seconds", "leftover_seconds", seconds(1), "SECONDS", "3600", "How long files stay whose "

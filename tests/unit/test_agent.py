@@ -10,7 +10,7 @@ import pytest
 from csi_driver.agent.agent import Agent
 from csi_driver.agent.settings import AgentSettings
 from csi_driver.agent.uploads import Uploads
-from csi_driver.agent.work import Doing, Failed, Request
+from csi_driver.agent.work import Doing, Download, Failed, Request
 from csi_driver.images.library import ImageLibrary
 from csi_driver.images.requests import Import
 from csi_driver.kube.client import Kube
@@ -55,10 +55,11 @@ class Node:
         """A look at a copy that goes."""
         self._agent.reconcile(name_of(self.copy))
 
-    def look(self) -> Json:
-        """The status of the copy after a look."""
-        self._agent.reconcile(name_of(self.copy))
-        found = self.api.get(IMAGE_COPY, name_of(self.copy))
+    def look(self, image: str = "disk") -> Json:
+        """The status of an image's copy after a look."""
+        (key,) = (name_of(copy) for copy in self.api.all(IMAGE_COPY) if copy["spec"]["image"] == image)
+        self._agent.reconcile(key)
+        found = self.api.get(IMAGE_COPY, key)
         assert found is not None
         status: Json = found["status"]
         return status
@@ -169,6 +170,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     class Begun:
         def __init__(self, request: Request, *_: object) -> None:
             self.request, self.result, self.doing = request, None, Doing("checking", 0, None)
+            self.downloads, self.bytes_per_second = isinstance(request.work, Download), 0
             begun.append(self)
 
     monkeypatch.setattr("csi_driver.agent.agent.Job", Begun)
@@ -220,3 +222,18 @@ def test_a_failure_for_good_of_an_upload_says_that_an_image_does_not_change(node
     node.look()
     jobs[0].result = Failed("image disk is no disk", permanent=True)
     assert node.look()["message"] == f"image disk is no disk{WORDS}"
+
+
+def test_downloads_that_do_not_end_keep_no_other_image_waiting(nodes: Any, jobs: list[Any]) -> None:
+    node = nodes()
+    for name in ("a", "b", "c"):
+        metadata = {"name": name, "uid": f"uid-{name}"}
+        image = {"metadata": metadata, "spec": {"source": {"download": {"url": "https://drips/"}}}, "status": {}}
+        node.api.put(IMAGE_COPY, copy_of(node.api.put(IMAGE, image), "one", make=True))
+    node.start()
+    node.uploads.receive("disk", "uid-disk", 0, 4, 4, io.BytesIO(b"disk"))
+    states = {name: node.look(name)["state"] for name in ("a", "b", "c", "disk")}
+    assert states == {"a": "InProgress", "b": "InProgress", "c": "Pending", "disk": "InProgress"}
+    jobs[0].result = Failed("the server is away")
+    node.look("a")
+    assert node.look("c")["state"] == "InProgress"
