@@ -87,7 +87,8 @@ class HolderPods:
     def begin(self, known: Known, node: str) -> str:
         """Have the volume's holder be made on that node, in place of one that has ended, without waiting for it.
 
-        Returns what one that had ended tells of it, "" where none had. Raises what `image` does.
+        Returns what one that had ended tells of it, "" where none had. Raises Conflict (Aborted) where another
+        controller did the same meanwhile, and what `image` does.
         """
         name, said = pod_name(known.volume_id, node), ""
         found = self._api.get(POD, name, self._namespace)
@@ -95,7 +96,7 @@ class HolderPods:
             status = found["status"]
             why = one_line(status.get("message") or status.get("reason") or status["phase"], _MOST_QUOTED)
             said = f"{self._namespace}/{name} on node {node}: {why}"
-            self._remove_ended(name)
+            self._remove_ended(found)
             found = self._api.get(POD, name, self._namespace)
         if found is None:
             self._make(known, node, name)
@@ -114,7 +115,7 @@ class HolderPods:
                 found = self._make(known, node, name)
             if is_going(found) or _has_ended(found):
                 if not is_going(found):
-                    self._remove_ended(name)
+                    self._remove_ended(found)
                 said = found.get("status", {}).get("message") or "an earlier one is ending"
             elif _is_ready(found):
                 return found
@@ -155,11 +156,9 @@ class HolderPods:
             return f"it does not run ({said})"
         return "it stays while the volume's device is in use there, see its log"
 
-    def _remove_ended(self, name: str) -> None:
-        """No grace period is named: Kubernetes gives none to a pod that has ended, and one that another controller has
-        made of that name meanwhile keeps its own, ten years.
-        """
-        self._api.delete(POD, name, self._namespace)
+    def _remove_ended(self, pod: Json) -> None:
+        """Only that very one: another controller may have made one of its name meanwhile, and that may be in use."""
+        self._api.delete(POD, name_of(pod), self._namespace, grace_seconds=0, seen=pod)
 
     def _make(self, known: Known, node: str, name: str) -> Json:
         try:

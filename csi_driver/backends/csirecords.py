@@ -52,8 +52,10 @@ class Api(Protocol):
     def patch(self, kind: Kind, name: str, patch: Json, namespace: str = "", *, status: bool = False) -> Json:
         """Merge into an object, or into its status. Raises Conflict, NotFound, InvalidArgument."""
 
-    def delete(self, kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None) -> None:
-        """Ask for its deletion; absent is fine."""
+    def delete(
+        self, kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None, seen: Json | None = None
+    ) -> None:
+        """Ask for its deletion; absent is fine. Raises Conflict (Aborted) where it is no more as it was `seen`."""
 
 
 class Staged(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):

@@ -262,7 +262,7 @@ def _cloned(image: Json) -> str | None:
 
 
 def is_silent(node: Json) -> bool:
-    """Whether its kubelet tells nothing any more: what its pods say is as old then, and no one else's word."""
+    """Whether its kubelet tells nothing any more: the containers of its pods stay "ready" in the API, dead or not."""
     conditions = node.get("status", {}).get("conditions", ())
     return any((each["type"], each["status"]) == ("Ready", "Unknown") for each in conditions)
 

@@ -104,8 +104,10 @@ class FarCluster:
     def patch(self, kind: Kind, name: str, patch: Json, namespace: str = "", *, status: bool = False) -> Json:
         return cast("Json", self.ask("call", "patch", kind, name, patch, namespace, status=status))
 
-    def delete(self, kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None) -> None:
-        self.ask("call", "delete", kind, name, namespace, grace_seconds=grace_seconds)
+    def delete(
+        self, kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None, seen: Json | None = None
+    ) -> None:
+        self.ask("call", "delete", kind, name, namespace, grace_seconds=grace_seconds, seen=seen)
 
 
 @contextlib.contextmanager

@@ -48,8 +48,10 @@ class FaultyApi:
         what = f"patch {kind.plural} {'+'.join(patch.get('spec', patch))}"
         return self._step(what, lambda: self._api.patch(kind, name, patch, namespace, status=status))
 
-    def delete(self, kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None) -> None:
-        gone = partial(self._api.delete, kind, name, namespace, grace_seconds=grace_seconds)
+    def delete(
+        self, kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None, seen: Json | None = None
+    ) -> None:
+        gone = partial(self._api.delete, kind, name, namespace, grace_seconds=grace_seconds, seen=seen)
         self._step(f"delete {kind.plural}", gone)
 
     def _step(self, what: str, run: Callable[[], R]) -> R:

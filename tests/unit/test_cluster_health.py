@@ -1,9 +1,10 @@
-"""What `luks-csi doctor --cluster` finds of the namespace that Longhorn's and Harvester's kinds need."""
+"""What `luks-csi doctor --cluster` finds of agents and of the namespace that Longhorn's and Harvester's kinds need."""
 
 import pytest
 
-from csi_driver.kube.kinds import BACKING_IMAGE, CRD, MANAGED_BY, NAMESPACE, Json, Kind
+from csi_driver.kube.kinds import BACKING_IMAGE, CRD, MANAGED_BY, NAMESPACE, NODE, POD, Json, Kind
 from csi_driver.operator.cluster_health import ClusterHealth
+from csi_driver.operator.images import AGENT_LABELS
 from csi_driver.volumes.finding import Finding
 from tests.operator_fakes import NOW, FakeApi
 
@@ -15,9 +16,9 @@ class Api(FakeApi):
         raise AssertionError(f"a {kind} was made: {thing}, {namespace}, {dry_run}")
 
 
-def found(api: Api) -> Finding:
+def found(api: Api, name: str = "their namespace") -> Finding:
     findings = ClusterHealth(api, "luks-csi", "luks.csi.internal").findings()
-    (finding,) = (each for each in findings if each.name == "their namespace")
+    (finding,) = (each for each in findings if each.name == name)
     return finding
 
 
@@ -38,3 +39,15 @@ def test_a_namespace_that_is_missing_is_told(namespace: Json | None, said: str |
     assert (finding.ok, finding.fatal) == (said is None, False)
     assert finding.found.endswith(said or "longhorn-system is there")
     assert said is None or finding.advice == "kubectl create namespace longhorn-system"
+
+
+def test_a_node_that_tells_nothing_any_more_has_no_agent() -> None:
+    api = Api()
+    for node in ("one", "two"):
+        status = {"conditions": [{"type": "Ready", "status": "Unknown" if node == "two" else "True"}]}
+        api.put(NODE, {"metadata": {"name": node}, "status": status})
+        up = {"containerStatuses": [{"name": "image-agent", "ready": True}]}
+        metadata = {"name": f"node-{node}", "labels": AGENT_LABELS}
+        api.put(POD, {"metadata": metadata, "spec": {"nodeName": node}, "status": up}, "luks-csi")
+    finding = found(api, "agents")
+    assert (finding.ok, finding.found) == (False, "1 of 2 nodes have an agent, not two")

@@ -113,10 +113,6 @@ class Cluster(FakeApi):
     def delete(
         self, kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None, seen: Json | None = None
     ) -> None:
-        """A pod that has ended goes at once, as in Kubernetes (podStrategy.CheckGracefulDelete)."""
-        pod = self._of(POD).get((namespace, name), {}) if kind == POD else {}
-        if pod.get("status", {}).get("phase") in ("Failed", "Succeeded"):
-            grace_seconds = 0
         super().delete(kind, name, namespace, grace_seconds=grace_seconds, seen=seen)
         if grace_seconds == 0 and self.get(kind, name, namespace) is not None:
             self.lose(kind, name, namespace)
@@ -656,15 +652,13 @@ def test_another_controller_that_stood_still_ends_no_holder_that_runs(world: Wor
     world.create()
     world.controller.publish("pvc-1", "one", many_nodes=False)
     end(world, "pvc-1")
-    real = world.api.delete
 
-    def stands_still(kind: Kind, name: str, namespace: str = "", *, grace_seconds: int | None = None) -> None:
-        world.api.delete = real  # type: ignore[method-assign]
-        world.controller.mend(no_lock, lambda: False)
-        world.api.obeys = False  # the holder stays for as long as its grace period lets it
-        real(kind, name, namespace, grace_seconds=grace_seconds)
+    def stands_still(call: Call) -> None:
+        if (call.verb, call.kind) == ("delete", POD):
+            world.api.before = lambda _: None
+            world.controller.mend(no_lock, lambda: False)
 
-    world.api.delete = stands_still  # type: ignore[method-assign]
+    world.api.before = stands_still
     world.controller.mend(no_lock, lambda: False)
     assert [each["status"]["phase"] for each in world.api.all(POD)] == ["Running"]
 
