@@ -12,7 +12,7 @@ import msgspec
 
 from csi_driver.agent.jobs import Job
 from csi_driver.agent.leftovers import Leftovers
-from csi_driver.agent.requests import Requests, is_download
+from csi_driver.agent.requests import Requests, is_download, is_made
 from csi_driver.agent.settings import AgentSettings
 from csi_driver.agent.uploads import Uploads
 from csi_driver.agent.wishes import Wishes
@@ -166,7 +166,7 @@ class Agent:
     def _is_given_up(self, copy: Json, image: Json, *, there: bool) -> bool:
         """Whether it has failed for good, and nobody has changed the Image since: its limit, say."""
         status = copy.get("status", {})
-        if not status.get("permanent") or not (there or copy["spec"].get("make")):
+        if not status.get("permanent") or not (there or is_made(copy)):
             return False
         if status.get("observedGeneration") in (None, _generation(image)):
             return True

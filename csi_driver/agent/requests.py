@@ -18,9 +18,14 @@ from csi_driver.kube.kinds import CONFIG_MAP, IMAGE_COPY, IMAGE_LABEL, SECRET, J
 from csi_driver.model.errors import FailedPrecondition
 
 
+def is_made(copy: Json) -> bool:
+    """Whether it comes from the image's source, and not from another node."""
+    return bool(copy["spec"].get("make")) and "image" not in copy.get("status", {})
+
+
 def is_download(copy: Json, image: Json, *, there: bool) -> bool:
     """Whether what is to be done for it takes as long as a server elsewhere likes."""
-    return not there and _is_made(copy) and "download" in image["spec"]["source"]
+    return not there and is_made(copy) and "download" in image["spec"]["source"]
 
 
 class Requests:
@@ -48,7 +53,7 @@ class Requests:
         work: Download | Upload | CloneWork | Export | Pull | None
         if there:
             work = Pull((), "", "")  # only its checksum is wanted
-        elif _is_made(copy):
+        elif is_made(copy):
             work = self._making(copy, image)
         else:
             work = self._pulling(name, uid, image.get("status", {}).get("checksum"))
@@ -159,8 +164,3 @@ class Requests:
                 f"(PEM); put them there"
             )
         return headers, "\n".join(texts)
-
-
-def _is_made(copy: Json) -> bool:
-    """Whether it comes from the image's source, and not from another node."""
-    return bool(copy["spec"].get("make")) and "image" not in copy.get("status", {})

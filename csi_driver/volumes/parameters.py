@@ -25,11 +25,12 @@ _SECRET_KEYS = frozenset(
     key
     for part in ("name", "namespace")
     for key in (
+        f"{_KUBERNETES}secret-{part}",
         *(
-            f"{_KUBERNETES}{stage}secret-{part}"
+            f"{_KUBERNETES}{stage}-secret-{part}"
             for stage in (
-                "", "provisioner-", "controller-publish-", "controller-expand-", "controller-modify-", "node-stage-",
-                "node-publish-", "node-expand-",
+                "provisioner", "controller-publish", "controller-expand", "controller-modify", "node-stage",
+                "node-publish", "node-expand",
             )
         ),
         *(
@@ -66,7 +67,7 @@ _IGNORED = {
     "shareManagerTolerations": "no volume is shared by NFS",
     "migratable": "a volume lives on one node",
     "diskSelector": "nodes have no disks by tag",
-    "nodeSelector": "a volume is made on the node that its pod has",
+    "nodeSelector": "a volume is made on the node that uses it",
     "imageFeatures": "it belongs to Ceph images",
     "dataPool": "it names a Ceph pool and this backend is not Ceph",
     "mounter": "it says how Ceph images are mapped and this backend is not Ceph",

@@ -127,6 +127,19 @@ def test_a_copy_whose_record_cannot_be_read_is_not_ready_and_is_not_let_go_with_
     assert node.api.get(IMAGE_COPY, key) is None
 
 
+def test_a_copy_that_was_given_up_is_pulled_when_what_was_in_the_way_is_gone(nodes: Any, tmp_path: Path) -> None:
+    node = nodes(retries=0)
+    put(node, tmp_path, "uid-disk")
+    status = {"status": {"state": "Ready", "message": "", "image": {"checksum": "00"}}}
+    node.api.change(IMAGE_COPY, name_of(node.copy), status)
+    node.library.file("disk").with_name("record.json").write_bytes(b"{")
+    node.start()
+    assert node.look()["permanent"] is True
+    node.library.delete("disk")
+    node.start()
+    assert node.look()["message"].startswith("no other node has image disk now; it is pulled when one does")
+
+
 @pytest.mark.parametrize("more", [{}, {"volume": "pvc-1"}, {"secret": {"name": "key", "namespace": "n"}}])
 def test_the_file_of_a_copy_that_stays_stays_when_its_maker_goes(
     nodes: Any, tmp_path: Path, more: dict[str, Any]
