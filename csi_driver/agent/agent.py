@@ -129,12 +129,12 @@ class Agent:
         if image is None or uid_of(image) != uid:
             return 2.0  # not seen yet, or going: its copies go too
         there = record is not None
-        if self._is_given_up(copy, image, there=there or bool(obstacle)):
+        if self._is_given_up(copy, image, there=there or obstacle is not None):
             return _LOOK_SECONDS
         if (wait := self._paused.get(name_of(copy), 0.0) - time.monotonic()) > 0:
             return wait
-        if obstacle:
-            return self._failed(copy, Failed(obstacle, elsewhere=True))
+        if obstacle is not None:
+            return self._failed(copy, obstacle)
         if self._at_work(downloads=is_download(copy, image, there=there)) >= self._settings.jobs_at_once:
             self._tell(copy, State.PENDING, "waits for other images that this node is at work on")
             return None
@@ -153,15 +153,19 @@ class Agent:
         self._told[key] = time.monotonic()
         return None
 
-    def _found(self, copy: Json) -> tuple[ImageRecord | None, str]:
-        """The file of a copy, if it is there, and what lies in its place: another image, one that cannot be read."""
+    def _found(self, copy: Json) -> tuple[ImageRecord | None, Failed | None]:
+        """The file of a copy, if it is there, and what lies in its place: another image, one that cannot be read.
+
+        Of the latter nobody knows that it is another one's: this node cannot let go of it.
+        """
         try:
             record = self._library.get(copy["spec"]["image"])
         except NotFound:
-            return None, ""
+            return None, None
         except DriverError as error:
-            return None, str(error)
-        return (record, "") if record.owner == copy["spec"]["imageUID"] else (None, foreign(record))
+            return None, Failed(str(error))
+        is_own = record.owner == copy["spec"]["imageUID"]
+        return (record, None) if is_own else (None, Failed(foreign(record), elsewhere=True))
 
     def _is_given_up(self, copy: Json, image: Json, *, there: bool) -> bool:
         """Whether it has failed for good, and nobody has changed the Image since: its limit, say."""
@@ -228,8 +232,8 @@ class Agent:
         name, uid = copy["spec"]["image"], copy["spec"]["imageUID"]
         try:
             if not self._wanted_otherwise(copy):
-                self._library.drop(name, uid)
                 self._uploads.forget(name, uid)
+                self._library.drop(name, uid)
         except DriverError as error:
             self._tell(copy, state_of(copy), f"not removed yet: {error}")
             return 2.0

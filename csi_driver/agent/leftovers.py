@@ -141,8 +141,8 @@ class Leftovers:
         copies, _ = self._kube.list(IMAGE_COPY, fields={"spec.node": self._settings.node})
         if left in map(_of, copies) or (self._is_whole(left) and uid in map(uid_of, images)):
             return
-        self._library.drop(name, uid)
         self._uploads.forget(name, uid)
+        self._library.drop(name, uid)
         del self._since[left]
         log.warning("files of an Image that is gone were removed", image=name, uid=uid)
 

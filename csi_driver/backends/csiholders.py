@@ -6,6 +6,7 @@ nobody does but `HolderPods`, when the node has nothing open on it any more.
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +15,7 @@ from csi_driver.backends.csiheaders import LABEL
 from csi_driver.backends.csipins import digest
 from csi_driver.backends.csirecords import GROUP, Api, Known, Staged, looks
 from csi_driver.kube.kinds import MANAGED_BY, MANAGER, NODE, POD, VOLUME_RECORD, Json, is_going, name_of, uid_of
+from csi_driver.kube.refusals import Conflict
 from csi_driver.model.errors import Aborted, AlreadyExists, FailedPrecondition, NotFound
 from csi_driver.model.text import one_line
 
@@ -115,7 +117,8 @@ class HolderPods:
                 found = self._make(known, node, name)
             if is_going(found) or _has_ended(found):
                 if not is_going(found):
-                    self._remove_ended(found)
+                    with suppress(Conflict):  # it is looked at again
+                        self._remove_ended(found)
                 said = found.get("status", {}).get("message") or "an earlier one is ending"
             elif _is_ready(found):
                 return found

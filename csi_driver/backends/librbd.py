@@ -33,6 +33,7 @@ _SOME_BYTES: Final = 16 << 10
 _SOME_CLIENTS: Final = 16
 _PIECE: Final = 4 << 20
 _NOT_OF_PARENTS, _BY_OBJECTS = 0, 1
+_KEEPING: Final = (0, 1)  # rbd_snap_namespace_type_t: of users, of groups
 
 
 @dataclass(frozen=True)
@@ -127,14 +128,28 @@ def is_unwritten(session: Session, where: Where, image: str) -> bool:
     return not found
 
 
+class _Snapshot(ctypes.Structure):
+    """rbd_snap_info_t."""
+
+    _fields_ = (("id", c_uint64), ("size", c_uint64), ("name", c_char_p))
+
+
 def snapshots(session: Session, where: Where, image: str) -> int:
-    """How many snapshots it has, of whatever kind."""
-    room = c_int()
+    """How many snapshots it has that keep it: those of mirroring, and of the trash, go with an image."""
+    rbd, room, kind, kept = library(), c_int(), c_int(), 0
     with _opened(session, where, image) as opened:
-        code = library().rbd_snap_list(opened, None, byref(room))
-    if code != -errno.ERANGE:
-        check(code)
-    return max(0, room.value - 1)  # it wants room for one more, an end
+        while True:
+            found = (_Snapshot * max(1, room.value))()
+            code = rbd.rbd_snap_list(opened, found, byref(room))
+            if code != -errno.ERANGE:
+                break
+        try:
+            for one in found[: check(code)]:
+                check(rbd.rbd_snap_get_namespace_type(opened, one.id, byref(kind)))
+                kept += kind.value in _KEEPING
+        finally:
+            rbd.rbd_snap_list_end(found)
+    return kept
 
 
 def overwrite(session: Session, where: Where, image: str, length: int) -> None:
@@ -281,7 +296,7 @@ def _declare(rbd: ctypes.CDLL) -> None:
     # Of those that take a number: without it one is passed as a C int.
     rbd.rbd_image_options_set_uint64.argtypes = (c_void_p, c_int, c_uint64)
     rbd.rbd_create4.argtypes = (c_void_p, c_char_p, c_uint64, c_void_p)
-    rbd.rbd_snap_list.argtypes = (c_void_p, c_void_p, c_void_p)
+    rbd.rbd_snap_get_namespace_type.argtypes = (c_void_p, c_uint64, c_void_p)
     rbd.rbd_resize2.argtypes = (c_void_p, c_uint64, c_ubyte, _Progress, c_void_p)
     rbd.rbd_get_id.argtypes = (c_void_p, c_char_p, c_size_t)
     rbd.rbd_metadata_list.argtypes = (c_void_p, c_char_p, c_uint64, c_char_p, c_void_p, c_char_p, c_void_p)

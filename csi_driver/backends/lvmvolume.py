@@ -229,7 +229,7 @@ class GroupVolumes:
         unseen = unseen_from(found)
         # One that is there though all was settled is of a growth of which an older record knows nothing: what it lets
         # be cleared was shown since, and written to. It goes before the record says that there is something to clear.
-        if unseen is None or (state.settled and unseen != found.size):
+        if unseen is None or unseen > found.size or (state.settled and unseen != found.size):
             stale = None if unseen is None else f"{UNSEEN_TAG}{unseen}"
             self._group.retag(found.name, stale, f"{UNSEEN_TAG}{found.size}")
         # It may have been shortened since, and what was cut off may have been another's meanwhile.

@@ -66,7 +66,11 @@ def meant(cluster: Cluster, user: str, what: str, number: int, said: str) -> Dri
         case 17:
             return CephExists(f"{text}; call again")
         case 39:
-            return DeviceInUse(f"{text}; it has snapshots ('rbd snap ls'), remove them first if nobody needs them")
+            return DeviceInUse(f"{text}; it has snapshots ('rbd snap ls --all'), remove them if nobody needs them")
+        case 10:
+            return DeviceInUse(f"{text}; images were cloned of its snapshots ('rbd children'), flatten them first")
+        case 31:
+            return DeviceInUse(f"{text}; it is in a group, take it out of that first ('rbd group image rm')")
         case 16:
             return DeviceInUse(f"{text}; unmap it where it is mapped, or wait 30 s for a client that crashed")
         case 28 | 122:

@@ -189,7 +189,6 @@ def leftovers(
         raise click.UsageError("--forget is for keys that are named, and without --destroy.")
     with local_driver(context, given) as driver:
         found = [entry for entry in _left(driver, forget=forget) if not names or entry.key.name in names]
-        _warn(_untold(driver))
         if absent := set(names) - {entry.key.name for entry in found}:
             raise click.ClickException(f"no KMS keeps {', '.join(sorted(absent))} for nothing")
         gone: set[str] = set()
@@ -199,6 +198,7 @@ def leftovers(
         elif found and forget:
             confirm(f"Forget {len(found)} keys, and never destroy what their KMS has of them?", yes=yes)
             gone = _ended(driver, found, driver.keys.forget_left, forget=True)
+        _warn(_untold(driver))
     _show_left(found, gone, output, "destroyed" if destroy else "forgotten" if forget else "")
     if (destroy or forget) and len(gone) < len(found):
         context.exit(1)

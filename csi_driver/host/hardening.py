@@ -24,7 +24,7 @@ def forbid_core() -> None:
     """Leave no core dump, nor let a program that this process becomes: RLIMIT_CORE is 1, soft and hard.
 
     0 forbids a file alone: where core_pattern names a program, that gets the dump all the same (core(5)). Of 1 the
-    kernel makes neither (fs/coredump.c).
+    kernel makes neither (fs/coredump.c), but for a collector at a socket (`@`, of Linux 6.16).
     """
     try:
         resource.setrlimit(resource.RLIMIT_CORE, (1, 1))

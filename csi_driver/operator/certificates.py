@@ -58,7 +58,7 @@ class Certificates:
         self._namespace = namespace
         self._clock = clock
         self._guard = threading.Lock()
-        self._shown: tuple[Signed, ssl.SSLContext] | None = None
+        self._shown: dict[str, tuple[Signed, ssl.SSLContext]] = {}
         self.error = "not looked at yet"
         """Why not all of them are in place, "" when they are."""
 
@@ -84,9 +84,9 @@ class Certificates:
     def context(self) -> ssl.SSLContext:
         """What the operator's own server shows. Raises FailedPrecondition while there is no certificate."""
         with self._guard:
-            if self._shown is None:
+            if OPERATOR_SECRET not in self._shown:
                 raise FailedPrecondition("the operator has no certificate yet; it is being made")
-            return self._shown[1]
+            return self._shown[OPERATOR_SECRET][1]
 
     def _authority(self) -> tuple[Signed, str]:
         """The authority, and all that are to be trusted."""
@@ -127,11 +127,12 @@ class Certificates:
         return True
 
     def _show(self, name: str, signed: Signed | None) -> None:
-        if name != OPERATOR_SECRET or signed is None:
+        """Load it, also that of the agents, who show it: they have no other one, and only their logs would tell."""
+        if signed is None:
             return
         with self._guard:
-            if self._shown is None or self._shown[0] != signed:
-                self._shown = signed, _context_of(name, signed)
+            if name not in self._shown or self._shown[name][0] != signed:
+                self._shown[name] = signed, _context_of(name, signed)
 
     def _publish(self, bundle: str) -> None:
         """Who uploads an image must know whom to trust."""

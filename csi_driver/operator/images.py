@@ -87,15 +87,15 @@ class Images:
         return sooner(later, look_again, idle_later, claim)
 
     def _do(self, image: Json, copies: Sequence[Json], found: Plan) -> None:
+        for copy in copies:  # before another one begins what it was making: that it is no more as it was seen ends this
+            if name_of(copy) in found.delete:
+                self._kube.delete(IMAGE_COPY, name_of(copy), seen=copy)
         for copy in found.create:
             with contextlib.suppress(AlreadyExists):
                 self._kube.create(IMAGE_COPY, copy)
                 log.info(
                     "copy wanted", image=copy["spec"]["image"], node=copy["spec"]["node"], make=copy["spec"]["make"]
                 )
-        for copy in copies:
-            if name_of(copy) in found.delete:  # it was decided of this state of it alone
-                self._kube.delete(IMAGE_COPY, name_of(copy), seen=copy)
         self._let_go([copy for copy in copies if name_of(copy) in found.forget])
         if found.finalizer is not None:
             keep(self._kube, IMAGE, self.images, image, kept=found.finalizer)

@@ -182,8 +182,11 @@ def _make(image: Json, near: Sequence[Json], there: Sequence[Json], world: World
 
 def _upload_on(image: Json, there: Sequence[Json]) -> str | None:
     """The node with an upload that may have come, all of it: nobody sends it again."""
-    told = (copy for copy in there if copy.get("status") and state_of(copy) is not State.AWAITING_UPLOAD)
-    return next((str(copy["spec"]["node"]) for copy in told), None) if "upload" in image["spec"]["source"] else None
+    if "upload" not in image["spec"]["source"]:
+        return None
+    asked = (copy for copy in there if copy.get("status", {}).get("address"))  # told with the first AwaitingUpload
+    come = (copy for copy in asked if state_of(copy) is not State.AWAITING_UPLOAD)
+    return next((str(copy["spec"]["node"]) for copy in come), None)
 
 
 def _first(image: Json, world: World, found: Plan) -> _Outcome:

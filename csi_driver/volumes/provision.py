@@ -198,17 +198,17 @@ class Provisioning:
     ) -> Capacity:
         """Room for volumes of these parameters, as a pod would see it; 0 where such a volume cannot be.
 
-        Of parameters that no volume can have it is the room of plain ones: where none is told nobody asks CreateVolume,
-        which says what is wrong. Parameters that name a claim are asked for before this node takes it
+        Of parameters that no volume can have it is without an end: where none is told nobody asks CreateVolume, which
+        says what is wrong. Parameters that name a claim are asked for before this node takes it
         (`BackingImages.let_others_go_first`).
         """
         try:
             return self._room(self._read(given), topology, wanted)
         except InvalidArgument:
-            return self._room(VolumeParameters(), topology, wanted)
+            return self._room(None, topology, wanted)
 
     def _room(
-        self, parameters: VolumeParameters, topology: Mapping[str, str] | None, wanted: Sequence[Capability]
+        self, parameters: VolumeParameters | None, topology: Mapping[str, str] | None, wanted: Sequence[Capability]
     ) -> Capacity:
         is_elsewhere = topology and topology.get(self._settings.topology_key) != self._settings.node_id
         if is_elsewhere and shared(self._backend) is None:
@@ -216,6 +216,8 @@ class Provisioning:
         many_nodes = takes_many_nodes(self._backend)
         if any(capabilities.refusal(capability, many_nodes=many_nodes) for capability in wanted):
             return Capacity(0, 0)
+        if parameters is None:
+            return Capacity(LARGEST_BYTES, LARGEST_BYTES)
         if parameters.backing_image is not None and not (
             isinstance(self._backend, MakesFromFile) and self._images.is_here(parameters.backing_image)
         ):

@@ -160,12 +160,13 @@ class KeyRotation:
         try:
             with self._locks.hold(volume_id):
                 self._change(volume_id)
+            self._told.discard(volume_id)
         except (NotFound, VolumeBusy):
             pass  # it was deleted meanwhile, or its turn comes with the next look
         except RequestNeeded as error:
             if self._is_news(volume_id):
                 log.warning("a key is rotated by request only", volume_id=volume_id, error=str(error))
-        except DeviceInUse as error:  # several nodes have the volume, and may for long
+        except DeviceInUse as error:  # somebody else has the volume too, and may for long
             if self._is_news(volume_id):
                 log.warning("a key is not rotated while its volume is in use", volume_id=volume_id, error=str(error))
         except (DriverError, OSError) as error:

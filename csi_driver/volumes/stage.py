@@ -25,7 +25,7 @@ from csi_driver.model.errors import (
     ResourceExhausted,
     Unauthenticated,
 )
-from csi_driver.model.volume import FileSystemState, RekeyPhase, VolumeRecord, mapping_name
+from csi_driver.model.volume import FileSystemState, VolumeRecord, mapping_name
 from csi_driver.volumes import capability as capabilities
 from csi_driver.volumes.capability import Capability
 from csi_driver.volumes.context import check_context
@@ -183,7 +183,8 @@ class Staging:
         """
         if not record.is_settled and self._backend.get(record.id).revision != record.revision:
             raise Aborted(
-                f"volume {record.id} was formatted by another node while this one began with it; this is tried again"
+                f"volume {record.id} was changed, formatted by another node perhaps, while this one began with it; "
+                f"this is tried again"
             )
 
     def _open(self, record: VolumeRecord, device: Handle, secret: SecretKey, key: KeyInHand, undo: ExitStack) -> Opened:
@@ -197,12 +198,13 @@ class Staging:
         except Unauthenticated:
             if secret.previous is None or record.key is not None:
                 raise
-        renewed = self._rekeying.renew(record, device, secret)
-        adding = renewed.rekey is not None and renewed.rekey.phase is RekeyPhase.ADDING
-        if renewed == record or adding:  # until its conversion has ended, or what hindered the change is gone
-            key = msgspec.structs.replace(key, passphrase=secret.previous)
+        renewed = self._rekeying.renew(self._backend.get(record.id), device, secret)
         with previous_tried(), self._keys.using(renewed, "stage"):
-            return self._encryption.open(self._backend, renewed, device, key, undo)
+            try:
+                return self._encryption.open(self._backend, renewed, device, key, undo)
+            except Unauthenticated:  # as what hinders the change, which was told, has not ended: a conversion, say
+                key = msgspec.structs.replace(key, passphrase=secret.previous)
+                return self._encryption.open(self._backend, renewed, device, key, undo)
 
     def unstage(self, volume_id: str, staging_path: str) -> None:
         """Unmount, close the mapping, let go of the device; needs no key, no record, and nothing to be there.

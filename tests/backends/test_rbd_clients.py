@@ -248,7 +248,7 @@ def test_snapshots_are_counted_and_an_image_that_has_some_stays(ceph: RbdRig, po
     for number in range(3):
         assert pool.snapshots("one") == number
         ceph.ceph.admin("rbd", "snap", "create", f"{POOL}/one@{number}")
-    with pytest.raises(DeviceInUse, match=r"; it has snapshots \(.*\), remove them first"):
+    with pytest.raises(DeviceInUse, match=r"; it has snapshots \(.*\), remove them"):
         pool.remove("one", 60)
     ceph.ceph.admin("rbd", "snap", "purge", f"{POOL}/one")
     assert pool.snapshots("one") == 0

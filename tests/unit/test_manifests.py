@@ -160,7 +160,8 @@ def test_who_calls_the_controller_over_another_driver_waits_longer_than_it_and_f
     assert number(sidecars[1], "--timeout") > 30 + grows.default  # a KMS, then `bound`
     assert number(sidecars[2], "--timeout") > WAIT_SECONDS
     ten = 10  # csi-resizer's workers, by default
-    workers = ten + number(sidecars[1], "--worker-threads") + number(sidecars[2], "--worker-threads")
+    # Of csi-provisioner so many make volumes, and as many delete some.
+    workers = ten + 2 * number(sidecars[1], "--worker-threads") + number(sidecars[2], "--worker-threads")
     assert number(server, "--threads") > workers
     (deployment,) = yaml.safe_load_all((ROOT / "deploy/kubernetes/csi-backend/controller.yaml").read_text())
     assert deployment["spec"]["strategy"] == {"type": "Recreate"}

@@ -176,13 +176,14 @@ def test_a_damaged_secret_is_told_by_its_name(api: FakeApi, certificates: Certif
 
 
 @pytest.mark.parametrize("key", [b"damaged", b"\xff"])
-@pytest.mark.parametrize("name", [AUTHORITY, OPERATOR_SECRET])
+@pytest.mark.parametrize("name", [AUTHORITY, OPERATOR_SECRET, AGENT_SECRET])
 def test_a_key_that_cannot_be_used_is_told_with_its_secret(
     api: FakeApi, certificates: Certificates, name: str, key: bytes
 ) -> None:
     certificates.reconcile("all")
     api.change(SECRET, name, {"data": {"tls.key": base64.b64encode(key).decode()}}, _NAMESPACE)
-    api.lose(SECRET, AGENT_SECRET, _NAMESPACE)  # which is to be signed
+    if name == AUTHORITY:
+        api.lose(SECRET, AGENT_SECRET, _NAMESPACE)  # which is to be signed
     said = f"key or certificate of the secret {name} cannot be used; delete it, it is made anew"
     with pytest.raises(FailedPrecondition, match=said):
         certificates.reconcile("all")

@@ -169,6 +169,22 @@ def test_a_copy_that_was_used_a_moment_ago_stays(api: SilentApi) -> None:
     assert not any("deletionTimestamp" in copy["metadata"] for copy in api.all(IMAGE_COPY))
 
 
+def test_a_lost_maker_that_told_something_a_moment_ago_gets_no_second_one_beside_it(api: SilentApi) -> None:
+    wanted = image(api, "disk", {"download": {"url": "https://example.com/disk"}})
+    lost = api.put(IMAGE_COPY, copy_of(wanted, "two", make=True) | {"status": {"state": "InProgress"}})
+    api.lose(POD, "node-two", "luks-csi")
+    images = seeing(api, lost_seconds=0)
+    api.change(IMAGE_COPY, name_of(lost), {"status": {"progress": 50}})
+    with pytest.raises(Conflict):
+        images.reconcile("disk")
+    assert [name_of(copy) for copy in api.all(IMAGE_COPY)] == [name_of(lost)]
+    images = seeing(api, lost_seconds=0)
+    images.reconcile("disk")
+    there = [copy["spec"]["node"] for copy in api.all(IMAGE_COPY) if "deletionTimestamp" not in copy["metadata"]]
+    assert len(there) == 1
+    assert there != ["two"]
+
+
 def test_a_copy_that_a_clone_was_begun_of_a_moment_ago_is_in_use(api: SilentApi) -> None:
     source = disk(api)
     for node in _NODES:

@@ -136,12 +136,16 @@ def test_a_maker_that_is_lost_stays_while_nobody_else_can_make_it() -> None:
 def test_an_upload_that_has_come_is_waited_for(state: str) -> None:
     wanted = image(source={"upload": {}})
     there: dict[str, Any] = {"nodes": frozenset("ab"), "lost": frozenset("a")}
-    found = plan(wanted, [copy(wanted, "a", state, make=True)], world("b", **there))
+    asked = copy(wanted, "a", state, make=True)
+    asked["status"]["address"] = "10.0.0.1:9812"
+    found = plan(wanted, [asked], world("b", **there))
     assert (found.delete, found.create, found.status["phase"]) == ([], [], "Pending")
     assert found.status["message"].startswith("node a, which may have all of its upload, does not answer")
-    awaited = copy(wanted, "a", "AwaitingUpload", make=True)
-    found = plan(wanted, [awaited], world("b", **there))
-    assert (found.delete, placed(found)) == ([name_of(awaited)], [("b", True)])
+    awaited, never = copy(wanted, "a", "AwaitingUpload", make=True), copy(wanted, "a", "Pending", make=True)
+    awaited["status"]["address"] = "10.0.0.1:9812"
+    for each in (awaited, never):
+        found = plan(wanted, [each], world("b", **there))
+        assert (found.delete, placed(found)) == ([name_of(each)], [("b", True)])
 
 
 def test_what_was_ready_once_is_never_made_anew() -> None:

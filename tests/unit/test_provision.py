@@ -33,6 +33,7 @@ from csi_driver.model.volume import (
 )
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.provision import Capacity, CreateRequest, Provisioning
+from csi_driver.volumes.sizing import LARGEST_BYTES
 from tests.fake_host import MemoryBackend, no_images, no_kms
 
 MIB = 1 << 20
@@ -527,15 +528,15 @@ def test_capacity_is_what_a_pod_would_see() -> None:
 @pytest.mark.parametrize(
     "refused", [{"encrypted": "maybe"}, {"encryptd": "true"}, {"backend": "rbd"}, {"thinPool": "a"}]
 )
-def test_a_class_that_is_refused_has_the_room_of_a_plain_one_so_that_it_can_be_refused(refused: dict[str, str]) -> None:
+def test_a_class_that_is_refused_has_room_without_an_end_so_that_it_can_be_refused(refused: dict[str, str]) -> None:
     driver = provisioning(MemoryBackend(total=10 * GIB))
-    assert driver.capacity(refused, HERE, []) == driver.capacity({}, HERE, [])
+    assert driver.capacity(refused, HERE, []) == Capacity(LARGEST_BYTES, LARGEST_BYTES)
     assert driver.capacity(refused, {next(iter(HERE)): "node-2"}, []) == Capacity(0, 0)
     with pytest.raises(InvalidArgument):
         driver.create(request(parameters=refused))
 
 
-def test_a_class_that_asks_the_backend_for_what_it_does_not_know_has_the_room_of_a_plain_one() -> None:
+def test_a_class_that_asks_the_backend_for_what_it_does_not_know_has_room_without_an_end() -> None:
     class Clusters(MemoryBackend):
         def space(self, parameters: VolumeParameters | None = None) -> Space:
             if parameters is not None and parameters.encrypted:
@@ -543,7 +544,7 @@ def test_a_class_that_asks_the_backend_for_what_it_does_not_know_has_the_room_of
             return super().space(parameters)
 
     driver = provisioning(Clusters(total=10 * GIB))
-    assert driver.capacity(ENCRYPTED, None, []) == Capacity(10 * GIB, 10 * GIB)
+    assert driver.capacity(ENCRYPTED, None, []) == Capacity(LARGEST_BYTES, LARGEST_BYTES)
 
 
 @pytest.mark.parametrize("parameters", [{}, ENCRYPTED])
