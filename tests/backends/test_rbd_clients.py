@@ -256,6 +256,19 @@ def test_snapshots_are_counted_and_an_image_that_has_some_stays(ceph: RbdRig, po
     assert pool.info("one") is None
 
 
+def test_snapshots_of_mirroring_keep_no_image(ceph: RbdRig, pool: CephPool) -> None:
+    pool.make("one", MIB, FEATURES, None)
+    ceph.ceph.admin("rbd", "mirror", "pool", "enable", POOL, "image")
+    try:
+        ceph.ceph.admin("rbd", "mirror", "image", "enable", f"{POOL}/one", "snapshot")
+        assert ceph.ceph.asked("rbd", "snap", "ls", "--all", f"{POOL}/one")
+        assert pool.snapshots("one") == 0
+        pool.remove("one", 60)
+        assert pool.info("one") is None
+    finally:
+        ceph.ceph.admin("rbd", "mirror", "pool", "disable", POOL)
+
+
 def test_who_has_an_image_open_is_told_and_his_lock_broken_when_he_is_fenced(ceph: RbdRig, pool: CephPool) -> None:
     pool.make("one", MIB, FEATURES, None)
     assert pool.watchers("one") == []
