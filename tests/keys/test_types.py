@@ -108,7 +108,9 @@ class Lab:
     def vault(self, kind: str = "vault", root: str = "/v1/secret") -> Case:
         self.get("tenant")
         fields = {"vaultAddress": self.get("vault").address, "vaultRole": "node", "vaultCAFromSecret": "vault-ca"}
-        fields |= {"vaultAuthPath": "/v1/auth/kubernetes/login", "vaultTransitKey": "csi"}
+        fields |= {"vaultAuthPath": "/v1/auth/kubernetes/login"}
+        if kind == "vaulttransit":
+            fields |= {"vaultTransitKey": "csi"}
         fields |= {"vaultTokenPath": str(self.folder / "serviceaccount" / "token")}
         fields |= {"vaultPassphraseRoot": root, "vaultPassphrasePath": "ceph"}
         return Case(self.make(self.kubernetes(), encryptionKMSType=kind, **fields), kind)
