@@ -321,8 +321,8 @@ class Canary:
         for name, pid in self._processes().items():
             self.report.places += 1
             limits = Path(f"/proc/{pid}/limits").read_text()
-            found = re.search(r"Max core file size\s+(\S+)\s+(\S+)", limits)
-            if found is None or found.groups() != ("0", "0"):
+            found = re.search(r"Max core file size\s+(\S+)\s+(\S+)", limits)  # see `hardening.forbid_core`
+            if found is None or found.groups() != ("1", "1"):
                 self.report.hits.append(f"the {name} may dump core: {found.groups() if found else 'no limit'}")
 
     def _crash(self) -> None:
