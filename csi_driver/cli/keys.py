@@ -21,7 +21,7 @@ from csi_driver.model.errors import DriverError
 from csi_driver.model.times import recorded
 from csi_driver.model.volume import KeyTrail, VolumeRecord, is_volume_id
 from csi_driver.volumes.driver import Driver
-from csi_driver.volumes.keys import SHARED, shares_key
+from csi_driver.volumes.keys import SHARED, UnnamedKeys, shares_key
 from csi_driver.volumes.rekey import Rekeyed
 from csi_driver.volumes.rotation import schedule
 
@@ -198,7 +198,7 @@ def leftovers(
         elif found and forget:
             confirm(f"Forget {len(found)} keys, and never destroy what their KMS has of them?", yes=yes)
             gone = _ended(driver, found, driver.keys.forget_left, forget=True)
-        _warn(_untold(driver))
+        _warn(_untold(driver.keys.unnamed(driver.backend)))
     _show_left(found, gone, output, "destroyed" if destroy else "forgotten" if forget else "")
     if (destroy or forget) and len(gone) < len(found):
         context.exit(1)
@@ -236,21 +236,23 @@ def _warn(sentences: Sequence[str]) -> None:
 
 
 def _left_told(driver: Driver) -> list[str]:
-    count = len(_left(driver))
+    unnamed = driver.keys.unnamed(driver.backend)
+    count = len(unnamed.left)
     told = [f"a KMS keeps {count} keys for nothing; look at them with `luks-csi keys leftovers`"] * bool(count)
-    return told + _untold(driver)
+    return told + _untold(unnamed)
 
 
 def _left(driver: Driver, *, forget: bool = False) -> list[KeyEntry]:
-    untold = [entry for entry, _ in driver.keys.untold(driver.backend)] if forget else []
-    return [*driver.keys.left(driver.backend), *untold]
+    """What can be destroyed, or forgotten: that is for those too of which nobody can tell."""
+    unnamed = driver.keys.unnamed(driver.backend)
+    return [*unnamed.left, *(entry for entry, _ in unnamed.untold if forget)]
 
 
-def _untold(driver: Driver) -> list[str]:
+def _untold(unnamed: UnnamedKeys) -> list[str]:
     return [
         f"nobody can tell whether volume {entry.volume} has the key {entry.key.name} of its KMS ({error}); if its "
         f"storage is gone for good, name the key to `luks-csi keys leftovers --forget`"
-        for entry, error in driver.keys.untold(driver.backend)
+        for entry, error in unnamed.untold
     ]
 
 

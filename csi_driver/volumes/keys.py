@@ -176,13 +176,9 @@ class VolumeKeys:
         for name in _names(record):
             self._ledger.forget(name)
 
-    def left(self, backend: Backend) -> list[KeyEntry]:
-        """As `left_keys`."""
-        return left_keys(self._ledger, backend)
-
-    def untold(self, backend: Backend) -> list[tuple[KeyEntry, DriverError]]:
-        """As `untold_keys`."""
-        return untold_keys(self._ledger, backend)
+    def unnamed(self, backend: Backend) -> "UnnamedKeys":
+        """As `unnamed_keys`."""
+        return unnamed_keys(self._ledger, backend)
 
     def _forget(self, entry: KeyEntry, purpose: str, *, noted: bool = False) -> bool:
         """Whether the KMS has forgotten it."""
@@ -213,38 +209,37 @@ def previous_tried() -> Iterator[None]:
         raise Unauthenticated(f"{error}; its {PREVIOUS} was tried too and opens none either") from None
 
 
-def left_keys(ledger: KeyLedger, backend: Backend) -> list[KeyEntry]:
-    """The keys that a KMS keeps for nothing: the ledger's, but for those that the record of a volume names.
-
-    One of a volume that is being made at this moment is among them. Raises what `Backend.get` does, as a record that
-    cannot be read might name any. A node of storage that others share lists the volumes that are attached there: of
-    another one the record is asked for, and where that cannot be read no key of it counts as left.
+class UnnamedKeys(msgspec.Struct, frozen=True):
+    """Keys that no record names which can be read: a KMS keeps those that are `left` for nothing; of those that are
+    `untold` nobody can tell that, each with why.
     """
-    return [entry for entry, error in _unnamed(ledger, backend) if error is None]
+
+    left: list[KeyEntry]
+    untold: list[tuple[KeyEntry, DriverError]]
 
 
-def untold_keys(ledger: KeyLedger, backend: Backend) -> list[tuple[KeyEntry, DriverError]]:
-    """Those of which nobody can tell whether they are left, each with why: the record of their volume cannot be read
-    from here, or went with the pool that it was in. Raises as `left_keys`.
+def unnamed_keys(ledger: KeyLedger, backend: Backend) -> UnnamedKeys:
+    """The ledger's keys, but for those that the record of a volume names.
+
+    One of a volume that is being made at this moment is left. Raises what `Backend.get` does, as a record that cannot
+    be read might name any. A node of storage that others share lists the volumes that are attached there: of another
+    one the record is asked for, and where that cannot be read, or went with the pool that it was in, its keys are
+    untold.
     """
-    return [(entry, error) for entry, error in _unnamed(ledger, backend) if error is not None]
-
-
-def _unnamed(ledger: KeyLedger, backend: Backend) -> Iterator[tuple[KeyEntry, DriverError | None]]:
-    """The entries that no record names which can be read, and why another one may."""
-    listed = frozenset(backend.ids())
+    listed, found = frozenset(backend.ids()), UnnamedKeys([], [])
     named = {name for volume_id in listed for name in _names(backend.get(volume_id))}
     for entry in ledger.entries():
         if entry.key.name in named:
             continue
         try:
-            if entry.volume not in listed and entry.key.name in _names(backend.get(entry.volume)):
-                continue
+            if entry.volume in listed or entry.key.name not in _names(backend.get(entry.volume)):
+                found.left.append(entry)
         except DriverError as error:
-            # Subclasses of NotFound miss something else than the volume, a pool say.
-            yield entry, None if type(error) is NotFound else error
-        else:
-            yield entry, None
+            if type(error) is NotFound:  # its subclasses miss something else than the volume, a pool say
+                found.left.append(entry)
+            else:
+                found.untold.append((entry, error))
+    return found
 
 
 def shares_key(record: VolumeRecord) -> bool:

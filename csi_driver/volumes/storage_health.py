@@ -10,7 +10,7 @@ from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.settings import Settings
 from csi_driver.model.volume import MovePhase, VolumeRecord
 from csi_driver.volumes.finding import Finding, look_at
-from csi_driver.volumes.keys import SHARED, left_keys, shares_key, untold_keys
+from csi_driver.volumes.keys import SHARED, shares_key, unnamed_keys
 from csi_driver.volumes.stages import Stages
 
 _GIB = 1 << 30
@@ -134,13 +134,14 @@ class StorageHealth:
                     f"{' and others' * (len(cut) > 5)}; stage the volume with the secret that it has, or end it by "
                     f"luks-csi keys rotate"
                 )
-            if left := left_keys(KeyLedger(self._settings.state_dir, Files()), self._backend):
+            unnamed = unnamed_keys(KeyLedger(self._settings.state_dir, Files()), self._backend)
+            if unnamed.left:
                 raise FailedPrecondition(
-                    f"a KMS keeps {len(left)} keys for nothing; look at them with `luks-csi keys leftovers`"
+                    f"a KMS keeps {len(unnamed.left)} keys for nothing; look at them with `luks-csi keys leftovers`"
                 )
-            if untold := untold_keys(KeyLedger(self._settings.state_dir, Files()), self._backend):
+            if unnamed.untold:
                 raise FailedPrecondition(
-                    f"of {len(untold)} keys nobody can tell whether a volume has them; look at them with "
+                    f"of {len(unnamed.untold)} keys nobody can tell whether a volume has them; look at them with "
                     f"`luks-csi keys leftovers`"
                 )
             return "each volume has its own, and none is left in a KMS"

@@ -205,7 +205,7 @@ def _check_nothing_is_left(lab: Lab, record: VolumeRecord) -> None:
     if lab.node.disk().with_name("next.img").exists():
         raise Lost("next.img is left")
     named = {record.key.name} if record.key is not None else set()
-    if set(lab.kept[0]) - named - {THEIRS} or lab.keys.left(lab.node.store):
+    if set(lab.kept[0]) - named - {THEIRS} or lab.keys.unnamed(lab.node.store).left:
         raise Lost(f"the KMS keeps {sorted(lab.kept[0])} in the end, and {named} counts")
 
 

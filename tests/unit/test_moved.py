@@ -107,7 +107,7 @@ def test_only_where_it_is_it_is_put_down_and_its_key_destroyed(tmp_path: Path, p
     provisioning.delete("pvc-1")
     assert not backend.has("pvc-1")
     assert done == (["released pvc-1", f"destroyed {TRAIL.name}"] if is_here(record(phase)) else [])
-    assert keys.left(backend) == []
+    assert keys.unnamed(backend).left == []
 
 
 @pytest.mark.parametrize("phase", MovePhase)

@@ -102,7 +102,7 @@ def destroy(keys: VolumeKeys, entries: Iterable[KeyEntry]) -> None:
 
 
 def left(keys: VolumeKeys, *records: VolumeRecord) -> list[str]:
-    return [entry.key.name for entry in keys.left(having(*records))]
+    return [entry.key.name for entry in keys.unnamed(having(*records)).left]
 
 
 def having(*records: VolumeRecord) -> Any:
@@ -155,7 +155,7 @@ def test_the_key_of_a_volume_that_could_not_be_made_goes(keys: VolumeKeys, kept:
     assert (failed in kept.names) is down
     assert left(keys) == [failed] * down
     assert make(keys) != failed  # the one of another call, whatever it was that failed
-    destroy(keys, keys.left(having()))
+    destroy(keys, keys.unnamed(having()).left)
     assert failed not in kept.names
     assert left(keys) == []
 
@@ -183,8 +183,8 @@ def test_a_volume_that_is_on_another_node_is_asked_for_before_its_key_counts_as_
         return found
 
     elsewhere: Any = SimpleNamespace(ids=list, get=get)
-    assert [entry.key.name for entry in keys.left(elsewhere)] == [OWN.name] * is_left
-    assert [(entry.key.name, str(error)) for entry, error in keys.untold(elsewhere)] == [
+    assert [entry.key.name for entry in keys.unnamed(elsewhere).left] == [OWN.name] * is_left
+    assert [(entry.key.name, str(error)) for entry, error in keys.unnamed(elsewhere).untold] == [
         (OWN.name, why) for why in untold
     ]
 
@@ -227,7 +227,7 @@ def test_a_kms_that_is_down_leaves_the_name_of_what_it_keeps(keys: VolumeKeys, k
     destroy(keys, keys.leave("pvc-1", RECORD))
     assert left(keys) == [OWN.name]
     kept.down = None
-    destroy(keys, keys.left(having()))
+    destroy(keys, keys.unnamed(having()).left)
     assert OWN.name not in kept.names
 
 
