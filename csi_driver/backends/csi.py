@@ -1,9 +1,9 @@
 """Volumes on raw block claims of another CSI driver: encryption in front of the storage that a cluster has.
 
 The claim is made, enlarged and deleted by the controller (`csiclaims`), which also has a holder pod bring it to a node
-(`csiholders`, `csiholding`); the node gets the device as an open descriptor (`csinode`). Where the class says so, and
-the driver below wants no attaching, there is no holder, and the node calls that driver (`csibelow`, `csidirect`).
-Records and header copies are objects of Kubernetes (`csirecords`, `csiheaders`).
+(`csiholders`, `csiholding`; put right by `csimending`); the node gets the device as an open descriptor (`csinode`).
+Where the class says so, and the driver below wants no attaching, there is no holder, and the node calls that driver
+(`csibelow`, `csidirect`). Records and header copies are objects of Kubernetes (`csirecords`, `csiheaders`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +18,11 @@ from csi_driver.backends.base import Fill, Listed, Space
 from csi_driver.backends.csibelow import DIRECT
 from csi_driver.backends.csiclaims import Claims, places_of
 from csi_driver.backends.csiheaders import HeaderCopies
-from csi_driver.backends.csiholders import HolderPods, astray_of, refuse_open, wants_holder
+from csi_driver.backends.csiholders import HolderPods, node_of, refuse_open
+from csi_driver.backends.csimending import Mending
 from csi_driver.backends.csinode import NodeDevices
 from csi_driver.backends.csirecords import Known, RecordObjects, Spec
 from csi_driver.host.handle import Handle
-from csi_driver.host.log import log
 from csi_driver.kube.kinds import name_of
 from csi_driver.model.access import Access
 from csi_driver.model.errors import (
@@ -34,7 +34,6 @@ from csi_driver.model.errors import (
     InvalidArgument,
     ResourceExhausted,
     Unavailable,
-    VolumeBusy,
 )
 from csi_driver.model.volume import VolumeParameters, VolumeRecord, is_object_name, volume_id_for
 
@@ -73,7 +72,7 @@ class CsiBackend:
         self._node_topology = node_topology
         self._remember = remember
         self._wished: dict[str, str] = {}
-        self._said: dict[str, str] = {}
+        self._mending = Mending(records, headers, holders, self._undo)
 
     # What every backend does.
 
@@ -298,8 +297,8 @@ class CsiBackend:
                 self._records.write(known, node=node_id)
             return {"driver": known.spec.direct.driver}
         for pod in self._holders.of(volume_id):
-            if (place := str(pod["spec"].get("nodeName"))) != node_id:
-                self._holders.drop(volume_id, pod, at_once=self._holders.is_down(place))
+            if node_of(pod) != node_id:
+                self._holders.drop(volume_id, pod)
         if not known.spec.node:
             known = self._records.write(known, node=node_id)  # before the holder: who finds one knows whose it is
         holder = self._holders.ensure(known, node_id)
@@ -312,9 +311,8 @@ class CsiBackend:
             self._refuse_open(known, known.spec.node)
             self._records.write(known, node="", staged=None)
         for pod in self._holders.of(volume_id):
-            node = str(pod["spec"].get("nodeName"))
-            if node_id in ("", node):
-                self._holders.drop(volume_id, pod, at_once=self._holders.is_down(node))
+            if node_id in ("", node_of(pod)):
+                self._holders.drop(volume_id, pod)
 
     def published(self, volume_id: str) -> Sequence[str]:
         node = self._records.ready(volume_id).spec.node
@@ -337,53 +335,12 @@ class CsiBackend:
     def mend(self, hold: Callable[[str], AbstractContextManager[None]], is_ending: Callable[[], bool]) -> None:
         """On a node, tell the records what was let go of; on the controller, mend holders and go on with deletions.
 
-        Of a deletion nobody may ask again: not of a volume that could not be made, whose claim was deleted since.
-
-        `hold` is the volume's lock; one that is busy waits for the next time. What keeps one volume from being mended
-        is told, once, and the next one's turn comes.
+        `hold` is the volume's lock; one that is busy waits for the next time.
         """
         if self._is_node:
             self._devices.mend(hold, is_ending)
             return
-        known = {each.volume_id: each for each in self._records.all()}
-        astray = astray_of(known.values(), self._holders.all())
-        going = [each.volume_id for each in known.values() if each.spec.state == "Deleting"]
-        wanting = {*astray, *going}
-        self._said = {volume_id: said for volume_id, said in self._said.items() if volume_id in wanting}
-        for volume_id in sorted(wanting):
-            if is_ending():
-                return
-            before = self._said.pop(volume_id, "")
-            try:
-                with hold(volume_id):
-                    said = self._mend(volume_id)
-                if said not in ("", before):
-                    log.warning("a holder had ended", volume_id=volume_id, error=said)
-            except (VolumeBusy, Aborted):
-                said = before  # it passes by itself
-            except DriverError as error:
-                said = str(error)
-                if said != before:
-                    log.warning("a volume cannot be mended", volume_id=volume_id, error=said)
-            self._said[volume_id] = said
-        self._headers.drop_unused(known.values())
-
-    def _mend(self, volume_id: str) -> str:
-        """Returns what a holder that had ended tells of it."""
-        known = self._records.find(volume_id)
-        if known is not None and known.spec.state == "Deleting":
-            self._undo(volume_id)
-            return ""
-        node = known.spec.node if known is not None else ""
-        for pod in self._holders.of(volume_id):
-            place = str(pod["spec"].get("nodeName"))
-            if place != node:
-                log.warning("a holder that nobody asked for", volume_id=volume_id, pod=name_of(pod), node=place)
-                self._holders.drop(volume_id, pod, at_once=self._holders.is_down(place))
-        # One that is made for a node that is off would stay until that is back, and keep the volume from all others.
-        if known is not None and wants_holder(known) and self._holders.is_ready(node):
-            return self._holders.begin(known, node)
-        return ""
+        self._mending.look(hold, is_ending)
 
     def _refuse_open(self, known: Known, node: str) -> None:
         if (staged := self._holders.staged(known)) is not None:
@@ -412,7 +369,7 @@ class CsiBackend:
         if known.spec.state != "Deleting":
             known = self._records.write(known, state="Deleting")
         for pod in self._holders.of(volume_id):
-            self._holders.drop(volume_id, pod, at_once=self._holders.is_down(str(pod["spec"].get("nodeName"))))
+            self._holders.drop(volume_id, pod)
         self._claims.drop(known)
         self._headers.drop(volume_id)
         self._records.remove(known)

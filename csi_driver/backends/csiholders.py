@@ -65,18 +65,20 @@ class HolderPods:
         found = self._api.get(NODE, node)
         if found is None or found.get("status", {}).get("nodeInfo", {}).get("bootID") not in (None, "", boot_id):
             return True
-        return any(taint.get("key") == _OUT_OF_SERVICE for taint in found["spec"].get("taints", ()))
+        return _is_off(found)
 
     def is_down(self, node: str) -> bool:
         """Whether no kubelet is there to end a pod."""
         found = self._api.get(NODE, node)
-        return found is None or any(each.get("key") == _OUT_OF_SERVICE for each in found["spec"].get("taints", ()))
+        return found is None or _is_off(found)
 
     def is_ready(self, node: str) -> bool:
         """Whether its kubelet starts and ends pods, as far as the cluster knows."""
-        found = self._api.get(NODE, node) or {}
-        told = {each.get("type"): each.get("status") for each in found.get("status", {}).get("conditions", ())}
-        return bool(found) and told.get("Ready", "True") == "True" and not self.is_down(node)
+        found = self._api.get(NODE, node)
+        if found is None or _is_off(found):
+            return False
+        conditions = found.get("status", {}).get("conditions", ())
+        return all(each.get("status") == "True" for each in conditions if each.get("type") == "Ready")
 
     def all(self) -> Sequence[Json]:
         """Every holder pod."""
@@ -130,12 +132,13 @@ class HolderPods:
             f"({said}); this is tried again"
         )
 
-    def drop(self, volume_id: str, pod: Json, *, at_once: bool) -> None:
-        """Have a holder end, and wait until its node says so; `at_once` where there is no kubelet that could.
+    def drop(self, volume_id: str, pod: Json) -> None:
+        """Have a holder end, and wait until its node says so; at once where there is no kubelet that could.
 
         Raises Aborted while it is there: it stays on its own while something is on its device.
         """
-        name, uid = name_of(pod), uid_of(pod)
+        name, uid, node = name_of(pod), uid_of(pod), node_of(pod)
+        at_once = self.is_down(node)
         if at_once or not is_going(pod):
             self._api.delete(POD, name, self._namespace, grace_seconds=0 if at_once else None)
         for _ in looks(self._wait_seconds):
@@ -143,7 +146,6 @@ class HolderPods:
             if found is None or uid_of(found) != uid:
                 return
             pod = found
-        node = str(pod["spec"].get("nodeName"))
         raise Aborted(
             f"the holder pod {self._namespace}/{name} of volume {volume_id} has not ended on node {node} yet; "
             f"{self._why_it_stays(pod, node)}; this is tried again"
@@ -276,6 +278,15 @@ def refuse_open(volume_id: str, node: str, device: str) -> FailedPrecondition:
         f"device away would break what is written; let its pods end and the driver on that node unstage it. If the "
         f"node is off for good, say so by the taint {_OUT_OF_SERVICE}, or delete its Node object"
     )
+
+
+def node_of(pod: Json) -> str:
+    """The node that a holder is bound to."""
+    return str(pod["spec"].get("nodeName"))
+
+
+def _is_off(node: Json) -> bool:
+    return any(taint.get("key") == _OUT_OF_SERVICE for taint in node["spec"].get("taints", ()))
 
 
 def _has_ended(pod: Json) -> bool:
