@@ -29,6 +29,7 @@ _NONE: Final[Mapping[str, str]] = {}
 _PASSING: Final = frozenset({408, 412, 425, 429})
 """412 is Vault's, of a standby that has not heard of a write yet."""
 _TRUST: Final = "give its CA, or the name that is in the certificate, in the KMS configuration"
+_RIGHTS: Final = "check the credentials, the role and its policy"
 
 
 class NotTaken(FailedPrecondition):
@@ -74,14 +75,22 @@ class Tls:
 class HttpService:
     """A server of JSON over HTTP at `base`; connections are kept. `where` names the KMS in errors.
 
-    `trust` is what helps where its certificate is not trusted.
+    `trust` is what helps where its certificate is not trusted, `rights` where it refuses what it is asked.
     """
 
     def __init__(
-        self, where: str, extra: str, base: str, tls: Tls, seconds: float = SECONDS, trust: str = _TRUST
+        self,
+        where: str,
+        extra: str,
+        base: str,
+        tls: Tls,
+        seconds: float = SECONDS,
+        trust: str = _TRUST,
+        rights: str = _RIGHTS,
     ) -> None:
         self._where = where
         self._trust = trust
+        self._rights = rights
         self._extra = extra
         self._base = base.rstrip("/")
         self._seconds = seconds
@@ -196,9 +205,7 @@ class HttpService:
     def _refused(self, status: int, content: bytes) -> Exception:
         said = _said(content)
         if status in (401, 403):
-            return PermissionDenied(
-                f"{self._where} refuses (HTTP {status}{said}); check the credentials, the role and its policy"
-            )
+            return PermissionDenied(f"{self._where} refuses (HTTP {status}{said}); {self._rights}")
         if status == 429:
             return Unavailable(f"{self._where} has too many requests (HTTP 429{said}); the call may be repeated")
         if status in _PASSING or status >= 500:

@@ -1,7 +1,7 @@
 """What key sources need of the Kubernetes API: secrets, ConfigMaps, tokens of service accounts.
 
-The driver's pod has a token only where an administrator gave it one (deploy/kubernetes/kms). What a verb needs the
-role there grants, by name.
+The driver's pod has a token only where an administrator gave it one (the components of deploy/kubernetes/kms). What a
+verb needs the roles there grant: `kms` in the driver's namespace, `kms/tenants` in all others.
 """
 
 import base64
@@ -21,6 +21,10 @@ FINALIZER: Final = "luks.csi.internal/volume-key"
 _EXTRA: Final = "kubernetes"
 _WHERE: Final = "the Kubernetes API"
 _TOKEN_SECONDS: Final = 600  # the least that the API takes
+_RIGHTS: Final = (
+    "the components deploy/kubernetes/kms (in the driver's namespace), kms/tenants (in others) and kms/controller (for "
+    "its controller) give such rights"
+)
 
 
 class _Entries(msgspec.Struct):
@@ -163,7 +167,8 @@ class Kubernetes:
                 f"driver's namespace within minutes of a change, so look what that says"
             )
             base = f"https://{self._host}:{self._port}"
-            made.setdefault(authority, HttpService(_WHERE, _EXTRA, base, Tls(ca=authority), trust=trust))
+            service = HttpService(_WHERE, _EXTRA, base, Tls(ca=authority), trust=trust, rights=_RIGHTS)
+            made.setdefault(authority, service)
         return made[authority]
 
     def _read(self, name: str) -> str:
@@ -177,8 +182,8 @@ class Kubernetes:
             return path.read_text().strip()
         except (OSError, UnicodeDecodeError):
             raise FailedPrecondition(
-                f"{path} cannot be read, so no secret can be had from Kubernetes; install the driver with "
-                f"deploy/kubernetes/kms, which gives it a token"
+                f"{path} cannot be read, so no secret can be had from Kubernetes; install the driver with the "
+                f"component deploy/kubernetes/kms, which gives it a token"
             ) from None
 
 

@@ -158,8 +158,8 @@ def read_token(path: Path) -> str:
         return path.read_text().strip()
     except (OSError, UnicodeDecodeError):
         raise FailedPrecondition(
-            f"the service account token {path} cannot be read; install the driver with deploy/kubernetes/kms, which "
-            f"mounts it"
+            f"the service account token {path} cannot be read; install the driver with the component "
+            f"deploy/kubernetes/kms, which mounts it"
         ) from None
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ _CALLS = ("provisioner", "controller-publish", "controller-expand", "node-stage"
 
 
 @contextlib.contextmanager
-def ceph_installed(cluster: Cluster) -> Iterator[Ceph]:
-    """A Ceph, the driver for it as docs/ceph.md says, with the class CLASS."""
+def ceph_installed(cluster: Cluster, *components: str) -> Iterator[Ceph]:
+    """A Ceph, the driver for it as docs/ceph.md says, with components of deploy/kubernetes, and the class CLASS."""
     folder = SCRATCH / "ceph"
     with Ceph(folder, HOST) as ceph:
         config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _named("ceph-csi-config", NAMESPACE)}
@@ -45,7 +45,7 @@ def ceph_installed(cluster: Cluster) -> Iterator[Ceph]:
         own = ceph_secret(SECRET, NAMESPACE, ceph.key)
         brought = ceph_secret(SECRET, SECRETS, ceph.key, encryptionPassphrase=PASSPHRASE)
         with applied(cluster, FOLDER / "namespace.yaml", config, own, brought):
-            installed = _with_programs(folder / "installed")
+            installed = _with_programs(folder / "installed", components)
             cluster.install(installed)
             try:
                 with applied(cluster, ceph_class(CLASS)):
@@ -54,12 +54,14 @@ def ceph_installed(cluster: Cluster) -> Iterator[Ceph]:
                 cluster.uninstall(installed)
 
 
-def _with_programs(folder: Path) -> Path:
+def _with_programs(folder: Path, components: Sequence[str]) -> Path:
     """What users install, with the image that has Ceph's programs; these nodes have no folder /lib/modules."""
     folder.mkdir()
     name, _, tag = OURS_WITH_CEPH.rpartition(":")
+    driver, *parts = (os.path.relpath(DEPLOY / each, folder) for each in ("rbd", *components))
     (folder / "kustomization.yaml").write_text(
-        f"resources: [{os.path.relpath(FOLDER, folder)}]\n"
+        f"resources: [{driver}]\n"
+        f"components: {json.dumps(parts)}\n"
         f"images: [{{name: {OURS.rpartition(':')[0]}, newName: {name}, newTag: {tag}}}]\n"
         f"patches: [{{patch: '{json.dumps(_NO_MODULES)}'}}]\n"
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,15 +80,14 @@ def driver(cluster: Cluster) -> Iterator[Driver]:
 
 
 @contextmanager
-def installed(cluster: Cluster, overlay: str) -> Iterator[None]:
-    """Have `deploy/kubernetes/OVERLAY` instead of the default, for a module whose fixture this is in: all of them share
-    one namespace. Claims and pods must be gone before and after.
+def installed(cluster: Cluster, folder: Path) -> Iterator[None]:
+    """Have that kustomization instead of the default, for a module whose fixture this is in: all of them share one
+    namespace. Claims and pods must be gone before and after.
     """
     default = cluster.get("CSIDriver", NAME) is not None
     if default:
         cluster.uninstall(DEPLOY)
     try:
-        folder = DEPLOY / overlay
         cluster.install(folder)
         try:
             yield

@@ -10,7 +10,7 @@ import pytest
 from tests.cluster.api import ApiError, Json
 from tests.cluster.cluster import Cluster
 from tests.cluster.documents import MANIFESTS, Workload, applied, workload
-from tests.cluster.driver import installed
+from tests.cluster.driver import DEPLOY, installed
 
 _SECRET: Json = {
     "apiVersion": "v1",
@@ -35,7 +35,7 @@ def _filled(cluster: Cluster) -> Json:
 @pytest.fixture(scope="module", autouse=True)
 def ceph(cluster: Cluster) -> Iterator[None]:
     """The driver under Ceph-CSI's name, the class and its secret."""
-    with installed(cluster, "names/ceph"), applied(cluster, _SECRET, _filled(cluster)):
+    with installed(cluster, DEPLOY / "names/ceph"), applied(cluster, _SECRET, _filled(cluster)):
         yield
 
 

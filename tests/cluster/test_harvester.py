@@ -8,7 +8,7 @@ import pytest
 
 from tests.cluster.cluster import Cluster
 from tests.cluster.documents import MANIFESTS, Workload, applied, workload
-from tests.cluster.driver import installed
+from tests.cluster.driver import DEPLOY, installed
 
 _NAMESPACE = "longhorn-system"
 _CLASS, _PASSPHRASE = "harvester-longhorn-encryption", "Some secret value here"
@@ -18,7 +18,7 @@ _CLASS, _PASSPHRASE = "harvester-longhorn-encryption", "Some secret value here"
 def harvester(cluster: Cluster) -> Iterator[None]:
     """The driver under Longhorn's name; namespace, secret and class."""
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": _NAMESPACE}}
-    with installed(cluster, "names/longhorn"), applied(cluster, namespace, MANIFESTS / "harvester.yaml"):
+    with installed(cluster, DEPLOY / "names/longhorn"), applied(cluster, namespace, MANIFESTS / "harvester.yaml"):
         yield
 
 

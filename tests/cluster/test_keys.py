@@ -9,8 +9,8 @@ import pytest
 from tests.cluster.api import Json
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import ClusterError
-from tests.cluster.documents import Workload, applied, workload
-from tests.cluster.driver import DEPLOY, NAMESPACE, Driver, installed, storage_class
+from tests.cluster.documents import MANIFESTS, Workload, applied, workload
+from tests.cluster.driver import NAMESPACE, Driver, installed, storage_class
 from tests.cluster.settings import HOST
 from tests.keys import servers
 
@@ -70,7 +70,7 @@ def kms(cluster: Cluster, vault: servers.Vault) -> Iterator[Driver]:
     }
     classes = [_class("kms-secret", encryptionKMSID="of-a-secret"), _class("kms-vault", encryptionKMSID="vault-1")]
     classes.append(_class("generated", generateKey="true"))
-    with installed(cluster, "kms"), applied(cluster, config, ca, _OF_A_SECRET, *_reviewer(), *classes):
+    with installed(cluster, MANIFESTS / "kms"), applied(cluster, config, ca, _OF_A_SECRET, *_reviewer(), *classes):
         _let_in(cluster, vault)
         driver = Driver(cluster)
 
@@ -187,13 +187,3 @@ def test_a_vault_that_refuses_is_told_in_the_claims_events_and_the_claim_goes_on
             used.wait_running()
     finally:
         vault.ask("PUT", "sys/policies/acl/csi", {"policy": policy})
-
-
-def test_the_role_is_the_least(cluster: Cluster) -> None:
-    """What the overlay's manifests bind is what the sources use."""
-    rules = cluster.api.get("ClusterRole", "luks-csi-kms", "")["rules"]
-    assert [(one["resources"], one["verbs"]) for one in rules] == [
-        (["configmaps"], ["get"]),
-        (["serviceaccounts/token"], ["create"]),
-    ]
-    assert (DEPLOY / "kms" / "rbac.yaml").exists()

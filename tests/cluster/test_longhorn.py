@@ -10,7 +10,7 @@ import pytest
 from tests.cluster.api import Json
 from tests.cluster.cluster import Cluster
 from tests.cluster.documents import MANIFESTS, Workload, applied, read, workload
-from tests.cluster.driver import installed
+from tests.cluster.driver import DEPLOY, installed
 from tests.cluster.leftovers import assert_closed
 
 _NAMESPACE = "longhorn-system"
@@ -26,7 +26,7 @@ def longhorn(cluster: Cluster) -> Iterator[None]:
     """The driver under Longhorn's name, its namespace and its classes."""
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": _NAMESPACE}}
     classes = [MANIFESTS / file for file in _CLASSES.values()]
-    with installed(cluster, "names/longhorn"), applied(cluster, namespace, *classes):
+    with installed(cluster, DEPLOY / "names/longhorn"), applied(cluster, namespace, *classes):
         yield
 
 

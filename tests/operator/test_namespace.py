@@ -1,37 +1,18 @@
 """The manifests in another namespace than luks-csi, as docs/kubernetes.md says it."""
 
-import os
 import re
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from tests.operator.lab import DEPLOY
+from tests import kustomize
+from tests.kustomize import built
 
-_KUBECTL = Path(os.environ.get("KUBERNETES_BIN", "")) / "kubectl"
-_PAGE = (DEPLOY.parents[1] / "docs" / "kubernetes.md").read_text()
-
-
-def told(words: str) -> dict[str, Any]:
-    """The kustomization of the page that has these words."""
-    (text,) = [text for text in re.findall(r"```yaml\n(.*?)```", _PAGE, re.DOTALL) if words in text]
-    found: dict[str, Any] = yaml.safe_load(text)
-    return found
-
-
-def built(folder: Path, kustomization: dict[str, Any]) -> list[Any]:
-    """What `kubectl kustomize` makes of it, from a folder beside the project."""
-    place = os.path.relpath(DEPLOY.parents[1], folder)
-    for key in ("resources", "components", "transformers"):
-        if key in kustomization:
-            kustomization[key] = [each.replace("luks-csi/deploy", f"{place}/deploy", 1) for each in kustomization[key]]
-    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-    done = subprocess.run([_KUBECTL, "kustomize", folder], capture_output=True, text=True, check=True)
-    return [*yaml.safe_load_all(done.stdout)]
+told = partial(kustomize.told, "kubernetes.md")
 
 
 def places(thing: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -69,10 +50,11 @@ def test_everything_is_in_the_namespace_that_is_wanted(tmp_path: Path, component
         assert len(said) == 2, found  # policies and webhooks
 
 
+@pytest.mark.parametrize("components", [[], ["kms", "kms/tenants"]], ids=str)
 @pytest.mark.parametrize("driver", ["csi-backend", "lvm", "rbd", "names/ceph", "names/ceph-rbd", "names/longhorn"])
-def test_so_is_another_driver(tmp_path: Path, driver: str) -> None:
+def test_so_is_another_driver(tmp_path: Path, driver: str, components: list[str]) -> None:
     wanted = told("transformers:")
-    del wanted["components"]
+    wanted["components"] = [f"luks-csi/deploy/kubernetes/{each}" for each in components]
     wanted["resources"] = [f"luks-csi/deploy/kubernetes/{driver}"]
     things = built(tmp_path, wanted)
     found = {place for thing in things for place in places(thing)}
@@ -84,21 +66,33 @@ def test_so_is_another_driver(tmp_path: Path, driver: str) -> None:
     assert [each for each in selectors if each] == [label][: len(policies)]
 
 
-def csi_addons_over(driver: str) -> dict[str, Any]:
-    return told("deploy/kubernetes/csi-addons") | {"resources": [f"luks-csi/deploy/kubernetes/{driver}"]}
+def over(driver: str, component: str) -> dict[str, Any]:
+    wanted = told("transformers:")
+    del wanted["namespace"], wanted["transformers"]
+    wanted["resources"] = [f"luks-csi/deploy/kubernetes/{driver}"]
+    wanted["components"] = [f"luks-csi/deploy/kubernetes/{component}"]
+    return wanted
 
 
-@pytest.mark.parametrize("driver", ["kms", "names/ceph"])
-def test_csi_addons_come_over_the_driver_that_they_are_for(tmp_path: Path, driver: str) -> None:
-    found = {name for thing in built(tmp_path, csi_addons_over(driver)) for _, name in places(thing)}
+@pytest.mark.parametrize("component", ["csi-addons", "images"])
+@pytest.mark.parametrize("driver", ["driver", "names/ceph"])
+def test_a_component_comes_over_the_driver_that_it_is_for(tmp_path: Path, driver: str, component: str) -> None:
+    found = {name for thing in built(tmp_path, over(driver, component)) for _, name in places(thing)}
     assert found <= {"luks-csi", "$(NAMESPACE)"}
 
 
+@pytest.mark.parametrize("component", ["csi-addons", "images"])
 @pytest.mark.parametrize("driver", ["csi-backend", "lvm", "rbd", "names/ceph-rbd"])
-def test_csi_addons_over_another_driver_are_an_error(tmp_path: Path, driver: str) -> None:
+def test_a_component_over_another_driver_is_an_error(tmp_path: Path, driver: str, component: str) -> None:
     with pytest.raises(subprocess.CalledProcessError) as refused:
-        built(tmp_path, csi_addons_over(driver))
+        built(tmp_path, over(driver, component))
     assert "/metadata/namespace" in refused.value.stderr
+
+
+def test_csi_addons_come_as_the_page_says(tmp_path: Path) -> None:
+    things = built(tmp_path, told("kubernetes/csi-addons"))
+    (driver,) = (each for each in things if each["kind"] == "CSIDriver")
+    assert driver["spec"]["attachRequired"]
 
 
 def test_other_projects_kinds_know_the_operator_there(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_the_role_for_generated_keys_lets_them_be_looked_for_too() -> None:
     """`Kubernetes.keep_secret` and `find_secret` get them, in accounts that have no other right on secrets."""
     found = yaml.safe_load_all((ROOT / "deploy/kubernetes/kms/rbac.yaml").read_text())
     (role,) = (each for each in found if each["kind"] == "Role")
-    (rule,) = role["rules"]
+    rule = role["rules"][0]
     assert (rule["resources"], {*rule["verbs"]}) == (["secrets"], {"get", "create", "patch", "delete"})
 
 
@@ -187,3 +187,24 @@ def test_a_holder_that_has_ended_is_anybodys_to_delete() -> None:
     )
     conditions = {each["name"]: each["expression"] for each in policy["spec"]["matchConditions"]}
     assert conditions["not-ended"] == "!(oldObject.?status.?phase.orValue('') in ['Failed', 'Succeeded'])"
+
+
+def test_replacements_name_what_they_change_in_full() -> None:
+    """Before kustomize 5.8 a pattern there finds nothing, and what is not found stays as it is without a word."""
+    deploy = ROOT / "deploy/kubernetes"
+    things = [each for file in deploy.rglob("*.yaml") for each in yaml.safe_load_all(file.read_text()) if each]
+    lists = [one for each in things for one in each.get("replacements", ())]
+    selected = {(each["select"]["kind"], each["select"]["name"]) for one in lists for each in one["targets"]}
+    assert not {each for each in selected if not re.fullmatch(r"[A-Za-z0-9.-]+", "".join(each))}
+    (transformer,) = (each for each in things if each["kind"] == "ReplacementTransformer")
+    named = {
+        each["select"]["name"]
+        for each in transformer["replacements"][0]["targets"]
+        if each["select"]["kind"] == "ClusterRoleBinding"
+    }
+    there = {each["metadata"]["name"] for each in things if each["kind"] == "ClusterRoleBinding"}
+    there |= {f"luks-csi-lvm-{each}" for each in ("provisioner", "resizer")}
+    own = {each["namespace"] for each in things if "namespace" in each}
+    there.remove("luks-csi-kms-tenants.NAMESPACE")
+    there |= {f"luks-csi-kms-tenants.{each}" for each in own}
+    assert named == there
