@@ -140,14 +140,18 @@ _OPTIONS = (
 )  # fmt: skip
 
 
-def command(group: click.Group, name: str) -> Callable[[Callable[..., None]], click.Command]:
-    """A command of the group: its function gets a Remote first; what the server refuses ends it with exit code 1."""
+def command(
+    group: click.Group, name: str, *, prints_json: bool = False
+) -> Callable[[Callable[..., None]], click.Command]:
+    """A command of the group: its function gets a Remote first; what the server refuses ends it with exit code 1.
+
+    One that prints JSON in any case leaves no choice of that.
+    """
 
     def make(function: Callable[..., None]) -> click.Command:
         @functools.wraps(function)
-        def run(
-            context: click.Context, /, endpoint: Path, state_dir: Path | None, output: str, **arguments: Any
-        ) -> None:
+        def run(context: click.Context, /, endpoint: Path, state_dir: Path | None, **arguments: Any) -> None:
+            output = arguments.pop("output", Output.JSON)
             if "secret_dir" in arguments:
                 source = SecretSource(arguments.pop("secret_dir"), arguments.pop("passphrase_file"))
                 arguments["secret"] = source
@@ -157,7 +161,7 @@ def command(group: click.Group, name: str) -> Callable[[Callable[..., None]], cl
                 function(remote, **arguments)
 
         made = group.command(name)(click.pass_context(run))
-        made.params += _OPTIONS
+        made.params += [each for each in _OPTIONS if not (prints_json and each is OUTPUT_OPTION)]
         return made
 
     return make

@@ -7,6 +7,7 @@ import click
 from csi_driver.cli.adopt import adopt
 from csi_driver.cli.check import check
 from csi_driver.cli.convert import encrypt, reencrypt
+from csi_driver.cli.manifest import manifest
 from csi_driver.cli.move import move
 from csi_driver.cli.names import volume_names
 from csi_driver.cli.node_view import Seen
@@ -49,6 +50,7 @@ volume.add_command(reencrypt)
 volume.add_command(restore_header)
 for name, function in COMMANDS.items():
     command(volume, name)(function)
+command(volume, "manifest", prints_json=True)(manifest)
 
 
 def _parameters(_context: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from tests.backends.ceph import POOL, Ceph, new_key
 from tests.cluster.ceph import (
     CLASS,
     NAMESPACE,
+    SECRET,
     SECRETS,
     ceph_class,
     ceph_installed,
@@ -83,6 +84,29 @@ def test_a_volume_grows_while_it_is_used(cluster: Cluster, ceph: Ceph) -> None:
         blocks, size = used.sh("stat -f -c '%b %S' /data").split()
         assert int(blocks) * int(size) > 80 * MIB
         assert used.reads() == text
+
+
+def test_a_volume_that_kubernetes_has_lost_comes_back_with_its_data(cluster: Cluster, ceph: Ceph) -> None:
+    """As docs/operations.md says it, "A Kubernetes that is lost"."""
+    with on_ceph(cluster, ceph) as used:
+        used.create()
+        text, handle = used.write(), used.id()
+        (volume,) = (each["metadata"]["name"] for each in used.volumes())
+        used.scale(0)
+        keep, let_go = ({"spec": {"persistentVolumeReclaimPolicy": policy}} for policy in ("Retain", "Delete"))
+        cluster.api.patch("PersistentVolume", volume, "", keep)
+        cluster.api.delete("PersistentVolumeClaim", "data", used.namespace)
+        cluster.api.delete("PersistentVolume", volume, "")
+        cluster.wait("end of the PersistentVolume", lambda: not cluster.get("PersistentVolume", volume), SECONDS)
+        pod = ("-n", NAMESPACE, "deployment/luks-csi-controller", "-c", "controller")
+        words = ("--class", CLASS, "--secret", f"{SECRETS}/{SECRET}")
+        said = cluster.kubectl("exec", *pod, "--", "luks-csi", "volume", "manifest", handle, *words)
+        cluster.apply(said.text)
+        used.scale(1)
+        assert used.reads() == text
+        assert used.id() == handle
+        used.grow("48Mi")
+        cluster.api.patch("PersistentVolume", volume, "", let_go)
 
 
 def test_a_drain_takes_the_volume_along(cluster: Cluster, ceph: Ceph) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.cluster.commands import ClusterError
 from tests.cluster.documents import Volume, applied
-from tests.cluster.driver import STATE, pod, storage_class
+from tests.cluster.driver import CHEAP, KEY, STATE, pod, storage_class
 from tests.cluster.leftovers import luks_uuid
 from tests.cluster.pods import Pods
 
@@ -88,6 +88,29 @@ def test_a_deleted_claim_takes_file_and_record_along(pods: Pods) -> None:
     pods.cluster.wait("end of the volume", gone)
     assert not pods.node.run(f"find {STATE} -path '*{volume.id}*'").text
     assert not listed()
+
+
+def test_a_volume_that_kubernetes_has_lost_comes_back_with_its_data(pods: Pods) -> None:
+    """As docs/operations.md says it, "A Kubernetes that is lost"."""
+    pods.claim()
+    pods.start("first")
+    pods.sh("first", f"echo {_PATTERN} > /data/file; sync /data/file")
+    volume, cluster = pods.volume(), pods.cluster
+    pods.end("first")
+    keep, let_go = ({"spec": {"persistentVolumeReclaimPolicy": policy}} for policy in ("Retain", "Delete"))
+    cluster.api.patch("PersistentVolume", volume.id, "", keep)
+    cluster.api.delete("PersistentVolumeClaim", "data", pods.namespace)
+    cluster.api.delete("PersistentVolume", volume.id, "")
+    cluster.wait("end of the PersistentVolume", lambda: not cluster.get("PersistentVolume", volume.id))
+    words = ("--class", CHEAP, "--secret", f"{pods.namespace}/{KEY}")
+    cluster.apply(pods.driver.exec(pods.node, ["luks-csi", "volume", "manifest", volume.id, *words]))
+    pods.start("second")
+    assert pods.sh("second", "cat /data/file") == _PATTERN
+    assert pods.volume().id == volume.id
+    pods.resize("48Mi")
+    pods.wait_resized("48Mi")
+    # Now it goes with its claim, as ever: the fixture finds nothing of it.
+    cluster.api.patch("PersistentVolume", volume.id, "", let_go)
 
 
 def test_a_group_gets_the_volume_once(pods: Pods) -> None:
