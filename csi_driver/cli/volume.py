@@ -1,6 +1,7 @@
 """`luks-csi volume`: volumes by hand, through the socket of a server as Kubernetes would."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import click
 
@@ -26,9 +27,6 @@ from csi_driver.cli.remote import (
 from csi_driver.cli.secret_files import SecretSource, secret_options
 from csi_driver.cli.volume_use import COMMANDS
 from csi_driver.model.volume import volume_id_for
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.group()
@@ -101,7 +99,7 @@ def show(remote: Remote, volume_id: str) -> None:
         ("volume", found.id),
         ("capacity", f"{size_text(found.capacity_bytes)} ({found.capacity_bytes} bytes)"),
         *sorted(found.context.items()),
-        ("place", ", ".join(f"{key}={value}" for key, value in found.topology.items()) or "anywhere"),
+        ("place", "\n".join(map(_place, found.topologies)) or "anywhere"),
         *((("staged at", condition.staged_at or "-"),) if condition else ()),
         *((("published at", "\n".join(condition.published_at) or "-"),) if condition else ()),
         ("health", condition.health if condition else f"not seen: {seen.unseen}"),
@@ -155,6 +153,10 @@ def delete(remote: Remote, volume_id: str, *, yes: bool) -> None:
     confirm(f"Delete volume {found.id} ({size_text(found.capacity_bytes)}) and all data in it?", yes=yes)
     remote.client.delete_volume(found.id)
     remote.tell(f"volume {found.id} is deleted", found)
+
+
+def _place(topology: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in topology.items())
 
 
 def _state(seen: Seen) -> str:

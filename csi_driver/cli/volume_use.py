@@ -145,7 +145,7 @@ def _tell(remote: Remote, sentence: str, volume_id: str) -> None:
     try:
         found = remote.client.volume(volume_id)
     except RemoteError:
-        found = RemoteVolume(volume_id, 0, {}, {})  # taken down without its record
+        found = RemoteVolume(volume_id, 0, {})  # taken down without its record
     remote.tell(sentence, found)
 
 

@@ -76,7 +76,8 @@ class KmsConfig:
         if not self._kubernetes.is_here:
             raise _NothingConfigured(
                 f"no KMS is configured: there is no file {self._path}, and without a service account token no "
-                f"ConfigMap can be read; mount the configuration there, or name its place with --kms-config"
+                f"ConfigMap can be read; mount the configuration there, as the components of deploy/kubernetes/kms do, "
+                f"or name its place with --kms-config"
             )
         place = f"the ConfigMap {self._kubernetes.namespace}/{CONFIG_MAP}"
         found = self._kubernetes.config_map(self._kubernetes.namespace, CONFIG_MAP)

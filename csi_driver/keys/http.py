@@ -205,7 +205,9 @@ class HttpService:
     def _refused(self, status: int, content: bytes) -> Exception:
         said = _said(content)
         if status in (401, 403):
-            return PermissionDenied(f"{self._where} refuses (HTTP {status}{said}); {self._rights}")
+            return PermissionDenied(
+                f"{self._where} refuses (HTTP {status}{said}); {self._rights if status == 403 else _RIGHTS}"
+            )
         if status == 429:
             return Unavailable(f"{self._where} has too many requests (HTTP 429{said}); the call may be repeated")
         if status in _PASSING or status >= 500:

@@ -1,7 +1,7 @@
 """What key sources need of the Kubernetes API: secrets, ConfigMaps, tokens of service accounts.
 
 The driver's pod has a token only where an administrator gave it one (the components of deploy/kubernetes/kms). What a
-verb needs the roles there grant: `kms` in the driver's namespace, `kms/tenants` in all others.
+verb needs the roles there grant.
 """
 
 import base64
@@ -21,10 +21,7 @@ FINALIZER: Final = "luks.csi.internal/volume-key"
 _EXTRA: Final = "kubernetes"
 _WHERE: Final = "the Kubernetes API"
 _TOKEN_SECONDS: Final = 600  # the least that the API takes
-_RIGHTS: Final = (
-    "the components deploy/kubernetes/kms (in the driver's namespace), kms/tenants (in others) and kms/controller (for "
-    "its controller) give such rights"
-)
+_RIGHTS: Final = "a component of deploy/kubernetes/kms gives such a right (docs/kms.md, 'In a cluster')"
 
 
 class _Entries(msgspec.Struct):
@@ -183,7 +180,7 @@ class Kubernetes:
         except (OSError, UnicodeDecodeError):
             raise FailedPrecondition(
                 f"{path} cannot be read, so no secret can be had from Kubernetes; install the driver with the "
-                f"component deploy/kubernetes/kms, which gives it a token"
+                f"component deploy/kubernetes/kms, or kms/central where its controller makes volumes: it gives a token"
             ) from None
 
 

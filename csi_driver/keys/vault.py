@@ -159,7 +159,7 @@ def read_token(path: Path) -> str:
     except (OSError, UnicodeDecodeError):
         raise FailedPrecondition(
             f"the service account token {path} cannot be read; install the driver with the component "
-            f"deploy/kubernetes/kms, which mounts it"
+            f"deploy/kubernetes/kms, or kms/central where its controller makes volumes: it mounts it"
         ) from None
 
 

@@ -35,12 +35,12 @@ class RemoteError(DriverError):
 
 @dataclass(frozen=True)
 class RemoteVolume:
-    """A volume as the server tells of it; the capacity in bytes."""
+    """A volume as the server tells of it; the capacity in bytes. Each of `topologies` can have it; all can without."""
 
     id: str
     capacity_bytes: int
     context: Mapping[str, str]
-    topology: Mapping[str, str]
+    topologies: Sequence[Mapping[str, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -274,5 +274,5 @@ def _capability(wanted: Capability) -> csi.VolumeCapability:
 
 
 def _volume(message: csi.Volume) -> RemoteVolume:
-    topology = message.accessible_topology[0].segments if message.accessible_topology else _NOTHING
-    return RemoteVolume(message.volume_id, message.capacity_bytes, dict(message.volume_context), dict(topology))
+    topologies = tuple(dict(each.segments) for each in message.accessible_topology)
+    return RemoteVolume(message.volume_id, message.capacity_bytes, dict(message.volume_context), topologies)

@@ -29,7 +29,7 @@ def main(address: str, node: str, action: str) -> int:
         subprocess.run(["ip", *words], check=True)
     subprocess.run(["modprobe", "rbd"], check=True)
     told = json.loads((shared / "volume.json").read_text())
-    volume = RemoteVolume(told["id"], told["capacity"], told["context"], {})
+    volume = RemoteVolume(told["id"], told["capacity"], told["context"])
     options = (
         "--backend",
         "rbd",

@@ -255,7 +255,7 @@ def test_the_command_takes_it_from_server_to_server_and_a_pod_has_it_there(rbd_r
         far = json.loads(moved.stdout)
         assert (far["name"], far["id"], far["move"]) == ("life", rbd_rig.id_of("life"), None)
         assert not list(here.volumes())
-        there_now = RemoteVolume(far["id"], far["capacity_bytes"], {"encrypted": "true", "backend": "rbd"}, {})
+        there_now = RemoteVolume(far["id"], far["capacity_bytes"], {"encrypted": "true", "backend": "rbd"})
         secret = {**user, **SECRET}
         context = control.attach(there_now, "node-1", STAGED, secret)
         there.stage(there_now, stage, STAGED, secret, context)

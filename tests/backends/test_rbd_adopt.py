@@ -50,7 +50,7 @@ class Node:
         done = self.run("volume", "adopt", "data", handle, *words, "-o", "json", secret=secret)
         assert done.returncode == 0, done.stderr
         made = json.loads(done.stdout)
-        return RemoteVolume(made["id"], made["capacity_bytes"], {"encrypted": "true"}, {})
+        return RemoteVolume(made["id"], made["capacity_bytes"], {"encrypted": "true"})
 
     def refused(self, handle: str, *words: str, secret: Mapping[str, str] | None = None) -> str:
         """What is said where it does not come to that."""

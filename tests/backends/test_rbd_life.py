@@ -71,7 +71,7 @@ def test_a_volume_is_made_used_restarted_enlarged_given_another_key_and_deleted(
         folder.mkdir()
     with CsiClient(servers.controller.endpoint) as control, CsiClient(node.endpoint) as client:
         volume = control.create_volume("life", [MOUNT], 32 * MIB, parameters=CLASS, secrets=secret)
-        assert (volume.context["backend"], volume.topology) == ("rbd", {})
+        assert (volume.context["backend"], volume.topologies) == ("rbd", ())
         context = control.attach(volume, "node-1", MOUNT, secret)
         with pytest.raises(RemoteError, match=r"node node-1 has it"):
             control.attach(volume, "node-2", MOUNT, secret)

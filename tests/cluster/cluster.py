@@ -119,6 +119,10 @@ class Cluster:
         objects: list[Json] = answer["items"] if answer["kind"] == "List" else [answer]
         return objects
 
+    def create(self, manifest: Manifest) -> None:
+        """`kubectl create` of what `apply` takes; ClusterError if something of it is there."""
+        self._with(manifest, "create")
+
     def delete(self, manifest: Manifest, namespace: str = "", *, wait: bool = True, timeout: float = 120) -> None:
         """`kubectl delete` of what `apply` takes; absent is fine."""
         scope = ["-n", namespace] if namespace else []

@@ -101,7 +101,7 @@ def test_a_volume_that_kubernetes_has_lost_comes_back_with_its_data(cluster: Clu
         pod = ("-n", NAMESPACE, "deployment/luks-csi-controller", "-c", "controller")
         words = ("--class", CLASS, "--secret", f"{SECRETS}/{SECRET}")
         said = cluster.kubectl("exec", *pod, "--", "luks-csi", "volume", "manifest", handle, *words)
-        cluster.apply(said.text)
+        cluster.create(said.text)
         used.scale(1)
         assert used.reads() == text
         assert used.id() == handle

@@ -34,7 +34,7 @@ def ceph(cluster: Cluster) -> Iterator[Ceph]:
         ceph_class("kms", _USER, {"encryptionKMSID": "one"}),
         ceph_class("generated", _USER, {"generateKey": "true"}),
     ]
-    with ceph_installed(cluster, "kms", "kms/controller") as made:
+    with ceph_installed(cluster, "kms/central", "kms/generate") as made:
         user = ceph_secret(_USER, SECRETS, made.key)
         with applied(cluster, config, passphrase, user, *classes):
             yield made

@@ -103,7 +103,7 @@ def test_a_volume_that_kubernetes_has_lost_comes_back_with_its_data(pods: Pods) 
     cluster.api.delete("PersistentVolume", volume.id, "")
     cluster.wait("end of the PersistentVolume", lambda: not cluster.get("PersistentVolume", volume.id))
     words = ("--class", CHEAP, "--secret", f"{pods.namespace}/{KEY}")
-    cluster.apply(pods.driver.exec(pods.node, ["luks-csi", "volume", "manifest", volume.id, *words]))
+    cluster.create(pods.driver.exec(pods.node, ["luks-csi", "volume", "manifest", volume.id, *words]))
     pods.start("second")
     assert pods.sh("second", "cat /data/file") == _PATTERN
     assert pods.volume().id == volume.id

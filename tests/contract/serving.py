@@ -11,7 +11,7 @@ from tests.fakes import FakeUseCases
 
 MOUNT = Capability(mode=AccessMode.SINGLE_NODE_WRITER, block=False, fs_type="ext4", mount_flags=("noatime",))
 BLOCK = Capability(mode=AccessMode.SINGLE_NODE_MULTI_WRITER, block=True)
-VOLUME = RemoteVolume("pvc-1", 1 << 20, {"encrypted": "true"}, {})
+VOLUME = RemoteVolume("pvc-1", 1 << 20, {"encrypted": "true"})
 SECRETS = {"CRYPTO_KEY_VALUE": "correct horse"}
 SECONDS = 20.0
 

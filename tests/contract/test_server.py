@@ -88,7 +88,7 @@ def test_create_find_list_and_delete(cases: FakeUseCases, client: CsiClient) -> 
     made = client.create_volume(
         "pvc-1", [MOUNT, BLOCK], 5, limit_bytes=9, parameters={"encrypted": "true"}, secrets=SECRETS
     )
-    assert made == RemoteVolume("pvc-1", 5, {"encrypted": "true"}, {"place": "here"})
+    assert made == RemoteVolume("pvc-1", 5, {"encrypted": "true"}, ({"place": "here"},))
     (asked,) = cases.calls.made
     assert isinstance(asked, CreateRequest)
     assert (asked.required_bytes, asked.limit_bytes, asked.capabilities) == (5, 9, (MOUNT, BLOCK))

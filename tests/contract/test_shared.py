@@ -78,7 +78,7 @@ def test_a_volume_is_given_to_a_node_shown_there_and_taken_away(start: Start, st
         offered = stub.ControllerGetCapabilities(csi.ControllerGetCapabilitiesRequest(), timeout=SECONDS).capabilities
         assert {kind.PUBLISH_UNPUBLISH_VOLUME, kind.LIST_VOLUMES_PUBLISHED_NODES} <= {one.rpc.type for one in offered}
         volume = client.create_volume("data", [MOUNT], 64 * MIB, secrets=CEPH)
-        assert (volume.id, volume.topology) == ("data.pool", {})
+        assert (volume.id, volume.topologies) == ("data.pool", ())
         assert client.attach(volume, "node-1", MOUNT, CEPH) == {"given": "node-1"}
         assert client.attach(volume, "node-1", MOUNT, CEPH) == {"given": "node-1"}
 

@@ -24,7 +24,7 @@ _ALL = ("get", "list", "create", "patch", "delete")
 
 @dataclass
 class ApiServer:
-    """The API; `ask` asks as an administrator."""
+    """The API; `ask` asks as an administrator, who may speak for another user."""
 
     port: int
     context: ssl.SSLContext
@@ -35,11 +35,12 @@ class ApiServer:
     def address(self) -> str:
         return f"https://{HOST}:{self.port}"
 
-    def ask(self, method: str, path: str, document: object = None) -> dict[str, Any]:
+    def ask(self, method: str, path: str, document: object = None, as_user: str = "") -> dict[str, Any]:
         """The answer; AssertionError unless it is a success."""
         with closing(http.client.HTTPSConnection(HOST, self.port, timeout=20, context=self.context)) as connection:
             body = None if document is None else json.dumps(document)
-            connection.request(method, path, body, {"Content-Type": "application/json"})
+            headers = {"Content-Type": "application/json"} | ({"Impersonate-User": as_user} if as_user else {})
+            connection.request(method, path, body, headers)
             response = connection.getresponse()
             content = response.read()
         assert response.status < 300, f"{method} {path}: {response.status} {content!r}"

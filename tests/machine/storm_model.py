@@ -150,7 +150,7 @@ class Slot:
     @property
     def remote(self) -> RemoteVolume:
         """As a client names it."""
-        return RemoteVolume(self.name, self.kind.size, {"encrypted": str(self.kind.encrypted).lower()}, {})
+        return RemoteVolume(self.name, self.kind.size, {"encrypted": str(self.kind.encrypted).lower()})
 
     def begin(self, op: Op) -> Ticket | None:
         """Whether the call may be made now; it is then under way until `end`."""

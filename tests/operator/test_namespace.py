@@ -16,7 +16,7 @@ told = partial(kustomize.told, "kubernetes.md")
 
 
 def places(thing: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Where a namespace is named, and which; not that of Kubernetes' own accounts, which stays."""
+    """Where a namespace is named, and which; not that of Kubernetes' own accounts, which stays, nor a request's."""
     if isinstance(thing, dict):
         for key, value in thing.items():
             here = f"{path}.{key}"
@@ -27,7 +27,9 @@ def places(thing: Any, path: str = "") -> Iterator[tuple[str, str]]:
         for value in thing:
             yield from places(value, path)
     elif isinstance(thing, str):
-        yield from ((path, found) for found in re.findall(r"system:serviceaccount:(?!kube-system:)([^:]+):", thing))
+        yield from (
+            (path, found) for found in re.findall(r"system:serviceaccount:(?!kube-system:|' \+ request)([^:]+):", thing)
+        )
 
 
 @pytest.mark.parametrize("components", [[], ["images"], ["images", "csi-addons"]], ids=str)
@@ -50,16 +52,20 @@ def test_everything_is_in_the_namespace_that_is_wanted(tmp_path: Path, component
         assert len(said) == 2, found  # policies and webhooks
 
 
-@pytest.mark.parametrize("components", [[], ["kms", "kms/tenants"]], ids=str)
+@pytest.mark.parametrize("kms", [False, True])
 @pytest.mark.parametrize("driver", ["csi-backend", "lvm", "rbd", "names/ceph", "names/ceph-rbd", "names/longhorn"])
-def test_so_is_another_driver(tmp_path: Path, driver: str, components: list[str]) -> None:
+def test_so_is_another_driver(tmp_path: Path, *, driver: str, kms: bool) -> None:
     wanted = told("transformers:")
+    first = "kms" if driver in ("lvm", "names/ceph", "names/longhorn") else "kms/central"
+    components = [first, "kms/tenants", "kms/generate", "kms/service-accounts"] if kms else []
     wanted["components"] = [f"luks-csi/deploy/kubernetes/{each}" for each in components]
     wanted["resources"] = [f"luks-csi/deploy/kubernetes/{driver}"]
     things = built(tmp_path, wanted)
     found = {place for thing in things for place in places(thing)}
     assert {name for _, name in found} == {wanted["namespace"]}, found
-    policies = [each for each in things if each["kind"] == "ValidatingAdmissionPolicy"]
+    policies = [
+        each for each in things if each["kind"] == "ValidatingAdmissionPolicy" and "-over-" in each["metadata"]["name"]
+    ]
     assert len(policies) == (2 if driver == "csi-backend" else 0)
     selectors = [each["spec"]["matchConstraints"].get("namespaceSelector") for each in policies]
     label = {"matchLabels": {"kubernetes.io/metadata.name": wanted["namespace"]}}

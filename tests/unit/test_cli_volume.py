@@ -25,7 +25,7 @@ from csi_driver.volumes.usage import Usage
 from tests.cli import run_cli
 
 MIB = 1 << 20
-DATA = RemoteVolume("data", 256 * MIB, {"encrypted": "true", "backend": "loopfile"}, {"topology.x/node": "n1"})
+DATA = RemoteVolume("data", 256 * MIB, {"encrypted": "true", "backend": "loopfile"}, ({"topology.x/node": "n1"},))
 PASSPHRASE = "correct horse battery"
 NOTHING: Mapping[str, str] = {}
 CLOSED = Condition(None, (), None, "closed")
@@ -69,7 +69,7 @@ class FakeClient(CsiClient):
         secrets: Mapping[str, str] = NOTHING,
     ) -> RemoteVolume:
         self.note("create", name, tuple(capabilities), required_bytes, limit_bytes, dict(parameters), dict(secrets))
-        return RemoteVolume(name, required_bytes, {"encrypted": parameters.get("encrypted", "false")}, {})
+        return RemoteVolume(name, required_bytes, {"encrypted": parameters.get("encrypted", "false")})
 
     def delete_volume(self, volume_id: str, secrets: Mapping[str, str] = NOTHING) -> None:
         self.note("delete", volume_id)
@@ -137,7 +137,7 @@ def calls(client: FakeClient) -> list[tuple[object, ...]]:
 
 
 def test_list_shows_a_line_for_each_volume_and_where_it_is(client: FakeClient) -> None:
-    client.there += [RemoteVolume(name, 1000, {"encrypted": "false"}, {}) for name in ("odd", "sick")]
+    client.there += [RemoteVolume(name, 1000, {"encrypted": "false"}) for name in ("odd", "sick")]
     client.seen = {"data": IN_USE, "sick": Condition("/sick", (), healthy=False, health="went read-only; mend it")}
     done = run(client, "list")
     assert done.exit_code == 0
@@ -162,7 +162,7 @@ VOLUME = {
     "volume_id": "data",
     "capacity_bytes": 256 * MIB,
     "volume_context": {"encrypted": "true", "backend": "loopfile"},
-    "accessible_topology": {"topology.x/node": "n1"},
+    "accessible_topology": [{"topology.x/node": "n1"}],
     "staged_at": "/stage",
     "published_at": ["/pod", "/other"],
     "healthy": True,
@@ -194,10 +194,10 @@ def test_every_command_that_tells_of_a_volume_has_its_one_schema(
     done = run(client, *(word.format(tmp_path) for word in words), "-o", "json", stdin=PASSPHRASE)
     found = json.loads(done.stdout)
     (found,) = found if words == ("list",) else [found]
-    assert {**found, "volume_context": {}, "accessible_topology": {}} == {
+    assert {**found, "volume_context": {}, "accessible_topology": []} == {
         **VOLUME,
         "volume_context": {},
-        "accessible_topology": {},
+        "accessible_topology": [],
     }
     if words[0] != "create":
         assert found == VOLUME
@@ -407,7 +407,7 @@ def recorded(state_dir: Path) -> VolumeRecord:
 
 def test_show_tells_what_is_recorded_on_the_node(client: FakeClient, tmp_path: Path) -> None:
     record = recorded(tmp_path)
-    client.there = [RemoteVolume("data", 256 * MIB, volume_context(record, "loopfile"), {})]
+    client.there = [RemoteVolume("data", 256 * MIB, volume_context(record, "loopfile"))]
     lines = " ".join(run(client, "show", "data", "--state-dir", tmp_path, look=True).stdout.split())
     for part in (
         "268435456 bytes",
@@ -489,7 +489,7 @@ def test_a_client_is_made_only_where_a_socket_answers(tmp_path: Path) -> None:
 def test_wrong_paths_and_names_change_nothing_and_are_told(
     client: FakeClient, words: tuple[str, ...], sentence: str
 ) -> None:
-    client.there.append(RemoteVolume("closed", 1000, {}, {}))
+    client.there.append(RemoteVolume("closed", 1000, {}))
     client.seen["data"] = IN_USE
     done = run(client, *words)
     assert (done.exit_code, done.stdout) == (1, "")
@@ -509,7 +509,7 @@ def test_a_volume_is_taken_down_without_its_record_and_through_a_link(client: Fa
 
 
 def test_a_secret_for_a_volume_that_is_not_encrypted_is_refused(client: FakeClient, tmp_path: Path) -> None:
-    client.there = [RemoteVolume("data", 256 * MIB, {"encrypted": "false"}, {})]
+    client.there = [RemoteVolume("data", 256 * MIB, {"encrypted": "false"})]
     for words in (("stage", "data", tmp_path / "stage"), ("expand", "data", "--size", "1Gi")):
         done = run(client, *words, "--passphrase-file", "-", stdin=PASSPHRASE)
         assert (done.exit_code, done.stdout) == (1, "")

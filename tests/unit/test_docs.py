@@ -174,7 +174,7 @@ def test_every_key_of_json_is_told() -> None:
     told = section(page("command-line.md"), "Output for programs")
     parts = dict(zip(*[iter(re.split(r"^### (.*)\n", told, flags=re.MULTILINE)[1:])] * 2, strict=True))
     nowhere = Condition(None, (), None, "closed")
-    volume = document(RemoteVolume("data", 1, {}, {}), Seen(None, "", nowhere))
+    volume = document(RemoteVolume("data", 1, {}), Seen(None, "", nowhere))
     same(first_names(parts["Volumes"]), set(volume))
     same(first_names(parts["Images"]), {field.name for field in dataclasses.fields(Document)})
     others = {cells[0]: code_names(cells[2]) for cells in rows(parts["Others"])}

@@ -172,14 +172,6 @@ def number(words: list[str], option: str) -> int:
     return int(found.removesuffix("s"))
 
 
-def test_the_role_for_generated_keys_lets_them_be_looked_for_too() -> None:
-    """`Kubernetes.keep_secret` and `find_secret` get them, in accounts that have no other right on secrets."""
-    found = yaml.safe_load_all((ROOT / "deploy/kubernetes/kms/rbac.yaml").read_text())
-    (role,) = (each for each in found if each["kind"] == "Role")
-    rule = role["rules"][0]
-    assert (rule["resources"], {*rule["verbs"]}) == (["secrets"], {"get", "create", "patch", "delete"})
-
-
 def test_a_holder_that_has_ended_is_anybodys_to_delete() -> None:
     found = yaml.safe_load_all((ROOT / "deploy/kubernetes/csi-backend/policies.yaml").read_text())
     (policy,) = (
@@ -205,6 +197,7 @@ def test_replacements_name_what_they_change_in_full() -> None:
     there = {each["metadata"]["name"] for each in things if each["kind"] == "ClusterRoleBinding"}
     there |= {f"luks-csi-lvm-{each}" for each in ("provisioner", "resizer")}
     own = {each["namespace"] for each in things if "namespace" in each}
-    there.remove("luks-csi-kms-tenants.NAMESPACE")
-    there |= {f"luks-csi-kms-tenants.{each}" for each in own}
+    for part in ("accounts", "tenants"):
+        there.remove(f"luks-csi-kms-{part}.NAMESPACE")
+        there |= {f"luks-csi-kms-{part}.{each}" for each in own}
     assert named == there
