@@ -13,7 +13,7 @@ from tests.cluster.leftovers import left_on
 from tests.cluster.pods import Pods
 
 _VOLUMES = 100
-_SECONDS_EACH = 6
+_SECONDS_EACH = 30  # patience alone: on two cores to themselves a volume took 5
 _SETTLE_SECONDS = 120
 _PAUSE_SECONDS = 1.0
 
@@ -75,7 +75,7 @@ def _seconds_to_ready(pods: Pods) -> list[float]:
     return sorted(found)
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(7200)
 def test_many_volumes_come_and_go(pods: Pods, tell: Callable[[str], None]) -> None:
     pods.claim()
     pods.start("first")  # the server has loaded all it needs
