@@ -45,12 +45,13 @@ def _place(_context: click.Context, _parameter: click.Parameter, text: str | Non
 @click.option("--secret", "secret_place", callback=_place, metavar="NAMESPACE/NAME",
               help="The secret that the class names: with its passphrase, with the user of Ceph.")  # fmt: skip
 @click.option("--block/--filesystem", "block", default=None,
-              help="How it was used; to be told where the record does not.")  # fmt: skip
+              help="How it was used, where the record does not tell.")  # fmt: skip
 @click.option("--plain", is_flag=True, help="It is not encrypted, and that is right.")
 @click.option("--mount-option", "mount_options", multiple=True, metavar="OPTION",
               help="One of the class; may be repeated.")  # fmt: skip
-@click.option("--access-mode", type=click.Choice(_ACCESS_MODES), default=_ACCESS_MODES[0], show_default=True,
-              metavar="MODE", help=f"{', '.join(_ACCESS_MODES)}: how the claim may be used.")  # fmt: skip
+@click.option("--access-mode", type=click.Choice(_ACCESS_MODES), metavar="MODE",
+              help=f"How the claim may be used: {', '.join(_ACCESS_MODES)}. To be told for a block volume of Ceph, "
+                   "else it is the first one.")  # fmt: skip
 def manifest(
     remote: Remote,
     volume_id: str,
@@ -58,7 +59,7 @@ def manifest(
     class_name: str,
     secret_place: Place | None,
     mount_options: tuple[str, ...],
-    access_mode: str,
+    access_mode: str | None,
     *,
     block: bool | None,
     plain: bool,
@@ -76,18 +77,28 @@ def manifest(
     refuse_giving(record)
     if claim is None and (claim := _place_in(record.parameters.claim)) is None:
         raise InvalidArgument(f"which claim volume {found.id} was made for is not recorded; name one by --claim")
+    if found.published:
+        show_text(
+            f"note: volume {found.id} is given to node {', '.join(found.published)}; if no VolumeAttachment says so, "
+            f"take it back by 'luks-csi volume detach', or no other node gets it",
+            err=True,
+        )
     ceph = found.context.get("backend") == "rbd"
     _check_key(found, record, secret_place, ceph=ceph, plain=plain)
     block = _is_block(record, block)
     parse_options(mount_options, record.made_fs_type)
     if mount_options and block:
         raise InvalidArgument("a block volume is mounted nowhere; leave --mount-option out")
+    if ceph and block and access_mode is None:
+        raise InvalidArgument(
+            f"how volume {found.id} may be used is not recorded; say --access-mode, as its claim had it"
+        )
     if access_mode == "ReadWriteMany" and not (ceph and block):
         raise InvalidArgument(f"volume {found.id} cannot be {access_mode}: block volumes of Ceph can")
     own = next(filter(is_object_name, (record.name, found.id)), f"x-{hashlib.sha256(found.id.encode()).hexdigest()}")
     driver = remote.client.plugin_info().name
     shared = {
-        "accessModes": [access_mode],
+        "accessModes": [access_mode or _ACCESS_MODES[0]],
         "storageClassName": class_name,
         "volumeMode": "Block" if block else "Filesystem",
     }
@@ -156,7 +167,7 @@ def _is_block(record: VolumeRecord, told: bool | None) -> bool:  # noqa: FBT001 
     """How it was used. A record knows the file systems that were made here alone, not those of images or of a VM."""
     if record.file_system is FileSystemState.MADE and told:
         raise InvalidArgument(f"volume {record.id} holds a file system, {record.made_fs_type}; leave --block out")
-    if record.file_system is FileSystemState.RAW and told is None:
+    if record.file_system is not FileSystemState.MADE and told is None:
         raise InvalidArgument(
             f"how volume {record.id} was used is not recorded; say --block or --filesystem, as its claim had it"
         )

@@ -89,6 +89,7 @@ def document(found: "RemoteVolume", seen: Seen) -> dict[str, Any]:
         "capacity_bytes": found.capacity_bytes,
         "volume_context": dict(found.context),
         "accessible_topology": [dict(each) for each in found.topologies],
+        "published_node_ids": list(found.published),
         "staged_at": condition.staged_at if condition else None,
         "published_at": list(condition.published_at) if condition else None,
         "healthy": condition.healthy if condition else None,

@@ -26,6 +26,7 @@ from csi_driver.cli.remote import (
 )
 from csi_driver.cli.secret_files import SecretSource, secret_options
 from csi_driver.cli.volume_use import COMMANDS
+from csi_driver.model.errors import NotFound
 from csi_driver.model.volume import volume_id_for
 
 
@@ -100,6 +101,7 @@ def show(remote: Remote, volume_id: str) -> None:
         ("capacity", f"{size_text(found.capacity_bytes)} ({found.capacity_bytes} bytes)"),
         *sorted(found.context.items()),
         ("place", "\n".join(map(_place, found.topologies)) or "anywhere"),
+        *((("given to", ", ".join(found.published)),) if found.published else ()),
         *((("staged at", condition.staged_at or "-"),) if condition else ()),
         *((("published at", "\n".join(condition.published_at) or "-"),) if condition else ()),
         ("health", condition.health if condition else f"not seen: {seen.unseen}"),
@@ -153,6 +155,25 @@ def delete(remote: Remote, volume_id: str, *, yes: bool) -> None:
     confirm(f"Delete volume {found.id} ({size_text(found.capacity_bytes)}) and all data in it?", yes=yes)
     remote.client.delete_volume(found.id)
     remote.tell(f"volume {found.id} is deleted", found)
+
+
+@command(volume, "detach")
+@click.argument("volume_id", metavar="VOLUME", shell_complete=volume_names)
+@click.argument("node_id", metavar="NODE")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def detach(remote: Remote, volume_id: str, node_id: str, *, yes: bool) -> None:
+    """Take a volume of Ceph back from a node that it was given to, where nothing else does it.
+
+    Behind a cluster that was lost, say: a volume that was in use belongs to its node until then. A node that has it
+    open is fenced off first: what runs there loses the volume. Where Kubernetes knows the volume, end its pods instead.
+    """
+    found = remote.client.volume(volume_id)
+    if node_id not in found.published:
+        has = f"node {' and '.join(found.published)} has it" if found.published else "no node has it"
+        raise NotFound(f"volume {found.id} was not given to node {node_id}: {has}")
+    confirm(f"Take volume {found.id} from node {node_id}? If it is in use there, its user is fenced off.", yes=yes)
+    remote.client.detach(found.id, node_id)
+    remote.tell(f"volume {found.id} is no longer given to node {node_id}", remote.client.volume(found.id))
 
 
 def _place(topology: Mapping[str, str]) -> str:

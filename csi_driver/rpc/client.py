@@ -1,6 +1,6 @@
 """A client of the server's socket, for `luks-csi volume` and the demo; who uses it needs no gRPC."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +35,16 @@ class RemoteError(DriverError):
 
 @dataclass(frozen=True)
 class RemoteVolume:
-    """A volume as the server tells of it; the capacity in bytes. Each of `topologies` can have it; all can without."""
+    """A volume as the server tells of it; the capacity in bytes. Each of `topologies` can have it; all can without.
+
+    `published` are the nodes that were given it, where a controller does that.
+    """
 
     id: str
     capacity_bytes: int
     context: Mapping[str, str]
     topologies: Sequence[Mapping[str, str]] = ()
+    published: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,8 @@ class CsiClient:
     def volume(self, volume_id: str) -> RemoteVolume:
         """ControllerGetVolume."""
         request = csi.ControllerGetVolumeRequest(volume_id=volume_id)
-        return _volume(self._call(self._controller.ControllerGetVolume, request).volume)
+        found = self._call(self._controller.ControllerGetVolume, request)
+        return _volume(found.volume, found.status.published_node_ids)
 
     def volumes(self) -> Iterator[RemoteVolume]:
         """ListVolumes, page by page."""
@@ -135,7 +140,7 @@ class CsiClient:
         while True:
             request = csi.ListVolumesRequest(max_entries=_PAGE, starting_token=token)
             page = self._call(self._controller.ListVolumes, request)
-            yield from (_volume(entry.volume) for entry in page.entries)
+            yield from (_volume(entry.volume, entry.status.published_node_ids) for entry in page.entries)
             if not (token := page.next_token):
                 return
 
@@ -273,6 +278,7 @@ def _capability(wanted: Capability) -> csi.VolumeCapability:
     return csi.VolumeCapability(access_mode=mode, mount=mount)
 
 
-def _volume(message: csi.Volume) -> RemoteVolume:
+def _volume(message: csi.Volume, published: Iterable[str] = ()) -> RemoteVolume:
     topologies = tuple(dict(each.segments) for each in message.accessible_topology)
-    return RemoteVolume(message.volume_id, message.capacity_bytes, dict(message.volume_context), topologies)
+    context = dict(message.volume_context)
+    return RemoteVolume(message.volume_id, message.capacity_bytes, context, topologies, tuple(published))

@@ -44,7 +44,10 @@ _IDENTITY_THREADS = 2
 # CSI bounds strings at 128 bytes and maps at 4 KiB; secrets are the largest thing in a request.
 _LARGEST_REQUEST = 1 << 20
 _AFTER_GRACE_SECONDS = 1.0
-_PROBE_SECONDS = 5.0
+READY_SECONDS = 5.0
+ALIVE_SECONDS = 20.0
+"""How long /readyz and /healthz wait for the server. By the second one kubelet ends it, which helps nobody on a node
+that only has too much to do; kubelet's own patience, in the manifests, is longer than each."""
 
 
 class _Socket:
@@ -105,8 +108,10 @@ class Server:
             from csi_driver.rpc.http import HttpServer, Page  # noqa: PLC0415
             from csi_driver.rpc.metrics import Metrics  # noqa: PLC0415
 
-            def answer(ask: Callable[[CsiClient], object], more: Callable[[], Sequence[str]] = tuple) -> Page:
-                obstacle = self._obstacle(ask)
+            def answer(
+                ask: Callable[[CsiClient], object], seconds: float, more: Callable[[], Sequence[str]] = tuple
+            ) -> Page:
+                obstacle = self._obstacle(ask, seconds)
                 text = "".join(f"{line}\n" for line in (obstacle or "ok", *more()))
                 return Page(HTTPStatus.SERVICE_UNAVAILABLE if obstacle else HTTPStatus.OK, text.encode())
 
@@ -114,8 +119,8 @@ class Server:
             if sources is not None:
                 sources.observers.append(metrics.observe_kms)
             pages = {
-                "/healthz": lambda: answer(CsiClient.plugin_info),
-                "/readyz": lambda: answer(CsiClient.probe, details),
+                "/healthz": lambda: answer(CsiClient.plugin_info, ALIVE_SECONDS),
+                "/readyz": lambda: answer(CsiClient.probe, READY_SECONDS, details),
                 "/metrics": metrics.page,
             }
             self._http = HttpServer(settings.http_address, pages)
@@ -182,12 +187,12 @@ class Server:
         for job in self._jobs:
             job.join()
 
-    def _obstacle(self, ask: "Callable[[CsiClient], object]") -> str | None:
+    def _obstacle(self, ask: "Callable[[CsiClient], object]", seconds: float) -> str | None:
         """Why the server does not work, asked as kubelet asks: through its socket."""
         from csi_driver.rpc.client import CsiClient, RemoteError  # noqa: PLC0415
 
         try:
-            with CsiClient(self._settings.endpoint, timeout=_PROBE_SECONDS) as client:
+            with CsiClient(self._settings.endpoint, timeout=seconds) as client:
                 ask(client)
         except RemoteError as error:
             return str(error)

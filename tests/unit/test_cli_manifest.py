@@ -1,5 +1,6 @@
 """`luks-csi volume manifest`: the objects of a volume that Kubernetes does not know."""
 
+import dataclasses
 import json
 import re
 from typing import Any
@@ -114,6 +115,15 @@ def test_where_a_kms_has_the_key_there_need_be_no_secret_and_that_is_said(client
     assert "name the secret with it by --secret" in refused(client)
 
 
+def test_that_a_node_still_has_a_volume_is_said(client: Client) -> None:
+    client.there = [dataclasses.replace(ON_CEPH, published=("n1",))]
+    done = run(client, "manifest", client.there[0].id, *USUAL, *GIVEN)
+    assert json.loads(done.stdout)["kind"] == "List"
+    assert (
+        "is given to node n1; if no VolumeAttachment says so, take it back by 'luks-csi volume detach'" in done.stderr
+    )
+
+
 def test_each_place_that_can_have_a_volume_is_named(client: Client) -> None:
     client.there = [RemoteVolume("data", MIB, DATA.context, ({"zone": "a"}, {"zone": "b"}))]
     volume, _ = printed(client, *GIVEN)
@@ -128,8 +138,13 @@ def test_mount_options_are_those_that_are_told(client: Client) -> None:
 
 
 def test_how_a_volume_was_used_is_asked_where_its_record_does_not_tell(client: Client) -> None:
+    client.record = msgspec.structs.replace(RECORD, file_system=FileSystemState.NONE, made_fs_type=None)
+    assert "say --block or --filesystem" in refused(client, *GIVEN)
     client.record = msgspec.structs.replace(RECORD, file_system=FileSystemState.RAW, made_fs_type=None)
     assert "say --block or --filesystem" in refused(client, *GIVEN)
+    client.there = [ON_CEPH]
+    assert "say --access-mode" in refused(client, *GIVEN, "--block")
+    client.there = [DATA]
     for option, mode in (("--block", "Block"), ("--filesystem", "Filesystem")):
         volume, claim = printed(client, *GIVEN, option)
         assert volume["spec"]["volumeMode"] == claim["spec"]["volumeMode"] == mode

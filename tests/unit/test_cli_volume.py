@@ -85,6 +85,9 @@ class FakeClient(CsiClient):
         assert staging_path.is_dir()
         self.note("stage", volume, staging_path, capability, dict(secrets))
 
+    def detach(self, volume_id: str, node_id: str, secrets: Mapping[str, str] = NOTHING) -> None:
+        self.note("detach", volume_id, node_id)
+
     def unstage(self, volume_id: str, staging_path: Path) -> None:
         self.note("unstage", volume_id, staging_path)
 
@@ -152,6 +155,20 @@ def test_list_shows_a_line_for_each_volume_and_where_it_is(client: FakeClient) -
     ]
 
 
+def test_a_volume_is_taken_back_from_the_node_that_has_it_and_from_no_other(client: FakeClient) -> None:
+    client.there = [RemoteVolume("data", MIB, {"encrypted": "true", "backend": "rbd"}, published=("n1",))]
+    assert ["given to", "n1"] in [
+        re.split("  +", line.strip()) for line in run(client, "show", "data").stdout.splitlines()
+    ]
+    done = run(client, "detach", "data", "n2", "--yes")
+    assert "was not given to node n2: node n1 has it" in done.stderr
+    assert run(client, "detach", "data", "n1", stdin="n\n").exit_code != 0
+    assert ("detach", "data", "n1") not in client.made
+    done = run(client, "detach", "data", "n1", "--yes")
+    assert done.stdout == "volume data is no longer given to node n1\n"
+    assert calls(client)[-1] == ("detach", "data", "n1")
+
+
 def test_list_without_volumes_says_so(client: FakeClient) -> None:
     client.there = []
     assert run(client, "list").stdout == "no volumes\n"
@@ -163,6 +180,7 @@ VOLUME = {
     "capacity_bytes": 256 * MIB,
     "volume_context": {"encrypted": "true", "backend": "loopfile"},
     "accessible_topology": [{"topology.x/node": "n1"}],
+    "published_node_ids": [],
     "staged_at": "/stage",
     "published_at": ["/pod", "/other"],
     "healthy": True,

@@ -12,6 +12,7 @@ import yaml
 from csi_driver.backends.csiclaims import Claims
 from csi_driver.backends.csiholders import CONTROLLER, WAIT_SECONDS
 from csi_driver.model.settings import Settings
+from csi_driver.rpc.server import ALIVE_SECONDS, READY_SECONDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,6 +58,17 @@ def test_commands_in_a_servers_container_find_it_and_its_volumes(file: str) -> N
     assert told["LUKS_CSI_ENDPOINT"].endswith("/csi.sock")
     paths = {each["mountPath"]: each["name"] for each in server["volumeMounts"]}
     assert paths[told.get("LUKS_CSI_STATE_DIR", str(Settings.state_dir))] == "state"
+
+
+@pytest.mark.parametrize("file", ["driver/node.yaml", "driver/controller.yaml", *SERVERS])
+def test_kubelet_waits_longer_for_a_page_than_the_page_for_the_server(file: str) -> None:
+    """Else a node with much to do loses its driver, to a probe that was to find one that hangs."""
+    probes = [each for each in containers(file).values() if "livenessProbe" in each]
+    for each in probes:
+        assert each["livenessProbe"]["timeoutSeconds"] > ALIVE_SECONDS
+        assert each["livenessProbe"]["periodSeconds"] > each["livenessProbe"]["timeoutSeconds"]
+        assert each["readinessProbe"]["timeoutSeconds"] > READY_SECONDS
+    assert probes
 
 
 def test_only_what_needs_the_api_has_a_token() -> None:
@@ -197,7 +209,6 @@ def test_replacements_name_what_they_change_in_full() -> None:
     there = {each["metadata"]["name"] for each in things if each["kind"] == "ClusterRoleBinding"}
     there |= {f"luks-csi-lvm-{each}" for each in ("provisioner", "resizer")}
     own = {each["namespace"] for each in things if "namespace" in each}
-    for part in ("accounts", "tenants"):
-        there.remove(f"luks-csi-kms-{part}.NAMESPACE")
-        there |= {f"luks-csi-kms-{part}.{each}" for each in own}
+    there.remove("luks-csi-kms-tenants.NAMESPACE")
+    there |= {f"luks-csi-kms-tenants.{each}" for each in own}
     assert named == there
