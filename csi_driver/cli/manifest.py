@@ -5,7 +5,7 @@ That is so behind a cluster that was lost while its disks were not, behind an ad
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -16,8 +16,10 @@ from csi_driver.host.mountoptions import parse_options
 from csi_driver.keys.sources import GENERATED
 from csi_driver.model.errors import FailedPrecondition, InvalidArgument
 from csi_driver.model.volume import FileSystemState, VolumeRecord, is_object_name
-from csi_driver.rpc.client import RemoteVolume
 from csi_driver.volumes.moved import refuse_giving
+
+if TYPE_CHECKING:
+    from csi_driver.rpc.client import RemoteVolume
 
 _ACCESS_MODES: Final = ("ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany")
 
@@ -138,7 +140,7 @@ def manifest(
     show_json({"apiVersion": "v1", "kind": "List", "items": [volume, wanted]})
 
 
-def _check_key(found: RemoteVolume, record: VolumeRecord, secret: Place | None, *, ceph: bool, plain: bool) -> None:
+def _check_key(found: "RemoteVolume", record: VolumeRecord, secret: Place | None, *, ceph: bool, plain: bool) -> None:
     """Raise InvalidArgument where what opens the volume is not told, or told otherwise than its record has it."""
     encrypted = is_encrypted(found)
     if plain and encrypted:

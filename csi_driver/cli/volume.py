@@ -162,10 +162,11 @@ def delete(remote: Remote, volume_id: str, *, yes: bool) -> None:
 @click.argument("node_id", metavar="NODE")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def detach(remote: Remote, volume_id: str, node_id: str, *, yes: bool) -> None:
-    """Take a volume of Ceph back from a node that it was given to, where nothing else does it.
+    """Take a volume back from a node that it was given to, where nothing else does it.
 
-    Behind a cluster that was lost, say: a volume that was in use belongs to its node until then. A node that has it
-    open is fenced off first: what runs there loses the volume. Where Kubernetes knows the volume, end its pods instead.
+    Behind a cluster that was lost, say: a volume of Ceph that was in use belongs to its node until then. A node that
+    has it open is fenced off first: what runs there loses the volume. Where Kubernetes knows the volume, end its pods
+    instead.
     """
     found = remote.client.volume(volume_id)
     if node_id not in found.published:
