@@ -19,7 +19,7 @@ from csi_driver.model.errors import FailedPrecondition
 from csi_driver.rpc.endpoint import host_and_port
 
 _SECONDS_TO_ASK = 3.0
-_SECONDS_TO_ANSWER = 30.0  # more than any page takes to be made
+_SECONDS_TO_ANSWER = 30.0  # more than /healthz and /readyz wait for the server
 _MOST_CLIENTS = 64  # open at once; one more, and the oldest goes
 _LONGEST_HEAD = 16 << 10
 

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.rpc.client import CsiClient
 from csi_driver.rpc.http import HttpServer, Page
+from csi_driver.rpc.server import ALIVE_SECONDS, READY_SECONDS
 from tests.contract.serving import SECONDS, Gate, Run
 
 
@@ -69,6 +71,23 @@ def test_a_server_whose_socket_is_gone_is_not_well(run: Run, path: str) -> None:
     status, said = get(address, path)
     assert status == 503
     assert said != "ok\n"
+
+
+@pytest.mark.parametrize(("path", "seconds"), [("/healthz", ALIVE_SECONDS), ("/readyz", READY_SECONDS)])
+def test_a_page_waits_for_the_server_for_as_long_as_kubelet_is_told(
+    run: Run, monkeypatch: pytest.MonkeyPatch, path: str, seconds: float
+) -> None:
+    address, waited = f"127.0.0.1:{free_port()}", list[float | None]()
+
+    class Client(CsiClient):
+        def __init__(self, endpoint: Path, timeout: float | None) -> None:
+            waited.append(timeout)
+            super().__init__(endpoint, timeout)
+
+    run(http_address=address)
+    monkeypatch.setattr("csi_driver.rpc.client.CsiClient", Client)
+    assert get(address, path) == (200, "ok\n")
+    assert waited == [seconds]
 
 
 def test_other_paths_are_not_found(run: Run) -> None:

@@ -218,6 +218,17 @@ def test_a_server_that_answers_so(kind: str, what: str, failing: Failing, asked:
         failed(call, error, code)
 
 
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [(403, "a component of deploy/kubernetes/kms gives such a right"), (401, "check the credentials")],
+)
+def test_a_right_that_kubernetes_refuses_comes_with_what_gives_it(
+    code: int, advice: str, failing: Failing, asked: Callable[..., Asked]
+) -> None:
+    failing.answer = status(code)
+    assert advice in failed(asked("metadata", failing.address)["fetch"], PermissionDenied, "PERMISSION_DENIED")
+
+
 OTHER_SHAPES = {
     "lists": {each: [1] for each in ("data", "version", "gitVersion", "KeyMetadata", "CiphertextBlob", "Plaintext")},
     "numbers": dict.fromkeys(("data", "version", "gitVersion", "KeyMetadata", "CiphertextBlob", "Plaintext"), 1),
