@@ -113,9 +113,9 @@ class CsiBackend:
         except (Aborted, DeadlineExceeded, Unavailable):
             raise
         except DriverError:
-            # Nobody may ask again for a volume that could not be made.
+            # Nobody may ask again for a volume that could not be made; another controller may have made it meanwhile.
             with suppress(DriverError):
-                self._undo(volume_id)
+                self._undo(known)
             raise
         self._wished.pop(volume_id, None)
         return record
@@ -162,7 +162,7 @@ class CsiBackend:
                 f"volume {volume_id} cannot be deleted: node {known.spec.node} may use it; take it away from there "
                 f"(ControllerUnpublishVolume) first"
             )
-        self._undo(volume_id)
+        self._undo(known)
 
     def ids(self) -> Sequence[str]:
         """On a node, of the volumes that are attached there."""
@@ -253,7 +253,7 @@ class CsiBackend:
         known = self._records.find(volume_id) if not self._is_node else None
         if known is None or known.spec.state == "Ready":
             return []
-        self._undo(volume_id)
+        self._undo(known)
         return [f"VolumeRecord/{volume_id}"]
 
     # What storage outside the nodes does.
@@ -358,18 +358,15 @@ class CsiBackend:
             known.spec.state == "Deleting"
             or (known.spec.backing_storage_class, known.spec.size) != (wanted.backing_storage_class, wanted.size)
         ):
-            self._undo(volume_id)
+            self._undo(known)
             known = None
         return known or self._records.make(volume_id, wanted)
 
-    def _undo(self, volume_id: str) -> None:
-        known = self._records.find(volume_id)
-        if known is None:
-            return
-        if known.spec.state != "Deleting":
-            known = self._records.write(known, state="Deleting")
-        for pod in self._holders.of(volume_id):
-            self._holders.drop(volume_id, pod)
+    def _undo(self, known: Known) -> None:
+        """Delete all that there is of a volume as it was seen. Raises Aborted where it was written to since."""
+        known = self._records.write(known, state="Deleting")
+        for pod in self._holders.of(known.volume_id):
+            self._holders.drop(known.volume_id, pod)
         self._claims.drop(known)
-        self._headers.drop(volume_id)
+        self._headers.drop(known.volume_id)
         self._records.remove(known)

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 
 from csi_driver.backends.csiheaders import HeaderCopies
 from csi_driver.backends.csiholders import HolderPods, astray_of, node_of, wants_holder
-from csi_driver.backends.csirecords import RecordObjects
+from csi_driver.backends.csirecords import Known, RecordObjects
 from csi_driver.host.log import log
 from csi_driver.kube.kinds import name_of
 from csi_driver.model.errors import Aborted, DriverError, VolumeBusy
@@ -17,7 +17,7 @@ class Mending:
     """
 
     def __init__(
-        self, records: RecordObjects, headers: HeaderCopies, holders: HolderPods, undo: Callable[[str], None]
+        self, records: RecordObjects, headers: HeaderCopies, holders: HolderPods, undo: Callable[[Known], None]
     ) -> None:
         self._records = records
         self._headers = headers
@@ -57,7 +57,7 @@ class Mending:
         """Returns what a holder that had ended tells of it."""
         known = self._records.find(volume_id)
         if known is not None and known.spec.state == "Deleting":
-            self._undo(volume_id)
+            self._undo(known)
             return ""
         node = known.spec.node if known is not None else ""
         for pod in self._holders.of(volume_id):

@@ -168,8 +168,11 @@ class RecordObjects:
         raise AssertionError("a loop without an end")
 
     def remove(self, known: Known) -> None:
-        """Let the object go, and the record with it. Raises Conflict (Aborted)."""
-        self._api.delete(VOLUME_RECORD, known.volume_id, self._namespace)
+        """Let the object go, and the record with it; another one of its name stays. Raises Conflict (Aborted)."""
+        found = self._api.get(VOLUME_RECORD, known.volume_id, self._namespace)
+        if found is None or uid_of(found) != known.uid:
+            return
+        self._api.delete(VOLUME_RECORD, known.volume_id, self._namespace, seen=found)
         drop_finalizer(self._api, VOLUME_RECORD, known.volume_id, self._namespace)
 
     def decode(self, known: Known) -> VolumeRecord:

@@ -191,6 +191,12 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path)
 
 
+def known(world: World) -> Known:
+    found = world.records.find("pvc-1")
+    assert found is not None
+    return found
+
+
 @contextmanager
 def no_lock(_: str) -> Iterator[None]:
     yield
@@ -661,6 +667,79 @@ def test_another_controller_that_stood_still_ends_no_holder_that_runs(world: Wor
     world.api.before = stands_still
     world.controller.mend(no_lock, lambda: False)
     assert [each["status"]["phase"] for each in world.api.all(POD)] == ["Running"]
+
+
+def _made(world: World) -> None:
+    world.api.bind(name_for("pvc-1"))
+    world.create()
+
+
+def _used(world: World) -> None:
+    world.controller.publish("pvc-1", "one", many_nodes=False)
+    world.stage()
+
+
+def _made_anew(world: World) -> None:
+    world.controller.delete("pvc-1")
+    world.create()
+    _used(world)
+
+
+def _made_and_used_while_no_claim_is_admitted(world: World) -> None:
+    world.create()
+    _used(world)
+    raise ResourceExhausted("exceeded quota")
+
+
+@pytest.mark.parametrize(
+    ("state", "does", "verbs", "meanwhile"),
+    [
+        ("", "creates", ["create"], _made_and_used_while_no_claim_is_admitted),
+        ("Ready", "deletes", ["get", "patch"], _used),
+        ("Making", "removes orphans", ["get", "patch"], _made),
+        ("Deleting", "mends", ["get", "patch"], _made_anew),
+    ],
+)
+def test_another_controller_that_stood_still_removes_no_volume_that_came_to_be_meanwhile(
+    world: World, state: str, does: str, verbs: list[str], meanwhile: Callable[[World], None]
+) -> None:
+    """It stood still behind its first look at the record, or before it made the claim."""
+    world.api.binds = state != "Making"
+    if state:
+        with suppress(Aborted):
+            world.create()
+        world.records.write(known(world), state=state)
+    world.api.binds = True
+    of, left = (VOLUME_RECORD, 1) if state else (CLAIM, 0)
+
+    def stands_still(call: Call) -> None:
+        nonlocal left
+        if call.kind == of and call.verb in verbs:
+            left -= 1
+        if left < 0:
+            world.api.before = lambda _: None
+            meanwhile(world)
+
+    world.api.before = stands_still
+    with suppress(DriverError):
+        {
+            "creates": world.create,
+            "deletes": lambda: world.controller.delete("pvc-1"),
+            "removes orphans": lambda: world.controller.remove_orphans("pvc-1"),
+            "mends": lambda: world.controller.mend(no_lock, lambda: False),
+        }[does]()
+    assert world.spec()["state"] == "Ready"
+    assert world.claim()["metadata"].get("deletionTimestamp") is None
+    assert world.holders() == (["one"] if meanwhile is not _made else [])
+
+
+def test_another_record_of_the_name_is_not_removed_by_an_old_deletion(world: World) -> None:
+    world.create()
+    earlier = known(world)
+    world.controller.delete("pvc-1")
+    world.create()
+    world.records.remove(earlier)
+    assert world.spec()["state"] == "Ready"
 
 
 def test_a_holder_that_has_ended_and_is_going_is_waited_for(world: World) -> None:
