@@ -70,6 +70,14 @@ def is_waiting_for_node(claim: Json) -> bool:
     return told.startswith("NodeResize") or any(each.get("type") == _PENDING for each in status.get("conditions", ()))
 
 
+def refused_size(claim: Json) -> str | None:
+    """The size, a quantity, of which a claim's resizer says that its driver will never make it; None without one."""
+    status = claim.get("status", {})
+    if status.get("allocatedResourceStatuses", {}).get("storage") != "ControllerResizeInfeasible":
+        return None
+    return str(status.get("allocatedResources", {}).get("storage"))
+
+
 def settled(claim: Json, capacity: str) -> Json:
     """The change of a claim's status that ends that, as kubelet makes it."""
     kept = [each for each in claim.get("status", {}).get("conditions", ()) if each.get("type") not in _RESIZING]

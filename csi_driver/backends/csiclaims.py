@@ -9,13 +9,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from csi_driver.backends.csibelow import changed, is_waiting_for_node, read_direct, refuse_driver, settled
+from csi_driver.backends.csibelow import changed, is_waiting_for_node, read_direct, refuse_driver, refused_size, settled
 from csi_driver.backends.csiheaders import LABEL
 from csi_driver.backends.csipins import Direct, digest
 from csi_driver.backends.csirecords import GROUP, KEEPS, Api, Known, drop_finalizer, looks
 from csi_driver.kube.kinds import (
     CLAIM,
     CSI_DRIVER,
+    CSI_NODE,
     EVENT,
     MANAGED_BY,
     MANAGER,
@@ -26,7 +27,14 @@ from csi_driver.kube.kinds import (
     name_of,
     uid_of,
 )
-from csi_driver.model.errors import Aborted, AlreadyExists, FailedPrecondition, InvalidArgument, ResourceExhausted
+from csi_driver.model.errors import (
+    Aborted,
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    OutOfRange,
+    ResourceExhausted,
+)
 from csi_driver.model.sizes import read_size
 from csi_driver.model.text import one_line
 
@@ -88,14 +96,16 @@ class Claims:
     def ensure(self, known: Known, storage_class: Json, node: str) -> Json:
         """Make the volume's claim, or find the one that was made; for `node` where its class waits for one.
 
-        Raises FailedPrecondition when the name is taken by another claim, it has gone, or the cluster does not admit
-        it; ResourceExhausted where a quota does not.
+        A pod that waits for too long is given another node: the claim is told. Raises FailedPrecondition when the name
+        is taken by another claim, it has gone, or the cluster does not admit it; ResourceExhausted where a quota does
+        not, or the driver below is not on that node.
         """
         found = self.find(known.volume_id)
+        chosen = {_SELECTED: node} if node and storage_class.get("volumeBindingMode") == "WaitForFirstConsumer" else {}
+        if chosen and (found is None or not found["spec"].get("volumeName")):
+            self._check_node(known, str(storage_class.get("provisioner")), node)
         if found is None and not known.spec.claim_uid:
-            annotations = {_OWNER: known.uid, f"{GROUP}/volume-id": known.volume_id}
-            if node and storage_class.get("volumeBindingMode") == "WaitForFirstConsumer":
-                annotations[_SELECTED] = node
+            annotations = {_OWNER: known.uid, f"{GROUP}/volume-id": known.volume_id, **chosen}
             labels = {MANAGED_BY: MANAGER, LABEL: digest(known.volume_id)}
             spec = {
                 "accessModes": ["ReadWriteOnce"],
@@ -125,7 +135,24 @@ class Claims:
                 f"volume {known.volume_id} cannot be made: the claim {self._where(known.volume_id)} is there and was "
                 f"not made for it; it was left as it is, delete or rename it"
             )
-        return self.check(known, found)
+        claim = self.check(known, found)
+        is_told = chosen.items() <= claim["metadata"].get("annotations", {}).items()
+        if is_told or claim["spec"].get("volumeName"):
+            return claim
+        wish = {"metadata": {"resourceVersion": claim["metadata"]["resourceVersion"], "annotations": chosen}}
+        return self._api.patch(CLAIM, name_of(claim), wish, self._namespace)
+
+    def _check_node(self, known: Known, driver: str, node: str) -> None:
+        """A provisioner names no code when its driver is not on the node, and the pod would wait there for ever."""
+        on_node = self._api.get(CSI_NODE, node)
+        if on_node is None or self._api.get(CSI_DRIVER, driver) is None:
+            return
+        if driver not in [each["name"] for each in on_node["spec"].get("drivers") or ()]:
+            raise ResourceExhausted(
+                f"volume {known.volume_id} cannot be made for node {node}: the driver {driver} of class "
+                f"{known.spec.backing_storage_class} below it is not there (CSINode {node}); install it there, or keep "
+                f"the pods on nodes that have it"
+            )
 
     def find(self, volume_id: str) -> Json | None:
         """What has the name of the volume's claim."""
@@ -188,7 +215,9 @@ class Claims:
         return _bytes(volume["spec"].get("capacity", {}).get("storage"))
 
     def grow(self, known: Known, size: int) -> None:
-        """Have the claim enlarged. Raises Aborted while the other driver is at it, FailedPrecondition."""
+        """Have the claim enlarged. Raises Aborted while the other driver is at it, FailedPrecondition, OutOfRange where
+        that refuses the size for good; a smaller one may be asked for then, as for any claim (KEP-1790).
+        """
         claim = self.check(known)
         volume = self.bound(known, claim)
         if self.size(volume) >= size:
@@ -201,7 +230,7 @@ class Claims:
                 f"{known.spec.backing_storage_class} does not say allowVolumeExpansion: true; set that if its driver "
                 f"can do it"
             )
-        if _bytes(claim["spec"]["resources"]["requests"].get("storage")) < size:
+        if _bytes(claim["spec"]["resources"]["requests"].get("storage")) != size:
             version = claim["metadata"]["resourceVersion"]
             wish = {
                 "metadata": {"resourceVersion": version},
@@ -212,6 +241,12 @@ class Claims:
             volume = self._api.get(VOLUME, name_of(volume)) or volume
             if self.size(volume) >= size:
                 return
+            claim = self.check(known)
+            if _bytes(refused_size(claim)) == size:
+                raise OutOfRange(
+                    f"the claim {where} below volume {known.volume_id} cannot be enlarged from {self.size(volume)} to "
+                    f"{size} bytes: its own driver refuses that ({self._said(claim, 'Resiz')}); ask for a smaller size"
+                )
         raise Aborted(
             f"the claim {where} below volume {known.volume_id} is being enlarged from {self.size(volume)} to {size} "
             f"bytes by its own driver ({self._said(claim, 'Resiz') or 'which has said nothing yet'}); this is tried "

@@ -26,6 +26,7 @@ from csi_driver.host.files import Files
 from csi_driver.host.handle import Handle
 from csi_driver.kube.kinds import (
     CLAIM,
+    CSI_DRIVER,
     CSI_NODE,
     EVENT,
     HEADER_PIECE,
@@ -47,6 +48,7 @@ from csi_driver.model.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
+    OutOfRange,
     PermissionDenied,
     ResourceExhausted,
     Unavailable,
@@ -60,6 +62,7 @@ from tests.told_lines import told_lines
 
 NAMESPACE, DRIVER, TOPOLOGY, MIB = "luks", "luks.csi.internal", "topology.luks.csi.internal/node", 1 << 20
 SIZE = 16 * MIB
+SELECTED = "volume.kubernetes.io/selected-node"
 PARAMETERS = VolumeParameters(encrypted=True, backing_storage_class="below")
 
 
@@ -219,7 +222,7 @@ def test_the_claim_is_raw_block_of_the_class_below_for_the_chosen_node(world: Wo
     assert claim["spec"]["volumeMode"] == "Block"
     assert claim["spec"]["storageClassName"] == "below"
     assert claim["spec"]["resources"]["requests"]["storage"] == str(SIZE)
-    assert claim["metadata"]["annotations"]["volume.kubernetes.io/selected-node"] == "two"
+    assert claim["metadata"]["annotations"][SELECTED] == "two"
     assert claim["metadata"]["finalizers"] == [KEEPS]
     assert world.spec()["claimUid"] == claim["metadata"]["uid"]
 
@@ -228,7 +231,50 @@ def test_a_class_below_that_binds_at_once_is_told_no_node(world: World) -> None:
     world.api.change(STORAGE_CLASS, "below", {"volumeBindingMode": "Immediate"})
     world.controller.use("pvc-1", Access(topologies=({TOPOLOGY: "two"},)))
     world.create()
-    assert "volume.kubernetes.io/selected-node" not in world.claim()["metadata"]["annotations"]
+    assert SELECTED not in world.claim()["metadata"]["annotations"]
+
+
+def test_a_pod_that_was_given_another_node_takes_the_pending_claim_along(world: World) -> None:
+    """The scheduler does so behind ten minutes; a provisioner that has no room takes the node off the claim."""
+    world.api.binds = False
+
+    def node_of_claim(wished: str) -> str:
+        world.controller.use("pvc-1", Access(topologies=({TOPOLOGY: wished},)))
+        with pytest.raises(Aborted, match=r"is not bound yet"):
+            world.create()
+        return str(world.claim()["metadata"]["annotations"][SELECTED])
+
+    assert [node_of_claim("one"), node_of_claim("two"), node_of_claim("two")] == ["one", "two", "two"]
+    world.api.change(CLAIM, name_for("pvc-1"), {"metadata": {"annotations": {SELECTED: None}}}, NAMESPACE)
+    assert node_of_claim("two") == "two"
+    world.api.bind(name_for("pvc-1"))
+    world.api.written()
+    world.controller.use("pvc-1", Access(topologies=({TOPOLOGY: "one"},)))
+    world.create()
+    assert ("patch", CLAIM) not in [(call.verb, call.kind) for call in world.api.written()]
+
+
+@pytest.mark.parametrize("pends", [False, True])
+def test_a_node_that_the_driver_below_is_not_on_gets_no_claim(world: World, *, pends: bool) -> None:
+    """Its provisioner names no code then, and the pod would stay there for ever."""
+    world.api.binds = False
+    world.controller.use("pvc-1", Access(topologies=({TOPOLOGY: "one"},)))
+    if pends:
+        with pytest.raises(Aborted):
+            world.create()
+    world.api.put(CSI_DRIVER, {"metadata": {"name": "below.test"}, "spec": {}})
+    world.api.put(CSI_NODE, {"metadata": {"name": "one"}, "spec": {"drivers": [{"name": DRIVER}]}})
+    said = r"volume pvc-1 cannot be made for node one: the driver below.test of class below below it is not there"
+    with pytest.raises(ResourceExhausted, match=said):
+        world.create()
+    assert not world.api.all(CLAIM)
+    assert not world.api.all(VOLUME_RECORD)
+    world.api.change(CSI_NODE, "one", {"spec": {"drivers": [{"name": DRIVER}, {"name": "below.test"}]}})
+    with pytest.raises(Aborted):
+        world.create()
+    world.api.change(CSI_NODE, "one", {"spec": {"drivers": []}})  # it starts anew there, and the claim is bound
+    world.api.bind(name_for("pvc-1"))
+    world.create()
 
 
 def test_where_a_volume_is_wished_is_kept_only_until_it_is_there(world: World) -> None:
@@ -386,6 +432,22 @@ def test_growth_is_the_claims_and_waits_for_its_driver(world: World) -> None:
         world.controller.grow("pvc-1", 3 * SIZE)
     with pytest.raises(FailedPrecondition, match=r"enlarge its claim, as a node cannot"):
         world.node.grow("pvc-1", 3 * SIZE)
+
+
+def test_a_growth_that_the_driver_below_refuses_for_good_gives_way_to_a_smaller_one(world: World) -> None:
+    world.create()
+    refused = {"allocatedResources": {"storage": str(100 * SIZE)}}
+    refused["allocatedResourceStatuses"] = {"storage": "ControllerResizeInfeasible"}
+    for expected in (Aborted, OutOfRange, OutOfRange):
+        with pytest.raises(expected, match=r"from 16777216 to 1677721600 bytes"):
+            world.controller.grow("pvc-1", 100 * SIZE)
+        world.api.change(CLAIM, name_for("pvc-1"), {"status": refused}, NAMESPACE)
+    with pytest.raises(Aborted, match=r"is being enlarged from 16777216 to 33554432 bytes"):
+        world.controller.grow("pvc-1", 2 * SIZE)
+    assert world.claim()["spec"]["resources"]["requests"]["storage"] == str(2 * SIZE)
+    world.api.change(VOLUME, "pv-luks-pvc-1", {"spec": {"capacity": {"storage": "32Mi"}}})
+    world.controller.grow("pvc-1", 2 * SIZE)
+    assert world.spec()["size"] == 2 * SIZE
 
 
 # --- holders ---------------------------------------------------------------------------------------------------------
@@ -721,13 +783,14 @@ def test_another_controller_that_stood_still_removes_no_volume_that_came_to_be_m
             meanwhile(world)
 
     world.api.before = stands_still
+    calls: dict[str, Callable[[], object]] = {
+        "creates": world.create,
+        "deletes": lambda: world.controller.delete("pvc-1"),
+        "removes orphans": lambda: world.controller.remove_orphans("pvc-1"),
+        "mends": lambda: world.controller.mend(no_lock, lambda: False),
+    }
     with suppress(DriverError):
-        {
-            "creates": world.create,
-            "deletes": lambda: world.controller.delete("pvc-1"),
-            "removes orphans": lambda: world.controller.remove_orphans("pvc-1"),
-            "mends": lambda: world.controller.mend(no_lock, lambda: False),
-        }[does]()
+        calls[does]()
     assert world.spec()["state"] == "Ready"
     assert world.claim()["metadata"].get("deletionTimestamp") is None
     assert world.holders() == (["one"] if meanwhile is not _made else [])
