@@ -155,10 +155,12 @@ class NodeDevices:
 
         Raises DeviceInUse while a mapping or mount is on it, as after a stage that failed beside an earlier one: who
         is told that it is free takes it away. Raises what `DirectDevices.give_back` does: until then it is not free.
+        On a full disk the record must be told now: Unavailable, and what else the API raises.
         """
         pin = self._pins.get(volume_id) or self._pins.left(volume_id)
         if pin is None:
             return
+        is_noted = True
         if not pin.released:
             if (name := self._claimed(volume_id)) is not None:
                 raise DeviceInUse(
@@ -170,10 +172,12 @@ class NodeDevices:
                 self._pins.note(pin)  # whoever was told of an error may not come again
                 self._direct.give_back(volume_id, direct)
             pin = msgspec.structs.replace(pin, released=True)
-            self._pins.note(pin)
+            is_noted = self._pins.note(pin)
         try:
             self._tell(pin)
         except DriverError as error:
+            if not is_noted:
+                raise
             log.warning("a record will hear later that its device is free", volume_id=volume_id, error=str(error))
 
     def mend(self, hold: Callable[[str], AbstractContextManager[None]], is_ending: Callable[[], bool]) -> None:

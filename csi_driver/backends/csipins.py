@@ -7,6 +7,7 @@ The folder is shared with the holder pods: who holds a device sees here whether 
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -126,10 +127,19 @@ class Pins:
         else:
             self._files.write(self._path(pin.volume_id), content)
 
-    def note(self, pin: Pin) -> None:
-        """Write that it comes to its end. On a read-only file system it stays as it was: no device is put on it."""
-        with though_read_only("pin", pin.volume_id):
-            self.put(pin)
+    def note(self, pin: Pin) -> bool:
+        """Write that it comes to its end; False where there is no room for that.
+
+        On a read-only file system it stays as it was: no device is put on it.
+        """
+        try:
+            with though_read_only("pin", pin.volume_id):
+                self.put(pin)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return False
+        return True
 
     def remove(self, volume_id: str) -> None:
         """Forget it; absent is fine. On a read-only file system it stays, of an attachment that has ended."""

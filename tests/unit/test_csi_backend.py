@@ -1,5 +1,6 @@
 """The controller of the backend csi: claims, holder pods and records, on an API in memory with a kubelet that obeys."""
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -203,6 +204,18 @@ def known(world: World) -> Known:
 @contextmanager
 def no_lock(_: str) -> Iterator[None]:
     yield
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Nothing can be written, and things can be removed."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def fill(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        patch.setattr(Files, "fill", fill)
+        yield
 
 
 @contextmanager
@@ -988,6 +1001,27 @@ def test_a_record_hears_of_a_device_that_was_let_go_of_while_the_api_was_away(wo
         world.controller.unpublish("pvc-1", "one")
     world.node.mend(busy, lambda: False)
     world.node.mend(no_lock, lambda: False)
+    assert not world.node.has("pvc-1")
+    world.controller.unpublish("pvc-1", "one")
+
+
+def test_on_a_full_disk_a_device_is_let_go_of_once_its_record_can_be_told(world: World) -> None:
+    """A full disk is why kubelet ends pods: their volumes must be free for other nodes."""
+    world.create()
+    world.controller.publish("pvc-1", "one", many_nodes=False)
+    world.stage()
+    world.pins.put(Pin(volume_id="pvc-1", boot_id=boot_id(), major=7, minor=7, disk=1, holder="uid", ticket="ticket"))
+
+    def away(_: Call) -> None:
+        raise Unavailable("the API is away")
+
+    with full_disk():
+        world.api.before = away
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="the API is away"):
+                world.node.detach("pvc-1")
+        world.api.before = lambda _: None
+        world.node.detach("pvc-1")
     assert not world.node.has("pvc-1")
     world.controller.unpublish("pvc-1", "one")
 

@@ -23,7 +23,7 @@ from csi_driver.model.errors import (
     Unavailable,
 )
 from csi_driver.model.volume import VolumeRecord
-from tests.unit.test_csi_backend import DRIVER, NAMESPACE, SIZE, World, busy, no_lock, record
+from tests.unit.test_csi_backend import DRIVER, NAMESPACE, SIZE, World, busy, full_disk, no_lock, record
 
 VOLUME_ID = "pvc-1"
 DIRECT = Direct(driver="below.test", handle="x", context={"of": "the class"})
@@ -295,6 +295,16 @@ def test_what_could_not_be_put_down_is_put_down_later_whoever_asks(node: Node) -
     assert node.world.spec().get("staged") is None
     assert not node.places()
     assert not node.devices.is_known(VOLUME_ID)
+
+
+def test_on_a_full_disk_a_volume_is_put_down_below_all_the_same(node: Node) -> None:
+    with node.devices.attach(VOLUME_ID):
+        pass
+    with full_disk():
+        node.devices.detach(VOLUME_ID)
+    assert node.world.spec().get("staged") is None
+    assert not node.devices.is_known(VOLUME_ID)
+    assert not node.places()
 
 
 def test_a_stage_that_kubelet_has_forgotten_is_put_down_and_one_that_it_repeats_is_not(node: Node) -> None:
