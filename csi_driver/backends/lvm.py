@@ -229,13 +229,15 @@ class LvmBackend:
                 raise self._in_use(volume_id, device, "let go of") from None
 
     def space(self, parameters: VolumeParameters | None = None) -> Space:
-        """Free extents; of a thin pool what is free of its data below the limit: room now, not room promised."""
-        pool = parameters.thin_pool if parameters is not None else None
+        """Free extents; of a thin pool what is free of its data below the limit: room now, not room promised.
+
+        None is to be had in a group that lacks disks.
+        """
+        pool, group = parameters.thin_pool if parameters is not None else None, self._group.look()
         if pool is None:
-            group = self._group.look()
-            return Space(group.size, group.free, group.free)
+            return Space(group.size, group.free, group.free if group.is_whole else 0)
         use = self._pools.shown(pool)
-        return Space(use.size, int(use.size * (1 - use.data)), self._room(use))
+        return Space(use.size, int(use.size * (1 - use.data)), self._room(use) if group.is_whole else 0)
 
     def orphans(self) -> Sequence[str]:
         """As the folders tell, and logical volumes of ours that no folder knows of."""

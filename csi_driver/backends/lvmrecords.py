@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from csi_driver.backends.lvmtool import OURS, Group, LogicalVolume, VolumeGroup, dm_name
+from csi_driver.backends.lvmtool import LACKS, OURS, Group, LogicalVolume, VolumeGroup, dm_name
 from csi_driver.host import blockdev
 from csi_driver.host.commands import Commands
 from csi_driver.host.devicemapper import DeviceMapper
@@ -77,15 +77,19 @@ class GroupRecords:
         """Make the file system if this group never had one, and mount it.
 
         Raises FailedPrecondition for another group than this node had, for one that others use too, and wherever
-        records may have been lost: a new file system never takes the place of one.
+        records may have been lost: a new file system never takes the place of one. A group that had its records keeps
+        its other volumes when it lacks a disk: they must be put down too.
         """
-        group = self._group.look()
-        if group.is_shared or not group.is_whole:
+        group, known = self._group.look(), self._known()
+        if not group.is_usable:
             raise FailedPrecondition(
-                f"the volume group {self._group.name} is shared, exported, read-only or lacks disks; this driver wants "
-                f"one that is whole and this node's alone (vgs -o +vg_missing_pv_count)"
+                f"the volume group {self._group.name} is shared, exported or read-only; this driver wants one that is "
+                f"this node's alone, and writable"
             )
-        known = self._known()
+        if not group.is_whole:
+            if known is None:
+                raise FailedPrecondition(f"the volume group {self._group.name} {LACKS}")
+            log.warning("a volume group lacks disks", volume_group=self._group.name)
         if known is not None and known.group != group.uuid:
             raise FailedPrecondition(
                 f"the volume group {self._group.name} is not the one that this node had: expected the UUID "

@@ -35,7 +35,12 @@ _CONFIG: Final = (
 """lvm.conf(5). udev is never waited for: its cookies hang in a container with IPC of its own (docs/architecture.md,
 "Device-mapper and mounts"). What a pod writes into its mapping is never looked at for volume groups.
 """
+LACKS: Final = (
+    "lacks disks (vgs -o +vg_missing_pv_count), and LVM changes no such group; bring them back and run vgextend "
+    "--restoremissing, or give them up with vgreduce --removemissing"
+)
 _GONE: Final = re.compile(r"not found|Failed to find")
+_LACKS: Final = re.compile(r"physical volumes? missing|missing physical volume|--removemissing")
 _NO_ROOM: Final = re.compile(r"[Ii]nsufficient (free space|suitable)|free extents")
 _TWICE: Final = re.compile(r"Multiple VGs found|is used by VGs")
 _BUSY: Final = re.compile(r"in use|is used by|contains a filesystem")
@@ -45,13 +50,13 @@ _VG_FIELDS: Final = ("vg_uuid", "vg_size", "vg_free", "vg_extent_size", "vg_attr
 
 @dataclass(frozen=True)
 class Group:
-    """The volume group; sizes in bytes."""
+    """The volume group; sizes in bytes. One that is not usable is another node's too, exported, or read-only."""
 
     uuid: str
     size: int
     free: int
     extent: int
-    is_shared: bool
+    is_usable: bool
     is_whole: bool
 
 
@@ -91,8 +96,8 @@ class VolumeGroup:
             size=int(found["vg_size"]),
             free=int(found["vg_free"]),
             extent=int(found["vg_extent_size"]),
-            is_shared=attributes[5] in "cs",  # vgs(8): clustered, shared
-            is_whole=attributes[0] == "w" and attributes[2] == "-" and found["vg_missing_pv_count"] == "0",
+            is_usable=attributes[0] == "w" and attributes[2] == "-" and attributes[5] not in "cs",  # vgs(8)
+            is_whole=found["vg_missing_pv_count"] == "0",
         )
 
     def find(self, name: str) -> LogicalVolume | None:
@@ -173,6 +178,8 @@ class VolumeGroup:
                     f"{text}there are several groups of that name on this node; take the disk of the other one away, "
                     f"or give that another name by its UUID (vgs -o +vg_uuid, vgrename)"
                 ) from None
+            if _LACKS.search(failed.stderr):
+                raise ResourceExhausted(f"{text}it {LACKS}") from None
             if _NO_ROOM.search(failed.stderr):
                 raise ResourceExhausted(f"{text}{reason}; free space there or extend it") from None
             if _BUSY.search(failed.stderr):

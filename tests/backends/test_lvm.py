@@ -4,11 +4,11 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from subprocess import CalledProcessError
 from typing import ParamSpec, TypeVar, cast
 
 import msgspec
@@ -309,6 +309,47 @@ def test_lost_records_and_another_group_are_refused(lvm_rig: LvmRig) -> None:
     assert list(lvm_rig.backend().ids()) == ["pvc-1"]
 
 
+@contextlib.contextmanager
+def another_disk(folder: Path) -> Iterator[str]:
+    disk = folder / "another"
+    with disk.open("wb") as file:
+        file.truncate(200 * MIB)
+    shown = subprocess.run(["losetup", "--find", "--show", disk], check=True, stdout=subprocess.PIPE, text=True)
+    loop = shown.stdout.strip()
+    try:
+        yield loop
+    finally:
+        subprocess.run(["losetup", "--detach", loop], check=True)
+
+
+def test_a_group_that_lost_a_disk_keeps_what_is_on_the_others(lvm_rig: LvmRig, tmp_path: Path) -> None:
+    lvm_rig.backend().create(record_of(lvm_rig), SIZE)
+    with another_disk(tmp_path) as disk:
+        lvm("vgextend", GROUP, disk)
+    try:
+        lvm_rig.restart()
+        memory = lvm_rig.state / "lvm.json"
+        known = memory.read_bytes()
+        memory.unlink()
+        with pytest.raises(FailedPrecondition, match=r"the volume group vg-test lacks disks"):
+            lvm_rig.backend()
+        memory.write_bytes(known)
+        backend = lvm_rig.backend()
+        backend.attach("pvc-1", lasting=False).close()
+        backend.detach("pvc-1")
+        assert backend.space(lvm_rig.parameters).available == 0
+        refused = r"LVM could not (make|extend) luks-pvc-. in the volume group vg-test: it lacks disks"
+        with pytest.raises(ResourceExhausted, match=refused):
+            backend.create(record_of(lvm_rig, "pvc-2"), SIZE)
+        with pytest.raises(ResourceExhausted, match=refused):
+            backend.grow("pvc-1", 2 * SIZE)
+        backend.delete("pvc-1")
+    finally:
+        lvm("vgreduce", "--removemissing", GROUP)
+    backend.create(record_of(lvm_rig, "pvc-2"), SIZE)
+    assert list(backend.ids()) == ["pvc-2"]
+
+
 def test_records_that_an_older_metadata_calls_new_are_not_formatted(lvm_rig: LvmRig) -> None:
     lvm_rig.backend().create(record_of(lvm_rig), SIZE)
     lvm_rig.restart()
@@ -507,7 +548,7 @@ class ClearsNothing(Workers):
 def test_a_backend_that_takes_foreign_storage_is_noticed(thick: LvmRig) -> None:
     thick.make_group = TrustingGroup
     try:
-        with pytest.raises((AssertionError, CalledProcessError)):
+        with pytest.raises((AssertionError, subprocess.CalledProcessError)):
             check_came_meanwhile(thick)
     finally:
         thick.make_group = SteppedGroup
