@@ -326,7 +326,7 @@ class LvmBackend:
         self._volumes.refuse_foreign(volume_id, found)
         self._refuse_open(volume_id, state)
         if erase and state.uuid is not None:
-            with self._volumes.open(volume_id, state) as device:
+            with self._volumes.open(volume_id, state, to_erase=True) as device:
                 what = f"luks-erase of volume {volume_id}"
                 self._workers.call(what, self._limits.format_seconds, blockdev.overwrite, device, erase)
         self._remove(found)
@@ -341,6 +341,15 @@ class LvmBackend:
         device = self._volumes.device(volume_id, state) if state is not None else None
         if device is not None and device.open_count:
             raise self._in_use(volume_id, device, "deleted")
+        name = self._volumes.name_of(volume_id)
+        if (
+            state is not None and state.pool is None and (made := self._group.made_of(name))
+        ):  # a thin one needs no origin
+            raise DeviceInUse(
+                f"volume {volume_id} cannot be deleted: LVM would remove {', '.join(made)} of the volume group "
+                f"{self._group.name} with it, made of its logical volume {name}; remove them by lvremove if nobody "
+                f"needs them"
+            )
 
     def _in_use(self, volume_id: str, device: Device, what: str) -> DeviceInUse:
         on_top = blockdev.on_top_of((device.major, device.minor))

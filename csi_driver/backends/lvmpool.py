@@ -17,13 +17,17 @@ _PARTS: Final = ("-tpool", "", "_tdata", "_tmeta")
 
 @dataclass(frozen=True)
 class PoolUse:
-    """A thin pool at a moment; size in bytes, data and metadata as parts of what there is, from 0 to 1."""
+    """A thin pool at a moment; size in bytes, data and metadata as parts of what there is, from 0 to 1.
+
+    One that is full takes writes to blocks that it has, and no others.
+    """
 
     size: int
     data: float
     metadata: float
     is_zeroing: bool
     is_well: bool
+    is_full: bool = False
 
     @property
     def fullest(self) -> float:
@@ -60,6 +64,7 @@ class ThinPools:
             metadata=_part(words[1]),
             is_zeroing="skip_block_zeroing" not in device.targets[0].params.split(),
             is_well=words[4] == "rw" and "needs_check" not in words,
+            is_full=words[4] == "out_of_data_space" and "needs_check" not in words,
         )
 
     def resume(self, pool: str) -> None:
@@ -83,8 +88,11 @@ class ThinPools:
             found = self.use(pool)
         return found
 
-    def shown(self, pool: str) -> PoolUse:
-        """How it is, shown if it was not. Raises FailedPrecondition where it cannot be, or does not zero new blocks."""
+    def shown(self, pool: str, *, to_erase: bool = False) -> PoolUse:
+        """How it is, shown if it was not. Raises FailedPrecondition where it cannot be, or does not zero new blocks.
+
+        One that is full is fit `to_erase` what lies in it: that is how room is made.
+        """
         self.resume(pool)
         found = self.show(pool)
         if found is None:
@@ -92,7 +100,7 @@ class ThinPools:
                 f"{self._group.name}/{pool} is no thin pool that can be used; make it with lvcreate --type thin-pool, "
                 f"or name another one by thinPool"
             )
-        if not found.is_well:
+        if not (found.is_well or (to_erase and found.is_full)):
             raise FailedPrecondition(
                 f"the thin pool {self._group.name}/{pool} takes no more writes, or must be checked ({found}); extend "
                 f"it, or repair it with lvconvert --repair"

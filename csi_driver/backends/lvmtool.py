@@ -105,6 +105,11 @@ class VolumeGroup:
         found = self._report("lvs", _LV_FIELDS, "lv", "-S", f"lv_name={name}", self.name)
         return _volume(found[0]) if found else None
 
+    def made_of(self, name: str) -> Sequence[str]:
+        """The logical volumes that are snapshots of that one, or have it as external origin (lvmthin(7))."""
+        found = self._report("lvs", ("lv_name",), "lv", "-S", f"origin={name}", self.name)
+        return sorted(each["lv_name"] for each in found)
+
     def ours(self) -> Sequence[frozenset[str]]:
         """The tags of each logical volume that carries our tag."""
         found = self._report("lvs", ("lv_tags",), "lv", "-S", f"tags={OURS}", self.name)

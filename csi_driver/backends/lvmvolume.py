@@ -109,15 +109,15 @@ class GroupVolumes:
         self.refuse_foreign(volume_id, found)
         return found
 
-    def open(self, volume_id: str, state: LvState) -> MappingHandle:
-        """Show and open the pinned logical volume, and no other that has its name.
+    def open(self, volume_id: str, state: LvState, *, to_erase: bool = False) -> MappingHandle:
+        """Show and open the pinned logical volume, and no other that has its name; `to_erase` it from a full pool too.
 
         What is shown for this alone goes with its last user, and what is shown already stays as long as it would.
         """
         name = self.dm_name_of(volume_id)
         if state.uuid is None:
             raise DeviceAbsent(f"volume {volume_id} has no logical volume yet")
-        shown, handle = self._shown(volume_id, state, state.uuid)
+        shown, handle = self._shown(volume_id, state, state.uuid, to_erase=to_erase)
         try:
             if handle.device.uuid != state.dm_uuid:
                 raise DeviceMismatch(
@@ -131,7 +131,7 @@ class GroupVolumes:
             raise
         return handle
 
-    def _shown(self, volume_id: str, state: LvState, uuid: str) -> tuple[bool, MappingHandle]:
+    def _shown(self, volume_id: str, state: LvState, uuid: str, *, to_erase: bool) -> tuple[bool, MappingHandle]:
         """Its device, opened, and whether it was there already."""
         name = self.dm_name_of(volume_id)
         for left in reversed(range(_TRIES)):
@@ -143,7 +143,7 @@ class GroupVolumes:
                 self._pools.resume(state.pool)
             if not shown:
                 if state.pool is not None:
-                    self._pools.shown(state.pool)
+                    self._pools.shown(state.pool, to_erase=to_erase)
                 self._activate(state, uuid)
             try:
                 return shown, self._mapper.open(name)

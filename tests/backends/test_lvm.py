@@ -22,8 +22,15 @@ from csi_driver.host import deadline
 from csi_driver.host.commands import Commands, ProgramFailed
 from csi_driver.host.devicemapper import DeviceMapper
 from csi_driver.host.workers import Workers
-from csi_driver.model.errors import Aborted, CommandFailed, DeviceAbsent, FailedPrecondition, ResourceExhausted
-from csi_driver.model.volume import VolumeRecord
+from csi_driver.model.errors import (
+    Aborted,
+    CommandFailed,
+    DeviceAbsent,
+    DeviceInUse,
+    FailedPrecondition,
+    ResourceExhausted,
+)
+from csi_driver.model.volume import EncryptionState, LuksIdentity, VolumeRecord
 from csi_driver.volumes.driver import WARM
 from tests.backends.rigs import GROUP, POOL, LvmRig, SteppedGroup, lvm
 from tests.backends.test_conformance import MIB, SIZE, Killed, check_made, gone, is_clear, record_of, write
@@ -391,6 +398,49 @@ def test_a_pool_above_its_limit_takes_nothing_new_and_says_so(thin: LvmRig) -> N
         lower.grow("pvc-1", 52 * MIB)
     assert gone(thin, backend)
     backend.delete("pvc-1")
+
+
+def test_a_full_pool_gives_room_back_by_deletions_that_erase_too(thin: LvmRig) -> None:
+    backend = backend_of(thin, pool_limit=1.0)
+    luks = LuksIdentity(uuid="u", cipher="aes-xts-plain64", key_bits=512, sector_size=512, data_offset=MIB)
+    parameters = msgspec.structs.replace(thin.parameters, encrypted=True, erase_on_delete=True)
+    encrypted = {"encryption": EncryptionState.ENCRYPTED, "luks": luks, "parameters": parameters}
+    backend.create(msgspec.structs.replace(record_of(thin), **encrypted), SIZE)
+    with backend.attach("pvc-1", lasting=False) as device:
+        for at in range(0, SIZE, MIB):
+            write(device, b"x" * MIB, at)
+    lvm("lvchange", "--errorwhenfull", "y", f"{GROUP}/{POOL}")
+    lvm("lvcreate", "--type", "thin", "--thinpool", POOL, "-V", "1G", "-n", "filler", GROUP)
+    try:
+        with DeviceMapper().open(dm_name(GROUP, "filler")) as device, contextlib.suppress(OSError):
+            for at in range(0, 1 << 30, MIB):
+                write(device, b"x" * MIB, at)
+        with pytest.raises(FailedPrecondition, match=r"takes no more writes"):
+            backend.attach("pvc-1", lasting=False)
+        backend.delete("pvc-1")
+    finally:
+        lvm("lvremove", f"{GROUP}/filler")
+    assert gone(thin, backend)
+
+
+@pytest.mark.parametrize("kind", [("-L", "8M"), ("--thinpool", POOL)], ids=["snapshot", "external origin"])
+def test_what_an_administrator_made_of_a_volume_keeps_it(thin: LvmRig, kind: tuple[str, str]) -> None:
+    """lvremove takes snapshots along, and what has it as external origin."""
+    backend = thin.backend()
+    parameters = msgspec.structs.replace(thin.parameters, thin_pool=None)
+    backend.create(msgspec.structs.replace(record_of(thin), parameters=parameters), SIZE)
+    DeviceMapper().target_version("snapshot")  # loads the module
+    lvm("lvchange", "-an", f"{GROUP}/luks-pvc-1")
+    lvm("lvchange", "-pr", f"{GROUP}/luks-pvc-1")
+    lvm("lvcreate", "-s", *kind, "-n", "backup-of-monday", f"{GROUP}/luks-pvc-1")
+    try:
+        with pytest.raises(DeviceInUse, match=r"LVM would remove backup-of-monday of the volume group vg-test with it"):
+            backend.delete("pvc-1")
+        assert backend.has("pvc-1")
+    finally:
+        lvm("lvremove", f"{GROUP}/backup-of-monday")
+    backend.delete("pvc-1")
+    assert gone(thin, backend)
 
 
 def test_a_pool_that_does_not_zero_is_refused(thin: LvmRig) -> None:
