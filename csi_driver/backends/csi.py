@@ -72,7 +72,7 @@ class CsiBackend:
         self._node_topology = node_topology
         self._remember = remember
         self._wished: dict[str, str] = {}
-        self._mending = Mending(records, headers, holders, self._undo)
+        self._mending = Mending(records, headers, holders, partial(self._undo, wait=False))
 
     # What every backend does.
 
@@ -362,11 +362,13 @@ class CsiBackend:
             known = None
         return known or self._records.make(volume_id, wanted)
 
-    def _undo(self, known: Known) -> None:
-        """Delete all that there is of a volume as it was seen. Raises Aborted where it was written to since."""
+    def _undo(self, known: Known, *, wait: bool = True) -> None:
+        """Delete all that there is of a volume as it was seen. Raises Aborted where it was written to since, and while
+        it has a holder, for whose end it can `wait`.
+        """
         known = self._records.write(known, state="Deleting")
         for pod in self._holders.of(known.volume_id):
-            self._holders.drop(known.volume_id, pod)
+            self._holders.drop(known.volume_id, pod, wait=wait)
         self._claims.drop(known)
         self._headers.drop(known.volume_id)
         self._records.remove(known)

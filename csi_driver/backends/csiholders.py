@@ -132,8 +132,8 @@ class HolderPods:
             f"({said}); this is tried again"
         )
 
-    def drop(self, volume_id: str, pod: Json) -> None:
-        """Have a holder end, and wait until its node says so; at once where there is no kubelet that could.
+    def drop(self, volume_id: str, pod: Json, *, wait: bool = True) -> None:
+        """Have a holder end, and `wait` until its node says so; at once where there is no kubelet that could.
 
         Raises Aborted while it is there: it stays on its own while something is on its device.
         """
@@ -141,7 +141,7 @@ class HolderPods:
         at_once = self.is_down(node)
         if at_once or not is_going(pod):
             self._api.delete(POD, name, self._namespace, grace_seconds=0 if at_once else None)
-        for _ in looks(self._wait_seconds):
+        for _ in looks(self._wait_seconds if wait else 0.0):
             found = self._api.get(POD, name, self._namespace)
             if found is None or uid_of(found) != uid:
                 return
@@ -182,6 +182,7 @@ class HolderPods:
         container = {
             "name": COMPONENT,
             "image": self._image(),
+            "terminationMessagePolicy": "FallbackToLogsOnError",  # kubelet's own word tells nothing of why it ended
             "args": ["holder", f"--device={DEVICE}", f"--folder={FOLDER}", f"--volume-id={known.volume_id}",
                      "--holder-id=$(POD_UID)"],
             "env": [{"name": "POD_UID", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}],
@@ -300,9 +301,19 @@ def _is_ready(pod: Json) -> bool:
 
 
 def _waiting(pod: Json) -> str:
-    """Why its container does not run yet, by kubelet, which names here the image that it cannot pull; "" where it says
-    nothing.
+    """Why its container does not run: by kubelet, which names the image that it cannot pull, or, where it has ended, by
+    its own last line; "" where nobody says anything.
     """
-    states = [each.get("state", {}) for each in pod.get("status", {}).get("containerStatuses", ())]
-    said = [str(each.get("waiting", {}).get("message", "")) for each in states]
-    return one_line(" ".join(filter(None, said)), _MOST_QUOTED)
+    return one_line(
+        " ".join(filter(None, map(_said, pod.get("status", {}).get("containerStatuses", ())))), _MOST_QUOTED
+    )
+
+
+def _said(container: Json) -> str:
+    state = container.get("state", {})
+    waiting = state.get("waiting", {})
+    ended = state.get("terminated") or (
+        container.get("lastState", {}).get("terminated") if waiting.get("reason") == "CrashLoopBackOff" else None
+    )
+    lines = str((ended or {}).get("message", "")).strip().splitlines()
+    return lines[-1] if lines else str(waiting.get("message", ""))

@@ -63,7 +63,7 @@ class Mending:
         for pod in self._holders.of(volume_id):
             if (place := node_of(pod)) != node:
                 log.warning("a holder that nobody asked for", volume_id=volume_id, pod=name_of(pod), node=place)
-                self._holders.drop(volume_id, pod)
+                self._holders.drop(volume_id, pod, wait=False)  # others wait for their turn
         # One that is made for a node that is off would stay until that is back, and keep the volume from all others.
         if known is not None and wants_holder(known) and self._holders.is_ready(node):
             return self._holders.begin(known, node)

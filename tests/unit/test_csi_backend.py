@@ -138,7 +138,10 @@ class Careless(CsiBackend):
 class World:
     """The cluster, a controller on it, and the node `one`."""
 
-    def __init__(self, folder: Path, make: type[CsiBackend] = CsiBackend, api: Cluster | None = None) -> None:
+    def __init__(
+        self, folder: Path, make: type[CsiBackend] = CsiBackend, api: Cluster | None = None, seconds: float = 0.0
+    ) -> None:
+        self._seconds = seconds
         self.api = api or Cluster()
         self.records = RecordObjects(self.api, NAMESPACE, RecordCodec())
         self.headers = HeaderCopies(self.api, NAMESPACE, self.records, folder / "headers", Files())
@@ -154,7 +157,7 @@ class World:
             self.records,
             self.headers,
             Claims(self.api, NAMESPACE, DRIVER, 0.0),
-            HolderPods(self.api, NAMESPACE, lambda: "image", Path("/holders"), 0.0),
+            HolderPods(self.api, NAMESPACE, lambda: "image", Path("/holders"), self._seconds),
             self.devices,
             is_node=is_node,
             node_topology=TOPOLOGY,
@@ -521,6 +524,23 @@ def test_an_image_that_cannot_be_pulled_is_named(world: World) -> None:
         world.controller.publish("pvc-1", "one", many_nodes=False)
 
 
+def test_a_holder_that_ends_again_and_again_says_why_itself(world: World) -> None:
+    """Kubelet says only that it backs off."""
+    world.create()
+    world.api.obeys = False
+    with pytest.raises(Aborted):
+        world.controller.publish("pvc-1", "one", many_nodes=False)
+    (pod,) = world.api.all(POD)
+    assert pod["spec"]["containers"][0]["terminationMessagePolicy"] == "FallbackToLogsOnError"
+    ended = {"terminated": {"message": "holding\nthe device /dev/backing of volume pvc-1 cannot be opened (EACCES)\n"}}
+    backing_off = {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 2m40s restarting failed container"}}
+    for states in ({"state": ended}, {"state": backing_off, "lastState": ended}):
+        status = {"phase": "Running", "containerStatuses": [{"ready": False, **states}]}
+        world.api.change(POD, name_of(pod), {"status": status}, NAMESPACE)
+        with pytest.raises(Aborted, match=r"not ready yet \(the device /dev/backing of volume pvc-1 cannot be opened"):
+            world.controller.publish("pvc-1", "one", many_nodes=False)
+
+
 def own_pod(world: World, *containers: str) -> None:
     """The controller's, with containers of these names."""
     spec = {"containers": [{"name": name, "image": f"registry.example/{name}:1"} for name in containers]}
@@ -816,6 +836,22 @@ def test_another_record_of_the_name_is_not_removed_by_an_old_deletion(world: Wor
     world.create()
     world.records.remove(earlier)
     assert world.spec()["state"] == "Ready"
+
+
+@pytest.mark.parametrize("deleting", [False, True])
+def test_the_look_waits_for_no_holder_that_stays(tmp_path: Path, *, deleting: bool) -> None:
+    """Many of them on one node would keep the volumes of another one from their holders."""
+    world = World(tmp_path, seconds=1e6)
+    for name in ("pvc-1", "pvc-2"):
+        world.create(name)
+        world.controller.publish(name, "one", many_nodes=False)
+    world.api.obeys = False
+    world.records.change("pvc-1", node="", state="Deleting" if deleting else "Ready")
+    uid = end(world, "pvc-2")
+    world.controller.mend(no_lock, lambda: False)
+    uids = {name_of(each): uid_of(each) for each in world.api.all(POD)}
+    assert pod_name("pvc-1", "one") in uids
+    assert uids[pod_name("pvc-2", "one")] != uid
 
 
 def test_a_holder_that_has_ended_and_is_going_is_waited_for(world: World) -> None:

@@ -71,6 +71,16 @@ def test_kubelet_waits_longer_for_a_page_than_the_page_for_the_server(file: str)
     assert probes
 
 
+@pytest.mark.parametrize(
+    "file", ["driver/node.yaml", "driver/controller.yaml", "images/node.yaml", "images/operator.yaml", *SERVERS]
+)
+def test_a_container_that_ends_says_why_in_its_pods_status(file: str) -> None:
+    """Kubelet by itself says `Error`, and that it backs off."""
+    own = [each for each in containers(file).values() if each.get("image", "").startswith("localhost/luks-csi")]
+    assert own
+    assert all(each["terminationMessagePolicy"] == "FallbackToLogsOnError" for each in own)
+
+
 def test_only_what_needs_the_api_has_a_token() -> None:
     base, images = containers("driver/node.yaml"), containers("images/node.yaml")
     assert {name for name, each in base.items() if "token" in mounts(each)} == {"provisioner"}
