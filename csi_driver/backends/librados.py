@@ -27,6 +27,8 @@ _FSID_BYTES: Final = 37
 _SOME_BYTES: Final = 64 << 10
 _SOME_KEYS: Final = 1000
 _EQUAL: Final = 1  # LIBRADOS_CMPXATTR_OP_EQ
+_IF_ABSENT: Final = 0  # LIBRADOS_CREATE_IDEMPOTENT
+_FULL_FORCE: Final = 128  # LIBRADOS_OPERATION_FULL_FORCE
 _MOST_SESSIONS: Final = 4  # each has ten threads
 _GRACE_SECONDS: Final = 5.0
 # A session is as old as its worker: a right may be new since, a fence may have been lifted.
@@ -53,6 +55,10 @@ Session = c_void_p
 
 class Refused(OSError):
     """The cluster takes no session of that user."""
+
+
+class NoPool(OSError):
+    """The cluster has no pool of that name: nothing that lies in it is gone by that."""
 
 
 @dataclass(frozen=True)
@@ -197,9 +203,12 @@ def command(session: Session, words: Mapping[str, object]) -> bytes:
 
 @contextmanager
 def opened_pool(session: Session, where: Where) -> Iterator[c_void_p]:
-    """The pool for as long as the block takes. Raises FileNotFoundError."""
+    """The pool for as long as the block takes. Raises NoPool."""
     rados, pool = library(), c_void_p()
-    check(rados.rados_ioctx_create(session, where.pool.encode(), byref(pool)))
+    code = rados.rados_ioctx_create(session, where.pool.encode(), byref(pool))
+    if code == -errno.ENOENT:
+        raise NoPool(errno.ENOENT, where.pool)
+    check(code)
     try:
         rados.rados_ioctx_set_namespace(pool, where.namespace.encode())
         rados.rados_set_pool_full_try(pool)  # a full pool is an error at once, and no wait without end
@@ -230,9 +239,28 @@ def has(session: Session, where: Where, name: str) -> bool:
 
 
 def append(session: Session, where: Where, name: str, content: bytes) -> None:
-    """Lengthen an object, or make it, in one step that is done or is not."""
-    with opened_pool(session, where) as pool:
-        check(library().rados_append(pool, name.encode(), content, len(content)))
+    """Lengthen an object, or make it, in one step that is done or is not; in a pool that is full too.
+
+    It is a line of a log, and without it nothing could be removed from such a pool, nor given to another node.
+    """
+    rados = library()
+    with (
+        opened_pool(session, where) as pool,
+        _operation(rados.rados_create_write_op, rados.rados_release_write_op) as change,
+    ):
+        rados.rados_write_op_append(change, content, len(content))
+        check(rados.rados_write_op_operate(change, pool, name.encode(), None, _FULL_FORCE))
+
+
+def touch(session: Session, where: Where, name: str) -> None:
+    """Have an object there, empty if it is not; in a pool that is full too."""
+    rados = library()
+    with (
+        opened_pool(session, where) as pool,
+        _operation(rados.rados_create_write_op, rados.rados_release_write_op) as change,
+    ):
+        rados.rados_write_op_create(change, _IF_ABSENT, None)
+        check(rados.rados_write_op_operate(change, pool, name.encode(), None, _FULL_FORCE))
 
 
 def put(session: Session, where: Where, name: str, content: bytes) -> None:
@@ -354,7 +382,8 @@ def _declare(rados: ctypes.CDLL) -> None:
     rados.rados_pool_reverse_lookup.argtypes = (c_void_p, c_int64, c_char_p, c_size_t)
     rados.rados_cluster_fsid.argtypes = (c_void_p, c_char_p, c_size_t)
     rados.rados_read.argtypes = (c_void_p, c_char_p, c_char_p, c_size_t, c_uint64)
-    rados.rados_append.argtypes = (c_void_p, c_char_p, c_char_p, c_size_t)
+    rados.rados_write_op_create.argtypes = (c_void_p, c_int, c_char_p)
+    rados.rados_write_op_append.argtypes = (c_void_p, c_char_p, c_size_t)
     rados.rados_write_full.argtypes = (c_void_p, c_char_p, c_char_p, c_size_t)
     rados.rados_read_op_omap_get_keys2.argtypes = (c_void_p, c_char_p, c_uint64, c_void_p, c_void_p, c_void_p)
     rados.rados_read_op_omap_get_vals_by_keys2.argtypes = (c_void_p, c_void_p, c_size_t, c_void_p, c_void_p, c_void_p)

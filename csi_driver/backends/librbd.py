@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
 
-from csi_driver.backends.librados import Session, Where, check, declaring, opened_pool, pool_name
+from csi_driver.backends.librados import Session, Where, check, declaring, opened_pool, pool_name, touch
 from csi_driver.backends.librados import library as rados
 from csi_driver.model.errors import FailedPrecondition
 
@@ -33,7 +33,8 @@ _SOME_BYTES: Final = 16 << 10
 _SOME_CLIENTS: Final = 16
 _PIECE: Final = 4 << 20
 _NOT_OF_PARENTS, _BY_OBJECTS = 0, 1
-_KEEPING: Final = (0, 1)  # rbd_snap_namespace_type_t: of users, of groups
+_TRASH: Final = "rbd_trash"
+_KEEPING: Final = (0, 1, 2)  # rbd_snap_namespace_type_t: of users, of groups, of the trash while clones need them
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,17 @@ def remove(session: Session, where: Where, image: str, only: str | None = None) 
     """
     if only is not None and (found := info(session, where, image)) is not None and found.id != only:
         return
-    with suppress(FileNotFoundError), opened_pool(session, where) as pool:
+    with suppress(FileNotFoundError):
+        _remove(session, where, image)
+        return
+    # It takes its way through the trash, which the first one to be removed makes: in a full pool that is this error.
+    if info(session, where, image) is not None:
+        touch(session, where, _TRASH)
+        _remove(session, where, image)
+
+
+def _remove(session: Session, where: Where, image: str) -> None:
+    with opened_pool(session, where) as pool:
         check(library().rbd_remove(pool, image.encode()))
 
 
@@ -135,7 +146,7 @@ class _Snapshot(ctypes.Structure):
 
 
 def snapshots(session: Session, where: Where, image: str) -> int:
-    """How many snapshots it has that keep it: those of mirroring, and of the trash, go with an image."""
+    """How many snapshots it has that keep it: those of mirroring go with an image."""
     rbd, room, kind, kept = library(), c_int(), c_int(), 0
     with _opened(session, where, image) as opened:
         while True:

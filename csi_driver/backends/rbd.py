@@ -134,7 +134,7 @@ class RbdBackend:
                 f"data; delete the volume"
             )
         number = self._images.check_room(pool, volume_id, parameters, size)
-        cluster, written = self._access.uuid(pool), self._codec.encode(record).decode()
+        cluster, written = pool.cluster_uuid(), self._codec.encode(record).decode()
         made = VolumeState(cluster=cluster, pool_number=number, record=written)
         self._images.make(pool, volume_id, state, parameters, size, made)
         self._images.describe(pool, record)
@@ -282,7 +282,7 @@ class RbdBackend:
                 mapped = self._devices.map(volume_id, pool, pin, record.parameters.map_options)
             if not (mine.many_nodes and record.is_settled):
                 self._nodes.refuse_others(pool, volume_id, mapped.client)
-            self._nodes.may_write(pool, volume_id, mapped.client)
+            self._nodes.may_write(pool, volume_id, mapped.client, mine)
             return self._devices.open(mapped)
         except BaseException as error:
             if is_new:

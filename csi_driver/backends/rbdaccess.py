@@ -34,7 +34,6 @@ class CephAccess:
         self._guard = threading.Lock()
         self._brought: dict[str, Credentials] = {}
         self._places: dict[str, tuple[str, str]] = {}  # cluster and pool, by the digest that ids end in
-        self._uuids: dict[str, str] = {}  # fsids, by the cluster's name
 
     def use(self, volume_id: str, access: Access) -> None:
         """Keep the user that a call brought for the volume. Raises FailedPrecondition where half of it is missing."""
@@ -96,20 +95,13 @@ class CephAccess:
     def rooms(self, parameters: VolumeParameters | None) -> Sequence[PoolRoom]:
         """The room of a class's pool for data, by the server's own user; without a class of every pool.
 
-        Raises InvalidArgument, FailedPrecondition, CephMissing.
+        Raises InvalidArgument, FailedPrecondition.
         """
         if parameters is None or parameters.pool is None:
             pools = (self._own(Place(cluster, "")) for cluster in self._clusters.all())
             return [room for pool in pools for room in pool.rooms()]
         pool = self._own(self.place_of(parameters))
         return [pool.room_of(pool.rooms(), parameters.data_pool or parameters.pool)]
-
-    def uuid(self, pool: CephPool) -> str:
-        """The fsid of the pool's cluster, asked once."""
-        name = pool.place.cluster.id
-        if name not in self._uuids:
-            self._uuids[name] = pool.cluster_uuid()
-        return self._uuids[name]
 
     def reached(self) -> str:
         """Each configured cluster with its fsid, asked as the server's own user. Raises as `CephClients.ask`."""

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from csi_driver.backends import librados
-from csi_driver.backends.librados import Login, Refused
-from csi_driver.backends.rbderrors import KEY, USER, meant, refused, silent
+from csi_driver.backends.librados import Login, NoPool, Refused
+from csi_driver.backends.rbderrors import KEY, USER, meant, no_pool, refused, silent
 from csi_driver.backends.rbdplace import Cluster
 from csi_driver.host.handle import Handle
 from csi_driver.host.workers import Workers
@@ -82,6 +82,8 @@ class CephClients:
                 if error.errno == errno.ETIMEDOUT:
                     raise silent(cluster, what, limit) from None
                 raise refused(cluster, credentials.user, error.errno or 0) from None
+            except NoPool as error:
+                raise no_pool(cluster, what, str(error.strerror)) from None
             except OSError as error:
                 raise meant(cluster, credentials.user, what, error.errno or 0, str(error.strerror)) from None
             answer: R = pickle.loads(os.pread(into.fd, os.fstat(into.fd).st_size, 0))  # noqa: S301 - of our own child

@@ -21,7 +21,7 @@ KEY: Final = "userKey"
 
 
 class CephMissing(NotFound):
-    """No such pool, image or object."""
+    """No such image or object."""
 
 
 class CephExists(Aborted):
@@ -54,6 +54,14 @@ def refused(cluster: Cluster, user: str, number: int) -> DriverError:
     return FailedPrecondition(
         f"the Ceph cluster {cluster.id} refuses client.{user}: {USER} or {KEY} in the secret is not one of that "
         f"cluster; 'ceph auth get client.{user}' tells the key"
+    )
+
+
+def no_pool(cluster: Cluster, what: str, pool: str) -> FailedPrecondition:
+    """Its pool has gone, or has another name by now. It is not CephMissing: its volumes would count as deleted."""
+    return FailedPrecondition(
+        f"{what} in the Ceph cluster {cluster.id} failed: it has no pool {pool}; make it, correct the class, or give a "
+        f"pool that was renamed its name again, as volumes are found by it"
     )
 
 

@@ -134,7 +134,7 @@ class CsiVolumes:
         _refuse_used(pool, foreign.storage)
         self._let_go(volume_id)  # of what a killed look has left
         pin = Pin(
-            fsid=self._access.uuid(pool),
+            fsid=pool.cluster_uuid(),
             namespace=pool.place.cluster.namespace,
             pool_number=CsiHandle.read(foreign.handle).pool_number,
             image_id=foreign.storage_id,
@@ -156,7 +156,7 @@ class CsiVolumes:
         taken = VolumeState(
             image_id=foreign.storage_id,
             pool_number=CsiHandle.read(foreign.handle).pool_number,
-            cluster=self._access.uuid(pool),
+            cluster=pool.cluster_uuid(),
             record=self._codec.encode(record).decode(),
             adopted=foreign.handle,
         )

@@ -88,12 +88,21 @@ class NodeAttachments:
                 f"{', '.join(others)} too; call again when that has ended, a client that crashed is gone after 30 s"
             )
 
-    def may_write(self, pool: CephPool, volume_id: str, client: str) -> None:
-        """Write down by which client this node writes, before it does. Raises as `mine`."""
+    def may_write(self, pool: CephPool, volume_id: str, client: str, before: Attachment) -> None:
+        """Write down by which client this node writes, before it does. It had the volume as `before` says.
+
+        Raises as `mine`, and Aborted where it was taken from this node since.
+        """
 
         def say(state: VolumeState | None) -> VolumeState:
             state = whole(volume_id, state)
-            mine = msgspec.structs.replace(self.mine(volume_id, state), client=client, boot=self._boot)
+            found = self.mine(volume_id, state)
+            if found.by_itself and not before.by_itself:
+                raise Aborted(
+                    f"volume {volume_id} was taken from node {self.node_id} (ControllerUnpublishVolume) while it was "
+                    f"being attached; call again when it has been given to it"
+                )
+            mine = msgspec.structs.replace(found, client=client, boot=self._boot)
             return msgspec.structs.replace(state, nodes={**state.nodes, self.node_id: mine})
 
         self._logs.change(pool, volume_id, say)

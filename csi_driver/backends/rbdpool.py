@@ -11,7 +11,7 @@ from csi_driver.backends import librados, librbd
 from csi_driver.backends.librados import Where
 from csi_driver.backends.librbd import Image
 from csi_driver.backends.rbdclients import CephClients, Credentials
-from csi_driver.backends.rbderrors import CephMissing, meant, silent
+from csi_driver.backends.rbderrors import CephMissing, meant, no_pool, silent
 from csi_driver.backends.rbdplace import Place
 from csi_driver.host.krbd import ImageAddress
 from csi_driver.model.errors import CommandFailed, DeadlineExceeded, DriverError, FailedPrecondition
@@ -213,11 +213,11 @@ class CephPool:
         return found
 
     def room_of(self, rooms: Sequence[PoolRoom], name: str) -> PoolRoom:
-        """The one of that name. Raises CephMissing."""
+        """The one of that name. Raises FailedPrecondition."""
         for room in rooms:
             if room.name == name:
                 return room
-        raise CephMissing(f"the Ceph cluster {self.place.cluster.id} has no pool {name}; make it, or correct the class")
+        raise no_pool(self.place.cluster, "ceph df", name)
 
     def fence(self, image: str, address: str) -> None:
         """Let nobody of that address write any more, durably, and let go of the image's lock if he has it."""

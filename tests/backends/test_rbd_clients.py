@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -228,7 +228,10 @@ def test_a_quota_counts_as_room_and_a_full_pool_is_told_at_once(ceph: RbdRig, po
         while ceph.ceph.asked("ceph", "osd", "pool", "ls", "detail")[-1]["flags_names"].find("full_quota") < 0:
             time.sleep(0.1)
         with pytest.raises(ResourceExhausted, match="free space in the pool or raise its quota"):
-            small.append("one", b"x")
+            small.put("two", b"x")
+        small.append("log", b"x")  # without which nothing could be removed
+        small.append("log", b"y")
+        assert small.get("log") == b"xy"
         small.drop("one")
     finally:
         ceph.ceph.admin("ceph", "osd", "pool", "rm", "small", "small", "--yes-i-really-really-mean-it")
@@ -254,6 +257,21 @@ def test_snapshots_are_counted_and_an_image_that_has_some_stays(ceph: RbdRig, po
     assert pool.snapshots("one") == 0
     pool.remove("one", 60)
     assert pool.info("one") is None
+
+
+def test_a_snapshot_in_the_trash_keeps_the_image_while_a_clone_needs_it(ceph: RbdRig, pool: CephPool) -> None:
+    """As Ceph-CSI's snapshots and clones leave it: removed, and with a clone of the second format."""
+    admin = ceph.ceph.admin
+    pool.make("one", MIB, FEATURES, None)
+    admin("rbd", "snap", "create", f"{POOL}/one@snapshot")
+    admin("rbd", "clone", "--rbd-default-clone-format", "2", f"{POOL}/one@snapshot", f"{POOL}/clone")
+    admin("rbd", "snap", "rm", f"{POOL}/one@snapshot")
+    try:
+        assert pool.snapshots("one") == 1
+    finally:
+        admin("rbd", "rm", f"{POOL}/clone")
+    assert pool.snapshots("one") == 0
+    pool.remove("one", 60)
 
 
 def test_snapshots_of_mirroring_keep_no_image(ceph: RbdRig, pool: CephPool) -> None:
@@ -300,16 +318,28 @@ def test_namespaces_of_a_pool_do_not_see_each_other(ceph: RbdRig, pool: CephPool
         ceph.ceph.admin("rbd", "namespace", "remove", f"{POOL}/tenant")
 
 
-def test_a_pool_that_is_not_there_has_nothing_and_takes_nothing(ceph: RbdRig) -> None:
-    absent = pool_of(ceph, name="absent")
-    assert (absent.get("one"), absent.keys("one"), absent.value("one", "a"), absent.info("one")) == (
-        None,
-        [],
-        None,
-        None,
-    )
-    with pytest.raises(CephMissing):
-        absent.put("one", b"x")
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda pool: pool.get("one"),
+        lambda pool: pool.has("one"),
+        lambda pool: pool.keys("one"),
+        lambda pool: pool.value("one", "a"),
+        lambda pool: pool.info("one"),
+        lambda pool: pool.snapshots("one"),
+        lambda pool: pool.put("one", b"x"),
+        lambda pool: pool.append("one", b"x"),
+        lambda pool: pool.drop("one"),
+        lambda pool: pool.drop_value("one", "a"),
+        lambda pool: pool.remove("one", 20),
+        lambda pool: pool.room_of(pool.rooms(), "absent"),
+    ],
+)
+def test_a_pool_that_is_not_there_is_told_and_nothing_in_it_counts_as_gone(
+    ceph: RbdRig, ask: Callable[[CephPool], object]
+) -> None:
+    with pytest.raises(FailedPrecondition, match=r"failed: it has no pool absent; make it"):
+        ask(pool_of(ceph, name="absent"))
 
 
 def test_the_cluster_tells_its_fsid_and_its_room(ceph: RbdRig, pool: CephPool) -> None:

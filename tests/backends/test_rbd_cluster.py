@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import os
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -291,6 +292,56 @@ def test_what_has_no_room_and_what_grows(ceph: RbdRig) -> None:
     for size, expected in ((1, SIZE), (2 * SIZE + 1, 2 * SIZE + 512), (SIZE, 2 * SIZE + 512)):
         backend.grow(volume_id, size)
         assert ceph.ceph.asked("rbd", "info", f"{POOL}/{image_name(volume_id)}")["size"] == expected
+
+
+def test_a_volume_is_taken_from_its_node_and_deleted_in_a_pool_that_is_full(ceph: RbdRig) -> None:
+    """Also by the first image that is removed from it at all, for which Ceph makes its trash."""
+    backend, volume_id = ceph.backend(), made(ceph)
+    backend.publish(volume_id, "node-a", many_nodes=False)
+    ceph.ceph.admin("rados", "-p", POOL, "rm", "rbd_trash", check=False)
+    ceph.ceph.admin("ceph", "osd", "pool", "set-quota", POOL, "max_objects", "1")
+    try:
+        while "full_quota" not in ceph.ceph.asked("ceph", "osd", "pool", "ls", "detail")[0]["flags_names"]:
+            time.sleep(0.1)
+        backend.unpublish(volume_id, "node-a")
+        assert backend.published(volume_id) == []
+        backend.delete(volume_id)
+        assert not objects(ceph)
+    finally:
+        ceph.ceph.admin("ceph", "osd", "pool", "set-quota", POOL, "max_objects", "0")
+        while "full_quota" in ceph.ceph.asked("ceph", "osd", "pool", "ls", "detail")[0]["flags_names"]:
+            time.sleep(0.1)
+
+
+def test_a_volume_whose_pool_was_renamed_is_not_deleted(ceph: RbdRig) -> None:
+    """By a controller that has seen it there."""
+    admin = ceph.ceph.admin
+    admin("ceph", "osd", "pool", "create", "first", "1")
+    admin("rbd", "pool", "init", "first")
+    name = "first"
+    try:
+        backend = ceph.backend()
+        parameters = msgspec.structs.replace(ceph.parameters, pool="first")
+        while "first" not in {each["name"] for each in ceph.ceph.asked("ceph", "df")["pools"]}:
+            time.sleep(0.1)
+        volume_id = backend.id_for("pvc-1", parameters)
+        backend.create(msgspec.structs.replace(record_of(ceph), id=volume_id, parameters=parameters), SIZE)
+        backend.publish(volume_id, "node-a", many_nodes=False)
+        admin("ceph", "osd", "pool", "rename", "first", name := "second")
+        for call in (
+            lambda: backend.get(volume_id),
+            lambda: backend.has(volume_id),
+            lambda: backend.unpublish(volume_id, "node-a"),
+            lambda: backend.delete(volume_id),
+        ):
+            with pytest.raises(FailedPrecondition, match=r"it has no pool first; .* give a pool that was renamed its"):
+                call()
+        admin("ceph", "osd", "pool", "rename", "second", name := "first")
+        assert backend.published(volume_id) == ["node-a"]
+        backend.unpublish(volume_id, "node-a")
+        backend.delete(volume_id)
+    finally:
+        admin("ceph", "osd", "pool", "rm", name, name, "--yes-i-really-really-mean-it")
 
 
 # --- volumes of Ceph-CSI

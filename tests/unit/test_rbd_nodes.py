@@ -34,6 +34,12 @@ def node(name: str, boot: str = "boot-1") -> NodeAttachments:
     return NodeAttachments(VolumeLogs(), name, boot)
 
 
+def may_write(pool: FakePool, name: str, client: str) -> None:
+    """As a node that has looked at it just before."""
+    before = nodes(pool).get(name, Attachment(by_itself=True))
+    node(name).may_write(pool, ID, client, before)
+
+
 def test_one_node_has_it_and_another_is_told_which() -> None:
     pool = made()
     for _ in range(2):
@@ -64,12 +70,12 @@ def test_several_nodes_have_what_is_for_several() -> None:
 def test_a_node_that_let_go_is_not_fenced_off_and_one_that_did_not_is_before_another_gets_it() -> None:
     pool = made()
     node("").give(pool, ID, "node-a", many_nodes=False)
-    node("node-a").may_write(pool, ID, "192.0.2.7:0/1")
+    may_write(pool, "node-a", "192.0.2.7:0/1")
     node("node-a").writes_no_more(pool, ID)
     node("").take(pool, ID, "node-a")
     assert not pool.fenced
     node("").give(pool, ID, "node-a", many_nodes=False)
-    node("node-a").may_write(pool, ID, "192.0.2.7:0/2")
+    may_write(pool, "node-a", "192.0.2.7:0/2")
     pool.step = lambda step: check(step.startswith("fence") or bool(pool.fenced), step)
     node("").take(pool, ID, "node-a")
     assert pool.fenced == ["192.0.2.7:0/2"]
@@ -83,7 +89,7 @@ def check(allowed: bool, step: str) -> None:  # noqa: FBT001 - what it is about
 def test_a_fence_that_fails_keeps_the_volume_with_its_node() -> None:
     pool = made()
     node("").give(pool, ID, "node-a", many_nodes=False)
-    node("node-a").may_write(pool, ID, "192.0.2.7:0/1")
+    may_write(pool, "node-a", "192.0.2.7:0/1")
 
     def fails(_: CephPool, image: str, client: str) -> None:
         raise FailedPrecondition(f"{client} of {image} cannot be fenced off")
@@ -98,12 +104,12 @@ def test_a_fence_that_fails_keeps_the_volume_with_its_node() -> None:
 def test_a_client_that_the_node_took_meanwhile_is_fenced_off_too() -> None:
     pool = made()
     node("").give(pool, ID, "node-a", many_nodes=False)
-    node("node-a").may_write(pool, ID, "192.0.2.7:0/1")
+    may_write(pool, "node-a", "192.0.2.7:0/1")
 
     def step(said: str) -> None:
         if said == "fence 192.0.2.7:0/1":
             pool.step = lambda _: None
-            node("node-a").may_write(pool, ID, "192.0.2.7:0/2")
+            may_write(pool, "node-a", "192.0.2.7:0/2")
 
     pool.step = step
     node("").take(pool, ID, "node-a")
@@ -115,14 +121,25 @@ def test_a_node_that_was_not_given_it_cannot_write_it_down() -> None:
     pool = made()
     node("").give(pool, ID, "node-a", many_nodes=False)
     with pytest.raises(FailedPrecondition, match=r"cannot be attached to node node-b: it was given to node-a"):
-        node("node-b").may_write(pool, ID, "192.0.2.8:0/1")
+        may_write(pool, "node-b", "192.0.2.8:0/1")
     node("node-b").writes_no_more(pool, ID)
     assert list(nodes(pool)) == ["node-a"]
 
 
+def test_a_node_that_it_was_taken_from_while_it_attached_is_no_command() -> None:
+    """It would keep the volume by itself, and from every other node."""
+    pool = made()
+    node("").give(pool, ID, "node-a", many_nodes=False)
+    before = nodes(pool)["node-a"]
+    node("").take(pool, ID, "node-a")
+    with pytest.raises(Aborted, match=r"was taken from node node-a \(ControllerUnpublishVolume\) while it was being"):
+        node("node-a").may_write(pool, ID, "192.0.2.7:0/1", before)
+    assert not nodes(pool)
+
+
 def test_what_a_command_has_by_itself_waits_for_it_and_is_fenced_off_when_it_is_gone() -> None:
     pool = made()
-    node("node-a").may_write(pool, ID, "192.0.2.7:0/1")
+    may_write(pool, "node-a", "192.0.2.7:0/1")
     assert nodes(pool)["node-a"].by_itself
     pool.images[IMAGE].open_at.append("192.0.2.7:0/1")
     with pytest.raises(Aborted, match=r"a command on node node-a is at work on it"):
@@ -134,13 +151,13 @@ def test_what_a_command_has_by_itself_waits_for_it_and_is_fenced_off_when_it_is_
 
 def test_a_command_that_ended_leaves_nothing_and_one_on_the_same_node_hinders_nobody() -> None:
     pool = made()
-    node("node-a").may_write(pool, ID, "192.0.2.7:0/1")
+    may_write(pool, "node-a", "192.0.2.7:0/1")
     node("").give(pool, ID, "node-a", many_nodes=False)
     assert not nodes(pool)["node-a"].by_itself
     node("node-a").writes_no_more(pool, ID)
     assert list(nodes(pool)) == ["node-a"]
     node("").take(pool, ID, "node-a")
-    node("node-a").may_write(pool, ID, "192.0.2.7:0/2")
+    may_write(pool, "node-a", "192.0.2.7:0/2")
     node("node-a").writes_no_more(pool, ID)
     assert not nodes(pool)
 
@@ -148,7 +165,7 @@ def test_a_command_that_ended_leaves_nothing_and_one_on_the_same_node_hinders_no
 def test_what_was_mapped_before_the_node_booted_is_fenced_off() -> None:
     pool = made()
     node("").give(pool, ID, "node-a", many_nodes=False)
-    node("node-a").may_write(pool, ID, "192.0.2.7:0/1")
+    may_write(pool, "node-a", "192.0.2.7:0/1")
     mine = nodes(pool)["node-a"]
     node("node-a").fence_earlier_boot(pool, ID, mine)
     assert not pool.fenced
@@ -227,7 +244,7 @@ def test_a_volume_that_a_node_has_or_a_client_has_open_is_not_removed() -> None:
 
 def test_what_a_command_has_left_keeps_nobody_from_deleting_it_once_it_has_ended() -> None:
     pool = made()
-    node("node-a").may_write(pool, ID, "192.0.2.7:0/1")
+    may_write(pool, "node-a", "192.0.2.7:0/1")
     pool.images[IMAGE].open_at = ["192.0.2.7:0/1"]
     with pytest.raises(
         Aborted, match=r"a command on node node-a is at work on it, or was killed there; call again when"
