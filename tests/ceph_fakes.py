@@ -32,6 +32,7 @@ class FakeImage:
     open_at: list[str] = field(default_factory=list)
     data_pool: str | None = None
     snapshots: int = 0
+    group: str = ""
 
 
 class FakePool(CephPool):
@@ -121,6 +122,9 @@ class FakePool(CephPool):
 
     def snapshots(self, image: str) -> int:
         return self.images[image].snapshots
+
+    def group(self, image: str) -> str:
+        return self.images[image].group
 
     def is_unwritten(self, image: str, seconds: float) -> bool:
         return not self.images[image].written

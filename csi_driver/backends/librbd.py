@@ -163,6 +163,23 @@ def snapshots(session: Session, where: Where, image: str) -> int:
     return kept
 
 
+class _Group(ctypes.Structure):
+    """rbd_group_info_t."""
+
+    _fields_ = (("name", c_char_p), ("pool", c_int64))
+
+
+def group(session: Session, where: Where, image: str) -> str:
+    """The name of the group that it is in, which keeps it; "" for none."""
+    found = _Group()
+    with _opened(session, where, image) as opened:
+        check(library().rbd_get_group(opened, byref(found), ctypes.sizeof(found)))
+        try:
+            return (found.name or b"").decode(errors="replace")
+        finally:
+            library().rbd_group_info_cleanup(byref(found), ctypes.sizeof(found))
+
+
 def overwrite(session: Session, where: Where, image: str, length: int) -> None:
     """Random bytes over its first `length` bytes, without mapping it."""
     size = c_uint64()
@@ -309,6 +326,8 @@ def _declare(rbd: ctypes.CDLL) -> None:
     rbd.rbd_create4.argtypes = (c_void_p, c_char_p, c_uint64, c_void_p)
     rbd.rbd_snap_get_namespace_type.argtypes = (c_void_p, c_uint64, c_void_p)
     rbd.rbd_resize2.argtypes = (c_void_p, c_uint64, c_ubyte, _Progress, c_void_p)
+    rbd.rbd_get_group.argtypes = (c_void_p, c_void_p, c_size_t)
+    rbd.rbd_group_info_cleanup.argtypes = (c_void_p, c_size_t)
     rbd.rbd_get_id.argtypes = (c_void_p, c_char_p, c_size_t)
     rbd.rbd_metadata_list.argtypes = (c_void_p, c_char_p, c_uint64, c_char_p, c_void_p, c_char_p, c_void_p)
     rbd.rbd_diff_iterate2.argtypes = (c_void_p, c_char_p, c_uint64, c_uint64, c_ubyte, c_ubyte, _Extent, c_void_p)

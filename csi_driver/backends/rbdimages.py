@@ -149,13 +149,13 @@ class Images:
         pool.remove(image, self._seconds, only=found.id if found is not None else None)
 
     def refuse_used(self, pool: CephPool, volume_id: str, state: VolumeState) -> None:
-        """Raise DeviceInUse while a node has it, a client has its image open, or that has snapshots."""
+        """Raise DeviceInUse while a node has it, a client has its image open, or that has snapshots or a group."""
         image = image_name(volume_id)
         text = f"volume {volume_id} cannot be deleted: "
         if state.nodes:
             raise DeviceInUse(f"{text}it was given to {', '.join(sorted(state.nodes))}; unpublish and unstage it first")
         try:
-            clients, snapshots = pool.watchers(image), pool.snapshots(image)
+            clients, snapshots, group = pool.watchers(image), pool.snapshots(image), pool.group(image)
         except CephMissing:
             return
         if clients:
@@ -166,7 +166,13 @@ class Images:
         if snapshots:
             raise DeviceInUse(
                 f"{text}Ceph keeps its image {pool.place.spec}/{image} for its snapshots ({snapshots}); 'rbd snap ls "
-                f"--all' tells them, remove them first if nobody needs them"
+                f"--all' tells them, remove them first if nobody needs them, or flatten what was cloned of one in the "
+                f"trash ('rbd children --all')"
+            )
+        if group:
+            raise DeviceInUse(
+                f"{text}its image {pool.place.spec}/{image} is in the group {group}; take it out of that first ('rbd "
+                f"group image rm')"
             )
 
     def mark_removed(self, pool: CephPool, volume_id: str, erase: int | None) -> VolumeState:

@@ -6,10 +6,11 @@ it is put on the cluster's blocklist before anybody else gets the volume, which 
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
+from csi_driver.backends.rbderrors import CephMissing
 from csi_driver.backends.rbdplace import image_name
 from csi_driver.backends.rbdpool import CephPool
 from csi_driver.backends.rbdrecords import Attachment, VolumeLogs, VolumeState
@@ -132,7 +133,10 @@ class NodeAttachments:
         state = whole(volume_id, self._logs.state(pool, volume_id))
         left = {node: how for node, how in state.nodes.items() if how.by_itself and node != node_id}
         for node, attachment in left.items():
-            if attachment.client in pool.watchers(image_name(volume_id)):
+            watchers: Sequence[str] = ()
+            with contextlib.suppress(CephMissing):  # nobody has an image open that somebody has removed
+                watchers = pool.watchers(image_name(volume_id))
+            if attachment.client in watchers:
                 raise Aborted(
                     f"volume {volume_id} is not free now: a command on node {node} is at work on it, or was killed "
                     f"there; call again when that has ended, or end it by the same command, once more"

@@ -145,6 +145,10 @@ class CephPool:
         """How many snapshots it has: with one it cannot be removed."""
         return self._ask(f"rbd snap ls {self._spec(image)}", librbd.snapshots, self._where, image)
 
+    def group(self, image: str) -> str:
+        """The name of the group that it is in, "" for none: from one it cannot be removed."""
+        return self._ask(f"rbd info {self._spec(image)}", librbd.group, self._where, image)
+
     def is_unwritten(self, image: str, seconds: float) -> bool:
         """Whether nothing was ever written to it that is still there."""
         return self._ask(f"rbd du {self._spec(image)}", librbd.is_unwritten, self._where, image, seconds=seconds)

@@ -274,6 +274,20 @@ def test_a_snapshot_in_the_trash_keeps_the_image_while_a_clone_needs_it(ceph: Rb
     pool.remove("one", 60)
 
 
+def test_an_image_in_a_group_stays(ceph: RbdRig, pool: CephPool) -> None:
+    pool.make("one", MIB, FEATURES, None)
+    assert pool.group("one") == ""
+    ceph.ceph.admin("rbd", "group", "create", f"{POOL}/backup")
+    ceph.ceph.admin("rbd", "group", "image", "add", f"{POOL}/backup", f"{POOL}/one")
+    try:
+        assert pool.group("one") == "backup"
+        with pytest.raises(DeviceInUse, match=r"it is in a group, take it out of that first"):
+            pool.remove("one", 60)
+    finally:
+        ceph.ceph.admin("rbd", "group", "rm", f"{POOL}/backup")
+    pool.remove("one", 60)
+
+
 def test_snapshots_of_mirroring_keep_no_image(ceph: RbdRig, pool: CephPool) -> None:
     pool.make("one", MIB, FEATURES, None)
     ceph.ceph.admin("rbd", "mirror", "pool", "enable", POOL, "image")

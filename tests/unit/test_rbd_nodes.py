@@ -162,6 +162,13 @@ def test_a_command_that_ended_leaves_nothing_and_one_on_the_same_node_hinders_no
     assert not nodes(pool)
 
 
+def test_what_a_command_has_left_of_an_image_that_is_gone_hinders_nobody() -> None:
+    pool = made()
+    may_write(pool, "node-a", "192.0.2.7:0/1")
+    del pool.images[IMAGE]
+    assert node("").take_from_commands(pool, ID).nodes == {}
+
+
 def test_what_was_mapped_before_the_node_booted_is_fenced_off() -> None:
     pool = made()
     node("").give(pool, ID, "node-a", many_nodes=False)
@@ -235,6 +242,9 @@ def test_a_volume_that_a_node_has_or_a_client_has_open_is_not_removed() -> None:
     pool.images[IMAGE].open_at.clear()
     pool.images[IMAGE].snapshots = 2
     with pytest.raises(DeviceInUse, match=r"Ceph keeps its image .* for its snapshots \(2\); .* remove them first"):
+        images.refuse_used(pool, ID, state)
+    pool.images[IMAGE].snapshots, pool.images[IMAGE].group = 0, "backup"
+    with pytest.raises(DeviceInUse, match=r"is in the group backup; take it out of that first"):
         images.refuse_used(pool, ID, state)
     node("").give(pool, ID, "node-a", many_nodes=False)
     with pytest.raises(DeviceInUse, match=r"it was given to node-a"):
