@@ -1,4 +1,4 @@
-"""Where the backend csi of a node is: kept in the state directory, for the commands that work beside the server."""
+"""Where the backend csi of a server is: kept in its state directory, for the commands that work beside it."""
 
 from pathlib import Path
 
@@ -7,16 +7,17 @@ import msgspec
 from csi_driver.host.files import Files, read_file
 from csi_driver.model.errors import FailedPrecondition
 from csi_driver.model.reading import decode
-from csi_driver.model.settings import Settings
+from csi_driver.model.settings import Service, Settings
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
-    """What a server was told and commands are not. Paths are texts."""
+    """What a server was told and commands are not. Paths are texts; one that is no node is the controller."""
 
     namespace: str
     driver_name: str
     node_id: str
     kubelet_dir: str
+    is_node: bool = True
 
     @classmethod
     def of(cls, settings: Settings, namespace: str) -> "Place":
@@ -26,6 +27,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
             driver_name=settings.driver_name,
             node_id=settings.node_id,
             kubelet_dir=str(settings.kubelet_dir),
+            is_node=Service.NODE in settings.services,
         )
 
     def write(self, path: Path, files: Files) -> None:

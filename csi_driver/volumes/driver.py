@@ -228,12 +228,12 @@ def _csi(settings: Settings, host: Host, folder: Path, memory: Path) -> Backend:
     from csi_driver.kube.client import Kube  # noqa: PLC0415
 
     kube = Kube.of()
-    if settings.backend == "csi":
+    is_server = settings.backend == "csi"
+    if is_server:
         place = Place.of(settings, settings.namespace or kube.namespace)
     else:  # a command beside the server
         place = read_place(memory)
         settings = replace(settings, driver_name=place.driver_name, kubelet_dir=Path(place.kubelet_dir))
-    is_node = Service.NODE in settings.services
     # Asked when the first holder is made: the API may be away at the start.
     own_image = cache(partial(image_of, kube, kube.namespace, settings.pod_name))
     records = RecordObjects(kube, place.namespace, RecordCodec())
@@ -245,9 +245,9 @@ def _csi(settings: Settings, host: Host, folder: Path, memory: Path) -> Backend:
         Claims(kube, place.namespace, settings.driver_name),
         HolderPods(kube, place.namespace, lambda: settings.holder_image or own_image(), settings.holders_dir),
         NodeDevices(kube, records, pins, direct, place.node_id, settings.driver_below),
-        is_node=is_node,
+        is_node=place.is_node,
         node_topology=settings.topology_key,
-        remember=partial(place.write, memory, host.files) if is_node else lambda: None,
+        remember=partial(place.write, memory, host.files) if is_server else lambda: None,
     )
 
 

@@ -1251,6 +1251,26 @@ def test_where_it_is_is_kept_for_commands(tmp_path: Path) -> None:
             read_place(tmp_path / "csi.json")
 
 
+@pytest.mark.parametrize("services", [(Service.CONTROLLER,), (Service.NODE,)], ids=str)
+def test_a_command_beside_a_server_is_what_that_is(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, services: tuple[Service, ...]
+) -> None:
+    """`luks-csi volume manifest`, beside the controller, reads what only a controller knows."""
+    world.create()
+    monkeypatch.setattr(world.api, "namespace", NAMESPACE, raising=False)
+    monkeypatch.setattr("csi_driver.kube.client.Kube.of", lambda: world.api)
+    settings = Settings(
+        node_id="one", backend="csi", driver_name=DRIVER, namespace=NAMESPACE, services=frozenset(services),
+        state_dir=tmp_path / "state",
+    )  # fmt: skip
+    (tmp_path / "state").mkdir()
+    make_backend(settings, Host()).prepare()
+    beside = make_backend(Settings(state_dir=settings.state_dir), Host())
+    assert beside.name == "csi"
+    assert beside.get("pvc-1") == record()
+    assert list(beside.ids()) == (["pvc-1"] if Service.CONTROLLER in services else [])
+
+
 def test_the_limit_of_the_driver_below_is_ours(world: World) -> None:
     assert world.node.most_volumes() == 0
     drivers: list[Json] = [
