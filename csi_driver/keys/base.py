@@ -16,7 +16,7 @@ from typing import Final, Protocol
 import msgspec
 
 from csi_driver.keys.secret import SecretKey
-from csi_driver.model.errors import FailedPrecondition
+from csi_driver.model.errors import FailedPrecondition, KeyLost
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.volume import KeyTrail
 
@@ -127,7 +127,15 @@ class Wrapping:
         self._wrapper = wrapper
 
     def create(self, name: str, announce: Announce = nobody) -> KeyTrail:  # noqa: ARG002 - nothing will be kept there
-        return _trail(name, self._wrapper.wrap(name, Passphrase.random()))
+        """Raises KeyLost, too, where the KMS does not unwrap what it wrapped: nothing may be encrypted with that."""
+        key = Passphrase.random()
+        trail = _trail(name, self._wrapper.wrap(name, key))
+        if self._wrapper.unwrap(trail) != key:
+            raise KeyLost(
+                f"the key for {name} was wrapped, and unwraps into another one; nothing was encrypted with it. Look at "
+                f"the KMS: a faulty program, or several servers behind one address with a key each"
+            )
+        return trail
 
     def fetch(self, trail: KeyTrail) -> Passphrase:
         return self._wrapper.unwrap(trail)

@@ -41,6 +41,22 @@ def wrapper(passphrase: str) -> MetadataWrapper:
     return MetadataWrapper("KMS kms (metadata)", lambda: Passphrase(passphrase.encode()))
 
 
+class Fickle(MetadataWrapper):
+    """Two servers behind one address, each with a key of its own: what one wraps is another key at the other."""
+
+    def __init__(self) -> None:
+        super().__init__("KMS kms (metadata)", lambda: Passphrase(b"a passphrase"))
+
+    def unwrap(self, trail: KeyTrail) -> Passphrase:
+        return Passphrase(super().unwrap(trail).reveal()[::-1])
+
+
+def test_a_kms_that_unwraps_another_key_than_it_wrapped_gets_no_volume() -> None:
+    """What is encrypted with it nobody would ever open again."""
+    with pytest.raises(KeyLost, match=r"unwraps into another one; nothing was encrypted with it"):
+        Wrapping(Fickle()).create(VOLUME)
+
+
 @settings(max_examples=8, deadline=None)
 @given(TEXTS, TEXTS)
 def test_what_ceph_csi_wrapped_is_unwrapped_here(passphrase: str, dek: str) -> None:
