@@ -117,6 +117,38 @@ def test_where_the_controller_makes_volumes_both_reach_a_kms(tmp_path: Path, api
             assert rights(api, own, account, "default") == READ | TOKENS
 
 
+@pytest.mark.parametrize("driver", ["lvm", "csi-backend"])
+def test_the_namespace_of_keys_and_records_is_not_deleted_by_the_way(
+    tmp_path: Path, api: ApiServer, driver: str
+) -> None:
+    """`kubectl delete -k .` has it, and reaches it first."""
+    api.namespace(bystander := f"beside-{driver}")
+    first = {"lvm": "", "csi-backend": "central"}[driver]
+    parts = {"lvm": ["luks-csi-kms-namespace"], "csi-backend": ["luks-csi-kms-namespace", "luks-csi-over-namespace"]}
+    things = over(tmp_path, driver, first, "generate", namespace=f"keys-of-{driver}")
+    with granted(api, things) as own:
+
+        def refusals(namespace: str) -> str:
+            try:
+                api.ask("DELETE", f"/api/v1/namespaces/{namespace}?dryRun=All")
+            except AssertionError as refused:
+                return str(refused)
+            return ""
+
+        until = time.monotonic() + _SECONDS
+        while not any(each in refusals(own) for each in parts[driver]):
+            assert time.monotonic() < until, "the policy does not count"
+            time.sleep(0.2)
+        assert f"the namespace {own} has" in refusals(own)
+        assert refusals(bystander) == ""
+        selectors = {
+            each["metadata"]["name"].partition(".")[0]: each["spec"]["matchConstraints"]["namespaceSelector"]
+            for each in things
+            if each["kind"] == "ValidatingAdmissionPolicy" and "-namespace" in each["metadata"]["name"]
+        }
+        assert selectors == {each: {"matchLabels": {"kubernetes.io/metadata.name": own}} for each in parts[driver]}
+
+
 def test_who_makes_keys_makes_no_other_secret(tmp_path: Path, api: ApiServer) -> None:
     """Whoever may make any secret has a token of any service account of the namespace."""
     with granted(api, over(tmp_path, "rbd", "central", "generate")) as own:

@@ -219,6 +219,8 @@ def test_replacements_name_what_they_change_in_full() -> None:
     there = {each["metadata"]["name"] for each in things if each["kind"] == "ClusterRoleBinding"}
     there |= {f"luks-csi-lvm-{each}" for each in ("provisioner", "resizer")}
     own = {each["namespace"] for each in things if "namespace" in each}
+    policies = {each["select"]["name"] for each in transformer["replacements"][0]["targets"]}
+    assert policies >= {f"luks-csi-kms-namespace.{each}" for each in own}
     there.remove("luks-csi-kms-tenants.NAMESPACE")
     there |= {f"luks-csi-kms-tenants.{each}" for each in own}
     assert named == there
