@@ -68,10 +68,12 @@ class Wishes:
             self._told.pop(name, None)
             self._cluster.forget(name)
         for name, image in images.items():
-            status, here = image.get("status", {}), copies.get(name, {}).get("status", {})
+            status, copy = image.get("status", {}), copies.get(name, {})
+            here = copy.get("status", {})
             told = {
                 "uid": uid_of(image),
                 "ready": status.get("phase") == "Ready",
+                "here": bool(copy) and state_of(copy) is State.READY,
                 "percent": here.get("progress"),
                 "message": here.get("message") or status.get("message", ""),
             }

@@ -33,11 +33,13 @@ _END: Final = ".json"
 class ClusterImage(msgspec.Struct, frozen=True, kw_only=True):
     """An Image of the cluster: its uid, whether a copy of it is ready anywhere, and how far the one for this node is.
 
-    `message` is for a person, in one line; `percent` is None where nobody knows.
+    `here` is whether that one is ready: a file may be there that is none of this Image's. `message` is for a person, in
+    one line; `percent`, and `here` of an older agent, are None where nobody knows.
     """
 
     uid: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
     ready: bool
+    here: bool | None = None
     message: Annotated[str, msgspec.Meta(max_length=_LONGEST_MESSAGE)] = ""
     percent: Annotated[int, msgspec.Meta(ge=0, le=100)] | None = None
 
@@ -55,9 +57,9 @@ class ClusterImages:
         self._used = folder / "used"
         self._files = Files()
 
-    def tell(self, name: str, uid: str, *, ready: bool, percent: int | None, message: str) -> None:
+    def tell(self, name: str, uid: str, *, ready: bool, here: bool, percent: int | None, message: str) -> None:
         """For the agent: the Image of that name, as ClusterImage has it; what does not fit there is cut off."""
-        found = ClusterImage(uid=uid, ready=ready, percent=percent, message=_one_line(message))
+        found = ClusterImage(uid=uid, ready=ready, here=here, percent=percent, message=_one_line(message))
         path = self._path(name)
         with _usable(path):
             _made(self._told)

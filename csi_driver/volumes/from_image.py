@@ -234,7 +234,7 @@ class BackingImages:
                 f"and import it anew"
             )
         if record.owner is not None:
-            self._refuse_replaced(name, record.owner)
+            self._refuse_other(name, record.owner)
             with contextlib.suppress(DriverError):  # a copy that is taken for unused is brought again
                 self._cluster.use(name)
         return file, record
@@ -254,10 +254,12 @@ class BackingImages:
         self._cluster.want(name)
         return _awaited(name, found)
 
-    def _refuse_replaced(self, name: str, owner: str) -> None:
-        """What is here may be left of an Image that another one has taken the name of since."""
+    def _refuse_other(self, name: str, owner: str) -> None:
+        """What is here may be left of an Image that another one has taken the name of since, or be another file than
+        the Image has: of a node that came back, say, when another one had made it meanwhile.
+        """
         found = self._cluster.find(name)
-        if found is not None and found.uid != owner:
+        if found is not None and (found.uid != owner or found.here is False):
             self._cluster.want(name)
             raise _awaited(name, found)
 

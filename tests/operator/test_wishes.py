@@ -41,7 +41,7 @@ def test_what_was_told_comes_back_where_it_was_taken_away_and_goes_where_it_is_t
     cluster = ClusterImages(lab.images_of("one"))
     lab.wait("word of the image", lambda: cluster.find("told"))
     cluster.forget("told")
-    cluster.tell("never-was", "uid-1", ready=True, percent=None, message="")
+    cluster.tell("never-was", "uid-1", ready=True, here=False, percent=None, message="")
     cluster.want("never-was")
     lab.wait("word of the image again", lambda: cluster.find("told"))
     lab.wait("end of the other", lambda: not cluster.has("never-was") and not cluster.wanted())

@@ -24,11 +24,11 @@ def images(folder: Path) -> ClusterImages:
 def test_what_the_agent_tells_the_driver_finds(images: ClusterImages, folder: Path) -> None:
     assert images.find("debian") is None
     assert not images.has("debian")
-    images.tell("debian", "uid-1", ready=True, percent=None, message="")
-    images.tell("debian", "uid-1", ready=True, percent=43, message="12 MiB/s from\n node-2 \x1b[1m")
+    images.tell("debian", "uid-1", ready=True, here=False, percent=None, message="")
+    images.tell("debian", "uid-1", ready=True, here=False, percent=43, message="12 MiB/s from\n node-2 \x1b[1m")
     assert images.has("debian")
     assert images.find("debian") == ClusterImage(
-        uid="uid-1", ready=True, message="12 MiB/s from node-2 ?[1m", percent=43
+        uid="uid-1", ready=True, here=False, message="12 MiB/s from node-2 ?[1m", percent=43
     )
     assert ClusterImages(folder).names() == ["debian"]
     images.forget("debian")
@@ -49,7 +49,7 @@ def test_what_the_driver_wants_the_agent_sees_until_it_is_brought(images: Cluste
 def test_the_last_volume_that_started_from_an_image_is_remembered_as_long_as_the_image(
     images: ClusterImages, folder: Path
 ) -> None:
-    images.tell("debian", "uid-1", ready=True, percent=None, message="")
+    images.tell("debian", "uid-1", ready=True, here=False, percent=None, message="")
     assert images.last_used("debian") == ""
     images.use("debian")
     os.utime(folder / "used" / "debian", (0, 0))
@@ -75,7 +75,7 @@ def test_several_volumes_may_want_an_image_at_once(images: ClusterImages) -> Non
 
 
 def test_nobody_but_the_owner_may_look(images: ClusterImages, folder: Path) -> None:
-    images.tell("debian", "uid-1", ready=False, percent=0, message="")
+    images.tell("debian", "uid-1", ready=False, here=False, percent=0, message="")
     images.want("debian")
     for path in (folder, folder / "cluster", folder / "wanted"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
@@ -84,11 +84,11 @@ def test_nobody_but_the_owner_may_look(images: ClusterImages, folder: Path) -> N
 
 
 def test_a_write_that_was_cut_changes_nothing_and_goes_with_the_next(images: ClusterImages, folder: Path) -> None:
-    images.tell("debian", "uid-1", ready=True, percent=1, message="")
+    images.tell("debian", "uid-1", ready=True, here=False, percent=1, message="")
     cut = folder / "cluster" / ".debian.json.new"
     cut.write_bytes(b'{"uid":')
     assert images.names() == ["debian"]
-    assert images.find("debian") == ClusterImage(uid="uid-1", ready=True, percent=1)
+    assert images.find("debian") == ClusterImage(uid="uid-1", ready=True, here=False, percent=1)
     images.forget("debian")
     assert not cut.exists()
 
@@ -99,9 +99,9 @@ def test_what_is_no_images_name_is_refused_and_never_listed(images: ClusterImage
         with pytest.raises(InvalidArgument, match=r"cannot be an image's name"):
             call(name)
     with pytest.raises(InvalidArgument, match=r"cannot be an image's name"):
-        images.tell(name, "uid-1", ready=True, percent=None, message="")
+        images.tell(name, "uid-1", ready=True, here=False, percent=None, message="")
     images.want("debian")
-    images.tell("debian", "uid-1", ready=True, percent=None, message="")
+    images.tell("debian", "uid-1", ready=True, here=False, percent=None, message="")
     if "/" not in name and name not in ("", ".."):
         (folder / "wanted" / name).touch()
         (folder / "cluster" / f"{name}.json").touch()
@@ -128,17 +128,17 @@ def test_what_is_no_images_name_is_refused_and_never_listed(images: ClusterImage
     ids=range(13),
 )
 def test_broken_content_is_a_sentence(images: ClusterImages, folder: Path, content: bytes) -> None:
-    images.tell("debian", "uid-1", ready=True, percent=None, message="")
+    images.tell("debian", "uid-1", ready=True, here=False, percent=None, message="")
     (folder / "cluster" / "debian.json").write_bytes(content)
     with pytest.raises(FailedPrecondition, match=r"debian\.json \(.+\); start the image agent of this node anew"):
         images.find("debian")
     assert images.has("debian")
-    images.tell("debian", "uid-1", ready=True, percent=None, message="")
-    assert images.find("debian") == ClusterImage(uid="uid-1", ready=True)
+    images.tell("debian", "uid-1", ready=True, here=False, percent=None, message="")
+    assert images.find("debian") == ClusterImage(uid="uid-1", ready=True, here=False)
 
 
 def test_only_a_regular_file_is_read(images: ClusterImages, folder: Path) -> None:
-    images.tell("debian", "uid-1", ready=True, percent=None, message="")
+    images.tell("debian", "uid-1", ready=True, here=False, percent=None, message="")
     path = folder / "cluster" / "debian.json"
     other = path.rename(folder / "other")
     path.symlink_to(other)
@@ -165,11 +165,11 @@ def test_folders_that_are_none_are_a_sentence(images: ClusterImages, folder: Pat
         with pytest.raises(FailedPrecondition, match=r"cannot be used"):
             told("debian")
     with pytest.raises(FailedPrecondition, match=r"cannot be used"):
-        images.tell("debian", "uid-1", ready=True, percent=None, message="")
+        images.tell("debian", "uid-1", ready=True, here=False, percent=None, message="")
 
 
 def test_a_message_that_is_too_long_is_cut(images: ClusterImages) -> None:
-    images.tell("debian", "uid-1", ready=True, percent=None, message="x" * 5000)
+    images.tell("debian", "uid-1", ready=True, here=False, percent=None, message="x" * 5000)
     found = images.find("debian")
     assert found is not None
     assert found.message == "x" * 1024

@@ -338,7 +338,7 @@ def test_there_is_no_room_where_the_image_is_not(rig: Rig) -> None:
 def test_an_image_of_the_cluster_is_asked_for_and_waited_for(
     rig: Rig, made: Mapping[str, Made], *, ready: bool, percent: int | None, message: str, told: str
 ) -> None:
-    rig.cluster.tell("far", "uid-1", ready=ready, percent=percent, message=message)
+    rig.cluster.tell("far", "uid-1", ready=ready, here=False, percent=percent, message=message)
     wanted = {"backingImage": "far"}
     assert rig.provisioning.capacity(wanted, None, [BLOCK]).available > 0
     assert list(rig.cluster.wanted()) == [], "a look at the room has brought it here"
@@ -348,6 +348,7 @@ def test_an_image_of_the_cluster_is_asked_for_and_waited_for(
         assert rig.cluster.wanted() == ["far"]
     assert rig.left() == []
     put_image(rig.state, "far", made["plain"], owner="uid-1")
+    rig.cluster.tell("far", "uid-1", ready=True, here=True, percent=100, message="")
     assert rig.create(wanted, secret=NOTHING).capacity_bytes == SIZE
 
 
@@ -368,9 +369,9 @@ def test_a_node_without_the_image_lets_those_that_have_it_take_a_claim_first(
         return len(pauses) - before
 
     rig = Rig(tmp_path, pause=pause)
-    rig.cluster.tell("far", "uid-1", ready=False, percent=None, message="")
+    rig.cluster.tell("far", "uid-1", ready=False, here=False, percent=None, message="")
     assert ask(CLAIMED) == 0  # nobody has it
-    rig.cluster.tell("far", "uid-1", ready=True, percent=None, message="")
+    rig.cluster.tell("far", "uid-1", ready=True, here=False, percent=None, message="")
     assert ask(NOTHING) == 0  # how much room there is in general, as the scheduler wants to know
     assert ask(CLAIMED) == 4
     assert min(pauses) > 2  # a provisioner's first delay
@@ -380,7 +381,7 @@ def test_a_node_without_the_image_lets_those_that_have_it_take_a_claim_first(
 
 
 def test_an_image_that_leaves_the_cluster_is_no_more_waited_for(rig: Rig) -> None:
-    rig.cluster.tell("far", "uid-1", ready=True, percent=1, message="")
+    rig.cluster.tell("far", "uid-1", ready=True, here=False, percent=1, message="")
     with pytest.raises(Aborted):
         rig.create({"backingImage": "far"}, secret=NOTHING)
     rig.cluster.forget("far")
@@ -393,22 +394,40 @@ def test_a_volume_never_starts_from_what_is_left_of_an_image_of_the_same_name(
     rig: Rig, made: Mapping[str, Made]
 ) -> None:
     put_image(rig.state, "far", made["plain"], owner="uid-1")
-    rig.cluster.tell("far", "uid-2", ready=True, percent=None, message="the old one is being removed")
+    rig.cluster.tell("far", "uid-2", ready=True, here=False, percent=None, message="the old one is being removed")
     with pytest.raises(Aborted, match=r"image far is being brought to this node: the old one is being removed"):
         rig.create({"backingImage": "far"}, secret=NOTHING)
     assert rig.cluster.wanted() == ["far"]
-    rig.cluster.tell("far", "uid-1", ready=True, percent=None, message="")
+    rig.cluster.tell("far", "uid-1", ready=True, here=True, percent=None, message="")
     rig.create({"backingImage": "far"}, secret=NOTHING)
 
 
+@pytest.mark.parametrize("here", [True, False, None])
+def test_a_volume_never_starts_from_a_file_that_the_agent_calls_another_one(
+    rig: Rig, made: Mapping[str, Made], *, here: bool | None
+) -> None:
+    """As of a node that comes back when another one has made the image anew. None is an older agent's."""
+    put_image(rig.state, "far", made["plain"], owner="uid-1")
+    rig.cluster.tell("far", "uid-1", ready=True, here=bool(here), percent=None, message="has another SHA-256")
+    if here is None:
+        told = rig.state / "images" / "cluster" / "far.json"
+        told.write_text(told.read_text().replace('"here":false,', ""))
+    with (
+        contextlib.nullcontext()
+        if here is not False
+        else pytest.raises(Aborted, match=r"another SHA-256; the volume is made")
+    ):
+        rig.create({"backingImage": "far"}, secret=NOTHING)
+
+
 def test_what_the_cluster_says_means_nothing_for_an_image_that_was_brought_by_hand(rig: Rig) -> None:
-    rig.cluster.tell("plain", "uid-1", ready=True, percent=None, message="")
+    rig.cluster.tell("plain", "uid-1", ready=True, here=True, percent=None, message="")
     rig.create(PLAIN, secret=NOTHING)
     assert list(rig.cluster.wanted()) == []
 
 
 def test_what_the_agent_wrote_and_nobody_can_read_is_a_sentence_at_the_claim(rig: Rig) -> None:
-    rig.cluster.tell("far", "uid-1", ready=True, percent=None, message="")
+    rig.cluster.tell("far", "uid-1", ready=True, here=False, percent=None, message="")
     (rig.state / "images" / "cluster" / "far.json").write_text("{")
     with pytest.raises(FailedPrecondition, match=r"start the image agent of this node anew"):
         rig.create({"backingImage": "far"}, secret=NOTHING)
