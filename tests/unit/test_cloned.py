@@ -160,3 +160,24 @@ def test_a_clone_that_is_too_short_is_left_as_it_is(change: Change) -> None:
     with pytest.raises(DeviceShort):
         change_uuid("v", handle_on(change.path), headers.DEVICE_SIZE + 1, headers.UUID, change.expected, HeaderLimits())
     assert change.path.read_bytes()[: len(change.before)] == change.before
+
+
+def test_one_copy_is_durable_before_the_other_one_is_touched(change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[object] = []
+    pwrite, fsync = os.pwrite, os.fsync
+
+    def is_disk(descriptor: int) -> bool:
+        return os.readlink(f"/proc/self/fd/{descriptor}") == str(change.path)
+
+    def note(descriptor: int, content: bytes, offset: int) -> int:
+        steps.extend([offset] * is_disk(descriptor))
+        return pwrite(descriptor, content, offset)
+
+    def flush(descriptor: int) -> None:
+        steps.extend(["fsync"] * is_disk(descriptor))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "pwrite", note)
+    monkeypatch.setattr(os, "fsync", flush)
+    change.run(change.before)
+    assert steps == [0, "fsync", headers.HDR_SIZE, "fsync"]

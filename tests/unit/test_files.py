@@ -152,3 +152,88 @@ def test_a_folder_is_for_its_owner_only(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "pvc-1").stat().st_mode) == 0o700
     with pytest.raises(FileExistsError):
         Files().make_folder(tmp_path / "pvc-1")
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What was fsynced, by its name at that moment, and what it held: a file its bytes, a folder its names."""
+    seen: list[tuple[str, str]] = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        found = ",".join(sorted(os.listdir(path))) if path.is_dir() else str(path.stat().st_size)
+        seen.append((path.name, found))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    return seen
+
+
+def test_what_is_durable_was_fsynced_and_what_is_volatile_was_not(
+    tmp_path: Path, synced: list[tuple[str, str]]
+) -> None:
+    """A power cut behind a call: without this an empty record, or none, is found where one was said to be written."""
+    folder = tmp_path / "pvc-1"
+    folder.mkdir()
+    files, record, disk = Files(), folder / "record.json", folder / "disk.img"
+    files.write_volatile(record, b"volatile")
+    assert synced == []
+    files.write(record, b"content")
+    assert synced == [(".record.json.new", "7"), ("pvc-1", "record.json")]
+    synced.clear()
+    files.set_size(disk, 8192, new=True)
+    assert synced == [("disk.img", "8192")]
+    synced.clear()
+    files.set_size(disk, 16384)
+    assert synced == [("disk.img", "16384")]
+    synced.clear()
+    files.rename(folder, tmp_path / "pvc-2")
+    assert synced == [(tmp_path.name, "pvc-2")]
+
+
+def test_what_was_overwritten_is_gone_from_the_disk(tmp_path: Path, synced: list[tuple[str, str]]) -> None:
+    """The key slots of a class with `eraseOnDelete`: in the page cache alone they would be unlinked unwritten."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(b"k" * 8192)
+    Files().overwrite(path, 4096)
+    assert synced == [("disk.img", "8192")]
+    assert b"k" * 64 not in path.read_bytes()[:4096]
+    assert path.read_bytes()[4096:] == b"k" * 4096
+
+
+def test_a_second_name_takes_the_place_of_another_file_and_is_durable(
+    tmp_path: Path, synced: list[tuple[str, str]]
+) -> None:
+    for name in ("made", "file"):
+        (tmp_path / name).write_text(name)
+    Files().link(tmp_path / "made", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "made"
+    assert synced == [(tmp_path.name, "file,made")]
+
+
+def test_a_write_that_the_kernel_cuts_short_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """write(2): a signal, or the last block of a disk."""
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, content: write(descriptor, bytes(content)[:3]))
+    Files().write(tmp_path / "record.json", b"whole content")
+    assert (tmp_path / "record.json").read_bytes() == b"whole content"
+
+
+def test_a_removal_takes_the_file_last_by_which_it_is_told_whose_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "image"
+    folder.mkdir()
+    for name in ("a", "owner", "z"):
+        (folder / name).write_bytes(b"x")
+    gone: list[str] = []
+
+    def remove(_: Files, path: Path) -> None:
+        gone.append(path.name)
+        path.unlink()
+
+    monkeypatch.setattr(Files, "remove", remove)
+    Files().remove_folder(folder, last="owner")
+    assert sorted(gone) == ["a", "owner", "z"]
+    assert gone[-1] == "owner"

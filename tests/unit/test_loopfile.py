@@ -19,7 +19,14 @@ from csi_driver.model.errors import (
     NotFound,
     ResourceExhausted,
 )
-from csi_driver.model.volume import EncryptionState, FileSystemState, LuksIdentity, VolumeParameters, VolumeRecord
+from csi_driver.model.volume import (
+    Conversion,
+    EncryptionState,
+    FileSystemState,
+    LuksIdentity,
+    VolumeParameters,
+    VolumeRecord,
+)
 from tests.fake_host import FakeLoops, Step, SteppedFiles, undisturbed
 
 MIB = 1 << 20
@@ -425,3 +432,174 @@ def test_a_record_of_another_volume_is_refused(place: Place) -> None:
     (place.folder / "volumes" / "pvc-1").rename(place.folder / "volumes" / "pvc-2")
     with pytest.raises(FailedPrecondition, match=r"is that of volume pvc-1"):
         backend.get("pvc-2")
+
+
+# --- copies of the header, and the mark of the newest record ----------------------------------------------------------
+
+
+def test_with_a_volume_every_copy_of_its_key_slots_is_overwritten(place: Place) -> None:
+    """eraseOnDelete: of a header copy alone the data is opened again, as its ciphertext lies on the disk still."""
+    luks = LuksIdentity(uuid="u", cipher="aes-xts-plain64", key_bits=512, sector_size=512, data_offset=64 * 1024)
+    longer = msgspec.structs.replace(luks, data_offset=128 * 1024)
+    record = msgspec.structs.replace(
+        RECORD,
+        encryption=EncryptionState.ENCRYPTED,
+        luks=luks,
+        conversion=Conversion(luks=longer),
+        parameters=VolumeParameters(encrypted=True, erase_on_delete=True),
+    )
+    backend = place.backend()
+    backend.create(record, MIB)
+    names = ("disk.img", "next.img", "header.luks2", "header.before", "header.before.1")
+    for name in names:
+        with place.disk().with_name(name).open("wb") as file:
+            file.write(b"key slots" * (longer.data_offset // 9))
+    held = {name: os.open(place.disk().with_name(name), os.O_RDONLY) for name in names}
+    try:
+        backend.delete("pvc-1")
+        for name, descriptor in held.items():
+            assert b"key slots" not in os.pread(descriptor, longer.data_offset, 0), name
+    finally:
+        for descriptor in held.values():
+            os.close(descriptor)
+
+
+def test_a_new_copy_of_the_header_takes_those_along_that_open_with_an_older_key(place: Place) -> None:
+    """What restore-header has kept has the key slots that a change of the key has removed from the device."""
+    backend = place.backend()
+    backend.create(RECORD, MIB)
+    folder = place.disk().parent
+    for name in ("header.luks2", "header.before", "header.before.1"):
+        (folder / name).write_bytes(b"old")
+
+    def full(path: str) -> None:
+        Path(path).write_bytes(b"ne")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(ResourceExhausted):
+        backend.keep_header_copy("pvc-1", full)
+    assert backend.header_copy("pvc-1").read_bytes() == b"old"
+    assert {path.name for path in folder.iterdir() if "header" in path.name} == {
+        "header.luks2", "header.before", "header.before.1",
+    }  # fmt: skip
+
+    def whole(path: str) -> None:
+        Path(path).write_bytes(b"new")
+
+    backend.keep_header_copy("pvc-1", whole)
+    assert backend.header_copy("pvc-1").read_bytes() == b"new"
+    assert [path.name for path in folder.iterdir() if "header" in path.name] == ["header.luks2"]
+
+
+def test_a_record_that_is_older_than_the_volume_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restored one may permit what the newer one forbids: to format. The attributes are those of a file system."""
+    kept: dict[tuple[str, str], bytes] = {}
+
+    def getxattr(path: str, name: str) -> bytes:
+        if (path, name) not in kept:
+            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+        return kept[path, name]
+
+    monkeypatch.setattr(os, "getxattr", lambda path, name: getxattr(os.fspath(path), name))
+    monkeypatch.setattr(os, "setxattr", lambda path, name, value: kept.update({(os.fspath(path), name): value}))
+    backend = place.backend()
+    older = backend.create(msgspec.structs.replace(RECORD, file_system=FileSystemState.RAW), MIB)
+    path = place.disk().with_name("record.json")
+    content = path.read_bytes()
+    newer = backend.update(older)
+    assert backend.is_newest(newer)
+    assert not backend.is_newest(older)
+    path.write_bytes(content)
+    for act_on in (backend.get, lambda _: backend.update(older)):
+        with pytest.raises(FailedPrecondition, match=r"is older than the volume: .* has revision 0 and revision 1 was"):
+            act_on("pvc-1")
+    assert backend.accept_record("pvc-1") == older
+    assert backend.get("pvc-1") == older
+
+
+def test_a_record_of_half_a_volume_is_never_taken(place: Place) -> None:
+    """By a record from before a move to another volume key what was moved would be lost."""
+    luks = LuksIdentity(uuid="u", cipher="aes-xts-plain64", key_bits=512, sector_size=512, data_offset=64 * 1024)
+    backend = place.backend()
+    made = backend.create(msgspec.structs.replace(RECORD, file_system=FileSystemState.RAW), MIB)
+    backend.update(msgspec.structs.replace(made, conversion=Conversion(luks=luks)))
+    with pytest.raises(FailedPrecondition, match=r"half of it would be lost"):
+        backend.accept_record("pvc-1")
+
+
+# --- storage beside a volume's own -----------------------------------------------------------------------------------
+
+
+def test_what_is_beside_a_volume_is_in_use_too_and_is_the_volumes(place: Place) -> None:
+    """While it is moved to another volume key half of it lies in next.img."""
+    backend = place.backend()
+    backend.create(RECORD, MIB)
+    backend.make_next("pvc-1", 2 * MIB)
+    with backend.attach_next("pvc-1") as device:
+        assert backend.is_device_of("pvc-1", device.number)
+        with pytest.raises(DeviceInUse, match=rf"still attached as {device.name}"):
+            backend.delete("pvc-1")
+    backend.delete("pvc-1")
+
+
+def test_storage_beside_a_volume_counts_as_half_of_it_once_something_lies_behind_its_header(place: Place) -> None:
+    backend = place.backend()
+    backend.create(RECORD, MIB)
+    assert not backend.has_next("pvc-1")
+    backend.make_next("pvc-1", 32 * MIB)
+    beside = place.disk().with_name("next.img")
+    with beside.open("r+b") as file:
+        file.write(b"header")
+    assert backend.has_next("pvc-1")
+    assert not backend.has_next("pvc-1", 16 * MIB)  # nothing was moved there yet
+    with beside.open("r+b") as file:
+        file.seek(20 * MIB)
+        file.write(b"data")
+    assert backend.has_next("pvc-1", 16 * MIB)
+
+
+def test_a_file_of_the_same_inode_on_another_file_system_is_another_volumes(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = place.backend()
+    backend.create(RECORD, MIB)
+    status = place.disk().stat()
+    for device, is_it in ((status.st_dev, True), (status.st_dev + 1, False)):
+        monkeypatch.setattr(place.loops, "file_of", lambda *_, device=device: (device, status.st_ino))
+        assert backend.is_device_of("pvc-1", (7, 0)) is is_it
+
+
+def test_the_guard_is_off_while_the_driver_writes_and_on_again_behind_it(place: Place) -> None:
+    """Without it losetup binds the file of a volume in use a second time, and two mappings tear it."""
+    backend = place.backend()
+    backend.create(RECORD, MIB)
+    disk, guarded = str(place.disk()), place.loops.guarded
+    with backend.attach("pvc-1", lasting=False):
+        backend.guard("pvc-1")
+        assert disk in guarded
+        with backend.storage("pvc-1"):
+            assert disk not in guarded
+        assert disk in guarded
+        backend.grow("pvc-1", 2 * MIB)
+        assert disk in guarded
+        guarded.clear()  # a growth that was cut
+        backend.grow("pvc-1", 2 * MIB)
+        assert disk in guarded
+    backend.detach("pvc-1")
+    assert not guarded
+    backend.guard("pvc-1")
+    guarded.add(str(place.folder / "trash" / "pvc-1" / "disk.img"))  # a power cut leaves it on
+    backend.delete("pvc-1")
+    assert not guarded
+
+
+def test_a_device_that_was_attached_before_its_file_grew_shows_all_of_it(place: Place) -> None:
+    backend = place.backend()
+    backend.create(RECORD, MIB)
+    with backend.attach("pvc-1", lasting=False) as earlier:
+        backend.grow("pvc-1", 2 * MIB)
+        with backend.attach("pvc-1", lasting=False) as device:
+            assert device.name == earlier.name
+            found = place.loops.info(device.name)
+            assert found is not None
+            assert found.size_bytes == 2 * MIB

@@ -26,7 +26,15 @@ from csi_driver.host.handle import Handle, open_handle
 from csi_driver.host.holders import Holders
 from csi_driver.host.krbd import ImageAddress, ImageIdentity, MappedImage, MappedImages
 from csi_driver.host.locks import VolumeLocks
-from csi_driver.model.errors import Aborted, DeviceAbsent, DeviceInUse, FailedPrecondition, NotFound
+from csi_driver.model.errors import (
+    Aborted,
+    AlreadyExists,
+    DeviceAbsent,
+    DeviceInUse,
+    FailedPrecondition,
+    NotFound,
+    VolumeBusy,
+)
 from csi_driver.model.settings import Limits
 from csi_driver.model.volume import FileSystemState, Move, MovePhase, VolumeParameters, VolumeRecord
 from csi_driver.volumes.move import MoveRequest, Moves
@@ -362,3 +370,51 @@ def test_a_side_that_asks_nobody_is_noticed(tmp_path: Path, monkeypatch: pytest.
         except AssertionError:
             seen += 1
     assert seen > 10
+
+
+@pytest.mark.parametrize(("side", "volume_id"), [("files", VOLUME), ("ceph-node-1", FAR)])
+def test_a_call_for_the_volume_on_either_side_keeps_it_from_being_moved(
+    tmp_path: Path, side: str, volume_id: str
+) -> None:
+    """A stage by the server here would be copied from underneath, a deletion over there would take what is copied."""
+    world = World(tmp_path)
+    locks = world.place(world.source, side).locks
+    for undo in (False, True):
+        with locks.hold(volume_id), pytest.raises(VolumeBusy):
+            world.move(undo=undo)
+        assert world.source.get(VOLUME).move is None
+        assert not world.pool.images
+    world.move()
+    check_ended(world, side)
+
+
+def test_what_was_changed_before_the_lock_was_had_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that ends between the look at the record and the lock: by the older record the move would write."""
+    world = World(tmp_path)
+    hold = VolumeLocks.hold
+
+    def changed(locks: VolumeLocks, volume_id: str) -> contextlib.AbstractContextManager[None]:
+        if volume_id == VOLUME:
+            source = world.source
+            source.update(msgspec.structs.replace(source.get(VOLUME), file_system=FileSystemState.NONE))
+            source.update(msgspec.structs.replace(source.get(VOLUME), file_system=FileSystemState.RAW))
+        return hold(locks, volume_id)
+
+    monkeypatch.setattr(VolumeLocks, "hold", changed)
+    world.move()
+    check_ended(world, "changed")
+
+
+def test_what_came_there_from_a_third_driver_is_left_alone(tmp_path: Path) -> None:
+    """A volume of the same name: what it was copied from may have left already, and then this is all there is of it."""
+    world = World(tmp_path)
+    world.move(keep=True)
+    source = world.source
+    source.update(msgspec.structs.replace(source.get(VOLUME), move=None))
+    third = Move(phase=MovePhase.ARRIVED, id="third", other="/third", volume_id=VOLUME)
+    world.ceph().update(msgspec.structs.replace(world.ceph().get(FAR), move=third))
+    with pytest.raises(AlreadyExists, match=r"has a volume .* already; it was left as it is"):
+        world.move()
+    world.move(undo=True)
+    assert world.ceph().get(FAR).move == third
+    assert world.shown == world.content

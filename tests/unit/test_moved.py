@@ -13,7 +13,7 @@ from csi_driver.backends.records import RecordCodec
 from csi_driver.host.files import Files
 from csi_driver.host.locks import VolumeLocks
 from csi_driver.keys.ledger import KeyEntry, KeyLedger
-from csi_driver.model.errors import DeviceAbsent, FailedPrecondition, InvalidArgument
+from csi_driver.model.errors import DeviceAbsent, DeviceInUse, FailedPrecondition, InvalidArgument
 from csi_driver.model.settings import Settings
 from csi_driver.model.volume import (
     EncryptionState,
@@ -218,3 +218,65 @@ def test_what_only_a_controller_makes_is_no_target(tmp_path: Path) -> None:
         FailedPrecondition, match=r"only the controller of the backend .* makes volumes; make a new one"
     ):
         id_there(record(), place_of(Pools(own_node=""), tmp_path), CEPH)
+
+
+class Deletion:
+    """What a deletion does, in order; `fails` is the step that raises."""
+
+    def __init__(self, folder: Path) -> None:
+        self.done: list[str] = []
+        self.fails = ""
+        self.backend = kept()
+        self.ledger = KeyLedger(folder, Files())
+        sources: Any = SimpleNamespace(destroy=lambda *_: self.step("destroyed"))
+        delete, get = self.backend.delete, self.backend.get
+        wrapped: Any = self.backend
+
+        def deleted(volume_id: str) -> None:
+            self.step("deleted")
+            delete(volume_id)
+
+        def read(volume_id: str) -> VolumeRecord:
+            if self.fails == "read":
+                raise FailedPrecondition("the record cannot be read")
+            return get(volume_id)
+
+        wrapped.delete, wrapped.get = deleted, read
+        self.provisioning = Provisioning(
+            Settings(node_id="node-1"), self.backend, no_images(), lambda: None, lambda _: self.step("released"),
+            VolumeKeys(sources, self.ledger),
+        )  # fmt: skip
+
+    def step(self, name: str) -> None:
+        if name == self.fails:
+            raise DeviceInUse(f"not {name}")
+        noted = any(entry.leaving for entry in self.ledger.entries("pvc-1"))
+        self.done.append(f"{name}, noted" if noted else name)
+
+
+def test_a_key_is_noted_before_its_volume_goes_and_destroyed_behind_it(tmp_path: Path) -> None:
+    deletion = Deletion(tmp_path)
+    deletion.provisioning.delete("pvc-1")
+    assert deletion.done == ["released", "deleted, noted", "destroyed, noted"]
+    assert deletion.ledger.entries() == []
+
+
+@pytest.mark.parametrize(("fails", "done"), [("released", []), ("deleted", ["released"])])
+def test_a_deletion_that_is_refused_leaves_the_key(tmp_path: Path, fails: str, done: list[str]) -> None:
+    """A volume in use is there still, and nothing else opens it."""
+    deletion = Deletion(tmp_path)
+    deletion.fails = fails
+    with pytest.raises(DeviceInUse):
+        deletion.provisioning.delete("pvc-1")
+    assert deletion.done == done
+    assert deletion.backend.has("pvc-1")
+
+
+def test_by_a_record_that_cannot_be_read_no_key_is_destroyed(tmp_path: Path) -> None:
+    """What a killed call has noted may be the very key that the record, restored from a backup, names."""
+    deletion = Deletion(tmp_path)
+    deletion.ledger.note(KeyEntry(volume="pvc-1", key=TRAIL, leaving=False))
+    deletion.fails = "read"
+    deletion.provisioning.delete("pvc-1")
+    assert [each.partition(",")[0] for each in deletion.done] == ["released", "deleted"]
+    assert [entry.key for entry in deletion.ledger.entries()] == [TRAIL]

@@ -615,3 +615,26 @@ def test_however_it_is_called_expand_never_shrinks(calls: list[tuple[int, int]])
         capacity = driver.get("pvc-1").record.capacity_bytes
         assert found == capacity
         assert backend.sizes["pvc-1"] == capacity + 16 * MIB
+
+
+# --- another state directory -----------------------------------------------------------------------------------------
+
+
+def test_nothing_is_made_enlarged_or_removed_in_another_state_directory() -> None:
+    """Its disk was unmounted: a volume that is made below it would be lost, and none there is one that is known."""
+    backend = MemoryBackend()
+    provisioning(backend).create(request())
+
+    def check() -> None:
+        raise FailedPrecondition("another disk")
+
+    elsewhere = Provisioning(Settings(node_id="node-1"), backend, no_images(), check, lambda _: None, no_kms())
+    before = dict(backend.records), dict(backend.sizes)
+    for change in (
+        lambda: elsewhere.create(request("pvc-2")),
+        lambda: elsewhere.expand("pvc-1", 2 * GIB, 0),
+        lambda: elsewhere.delete("pvc-1"),
+    ):
+        with pytest.raises(FailedPrecondition, match=r"another disk"):
+            change()
+    assert (backend.records, backend.sizes) == before

@@ -265,3 +265,31 @@ def test_what_a_command_has_left_keeps_nobody_from_deleting_it_once_it_has_ended
     assert pool.fenced == ["192.0.2.7:0/1"]
     node("").give(pool, ID, "node-a", many_nodes=False)
     assert list(node("").take_from_commands(pool, ID).nodes) == ["node-a"]
+
+
+def test_what_one_node_has_for_itself_is_not_given_to_another_for_several() -> None:
+    """Who has it for itself may have mounted it: neither knows of the other."""
+    pool = made()
+    node("").give(pool, ID, "node-a", many_nodes=False)
+    with pytest.raises(FailedPrecondition, match=r"given to node node-b: node node-a has it"):
+        node("").give(pool, ID, "node-b", many_nodes=True)
+    assert list(nodes(pool)) == ["node-a"]
+
+
+def test_a_node_is_given_what_a_command_of_its_own_has_and_that_is_not_fenced_off() -> None:
+    pool = made()
+    may_write(pool, "node-a", "192.0.2.7:0/1")
+    pool.images[IMAGE].open_at.append("192.0.2.7:0/1")
+    node("").give(pool, ID, "node-a", many_nodes=False)
+    assert not pool.fenced
+    assert nodes(pool)["node-a"].client == "192.0.2.7:0/1"
+
+
+def test_what_somebody_else_has_open_is_not_used() -> None:
+    """By hand, rbd map, or a client that the records do not know."""
+    pool = made()
+    pool.images[IMAGE].open_at.append("192.0.2.7:0/1")
+    node("node-a").refuse_others(pool, ID, "192.0.2.7:0/1")
+    pool.images[IMAGE].open_at.append("192.0.2.8:0/5")
+    with pytest.raises(Aborted, match=r"is open at 192\.0\.2\.8:0/5 too"):
+        node("node-a").refuse_others(pool, ID, "192.0.2.7:0/1")

@@ -14,7 +14,18 @@ from csi_driver.keys.base import RequestNeeded
 from csi_driver.keys.secret import SecretKey, read_secret
 from csi_driver.model.errors import DeviceInUse, DriverError, FailedPrecondition, NotFound, Unavailable
 from csi_driver.model.secret import Passphrase
-from csi_driver.model.volume import EncryptionState, KeyTrail, Rekey, RekeyPhase, VolumeParameters, VolumeRecord
+from csi_driver.model.volume import (
+    Conversion,
+    EncryptionState,
+    KeyTrail,
+    LuksIdentity,
+    Move,
+    MovePhase,
+    Rekey,
+    RekeyPhase,
+    VolumeParameters,
+    VolumeRecord,
+)
 from csi_driver.volumes.rekey import Rekeyed, Rekeying
 from csi_driver.volumes.rotation import LOOK_SECONDS, KeyRotation, schedule
 from tests.fake_host import MemoryBackend, NoHolders
@@ -24,6 +35,7 @@ HOUR, DAY = 3600, 24 * 3600
 MADE = datetime(2026, 11, 20, tzinfo=UTC).timestamp()
 TRAIL = KeyTrail(kms_id="kms", type="given", name="v.1")
 SECONDS = 20
+AWAY = (MovePhase.LEFT, MovePhase.ARRIVING, MovePhase.ARRIVED)
 
 
 def told(seconds: float) -> str:
@@ -182,14 +194,32 @@ def test_a_clock_that_was_set_back_changes_nothing(lab: Lab) -> None:
         record(encryption=None, key=None),
         record(key=None),
         record(key=None, rekey=Rekey(phase=RekeyPhase.REMOVING)),
+        *(record(move=Move(phase=phase, id="m", other="/there", volume_id="v")) for phase in AWAY),
+        record(rekey=Rekey(phase=RekeyPhase.REMOVING), move=Move(phase=AWAY[0], id="m", other="/there", volume_id="v")),
     ],
-    ids=["no period", "never staged", "being formatted", "plain", "of a secret", "of a secret, cut"],
+    ids=[
+        "no period",
+        "never staged",
+        "being formatted",
+        "plain",
+        "of a secret",
+        "of a secret, cut",
+        *AWAY,
+        "away, cut",
+    ],
 )
 def test_others_are_left_alone(lab: Lab, other: VolumeRecord) -> None:
     lab.add(other)
     lab.look(MADE + 400 * DAY)
     assert lab.rekeying.made == []
     assert lab.rotation.overdue() == 0
+
+
+def test_what_is_moved_to_another_volume_key_is_left_alone_until_that_has_ended(lab: Lab) -> None:
+    luks = LuksIdentity(uuid="u", cipher="aes-xts-plain64", key_bits=512, sector_size=512, data_offset=1 << 24)
+    lab.add(record(conversion=Conversion(luks=luks)))
+    lab.look(MADE + 400 * DAY)
+    assert lab.rekeying.made == []
 
 
 @pytest.mark.parametrize("period", [HOUR, None], ids=["by schedule", "by hand"])

@@ -16,9 +16,25 @@ from csi_driver.keys.base import Announce, nobody
 from csi_driver.keys.ledger import KeyEntry, KeyLedger
 from csi_driver.keys.secret import SecretKey, read_secret
 from csi_driver.keys.sources import GENERATED
-from csi_driver.model.errors import Aborted, DriverError, FailedPrecondition, NotFound, ResourceExhausted, Unavailable
+from csi_driver.model.errors import (
+    Aborted,
+    DeadlineExceeded,
+    DriverError,
+    FailedPrecondition,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
 from csi_driver.model.secret import Passphrase
-from csi_driver.model.volume import KeyTrail, Rekey, RekeyPhase, VolumeParameters, VolumeRecord
+from csi_driver.model.volume import (
+    Conversion,
+    KeyTrail,
+    LuksIdentity,
+    Rekey,
+    RekeyPhase,
+    VolumeParameters,
+    VolumeRecord,
+)
 from csi_driver.volumes.keys import VolumeKeys
 from tests.keys.given import GivenSources
 from tests.told_lines import told_lines
@@ -335,3 +351,64 @@ def test_an_entry_that_cannot_be_read_is_told_by_its_file(keys: VolumeKeys, tmp_
 
 def test_a_previous_passphrase_that_was_emptied_is_none() -> None:
     assert read_secret({"CRYPTO_KEY_VALUE": "one", "CRYPTO_KEY_VALUE_PREVIOUS": ""}).previous is None
+
+
+def test_a_volume_whose_name_goes_on_behind_a_dot_keeps_its_keys(keys: VolumeKeys, kept: Kept) -> None:
+    """Keys are found by how their names begin, and those of both volumes begin alike."""
+    other = make(keys, Kill(), volume="pvc-1.2")
+    assert make(keys) != other
+    destroy(keys, keys.leave("pvc-1", None))
+    assert other in kept.names
+    assert left(keys) == [other]
+
+
+def test_the_name_of_a_key_is_durable_before_it_is_asked_for(kept: Kept, tmp_path: Path) -> None:
+    class Durable(Files):
+        def write_volatile(self, path: Path, content: bytes) -> None:
+            raise AssertionError(f"a power cut would take {path}, and the KMS keep its key for ever")
+
+    make(VolumeKeys(GivenSources(kms=kept), KeyLedger(tmp_path, Durable())))
+
+
+def test_a_key_of_another_kms_or_namespace_is_not_used_again(kept: Kept, tmp_path: Path) -> None:
+    """The class was made anew, or the claim of that name is another tenant's, since the call was killed."""
+    keys = VolumeKeys(GivenSources(kms=kept, other=kept), KeyLedger(tmp_path, Files()))
+    made = set()
+    for kms_id, claim in (("kms", "a/claim"), ("other", "a/claim"), ("kms", "b/claim")):
+        parameters = msgspec.structs.replace(OF_KMS, kms_id=kms_id, claim=claim)
+        with suppress(Kill), keys.making("pvc-1", parameters, NO_SECRET, lambda: False) as trail:
+            assert trail is not None
+            made.add(trail.name)
+            raise Kill
+    assert len(made) == 3
+
+
+def test_a_volume_that_could_not_be_made_in_time_goes_on_with_its_key(keys: VolumeKeys, kept: Kept) -> None:
+    cut = make(keys, DeadlineExceeded("a large one is cleared"))
+    assert cut in kept.names
+    assert make(keys) == cut
+
+
+def test_the_key_to_which_a_plain_volume_is_moved_is_never_taken_for_left(keys: VolumeKeys, kept: Kept) -> None:
+    """A command that was killed behind the write of the record: half of the volume opens with that key alone."""
+    name = make(keys, Kill())
+    luks = LuksIdentity(uuid="u", cipher="aes-xts-plain64", key_bits=512, sector_size=512, data_offset=1 << 24)
+    conversion = Conversion(luks=luks, key=msgspec.structs.replace(OWN, name=name), done=1)
+    record = msgspec.structs.replace(RECORD, key=None, conversion=conversion)
+    assert left(keys, record) == []
+    destroy(keys, keys.leave("pvc-1", record))
+    assert name not in kept.names
+    assert left(keys) == []
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_a_key_that_stays_when_another_one_counts_is_not_taken_for_left(
+    keys: VolumeKeys, kept: Kept, *, foreign: bool
+) -> None:
+    """It was noted by a call that was killed; `keys leftovers` would destroy it, with what it opens elsewhere."""
+    name = make(keys, Kill())
+    trail = msgspec.structs.replace(OWN, name=name, foreign=foreign)
+    record = msgspec.structs.replace(RECORD, parameters=OF_KMS if foreign else RETAINED)
+    keys.destroy(record, trail, "rotate")
+    assert name in kept.names
+    assert left(keys, record) == []
