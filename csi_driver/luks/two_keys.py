@@ -4,6 +4,7 @@ Each device has a LUKS2 header of its own and the same passphrase opens both; th
 What opens and goes on with such a mapping runs in workers; `Mover` is for the process of the command that moves.
 """
 
+import errno
 import fcntl
 import mmap
 import os
@@ -105,6 +106,28 @@ def go_on(
     mapper.resume(opening.name)
 
 
+def discard(descriptor: int, at: int, length: int) -> None:
+    """BLKDISCARD. Raises OSError: EOPNOTSUPP where the storage frees nothing."""
+    fcntl.ioctl(descriptor, _BLKDISCARD, struct.pack("=QQ", at, length))
+
+
+def gives_back(device: Handle, at: int) -> bool:
+    """Whether what is freed there is free: asked by freeing a block of blank storage. Raises OSError.
+
+    What sysfs says of a loop device (discard_max_bytes) is that its file system may, not that it does.
+    """
+    descriptor = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        discard(descriptor, at, _PIECE)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
 class Mover:
     """Moves chunks from one device to another, from under one cipher, or none, to under another one.
 
@@ -171,10 +194,19 @@ class Mover:
         at = self._old_offset + start
         with self._opened(source, os.O_RDWR, "freed", at) as descriptor:
             if self._old is None and self._read[:length].strip(b"\0"):
-                self._again[:length] = bytes(length)
-                self._write(descriptor, self._again, at, length)
-                os.fsync(descriptor)
-            fcntl.ioctl(descriptor, _BLKDISCARD, struct.pack("=QQ", at, length))
+                self._overwrite(descriptor, at, length)
+            try:
+                discard(descriptor, at, length)
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
+                if self._old is not None:
+                    self._overwrite(descriptor, at, length)  # it takes room until the end, and reads as what is freed
+
+    def _overwrite(self, descriptor: int, at: int, length: int) -> None:
+        self._again[:length] = bytes(length)
+        self._write(descriptor, self._again, at, length)
+        os.fsync(descriptor)
 
     def _encrypt(self, start: int, length: int, begin: int = 0) -> None:
         """From what was read to what is to be written, from `begin` to `length` bytes into the chunk."""

@@ -12,10 +12,10 @@ from csi_driver.host.workers import Workers
 from csi_driver.keys.secret import SecretKey, require_passphrase
 from csi_driver.keys.sources import GENERATED
 from csi_driver.luks import device as luks
-from csi_driver.luks import key_token
+from csi_driver.luks import key_token, two_keys
 from csi_driver.luks.choice import luks_format
 from csi_driver.luks.formats import LuksFormat, check_capacity
-from csi_driver.model.errors import FailedPrecondition, Unauthenticated
+from csi_driver.model.errors import FailedPrecondition, ResourceExhausted, Unauthenticated
 from csi_driver.model.secret import Passphrase
 from csi_driver.model.settings import Limits
 from csi_driver.model.volume import Conversion, FileSystemState, KeyTrail, LuksIdentity, VolumeRecord
@@ -134,11 +134,25 @@ class ConversionBegin:
         beside = self._devices.beside(record.id)
         beside.make_next(record.id, size)
         try:
+            self._check_freeing(record, identity.data_offset)
             digest = self._format_next(record, chosen, identity, size, passphrase, trail)
         except BaseException:
             attempt(beside.drop_next, record.id)
             raise
         return msgspec.structs.replace(identity, digest=digest)
+
+    def _check_freeing(self, record: VolumeRecord, at: int) -> None:
+        """Where nothing that was moved becomes free, all of it must have room a second time."""
+        with self._devices.attached_next(record) as fresh:
+            if two_keys.gives_back(fresh, at):
+                return
+        room = self._backend.space(record.parameters).available
+        if room < record.capacity_bytes:
+            raise ResourceExhausted(
+                f"volume {record.id} cannot be moved to another volume key where it is: the file system of the state "
+                f"directory frees nothing within a file (fallocate(2), FALLOC_FL_PUNCH_HOLE), so "
+                f"{record.capacity_bytes} bytes are wanted and {room} are free above the floor; free space there"
+            )
 
     def _is_begun(self, volume_id: str) -> bool:
         return self._backend.get(volume_id).conversion is not None

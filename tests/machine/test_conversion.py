@@ -1,5 +1,6 @@
 """Another volume key for a volume in use, and a first one for a plain one, on real dm-crypt."""
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.backends.base import storage_beside
+from csi_driver.backends.base import Space, storage_beside
 from csi_driver.host.keyring import find_user
 from csi_driver.images.stopping import Stop
 from csi_driver.keys.secret import read_secret
@@ -18,6 +19,7 @@ from csi_driver.model.errors import (
     DeviceInUse,
     DriverError,
     FailedPrecondition,
+    ResourceExhausted,
     Stopped,
     Unauthenticated,
 )
@@ -380,6 +382,35 @@ def test_no_plain_text_stays_in_the_old_file(node: Node) -> None:
     assert b"a greeting that nobody must find" not in node.disk().read_bytes()
     node.stage()
     assert node.read().startswith("a greeting")
+
+
+def test_where_nothing_becomes_free_all_of_it_has_room_twice_or_it_is_not_begun(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system without holes: NFS before 4.2, or ramfs."""
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    content = filled(node, PLAIN)
+    node.unstage()
+    monkeypatch.setattr("csi_driver.luks.two_keys.discard", refused)
+    rooms = iter((1 << 30, SIZE - 1))  # for what is moved at once, and for all of it
+    with monkeypatch.context() as full:
+        full.setattr(type(node.store), "space", lambda *_: Space(1 << 30, room := next(rooms), room))
+        with pytest.raises(
+            ResourceExhausted, match=r"frees nothing within a file .* 5767168 bytes are wanted and 57671"
+        ):
+            encrypt(node)
+    assert node.record().conversion is None
+    assert not next_file(node).exists()
+    with pytest.raises(Stopped):
+        encrypt(node, SECRET, after(2))
+    encrypt(node)
+    node.stage(capability=BLOCK)
+    assert digest_of(device_of(node)) == content
+    reencrypt(node)
+    assert digest_of(device_of(node)) == content
 
 
 def test_a_half_encrypted_volume_is_not_staged(node: Node) -> None:
