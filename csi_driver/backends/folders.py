@@ -213,11 +213,31 @@ class VolumeFolders:
         try:
             with self.told_errors(volume_id):
                 fill(str(fresh))
-                self._files.rename(fresh, path)
-                drop_before(self.header_before(volume_id), self._files)
+                with self.replacing(volume_id, path):
+                    self._files.rename(fresh, path)
+                before, erase = self.header_before(volume_id), self._to_erase(self.volume(volume_id))
+                for header in kept_before(before) if erase else ():
+                    self._files.overwrite(header, erase)
+                drop_before(before, self._files)
         finally:
             with contextlib.suppress(OSError):
                 fresh.unlink()
+
+    @contextlib.contextmanager
+    def replacing(self, volume_id: str, path: Path) -> Iterator[None]:
+        """The block gives `path` to another file: what it was has a header whose key slots may open the volume with a
+        passphrase of earlier, or that has another volume key. It is overwritten where the volume's class wants that.
+        """
+        erase = self._to_erase(self.volume(volume_id))
+        if not erase or not path.exists():
+            yield
+            return
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield
+            self._files.overwrite(Path(f"/proc/self/fd/{descriptor}"), erase)  # it has no other name by now
+        finally:
+            os.close(descriptor)
 
     def orphans(self) -> Sequence[str]:
         """Half-made and half-deleted volumes, and volume folders without a record."""

@@ -168,7 +168,7 @@ class LoopfileBackend:
         disk, fresh = self._folders.volume(volume_id) / _DISK, self._folders.volume(volume_id) / _NEXT
         for path in (disk, fresh):
             self._loops.unguard(str(path))
-        with self._folders.told_errors(volume_id):
+        with self._folders.told_errors(volume_id), self._folders.replacing(volume_id, disk):
             self._files.rename(fresh, disk)
         self._loops.guard(str(disk))  # only where it is attached
 

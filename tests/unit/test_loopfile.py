@@ -464,6 +464,35 @@ def test_with_a_volume_every_copy_of_its_key_slots_is_overwritten(place: Place) 
             os.close(descriptor)
 
 
+@pytest.mark.parametrize("erases", [True, False])
+def test_what_a_new_header_takes_the_place_of_is_overwritten(place: Place, *, erases: bool) -> None:
+    """Behind a change of key the earlier copies open with the earlier one, and so does the file behind another key."""
+    luks = LuksIdentity(uuid="u", cipher="aes-xts-plain64", key_bits=512, sector_size=512, data_offset=64 * 1024)
+    parameters = VolumeParameters(encrypted=True, erase_on_delete=erases)
+    record = msgspec.structs.replace(RECORD, encryption=EncryptionState.ENCRYPTED, luks=luks, parameters=parameters)
+
+    def fill(path: str) -> None:
+        Path(path).write_bytes(b"new")
+
+    backend = place.backend()
+    backend.create(record, MIB)
+    names = ("disk.img", "header.luks2", "header.before", "header.before.1")
+    for name in (*names, "next.img"):
+        with place.disk().with_name(name).open("wb") as file:
+            file.write(b"key slots" * (luks.data_offset // 9))
+    held = {name: os.open(place.disk().with_name(name), os.O_RDONLY) for name in names}
+    try:
+        backend.keep_header_copy("pvc-1", fill)
+        backend.take_next("pvc-1")
+        for name, descriptor in held.items():
+            assert (b"key slots" in os.pread(descriptor, luks.data_offset, 0)) is not erases, name
+    finally:
+        for descriptor in held.values():
+            os.close(descriptor)
+    assert b"key slots" in place.disk().read_bytes()
+    assert backend.header_copy("pvc-1").read_bytes() == b"new"
+
+
 def test_a_new_copy_of_the_header_takes_those_along_that_open_with_an_older_key(place: Place) -> None:
     """What restore-header has kept has the key slots that a change of the key has removed from the device."""
     backend = place.backend()
