@@ -1,6 +1,7 @@
 """What the Kubernetes API answers when it fails, as errors of ours: sentences that repeat nothing that was sent."""
 
 import re
+from http import HTTPStatus
 from typing import Any, Final
 
 import httpx2
@@ -56,6 +57,12 @@ def told(ask: Any, kind: Kind, name: str) -> Any:
             raise FailedPrecondition(
                 f"the Kubernetes API cannot be asked for {what}: the token that the kubeconfig's user has, or that its "
                 f"plug-in gives, has characters that no header can have; it must be as it was given out"
+            ) from None
+        if isinstance(error, httpx2.HTTPStatusError) and error.response.status_code == HTTPStatus.NOT_FOUND:
+            # Of an object that is not there it says so as an object of its own.
+            raise FailedPrecondition(
+                f"the Kubernetes API has no kind {kind} of {kind.api_version}, which {what} is; apply the "
+                f"CustomResourceDefinitions of these manifests (crds.yaml) first"
             ) from None
         raise Unavailable(
             f"the Kubernetes API cannot be reached for {what} ({_broken(error)}); it is tried again"

@@ -401,6 +401,17 @@ def test_a_deletion_is_of_what_was_seen(watched: Callable[..., tuple[Kube, Watch
         kube.delete(IMAGE, "a")
 
 
+def test_a_kind_that_the_api_does_not_have_is_told(watched: Callable[..., tuple[Kube, WatchedApi]]) -> None:
+    """It answers in plain text then, and `tried again` would be all that anybody hears of it."""
+    kube, api = watched(b"404 page not found\n")
+    api.code = 404
+    for call in (lambda: kube.get(IMAGE, "a"), lambda: kube.list(IMAGE), lambda: kube.create(IMAGE, A)):
+        with pytest.raises(
+            FailedPrecondition, match=r"no kind Image of images\.luks\.csi\.internal/v1alpha1.*crds\.yaml"
+        ):
+            call()
+
+
 def test_a_watch_that_has_ended_is_not_begun_anew(watched: Callable[..., tuple[Kube, WatchedApi]]) -> None:
     kube, api = watched(event("ADDED", A), event("BOOKMARK", A), event("DELETED", B))
     told = list(kube.watch(CLAIM, "7", "here", labels={"x": "y", "z": ""}, fields={"metadata.name": "a"}))
