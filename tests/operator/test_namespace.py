@@ -101,3 +101,35 @@ def test_other_projects_kinds_know_the_operator_there(tmp_path: Path) -> None:
     (binding,) = [each for each in things if each["kind"] == "ClusterRoleBinding"]
     assert binding["subjects"][0]["namespace"] == told("transformers:")["namespace"]
     assert sum(each["kind"] == "CustomResourceDefinition" for each in things) == 2
+
+
+@pytest.mark.parametrize(
+    ("driver", "components"),
+    [
+        ("driver", ["kms"]),
+        ("rbd", ["kms/central"]),
+        ("driver", ["kms", "kms/generate"]),
+        ("driver", ["kms", "kms/tenants"]),
+        ("driver", ["kms", "kms/service-accounts"]),
+        ("driver", ["csi-addons"]),
+        ("driver", ["images"]),
+    ],
+)
+def test_what_a_component_leaves_when_it_is_taken_away_is_told(
+    tmp_path: Path, driver: str, components: list[str]
+) -> None:
+    def names(folder: Path, components: list[str]) -> set[tuple[str, str]]:
+        wanted = told("transformers:")
+        del wanted["namespace"], wanted["transformers"]
+        wanted["resources"] = [f"luks-csi/deploy/kubernetes/{driver}"]
+        wanted["components"] = [f"luks-csi/deploy/kubernetes/{each}" for each in components]
+        return {(each["kind"].lower(), each["metadata"]["name"]) for each in built(folder, wanted)}
+
+    page = (Path(__file__).parents[2] / "docs/kubernetes.md").read_text()
+    table = page.partition("### Taking a component away")[2].partition("## ")[0]
+    (row,) = (line for line in table.splitlines() if f"`{components[-1]}`" in line.partition(" | ")[0])
+    brought = names(tmp_path / "with", components) - names(tmp_path / "without", components[:-1])
+    assert brought
+    for kind, name in brought:
+        assert kind in row
+        assert f"`{name.replace('.luks-csi', '.NS')}`" in row
