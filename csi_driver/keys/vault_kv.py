@@ -105,10 +105,19 @@ class VaultKv:
         return trail
 
     def destroy(self, trail: KeyTrail) -> None:
-        """Where it is: a store of version 1 of which the entry says version 2 has it under "data", as in a folder."""
+        """Where it is: a store of version 1 of which the entry says version 2 has it under "data", as in a folder.
+
+        Raises FailedPrecondition where it was kept elsewhere than the entry says today: it would be taken for gone.
+        """
         shown = self._version_there()
         if self._said == 1:
             self._refuse_other_version()
+        place = joined(self._folder, trail.name)
+        if trail.key_id not in ("", f"{self._mount}/data/{place}", f"{self._mount}/{place}"):  # a mount may be upgraded
+            raise FailedPrecondition(
+                f"{self._vault.where} kept a key at {trail.key_id}, and its entry says {self._path(trail.name)} by "
+                f"now; it was not destroyed: put the entry back as it was, or delete the key by hand"
+            )
         for_good = self._destroy and shown != 1
         self._ask("DELETE", self._path(trail.name, "metadata" if for_good else "data"))
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from csi_driver.keys.base import EntryReader, KeySource, Wrapping
@@ -103,6 +104,19 @@ def test_no_key_is_taken_for_destroyed_by_another_version(made: Made) -> None:
     refused(lambda: made.kv("secret", "kv").destroy(trail), FailedPrecondition, "is of version 2")
     assert NAME in made.names("secret/metadata/csi")
     made.kv("secret").destroy(trail)
+    assert NAME not in made.names("secret/metadata/csi")
+
+
+def test_no_key_is_taken_for_destroyed_at_another_place(made: Made) -> None:
+    trail = made.kv("secret").create(NAME)
+    moved = VaultKv(made.vault(), EntryReader("KMS kms (vault)", {}), "secret", "elsewhere", "vaultPassphraseRoot")
+    refused(
+        lambda: moved.destroy(trail),
+        FailedPrecondition,
+        f"kept a key at secret/data/csi/{NAME}, and its entry says secret/data/elsewhere/{NAME} by now; it was not",
+    )
+    assert NAME in made.names("secret/metadata/csi")
+    made.kv("secret").destroy(msgspec.structs.replace(trail, key_id=f"secret/csi/{NAME}"))  # before versions came
     assert NAME not in made.names("secret/metadata/csi")
 
 
