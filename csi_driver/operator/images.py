@@ -23,7 +23,9 @@ from csi_driver.kube.kinds import (
     has_finalizer,
     is_going,
     name_of,
+    uid_of,
 )
+from csi_driver.kube.refusals import Conflict
 from csi_driver.model.errors import AlreadyExists, NotFound
 from csi_driver.model.times import recorded_now
 from csi_driver.operator.events import Events
@@ -81,10 +83,21 @@ class Images:
             **self._of_source(image), users=self._users(image) if is_going(image) else (), idle=idle,
         )  # fmt: skip
         found = plan(image, copies, world)
+        if not idle and (found.delete or any(copy["spec"]["make"] for copy in found.create)):
+            self._refuse_unseen(name, copies)
         later = self._write(image, found)
         self._do(image, copies, found)
         claim = _CLAIM_SECONDS if world.claim is not None else None
         return sooner(later, look_again, idle_later, claim)
+
+    def _refuse_unseen(self, name: str, seen: Sequence[Json]) -> None:
+        """Raise Conflict where what was begun, told or deleted a moment ago, by this operator too, was not seen yet.
+
+        Two nodes would make the image, and what failed would count twice.
+        """
+        there = [copy for copy in self._kube.list(IMAGE_COPY)[0] if copy["spec"]["image"] == name]
+        if _versions(there) != _versions(seen):
+            raise Conflict(f"the copies of image {name} were changed meanwhile; they are looked at again")
 
     def _do(self, image: Json, copies: Sequence[Json], found: Plan) -> None:
         for copy in copies:  # before another one begins what it was making: that it is no more as it was seen ends this
@@ -253,6 +266,10 @@ class Images:
         name = (storage_class.get("parameters") or {}).get("backingImage")
         if name and self.images.get(name) is not None:
             self.controller.tell(name)
+
+
+def _versions(copies: Sequence[Json]) -> set[tuple[str, str]]:
+    return {(uid_of(copy), copy["metadata"]["resourceVersion"]) for copy in copies}
 
 
 def _cloned(image: Json) -> str | None:

@@ -185,6 +185,40 @@ def test_a_lost_maker_that_told_something_a_moment_ago_gets_no_second_one_beside
     assert there != ["two"]
 
 
+def tell_of_agent(api: SilentApi, images: Images, node: str, *, up: bool) -> None:
+    status = {"containerStatuses": [{"name": "image-agent", "ready": up}]}
+    images.pods.saw(api.change(POD, f"node-{node}", {"status": status}, "luks-csi"))
+
+
+@pytest.mark.parametrize(("first", "second"), [_NODES, _NODES[::-1]])
+def test_an_agent_that_comes_up_gets_no_second_maker_beside_one_begun_a_moment_ago(
+    api: SilentApi, first: str, second: str
+) -> None:
+    """Whichever of the two nodes comes first for the image."""
+    image(api, "disk", {"upload": {}})
+    images = seeing(api)
+    tell_of_agent(api, images, second, up=False)
+    images.reconcile("disk")
+    tell_of_agent(api, images, second, up=True)
+    with contextlib.suppress(Conflict):
+        images.reconcile("disk")
+    assert [(copy["spec"]["node"], copy["spec"]["make"]) for copy in api.all(IMAGE_COPY)] == [(first, True)]
+
+
+def test_what_a_node_has_tried_counts_once_though_the_end_of_its_copy_was_not_seen_yet(api: SilentApi) -> None:
+    wanted = image(api, "disk", {"download": {"url": "https://example.com/disk"}})
+    failed = {"state": "Failed", "attempts": 3, "elsewhere": True, "permanent": False, "message": "full"}
+    api.put(IMAGE_COPY, copy_of(wanted, "one", make=True) | {"status": failed})
+    images = seeing(api)
+    images.reconcile("disk")
+    for _ in range(3):
+        with pytest.raises(Conflict):
+            images.reconcile("disk")
+    found = api.get(IMAGE, "disk")
+    assert found is not None
+    assert [(each["node"], each["attempts"]) for each in found["status"]["tried"]] == [("one", 3)]
+
+
 def test_a_copy_that_a_clone_was_begun_of_a_moment_ago_is_in_use(api: SilentApi) -> None:
     source = disk(api)
     for node in _NODES:
