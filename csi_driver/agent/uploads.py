@@ -124,7 +124,7 @@ class Uploads:
             raise OutOfRange(f"the upload of image {name} goes on at byte {there}, not at {start}")
         self._note(folder, total, announced)
         part = folder / "part"
-        there = self._append(name, part, start, length, stream)
+        there = self._append(name, part, start, total, length, stream)
         if there == total:
             self._files.rename(part, folder / "whole")
         return there
@@ -150,10 +150,10 @@ class Uploads:
             if (_noted(path) or "") != said:
                 self._files.write(path, said.encode())
 
-    def _append(self, name: str, part: Path, start: int, length: int, stream: BinaryIO) -> int:
+    def _append(self, name: str, part: Path, start: int, total: int, length: int, stream: BinaryIO) -> int:
         at, durable = start, start
         with part.open("ab", buffering=0) as file:
-            check_room(file.fileno(), f"for image {name}")
+            check_room(file.fileno(), f"for image {name}", total - start)  # not when most of it has come in vain
             while at < start + length:
                 piece = stream.read(min(MIB, start + length - at))
                 if not piece:

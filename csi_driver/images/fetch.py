@@ -225,10 +225,11 @@ class _Download:
     def _require_room(self, size: int, follow: int) -> None:
         if size > self._most_bytes:
             raise self._too_large(f"has {size} bytes")
-        free = self._part.free_bytes()
-        if follow > free:
+        spare = self._part.spare_bytes()
+        if follow > spare:
             raise ResourceExhausted(
-                f"the download of {self._first} needs {follow} bytes on the disk, which has {free} free; make room"
+                f"the download of {self._first} needs {follow} bytes on the disk, which has {spare} free above what is "
+                f"kept for what else is there; make room"
             )
 
     def _too_large(self, how: str) -> InvalidArgument:

@@ -14,7 +14,7 @@ from csi_driver.host.files import Files, read_file
 from csi_driver.images.base import MIB
 from csi_driver.images.checksum import Algorithm, Checksum, hashed
 from csi_driver.images.destinations import Destination
-from csi_driver.images.room import EVERY, check_room
+from csi_driver.images.room import EVERY, check_room, spare_bytes
 from csi_driver.model.errors import CommandFailed, DriverError, InvalidArgument, ResourceExhausted, VolumeBusy
 from csi_driver.model.reading import decode
 
@@ -91,7 +91,7 @@ class Part:
     def add(self, piece: bytes) -> None:
         """Append what came."""
         with self._told_of_the_disk():
-            if self.total is None and self.received >= self._looked:  # else the room was looked at before
+            if self.received >= self._looked:  # of known length too: others write beside it
                 check_room(self._descriptor, f"for the download to {self._path}")
                 self._looked = self.received + EVERY
             view = memoryview(piece)
@@ -116,10 +116,9 @@ class Part:
         """The digest of all that is here."""
         return Checksum(self._algorithm, self._digest.hexdigest())
 
-    def free_bytes(self) -> int:
-        """Free space of the file system, for who is not root."""
-        found = os.fstatvfs(self._descriptor)
-        return found.f_bavail * found.f_frsize
+    def spare_bytes(self) -> int:
+        """What may be taken of the file system."""
+        return max(0, spare_bytes(self._descriptor))
 
     def finish(self) -> None:
         """Let the file be seen under its name."""

@@ -1,4 +1,4 @@
-"""Room that is left to others while something of unknown length is written beside them."""
+"""Room that is left to others while something large is written beside them."""
 
 import os
 from typing import Final
@@ -13,17 +13,25 @@ _KEPT_BYTES: Final = 1024 * MIB
 _KEPT_PART: Final = 20  # a twentieth of a small file system
 
 
-def check_room(descriptor: int, what: str) -> None:
-    """Raise ResourceExhausted when the file system of an open file is nearly full: the volumes on it need room too.
+def spare_bytes(descriptor: int) -> int:
+    """What may still be written to the file system of an open file: the volumes on it need room too.
 
-    `what` names the work, as in "to unpack image debian". 1 GiB is kept, or a twentieth of the file system. Raises
-    OSError.
+    1 GiB is kept, or a twentieth of the file system. Negative where less than that is free. Raises OSError.
     """
     found = os.fstatvfs(descriptor)
-    free = found.f_bavail * found.f_frsize
-    kept = min(_KEPT_BYTES, found.f_blocks * found.f_frsize // _KEPT_PART)
-    if free < kept:
+    return found.f_bavail * found.f_frsize - min(_KEPT_BYTES, found.f_blocks * found.f_frsize // _KEPT_PART)
+
+
+def check_room(descriptor: int, what: str, wanted: int = 0) -> None:
+    """Raise ResourceExhausted when `wanted` bytes are not to spare. `what` is the work, as in "to unpack image a".
+
+    Raises OSError.
+    """
+    if (spare := spare_bytes(descriptor)) < wanted:
+        found = os.fstatvfs(descriptor)
+        free = found.f_bavail * found.f_frsize
         raise ResourceExhausted(
-            f"no space is left {what}: {free} bytes are free, and {kept} are kept for what else is on the disk; check "
-            f"that it is as large as it should be, and make room"
+            f"no space is left {what}: {f'{wanted} bytes are wanted, ' if wanted else ''}{free} bytes are free, and "
+            f"{free - spare} are kept for what else is on the disk; check that it is as large as it should be, and "
+            f"make room"
         )

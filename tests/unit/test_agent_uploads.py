@@ -5,6 +5,7 @@ import io
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -169,13 +170,28 @@ def test_one_at_a_time(uploads: Uploads) -> None:
     assert uploads.whole("disk", "uid") is not None
 
 
+def test_what_would_fill_the_disk_is_refused_before_most_of_it_has_come(
+    uploads: Uploads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the node is filled to its last GiB, and all of it is thrown away and begins anew on the next one."""
+    room = SimpleNamespace(f_bavail=10 << 20, f_frsize=1024, f_blocks=100 << 20)  # 10 GiB free of 100, 1 GiB is kept
+    monkeypatch.setattr("csi_driver.images.room.os", SimpleNamespace(fstatvfs=lambda _: room))
+    with pytest.raises(ResourceExhausted, match=rf"for image disk: {(9 << 30) + 1} bytes are wanted, {10 << 30} bytes"):
+        uploads.receive("disk", "uid", 0, (9 << 30) + 1, 4, io.BytesIO(b"0123"))
+    assert uploads.received("disk", "uid") == 0
+    assert uploads.receive("disk", "uid", 0, 9 << 30, 4, io.BytesIO(b"0123")) == 4
+    room.f_bavail -= 1
+    with pytest.raises(ResourceExhausted):
+        uploads.receive("disk", "uid", 4, 9 << 30, 4, io.BytesIO(b"0123"))
+
+
 def test_a_piece_that_there_is_no_room_for_is_remembered_until_another_one_comes(
     uploads: Uploads, came: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_descriptor: int, what: str) -> None:
+    def full(_descriptor: int, what: str, _wanted: int) -> None:
         raise ResourceExhausted(f"no space is left {what}")
 
-    def broken(_descriptor: int, _what: str) -> None:
+    def broken(_descriptor: int, _what: str, _wanted: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     for check, said in (

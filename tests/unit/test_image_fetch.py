@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -604,6 +605,24 @@ def test_an_image_that_does_not_fit_the_disk_is_refused_before_it_comes(tmp_path
         with pytest.raises(ResourceExhausted, match=rf"needs {1 << 59} bytes on the disk, which has [0-9]+ free"):
             get(server, tmp_path / "a.img", most_bytes=1 << 60)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("looks", [0, 1])
+def test_a_download_leaves_room_to_others_also_where_its_length_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: int
+) -> None:
+    """Two at once, each of which would fit, would fill the disk together."""
+    rooms = iter([*[len(CONTENT) + MIB] * looks, len(CONTENT) - 1, 0])
+
+    def room(_: int) -> SimpleNamespace:
+        return SimpleNamespace(f_bavail=next(rooms, 0), f_frsize=1, f_blocks=20 * MIB)  # of which 1 MiB is kept
+
+    monkeypatch.setattr("csi_driver.images.room.os", SimpleNamespace(fstatvfs=room))
+    with (
+        serving(CONTENT) as server,
+        pytest.raises(ResourceExhausted, match=r"kept for what else (is there|is on the disk)"),
+    ):
+        get(server, tmp_path / "a.img")
 
 
 def test_a_disk_that_fills_up_is_told_and_nothing_is_left(tmp_path: Path) -> None:
