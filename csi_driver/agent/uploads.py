@@ -45,6 +45,7 @@ class Uploads:
         self._files = Files()
         self._guard = threading.Lock()
         self._at_work: set[str] = set()
+        self._unwanted: set[str] = set()
         self._refused: dict[str, tuple[str, str]] = {}
         self.came = came
 
@@ -138,11 +139,20 @@ class Uploads:
         return found
 
     def forget(self, name: str, uid: str) -> None:
-        """Remove what was uploaded for this Image; nothing of it is fine. Raises VolumeBusy while it is uploaded."""
-        with self._alone(name), _told(name):
-            self._refused.pop(name, None)
-            if self._is_for(name, uid):
-                self._files.remove_folder(self._folder / name, last=_FOR)
+        """Remove what was uploaded for this Image; nothing of it is fine.
+
+        Raises VolumeBusy while it is uploaded: that ends with its next piece.
+        """
+        try:
+            with self._alone(name), _told(name):
+                self._refused.pop(name, None)
+                if self._is_for(name, uid):
+                    self._files.remove_folder(self._folder / name, last=_FOR)
+        except VolumeBusy:
+            with self._guard:
+                if name in self._at_work and self._is_for(name, uid):
+                    self._unwanted.add(name)
+            raise
 
     def _note(self, folder: Path, total: int, announced: Checksum | None) -> None:
         """Which file it is of, before the first byte of it is here; and what nobody had said of it until now."""
@@ -158,6 +168,8 @@ class Uploads:
                 piece = stream.read(min(MIB, start + length - at))
                 if not piece:
                     break
+                if name in self._unwanted:
+                    raise Aborted(f"image {name} is not wanted any more; nothing of it is kept")
                 view = memoryview(piece)
                 while view:
                     view = view[file.write(view) :]
@@ -196,6 +208,7 @@ class Uploads:
         finally:
             with self._guard:
                 self._at_work.discard(name)
+                self._unwanted.discard(name)
 
 
 def limit_of(image: Json) -> int:

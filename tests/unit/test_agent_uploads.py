@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -164,10 +165,38 @@ def test_one_at_a_time(uploads: Uploads) -> None:
     with pytest.raises(VolumeBusy, match="is being uploaded already"):
         uploads.receive("disk", "uid", 0, 4, 4, io.BytesIO(b"0123"))
     with pytest.raises(VolumeBusy):
-        uploads.forget("disk", "uid")
+        uploads.forget("disk", "another")
     go.set()
     first.join()
     assert uploads.whole("disk", "uid") is not None
+
+
+class Sender(io.BytesIO):
+    """Does something before each piece; of one byte each."""
+
+    def __init__(self, content: bytes, before: Callable[[], None]) -> None:
+        super().__init__(content)
+        self._before = before
+
+    def read(self, _size: int | None = -1, /) -> bytes:
+        self._before()
+        return super().read(1)
+
+
+def test_an_upload_ends_with_the_image_that_it_is_for_and_with_no_other(uploads: Uploads) -> None:
+    """Else it would hold its deletion for as long as it takes, and go on filling the disk."""
+    uids = iter(["another", "another", "uid"])
+
+    def forget() -> None:
+        with pytest.raises(VolumeBusy):
+            uploads.forget("disk", next(uids))
+
+    with pytest.raises(Aborted, match=r"image disk is not wanted any more"):
+        uploads.receive("disk", "uid", 0, 10, 10, Sender(b"0123456789", forget))
+    assert next(uids, None) is None
+    uploads.forget("disk", "uid")
+    assert uploads.owned() == {}
+    uploads.receive("disk", "new", 0, 10, 10, io.BytesIO(b"0123456789"))
 
 
 def test_what_would_fill_the_disk_is_refused_before_most_of_it_has_come(
