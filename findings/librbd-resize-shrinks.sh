@@ -129,6 +129,6 @@ sys.exit(0 if as_seen and (answer, after, left.raw) == (0, 8, bytes(len(PRECIOUS
 END
 code=0
 run python3 look.py || code=$?
-[ "$code" = 2 ] && tail -5 said.mon said.osd >&2
+[ "$code" = 2 ] && tail -n 5 said.mon said.osd >&2
 [ "$code" = 0 ] && echo "as seen: rbd_resize of librbd $version makes an image shorter" || echo "exit code $code" >&2
 exit "$code"

@@ -113,7 +113,8 @@ def remove(session: Session, where: Where, image: str, only: str | None = None) 
     with suppress(FileNotFoundError):
         _remove(session, where, image)
         return
-    # It takes its way through the trash, which the first one to be removed makes: in a full pool that is this error.
+    # It takes its way through the trash, which the first one to be removed makes: in a full pool that is this error
+    # (findings/librbd-remove-in-full-pool.sh).
     if info(session, where, image) is not None:
         touch(session, where, _TRASH)
         _remove(session, where, image)
