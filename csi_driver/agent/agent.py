@@ -170,7 +170,7 @@ class Agent:
     def _is_given_up(self, copy: Json, image: Json, *, there: bool) -> bool:
         """Whether it has failed for good, and nobody has changed the Image since: its limit, say."""
         status = copy.get("status", {})
-        if not status.get("permanent") or not (there or is_made(copy)):
+        if not status.get("permanent") or not (there or is_made(copy, image)):
             return False
         if status.get("observedGeneration") in (None, _generation(image)):
             return True

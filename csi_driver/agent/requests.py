@@ -18,14 +18,15 @@ from csi_driver.kube.kinds import CONFIG_MAP, IMAGE_COPY, IMAGE_LABEL, SECRET, J
 from csi_driver.model.errors import FailedPrecondition
 
 
-def is_made(copy: Json) -> bool:
-    """Whether it comes from the image's source, and not from another node."""
-    return bool(copy["spec"].get("make")) and "image" not in copy.get("status", {})
+def is_made(copy: Json, image: Json) -> bool:
+    """Whether it comes from the image's source, and not from another node: as long as none has a file of it."""
+    has_file = "image" in copy.get("status", {}) or "checksum" in image.get("status", {})
+    return bool(copy["spec"].get("make")) and not has_file
 
 
 def is_download(copy: Json, image: Json, *, there: bool) -> bool:
     """Whether what is to be done for it takes as long as a server elsewhere likes."""
-    return not there and is_made(copy) and "download" in image["spec"]["source"]
+    return not there and is_made(copy, image) and "download" in image["spec"]["source"]
 
 
 class Requests:
@@ -53,7 +54,7 @@ class Requests:
         work: Download | Upload | CloneWork | Export | Pull | None
         if there:
             work = Pull((), "", "")  # only its checksum is wanted
-        elif is_made(copy):
+        elif is_made(copy, image):
             work = self._making(copy, image)
         else:
             work = self._pulling(name, uid, image.get("status", {}).get("checksum"))

@@ -10,7 +10,7 @@ import pytest
 from csi_driver.agent.agent import Agent
 from csi_driver.agent.settings import AgentSettings
 from csi_driver.agent.uploads import Uploads
-from csi_driver.agent.work import Doing, Download, Failed, Request
+from csi_driver.agent.work import Doing, Download, Failed, Made, Request
 from csi_driver.images.library import ImageLibrary
 from csi_driver.images.requests import Import
 from csi_driver.kube.client import Kube
@@ -188,6 +188,26 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr("csi_driver.agent.agent.Job", Begun)
     return begun
+
+
+def test_another_file_than_the_image_has_is_pulled_once_it_is_removed_and_never_made_anew(
+    nodes: Any, jobs: list[Any], tmp_path: Path
+) -> None:
+    """Of the node that was to make it too: made anew from its source it would be another file again."""
+    node = nodes({"phase": "Ready", "checksum": "ab" * 32, "virtualSize": 4096})
+    put(node, tmp_path, "uid-disk")
+    node.look()
+    jobs[0].result = Made(node.library.get("disk"), "cd" * 32)
+    status = node.look()
+    assert (status["state"], status["permanent"]) == ("Failed", True)
+    assert (
+        "remove it there with luks-csi image delete disk --owned, it is pulled from another node" in status["message"]
+    )
+    node.library.delete("disk", owned=True)
+    node.start()  # it does not wait a moment, as after a failure
+    status = node.look()
+    assert (status["state"], status.get("permanent")) == ("Failed", False)
+    assert "no other node has image disk" in status["message"]
 
 
 def test_what_was_announced_of_an_upload_is_what_it_must_be(nodes: Any, jobs: list[Any]) -> None:
