@@ -341,10 +341,10 @@ class LvmBackend:
         device = self._volumes.device(volume_id, state) if state is not None else None
         if device is not None and device.open_count:
             raise self._in_use(volume_id, device, "deleted")
+        if state is None or state.pool is not None:
+            return  # snapshots of a thin one need no origin
         name = self._volumes.name_of(volume_id)
-        if (
-            state is not None and state.pool is None and (made := self._group.made_of(name))
-        ):  # a thin one needs no origin
+        if made := self._group.made_of(name):
             raise DeviceInUse(
                 f"volume {volume_id} cannot be deleted: LVM would remove {', '.join(made)} of the volume group "
                 f"{self._group.name} with it, made of its logical volume {name}; remove them by lvremove if nobody "
