@@ -292,7 +292,12 @@ class RbdBackend:
             raise
 
     def guard(self, volume_id: str) -> None:
-        """Nothing is to be done: a node has one device of an image, and the cluster knows who else has it open."""
+        """A node has one device of an image, and the cluster knows who else has it open.
+
+        Raises FailedPrecondition where that device was fenced off.
+        """
+        if (mapped := self._devices.mapped(volume_id)) is not None:
+            self._nodes.refuse_fenced(volume_id, self._state(volume_id), mapped.path, mapped.client)
 
     def refresh(self, device: Handle) -> None:
         self._devices.refresh(device)

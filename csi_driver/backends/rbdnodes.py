@@ -108,6 +108,18 @@ class NodeAttachments:
 
         self._logs.change(pool, volume_id, say)
 
+    def refuse_fenced(self, volume_id: str, state: VolumeState, device: str, client: str) -> None:
+        """Raise FailedPrecondition where that client of this node's, which has the device, may not write any more: the
+        volume was taken from the node, and given to it again perhaps.
+        """
+        mine = state.nodes.get(self.node_id)
+        if mine is None or mine.client != client:
+            raise FailedPrecondition(
+                f"volume {volume_id} cannot be used on node {self.node_id} by {device}: the volume was taken from the "
+                f"node while it was open there, and the client {client} was fenced off; end what uses it there, it is "
+                f"mapped anew when it was unstaged"
+            )
+
     def writes_no_more(self, pool: CephPool, volume_id: str) -> None:
         """Take that back, once its device is gone."""
 

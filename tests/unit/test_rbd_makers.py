@@ -1,7 +1,7 @@
 """Two controllers at one volume of Ceph: none takes what the other has made, and nothing is left that nobody knows."""
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -16,7 +16,7 @@ from csi_driver.backends.rbderrors import CephMissing
 from csi_driver.backends.rbdimages import Images
 from csi_driver.backends.rbdnodes import NodeAttachments
 from csi_driver.backends.rbdplace import image_name
-from csi_driver.backends.rbdrecords import INDEX, VolumeLogs
+from csi_driver.backends.rbdrecords import INDEX, Attachment, VolumeLogs
 from csi_driver.backends.records import RecordCodec
 from csi_driver.host.files import Files
 from csi_driver.host.krbd import MappedImages
@@ -87,6 +87,32 @@ def controller(pool: Pool, tmp_path: Path) -> Callable[[str], RbdBackend]:
         return backend
 
     return make
+
+
+class Mapped(MappedVolumes):
+    """The image is mapped here, by that client."""
+
+    def mapped(self, volume_id: str) -> Any:
+        return SimpleNamespace(path="/dev/rbd0", client="192.0.2.7:0/1")
+
+
+def test_a_device_of_a_client_that_was_fenced_off_is_none(pool: Pool, controller: Callable[..., RbdBackend]) -> None:
+    """The node may have the volume again: staged as it was, each write of its pod would fail."""
+    controller("one").create(RECORD, MIB)
+    backend, node = controller("node", Mapped), NodeAttachments(VolumeLogs(), "", "boot")
+    for client, expected in (("192.0.2.7:0/1", nullcontext()), ("192.0.2.7:0/2", fenced_off())):
+        node.may_write(pool, ID, client, Attachment(by_itself=True))
+        with expected:
+            backend.guard(ID)
+    node.take(pool, ID, "")
+    with fenced_off():
+        backend.guard(ID)
+    controller("node").guard(ID)  # nothing is mapped
+
+
+def fenced_off() -> Any:
+    said = r"cannot be used on node .* by /dev/rbd0: .* the client 192\.0\.2\.7:0/1 was fenced off; end what uses it"
+    return pytest.raises(FailedPrecondition, match=said)
 
 
 def fail() -> None:
