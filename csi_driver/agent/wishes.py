@@ -73,7 +73,7 @@ class Wishes:
             told = {
                 "uid": uid_of(image),
                 "ready": status.get("phase") == "Ready",
-                "here": bool(copy) and state_of(copy) is State.READY,
+                "here": state_of(copy) is State.READY,
                 "percent": here.get("progress"),
                 "message": here.get("message") or status.get("message", ""),
             }

@@ -170,7 +170,7 @@ class LoopfileBackend:
             self._loops.unguard(str(path))
         with self._folders.told_errors(volume_id), self._folders.replacing(volume_id, disk):
             self._files.rename(fresh, disk)
-        self._loops.guard(str(disk))  # only where it is attached
+            self._loops.guard(str(disk))  # only where it is attached
 
     def header_copy(self, volume_id: str) -> Path:
         return self._folders.header_copy(volume_id)

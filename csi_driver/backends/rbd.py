@@ -399,7 +399,7 @@ class RbdBackend:
 
     def _lacking(self, pool: CephPool, volume_id: str, state: VolumeState, error: CephMissing) -> DriverError:
         """NOT_FOUND would say that there is no such volume: whether its image is gone, or what else is."""
-        with suppress(CephMissing):  # the pool too
+        with suppress(CephMissing):
             found = pool.info(image_name(volume_id))
             if found is None or found.id != state.image_id:
                 return self._absent(pool, volume_id, state)

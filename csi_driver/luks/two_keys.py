@@ -112,7 +112,7 @@ def discard(descriptor: int, at: int, length: int) -> None:
 
 
 def gives_back(device: Handle, at: int) -> bool:
-    """Whether what is freed there is free: asked by freeing a block of blank storage. Raises OSError.
+    """Whether what is freed there is free: asked by freeing a block of blank storage. Raises DeviceUnreadable.
 
     What sysfs says of a loop device (discard_max_bytes) is that its file system may, not that it does; a first refusal
     is what lets the kernel know (loop_clear_limits, Linux 6.11), and is not told.
@@ -123,7 +123,9 @@ def gives_back(device: Handle, at: int) -> bool:
             discard(descriptor, at, _PIECE)
     except OSError as error:
         if error.errno != errno.EOPNOTSUPP:
-            raise
+            raise DeviceUnreadable(
+                f"the device {device} cannot be freed at byte {at} ({error_name(error)}); look at the kernel log"
+            ) from None
         return False
     finally:
         os.close(descriptor)
