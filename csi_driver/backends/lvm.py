@@ -16,7 +16,7 @@ from csi_driver.backends.base import Fill, Space
 from csi_driver.backends.folders import VolumeFolders
 from csi_driver.backends.lvmpool import PoolUse, ThinPools
 from csi_driver.backends.lvmrecords import GroupRecords
-from csi_driver.backends.lvmtool import LogicalVolume, VolumeGroup
+from csi_driver.backends.lvmtool import LACKS, LogicalVolume, VolumeGroup
 from csi_driver.backends.lvmvolume import (
     ID_TAG,
     STATE,
@@ -234,10 +234,12 @@ class LvmBackend:
         None is to be had in a group that lacks disks.
         """
         pool, group = parameters.thin_pool if parameters is not None else None, self._group.look()
+        if not group.is_whole:
+            return Space(group.size, group.free, 0)
         if pool is None:
-            return Space(group.size, group.free, group.free if group.is_whole else 0)
+            return Space(group.size, group.free, group.free)
         use = self._pools.shown(pool)
-        return Space(use.size, int(use.size * (1 - use.data)), self._room(use) if group.is_whole else 0)
+        return Space(use.size, int(use.size * (1 - use.data)), self._room(use))
 
     def orphans(self) -> Sequence[str]:
         """As the folders tell, and logical volumes of ours that no folder knows of."""
@@ -360,8 +362,10 @@ class LvmBackend:
         )
 
     def _check_room(self, volume_id: str, size: int, pool: str | None) -> None:
+        group = self._group.look()
+        if not group.is_whole:
+            raise ResourceExhausted(f"no room for volume {volume_id}: the volume group {self._group.name} {LACKS}")
         if pool is None:
-            group = self._group.look()
             if size > group.free:
                 raise ResourceExhausted(
                     f"no room for volume {volume_id} in the volume group {self._group.name}: {size} bytes are wanted "

@@ -40,7 +40,6 @@ LACKS: Final = (
     "--restoremissing, or give them up with vgreduce --removemissing"
 )
 _GONE: Final = re.compile(r"not found|Failed to find")
-_LACKS: Final = re.compile(r"physical volumes? missing|missing physical volume|--removemissing")
 _NO_ROOM: Final = re.compile(r"[Ii]nsufficient (free space|suitable)|free extents")
 _TWICE: Final = re.compile(r"Multiple VGs found|is used by VGs")
 _BUSY: Final = re.compile(r"in use|is used by|contains a filesystem")
@@ -183,8 +182,6 @@ class VolumeGroup:
                     f"{text}there are several groups of that name on this node; take the disk of the other one away, "
                     f"or give that another name by its UUID (vgs -o +vg_uuid, vgrename)"
                 ) from None
-            if _LACKS.search(failed.stderr):
-                raise ResourceExhausted(f"{text}it {LACKS}") from None
             if _NO_ROOM.search(failed.stderr):
                 raise ResourceExhausted(f"{text}{reason}; free space there or extend it") from None
             if _BUSY.search(failed.stderr):

@@ -18,8 +18,8 @@ def spare_bytes(descriptor: int) -> int:
 
     1 GiB is kept, or a twentieth of the file system. Negative where less than that is free. Raises OSError.
     """
-    found = os.fstatvfs(descriptor)
-    return found.f_bavail * found.f_frsize - min(_KEPT_BYTES, found.f_blocks * found.f_frsize // _KEPT_PART)
+    free, kept = _room(descriptor)
+    return free - kept
 
 
 def check_room(descriptor: int, what: str, wanted: int = 0) -> None:
@@ -27,11 +27,14 @@ def check_room(descriptor: int, what: str, wanted: int = 0) -> None:
 
     Raises OSError.
     """
-    if (spare := spare_bytes(descriptor)) < wanted:
-        found = os.fstatvfs(descriptor)
-        free = found.f_bavail * found.f_frsize
+    free, kept = _room(descriptor)
+    if free - kept < wanted:
         raise ResourceExhausted(
             f"no space is left {what}: {f'{wanted} bytes are wanted, ' if wanted else ''}{free} bytes are free, and "
-            f"{free - spare} are kept for what else is on the disk; check that it is as large as it should be, and "
-            f"make room"
+            f"{kept} are kept for what else is on the disk; check that it is as large as it should be, and make room"
         )
+
+
+def _room(descriptor: int) -> tuple[int, int]:
+    found = os.fstatvfs(descriptor)
+    return found.f_bavail * found.f_frsize, min(_KEPT_BYTES, found.f_blocks * found.f_frsize // _KEPT_PART)

@@ -106,30 +106,43 @@ def go_on(
     mapper.resume(opening.name)
 
 
-def discard(descriptor: int, at: int, length: int) -> None:
-    """BLKDISCARD. Raises OSError: EOPNOTSUPP where the storage frees nothing."""
-    fcntl.ioctl(descriptor, _BLKDISCARD, struct.pack("=QQ", at, length))
+def discard(descriptor: int, at: int, length: int) -> bool:
+    """BLKDISCARD; False where the storage says that it frees nothing. Raises OSError."""
+    try:
+        fcntl.ioctl(descriptor, _BLKDISCARD, struct.pack("=QQ", at, length))
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return False
+    return True
 
 
 def gives_back(device: Handle, at: int) -> bool:
-    """Whether what is freed there is free: asked by freeing a block of blank storage. Raises DeviceUnreadable.
+    """Whether what is freed there is free; asked of a block of blank storage, which is blank again behind it.
 
-    What sysfs says of a loop device (discard_max_bytes) is that its file system may, not that it does; a first refusal
-    is what lets the kernel know (loop_clear_limits, Linux 6.11), and is not told.
+    By what is read then: of a loop device sysfs (discard_max_bytes) and the kernel's answer say less than that, as a
+    file system that refuses is passed over (blk_ioctl_discard). Raises DeviceUnreadable.
     """
-    descriptor = os.open(device, os.O_RDWR | os.O_CLOEXEC)
     try:
-        for _ in range(2):
+        descriptor = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            _fill(descriptor, at, b"\xff")
             discard(descriptor, at, _PIECE)
+            is_free = not os.pread(descriptor, _PIECE, at).strip(b"\0")
+            if not is_free:
+                _fill(descriptor, at, b"\0")
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        if error.errno != errno.EOPNOTSUPP:
-            raise DeviceUnreadable(
-                f"the device {device} cannot be freed at byte {at} ({error_name(error)}); look at the kernel log"
-            ) from None
-        return False
-    finally:
-        os.close(descriptor)
-    return True
+        raise DeviceUnreadable(
+            f"the device {device} cannot be freed at byte {at} ({error_name(error)}); look at the kernel log"
+        ) from None
+    return is_free
+
+
+def _fill(descriptor: int, at: int, byte: bytes) -> None:
+    os.pwrite(descriptor, byte * _PIECE, at)
+    os.fsync(descriptor)
 
 
 class Mover:
@@ -199,13 +212,8 @@ class Mover:
         with self._opened(source, os.O_RDWR, "freed", at) as descriptor:
             if self._old is None and self._read[:length].strip(b"\0"):
                 self._overwrite(descriptor, at, length)
-            try:
-                discard(descriptor, at, length)
-            except OSError as error:
-                if error.errno != errno.EOPNOTSUPP:
-                    raise
-                if self._old is not None:
-                    self._overwrite(descriptor, at, length)  # it takes room until the end, and reads as what is freed
+            if not discard(descriptor, at, length) and self._old is not None:
+                self._overwrite(descriptor, at, length)  # it takes room until the end, and reads as what is freed
 
     def _overwrite(self, descriptor: int, at: int, length: int) -> None:
         self._again[:length] = bytes(length)
