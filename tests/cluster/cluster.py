@@ -300,7 +300,9 @@ class Cluster:
 
     def uninstall(self, kustomization: Path, timeout: float = _CLEAN_SECONDS) -> None:
         """Delete what `install` applied and wait until it is gone and no node has its CSI drivers."""
-        gone = _names(self._installed.pop(kustomization), "CSIDriver")
+        installed = self._installed.pop(kustomization)
+        gone = _names(installed, "CSIDriver")
+        self._let_go_of_namespace(installed)
         self.delete(kustomization, timeout=timeout)
 
         def unregistered() -> bool:
@@ -310,6 +312,15 @@ class Cluster:
             return True
 
         self.wait(f"end of driver {', '.join(gone)}", unregistered, timeout)
+
+    def _let_go_of_namespace(self, installed: list[Json]) -> None:
+        """As docs/kubernetes.md has it: what keeps a namespace with keys or records goes before it."""
+        keeping = [name for name in _names(installed, "ValidatingAdmissionPolicyBinding") if "-namespace" in name]
+        if keeping:
+            self.kubectl("delete", "validatingadmissionpolicybinding", *keeping)
+            namespaces = _names(installed, "Namespace")
+            look = partial(self.kubectl, "delete", "namespace", *namespaces, "--dry-run=server", check=False)
+            self.wait("end of what keeps the namespace", lambda: look().code == 0)
 
     def _wait_installed(self, timeout: float = _INSTALL_SECONDS) -> None:
         for objects in self._installed.values():
