@@ -243,24 +243,14 @@ def append(session: Session, where: Where, name: str, content: bytes) -> None:
 
     It is a line of a log, and without it nothing could be removed from such a pool, nor given to another node.
     """
-    rados = library()
-    with (
-        opened_pool(session, where) as pool,
-        _operation(rados.rados_create_write_op, rados.rados_release_write_op) as change,
-    ):
-        rados.rados_write_op_append(change, content, len(content))
-        check(rados.rados_write_op_operate(change, pool, name.encode(), None, _FULL_FORCE))
+    with _changed(session, where, name, _FULL_FORCE) as change:
+        library().rados_write_op_append(change, content, len(content))
 
 
 def touch(session: Session, where: Where, name: str) -> None:
     """Have an object there, empty if it is not; in a pool that is full too."""
-    rados = library()
-    with (
-        opened_pool(session, where) as pool,
-        _operation(rados.rados_create_write_op, rados.rados_release_write_op) as change,
-    ):
-        rados.rados_write_op_create(change, _IF_ABSENT, None)
-        check(rados.rados_write_op_operate(change, pool, name.encode(), None, _FULL_FORCE))
+    with _changed(session, where, name, _FULL_FORCE) as change:
+        library().rados_write_op_create(change, _IF_ABSENT, None)
 
 
 def put(session: Session, where: Where, name: str, content: bytes) -> None:
@@ -314,14 +304,9 @@ def value(session: Session, where: Where, name: str, key: str) -> str | None:
 
 def set_value(session: Session, where: Where, name: str, key: str, content: str) -> None:
     """Set a value of an object's map, which is made if it is absent."""
-    rados = library()
     (wanted, sizes), (contents, content_sizes) = _array(key), _array(content)
-    with (
-        opened_pool(session, where) as pool,
-        _operation(rados.rados_create_write_op, rados.rados_release_write_op) as change,
-    ):
-        rados.rados_write_op_omap_set2(change, wanted, contents, sizes, content_sizes, 1)
-        check(rados.rados_write_op_operate(change, pool, name.encode(), None, 0))
+    with _changed(session, where, name) as change:
+        library().rados_write_op_omap_set2(change, wanted, contents, sizes, content_sizes, 1)
 
 
 def drop_value(session: Session, where: Where, name: str, key: str, only: str | None = None) -> None:
@@ -399,6 +384,18 @@ def _operation(create: Callable[[], int], release: Callable[[c_void_p], None]) -
         yield operation
     finally:
         release(operation)
+
+
+@contextmanager
+def _changed(session: Session, where: Where, name: str, flags: int = 0) -> Iterator[c_void_p]:
+    """A change of an object, which the block says; made behind it, in one step that is done or is not."""
+    rados = library()
+    with (
+        opened_pool(session, where) as pool,
+        _operation(rados.rados_create_write_op, rados.rados_release_write_op) as change,
+    ):
+        yield change
+        check(rados.rados_write_op_operate(change, pool, name.encode(), None, flags))
 
 
 @contextmanager
