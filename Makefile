@@ -70,7 +70,8 @@ UDEV := tests/machine/test_udev.py
 BACKENDS := $(addprefix tests/backends/test_,life.py::test_a_volume_is_made_used_restarted_enlarged_given_another_key_and_deleted \
     conformance.py::test_a_volume_is_blank_and_as_long_as_asked_for conformance.py::test_foreign_storage_of_the_name_is_left_alone \
     lvm.py::test_a_backend_that_clears_nothing_is_noticed lvm.py::test_a_pool_above_its_limit_takes_nothing_new_and_says_so \
-    move.py::test_a_volume_goes_there_and_back_byte_by_byte move_command.py)
+    move.py::test_a_volume_goes_there_and_back_byte_by_byte \
+    move.py::test_a_device_that_was_free_while_its_move_was_stopped_is_read_once_more move_command.py)
 # A handful of `make operator-test`.
 OPERATOR := $(addprefix tests/operator/test_,images.py upload.py admission.py \
     random.py::test_everything_converges_while_all_are_killed \

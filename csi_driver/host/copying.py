@@ -85,10 +85,15 @@ def copy_file(source: str, target: str) -> None:
 
 def stamp(storage: Handle) -> str:
     """By which a change of a closed volume's storage is noticed: its length and, of a file, when it was written to."""
-    status = os.fstat(storage.fd)
-    if stat.S_ISREG(status.st_mode):
+    if stamp_tells(storage):
+        status = os.fstat(storage.fd)
         return f"{status.st_size} {status.st_mtime_ns}"
     return str(blockdev.size_bytes(storage.fd))
+
+
+def stamp_tells(storage: Handle) -> bool:
+    """Whether `stamp` changes with each write to it: of a device nothing does."""
+    return stat.S_ISREG(os.fstat(storage.fd).st_mode)
 
 
 def _pieces(source: Handle, descriptor: int, start: int, size: int, budget: int) -> Iterator[tuple[int, bytes]]:

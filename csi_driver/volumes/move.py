@@ -147,8 +147,8 @@ class Moves:
         refuse_half(self.here.backend, source)
         _refuse_open(self.here, source)
         with _held(self.here, source) as device, self.here.backend.open_storage(source.id) as storage:
-            size, stamp = _size(source, device), copying.stamp(storage)
-            source, target = self._begun(source, target, request, there, copier, onlooker, stamp, size)
+            size = _size(source, device)
+            source, target = self._begun(source, target, request, there, copier, onlooker, storage, size)
 
             def check(present: VolumeRecord) -> None:
                 revision = self.here.backend.get(source.id).revision
@@ -177,10 +177,11 @@ class Moves:
         there: Place,
         copier: MoveCopy,
         onlooker: Onlooker,
-        stamp: str,
+        storage: Handle,
         size: int,
     ) -> tuple[VolumeRecord, VolumeRecord]:
         """Both records of a move that is under way: one that was cut, if nothing has changed since, or a new one."""
+        stamp = copying.stamp(storage)
         other_id = id_there(source, there, request.place)
         parameters = placed(source, there, request.place or begun_place(target, there))
         if target is not None:
@@ -191,7 +192,7 @@ class Moves:
                 )
             is_same = source.move is not None and source.move.id == move_of(target).id
             fits = (move_of(target).source, move_of(target).size) == (f"{source.revision} {stamp}", size)
-            if is_same and fits and target.parameters == parameters:
+            if is_same and fits and target.parameters == parameters and copier.is_still_of(target, storage):
                 return source, target
             onlooker.tell(f"volume {source.id} was used since a part of it was copied, or is to go elsewhere: anew")
             there.backend.delete(target.id)

@@ -110,25 +110,25 @@ class MoveCopy:
                 self._rest(stretch, size, begun, progress)
         return target
 
+    def is_still_of(self, target: VolumeRecord, storage: Handle) -> bool:
+        """Whether `storage` holds what was copied of it when the move was cut. Raises DeviceUnreadable, Stopped.
+
+        It was free for everybody since. Of a file the stamp in the record tells; a device is read once more.
+        """
+        done = move_of(target).copied
+        if copying.stamp_tells(storage) or not done.end:
+            return True
+        return self._read(f"looking again at volume {target.id}", target.id, storage, Span(), done.end) == done
+
     def compare(self, target: VolumeRecord, copied: Handle) -> VolumeRecord:
         """Read back what is left to compare. Raises DeviceUnreadable, DeviceShort, Stopped."""
-        what, size = f"luks-compare of volume {target.id}", move_of(target).size
-        with self._onlooker.meter(f"comparing volume {target.id}", size) as progress:
-            progress(move_of(target).compared.end)
-            while (done := move_of(target).compared).end < size:
-                begun = time.monotonic()
-                stretch = self._workers.call(
-                    what,
-                    self._limits.format_seconds,
-                    copying.look,
-                    copied,
-                    done.end,
-                    size,
-                    done.digest,
-                    self._stretch,
-                )
-                target = self._noted(target, compared=Span(end=stretch.end, digest=stretch.digest))
-                self._rest(stretch, size, begun, progress)
+
+        def note(done: Span) -> None:
+            nonlocal target
+            target = self._noted(target, compared=done)
+
+        move = move_of(target)
+        self._read(f"comparing volume {target.id}", target.id, copied, move.compared, move.size, note)
         return target
 
     def copy_header(self, source: VolumeRecord, target: VolumeRecord, backend: Backend) -> None:
@@ -142,6 +142,35 @@ class MoveCopy:
             self._workers.call(what, self._limits.mount_seconds, copying.copy_file, path, made)
 
         self._there.backend.keep_header_copy(target.id, fill)
+
+    def _read(
+        self,
+        title: str,
+        volume_id: str,
+        device: Handle,
+        done: Span,
+        size: int,
+        note: Callable[[Span], None] = lambda _: None,
+    ) -> Span:
+        """What the device holds before `size`, of which `done` was read; `note` is told each step."""
+        with self._onlooker.meter(title, size) as progress:
+            progress(done.end)
+            while done.end < size:
+                begun = time.monotonic()
+                stretch = self._workers.call(
+                    f"luks-compare of volume {volume_id}",
+                    self._limits.format_seconds,
+                    copying.look,
+                    device,
+                    done.end,
+                    size,
+                    done.digest,
+                    self._stretch,
+                )
+                done = Span(end=stretch.end, digest=stretch.digest)
+                note(done)
+                self._rest(stretch, size, begun, progress)
+        return done
 
     def _noted(self, target: VolumeRecord, **done: Span) -> VolumeRecord:
         move = msgspec.structs.replace(move_of(target), **done)

@@ -22,7 +22,7 @@ from csi_driver.model.errors import (
 from csi_driver.model.volume import FileSystemState, MovePhase, Rekey, RekeyPhase, VolumeRecord
 from csi_driver.volumes.move import MoveRequest
 from csi_driver.volumes.move_copy import Onlooker, move_of
-from tests.backends.moving import PLAIN, Pair, Shown, fill, is_refused, pair_in, shown, write
+from tests.backends.moving import PLAIN, SIZE, Pair, Shown, fill, is_refused, pair_in, shown, write
 from tests.backends.rigs import LvmRig, lvm
 from tests.machine.node import BLOCK, CHEAP, EXT4, MIB, MOUNT, NAME, Node
 
@@ -185,6 +185,33 @@ def test_one_that_is_written_to_by_hand_is_noticed(pair: Pair) -> None:
     again = Shown()
     pair.move(onlooker=Onlooker(again))
     assert again.done[0] == 0
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["untouched", "written to"])
+def test_a_device_that_was_free_while_its_move_was_stopped_is_read_once_more(pair: Pair, *, by_hand: bool) -> None:
+    fill(pair.files, dict(PLAIN))
+    pair.move()
+    stopped(pair, 2 * MIB, pair.group)
+    done = move_of(pair.files.record()).copied.end
+    if by_hand:
+        with pair.group.store.attach(NAME, lasting=False) as device:
+            writing = os.open(device, os.O_RDWR | os.O_EXCL)
+            os.pwrite(writing, b"kept", MIB // 2)
+            os.fsync(writing)
+            os.close(writing)
+        pair.group.store.detach(NAME)
+    content = shown_of(pair.group)
+    meter, told = Shown(), list[str]()
+    pair.move(pair.group, onlooker=Onlooker(meter, told.append))
+    assert meter.parts[0] == f"looking again at volume {NAME} of {done}"
+    assert bool(told) is by_hand
+    assert shown(pair.files)[: len(content)] == content
+
+
+def shown_of(node: Node) -> bytes:
+    """What the volume's storage holds, without a stage, which would take the move's tag off."""
+    with node.store.open_storage(NAME) as storage, open(storage, "rb") as reading:
+        return reading.read(SIZE)
 
 
 def test_a_move_is_given_up(pair: Pair) -> None:
