@@ -75,7 +75,8 @@ class Tls:
 class HttpService:
     """A server of JSON over HTTP at `base`; connections are kept. `where` names the KMS in errors.
 
-    `trust` is what helps where its certificate is not trusted, `rights` where it refuses what it is asked.
+    `trust` is what helps where its certificate is not trusted, `rights` where it refuses what it is asked. With
+    `by_proxy` it is asked by the proxy that the environment names, if it names one.
     """
 
     def __init__(
@@ -87,6 +88,8 @@ class HttpService:
         seconds: float = SECONDS,
         trust: str = _TRUST,
         rights: str = _RIGHTS,
+        *,
+        by_proxy: bool = True,
     ) -> None:
         self._where = where
         self._trust = trust
@@ -96,7 +99,9 @@ class HttpService:
         self._seconds = seconds
         self._httpx = load("httpx2", where, extra)
         self._extensions = {"sni_hostname": tls.server_name} if tls.server_name else {}
-        self._client = self._httpx.Client(verify=tls.context(where), timeout=seconds, follow_redirects=False)
+        self._client = self._httpx.Client(
+            verify=tls.context(where), timeout=seconds, follow_redirects=False, trust_env=by_proxy
+        )
 
     def ask(
         self,

@@ -164,7 +164,8 @@ class Kubernetes:
                 f"driver's namespace within minutes of a change, so look what that says"
             )
             base = f"https://{self._host}:{self._port}"
-            service = HttpService(_WHERE, _EXTRA, base, Tls(ca=authority), trust=trust, rights=_RIGHTS)
+            # Its address is one of the cluster, which a proxy out of it has no way to.
+            service = HttpService(_WHERE, _EXTRA, base, Tls(ca=authority), trust=trust, rights=_RIGHTS, by_proxy=False)
             made.setdefault(authority, service)
         return made[authority]
 

@@ -7,8 +7,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
+import certifi
 import pytest
 import stamina
 
@@ -17,6 +19,7 @@ from csi_driver.keys.aws import Account, AwsWrapper
 from csi_driver.keys.base import EntryReader, KeyRequest, Wrapping
 from csi_driver.keys.extras import load
 from csi_driver.keys.http import HttpService, Tls
+from csi_driver.keys.kubernetes import Kubernetes
 from csi_driver.keys.vault import Login, Vault
 from csi_driver.keys.vault_transit import VaultTransit
 from csi_driver.model.errors import DriverError, FailedPrecondition, PermissionDenied, Unavailable
@@ -34,6 +37,7 @@ class Server:
     def __init__(self, answers: list[Answer]) -> None:
         self.answers = answers
         self.asked = 0
+        self.connected = 0
         self.address = ""
 
     def answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
@@ -47,6 +51,10 @@ def serving(*answers: Answer) -> Iterator[tuple[Server, HttpService]]:
     told = Server(list(answers))
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        def setup(self) -> None:
+            told.connected += 1
+            super().setup()
+
         def do_POST(self) -> None:
             told.answer(self)
 
@@ -115,6 +123,32 @@ def test_what_passes_by_itself_is_asked_again() -> None:
     with serving(status(503), status(429), status(200, b'{"ok": 1}')) as (told, service):
         assert ask(service) == {"ok": 1}
     assert told.asked == 3
+
+
+@pytest.mark.parametrize(("by_proxy", "reached"), [(True, "proxy"), (False, "server")])
+def test_a_proxy_of_the_environment_is_used_where_that_is_wanted(
+    monkeypatch: pytest.MonkeyPatch, *, by_proxy: bool, reached: str
+) -> None:
+    with serving(status(200, b'{"at": "proxy"}')) as (proxy, _), serving(status(200, b'{"at": "server"}')) as (told, _):
+        monkeypatch.setenv("http_proxy", proxy.address)
+        monkeypatch.delenv("no_proxy", raising=False)
+        service = HttpService("KMS v (vault)", "vault", told.address, Tls(), by_proxy=by_proxy)
+        assert ask(service) == {"at": reached}
+        service.close()
+
+
+def test_the_api_of_the_own_cluster_is_asked_by_no_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    (tmp_path / "ca.crt").write_text(Path(certifi.where()).read_text())
+    with serving(status(200)) as (proxy, _), serving(status(200)) as (told, _):
+        monkeypatch.setenv("https_proxy", proxy.address)
+        monkeypatch.delenv("no_proxy", raising=False)
+        cluster = Kubernetes("127.0.0.1", told.address.rpartition(":")[2], tmp_path)
+        with pytest.raises(DriverError):  # it talks no TLS
+            cluster.check()
+        cluster.close()
+    assert proxy.connected == 0
+    assert told.connected > 0
 
 
 @pytest.mark.parametrize("code", [400, 403, 404])
