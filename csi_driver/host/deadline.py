@@ -19,6 +19,10 @@ def within(seconds: float | None) -> Iterator[None]:
 
 
 def seconds_left() -> float:
-    """For how long the caller still waits; 0 where nobody said."""
+    """For how long the caller still waits; 0 where nobody said.
+
+    The caller over gRPC that sets no deadline waits for ages: so its server says
+    (findings/grpcio-time-without-deadline.sh).
+    """
     end = _end.get()
     return 0.0 if end is None else max(0.0, end - time.monotonic())

@@ -4,7 +4,8 @@ from typing import Final
 
 LONGEST: Final = 2000
 """Bytes of UTF-8 that a text for people may have. A gRPC status travels in a header, three bytes for each of those that
-are not ASCII, and peers bound all headers of an answer together, at 8 KiB as a rule."""
+are not ASCII, and peers bound all headers of an answer together, at 8 KiB as a rule: beyond that its code is now and
+then another one (findings/grpcio-long-status-message.sh)."""
 
 
 def printable(text: str) -> str:
