@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ CLASS = "csi-rbd"
 SECRET, SECRETS = "csi-rbd-secret", "default"
 """The Secret of the class, as Ceph-CSI's documents name it, and where it is."""
 
+_CEPH = SCRATCH / "ceph"
 _STAY = {"rbd_directory", "rbd_children", "rbd_info", "rbd_trash", "luks-csi.volumes"}
 _NO_MODULES = {
     "apiVersion": "apps/v1",
@@ -38,8 +40,7 @@ _CALLS = ("provisioner", "controller-publish", "controller-expand", "node-stage"
 @contextlib.contextmanager
 def ceph_installed(cluster: Cluster, *components: str) -> Iterator[Ceph]:
     """A Ceph, the driver for it as docs/ceph.md says, with components of deploy/kubernetes, and the class CLASS."""
-    folder = SCRATCH / "ceph"
-    with Ceph(folder, HOST) as ceph:
+    with _folder() as folder, Ceph(folder, HOST) as ceph:
         config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _named("ceph-csi-config", NAMESPACE)}
         config |= {"data": {"config.json": ceph.config()}}
         own = ceph_secret(SECRET, NAMESPACE, ceph.key)
@@ -52,6 +53,15 @@ def ceph_installed(cluster: Cluster, *components: str) -> Iterator[Ceph]:
                     yield ceph
             finally:
                 cluster.uninstall(installed)
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    """Where one Ceph is: a monitor is not made where an earlier one was."""
+    try:
+        yield _CEPH
+    finally:
+        shutil.rmtree(_CEPH)
 
 
 def _with_programs(folder: Path, components: Sequence[str]) -> Path:
@@ -119,7 +129,7 @@ def on_ceph(cluster: Cluster, ceph: Ceph, storage_class: str = CLASS) -> Iterato
 
 def ciphertext(ceph: Ceph, volume_id: str) -> bytes:
     """What Ceph has of a volume."""
-    file = SCRATCH / "ceph" / "exported"
+    file = _CEPH / "exported"
     ceph.admin("rbd", "export", "--no-progress", f"{POOL}/{image_name(volume_id)}", str(file))
     try:
         return file.read_bytes()
