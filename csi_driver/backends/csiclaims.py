@@ -13,6 +13,7 @@ from csi_driver.backends.csibelow import changed, is_waiting_for_node, read_dire
 from csi_driver.backends.csiheaders import LABEL
 from csi_driver.backends.csipins import Direct, digest
 from csi_driver.backends.csirecords import GROUP, KEEPS, Api, Known, drop_finalizer, looks
+from csi_driver.host.log import log
 from csi_driver.kube.kinds import (
     CLAIM,
     CSI_DRIVER,
@@ -275,7 +276,11 @@ class Claims:
     def drop(self, known: Known) -> None:
         """Delete the claim; another one that has come to its name stays. Raises Aborted until it is gone."""
         found = self.find(known.volume_id)
-        if found is None or not self._is_own(known, found):
+        if found is None:
+            return
+        if not self._is_own(known, found):
+            where = self._where(known.volume_id)
+            log.warning("a claim was left alone: it is not the volume's", volume_id=known.volume_id, claim=where)
             return
         self._api.delete(CLAIM, name_of(found), self._namespace)
         drop_finalizer(self._api, CLAIM, name_of(found), self._namespace)

@@ -420,6 +420,19 @@ def test_another_claim_of_the_name_is_left_alone(world: World) -> None:
     assert not world.api.all(VOLUME_RECORD)
 
 
+def test_a_claim_that_has_come_to_the_name_outlives_the_volume_and_is_told(world: World) -> None:
+    world.create()
+    world.api.remove(CLAIM, name_for("pvc-1"), NAMESPACE)
+    world.api.lose(CLAIM, name_for("pvc-1"), NAMESPACE)
+    other = world.api.put(CLAIM, {"metadata": {"name": name_for("pvc-1")}, "spec": {}}, NAMESPACE)
+    with told_lines() as lines:
+        world.controller.delete("pvc-1")
+    assert world.claim() == other
+    assert not world.api.all(VOLUME_RECORD)
+    (line,) = (each for each in lines if each.event == "a claim was left alone: it is not the volume's")
+    assert line.fields == {"volume_id": "pvc-1", "claim": "luks/luks-pvc-1"}
+
+
 def test_a_claim_that_went_by_hand_is_told_and_the_record_stays(world: World) -> None:
     world.create()
     world.api.remove(CLAIM, name_for("pvc-1"), NAMESPACE)
