@@ -70,7 +70,7 @@ def head_of(path: Path) -> bytes:
 
 def run_cryptsetup(*arguments: str, key: bytes = b"") -> bytes:
     """Output of the real cryptsetup; `key` goes in on stdin."""
-    done = subprocess.run(["cryptsetup", *arguments], input=key, capture_output=True, check=False, timeout=30)
+    done = subprocess.run(["cryptsetup", *arguments], input=key, capture_output=True, check=False, timeout=120)
     if done.returncode:
         raise AssertionError(f"cryptsetup {arguments}: exit {done.returncode}, {done.stderr.decode()}")
     return done.stdout
@@ -82,7 +82,7 @@ def accepts(area: bytes, *, key: bytes = PASSPHRASE) -> bool:
         path = Path(folder, "disk.img")
         write_sparse(path, area)
         arguments = ["cryptsetup", "open", "--test-passphrase", "--key-file", "-", str(path)]
-        return subprocess.run(arguments, input=key, capture_output=True, check=False, timeout=30).returncode == 0
+        return subprocess.run(arguments, input=key, capture_output=True, check=False, timeout=120).returncode == 0
 
 
 @cache

@@ -40,7 +40,7 @@ def _make_place() -> None:
     mount("proc", "/proc", "proc")
     mount("tmpfs", str(MEMORY), "tmpfs", data="size=100%,mode=1777")
     os.environ["TMPDIR"] = str(MEMORY)
-    subprocess.run(["ip", "-batch", "-"], input=_NETWORK, text=True, check=True, timeout=10)
+    subprocess.run(["ip", "-batch", "-"], input=_NETWORK, text=True, check=True, timeout=120)
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
 
 

@@ -105,7 +105,7 @@ def used(node: Node, volumes_at: Place | None, request: pytest.FixtureRequest) -
             folder.rmdir()
         return node
     volume_with_data = request.getfixturevalue("volume_with_data")
-    subprocess.run(["cp", "-a", "--sparse=always", volume_with_data, node.disk().parent], check=True, timeout=30)
+    subprocess.run(["cp", "-a", "--sparse=always", volume_with_data, node.disk().parent], check=True, timeout=120)
     return node
 
 

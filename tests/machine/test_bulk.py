@@ -68,11 +68,11 @@ def opened(path: Path) -> Iterator[Path]:
     """The mapping that the real cryptsetup makes of a LUKS2 file."""
     environment = {**os.environ, "DM_DISABLE_UDEV": "1"}
     command = ["cryptsetup", "open", "--key-file", "-", str(path), NAME]
-    subprocess.run(command, input=PASSPHRASE, check=True, timeout=30, env=environment)
+    subprocess.run(command, input=PASSPHRASE, check=True, timeout=120, env=environment)
     try:
         yield Path("/dev/mapper", NAME)
     finally:
-        subprocess.run(["cryptsetup", "close", NAME], check=True, timeout=30, env=environment)
+        subprocess.run(["cryptsetup", "close", NAME], check=True, timeout=120, env=environment)
 
 
 @pytest.mark.parametrize("compiled", WAYS)
@@ -96,7 +96,7 @@ def test_cryptsetup_opens_what_was_encrypted_and_what_is_written_there_is_decryp
         *CHEAP_PBKDF2,
     )
     dump = ["cryptsetup", "luksDump", "-q", "--dump-volume-key", "--volume-key-file", str(key), "--key-file", "-"]
-    subprocess.run([*dump, str(disk)], input=PASSPHRASE, check=True, timeout=30, stdout=subprocess.DEVNULL)
+    subprocess.run([*dump, str(disk)], input=PASSPHRASE, check=True, timeout=120, stdout=subprocess.DEVNULL)
     cipher = sector_cipher(case.cipher, key.read_bytes(), case.sector_size, compiled=compiled)
     half = len(DATA) // 2 // 4096 * 4096
     write(disk, DATA_OFFSET, done(cipher.encrypt, 0, DATA[:half]))

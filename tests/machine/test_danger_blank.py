@@ -247,7 +247,7 @@ def test_hc1346_a_foreign_signature_before_the_first_format(node: Node, name: st
 def test_csi_driver_lvm140_a_file_system_before_the_first_format(node: Node, fs_type: str, size: int) -> None:
     node.create(size=size)
     force = "-F" if fs_type == "ext4" else "-f"
-    subprocess.run([f"mkfs.{fs_type}", "-q", force, node.disk()], check=True, capture_output=True, timeout=30)
+    subprocess.run([f"mkfs.{fs_type}", "-q", force, node.disk()], check=True, capture_output=True, timeout=120)
     with pytest.raises(ForeignSignature, match=f"holds a {fs_type} signature"):
         node.stage()
     assert node.encryption_state() is EncryptionState.PREPARED

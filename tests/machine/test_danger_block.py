@@ -84,7 +84,7 @@ def test_cc3945_the_file_system_that_the_pod_made_is_mounted(node: Node) -> None
     node.create(capability=BLOCK)
     node.stage(capability=BLOCK)
     target = node.publish(capability=BLOCK)
-    subprocess.run(["mkfs.ext4", "-q", "-F", "-L", "the-pods-own", target], check=True, timeout=30)
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-L", "the-pods-own", target], check=True, timeout=120)
     node.unpublish()
     node.unstage()
     node.stage()
@@ -164,7 +164,7 @@ def test_linstor458_freed_space_returns_to_the_backend_only_with_discard(node: N
     full = disks.allocated(node)
     (node.staging_path() / "large").unlink()
     os.sync()
-    trimmed = subprocess.run(["fstrim", node.staging_path()], capture_output=True, check=False, timeout=30)
+    trimmed = subprocess.run(["fstrim", node.staging_path()], capture_output=True, check=False, timeout=120)
     os.sync()
     freed = full - disks.allocated(node)
     assert (trimmed.returncode == 0) == (discard == "true"), trimmed.stderr

@@ -144,7 +144,7 @@ def test_an_xfs_is_mended_too(node: Node, parameters: dict[str, str]) -> None:
     capability = made(node, "xfs", parameters)
     with opened(node) as path:
         argv = ["xfs_db", "-x", "-c", "agf 0", "-c", "write -d freeblks 1", str(path)]
-        subprocess.run(argv, check=True, timeout=30, capture_output=True)
+        subprocess.run(argv, check=True, timeout=120, capture_output=True)
     assert verdict(node) == "damaged"
     assert repair(node) == "mended"
     node.stage(capability=capability)
@@ -197,7 +197,7 @@ def test_what_has_no_file_system_is_told_and_gets_none(node: Node, parameters: d
 def test_a_file_system_that_a_pod_made_on_a_block_volume_is_checked(node: Node) -> None:
     node.create(capability=BLOCK)
     with opened(node) as path:
-        subprocess.run(["mkfs.ext4", "-q", "-F", path], check=True, timeout=30)
+        subprocess.run(["mkfs.ext4", "-q", "-F", path], check=True, timeout=120)
     assert verdict(node) == "well"
 
 

@@ -123,7 +123,7 @@ def test_cc3945_a_block_volume_grows_and_nothing_inside_is_touched(
     first.create(parameters=parameters, capability=BLOCK)
     first.stage(capability=BLOCK)
     target = first.publish(capability=BLOCK)
-    subprocess.run(["mkfs.ext4", "-q", "-F", target], check=True, timeout=30)
+    subprocess.run(["mkfs.ext4", "-q", "-F", target], check=True, timeout=120)
     with target.open("rb") as device:
         before = device.read(SIZE)
     first.workers.stop()

@@ -33,18 +33,18 @@ def test_a_second_mapping_of_a_volume_in_use_cannot_be_and_who_has_it_is_left_al
     """Of a file there could be one, for which loopfile has its guard."""
     open_it = ("cryptsetup", "open", "--key-file", "-", str(used.disk()), "second")
     used.stage()
-    refused = subprocess.run(open_it, check=False, input=PASSPHRASE.encode(), capture_output=True, timeout=20)
+    refused = subprocess.run(open_it, check=False, input=PASSPHRASE.encode(), capture_output=True, timeout=120)
     assert refused.returncode == 5, refused  # cryptsetup(8): device already exists or device is busy
     used.unstage()
     open_it = (*open_it[:-2], str(used.disk()), "second")
-    subprocess.run(open_it, check=True, input=PASSPHRASE.encode(), capture_output=True, timeout=20)
+    subprocess.run(open_it, check=True, input=PASSPHRASE.encode(), capture_output=True, timeout=120)
     try:
         for refused_call in (used.stage, used.delete):
             with pytest.raises(DeviceInUse, match=rf"pvc-1 on {DEVICE} is open as /dev/mapper/second too"):
                 refused_call()
         assert used.record().encryption is EncryptionState.ENCRYPTED
     finally:
-        subprocess.run(["cryptsetup", "close", "second"], check=True, timeout=20)
+        subprocess.run(["cryptsetup", "close", "second"], check=True, timeout=120)
     used.stage()
     assert used.read() == "precious"
     used.unstage()

@@ -62,7 +62,7 @@ def small_host(folder: Path) -> Iterator[Callable[[str], Path]]:
 
     yield mount
     if point.exists():
-        subprocess.run(["umount", "--recursive", point], check=True, timeout=30)
+        subprocess.run(["umount", "--recursive", point], check=True, timeout=120)
 
 
 @pytest.mark.parametrize(("fs_type", "size"), [("btrfs", 256 * MIB), ("xfs", 304 * MIB), ("ext4", SIZE)])

@@ -330,7 +330,7 @@ def test_the_volume_key_is_in_no_table(used: Node) -> None:
     used.stage()
     shown = subprocess.run(
         ["dmsetup", "table", "--showkeys", used.record().mapping_name],
-        check=True, capture_output=True, text=True, timeout=10,
+        check=True, capture_output=True, text=True, timeout=120,
     ).stdout  # fmt: skip
     assert shown.split()[4].startswith(":64:logon:cryptsetup:")
     used.unstage()

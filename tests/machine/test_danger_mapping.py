@@ -62,7 +62,7 @@ def test_lh9385_a_zombie_mapping_without_a_device(used: Node, target: str) -> No
 def test_lh9385_a_mapping_without_a_table(used: Node) -> None:
     subprocess.run(
         ["dmsetup", "create", NAME, "--notable", "--uuid", uuid_of(used), "--noudevsync"],
-        check=True, timeout=10, env={**os.environ, "DM_DISABLE_UDEV": "1"},
+        check=True, timeout=120, env={**os.environ, "DM_DISABLE_UDEV": "1"},
     )  # fmt: skip
     zombie = used.mapping()
     assert zombie is not None
@@ -74,7 +74,7 @@ def test_lh9385_a_mapping_without_a_table(used: Node) -> None:
 def vanishing_disk() -> Iterator[tuple[str, Path]]:
     """A SCSI disk of 64 MiB that can be pulled: its numbers, and the file that pulls it."""
     for module in ("sd_mod", "scsi_debug dev_size_mb=64"):
-        subprocess.run(["modprobe", *module.split()], check=True, timeout=30)
+        subprocess.run(["modprobe", *module.split()], check=True, timeout=120)
     try:
         deadline = time.monotonic() + 10
         while not (found := [*Path("/sys/bus/pseudo/drivers/scsi_debug").glob("adapter*/host*/target*/*/block/*")]):
@@ -82,8 +82,8 @@ def vanishing_disk() -> Iterator[tuple[str, Path]]:
             time.sleep(0.02)
         yield (found[0] / "dev").read_text().strip(), found[0] / "device/delete"
     finally:
-        subprocess.run(["modprobe", "-r", "scsi_debug"], check=False, timeout=30, capture_output=True)
-        subprocess.run(["rmmod", "scsi_debug"], check=False, timeout=30, capture_output=True)
+        subprocess.run(["modprobe", "-r", "scsi_debug"], check=False, timeout=120, capture_output=True)
+        subprocess.run(["rmmod", "scsi_debug"], check=False, timeout=120, capture_output=True)
 
 
 def test_lh9403_the_device_below_an_open_mapping_is_gone(used: Node) -> None:
@@ -101,7 +101,7 @@ def open_copy(node: Node, folder: Path) -> None:
     copy = disks.copy_of(node, folder / "copy.img")
     subprocess.run(
         ["cryptsetup", "open", "--key-file", "-", "--disable-keyring", str(copy), NAME],
-        input=PASSPHRASE.encode(), check=True, timeout=20, env={**os.environ, "DM_DISABLE_UDEV": "1"},
+        input=PASSPHRASE.encode(), check=True, timeout=120, env={**os.environ, "DM_DISABLE_UDEV": "1"},
     )  # fmt: skip
 
 
@@ -165,7 +165,7 @@ def test_lh9385_the_mapping_of_a_deleted_volume_of_the_same_name_is_closed(used:
 def test_lh9403_a_mapping_that_nobody_uses_is_opened_anew(used: Node) -> None:
     """A server that died between open and mount left it; the next stage does not trust it."""
     used.stage()
-    subprocess.run(["umount", used.staging_path()], check=True, timeout=20)
+    subprocess.run(["umount", used.staging_path()], check=True, timeout=120)
     used.stage()
     is_the_volumes_own(used)
     used.unstage()
@@ -222,7 +222,7 @@ def test_a_device_that_somebody_else_has_mapped_is_refused_and_he_is_named(folde
         node = Node(folder, workers, backend=BlockBackend({VOLUME: disk.path}))
         node.staged_once()
         command = ["cryptsetup", "open", "--key-file", "-", disk.path, "second"]
-        subprocess.run(command, input=PASSPHRASE.encode(), check=True, timeout=20)
+        subprocess.run(command, input=PASSPHRASE.encode(), check=True, timeout=120)
         try:
             with pytest.raises(DeviceInUse, match=rf"volume {VOLUME} on .* is open as /dev/mapper/second too"):
                 node.stage()
@@ -245,16 +245,16 @@ def test_two_mappings_of_one_file_cannot_be(used: Node) -> None:
     assert len(used.loops_of()) == 1
     bind = ["losetup", "--find", "--show", str(used.disk())]
     for open_it in (bind, ["cryptsetup", "open", "--key-file", "-", str(used.disk()), "second"]):
-        refused = subprocess.run(open_it, check=False, input=PASSPHRASE.encode(), capture_output=True, timeout=20)
+        refused = subprocess.run(open_it, check=False, input=PASSPHRASE.encode(), capture_output=True, timeout=120)
         assert refused.returncode == 1, refused
     assert len(used.loops_of()) == 1
     used.unstage()
-    foreign = subprocess.run(bind, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+    foreign = subprocess.run(bind, check=True, capture_output=True, text=True, timeout=120).stdout.strip()
     try:
         with pytest.raises(DeviceInUse, match=rf"bound to {foreign} by somebody else"):
             used.stage()
     finally:
-        subprocess.run(["losetup", "-d", foreign], check=True, timeout=10)
+        subprocess.run(["losetup", "-d", foreign], check=True, timeout=120)
     used.stage()
     is_the_volumes_own(used)
     used.unstage()

@@ -76,7 +76,7 @@ class Disks:
 
     def close(self) -> None:
         for path in (self.state, self.kubelet):
-            subprocess.run(["umount", "--recursive", "--lazy", path], check=False, timeout=30, capture_output=True)
+            subprocess.run(["umount", "--recursive", "--lazy", path], check=False, timeout=120, capture_output=True)
 
     def staging(self, name: str) -> Path:
         return self.kubelet / "staging" / name

@@ -59,7 +59,7 @@ def thaw(node: Node) -> None:
     again = mapping is not None and mapping.open_count > 0 and not node.is_mounted()
     if again and mapping is not None:
         run("mount", mapping.path, path)
-    subprocess.run(["fsfreeze", "--unfreeze", path], check=False, capture_output=True, timeout=30)
+    subprocess.run(["fsfreeze", "--unfreeze", path], check=False, capture_output=True, timeout=120)
     if again:
         run("umount", path)
 

@@ -210,7 +210,7 @@ def test_a_guarded_file_is_open_to_its_loop_device_alone(loops: LoopDevices, ima
     with loops.attach(str(image), autoclear=True) as loop:
         loops.guard(str(image))
         for refused in (["losetup", "-f", "--show"], ["truncate", "-s", "0"], ["rm", "-f"]):
-            done = subprocess.run([*refused, str(image)], check=False, capture_output=True, text=True, timeout=10)
+            done = subprocess.run([*refused, str(image)], check=False, capture_output=True, text=True, timeout=120)
             assert "Operation not permitted" in done.stderr
         assert loops.find(str(image)) == [loop.info]
         os.pwrite(loop.fd, b"pattern" * 100, 4096)
@@ -228,7 +228,7 @@ def test_a_guard_that_a_power_cut_left_is_in_nobodys_way(loops: LoopDevices, ima
     loops.guard(str(image))  # bound to nothing: as it is
     with image.open("r+b"):
         pass
-    subprocess.run(["chattr", "+a", str(image)], check=True, timeout=10)
+    subprocess.run(["chattr", "+a", str(image)], check=True, timeout=120)
     with loops.attach(str(image), autoclear=True) as loop:
         assert not loop.info.read_only
     with image.open("r+b"):
@@ -238,7 +238,7 @@ def test_a_guard_that_a_power_cut_left_is_in_nobodys_way(loops: LoopDevices, ima
 
 
 def test_where_the_file_system_knows_no_guard_a_loop_device_works_without(loops: LoopDevices, tmp_path: Path) -> None:
-    subprocess.run(["mount", "-t", "ramfs", "none", str(tmp_path)], check=True, timeout=10)
+    subprocess.run(["mount", "-t", "ramfs", "none", str(tmp_path)], check=True, timeout=120)
     try:
         image = tmp_path / "disk.img"
         image.write_bytes(bytes(MIB))
@@ -246,7 +246,7 @@ def test_where_the_file_system_knows_no_guard_a_loop_device_works_without(loops:
             loops.guard(str(image))
         loops.unguard(str(image))
     finally:
-        subprocess.run(["umount", str(tmp_path)], check=True, timeout=10)
+        subprocess.run(["umount", str(tmp_path)], check=True, timeout=120)
 
 
 def test_a_killed_process_leaves_no_device_and_no_lock(loops: LoopDevices, image: Path) -> None:
@@ -289,7 +289,7 @@ def test_cryptsetup_is_not_kept_waiting_by_the_lock(loops: LoopDevices, image: P
         file.truncate(32 * MIB)
     subprocess.run(["cryptsetup", "luksFormat", "-q", *key, str(big)], input=b"key", check=True, timeout=60)
     with loops.attach(str(big), autoclear=True):
-        dumped = subprocess.run(["cryptsetup", "luksDump", str(big)], check=True, capture_output=True, timeout=20)
+        dumped = subprocess.run(["cryptsetup", "luksDump", str(big)], check=True, capture_output=True, timeout=120)
     assert b"LUKS header information" in dumped.stdout
 
 

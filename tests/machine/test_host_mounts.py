@@ -306,7 +306,7 @@ def test_another_mount_namespace_is_named(device: AttachedLoop, point: Path, mou
                 assert [holder.pid for holder in holders] == [child.pid]
                 assert f"has it mounted at {point} in mount namespace mnt:[" in describe(holders)
         finally:
-            child.communicate(b"\n", timeout=30)
+            child.communicate(b"\n", timeout=120)
     assert Holders().of_mount((device.major, device.minor)) == []
 
 

@@ -57,11 +57,11 @@ class Volume:
     def use(self, act: Callable[[Path], object], *options: str) -> None:
         """Do something in the mounted file system."""
         self.mount_point.mkdir(exist_ok=True)
-        subprocess.run(["mount", *options, self.path, self.mount_point], check=True, timeout=30)
+        subprocess.run(["mount", *options, self.path, self.mount_point], check=True, timeout=120)
         try:
             act(self.mount_point)
         finally:
-            subprocess.run(["umount", self.mount_point], check=True, timeout=30)
+            subprocess.run(["umount", self.mount_point], check=True, timeout=120)
 
     def write(self, at: int, content: bytes) -> None:
         with open(self.path, "r+b", buffering=0) as device:

@@ -85,7 +85,7 @@ class Machines:
 def partitions(device: Path) -> list[tuple[int, int]]:
     """Start and length in bytes of what util-linux finds in the partition table."""
     command = ["partx", "--show", "--noheadings", "--output", "START,SECTORS", str(device)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.splitlines()
     return [(int(start) * 512, int(length) * 512) for start, length in map(str.split, lines)]
 
 

@@ -283,7 +283,7 @@ def test_an_identity_that_is_not_changed_is_noticed(stocked: Node, workers: Work
 
 def test_a_volume_that_is_the_images_own_file_is_noticed(stocked: Node, planted: Plant) -> None:
     shared = image_file(stocked, "sealed")  # with all tests
-    subprocess.run(["cp", "--sparse=always", shared, shared.with_name("own")], check=True, timeout=30)
+    subprocess.run(["cp", "--sparse=always", shared, shared.with_name("own")], check=True, timeout=120)
     shared.with_name("own").rename(shared)
     before = digest_of(shared)
     with pytest.raises((AssertionError, DriverError)):

@@ -20,7 +20,7 @@ configure_logs(LogFormat({format!r}), {level!r})
 
 def lines(code: str, *, format: str = "auto", level: str = "info") -> list[str]:
     program = PREPARE.format(format=format, level=level) + code
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     assert found.stdout == ""
     return found.stderr.splitlines()
 
@@ -51,7 +51,7 @@ def test_coloured_text_on_a_terminal() -> None:
     master, slave = pty.openpty()
     try:
         program = PREPARE.format(format="auto", level="info") + "log.info('call', method='Probe')"
-        subprocess.run([sys.executable, "-c", program], stderr=slave, timeout=30, check=True)
+        subprocess.run([sys.executable, "-c", program], stderr=slave, timeout=120, check=True)
         line = os.read(master, 4096).decode()
     finally:
         os.close(master)
@@ -91,7 +91,7 @@ def test_a_reader_that_is_gone_fails_nothing() -> None:
     os.close(reader)
     try:
         found = subprocess.run(
-            [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=writer, timeout=30, check=False
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=writer, timeout=120, check=False
         )
     finally:
         os.close(writer)

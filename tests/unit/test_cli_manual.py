@@ -29,7 +29,7 @@ def completed(state_dir: Path, *words: str) -> list[str]:
         "COMP_WORDS": " ".join(("luks-csi", *words)),
         "COMP_CWORD": str(len(words)),
     }
-    done = subprocess.run([PROGRAM], capture_output=True, text=True, check=True, timeout=30, env=environment)
+    done = subprocess.run([PROGRAM], capture_output=True, text=True, check=True, timeout=120, env=environment)
     return [line.partition(",")[2] for line in done.stdout.splitlines() if line]
 
 
@@ -61,7 +61,7 @@ def test_the_completion_of_a_shell_is_printed(shell: str) -> None:
 
 def test_bash_takes_its_completion() -> None:
     script = run_cli("completion", "bash").stdout + "\ncomplete -p luks-csi\n"
-    done = subprocess.run(["bash", "--norc"], input=script, capture_output=True, text=True, check=True, timeout=30)
+    done = subprocess.run(["bash", "--norc"], input=script, capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.endswith("_luks_csi_completion luks-csi\n")
     assert done.stderr == ""
 
@@ -96,7 +96,7 @@ def test_no_color_keeps_colours_from_a_terminal(environment: dict[str, str], col
     show += "; configure_logs(LogFormat.AUTO, 'info', 1); from csi_driver.host.log import log; log.info('serving')"
     ours, theirs = pty.openpty()
     kept = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
-    subprocess.run([sys.executable, "-c", show], stdout=theirs, env=kept | environment, check=True, timeout=30)
+    subprocess.run([sys.executable, "-c", show], stdout=theirs, env=kept | environment, check=True, timeout=120)
     os.close(theirs)
     seen = os.read(ours, 4096).decode()
     os.close(ours)

@@ -34,7 +34,7 @@ def typed(prompts: str, *lines: str) -> tuple[str, str]:
                 seen += os.read(ours, 1000).decode()
             os.write(ours, f"{line}\n".encode())
             seen += os.read(ours, 1000).decode()
-        said, _ = process.communicate(timeout=30)
+        said, _ = process.communicate(timeout=120)
     os.close(theirs)
     os.close(ours)
     return said, seen

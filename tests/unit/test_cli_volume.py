@@ -464,14 +464,14 @@ def test_no_server_is_one_sentence_on_standard_error_and_exit_code_1(tmp_path: P
     program = Path(sys.executable).with_name("luks-csi")
     done = subprocess.run(
         [program, "volume", "list", "--endpoint", tmp_path / "csi.sock"],
-        capture_output=True, text=True, check=False, timeout=30,
+        capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         f"luks-csi: no server can be reached at {tmp_path}/csi.sock: there is no such socket; start a server with "
         f"`luks-csi serve` or name its socket with --endpoint\n"
     )
-    usage = subprocess.run([program, "volume", "show"], capture_output=True, text=True, check=False, timeout=30)
+    usage = subprocess.run([program, "volume", "show"], capture_output=True, text=True, check=False, timeout=120)
     assert (usage.returncode, usage.stderr) == (2, "luks-csi: Missing argument 'VOLUME'.\n")
 
 

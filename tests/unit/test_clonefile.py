@@ -57,6 +57,6 @@ def test_a_full_disk_is_told_by_its_number(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=30,
+        timeout=120,
     )
     assert done.stdout.strip() == str(errno.EFBIG)

@@ -71,7 +71,7 @@ def test_the_smallest_ext4_has_a_journal(tmp_path: Path, options: str) -> None:
         file = tmp_path / str(size)
         with file.open("wb") as disk:
             disk.truncate(size)
-        subprocess.run([*mkfs_command("ext4", options.split()), str(file)], check=True, timeout=30)
+        subprocess.run([*mkfs_command("ext4", options.split()), str(file)], check=True, timeout=120)
         assert _has_journal(file)
 
 
@@ -79,7 +79,7 @@ def test_the_look_for_a_journal_sees_that_there_is_none(tmp_path: Path) -> None:
     file = tmp_path / "disk"
     with file.open("wb") as disk:
         disk.truncate(LEAST_BYTES["ext4"] - 4096)
-    subprocess.run([*mkfs_command("ext4", ["-b", "4096"]), str(file)], check=True, timeout=30)
+    subprocess.run([*mkfs_command("ext4", ["-b", "4096"]), str(file)], check=True, timeout=120)
     assert not _has_journal(file)
 
 

@@ -69,7 +69,7 @@ def inspected_bytes(content: bytes) -> Inspected:
 
 
 def qemu_img(*arguments: str) -> bytes:
-    return subprocess.run(["qemu-img", *arguments], check=True, capture_output=True, timeout=30).stdout
+    return subprocess.run(["qemu-img", *arguments], check=True, capture_output=True, timeout=120).stdout
 
 
 @pytest.mark.parametrize("hostile", HOSTILE, ids=lambda hostile: hostile.name)

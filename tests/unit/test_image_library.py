@@ -450,7 +450,7 @@ from csi_driver.images.store import ImageStore
 with ImageStore(Path({str(folder)!r}), Files()).reading("disk", "image killed"):
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    subprocess.run([sys.executable, "-c", killed], check=False, timeout=30)
+    subprocess.run([sys.executable, "-c", killed], check=False, timeout=120)
 
     def meter(what: str, total: int | None) -> AbstractContextManager[Progress]:
         with pytest.raises(DeviceInUse, match="is being read for image copy and was not deleted"):
