@@ -105,7 +105,8 @@ class Mounts:
     def unmount_volume(self, mount: Mount) -> None:
         """End this very mount of a file system, which is thawed if somebody has left it frozen; gone is fine.
 
-        A frozen one would be gone from sight and keep its device for good. Raises as `unmount`.
+        A frozen one would be gone from sight and keep its device for good
+        (findings/umount-of-frozen-file-system.sh). Raises as `unmount`.
         """
         present = self.at(mount.mount_point)
         if present is None or present.mount_id != mount.mount_id:

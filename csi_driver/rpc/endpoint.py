@@ -71,6 +71,8 @@ def listen_on(server: Listener, path: Path) -> None:
 class Endpoint:
     """A listening socket at `path`, from `place` to `remove`.
 
+    grpcio would take that of another server, which takes its own away again (findings/grpcio-stop-removes-socket.sh).
+
     Another server that is just starting in the folder, as the registrations of several drivers do at a node's boot, is
     waited for `start_seconds`.
     """
