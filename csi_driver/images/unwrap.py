@@ -216,7 +216,8 @@ def _zstd(pieces: Iterator[bytes]) -> Iterator[memoryview]:
 
 
 class _Frames:
-    """Pieces of a zstd stream on their way to the decoder, which takes a truncated stream for a whole one.
+    """Pieces of a zstd stream on their way to the decoder, which takes a truncated stream for a whole one
+    (findings/zstandard-truncated-stream.sh).
 
     Follows the frames and the blocks in them by their lengths (RFC 8878, 3.1), to know where one ends.
     """
