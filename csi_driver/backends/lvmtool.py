@@ -96,7 +96,7 @@ class VolumeGroup:
             free=int(found["vg_free"]),
             extent=int(found["vg_extent_size"]),
             is_usable=attributes[0] == "w" and attributes[2] == "-" and attributes[5] not in "cs",  # vgs(8)
-            is_whole=found["vg_missing_pv_count"] == "0",
+            is_whole=found["vg_missing_pv_count"] == "0",  # vg_free does not tell
         )
 
     def find(self, name: str) -> LogicalVolume | None:
