@@ -31,6 +31,7 @@ from csi_driver.model.errors import (
     DeviceBlank,
     DeviceInUse,
     DeviceShort,
+    DeviceUnreadable,
     FailedPrecondition,
     ForeignSignature,
     InvalidHeader,
@@ -113,6 +114,7 @@ class Kernel:
     held: list["FakeMappingHandle"] = field(default_factory=list)
     ailing: dict[tuple[int, int], Ailment] = field(default_factory=dict)
     frozen: set[tuple[int, int]] = field(default_factory=set)
+    takes_no_writes: bool = False
     elsewhere: set[tuple[int, int]] = field(default_factory=set)
     formats: int = 0
     dead: bool = False
@@ -315,6 +317,10 @@ class KernelMounts(Mounts):
         self._add(target, source, fs_type, self._kernel.number(source), read_only=bool(flags & 1))
         if found.flagged:
             self._kernel.ailing[self._kernel.number(source)] = Ailment.ERROR_FLAG
+
+    def replay_ext4(self, device: Handle) -> None:
+        if self._kernel.takes_no_writes:
+            raise DeviceUnreadable(f"the journal of the ext4 on {device} cannot be replayed")
 
     def bind(self, source: Handle, target: str, *, read_only: bool) -> None:
         self._kernel.step("before bind")

@@ -121,6 +121,11 @@ def fsync_device(device: Handle) -> None:
     try:
         os.fsync(device.fd)
     except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC):
+            raise DeviceUnreadable(
+                f"the device {device} did not take all that was written to it ({error_name(error)}); its storage is "
+                f"full or fails: free room there, or check it, and try again"
+            ) from None
         raise _failed(device.name, error) from None
 
 

@@ -21,6 +21,7 @@ NUMBERS: Final[dict[str, int]] = {
     "open_tree": 428,
     "move_mount": 429,
     "fsopen": 430,
+    "fsconfig": 431,
     "mount_setattr": 442,
     **{
         "x86_64": {"add_key": 248, "keyctl": 250},

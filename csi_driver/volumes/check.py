@@ -78,7 +78,8 @@ class Checking:
 
         Each program may take `seconds`. Whether it was mended a second check says. Raises NotFound, DeviceInUse (it is
         staged or open, or several nodes have it), FailedPrecondition (nothing was formatted or made in it yet, or no
-        file system is known in it), Unauthenticated, DeadlineExceeded, and what opening it raises.
+        file system is known in it), Unauthenticated, DeadlineExceeded, DeviceUnreadable (its storage takes no writes),
+        and what opening it raises.
         """
         record = self._backend.get(volume_id)
         refuse_many_nodes(self._backend, volume_id)
@@ -119,7 +120,10 @@ class Checking:
 
         verdict = Verdict.WELL if is_well() else Verdict.DAMAGED
         if repair and verdict is Verdict.DAMAGED:
+            if fs_type == "ext4":
+                self._file_systems.replay_ext4(record.id, volume.shown)
             run(*mend)
+            self._file_systems.sync(record.id, volume.shown)  # what the next look finds may be in memory alone
             verdict = Verdict.MENDED if is_well() else Verdict.DAMAGED
         return Checked(record.id, fs_type, verdict, "\n".join(said))
 

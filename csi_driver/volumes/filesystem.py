@@ -142,8 +142,10 @@ class FileSystems:
     def mend_ext4(self, record: VolumeRecord, device: Handle) -> None:
         """Check an ext4 that nobody uses and mend what needs no decision: `e2fsck -p`, as kubelet's own mounts do.
 
-        Raises FailedPrecondition, or DeadlineExceeded, with the cure where that is not enough.
+        Raises FailedPrecondition, or DeadlineExceeded, with the cure where that is not enough, DeviceUnreadable where
+        the storage takes no writes: nothing was changed, or it is to be done again.
         """
+        self.replay_ext4(record.id, device)
         cure = f"end the volume's pods, back it up and run {repair_command(record.id)}"
         try:
             done = self._commands.run(
@@ -159,6 +161,17 @@ class FileSystems:
                 f"the ext4 file system of volume {record.id} is damaged and 'e2fsck -p' did not mend it (exit code "
                 f"{done.code}: {said}); {cure}"
             )
+        self.sync(record.id, device)
+
+    def replay_ext4(self, volume_id: str, device: Handle) -> None:
+        """To be done before e2fsck writes to it, see `Mounts.replay_ext4`."""
+        what = f"luks-replay of volume {volume_id}"
+        self._workers.call(what, self._limits.mount_seconds, self._mounts.replay_ext4, device)
+
+    def sync(self, volume_id: str, device: Handle) -> None:
+        """Write back what a program has written. Raises DeviceUnreadable where the device did not take all of it."""
+        what = f"luks-sync of volume {volume_id}"
+        self._workers.call(what, self._limits.format_seconds, blockdev.fsync_device, device)
 
     def unmount(self, volume_id: str, mount: Mount) -> None:
         """Unmount, in a worker: the file system writes back what it holds. Raises DeviceInUse naming who uses it."""
@@ -205,9 +218,7 @@ class FileSystems:
         if record.file_system is FileSystemState.NONE:
             record = backend.update(msgspec.structs.replace(record, file_system=FileSystemState.MAKING))
         self._run_mkfs(fs_type, [*mkfs_command(fs_type, record.parameters.mkfs_options), device])
-        self._workers.call(
-            f"luks-sync of volume {record.id}", self._limits.format_seconds, blockdev.fsync_device, device
-        )
+        self.sync(record.id, device)
         record = backend.update(msgspec.structs.replace(record, file_system=FileSystemState.MADE, made_fs_type=fs_type))
         log.info("file system made", volume_id=record.id, fs_type=fs_type)
         return record

@@ -19,6 +19,7 @@ from csi_driver.model.errors import (
     AlreadyExists,
     CommandFailed,
     DeviceInUse,
+    DeviceUnreadable,
     DriverError,
     FailedPrecondition,
     NotFound,
@@ -125,7 +126,7 @@ class Staging:
             self._clear(record, present, request.staging_path)
             try:
                 self._stage(record, request, key)
-            except CommandFailed as error:
+            except (CommandFailed, DeviceUnreadable) as error:
                 # A device on a full disk answers with I/O errors, and what works on it knows nothing of the disk.
                 free = self._free(record)
                 if free is None or free > _FULL_BYTES:

@@ -15,7 +15,7 @@ from csi_driver.host.commands import Completed
 from csi_driver.host.handle import Handle
 from csi_driver.host.log import log
 from csi_driver.keys.secret import SecretKey
-from csi_driver.model.errors import DeviceInUse, FailedPrecondition, NotFound, Unauthenticated
+from csi_driver.model.errors import DeviceInUse, DeviceUnreadable, FailedPrecondition, NotFound, Unauthenticated
 from csi_driver.model.settings import Limits, Settings
 from csi_driver.volumes.check import Checked, Checking, Verdict
 from csi_driver.volumes.driver import Driver, build_driver
@@ -127,6 +127,24 @@ def test_what_helped_a_second_check_says(rig: Rig, codes: tuple[int, ...], *, re
     first = [f"$ e2fsck -f -n {device}", "said 1", f"exit code {codes[0]}"]
     assert found.said.splitlines()[:3] == first
     assert found.said.count("$ e2fsck -f -y") == repair
+
+
+def test_nothing_is_mended_whose_journal_the_storage_does_not_take(rig: Rig) -> None:
+    rig.kernel.takes_no_writes = True
+    with pytest.raises(DeviceUnreadable, match="cannot be replayed"):
+        check(rig, 4, repair=True)
+    rig.kernel.takes_no_writes = False
+    assert check(rig, 4, 1, 0, repair=True).verdict is Verdict.MENDED
+
+
+def test_what_the_device_did_not_take_is_not_mended(rig: Rig) -> None:
+    def plan(step: str) -> None:
+        if step == "before fsync_device":
+            raise DeviceUnreadable("the device did not take it")
+
+    rig.kernel.plan = plan
+    with pytest.raises(DeviceUnreadable, match="did not take it"):
+        check(rig, 4, 1, repair=True)
 
 
 def test_the_error_flag_is_a_damage_that_e2fsck_does_not_tell(rig: Rig) -> None:

@@ -3,8 +3,9 @@
 import os
 import struct
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -17,6 +18,7 @@ from csi_driver.model.volume import VolumeParameters, VolumeRecord
 from csi_driver.volumes.filesystem import LEAST_BYTES, FileSystems, mkfs_command
 from csi_driver.volumes.parameters import FILE_SYSTEMS, check_mkfs_options
 from tests.fake_host import NoHolders
+from tests.fake_kernel import P, R
 
 DEVICE = "/dev/mapper/luks-pvc-1"
 
@@ -83,6 +85,13 @@ def test_the_look_for_a_journal_sees_that_there_is_none(tmp_path: Path) -> None:
     assert not _has_journal(file)
 
 
+class IdleWorkers(Workers):
+    """Do nothing."""
+
+    def call(self, what: str, timeout: float, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return cast("R", None)
+
+
 class TimedCommands(Commands):
     """Notes the time that programs have."""
 
@@ -101,7 +110,7 @@ class TimedCommands(Commands):
 def test_a_check_has_more_time_on_a_larger_volume(tib: int, seconds: float) -> None:
     """What is killed at the limit begins anew at the next publish, for ever."""
     commands = TimedCommands()
-    made = FileSystems(Workers(()), commands, Mounts(), NoHolders(), Limits())
+    made = FileSystems(IdleWorkers(()), commands, Mounts(), NoHolders(), Limits())
     record = VolumeRecord(
         id="pvc-1", name="pvc-1", capacity_bytes=tib << 40, parameters=VolumeParameters(), created="now"
     )

@@ -14,7 +14,7 @@ from csi_driver.host.handle import Handle
 from csi_driver.host.mountinfo import Mount
 from csi_driver.host.mounts import Mounts
 from csi_driver.host.patience import within
-from csi_driver.model.errors import CommandFailed, DeadlineExceeded, DeviceInUse, FailedPrecondition
+from csi_driver.model.errors import CommandFailed, DeadlineExceeded, DeviceInUse, DeviceUnreadable, FailedPrecondition
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.publish import PublishRequest
 from tests.fake_kernel import Killed
@@ -126,6 +126,26 @@ def test_one_that_is_mounted_in_another_mount_namespace_is_neither_checked_nor_m
     rig.kernel.elsewhere.clear()
     rig.publish("enc-1")
     assert "before e2fsck" in steps
+
+
+@pytest.mark.parametrize("staged", [True, False], ids=["at a publish", "at a stage"])
+def test_nothing_is_checked_whose_journal_the_storage_does_not_take(rig: Rig, *, staged: bool) -> None:
+    flag(rig)
+    rig.kernel.takes_no_writes = True
+    call = rig.publish
+    if not staged:
+        rig.unstage("enc-1")
+        call = rig.stage
+    steps: list[str] = []
+    rig.kernel.plan = steps.append
+    for _ in range(2):
+        with pytest.raises(DeviceUnreadable, match="cannot be replayed"):
+            call("enc-1")
+    assert "before e2fsck" not in steps
+    rig.kernel.takes_no_writes = False
+    call("enc-1")
+    assert steps.index("after replay_ext4") < steps.index("before e2fsck") < steps.index("before fsync_device")
+    assert rig.healing.healed() == 1
 
 
 def test_a_check_that_takes_too_long_says_what_has_more_time(rig: Rig) -> None:

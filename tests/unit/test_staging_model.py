@@ -248,7 +248,8 @@ def one_fault(kind: str, number: int) -> Callable[[str], None]:
             return
         if kind == "kill":
             raise Killed
-        if any(word in step for word in ("fill", "size", "rename", "remove", "folder", "sync")):
+        of_files = any(word in step for word in ("fill", "size", "rename", "remove", "folder", "sync"))
+        if of_files and "fsync_device" not in step:
             raise OSError(errno.EIO, INJECTED)
         raise CommandFailed(f"{step}: {INJECTED}")
 
