@@ -86,14 +86,22 @@ def encrypt(
     if kms_id is not None and generate:
         raise click.UsageError("--kms and --generate-key exclude each other; give one of them.")
     question = f"Encrypt volume {volume_id}? It cannot be undone: have a backup, and its PersistentVolume at hand."
-    with _converting(context, volume_id, rate, given, question, yes=yes) as (conversions, key, watch):
+    is_own = kms_id is None and not generate
+    with _converting(context, volume_id, rate, given, question, yes=yes, new=is_own) as (conversions, key, watch):
         done = conversions.encrypt(volume_id, key, kms_id, watch, generate=generate)
     _tell(done, output, f"volume {volume_id} is encrypted")
 
 
 @contextmanager
 def _converting(
-    context: click.Context, volume_id: str, rate: int | None, given: dict[str, Any], question: str, *, yes: bool
+    context: click.Context,
+    volume_id: str,
+    rate: int | None,
+    given: dict[str, Any],
+    question: str,
+    *,
+    yes: bool,
+    new: bool = False,
 ) -> Iterator[tuple[Any, SecretKey, Any]]:
     from csi_driver.images.stopping import Stop, stop_signals
     from csi_driver.volumes.conversion import Watch
@@ -104,7 +112,9 @@ def _converting(
     with local_driver(context, given) as driver:
         record = driver.backend.get(volume_id)  # before a question, or a lock, is made for what is not there
         confirm(question, yes=yes or record.conversion is not None)
-        key = read_secret(secret.read(f"Passphrase of volume {volume_id}"))
+        is_first = new and record.conversion is None  # what goes on is opened by it, which tells a mistake
+        prompt = f"{'New passphrase' if is_first else 'Passphrase'} of volume {volume_id}"
+        key = read_secret(secret.read(prompt, new=is_first))
         stop = Stop(tell_stopping)
         for number in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
             signal.signal(number, signal.SIG_IGN)  # stopped in the middle of a step, a volume in use would stand still

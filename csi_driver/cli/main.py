@@ -68,6 +68,7 @@ def main(arguments: Sequence[str] | None = None, obj: object = None) -> NoReturn
     # Before anything loads gRPC, which else starts a thread in each child that a command forks: it ends the child when
     # its descriptors are closed, before the child's program runs (findings/grpcio-thread-in-fork.sh).
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    _open_standard_streams()
     harden_process()  # whatever the command: many come to hold a key, a token or a passphrase
     words = [*(sys.argv[1:] if arguments is None else arguments)]
     try:
@@ -89,6 +90,13 @@ def main(arguments: Sequence[str] | None = None, obj: object = None) -> NoReturn
     except click.Abort as error:
         _fail(words, str(error) or "interrupted", "CANCELLED", INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _open_standard_streams() -> None:
+    """What the caller has closed reads and writes nothing; else a file of ours would have its descriptor."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - to the end of the process
 
 
 def _fail(words: Sequence[str], message: str, code: str, exit_code: int) -> NoReturn:

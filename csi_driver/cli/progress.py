@@ -64,14 +64,24 @@ class ProgressLine:
     ) -> None:
         if self._first is not None:
             self._show()
-        if self._live:
-            self._stream.write("\n")
-        self._stream.flush()
+        self._write("\n" if self._live else "")
 
     def _show(self) -> None:
         line = self._text()
-        self._stream.write(f"\r\x1b[K{line}" if self._live else f"{line}\n")
-        self._stream.flush()
+        self._write(f"\r\x1b[K{line}" if self._live else f"{line}\n")
+
+    def _write(self, text: str) -> None:
+        """Nobody may read it any more: the work goes on, and what is left unwritten does not fail its end."""
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+                try:
+                    os.dup2(nowhere, self._stream.fileno())
+                finally:
+                    os.close(nowhere)
 
     def _text(self) -> str:
         seconds = max(self._clock() - self._begun, 1e-3)

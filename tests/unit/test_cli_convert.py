@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from csi_driver.cli.convert import encrypt, reencrypt
+from csi_driver.cli.secret_files import SecretSource
 from csi_driver.keys.secret import SecretKey
 from csi_driver.model.settings import Settings
 from csi_driver.model.volume import Conversion, LuksIdentity, VolumeParameters, VolumeRecord
@@ -91,6 +92,31 @@ def test_a_first_one(
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["id"] == "data"
     assert asked == [("encrypt", "data", b"plain oak table", kms_id, generate, None)]
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "record", "asked_for", "new"),
+    [
+        (encrypt, (), RECORD, "New passphrase of volume data", True),
+        (encrypt, (), HALF, "Passphrase of volume data", False),
+        (encrypt, ("--kms", "vault-1"), RECORD, "Passphrase of volume data", False),
+        (encrypt, ("--generate-key",), RECORD, "Passphrase of volume data", False),
+        (reencrypt, (), RECORD, "Passphrase of volume data", False),
+    ],
+)
+def test_only_a_new_passphrase_is_asked_for_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any, options: tuple[str, ...], record: VolumeRecord,
+    asked_for: str, *, new: bool,
+) -> None:  # fmt: skip
+    read: list[tuple[str, bool]] = []
+
+    def note(_: SecretSource, prompt: str, *, new: bool = False) -> dict[str, str]:
+        read.append((prompt, new))
+        return {}
+
+    monkeypatch.setattr(SecretSource, "read", note)
+    run(command, tmp_path, "data", "--yes", *options, record=record)
+    assert read == [(asked_for, new)]
 
 
 @pytest.mark.parametrize("command", [encrypt, reencrypt])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import termios
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -59,3 +60,12 @@ def test_it_is_asked_for(prompts: str, lines: Sequence[str], said: str) -> None:
     assert heard == said
     assert not [line for line in lines if line and line in seen]
     assert seen.count("again") == prompts.count("True") * (lines != ("",))
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "0<&- 1>&- 2>&-"])
+def test_a_closed_standard_input_is_an_empty_one(closed: str) -> None:
+    program = Path(sys.executable).with_name("luks-csi")
+    command = f"{program} recover /dev/null name --passphrase-file - {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert closed != "0<&-" or "the passphrase on standard input is empty" in done.stderr

@@ -1,6 +1,9 @@
 """The line that tells how far a long command is."""
 
 import io
+import os
+import subprocess
+import sys
 
 from csi_driver.cli.progress import ProgressLine
 
@@ -74,3 +77,22 @@ def test_of_an_unknown_total_only_what_is_done_is_told() -> None:
         clock.now += 2
         line(4 * MIB)
     assert stream.getvalue() == "downloading: 4MiB, 2MiB/s\n"
+
+
+def test_the_work_goes_on_where_nobody_reads_it() -> None:
+    program = (
+        "import sys\n"
+        "from csi_driver.cli.progress import ProgressLine\n"
+        "with ProgressLine('encrypting', 100) as line:\n"
+        "    for done in range(100):\n"
+        "        line(done)\n"
+        "        line._show()\n"
+        "print('done')"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=writer, check=False, timeout=120
+    )
+    os.close(writer)
+    assert (done.returncode, done.stdout) == (0, b"done\n")
