@@ -26,7 +26,7 @@ from csi_driver.cli.remote import (
 )
 from csi_driver.cli.secret_files import SecretSource, secret_options
 from csi_driver.cli.volume_use import COMMANDS
-from csi_driver.model.errors import NotFound
+from csi_driver.model.errors import DeviceInUse, NotFound
 from csi_driver.model.volume import volume_id_for
 
 
@@ -150,8 +150,16 @@ def create(
 @click.argument("volume_id", metavar="VOLUME", shell_complete=volume_names)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def delete(remote: Remote, volume_id: str, *, yes: bool) -> None:
-    """Delete a volume and all that is in it."""
+    """Delete a volume that is not staged, and all that is in it."""
     found = remote.client.volume(volume_id)  # the call itself forgives a wrong id, as Kubernetes wants; people mistype
+    # The call itself unstages what nobody has published, as Kubernetes may have lost the stage: a person may be in it.
+    seen = remote.look(found.id).condition
+    if seen is not None and not seen.is_closed:
+        where = f"staged at {seen.staged_at}" if seen.staged_at else "open"
+        raise DeviceInUse(
+            f"volume {found.id} is {where} on this node; end what uses it and unstage it (luks-csi volume unstage) "
+            f"before it is deleted"
+        )
     confirm(f"Delete volume {found.id} ({size_text(found.capacity_bytes)}) and all data in it?", yes=yes)
     remote.client.delete_volume(found.id)
     remote.tell(f"volume {found.id} is deleted", found)

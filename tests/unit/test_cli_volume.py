@@ -197,7 +197,6 @@ VOLUME = {
         ("list",),
         ("show", "data"),
         ("create", "data", "--size", "256Mi", "--encrypted"),
-        ("delete", "data", "--yes"),
         ("stage", "data", "{}/stage", "--passphrase-file", "-"),
         ("unstage", "data", "/stage"),
         ("publish", "data", "/stage", "/pod"),
@@ -292,6 +291,28 @@ def test_what_the_server_refuses_is_told_with_its_code_and_ends_with_1(client: F
 def test_delete_asks_nothing_when_told_yes(client: FakeClient) -> None:
     assert run(client, "delete", "data", "--yes").stdout == "volume data is deleted\n"
     assert calls(client) == [("delete", "data")]
+
+
+def test_delete_tells_of_a_volume_that_is_closed(client: FakeClient) -> None:
+    found = json.loads(run(client, "delete", "data", "--yes", "-o", "json").stdout)
+    closed = {"staged_at": None, "published_at": [], "healthy": None, "health": "closed"}
+    assert found == {**VOLUME, **closed, "volume_context": found["volume_context"]}
+
+
+@pytest.mark.parametrize(
+    ("condition", "where"),
+    [
+        (IN_USE, f"staged at {IN_USE.staged_at}"),
+        (Condition("/stage", (), healthy=True, health="well"), "staged at /stage"),
+        (Condition(None, (), healthy=False, health="open, and no stage is recorded; unstage it"), "open"),
+    ],
+)
+def test_delete_takes_no_volume_that_somebody_may_be_in(client: FakeClient, condition: Condition, where: str) -> None:
+    client.seen = {"data": condition}
+    done = run(client, "delete", "data", "--yes")
+    assert done.exit_code == 1
+    assert f"volume data is {where} on this node; end what uses it and unstage it" in done.stderr
+    assert calls(client) == []
 
 
 def test_delete_of_a_volume_that_is_not_there_is_a_mistake(client: FakeClient) -> None:
