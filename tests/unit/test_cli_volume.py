@@ -295,7 +295,7 @@ def test_delete_asks_nothing_when_told_yes(client: FakeClient) -> None:
 
 def test_delete_tells_of_a_volume_that_is_closed(client: FakeClient) -> None:
     found = json.loads(run(client, "delete", "data", "--yes", "-o", "json").stdout)
-    closed = {"staged_at": None, "published_at": [], "healthy": None, "health": "closed"}
+    closed: dict[str, object] = {"staged_at": None, "published_at": [], "healthy": None, "health": "closed"}
     assert found == {**VOLUME, **closed, "volume_context": found["volume_context"]}
 
 
