@@ -107,6 +107,15 @@ def mapping_uuid_of(number: tuple[int, int]) -> str | None:
         return None
 
 
+def is_going(number: tuple[int, int]) -> bool:
+    """Whether it is a loop device that goes away with its last user (sysfs, loop/autoclear)."""
+    major, minor = number
+    try:
+        return read_attribute(f"/sys/dev/block/{major}:{minor}/loop/autoclear").strip() == b"1"
+    except OSError:
+        return False
+
+
 def kernel_name(number: tuple[int, int]) -> str:
     """The kernel's name of the block device of that number, such as "dm-3". Raises OSError when there is none."""
     major, minor = number

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from csi_driver.backends.base import Backend
+from csi_driver.backends.base import Backend, shared
 from csi_driver.host import blockdev
 from csi_driver.host.devicemapper import Device
 from csi_driver.host.handle import Handle, let_go
@@ -30,7 +30,8 @@ class Presence:
     `stage` is what was recorded of this boot. `mapping` is the one that was opened for the volume, and `fit` whether it
     is the volume's own now. `number` is (major, minor) of what pods get to see: the mapping, or the plain device.
     `mounts` are those of the file system on it, `nodes` the places where its node is bind-mounted; `table` is the mount
-    table that they come from.
+    table that they come from. What `is_going` an unstage let go of that found it busy: with its last user the number is
+    another volume's.
     """
 
     volume_id: str
@@ -41,6 +42,7 @@ class Presence:
     mounts: tuple[Mount, ...]
     nodes: tuple[Mount, ...]
     table: MountTable = field(repr=False)
+    is_going: bool = False
 
     @cached_property
     def staging(self) -> Mount | None:
@@ -66,7 +68,7 @@ class Presence:
     @property
     def has_device(self) -> bool:
         """Whether the device that the recorded stage made is there, and is the volume's own."""
-        if self.stage is None or self.number is None or self.fit is Fit.STALE:
+        if self.stage is None or self.number is None or self.fit is Fit.STALE or self.is_going:
             return False
         return self.fit is Fit.FITS or self.stage.luks_uuid is None
 
@@ -108,6 +110,7 @@ class Presences:
 
     def __init__(self, backend: Backend, stages: Stages, mappings: Mappings, mounts: Mounts) -> None:
         self._backend = backend
+        self._binds_itself = shared(backend) is None
         self._stages = stages
         self._mappings = mappings
         self._mounts = mounts
@@ -126,6 +129,7 @@ class Presences:
             fit = self.fit(volume_id, mapping, _recorded_uuid(record, stage) or luks_uuid(mapping.uuid, name) or "")
         elif stage is None or stage.luks_uuid is None:
             number = self._plain_device(volume_id, stage)
+        is_raw = stage is not None and stage.block and stage.luks_uuid is None and self._binds_itself
         table = self._mounts.table()
         return Presence(
             volume_id=volume_id,
@@ -136,6 +140,7 @@ class Presences:
             mounts=() if number is None else tuple(table.of_device(number, stage.fs_type if stage else None)),
             nodes=() if number is None or (stage and not stage.block) else tuple(table.of_node(number)),
             table=table,
+            is_going=is_raw and number is not None and blockdev.is_going(number),
         )
 
     def fit(self, volume_id: str, mapping: Device, uuid: str) -> Fit:

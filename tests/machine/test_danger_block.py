@@ -16,7 +16,7 @@ from csi_driver.model.volume import FileSystemState
 from csi_driver.volumes.capability import AccessMode, Capability
 from tests.machine import disks
 from tests.machine.node import BLOCK, CHEAP, DATA_OFFSET, EXT4, MIB, SECRET, SIZE, VOLUME, Node
-from tests.machine.places import not_on
+from tests.machine.places import not_on, only_of_files
 
 PATTERN = bytes(range(256)) * 16
 POD = Capability(AccessMode.SINGLE_NODE_SINGLE_WRITER, block=False)
@@ -60,6 +60,31 @@ def test_cc3945_a_block_volume_is_never_given_a_file_system(node: Node, at: int)
     node.stage(capability=BLOCK)
     target = node.publish(capability=BLOCK)
     assert read_device(target)[at : at + len(PATTERN)] == PATTERN
+    node.unpublish()
+    node.unstage()
+
+
+@only_of_files("loop")
+def test_what_an_unstage_found_busy_and_let_go_of_is_given_to_no_pod(node: Node) -> None:
+    """With its last user the loop device would be another volume's below the pod."""
+    plain = {"encrypted": "false"}
+    node.create(parameters=plain, capability=BLOCK)
+    node.stage(capability=BLOCK)
+    node.publish(capability=BLOCK)
+    user = os.open(node.plain_device(VOLUME), os.O_RDWR)
+    try:
+        node.unpublish()
+        with pytest.raises(DeviceInUse):
+            node.unstage()
+        with pytest.raises(FailedPrecondition, match="unstage and stage the volume"):
+            node.publish(capability=BLOCK)
+        with pytest.raises(DeviceInUse):
+            node.stage(capability=BLOCK)
+    finally:
+        os.close(user)
+    node.unstage()
+    node.stage(capability=BLOCK)
+    node.publish(capability=BLOCK)
     node.unpublish()
     node.unstage()
 
