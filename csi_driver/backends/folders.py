@@ -296,7 +296,7 @@ class VolumeFolders:
         erase = self._to_erase(folder)
         if erase:
             for header in (folder / _HEADER, *kept_before(folder / _BEFORE)):
-                self._files.overwrite(header, erase)
+                self._files.erase(header, erase)
         self._drop(folder, erase)
         self._files.remove_folder(folder)
 

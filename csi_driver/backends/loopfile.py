@@ -248,7 +248,7 @@ class LoopfileBackend:
             self._loops.unguard(str(folder / name))  # a power cut leaves the guard on
         if erase:
             for name in (_NEXT, _DISK):
-                self._files.overwrite(folder / name, erase)
+                self._files.erase(folder / name, erase)
 
     def _disk(self, volume_id: str) -> str:
         return self._folders.path(volume_id, _DISK)

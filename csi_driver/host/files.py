@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from csi_driver.host.log import log
+from csi_driver.host.syscalls import check, error_name, libc
 
 _PIECE = 1 << 20
 
@@ -119,6 +120,27 @@ class Files:
         finally:
             os.close(descriptor)
 
+    def erase(self, path: Path, length: int) -> None:
+        """`overwrite` of a file that is removed next; absent is fine. Raises OSError.
+
+        What is behind `length` goes first: a file system that writes nothing in place, or where another file has the
+        same blocks, wants room for the overwriting. If it has none even so, the old bytes would stay on the disk in any
+        case, and the file goes with a warning.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                if path.stat().st_size > length:
+                    self.set_size(path, length)
+                self.overwrite(path, length)
+            except OSError as error:
+                _raise_unless_full(error)
+                _sync_file_system(path)  # what was freed can be had behind the next commit of btrfs
+                try:
+                    self.overwrite(path, length)
+                except OSError as again:
+                    _raise_unless_full(again)
+                    log.warning("a header was not overwritten", path=str(path), error=error_name(again))
+
     def rename(self, source: Path, target: Path) -> None:
         """Rename within one file system and make it durable in both folders."""
         os.rename(source, target)
@@ -176,3 +198,16 @@ class Files:
 def beside(path: Path) -> Path:
     """Where the new content of `path` is written, which a kill may leave."""
     return path.with_name(f".{path.name}.new")
+
+
+def _raise_unless_full(error: OSError) -> None:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        raise error
+
+
+def _sync_file_system(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        check(libc.syncfs(descriptor), "syncfs")
+    finally:
+        os.close(descriptor)

@@ -96,12 +96,12 @@ class VolumeLocks:
                 if self._remade and error.errno == errno.ENOENT:
                     self._folder.mkdir(mode=0o700, exist_ok=True)
                     continue
-                if error.errno != errno.EROFS:
+                if error.errno not in (errno.EROFS, errno.ENOSPC, errno.EDQUOT):
                     raise
-                return self._open_read_only(path)
+                return self._open_what_is_there(path)
 
-    def _open_read_only(self, path: str) -> int:
-        """The state directory went read-only: volumes must still be put down, which needs their locks."""
+    def _open_what_is_there(self, path: str) -> int:
+        """The state directory went read-only or is full: volumes must still be put down, which needs their locks."""
         try:
             return os.open(path, os.O_RDONLY | _OPEN_FLAGS)
         except FileNotFoundError:

@@ -16,8 +16,10 @@ from csi_driver.model.errors import DriverError
 from csi_driver.volumes.check import Checking, Verdict
 from csi_driver.volumes.filesystem import FileSystems
 from tests.machine.node import EXT4, LIMITS, MIB, NAME, SECRET, Node
+from tests.machine.places import only_of_files
 from tests.machine.processes import run
 
+pytestmark = only_of_files("own disk")
 _MOST = 6000
 _EACH = 20
 

@@ -1,5 +1,6 @@
 """The loopfile backend on a real folder, with loop devices that are fake."""
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from csi_driver.model.volume import (
     VolumeRecord,
 )
 from tests.fake_host import FakeLoops, Step, SteppedFiles, undisturbed
+from tests.told_lines import told_lines
 
 MIB = 1 << 20
 RECORD = VolumeRecord(id="pvc-1", name="pvc-1", capacity_bytes=MIB, parameters=VolumeParameters(), created="now")
@@ -174,7 +176,7 @@ def test_what_is_to_be_erased_is_before_anything_is_removed(tmp_path: Path, erro
                 assert b"key slots" not in os.pread(held, luks.data_offset, 0), steps[number]
             place.backend().delete("pvc-1")
             assert b"key slots" not in os.pread(held, luks.data_offset, 0), steps[number]
-            assert os.pread(held, 4000, luks.data_offset) == b"data" * 1000
+            assert os.pread(held, 4000, luks.data_offset) in (b"data" * 1000, b"")  # cut, not overwritten
         finally:
             os.close(held)
 
@@ -462,6 +464,34 @@ def test_with_a_volume_every_copy_of_its_key_slots_is_overwritten(place: Place) 
     finally:
         for descriptor in held.values():
             os.close(descriptor)
+
+
+@pytest.mark.parametrize(("code", "goes"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EIO, False)])
+def test_what_cannot_be_overwritten_for_lack_of_room_goes_and_is_told(
+    place: Place, monkeypatch: pytest.MonkeyPatch, code: int, *, goes: bool
+) -> None:
+    """A file system that writes nothing in place and is full: the deletion is what makes room."""
+    luks = LuksIdentity(uuid="u", cipher="aes-xts-plain64", key_bits=512, sector_size=512, data_offset=64 * 1024)
+    parameters = VolumeParameters(encrypted=True, erase_on_delete=True)
+    backend = place.backend()
+    backend.create(
+        msgspec.structs.replace(RECORD, encryption=EncryptionState.ENCRYPTED, luks=luks, parameters=parameters), MIB
+    )
+    cut: list[int] = []
+
+    def refuse(_: SteppedFiles, path: Path, _length: int) -> None:
+        cut.append(path.stat().st_size)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(SteppedFiles, "overwrite", refuse)
+    with (
+        told_lines() as lines,
+        contextlib.nullcontext() if goes else pytest.raises(FailedPrecondition, match="Input/output"),
+    ):
+        backend.delete("pvc-1")
+    assert set(cut) == {luks.data_offset}
+    assert bool([*place.folder.rglob("disk.img")]) is not goes
+    assert ("a header was not overwritten" in [line.event for line in lines]) is goes
 
 
 @pytest.mark.parametrize("erases", [True, False])
