@@ -259,6 +259,40 @@ def test_a_change_that_loses_a_passphrase_is_refused(rules: SecretRules, new: Js
     assert VALUE not in str(caught.value)
 
 
+_TWO = secret(CRYPTO_KEY_VALUE=VALUE, encryptionPassphrase="other")
+_ODD = secret(CRYPTO_KEY_VALUE=VALUE, CRYPTO_KEY_PROVIDER="sercet")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (_TWO, secret(CRYPTO_KEY_VALUE="new")),
+        (_TWO, OLD),
+        (_TWO, secret(encryptionPassphrase="other")),
+        (_ODD, secret(CRYPTO_KEY_VALUE="new")),
+        (_ODD, secret(CRYPTO_KEY_VALUE="new", CRYPTO_KEY_PROVIDER="sercet")),
+        (_ODD, secret()),
+    ],
+)
+def test_no_passphrase_goes_of_a_secret_that_cannot_be_read(rules: SecretRules, old: Json, new: Json) -> None:
+    """Its volumes may have been made before it became so."""
+    with pytest.raises(FailedPrecondition, match=r"may be what opens them, .*keep that one too, as CRYPTO") as caught:
+        rules.review(changed(old, new))
+    assert VALUE not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (_TWO, secret(CRYPTO_KEY_VALUE=VALUE, CRYPTO_KEY_VALUE_PREVIOUS="other")),
+        (_TWO, secret({"luks.csi.internal/allow-key-loss": "true"}, CRYPTO_KEY_VALUE=VALUE)),
+        (_ODD, OLD),
+    ],
+)
+def test_such_a_secret_is_mended_with_all_of_them(rules: SecretRules, old: Json, new: Json) -> None:
+    assert rules.review(changed(old, new)) == Verdict([])
+
+
 def test_a_good_secret_is_not_made_a_bad_one(rules: SecretRules) -> None:
     with pytest.raises(
         InvalidArgument, match="the secret team/it cannot be used: the secret's entry CRYPTO_KEY_CIPHER"

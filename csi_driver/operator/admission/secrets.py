@@ -99,8 +99,17 @@ class SecretRules:
         """What to warn of."""
         try:
             before = _read(old)
-        except DriverError:
-            return []  # nothing could be opened with it
+        except DriverError as error:
+            # Not now; but what it has may be what its volumes were made with, before it became so.
+            if _passphrases(old) - _passphrases(new):
+                self._keep(
+                    request,
+                    place,
+                    users,
+                    f"a passphrase goes that may be what opens them, as nobody can tell which one does ({error}); "
+                    f"keep that one too, as {PREVIOUS}",
+                )
+            return []
         if before.passphrase is None:
             return []
         try:
@@ -150,6 +159,12 @@ def _is_good(secret: Json, place: Place) -> bool:
 
 def _read(secret: Json) -> SecretKey:
     return read_secret(_entries(secret.get("data") or {}))
+
+
+def _passphrases(secret: Json) -> set[str]:
+    """What is in the entries of passphrases, encoded as it is, whatever else is wrong with the secret."""
+    data = secret.get("data") or {}
+    return {data[name] for name in (LONGHORN_VALUE, CEPH_PASSPHRASE, PREVIOUS) if data.get(name)}
 
 
 def _entries(data: Mapping[str, str | None]) -> dict[str, str]:
