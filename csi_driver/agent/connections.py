@@ -40,10 +40,10 @@ class Server(ThreadingHTTPServer):
         """In the connection's own thread: who is slow in the handshake keeps nobody else waiting."""
         until = time.monotonic() + _ASK_SECONDS
         with self._guard:
-            too_many = len(self._unknown) >= _MOST_UNKNOWN
-            if not too_many:
+            has_room = len(self._unknown) < _MOST_UNKNOWN or self._end_oldest()
+            if has_room:
                 self._unknown[threading.get_ident()] = until, request
-        if too_many:
+        if not has_room:
             self.shutdown_request(request)
             return
         try:
@@ -64,7 +64,8 @@ class Server(ThreadingHTTPServer):
     def has_asked(self) -> None:
         """The head of the request of this thread is there: how long it takes until it is known who asks is not his."""
         with self._guard:
-            self._unknown[threading.get_ident()] = math.inf, self._unknown[threading.get_ident()][1]
+            if (found := self._unknown.get(threading.get_ident())) is not None:  # else it was ended just now
+                self._unknown[threading.get_ident()] = math.inf, found[1]
 
     def is_known(self) -> None:
         """Who asks in this thread may: from now on each read and write has its own limit."""
@@ -77,8 +78,20 @@ class Server(ThreadingHTTPServer):
         with self._guard:
             for until, connection in self._unknown.values():
                 if until < now:
-                    with contextlib.suppress(OSError):
-                        connection.shutdown(socket.SHUT_RDWR)
+                    _end(connection)
+
+    def _end_oldest(self) -> bool:
+        """Let the connection go that has not asked for the longest time; whether there is one. Under the guard."""
+        oldest = next((thread for thread, (until, _) in self._unknown.items() if until != math.inf), None)
+        if oldest is None:
+            return False
+        _end(self._unknown.pop(oldest)[1])
+        return True
 
     def handle_error(self, _request: Any, _client_address: Any) -> None:
         """A connection that broke is the other side's to tell; what nobody foresaw `_answer` has told."""
+
+
+def _end(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)

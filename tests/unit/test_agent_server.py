@@ -107,7 +107,11 @@ def ask(
         return response.status, response.headers.get("Upload-Offset") or response.read().decode()
 
 
-def test_who_is_silent_keeps_nobody_out(server: CopyServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("most", [256, 20], ids=["fewer than there may be", "more"])
+def test_who_is_silent_keeps_nobody_out(
+    server: CopyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr("csi_driver.agent.connections._MOST_UNKNOWN", most)
     with contextlib.ExitStack() as stack:
         for _ in range(100):
             stack.enter_context(socket.create_connection((_HOST, server.port), timeout=30))
