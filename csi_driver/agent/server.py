@@ -8,6 +8,7 @@ GET  /readyz                    whether the agent can be used, and why not (anyb
 """
 
 import contextlib
+import io
 import os
 import re
 import threading
@@ -153,7 +154,7 @@ class CopyServer:
 class _Body:
     """What a request brings; `begin` is called before the first of it is read: who waits for a word is told to send."""
 
-    def __init__(self, stream: BinaryIO, begin: Callable[[], None]) -> None:
+    def __init__(self, stream: io.BufferedIOBase, begin: Callable[[], None]) -> None:
         self._stream = stream
         self._begin: Callable[[], None] | None = begin
 
@@ -161,7 +162,7 @@ class _Body:
         begin, self._begin = self._begin, None
         if begin is not None:
             begin()
-        return self._stream.read(size)
+        return self._stream.read1(size)  # as it comes: between two pieces it is seen that the Image is gone
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -281,7 +282,7 @@ class _Handler(BaseHTTPRequestHandler):
         announced = read_digest(self.headers[DIGEST]) if DIGEST in self.headers else None
         side = self.server_side
         with side.transfer():
-            stream = cast("BinaryIO", _Body(cast("BinaryIO", self.rfile), self._continue))
+            stream = cast("BinaryIO", _Body(self.rfile, self._continue))
             there = side.uploads.receive(
                 name, uid, int(found[1]), int(found[3]), int(length), stream, announced=announced,
                 most=side.limit(name),

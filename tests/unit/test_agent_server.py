@@ -18,7 +18,7 @@ from csi_driver.agent.access import Access
 from csi_driver.agent.digests import digest_of, read_digest
 from csi_driver.agent.rate import Rate
 from csi_driver.agent.sending import Sender
-from csi_driver.agent.server import CopyServer
+from csi_driver.agent.server import CopyServer, _Body
 from csi_driver.agent.uploads import Uploads
 from csi_driver.images.base import MIB
 from csi_driver.images.checksum import Algorithm, Checksum
@@ -341,3 +341,21 @@ def test_a_digest_is_written_as_rfc_9530_has_it() -> None:
     for wrong in ("", "sha-256=:x:", "md5=:AAAA:", "sha-512=:RK/0qy18MlBSVnWgjwz6lZEWjP/lF5HF9bvEF8FabDg=:"):
         with pytest.raises(InvalidArgument, match="Repr-Digest is to be"):
             read_digest(wrong)
+
+
+def test_a_body_is_read_as_it_comes() -> None:
+    """Who sends it byte by byte holds nobody up who wants to know between two of them whether it is wanted still."""
+    reads: list[int] = []
+
+    class Drip(io.RawIOBase):
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            reads.append(len(buffer))
+            buffer[0] = 1
+            return 1
+
+    body = _Body(io.BufferedReader(Drip()), lambda: None)
+    assert body.read(10) == b"\x01"
+    assert len(reads) == 1
