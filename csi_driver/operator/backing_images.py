@@ -177,7 +177,7 @@ class BackingImages:
 
     def _delete(self, image: Json) -> None:
         if not is_going(image):
-            self._api.delete(IMAGE, name_of(image))
+            self._api.delete(IMAGE, name_of(image), seen=image)
 
     def _tell(self, backing: Json, image: Json | None, problem: Problem | None) -> float | None:
         ours = image if image is not None and Origin.of(image) == Origin.named(BACKING_IMAGE, backing) else None
@@ -232,7 +232,7 @@ def _changeable(backing: Json) -> Json:
     if spec.get("nodeSelector"):
         image["nodeSelector"] = {f"{TAG}{tag}": "" for tag in spec["nodeSelector"]}
     retries = str((backing["metadata"].get("annotations") or {}).get(RETRIES, ""))
-    if retries.isdigit():
+    if retries.isascii() and retries.isdecimal():
         image["retries"] = int(retries)
     return image
 

@@ -236,7 +236,7 @@ class VirtualMachineImages:
     def _delete_classes(self, origin: Origin) -> None:
         for each in self._seen[STORAGE_CLASS].all():
             if self._made_for(each) == origin:
-                self._api.delete(STORAGE_CLASS, name_of(each))
+                self._api.delete(STORAGE_CLASS, name_of(each), seen=each)
 
     def _made_for(self, storage_class: Json) -> Origin | None:
         """What a class was made for here. None of another one, whatever its annotation says: whoever may annotate
@@ -247,7 +247,7 @@ class VirtualMachineImages:
 
     def _delete_backing(self, backing: Json) -> None:
         if not is_going(backing):
-            self._api.delete(BACKING_IMAGE, name_of(backing), self._namespace)
+            self._api.delete(BACKING_IMAGE, name_of(backing), self._namespace, seen=backing)
 
     def _tell(
         self, machine: Json, backing: Json | None, storage_class: Json | None, problem: Problem | None, *, missing: bool
@@ -283,7 +283,7 @@ def backing_of(machine: Json, source: Json | None = None, volume: str | None = N
     kind, parameters = spec["sourceType"], spec.get("storageClassParameters") or {}
     made: Json = {"sourceType": kind, "sourceParameters": {}}
     replicas = str(parameters.get("numberOfReplicas", ""))
-    if replicas.isdigit() and int(replicas):
+    if replicas.isascii() and replicas.isdecimal() and int(replicas):
         made["minNumberOfCopies"] = int(replicas)
     if spec.get("checksum"):
         made["checksum"] = spec["checksum"]

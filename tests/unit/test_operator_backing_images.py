@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from csi_driver.kube.kinds import BACKING_IMAGE, FINALIZER, IMAGE, MANAGED_BY, ORIGIN, VOLUME, Json
+from csi_driver.kube.refusals import Conflict
 from csi_driver.model.errors import InvalidArgument, Unavailable
 from csi_driver.operator.backing_images import RETRIES, BackingImages, ignored_of, image_of, status_of
 from csi_driver.operator.standing import LATER, SOON, Problem, Statuses, changes
@@ -466,3 +467,24 @@ def test_progress_is_written_once_a_second_and_what_counts_at_once() -> None:
     assert len(api.calls) == 3
     statuses.forget(thing["metadata"]["uid"])
     assert write(5, "ready") is None
+
+
+def test_an_image_that_has_come_to_the_name_unseen_is_not_taken_for_the_earlier_one(rig: Rig) -> None:
+    rig.put(backing("upload"))
+    rig.look()
+    rig.look()
+    rig.seen[IMAGE].freeze()  # its watch is silent
+    rig.api.lose(BACKING_IMAGE, "parrot", SPACE)
+    rig.api.lose(IMAGE, "parrot")
+    other = rig.api.put(IMAGE, {"metadata": {"name": "parrot"}, "spec": {"source": {"upload": {}}}})
+    again = backing("upload")
+    again["metadata"]["uid"] = "b-2"
+    rig.put(again)
+    with pytest.raises(Conflict):
+        rig.look()
+    assert rig.image == other
+
+
+@pytest.mark.parametrize("retries", ["\u00b2", "\u0663", "-1", "x"])
+def test_what_is_no_number_is_no_number_of_retries(retries: str) -> None:
+    assert "retries" not in image_of(backing(retries=retries))
