@@ -74,7 +74,7 @@ class Certificates:
 
     def _reconcile(self) -> None:
         authority, bundle = self._authority()
-        self._publish(bundle)
+        self._publish(self._others_authority(AGENT_SECRET) or bundle)
         self._serving(AGENT_SECRET, AGENTS, authority, bundle)
         ours = self._serving(OPERATOR_SECRET, f"{OPERATOR_SECRET}.{self._namespace}.svc", authority, bundle)
         if ours:
@@ -111,7 +111,7 @@ class Certificates:
         """Have one serving certificate; whether it is ours to look after."""
         found = self._read(name)
         now = self._clock()
-        if found is not None and found[0]["metadata"].get("labels", {}).get(MANAGED_BY) != MANAGER:
+        if found is not None and not _is_ours(found[0]):
             self._show(name, _signed_of(found[1]))
             return False
         signed = _signed_of(found[1]) if found else None
@@ -125,6 +125,11 @@ class Certificates:
             self._write(name, entries, found[0] if found else None)
         self._show(name, signed)
         return True
+
+    def _others_authority(self, name: str) -> str:
+        """Whose certificate somebody else put there, as its ca.crt says; "" where it is ours or does not say."""
+        found = self._read(name)
+        return "" if found is None or _is_ours(found[0]) else found[1].get("ca.crt", "")
 
     def _show(self, name: str, signed: Signed | None) -> None:
         """Load it, also that of the agents, who show it: they have no other one, and only their logs would tell."""
@@ -274,6 +279,10 @@ def _fits(certificate: x509.Certificate, issuer: x509.Certificate, dns: str, now
     except (x509.ExtensionNotFound, InvalidSignature, ValueError, TypeError):
         return False
     return dns in names.get_values_for_type(x509.DNSName) and not _is_due(certificate, now)
+
+
+def _is_ours(secret: Json) -> bool:
+    return bool((secret["metadata"].get("labels") or {}).get(MANAGED_BY) == MANAGER)
 
 
 def _damaged(name: str) -> FailedPrecondition:

@@ -121,6 +121,24 @@ def test_somebody_elses_secret_is_used_and_left_alone(api: FakeApi, certificates
     assert isinstance(certificates.context(), ssl.SSLContext)
 
 
+@pytest.mark.parametrize("says", [True, False], ids=["with ca.crt", "without"])
+def test_who_uploads_is_told_whom_the_agents_certificate_is_of(
+    api: FakeApi, certificates: Certificates, *, says: bool
+) -> None:
+    other = Certificates(made := FakeApi(), _NAMESPACE)
+    other.reconcile("all")
+    theirs = made.get(SECRET, AGENT_SECRET, _NAMESPACE)
+    assert theirs is not None
+    data = {name: value for name, value in theirs["data"].items() if says or name != "ca.crt"}
+    api.put(SECRET, {"metadata": {"name": AGENT_SECRET}, "data": data}, _NAMESPACE)
+    for _ in range(2):
+        certificates.reconcile("all")
+        trusted, published = (each.get(CONFIG_MAP, AUTHORITY, _NAMESPACE) for each in (made, api))
+        assert trusted is not None
+        assert published is not None
+        assert (published["data"] == trusted["data"]) is says
+
+
 def test_the_api_is_told_whom_to_trust(api: FakeApi, certificates: Certificates) -> None:
     service = {"name": "luks-csi-operator", "namespace": _NAMESPACE}
     for kind in (MUTATING, VALIDATING):
