@@ -124,6 +124,11 @@ def _place(backend: str, thin_pool: str | None, parameters: Mapping[str, str]) -
         raise click.UsageError(
             f"--to-parameter {other[0]} says nothing of where the backend {backend} puts it; {told}."
         )
+    if thin_pool is not None and backend != "lvm":
+        raise click.UsageError(
+            f"--to-thin-pool says nothing of where the backend {backend} puts it; leave it out, or name the state "
+            f"directory of a driver with a volume group."
+        )
     if thin_pool is not None:
         return VolumeParameters(thin_pool=thin_pool)
     return read_parameters(parameters, backend) if parameters else None

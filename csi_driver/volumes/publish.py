@@ -15,7 +15,14 @@ from csi_driver.host.holders import Holders, describe
 from csi_driver.host.log import log
 from csi_driver.host.mountinfo import Mount, MountTable
 from csi_driver.host.mounts import Mounts
-from csi_driver.model.errors import AlreadyExists, DeviceInUse, FailedPrecondition, InvalidArgument, NotFound
+from csi_driver.model.errors import (
+    AlreadyExists,
+    DeviceInUse,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+)
 from csi_driver.volumes import capability as capabilities
 from csi_driver.volumes.capability import AccessMode, Capability
 from csi_driver.volumes.context import check_context
@@ -61,8 +68,9 @@ class Publishing:
 
         A stage that lost its mount gets it again and a sick file system is healed first, see `Healing`.
 
-        Raises NotFound, FailedPrecondition (not staged there, staged otherwise, sick for good, ReadWriteOncePod already
-        published elsewhere), AlreadyExists (published at this path otherwise).
+        Raises NotFound, ResourceExhausted (no room for the target path), FailedPrecondition (not staged there, staged
+        otherwise, sick for good, ReadWriteOncePod already published elsewhere), AlreadyExists (published at this path
+        otherwise).
         """
         capabilities.check([request.capability], many_nodes=self._many_nodes)
         present = self._presences.of(request.volume_id)
@@ -216,6 +224,11 @@ def _make_target(path: str, *, block: bool) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceExhausted(
+                f"the target path {path} cannot be made ({error.strerror}); free space on the file system of kubelet's "
+                f"folder"
+            ) from None
         raise NotFound(f"the target path {path} cannot be made ({error.strerror})") from None
     return True
 

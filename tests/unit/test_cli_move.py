@@ -136,6 +136,12 @@ def test_what_cannot_be_is_refused_before_anything_is_asked(
     assert said in " ".join(done.stderr.split())
 
 
+def test_a_thin_pool_is_asked_for_where_there_are_some(folder: Path) -> None:
+    done, asked = run(folder, "data", "--yes", "--to-thin-pool", "pool", backend="loopfile")
+    assert (done.exit_code, asked) == (2, [])
+    assert "says nothing of where the backend loopfile puts it" in " ".join(done.stderr.split())
+
+
 def test_a_folder_that_no_server_had_is_no_target(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     arguments = ["data", "--yes", "--state-dir", str(tmp_path), "--to-state-dir", f"{tmp_path}/there"]

@@ -1,5 +1,7 @@
 """What stage and expansion say when the storage below is full."""
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 from csi_driver.backends.base import Space
 from csi_driver.backends.loopfile import LoopfileBackend
 from csi_driver.backends.records import RecordCodec
-from csi_driver.model.errors import CommandFailed, FailedPrecondition, ResourceExhausted
+from csi_driver.model.errors import CommandFailed, DriverError, FailedPrecondition, NotFound, ResourceExhausted
 from csi_driver.model.volume import VolumeParameters
 from csi_driver.volumes.expand import ExpandRequest
 from csi_driver.volumes.presence import Presences
@@ -83,3 +85,27 @@ def test_an_enlargement_without_room_has_the_code_that_lets_kubelet_go_on(tmp_pa
     assert rig.record("enc-1") == before
     assert rig.guarded("enc-1")
     rig.unstage("enc-1")
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "words"),
+    [
+        (errno.ENOSPC, ResourceExhausted, "free space on the file system of kubelet's folder"),
+        (errno.EDQUOT, ResourceExhausted, "free space on the file system of kubelet's folder"),
+        (errno.EROFS, NotFound, "cannot be made"),
+    ],
+)
+def test_no_room_for_a_target_path_is_told_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[DriverError], words: str
+) -> None:
+    rig = Rig(tmp_path)
+    rig.create("plain-1")
+    rig.stage("plain-1")
+
+    def refuse(path: str, _mode: int = 0) -> None:
+        raise OSError(code, os.strerror(code), path)
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(kind, match=words):
+        rig.publish("plain-1")
+    assert len(rig.kernel.mounted) == 1
