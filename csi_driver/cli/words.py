@@ -15,8 +15,8 @@ WORDS: Final = (
     ("and CreateVolume brought neither", "and there is neither"),
     ("the passphrase in the secret opens", "the passphrase opens"),
     (
-        "put the passphrase it was formatted with back into the secret",
-        "give the passphrase it was formatted with",
+        "put the passphrase it was last given back into the secret",
+        "give the passphrase it was last given",
     ),
     ("and the request brought no secret", "and no passphrase was given"),
     ("or name a node-expand secret in its StorageClass", "or give its passphrase with --passphrase-file"),

@@ -204,8 +204,8 @@ class CryptDevice:
         if code == -errno.EPERM:
             named = f" {passphrase.secret}" if passphrase.secret else ""
             raise Unauthenticated(
-                f"the passphrase in the secret opens no key slot of {self._where}; put the passphrase it was formatted "
-                f"with back into the secret{named}"
+                f"the passphrase in the secret opens no key slot of {self._where}; put the passphrase it was last "
+                f"given back into the secret{named}"
             )
         self._check(code, what)
 

@@ -76,7 +76,7 @@ class Conditions:
                     f"{repair_command(present.volume_id)}"
                 )
         if stage.key_drift:
-            return "its secret no longer opens it; put the passphrase that it was formatted with back"
+            return "its secret no longer opens it; put the passphrase that it was last given back"
         return self._backend.ailment(present.volume_id) if isinstance(self._backend, HasPools) else None
 
 

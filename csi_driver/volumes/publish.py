@@ -226,8 +226,8 @@ def _make_target(path: str, *, block: bool) -> bool:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceExhausted(
-                f"the target path {path} cannot be made ({error.strerror}); free space on the file system of kubelet's "
-                f"folder"
+                f"the target path {path} cannot be made ({error.strerror}); free space on the file system that it "
+                f"is to be on"
             ) from None
         raise NotFound(f"the target path {path} cannot be made ({error.strerror})") from None
     return True

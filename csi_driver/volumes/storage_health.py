@@ -119,7 +119,7 @@ class StorageHealth:
                 )
             return "no secret was seen that no longer opens its staged volume"
 
-        advice = "put the passphrase that they were formatted with back into the secret before this node boots again"
+        advice = "put the passphrase that they were last given back into the secret before this node boots again"
         return look_at("secrets", look, advice, fatal=False)
 
     def _keys(self) -> Finding:

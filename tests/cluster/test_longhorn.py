@@ -104,7 +104,7 @@ def test_a_wrong_key_keeps_the_pod_out_until_the_right_one_is_back(
     sentence = f"the passphrase in the secret opens no key slot of volume {volume.id} on /dev/loop"
     said = cluster.wait_event("Pod", pod, running.namespace, sentence)
     assert "code = Unauthenticated" in said
-    assert said.endswith("put the passphrase it was formatted with back into the secret")
+    assert said.endswith("put the passphrase it was last given back into the secret")
     time.sleep(_REPEAT_SECONDS)
     assert_closed(volume.node, volume.id)
     (status,) = cluster.api.get("Pod", pod, running.namespace)["status"]["containerStatuses"]

@@ -90,7 +90,7 @@ def _refused(pods: Pods, *words: str) -> Iterator[None]:
 _SECRETS = {
     "wrong-key": (
         {"CRYPTO_KEY_VALUE": "another passphrase"},
-        ("code = Unauthenticated", "opens no key slot of volume", "put the passphrase it was formatted with back"),
+        ("code = Unauthenticated", "opens no key slot of volume", "put the passphrase it was last given back"),
     ),
     "no-entry": (
         {"OTHER": "another entry"},

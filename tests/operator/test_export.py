@@ -77,7 +77,7 @@ def test_a_secret_that_does_not_open_it_is_told_and_can_be_put_right(lab: Lab, v
     lab.secret("not-its-own", "another one")
     source = {"claim": {"name": _CLAIM, "namespace": _NAMESPACE}}
     lab.image("of-claim", source, secretRef={"name": "not-its-own", "namespace": NAMESPACE})
-    said = f"image of-claim; put the passphrase it was formatted with back into the secret {NAMESPACE}/not-its-own"
+    said = f"image of-claim; put the passphrase it was last given back into the secret {NAMESPACE}/not-its-own"
     lab.wait_phase("of-claim", "Failed", said)
     right = base64.b64encode(SECRET["CRYPTO_KEY_VALUE"].encode()).decode()
     lab.kube.patch(SECRET_KIND, "not-its-own", {"data": {"CRYPTO_KEY_VALUE": right}}, NAMESPACE)

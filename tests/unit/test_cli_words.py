@@ -66,12 +66,12 @@ def test_what_a_server_says_is_told_in_them(output: str) -> None:
         raise RemoteError(
             "UNAUTHENTICATED",
             "the passphrase in the secret opens no key slot of volume v on /dev/loop0; put the passphrase it was "
-            "formatted with back into the secret",
+            "last given back into the secret",
         )
 
     done = run_cli("volume", "list", "-o", output, obj=Reach(refuse))  # type: ignore[arg-type]
     assert done.exit_code == 1
     assert (
-        "the passphrase opens no key slot of volume v on /dev/loop0; give the passphrase it was formatted with"
+        "the passphrase opens no key slot of volume v on /dev/loop0; give the passphrase it was last given"
         in done.stderr
     )

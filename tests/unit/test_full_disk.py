@@ -90,8 +90,8 @@ def test_an_enlargement_without_room_has_the_code_that_lets_kubelet_go_on(tmp_pa
 @pytest.mark.parametrize(
     ("code", "kind", "words"),
     [
-        (errno.ENOSPC, ResourceExhausted, "free space on the file system of kubelet's folder"),
-        (errno.EDQUOT, ResourceExhausted, "free space on the file system of kubelet's folder"),
+        (errno.ENOSPC, ResourceExhausted, "free space on the file system that it"),
+        (errno.EDQUOT, ResourceExhausted, "free space on the file system that it"),
         (errno.EROFS, NotFound, "cannot be made"),
     ],
 )
