@@ -153,14 +153,15 @@ def delete(remote: Remote, volume_id: str, *, yes: bool) -> None:
     """Delete a volume that is not staged, and all that is in it."""
     found = remote.client.volume(volume_id)  # the call itself forgives a wrong id, as Kubernetes wants; people mistype
     # The call itself unstages what nobody has published, as Kubernetes may have lost the stage: a person may be in it.
-    seen = remote.look(found.id).condition
-    if seen is not None and not seen.is_closed:
-        where = f"staged at {seen.staged_at}" if seen.staged_at else "open"
+    seen = remote.look(found.id)
+    if seen.condition is not None and not seen.condition.is_closed:
+        where = f"staged at {seen.condition.staged_at}" if seen.condition.staged_at else "open"
         raise DeviceInUse(
             f"volume {found.id} is {where} on this node; end what uses it and unstage it (luks-csi volume unstage) "
             f"before it is deleted"
         )
-    confirm(f"Delete volume {found.id} ({size_text(found.capacity_bytes)}) and all data in it?", yes=yes)
+    unseen = f" Whether it is in use cannot be seen here: {seen.unseen}." if seen.condition is None else ""
+    confirm(f"Delete volume {found.id} ({size_text(found.capacity_bytes)}) and all data in it?{unseen}", yes=yes)
     remote.client.delete_volume(found.id)
     remote.tell(f"volume {found.id} is deleted", found)
 

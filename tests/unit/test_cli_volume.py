@@ -315,6 +315,14 @@ def test_delete_takes_no_volume_that_somebody_may_be_in(client: FakeClient, cond
     assert calls(client) == []
 
 
+def test_delete_says_where_it_cannot_see_whether_it_is_in_use(client: FakeClient) -> None:
+    blind = Reach(lambda _: client, lambda *_: Seen(None, "not shown: elsewhere", None, "no root"))
+    asked = run_cli("volume", "delete", "data", obj=blind)
+    assert "Whether it is in use cannot be seen here: no root. There is no terminal" in " ".join(asked.stderr.split())
+    assert calls(client) == []
+    assert run_cli("volume", "delete", "data", "--yes", obj=blind).exit_code == 0
+
+
 def test_delete_of_a_volume_that_is_not_there_is_a_mistake(client: FakeClient) -> None:
     done = run(client, "delete", "dta", "--yes")
     assert done.exit_code == 1
